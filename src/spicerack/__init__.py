@@ -1,0 +1,34 @@
+"""spicerack: make AI models smaller and faster by using fewer bits, and prove what that cost.
+
+    small = spicerack.quantize(module, "w8")                          # any torch.nn.Module
+    spicerack.quantize("path/to/model", "w4g32z", output="out")       # any Hugging Face safetensors folder
+    model = spicerack.load("out")
+
+The names below are imported on first use; importing the package loads no torch and changes nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spicerack.evaluate import evaluate
+    from spicerack.load import load
+    from spicerack.quantize import quantize
+    from spicerack.save import save
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "evaluate", "load", "quantize", "save"]
+
+_HOMES = {"evaluate": "evaluate", "load": "load", "quantize": "quantize", "save": "save"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spicerack' has no attribute {name!r}")
+    return vars(import_module(f"spicerack.{_HOMES[name]}"))[name]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

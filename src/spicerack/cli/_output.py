@@ -1,0 +1,66 @@
+"""What every command shares: the JSON contract, the consoles, errors and exit codes.
+
+With --json exactly one JSON object goes to standard output; everything else (progress, warnings) goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spicerack.errors import SpicerackError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to standard output.")
+model_argument = click.argument("model", metavar="MODEL")
+
+
+def console(as_json: bool = False) -> Console:
+    """Where people read: standard output, or standard error when standard output belongs to the JSON object."""
+    from rich.console import Console
+
+    return Console(stderr=as_json, highlight=False)
+
+
+def emit(result: dict[str, Any]) -> None:
+    """Write the command's one JSON object."""
+    click.echo(json.dumps(result, indent=2, allow_nan=False))
+
+
+def run(group: click.Group, args: list[str]) -> int:
+    """Run the command line -> its exit code. Deliberate errors become a message (and JSON), never a traceback."""
+    warnings.showwarning = _show_warning
+    as_json = "--json" in args
+    try:
+        result = group.main(args=args, standalone_mode=False)
+    except SpicerackError as error:
+        return _fail(as_json, type(error).__name__, error.message, error.hint, error.exit_code)
+    except click.UsageError as error:
+        return _fail(as_json, "UsageError", error.format_message(), _usage_hint(error), 2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return _fail(as_json, "Interrupted", "interrupted", "the same command continues where it stopped", 130)
+    return result if isinstance(result, int) else 0
+
+
+def _usage_hint(error: click.UsageError) -> str:
+    return f"see {error.ctx.command_path} --help" if error.ctx else ""
+
+
+def _fail(as_json: bool, kind: str, message: str, hint: str, code: int) -> int:
+    if as_json:
+        emit({"error": kind, "message": message, "hint": hint})
+    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+    if hint:
+        click.echo(click.style("hint:  ", fg="cyan") + hint, err=True)
+    return code
+
+
+def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
+    click.echo(click.style("warning: ", fg="yellow") + str(message), err=True)
+
+

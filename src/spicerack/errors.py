@@ -1,0 +1,74 @@
+"""Everything spicerack raises on purpose.
+
+    SpicerackError                  exit code 1
+    ├── UsageError                  exit code 2: knowable before any weight is read
+    │   ├── SchemeError             a scheme's name or parts make no sense
+    │   ├── RecipeError             a rule matches nothing, or contradicts itself
+    │   ├── ShapeError              a block does not divide a tensor
+    │   ├── CheckpointError         a model folder is missing, broken or of a kind we do not read
+    │   ├── UntrustedCodeError      reading on would execute somebody's code
+    │   ├── OutputError             the output folder is taken, or the disk is too small
+    │   └── TextError               an evaluation text is empty or too short
+    ├── WeightError                 a weight is NaN, infinite, or outside what its scale can hold
+    └── LoadError                   a quantized folder does not fit the model it names
+
+Each carries a `hint`: the remedy, in one sentence. The command line prints both and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class SpicerackError(Exception):
+    """Base of all deliberate errors: a message that names the thing, and a hint that names the remedy."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class UsageError(SpicerackError):
+    """Wrong in a way that is knowable before weights are read."""
+
+    exit_code = 2
+
+
+class SchemeError(UsageError):
+    """A scheme's name or parts make no sense."""
+
+
+class RecipeError(UsageError):
+    """A rule matches nothing, or the rules contradict each other."""
+
+
+class ShapeError(UsageError):
+    """A block does not divide a tensor."""
+
+
+class CheckpointError(UsageError):
+    """A model folder is missing, broken, or of a kind that is not read."""
+
+
+class UntrustedCodeError(UsageError):
+    """Reading on would execute code that came with the model."""
+
+
+class OutputError(UsageError):
+    """The output folder is taken by something else, or the disk is too small."""
+
+
+class TextError(UsageError):
+    """An evaluation text is missing, empty, or shorter than one window."""
+
+
+class WeightError(SpicerackError):
+    """A weight is NaN or infinite, or its block's scale does not fit the type it is stored in."""
+
+
+class LoadError(SpicerackError):
+    """A quantized folder does not fit the model that it names."""

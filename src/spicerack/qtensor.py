@@ -1,0 +1,62 @@
+"""`QTensor`: a quantized tensor, unpacked. Schemes, algorithms, formats and kernels meet only here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+
+from spicerack.errors import ShapeError
+from spicerack.scheme import IntLevels, Scheme
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QTensor:
+    """w = scale * (level[codes] - zero) + min, blockwise; only `codec` interprets codes.
+
+    codes       int8 (integer levels) or uint8 (table levels), [..., N, K], one code per element; leading axes are experts
+    scale       float tensor [..., N/block_rows, K/block_columns] in its stored type, or a QTensor of that shape
+    zero        int8 like scale, or None
+    min         like scale, or None
+    transposed  the checkpoint's tensor is the transpose, [..., K, N] (GPT-2's Conv1D)
+    """
+
+    scheme: Scheme
+    codes: torch.Tensor
+    scale: torch.Tensor | QTensor
+    zero: torch.Tensor | None = None
+    min: torch.Tensor | QTensor | None = None
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        signed = isinstance(self.scheme.levels, IntLevels) and self.scheme.levels.lo < 0
+        if self.codes.dtype != (torch.int8 if signed else torch.uint8):
+            raise ShapeError(f"{self.scheme}: codes are {self.codes.dtype}, not {'int8' if signed else 'uint8'}")
+        self.scheme.check_shape(f"QTensor {self.scheme}", self.shape)
+        grid = self.grid
+        for part, name in ((self.scale, "scale"), (self.zero, "zero"), (self.min, "min")):
+            if part is not None and tuple(part.shape) != grid:
+                raise ShapeError(f"{self.scheme}: {name} has shape {list(part.shape)}, its blocks make {list(grid)}")
+        if (self.zero is not None) != self.scheme.zero or (self.min is not None) != (self.scheme.min is not None):
+            raise ShapeError(f"{self.scheme}: zero or min given that the scheme lacks, or the other way round")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., N, K], output rows first, whatever the checkpoint's order."""
+        return tuple(self.codes.shape)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of scale, zero and min."""
+        *leading, rows, columns = self.codes.shape
+        block_rows, block_columns = self.scheme.block_shape(rows, columns)
+        return (*leading, rows // block_rows, columns // block_columns)
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of codes, scales, zero points and minima."""
+        return self.scheme.stored_bits(self.shape)
+
+
+Scale = Union[torch.Tensor, QTensor]
