@@ -16,6 +16,7 @@ Arithmetic is float32, unfused, summed in a fixed order (`lane_sum`), so that ve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -279,6 +280,22 @@ def decode(q: QTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         x = x + _part_values(q.min)
     w = from_blocks(x, q.shape, block).to(dtype)
     return w.transpose(-1, -2) if q.transposed else w
+
+
+def decode_rows(q: QTensor, rows: int) -> Iterator[torch.Tensor]:
+    """`decode` in float32, `rows` of the flattened [rows, K] matrix at a time (whole blocks; output rows first)."""
+    *_, n, k = q.shape
+    block_rows, block_columns = q.scheme.block_shape(n, k)
+    codes = q.codes.reshape(-1, k)
+    parts = [None if part is None else _part_values(part).reshape(-1, k // block_columns) for part in (q.scale, q.zero, q.min)]
+    for start in range(0, len(codes), rows):
+        chunk = codes[start : start + rows]
+        blocks = slice(start // block_rows, (start + len(chunk)) // block_rows)
+        scale, zero, low = (None if part is None else part[blocks].reshape(-1, 1) for part in parts)
+        assert scale is not None
+        v = level_values(to_blocks(chunk, (block_rows, block_columns)), q.scheme.levels, 0.0 if zero is None else zero)
+        x = scale * v if low is None else scale * v + low
+        yield from_blocks(x, tuple(chunk.shape), (block_rows, block_columns))
 
 
 def _part_values(part: Scale) -> torch.Tensor:

@@ -1,0 +1,154 @@
+"""`spicerack quantize MODEL -o OUT --scheme w4g128`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spicerack.cli import _output
+from spicerack.errors import RecipeError
+
+if TYPE_CHECKING:
+    from spicerack.job import Job
+    from spicerack.recipe import Recipe, Rule
+
+_ORDER = "spicerack.rule_order"
+
+
+class _OrderedCommand(click.Command):
+    """Remembers in which order --set and --skip came: later rules win."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        ctx.meta[_ORDER] = [param.name for param in order if param.name in ("set_", "skip")]
+        return super().parse_args(ctx, args)
+
+
+def _rules(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> list[Rule]:
+    from spicerack import recipe
+
+    values = {"set_": iter(set_), "skip": iter(skip)}
+    make = {"set_": recipe.rule, "skip": recipe.skip}
+    return [make[name](next(values[name])) for name in ctx.meta[_ORDER]]
+
+
+def _recipe(path: Path | None, scheme: str | None, range_: str | None, rules: list[Rule]) -> Recipe:
+    from spicerack import recipe
+    from spicerack.scheme import parse
+
+    if path is None and scheme is None:
+        raise RecipeError("neither --scheme nor --recipe is given", "for example --scheme w4g128")
+    if path is None:
+        assert scheme is not None
+        made = recipe.Recipe(parse(scheme))
+    else:
+        made = recipe.read(path)
+        if scheme is not None:
+            made = recipe.Recipe(parse(scheme), made.range_, made.rules)
+    if range_ is not None:
+        made = recipe.Recipe(made.scheme, recipe.check_range(range_), made.rules)
+    return made.then(rules)
+
+
+@click.command(cls=_OrderedCommand)
+@_output.model_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
+@click.option("--scheme", help="Numbers of all linear layers: w8, w4g128, w4g32z, w2g32h, nf4 ...")
+@click.option("--range", "range_", metavar="opt|absmax", help="How scales are chosen. Default: opt, the least error.")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file with scheme and rules.")
+@click.option("--set", "set_", multiple=True, metavar="PATTERN=SCHEME", help="Another scheme for some tensors; repeatable.")
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Keep some tensors in float; repeatable.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: one per core.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
+@_output.json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    output: Path,
+    scheme: str | None,
+    range_: str | None,
+    recipe_file: Path | None,
+    set_: tuple[str, ...],
+    skip: tuple[str, ...],
+    threads: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Turn a model folder into a smaller one that runs.
+
+    MODEL is a folder in Hugging Face layout (safetensors) or a hub id. Rules match checkpoint names without `.weight`;
+    `*` stays within one component, `**` crosses; later rules win.
+
+    \b
+    spicerack quantize MODEL -o out --scheme w4g128
+    spicerack quantize MODEL -o out --scheme w4g32z --set '**.down_proj=w8' --skip 'model.layers.0.**'
+    """
+    recipe = _recipe(recipe_file, scheme, range_, _rules(ctx, set_, skip))
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from spicerack.job import prepare
+    from spicerack.quantize import execute
+
+    console = _output.console(as_json)
+    job = prepare(model, recipe)
+    _announce(job, console)
+    if dry_run:
+        if as_json:
+            _output.emit({"dry_run": True, **job.summary()})
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:
+        task = bar.add_task("quantizing", total=job.bytes_before)
+        result = execute(job, output, threads=threads, progress=lambda nbytes: bar.advance(task, nbytes))
+    if as_json:
+        _output.emit(result)
+        return
+    _report(job, result, console)
+
+
+def _announce(job: Job, console: Any) -> None:
+    from rich.markup import escape
+
+    console.print(f"[bold]{escape(str(job.source.folder))}[/bold]  recipe: {escape(str(job.recipe))}  format: {job.format.name}")
+    for note in job.notes:
+        console.print(f"[yellow]note:[/yellow] {escape(note)}")
+
+
+def _report(job: Job, result: dict[str, Any], console: Any) -> None:
+    from rich.table import Table
+
+    from spicerack.quantize import by_layer_type
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, justify in [("layers", "left"), ("scheme", "left"), ("count", "right"), ("before", "right"), ("after", "right")]:
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    table.add_column("error (rms)", justify="right")
+    for row in by_layer_type(job, result["output"]):
+        error = f"{row['error']:.2%}" if row["error"] is not None else ""
+        table.add_row(row["layers"], row["scheme"], str(row["count"]), _size(row["before"]), _size(row["after"]), error)
+    console.print(table)
+    ratio = result["bytes_before"] / max(result["bytes_after"], 1)
+    console.print(
+        f"[bold]{_size(result['bytes_before'])} -> {_size(result['bytes_after'])}[/bold] ({ratio:.2f} times smaller), "
+        f"{result['bits_per_weight']:.2f} bits a quantized weight, {result['bits_per_weight_total']:.2f} over the whole model, "
+        f"{result['seconds']:.1f} s, peak memory {_size(result['peak_rss_bytes'])}"
+        + (", resumed" if result["resumed"] else "")
+    )
+    console.print(f"next: spicerack eval {result['output']} --against {job.source.folder} --text FILE")
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

@@ -1,0 +1,198 @@
+"""`prepare`: everything about a quantization that is knowable before a weight is read, and all the refusals that are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from spicerack import __version__, census, format, recipe
+from spicerack.architecture import modules_of
+from spicerack.checkpoint.reader import Checkpoint, TensorInfo
+from spicerack.checkpoint.writer import Shard, Slot, Unit, plan_shards
+from spicerack.errors import CheckpointError, SchemeError, ShapeError
+from spicerack.format import Format, Planned
+from spicerack.recipe import Decision, Recipe
+
+SOURCE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CLASSES = {"linear": "Linear", "head": "Linear", "router": "Linear", "embedding": "Embedding", "conv1d": "Conv1D"}
+_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What happens to one source tensor, and why; `planned` if it is quantized."""
+
+    info: TensorInfo
+    what: Literal["quantize", "copy", "drop"]
+    why: str
+    role: str
+    layer_type: str
+    slots: tuple[Slot, ...]
+    planned: Planned | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A quantization, decided: every source tensor has its action, every output tensor its name, type and shape."""
+
+    source: Checkpoint
+    recipe: Recipe
+    format: Format
+    actions: tuple[Action, ...]
+    notes: tuple[str, ...]
+    config: Mapping[str, Any]
+    parameters: int
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Files of the output. Units keep the source's order, so that both sides stream."""
+        return plan_shards([Unit(a.info.name, a.slots) for a in self.actions if a.slots])
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(a.info.nbytes for a in self.actions)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(slot.nbytes for a in self.actions for slot in a.slots)
+
+    def identity(self) -> dict[str, Any]:
+        """Facts in which a resumed run must agree, and provenance in the ledger: no times, no paths."""
+        return {
+            "recipe": self.recipe.as_dict(),
+            "source": self.source.fingerprint(),
+            "format": self.format.name,
+            "versions": {"spicerack": __version__, "torch": torch.__version__},
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The sizes, as the command line's contract names them. Bits include scales and zero points."""
+        planned = [a.planned for a in self.actions if a.planned is not None]
+        weights = sum(torch.Size(p.shape).numel() for p in planned)
+        stored = sum(p.scheme.stored_bits(p.shape) for p in planned)
+        return {
+            "scheme": self.recipe.scheme.name,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": stored / weights if weights else 0.0,
+            "bits_per_weight_total": 8 * self.bytes_after / self.parameters,
+        }
+
+
+def prepare(model: str | Path, what: Recipe) -> Job:
+    """Decide everything for the folder (or hub id) `model`.
+
+    Raises CheckpointError (not a folder we read, or quantized already), RecipeError (a rule that matches nothing),
+    SchemeError (needs calibration), ShapeError (all tensors that no whole blocks tile, at once).
+    """
+    source = Checkpoint.open(model)
+    if "quantization_config" in source.config or source.config.get("model_type") == format.CONTAINER:
+        raise CheckpointError(f"{source.folder} is quantized already", "start from the float model: every rounding adds up")
+    seen = census.take(source)
+    entries = seen.entries
+    tied = {_module(alias): _module(owner) for alias, owner in seen.tied.items()}
+    decisions = recipe.resolve(what, {entry.module: entry.role for entry in entries.values()}, tied)
+    modules = modules_of(source.config, source.folder)
+    planned: dict[str, Planned] = {}
+    reasons: dict[str, str] = {}
+    for name, entry in entries.items():
+        decision = _checked(decisions[entry.module], entry, modules, name in seen.tied)
+        reasons[name] = decision.why
+        if decision.scheme is not None:
+            planned[name] = _plan(entry, decision)
+    _check_shapes(planned)
+    plan = {p.module: p for p in planned.values()}
+    chosen = format.choose(plan, source.config)
+    actions = tuple(_actions(entries, seen, planned, reasons, chosen, source))
+    floats = [m for m, kind in (modules or {}).items() if kind == "Linear" and m not in plan]
+    floats += [_module(alias) for alias in seen.tied if _module(alias) not in (*plan, *floats)]
+    return Job(
+        source=source,
+        recipe=what,
+        format=chosen,
+        actions=actions,
+        notes=tuple(format.portability(plan, source.config, seen.shared_inputs)),
+        config=chosen.config(dict(source.config), plan, floats),
+        parameters=seen.parameters,
+    )
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _checked(decision: Decision, entry: census.Entry, modules: Mapping[str, str] | None, alias: bool) -> Decision:
+    """The recipe's decision, unless the tensor is of a type or in a module that cannot be quantized."""
+    if decision.scheme is None or alias:
+        return decision if not alias else Decision(None, "tied")
+    if entry.info.dtype not in SOURCE_TYPES:
+        return Decision(None, f"{entry.info.dtype} tensors are copied as they are")
+    if entry.role == "experts":
+        return Decision(None, "fused 3-D experts stay in float so far")
+    kind = modules.get(entry.module) if modules is not None else _CLASSES[entry.role]
+    if kind != _CLASSES[entry.role] and kind != "experts":
+        return Decision(None, f"the architecture has {kind or 'no module'} there, not {_CLASSES[entry.role]}")
+    if decision.scheme.activations == "static":
+        raise SchemeError(f"{decision.scheme}: static activation scales need calibration", "use a8: dynamic, per token")
+    return decision
+
+
+def _plan(entry: census.Entry, decision: Decision) -> Planned:
+    assert decision.scheme is not None
+    transposed = entry.role == "conv1d"
+    shape = entry.info.shape
+    if transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    dtype = SOURCE_TYPES[entry.info.dtype]
+    scheme = decision.scheme
+    if entry.role == "embedding" and scheme.activations is not None:
+        scheme = replace(scheme, activations=None)
+    return Planned(entry.module, scheme, shape, entry.role, dtype, transposed)
+
+
+def _check_shapes(planned: Mapping[str, Planned]) -> None:
+    problems = []
+    for name, p in planned.items():
+        try:
+            p.scheme.check_shape(name, p.shape)
+        except ShapeError as error:
+            problems.append(error)
+    if not problems:
+        return
+    listed = "\n  ".join(p.message for p in problems[:_LISTED])
+    more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+    hints = sorted({p.hint for p in problems})
+    raise ShapeError(listed + more, "; ".join(hints) + ": --set 'PATTERN=SCHEME' or --skip 'PATTERN'")
+
+
+def _actions(
+    entries: Mapping[str, census.Entry],
+    seen: census.Census,
+    planned: Mapping[str, Planned],
+    reasons: Mapping[str, str],
+    chosen: Format,
+    source: Checkpoint,
+) -> Iterator[Action]:
+    for name, entry in entries.items():
+        info = entry.info
+        p = planned.get(name)
+        if p is not None:
+            slots = tuple(Slot(key, dtype, shape) for key, (dtype, shape) in chosen.layout(p).items())
+            yield Action(info, "quantize", reasons[name], entry.role, entry.layer_type, slots, p)
+        elif name in seen.tied and _equal(source, name, seen.tied[name]):
+            yield Action(info, "drop", f"the same tensor as {seen.tied[name]}", entry.role, entry.layer_type, ())
+        else:
+            slot = Slot(name, info.dtype, info.shape)
+            yield Action(info, "copy", reasons[name], entry.role, entry.layer_type, (slot,))
+
+
+def _equal(source: Checkpoint, alias: str, owner: str, rows: int = 4096) -> bool:
+    a, b = source.tensors[alias], source.tensors[owner]
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    starts = range(0, a.shape[0], rows)
+    return all(torch.equal(source.read_rows(alias, i, i + rows), source.read_rows(owner, i, i + rows)) for i in starts)

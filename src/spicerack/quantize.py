@@ -1,0 +1,188 @@
+"""The loop: one tensor in memory, one shard on disk at a time; and the same for a module in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from spicerack import codec
+from spicerack.algorithms import rtn
+from spicerack.checkpoint.writer import CONFIG, LEDGER, ShardWriter, Writer
+from spicerack.errors import UsageError
+from spicerack.job import Action, Job, prepare
+from spicerack.qtensor import QTensor
+from spicerack.recipe import Range, Recipe, Rule, check_range, rule
+from spicerack.scheme import Scheme, parse
+from spicerack.swap import quantize_module
+
+RUN = "run.json"
+Progress = Callable[[int], None]
+_CHUNK = 1 << 20
+
+
+@overload
+def quantize(
+    model: torch.nn.Module, scheme: str | Scheme | Recipe, *, range_: Range = ..., rules: Iterable[str | Rule] = ...
+) -> torch.nn.Module: ...
+@overload
+def quantize(
+    model: str | Path,
+    scheme: str | Scheme | Recipe,
+    *,
+    output: str | Path,
+    range_: Range = ...,
+    rules: Iterable[str | Rule] = ...,
+    threads: int | None = ...,
+    progress: Progress | None = ...,
+) -> dict[str, Any]: ...
+def quantize(
+    model: torch.nn.Module | str | Path,
+    scheme: str | Scheme | Recipe,
+    *,
+    output: str | Path | None = None,
+    range_: Range = "opt",
+    rules: Iterable[str | Rule] = (),
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> torch.nn.Module | dict[str, Any]:
+    """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a summary of it.
+
+    scheme: a name such as "w4g128", or a Recipe. rules: "PATTERN=SCHEME" or "PATTERN=skip", later ones win.
+    progress: called with the bytes of each source tensor as it is done. Raises the errors of `errors.py`.
+    """
+    what = scheme if isinstance(scheme, Recipe) else Recipe(parse(str(scheme)), check_range(range_))
+    if isinstance(scheme, Scheme):
+        what = Recipe(scheme, check_range(range_))
+    what = what.then(rule(r) if isinstance(r, str) else r for r in rules)
+    if isinstance(model, torch.nn.Module):
+        if output is not None:
+            raise UsageError("a module is quantized in memory", "write it with spicerack.save(module, folder)")
+        return quantize_module(model, what)
+    if output is None:
+        raise UsageError(f"no output folder for {model}", "pass output='...'")
+    return execute(prepare(model, what), Path(output), threads=threads, progress=progress)
+
+
+def execute(job: Job, output: Path, *, threads: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Write what `job` decided -> the summary that the command line prints.
+
+    Raises WeightError (tensor, place, value) and OutputError; whatever was finished stays and the same call continues.
+    """
+    started = time.time()
+    identity = job.identity()
+    side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
+    writer = Writer(output, job.shards, identity, side_bytes)
+    by_source = {action.info.name: action for action in job.actions}
+    done = progress or (lambda _: None)
+    waiting = list(writer.pending())
+    done(job.bytes_before - sum(by_source[unit.source].info.nbytes for shard in waiting for unit in shard.units))
+    for shard in waiting:
+        with writer.shard(shard) as out:
+            for unit in shard.units:
+                action = by_source[unit.source]
+                out.entries.append(_one(job, action, out, threads or os.cpu_count() or 1))
+                done(action.info.nbytes)
+    result = {"output": str(output), **job.summary(), "seconds": round(time.time() - started, 3)}
+    result |= {"peak_rss_bytes": peak_rss_bytes(), "resumed": writer.resumed}
+    if not writer.complete:
+        ledger = {"identity": identity, "tensors": [*writer.entries(), *map(_dropped, _drops(job))]}
+        files = {RUN: _run(job, result), LEDGER: _json(ledger), CONFIG: _json(job.config)}
+        writer.finish(files, job.source.folder, job.source.side_files)
+    writer.seal()
+    return result
+
+
+def _one(job: Job, action: Action, out: ShardWriter, threads: int) -> dict[str, Any]:
+    """Read, quantize or copy, write one tensor -> its ledger entry."""
+    name = action.info.name
+    w = job.source.read(name)
+    if action.planned is None:
+        out.write(name, w)
+        return _entry(action, action.info.nbytes)
+    p = action.planned
+    w = w.transpose(-1, -2).contiguous() if p.transposed else w
+    q = rtn.solve(w, p.scheme, range_=job.recipe.range_, name=name, threads=threads)
+    for key, tensor in job.format.encode(p, q).items():
+        out.write(key, tensor)
+    return _entry(action, sum(slot.nbytes for slot in action.slots), relative_error(w, q))
+
+
+def _entry(action: Action, bytes_after: int, error: float | None = None) -> dict[str, Any]:
+    return {
+        "tensor": action.info.name,
+        "action": action.what,
+        "why": action.why,
+        "layer_type": action.layer_type,
+        "scheme": action.planned.scheme.name if action.planned else None,
+        "dtype": action.info.dtype,
+        "shape": list(action.info.shape),
+        "bytes_before": action.info.nbytes,
+        "bytes_after": bytes_after,
+        "error": error,
+    }
+
+
+def _dropped(action: Action) -> dict[str, Any]:
+    return _entry(action, 0)
+
+
+def _drops(job: Job) -> list[Action]:
+    return [action for action in job.actions if not action.slots]
+
+
+def relative_error(w: torch.Tensor, q: QTensor) -> float:
+    """||decoded - w|| / ||w|| to four digits, in row chunks; 0 for a tensor of zeros."""
+    rows, columns = math.prod(w.shape[:-1]), w.shape[-1]
+    flat = w.reshape(rows, columns)
+    block_rows, _ = q.scheme.block_shape(*q.shape[-2:])
+    step = max(_CHUNK // columns // block_rows, 1) * block_rows
+    wrong = total = 0.0
+    for chunk, decoded in zip(flat.split(step), codec.decode_rows(q, step), strict=True):
+        exact = chunk.float()
+        wrong += float((decoded - exact).square().sum(dtype=torch.float64))
+        total += float(exact.square().sum(dtype=torch.float64))
+    return float(f"{math.sqrt(wrong / total):.4g}") if total else 0.0
+
+
+def by_layer_type(output: Path) -> list[dict[str, Any]]:
+    """The ledger of a finished folder, added up by layer type and scheme: layers, scheme, count, before, after, error."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in json.loads((output / LEDGER).read_text())["tensors"]:
+        scheme = entry["scheme"] or ("dropped" if entry["action"] == "drop" else entry["dtype"].lower())
+        row = rows.setdefault((entry["layer_type"], scheme), dict.fromkeys(("count", "before", "after", "squares"), 0))
+        row["count"] += 1
+        row["before"] += entry["bytes_before"]
+        row["after"] += entry["bytes_after"]
+        row["squares"] += (entry["error"] or 0.0) ** 2
+        row["quantized"] = entry["error"] is not None
+    return [
+        {"layers": layers, "scheme": scheme, "count": row["count"], "before": row["before"], "after": row["after"],
+         "error": math.sqrt(row["squares"] / row["count"]) if row["quantized"] else None}
+        for (layers, scheme), row in rows.items()
+    ]  # fmt: skip
+
+
+def peak_rss_bytes() -> int:
+    """The process's largest resident memory so far, shared pages included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _run(job: Job, result: dict[str, Any]) -> bytes:
+    """What is true of this run only: the one file that differs between two runs of the same command."""
+    machine = {"platform": platform.platform(), "processor": platform.processor(), "cpus": os.cpu_count()}
+    return _json({**result, "command": sys.argv, "source": str(job.source.folder), "machine": machine})
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
