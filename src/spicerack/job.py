@@ -12,7 +12,7 @@ import torch
 from spicerack import __version__, census, format, recipe
 from spicerack.architecture import modules_of
 from spicerack.checkpoint.reader import Checkpoint, TensorInfo
-from spicerack.checkpoint.writer import Shard, Slot, Unit, plan_shards
+from spicerack.checkpoint.writer import SHARD_BYTES, Shard, Slot, Unit, plan_shards
 from spicerack.errors import CheckpointError, SchemeError, ShapeError
 from spicerack.format import Format, Planned
 from spicerack.recipe import Decision, Recipe
@@ -46,11 +46,12 @@ class Job:
     notes: tuple[str, ...]
     config: Mapping[str, Any]
     parameters: int
+    shard_bytes: int = SHARD_BYTES
 
     @property
     def shards(self) -> tuple[Shard, ...]:
         """Files of the output. Units keep the source's order, so that both sides stream."""
-        return plan_shards([Unit(a.info.name, a.slots) for a in self.actions if a.slots])
+        return plan_shards([Unit(a.info.name, a.slots) for a in self.actions if a.slots], self.shard_bytes)
 
     @property
     def bytes_before(self) -> int:
@@ -66,6 +67,7 @@ class Job:
             "recipe": self.recipe.as_dict(),
             "source": self.source.fingerprint(),
             "format": self.format.name,
+            "shard_bytes": self.shard_bytes,
             "versions": {"spicerack": __version__, "torch": torch.__version__},
         }
 
@@ -83,7 +85,7 @@ class Job:
         }
 
 
-def prepare(model: str | Path, what: Recipe) -> Job:
+def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) -> Job:
     """Decide everything for the folder (or hub id) `model`.
 
     Raises CheckpointError (not a folder we read, or quantized already), RecipeError (a rule that matches nothing),
@@ -118,6 +120,7 @@ def prepare(model: str | Path, what: Recipe) -> Job:
         notes=tuple(format.portability(plan, source.config, seen.shared_inputs)),
         config=chosen.config(dict(source.config), plan, floats),
         parameters=seen.parameters,
+        shard_bytes=shard_bytes,
     )
 
 

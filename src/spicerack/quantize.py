@@ -17,7 +17,7 @@ import torch
 
 from spicerack import codec
 from spicerack.algorithms import rtn
-from spicerack.checkpoint.writer import CONFIG, LEDGER, ShardWriter, Writer
+from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer
 from spicerack.errors import UsageError
 from spicerack.job import Action, Job, prepare
 from spicerack.qtensor import QTensor
@@ -43,6 +43,7 @@ def quantize(
     range_: Range = ...,
     rules: Iterable[str | Rule] = ...,
     threads: int | None = ...,
+    shard_bytes: int = ...,
     progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
 def quantize(
@@ -53,6 +54,7 @@ def quantize(
     range_: Range = "opt",
     rules: Iterable[str | Rule] = (),
     threads: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> torch.nn.Module | dict[str, Any]:
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a summary of it.
@@ -70,7 +72,7 @@ def quantize(
         return quantize_module(model, what)
     if output is None:
         raise UsageError(f"no output folder for {model}", "pass output='...'")
-    return execute(prepare(model, what), Path(output), threads=threads, progress=progress)
+    return execute(prepare(model, what, shard_bytes=shard_bytes), Path(output), threads=threads, progress=progress)
 
 
 def execute(job: Job, output: Path, *, threads: int | None = None, progress: Progress | None = None) -> dict[str, Any]:

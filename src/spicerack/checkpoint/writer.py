@@ -7,8 +7,9 @@ folder. Inside it a finished shard is the progress record:
     2. its ledger entries go to `<shard>.ledger.json`;
     3. fsync, then the rename that makes the shard count.
 
-A run that is killed anywhere and started again keeps the finished shards and writes the others. A different recipe, model
-or version is refused by name instead of mixed in. The format is written by hand because the safetensors library writes
+When all shards are there, `finish` adds the side files, the index, the ledger and, last, config.json; `seal` clears the
+progress records and renames. A run that is killed anywhere and started again continues from what is on disk. A different
+recipe, model or version is refused by name instead of mixed in. The format is written by hand because the safetensors library writes
 only what is in memory all at once; tests read every shard back with that library.
 """
 
@@ -28,11 +29,12 @@ import torch
 
 from spicerack.errors import OutputError
 
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 2_000_000_000
 """Shards are closed at this size (a single larger tensor gets a shard of its own): what a crash can cost at most."""
 LEDGER = "spicerack.json"
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-_PROGRESS = "progress.json"
+_PROGRESS = "progress.json"  # OUT.partial: whose it is
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
@@ -85,8 +87,9 @@ def plan_shards(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[
 
 
 class Writer:
-    """One output folder in the making.
+    """One output folder in the making: `pending`/`shard` until all are there, then `finish`, then `seal`.
 
+    resumed: an earlier run left finished shards. complete: it left everything but the final rename.
     identity: JSON-able facts that must be equal for a resumed run to continue this folder (recipe, source, versions).
     Raises OutputError if OUT exists, if OUT.partial belongs to something else, or if the disk is too small.
     """
@@ -95,25 +98,26 @@ class Writer:
         self.output = output
         self.partial = output.with_name(output.name + ".partial")
         self.shards = tuple(shards)
-        self.resumed = False
         self._begin(dict(identity), side_bytes)
 
     def _begin(self, identity: dict[str, Any], side_bytes: int) -> None:
         refuse_existing(self.output, identity)
         record = self.partial / _PROGRESS
         if self.partial.exists():
-            before = _read_json(record)
+            before = _read_json(record) or (_read_json(self.partial / LEDGER) or {}).get("identity")
             if before is None and any(self.partial.iterdir()):
                 raise OutputError(f"{self.partial} exists and is not ours", "remove it or choose another output folder")
             if before is not None:
                 refuse_other(self.partial, before, identity)
-        self.resumed = any((self.partial / shard.file).exists() for shard in self.shards)
+        self.complete = (self.partial / CONFIG).exists()
+        self.resumed = self.complete or any((self.partial / shard.file).exists() for shard in self.shards)
         missing = sum(u.nbytes for s in self.shards for u in s.units if not (self.partial / s.file).exists())
         check_disk(self.output.parent, missing + side_bytes)
         self.partial.mkdir(parents=True, exist_ok=True)
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
-        _write_atomically(record, _json_bytes(identity))
+        if not self.complete:
+            _write_atomically(record, _json_bytes(identity))
 
     def pending(self) -> Iterator[Shard]:
         """Shards that are not on disk yet."""
@@ -144,7 +148,9 @@ class Writer:
         return [entry for shard in self.shards for entry in _read_json(self._ledger_of(shard)) or []]
 
     def finish(self, files: Mapping[str, bytes], source: Path, side_files: Iterable[str]) -> None:
-        """Copy the side files, write index and `files` (config last), and make OUT appear."""
+        """Copy the side files, write the index, then `files` in their order: config.json, which must come last, completes."""
+        if list(files)[-1] != CONFIG:
+            raise AssertionError("config.json must be the last file")
         try:
             for name in side_files:
                 target = self.partial / name
@@ -154,8 +160,14 @@ class Writer:
                 _write_atomically(self.partial / INDEX, _json_bytes(self._index()))
             for name, content in files.items():
                 _write_atomically(self.partial / name, content)
+        except OSError as error:
+            raise _disk_error(error, self.partial) from error
+
+    def seal(self) -> None:
+        """Clear the progress records and make OUT appear. Needs a complete folder."""
+        try:
             for leftover in [*self.partial.glob("*.ledger.json"), self.partial / _PROGRESS]:
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
             _sync_folder(self.partial)
             self.partial.replace(self.output)
             _sync_folder(self.output.parent)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -24,6 +25,19 @@ class _OrderedCommand(click.Command):
         _, _, order = self.make_parser(ctx).parse_args(list(args))
         ctx.meta[_ORDER] = [param.name for param in order if param.name in ("set_", "skip")]
         return super().parse_args(ctx, args)
+
+
+class _Bytes(click.ParamType):
+    """"500MB" -> 500,000,000."""
+
+    name = "size"
+    units: ClassVar[dict[str, int]] = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d{1,12})\s*([kmg]?b?)", str(value).lower())
+        if match is None or match[2] not in self.units or not int(match[1]):
+            self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
+        return int(match[1]) * self.units[match[2]]
 
 
 def _rules(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> list[Rule]:
@@ -61,6 +75,7 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, rules: li
 @click.option("--set", "set_", multiple=True, metavar="PATTERN=SCHEME", help="Another scheme for some tensors; repeatable.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Keep some tensors in float; repeatable.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: one per core.")
+@click.option("--shard-size", "shard_bytes", type=_Bytes(), default="2GB", show_default=True, help="Largest output file.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @_output.json_option
 @click.pass_context
@@ -74,6 +89,7 @@ def command(
     set_: tuple[str, ...],
     skip: tuple[str, ...],
     threads: int | None,
+    shard_bytes: int,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -93,7 +109,7 @@ def command(
     from spicerack.quantize import execute
 
     console = _output.console(as_json)
-    job = prepare(model, recipe)
+    job = prepare(model, recipe, shard_bytes=shard_bytes)
     _announce(job, console)
     if dry_run:
         if as_json:
