@@ -1,0 +1,248 @@
+"""Which files make up a model folder: its weight shards, and the side files that a copy needs. Opens no weight file.
+
+Folders come from strangers, so names are checked before they are used:
+
+- a shard is a plain file name; `../x` in an index is refused;
+- a weight file may be a link to anywhere (large disks are mounted where they fit): it is only ever parsed as safetensors;
+- a side file may be a link inside the folder or into the `blobs` of a Hugging Face cache. Any other link is refused,
+  because a copy of it would carry, say, a private key out of the machine under an innocent name;
+- devices, pipes and sockets are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from spicerack.errors import CheckpointError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_CONFIG_BYTES = 16 << 20
+MAX_INDEX_BYTES = 256 << 20
+MAX_SIDE_FILES = 10_000
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+OTHER_WEIGHTS = (
+    *PICKLED,
+    ".safetensors",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+    ".npz",
+)
+"""Weights of other engines, and duplicates of ours: never copied, because they would still be the unquantized model."""
+OUR_RECORDS = ("spicerack.json", "run.json")
+
+HUB_ALLOW = (
+    "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "*.vocab", "*.md", "LICENSE*", "NOTICE*"
+)  # fmt: skip
+"""What is fetched from the hub: no pickled weights."""
+HUB_IGNORE = ("onnx/*", "openvino/*", "original/*", "metal/*", "consolidated*")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of a model folder, by name relative to it.
+
+    index: tensor -> shard as the index says, None without an index.
+    left_out: weight files that are not part of the model (other engines', duplicates), neither read nor copied.
+    """
+
+    folder: Path
+    shards: tuple[str, ...]
+    index: dict[str, str] | None
+    side_files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def find(folder: Path) -> Files:
+    """Look a model folder over. Raises CheckpointError naming the file and the rule."""
+    index: dict[str, str] | None = None
+    index_name = _index_name(folder)
+    if (folder / SINGLE).is_file():  # transformers prefers it to an index, too
+        shards: tuple[str, ...] = (SINGLE,)
+    elif index_name is not None:
+        index = _read_index(folder / index_name)
+        shards = tuple(sorted(set(index.values())))
+    else:
+        shards = (_only_weight_file(folder),)
+    side_files, left_out = _side_files(folder, {*shards, index_name or INDEX})
+    return Files(folder, shards, index, side_files, left_out)
+
+
+def locate(model: str | Path) -> Path:
+    """A model's folder: the local one, or a snapshot of a hub id such as `org/name`. Raises CheckpointError."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file():
+        if path.suffix == ".gguf":
+            raise CheckpointError(
+                f"{path} is a GGUF file, already quantized for llama.cpp", "give the safetensors folder it came from"
+            )
+        raise CheckpointError(f"{path} is a file, not a model folder", f"give the folder that holds it: {path.parent}")
+    if isinstance(model, str) and _HUB_ID.fullmatch(model):
+        return _download(model)
+    raise CheckpointError(f"{path} does not exist", "give a model folder, or a hub id such as 'org/name'")
+
+
+def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    """A JSON object from a stranger's file. Raises CheckpointError if it is missing, too large, or anything else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", "a model folder has a config.json beside its *.safetensors files")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise CheckpointError(f"{path} has {size} bytes; at most {max_bytes} are read", "is it really a JSON file?")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object", "fetch the file again")
+    return value
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=list(HUB_ALLOW), ignore_patterns=list(HUB_IGNORE))
+    except (OSError, HFValidationError) as error:  # hub, network and cache errors are OSErrors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{hub_id} is not a local folder, and the hub gave nothing: {reason}",
+            "check the name and the connection, or download the model and give its folder",
+        ) from error
+    return Path(folder).resolve()
+
+
+def _index_name(folder: Path) -> str | None:
+    names = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
+    if INDEX in names:
+        return INDEX
+    return names[0] if len(names) == 1 else None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map", "save the model again with save_pretrained")
+    for tensor, shard in weight_map.items():
+        plain = (
+            isinstance(shard, str) and PurePosixPath(shard).name == shard and "\\" not in shard and "\0" not in shard
+        )
+        if not plain or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: tensor {tensor!r} is said to be in {shard!r}; a shard is a *.safetensors file in the same folder",
+                "do not trust this folder, or save the model again with save_pretrained",
+            )
+        if not (path.parent / shard).is_file():
+            raise CheckpointError(
+                f"{path.parent / shard} is missing: {path.name} says it holds {tensor!r}", "fetch the missing shard"
+            )
+    return weight_map
+
+
+def _only_weight_file(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    candidates = [name for name in names if name.endswith(".safetensors")]
+    if "adapter_config.json" in names:
+        raise CheckpointError(
+            f"{folder} is an adapter, not a model", "merge it into its base model first (merge_and_unload)"
+        )
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise CheckpointError(
+            f"{folder} has {len(candidates)} safetensors files and no {INDEX}: which belong to the model is not known",
+            "add the index, or save the model again with save_pretrained",
+        )
+    pickled = [name for name in names if name.endswith(PICKLED)]
+    if pickled:
+        raise CheckpointError(
+            f"{folder / pickled[0]}: pickled weights are not read, because pickled files can execute code",
+            "convert in a sandbox with save_pretrained(safe_serialization=True)",
+        )
+    if any(name.endswith(".gguf") for name in names):
+        raise CheckpointError(
+            f"{folder} is a GGUF folder, already quantized for llama.cpp", "give the safetensors folder it came from"
+        )
+    if any(folder.glob("*.safetensors.tmp")) or "progress.json" in names:
+        raise CheckpointError(f"{folder} is an unfinished output", "run the same quantize command again to finish it")
+    raise CheckpointError(f"{folder} has no *.safetensors file", "give a Hugging Face model folder")
+
+
+def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    modules = _sentence_transformer_modules(folder)
+    side: list[str] = []
+    left_out: list[str] = []
+    for name in _walk(folder):
+        if name in weights or name in OUR_RECORDS or name == CONFIG:
+            continue
+        part_of_model = name.rpartition("/")[0] in modules
+        foreign = name.endswith(OTHER_WEIGHTS) and not part_of_model
+        (left_out if foreign else side).append(name)
+        if len(side) > MAX_SIDE_FILES:
+            raise CheckpointError(
+                f"{folder} has more than {MAX_SIDE_FILES} files beside its weights", "is it a model folder?"
+            )
+    for name in side:
+        _check_link(folder, name)
+    return tuple(side), tuple(left_out)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Names of all regular, visible files under `folder`, '/'-separated, sorted; links to folders are refused."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(".partial"))
+        for name in folders:
+            if (Path(parent) / name).is_symlink():
+                raise CheckpointError(
+                    f"{Path(parent) / name} is a link to a folder", "replace the link by the folder itself"
+                )
+        for name in sorted(files):
+            path = Path(parent) / name
+            temporary = name.endswith((".tmp", ".incomplete", ".lock", ".safetensors.index.json"))
+            if not name.startswith(".") and not temporary and path.is_file():
+                yield path.relative_to(folder).as_posix()
+
+
+def _check_link(folder: Path, name: str) -> None:
+    path = folder / name
+    if not path.is_symlink():
+        return
+    target = path.resolve()
+    roots = [folder]
+    if folder.parent.name == "snapshots":  # models--org--name/snapshots/<revision>, with the bytes in ../../blobs
+        roots.append(folder.parent.parent / "blobs")
+    if not any(target.is_relative_to(root) for root in roots):
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside the model folder", "replace the link by a copy of the file"
+        )
+
+
+def _sentence_transformer_modules(folder: Path) -> set[str]:
+    """Sub-folders that sentence-transformers loads (its modules.json): weights in them, such as 2_Dense's, are side files."""
+    path = folder / "modules.json"
+    if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
+        return set()
+    try:
+        modules = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
+    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    return {path for path in paths if isinstance(path, str) and path}
