@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from spicerack.checkpoint.reader import BITS
 from spicerack.errors import OutputError
 
 SHARD_BYTES = 2_000_000_000
@@ -35,7 +36,6 @@ LEDGER = "spicerack.json"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 _PROGRESS = "progress.json"  # OUT.partial: whose it is
-_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 1)
+        return -(-math.prod(self.shape) * BITS[self.dtype] // 8)
 
 
 @dataclass(frozen=True, slots=True)

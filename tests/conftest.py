@@ -1,0 +1,74 @@
+"""Model folders for the tests: small random ones of real architectures, and the real ones where they are at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+STORIES = ROOT.parent / "shared" / "models" / "stories260k"
+STDLIB_LM = ROOT / "assets" / "stdlib-lm"
+LlamaFolder = Callable[..., Path]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with no merges: 256 bytes and an end-of-text token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<|end|>"])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> LlamaFolder:
+    """Makes a random Llama folder; keyword arguments override its config."""
+
+    def make(
+        name: str = "model",
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str = "5GB",
+        seed: int = 0,
+        **overrides: Any,
+    ) -> Path:
+        settings: dict[str, Any] = {
+            "vocab_size": 257,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": False,
+            "bos_token_id": 256,
+            "eos_token_id": 256,
+        }
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**settings | overrides)).to(dtype)
+        folder = tmp_path / name
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def stories() -> Path:
+    """The 260 k parameter Llama trained by others, with awkward widths; skips where it is not at hand."""
+    if not STORIES.is_dir():
+        pytest.skip("../shared/models/stories260k is not there")
+    return STORIES
+
+
+@pytest.fixture
+def stdlib_lm() -> Path:
+    """The project's own language model."""
+    return STDLIB_LM
