@@ -1,0 +1,1 @@
+"""Data only: names, shared inputs and orientations, per family of models."""
