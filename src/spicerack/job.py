@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,6 +139,8 @@ def _checked(decision: Decision, entry: census.Entry, modules: Mapping[str, str]
     kind = modules.get(entry.module) if modules is not None else _CLASSES[entry.role]
     if kind != _CLASSES[entry.role] and kind != "experts":
         return Decision(None, f"the architecture has {kind or 'no module'} there, not {_CLASSES[entry.role]}")
+    if decision.scheme.activations is not None and entry.role == "embedding":
+        raise SchemeError(f"{entry.module}: an embedding has no activations to quantize", "use the scheme without a8")
     if decision.scheme.activations == "static":
         raise SchemeError(f"{decision.scheme}: static activation scales need calibration", "use a8: dynamic, per token")
     return decision
@@ -146,15 +148,8 @@ def _checked(decision: Decision, entry: census.Entry, modules: Mapping[str, str]
 
 def _plan(entry: census.Entry, decision: Decision) -> Planned:
     assert decision.scheme is not None
-    transposed = entry.role == "conv1d"
-    shape = entry.info.shape
-    if transposed:
-        shape = (*shape[:-2], shape[-1], shape[-2])
     dtype = SOURCE_TYPES[entry.info.dtype]
-    scheme = decision.scheme
-    if entry.role == "embedding" and scheme.activations is not None:
-        scheme = replace(scheme, activations=None)
-    return Planned(entry.module, scheme, shape, entry.role, dtype, transposed)
+    return Planned(entry.module, decision.scheme, entry.matrix_shape, entry.role, dtype, entry.transposed)
 
 
 def _check_shapes(planned: Mapping[str, Planned]) -> None:
