@@ -37,7 +37,9 @@ def test_pack_is_the_definition_and_unpack_its_inverse(bits: int, rows: int, col
     codes = random_codes(rows, columns, bits=bits, seed=seed)
     words = pack(codes, bits)
     assert words.dtype == torch.int32
-    assert [[w & 0xFFFFFFFF for w in row] for row in words.tolist()] == [bit_by_bit(row, bits) for row in codes.tolist()]
+    assert [[w & 0xFFFFFFFF for w in row] for row in words.tolist()] == [
+        bit_by_bit(row, bits) for row in codes.tolist()
+    ]
     assert torch.equal(unpack(words, bits, columns), codes)
 
 

@@ -37,7 +37,9 @@ def unpack(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     8-bit codes may share memory with `words`.
     """
     if words.shape[-1] != word_count(columns, bits):
-        raise ShapeError(f"{columns} codes of {bits} bits fill {word_count(columns, bits)} words, not {words.shape[-1]}")
+        raise ShapeError(
+            f"{columns} codes of {bits} bits fill {word_count(columns, bits)} words, not {words.shape[-1]}"
+        )
     stream = words.contiguous().view(torch.uint8)
     if bits == 8:
         codes = stream
