@@ -22,9 +22,7 @@ MATRICES: tuple[Role, ...] = ("linear", "conv1d", "experts")
 
 _NORM = re.compile(r".*norm\d*$|.*norm_.*|^(ln|bn)(_?\w+)?$", re.IGNORECASE)
 _EMBEDDING = re.compile(r".*_(embeddings?|embeds?|emb)$")
-_LANGUAGE_HEAD = re.compile(
-    r".*(ForCausalLM|LMHeadModel|DoubleHeadsModel|ForConditionalGeneration|ForMaskedLM|ForPreTraining)"
-)
+_LANGUAGE_HEAD = re.compile(r".*(ForCausalLM|LMHeadModel|DoubleHeadsModel|ForConditionalGeneration|ForMaskedLM)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +94,9 @@ def take(checkpoint: Checkpoint) -> Census:
         widths=_sizes(configs, *_HIDDEN, "intermediate_size", "ffn_dim", "d_ff", "n_inner"),
         hidden=_sizes(configs, *_HIDDEN),
         experts=_sizes(configs, *_EXPERTS),
+        fused_attention=frozenset(
+            n.removesuffix("in_proj_weight") for n in checkpoint.tensors if n.endswith("in_proj_weight")
+        ),
     )
     label = _layer_types(checkpoint.tensors)
     entries = {}
@@ -142,6 +143,7 @@ class _Facts:
     widths: frozenset[int]
     hidden: frozenset[int]
     experts: frozenset[int]
+    fused_attention: frozenset[str]
 
 
 def _configs(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
@@ -173,12 +175,16 @@ def _role(name: str, shape: tuple[int, ...], facts: _Facts) -> Role:
         return "other"  # a bare parameter: no layer class that we could replace
     if len(shape) > 2:
         return "conv"
+    if owner == "out_proj" and name.removesuffix("out_proj.weight") in facts.fused_attention:
+        return "other"  # torch's MultiheadAttention reads this weight itself: no layer to replace
     return _matrix_role(parts[:-1], shape, facts)
 
 
 def _is_experts(parts: list[str], shape: tuple[int, ...]) -> bool:
     stacked = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
     in_experts = any(part in names.EXPERTS for part in parts[:-1]) and "conv" not in stacked
+    if len(shape) == 2:
+        return in_experts and parts[-1] in names.DBRX_EXPERTS
     return len(shape) == 3 and (in_experts or stacked in names.STACKED_EXPERTS)
 
 
@@ -214,6 +220,8 @@ def _transposed(name: str, role: Role, shape: tuple[int, ...], facts: _Facts) ->
     """Whether a matrix is stored [..., in, out]. Shapes decide; for square ones, the family."""
     if role != "experts":
         return role == "conv1d"
+    if len(shape) == 2:
+        return name.endswith(".w2")
     if len(facts.hidden) == 1 and (shape[1] in facts.hidden) != (shape[2] in facts.hidden):
         writes_hidden = any(part in name.split(".") for part in ("down_proj", "w2", "wo", "output_linear", "w2_weight"))
         return (shape[2] in facts.hidden) == writes_hidden

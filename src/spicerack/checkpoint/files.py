@@ -3,7 +3,7 @@
 Folders come from strangers, so names are checked before they are used:
 
 - a shard is a plain file name; `../x` in an index is refused;
-- a weight file may be a link to anywhere (large disks are mounted where they fit): it is only ever parsed as safetensors;
+- a weight file may be a link to anywhere (large disks are mounted where they fit): it is only parsed as safetensors;
 - a side file may be a link inside the folder or into the `blobs` of a Hugging Face cache. Any other link is refused,
   because a copy of it would carry, say, a private key out of the machine under an innocent name;
 - devices, pipes and sockets are never opened.
@@ -46,7 +46,8 @@ OTHER_WEIGHTS = (
 OUR_RECORDS = ("spicerack.json", "run.json")
 
 HUB_ALLOW = (
-    "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "*.vocab", "*.md", "LICENSE*", "NOTICE*"
+    "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "*.vocab", "*.md",
+    "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """What is fetched from the hub: no pickled weights."""
 HUB_IGNORE = ("onnx/*", "openvino/*", "original/*", "metal/*", "consolidated*")
@@ -147,7 +148,7 @@ def _read_index(path: Path) -> dict[str, str]:
         )
         if not plain or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: tensor {tensor!r} is said to be in {shard!r}; a shard is a *.safetensors file in the same folder",
+                f"{path}: tensor {tensor!r} is said to be in {shard!r}, which is not a *.safetensors file beside it",
                 "do not trust this folder, or save the model again with save_pretrained",
             )
         if not (path.parent / shard).is_file():
@@ -236,7 +237,7 @@ def _check_link(folder: Path, name: str) -> None:
 
 
 def _sentence_transformer_modules(folder: Path) -> set[str]:
-    """Sub-folders that sentence-transformers loads (its modules.json): weights in them, such as 2_Dense's, are side files."""
+    """Sub-folders that sentence-transformers loads (modules.json): weights in them, 2_Dense's say, are side files."""
     path = folder / "modules.json"
     if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
         return set()

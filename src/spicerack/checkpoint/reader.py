@@ -1,7 +1,7 @@
 """Reads a folder of safetensors: everything about the tensors from headers alone, then one tensor at a time.
 
-Headers are parsed by the safetensors library, which proves that the tensors tile each file exactly; truncated files, gaps
-and overlaps end here. torch is imported when the first tensor is read, not before: `inspect` runs without it.
+Headers are parsed by the safetensors library, which proves that the tensors tile each file exactly: truncated files,
+gaps and overlaps end here. torch is imported when the first tensor is read, not before: `inspect` runs without it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-    "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 """Bits per element of safetensors' types."""
@@ -108,10 +109,10 @@ class Checkpoint:
         return rows
 
     def fingerprint(self) -> str:
-        """sha256 hex over config.json, each shard's name, size and header, and 16 samples of 4 KiB spread over its data.
+        """sha256 hex over config.json and each shard's name, size, header and 16 samples of 4 KiB spread over its data.
 
-        Tells whether a run that resumes still sees the model it began with, in milliseconds at any size. It is not a hash of
-        all bytes: a change that hits no sample, and leaves sizes and headers alone, is not seen.
+        Tells whether a run that resumes still sees the model it began with, in milliseconds at any size. It is not a
+        hash of all bytes: a change that hits no sample, and leaves sizes and headers alone, is not seen.
         """
         digest = hashlib.sha256((self.folder / files.CONFIG).read_bytes())
         for shard in self.shards:

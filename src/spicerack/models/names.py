@@ -59,7 +59,9 @@ GATES = frozenset({"gate", "wg", "gating"})
 
 EXPERTS = frozenset({"experts", "expert"})
 STACKED_EXPERTS = frozenset({"input_linear", "output_linear", "w13_weight", "w2_weight"})
-"""Parents of fused expert tensors [experts, out, in]; and fused tensors that have no such parent (Granite, JetMoE)."""
+DBRX_EXPERTS = frozenset({"w1", "v1", "w2"})
+"""Parents of fused expert tensors [experts, out, in]; and fused tensors that have no such parent (Granite, JetMoE).
+DBRX stacks its experts along the rows: [experts * inner, hidden], of which w2 is stored [in, out]."""
 
 EXPERTS_IN_OUT = frozenset({
     "gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter", "qwen3_vl_moe",
@@ -120,3 +122,6 @@ CROSS_ATTENTION = frozenset({"encoder_attn", "EncDecAttention", "crossattention"
 
 CONTAINERS = frozenset({"model", "transformer", "backbone"})
 """Components that say nothing about a layer's kind."""
+
+PLAIN_LINEAR = frozenset({"FalconLinear"})
+"""Subclasses of torch's Linear in transformers that compute the same."""
