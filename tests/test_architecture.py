@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "spicerack"
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "registry", "models"}),
     frozenset({"scheme", "schemes"}),
-    frozenset({"qtensor", "codec", "bits", "recipe", "native"}),
+    frozenset({"levels", "search", "qtensor", "codec", "bits", "recipe", "native"}),
     frozenset({"checkpoint", "census", "architecture"}),
     frozenset({"format", "formats", "kernels"}),
     frozenset({"nn"}),
