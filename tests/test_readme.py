@@ -1,0 +1,48 @@
+"""The README's commands, executed as they are written there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    return [line.split("  #")[0].strip() for line in README.splitlines() if line.startswith("    spicerack ")]
+
+
+@pytest.mark.slow
+def test_the_commands_run_as_written(stdlib_lm: Path, tmp_path: Path) -> None:
+    assert {shlex.split(c)[1] for c in commands()} >= {"inspect", "quantize", "eval", "bench", "generate"}
+    names = {"MODEL": str(stdlib_lm), "OUT": str(tmp_path / "OUT"), "FILE": str(stdlib_lm / "heldout.txt")}
+    for command in commands():
+        words = [names.get(word, word) for word in shlex.split(command)][1:]
+        if words[0] == "eval":
+            words += ["--max-tokens", "4096"]  # the same command on less text
+        done = subprocess.run([sys.executable, "-m", "spicerack", *words], capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, (command, done.stderr)
+        assert done.stdout.strip(), command
+
+
+@pytest.mark.slow
+def test_the_python_lines_run_as_written(stdlib_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    monkeypatch.chdir(tmp_path)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    scope: dict[str, object] = {"my_module": module}
+    exec(block[1].replace("path/to/model", str(stdlib_lm)), scope)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    small = scope["small"]
+    assert isinstance(small, torch.nn.Module)
+    assert torch.allclose(small(x), module(x), atol=0.05) and not torch.equal(small(x), module(x))
+    assert (tmp_path / "out" / "config.json").exists()
+    assert type(scope["model"]).__name__ == "LlamaForCausalLM"
