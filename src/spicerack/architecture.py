@@ -59,8 +59,7 @@ def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
         return None
     built = CONFIG_MAPPING[model_type].from_dict(_harmless(config))
     declared = config.get("architectures")
-    name = declared[0] if isinstance(declared, list) and declared else None
-    known = getattr(transformers, name, None) if isinstance(name, str) else MODEL_MAPPING[type(built)]
+    known = getattr(transformers, declared[0], None) if declared else MODEL_MAPPING[type(built)]
     if not isinstance(known, type) or not issubclass(known, PreTrainedModel):
         return None
     with torch.device("meta"), no_init_weights():

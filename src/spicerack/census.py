@@ -171,7 +171,7 @@ def _role(name: str, shape: tuple[int, ...], facts: _Facts) -> Role:
         return "norm" if len(shape) == 1 and _NORM.match(owner if parts[-1] == "weight" else parts[-1]) else "other"
     if _is_experts(parts, shape):
         return "experts"
-    if parts[-1] != "weight":
+    if parts[-1] != "weight" or not owner:
         return "other"  # a bare parameter: no layer class that we could replace
     if len(shape) > 2:
         return "conv"
@@ -243,14 +243,14 @@ def _layer_types(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
             split[module] = tuple(parts[:number]), ".".join(tail)
         else:  # not in a stack, or a numbered part of a Sequential
             named = [part for part in parts if not part.isdigit() and part not in names.CONTAINERS]
-            split[module] = (), ".".join(named[-2:]) or module
+            split[module] = (), ".".join(named[-3 if named[-1:] == ["bias"] else -2 :]) or module
     stacks = {stack for stack, _ in split.values() if stack}
     begin = _common(stacks)
     end = _common({tuple(reversed(stack[begin:])) for stack in stacks})
-    return {
-        module: ".".join((*stack[begin : len(stack) - end], tail)) if len(stacks) > 1 and stack else tail
-        for module, (stack, tail) in split.items()
+    label = {
+        stack: [part for part in stack[begin : len(stack) - end] if part not in names.CONTAINERS] for stack in stacks
     }
+    return {module: ".".join((*label.get(stack, ()), tail)) for module, (stack, tail) in split.items()}
 
 
 def _common(stacks: set[tuple[str, ...]]) -> int:
