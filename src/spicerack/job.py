@@ -108,7 +108,7 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
             planned[name] = _plan(entry, decision)
     _check_shapes(planned)
     plan = {p.module: p for p in planned.values()}
-    chosen = format.choose(plan, source.config)
+    chosen = format.choose(plan)
     actions = tuple(_actions(entries, seen, planned, reasons, chosen, source))
     floats = [m for m, kind in (modules or {}).items() if kind == "Linear" and m not in plan]
     floats += [_module(alias) for alias in seen.tied if _module(alias) not in (*plan, *floats)]
@@ -117,7 +117,7 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
         recipe=what,
         format=chosen,
         actions=actions,
-        notes=tuple(format.portability(plan, source.config, seen.shared_inputs)),
+        notes=tuple(format.portability(plan, seen.shared_inputs)),
         config=chosen.config(dict(source.config), plan, floats),
         parameters=seen.parameters,
         shard_bytes=shard_bytes,

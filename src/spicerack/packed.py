@@ -1,0 +1,135 @@
+"""A QTensor as named tensors with its codes bit-packed: in memory, and in spicerack's own container.
+
+codes           int32 words [..., N, ceil(K bits / 32)], code - lo, the stream of `bits`
+scale           [..., N/rows, K/columns] in its stored type; if quantized: scale.codes, scale.scale ...
+zero            int32 words [..., N/rows, ceil(K/columns bits / 32)], zero - lo
+min             like scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from spicerack import bits, codec
+from spicerack.qtensor import QTensor, Scale
+from spicerack.scheme import FloatType, IntLevels, Scheme
+
+Tensors = Mapping[str, torch.Tensor]
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Rows = torch.Tensor | slice
+
+
+def layout(scheme: Scheme, shape: tuple[int, ...], source: torch.dtype) -> Layout:
+    """Name -> (type, shape) of what `pack` makes of a tensor [..., N, K] that was of type `source`."""
+    *leading, rows, columns = shape
+    grid = _grid(scheme, shape)
+    parts: Layout = {"codes": (torch.int32, (*leading, rows, bits.word_count(columns, scheme.bits)))}
+    for name, kind in _parts(scheme):
+        if isinstance(kind, Scheme):
+            inner = layout(kind, grid, source)
+            parts |= {f"{name}.{key}": value for key, value in inner.items()}
+        else:
+            parts[name] = (codec.dtype_of(kind, source), grid)
+    if scheme.zero:
+        parts["zero"] = (torch.int32, (*grid[:-1], bits.word_count(grid[-1], scheme.bits)))
+    return parts
+
+
+def pack(q: QTensor) -> dict[str, torch.Tensor]:
+    """Bit-pack q; `unpack` is the inverse."""
+    tensors = {"codes": _pack_codes(q.codes, q.scheme)}
+    for name, part in (("scale", q.scale), ("min", q.min)):
+        if isinstance(part, QTensor):
+            tensors |= {f"{name}.{key}": value for key, value in pack(part).items()}
+        elif part is not None:
+            tensors[name] = part
+    if q.zero is not None:
+        tensors["zero"] = _pack_codes(q.zero, q.scheme)
+    return tensors
+
+
+def unpack(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed: bool = False) -> QTensor:
+    """Inverse of `pack`, for a tensor of shape [..., N, K]."""
+    grid = _grid(scheme, shape)
+    parts: dict[str, Scale] = {}
+    for name, kind in _parts(scheme):
+        parts[name] = unpack(kind, grid, part(tensors, name)) if isinstance(kind, Scheme) else tensors[name]
+    return QTensor(
+        scheme=scheme,
+        codes=_unpack_codes(tensors["codes"], scheme, shape[-1]),
+        scale=parts["scale"],
+        zero=_unpack_codes(tensors["zero"], scheme, grid[-1]) if scheme.zero else None,
+        min=parts.get("min"),
+        transposed=transposed,
+    )
+
+
+def decode_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: Rows) -> torch.Tensor:
+    """float32 [R, K]: the chosen rows of a packed [N, K] matrix, equal to `codec.decode` bit for bit.
+
+    rows: indices [R], or a slice whose step is 1. Only their words and scales are touched.
+    """
+    n, k = shape
+    block_rows, block_columns = scheme.block_shape(n, k)
+    count = len(range(n)[rows]) if isinstance(rows, slice) else len(rows)
+    blocks = rows if block_rows == 1 else _indices(rows, n, tensors["codes"].device) // block_rows
+    grid = _grid(scheme, shape)
+    codes = bits.unpack(tensors["codes"][rows], scheme.bits, k).reshape(count, grid[1], block_columns)
+    zero: torch.Tensor | float = 0.0
+    if scheme.zero:
+        zero = _offset(bits.unpack(tensors["zero"][blocks], scheme.bits, grid[1]), scheme)[..., None]
+    level = _offset(codes, scheme) if isinstance(scheme.levels, IntLevels) else codes
+    values = codec.level_values(level, scheme.levels, zero)
+    parts = {name: _part_rows(kind, grid, tensors, name, blocks)[..., None] for name, kind in _parts(scheme)}
+    values = parts["scale"] * values
+    if "min" in parts:
+        values = values + parts["min"]
+    return values.reshape(count, k)
+
+
+def part(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose name begins with `prefix.`, without it."""
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
+
+
+def _part_rows(
+    kind: FloatType | Scheme, grid: tuple[int, ...], tensors: Tensors, name: str, rows: Rows
+) -> torch.Tensor:
+    if isinstance(kind, Scheme):
+        return decode_rows(kind, grid, part(tensors, name), rows)
+    return tensors[name][rows].float()
+
+
+def _indices(rows: Rows, n: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(*rows.indices(n), device=device) if isinstance(rows, slice) else rows
+
+
+def _parts(scheme: Scheme) -> list[tuple[str, FloatType | Scheme]]:
+    return [(name, kind) for name, kind in (("scale", scheme.scale), ("min", scheme.min)) if kind is not None]
+
+
+def _grid(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, ...]:
+    *leading, rows, columns = shape
+    block_rows, block_columns = scheme.block_shape(rows, columns)
+    return (*leading, rows // block_rows, columns // block_columns)
+
+
+def _lowest(scheme: Scheme) -> int:
+    return scheme.levels.lo if isinstance(scheme.levels, IntLevels) else 0
+
+
+def _offset(stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Stored uint8 -> float32 code. (int16 would do as well; the product needs float32 anyway.)"""
+    return stored.float().add_(_lowest(scheme))
+
+
+def _pack_codes(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    return bits.pack((codes.to(torch.int16) - _lowest(scheme)).to(torch.uint8), scheme.bits)
+
+
+def _unpack_codes(words: torch.Tensor, scheme: Scheme, columns: int) -> torch.Tensor:
+    stored = bits.unpack(words, scheme.bits, columns)
+    low = _lowest(scheme)
+    return (stored.to(torch.int16) + low).to(torch.int8) if low < 0 else stored
