@@ -23,7 +23,6 @@ from spicerack.job import Action, Job, prepare
 from spicerack.qtensor import QTensor
 from spicerack.recipe import Range, Recipe, Rule, check_range, rule
 from spicerack.scheme import Scheme, parse
-from spicerack.swap import quantize_module
 
 RUN = "run.json"
 Progress = Callable[[int], None]
@@ -69,6 +68,7 @@ def quantize(
     if isinstance(model, torch.nn.Module):
         if output is not None:
             raise UsageError("a module is quantized in memory", "write it with spicerack.save(module, folder)")
+        from spicerack.swap import quantize_module
         return quantize_module(model, what)
     if output is None:
         raise UsageError(f"no output folder for {model}", "pass output='...'")
@@ -157,21 +157,31 @@ def relative_error(w: torch.Tensor, q: QTensor) -> float:
 
 
 def by_layer_type(output: Path) -> list[dict[str, Any]]:
-    """The ledger of a finished folder, added up by layer type and scheme: layers, scheme, count, before, after, error."""
+    """The ledger of a finished folder, added up: a row per quantized layer type and scheme, then the rest by type.
+
+    Keys: layers, numbers, count, before and after (bytes), error (root mean square of the tensors' relative errors).
+    """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in json.loads((output / LEDGER).read_text())["tensors"]:
-        scheme = entry["scheme"] or ("dropped" if entry["action"] == "drop" else entry["dtype"].lower())
-        row = rows.setdefault((entry["layer_type"], scheme), dict.fromkeys(("count", "before", "after", "squares"), 0))
+    entries = json.loads((output / LEDGER).read_text())["tensors"]
+    for entry in sorted(entries, key=lambda entry: entry["action"] != "quantize"):
+        if entry["action"] == "quantize":
+            key = (entry["layer_type"], entry["scheme"])
+        else:
+            key = ("everything else", entry["dtype"].lower()) if entry["action"] == "copy" else ("tied copies", "dropped")
+        row = rows.setdefault(key, {"count": 0, "before": 0, "after": 0, "squares": 0.0})
         row["count"] += 1
         row["before"] += entry["bytes_before"]
         row["after"] += entry["bytes_after"]
         row["squares"] += (entry["error"] or 0.0) ** 2
-        row["quantized"] = entry["error"] is not None
     return [
-        {"layers": layers, "scheme": scheme, "count": row["count"], "before": row["before"], "after": row["after"],
-         "error": math.sqrt(row["squares"] / row["count"]) if row["quantized"] else None}
-        for (layers, scheme), row in rows.items()
-    ]  # fmt: skip
+        {
+            "layers": layers,
+            "numbers": numbers,
+            **{key: row[key] for key in ("count", "before", "after")},
+            "error": math.sqrt(row["squares"] / row["count"]) if row["squares"] else None,
+        }
+        for (layers, numbers), row in rows.items()
+    ]
 
 
 def peak_rss_bytes() -> int:

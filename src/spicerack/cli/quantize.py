@@ -12,6 +12,8 @@ from spicerack.cli import _output
 from spicerack.errors import RecipeError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from spicerack.job import Job
     from spicerack.recipe import Recipe, Rule
 
@@ -128,38 +130,40 @@ def command(
     if as_json:
         _output.emit(result)
         return
-    _report(job, result, console)
+    _report(result, job.source.folder, console)
 
 
-def _announce(job: Job, console: Any) -> None:
+def _announce(job: Job, console: Console) -> None:
     from rich.markup import escape
 
-    console.print(f"[bold]{escape(str(job.source.folder))}[/bold]  recipe: {escape(str(job.recipe))}  format: {job.format.name}")
+    console.print(f"[bold]model [/bold] {escape(str(job.source.folder))}", soft_wrap=True)
+    console.print(f"[bold]recipe[/bold] {escape(str(job.recipe))}", soft_wrap=True)
+    console.print(f"[bold]format[/bold] {job.format.name}", soft_wrap=True)
     for note in job.notes:
-        console.print(f"[yellow]note:[/yellow] {escape(note)}")
+        console.print(f"[yellow]note[/yellow]   {escape(note)}", soft_wrap=True)
+    console.print()
 
 
-def _report(job: Job, result: dict[str, Any], console: Any) -> None:
+def _report(result: dict[str, Any], source: Path, console: Console) -> None:
     from rich.table import Table
 
     from spicerack.quantize import by_layer_type
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, justify in [("layers", "left"), ("scheme", "left"), ("count", "right"), ("before", "right"), ("after", "right")]:
-        table.add_column(name, justify="right" if justify == "right" else "left")
-    table.add_column("error (rms)", justify="right")
-    for row in by_layer_type(job, result["output"]):
-        error = f"{row['error']:.2%}" if row["error"] is not None else ""
-        table.add_row(row["layers"], row["scheme"], str(row["count"]), _size(row["before"]), _size(row["after"]), error)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("layers", "numbers", "count", "before", "after", "error"):
+        table.add_column(name, justify="left" if name in ("layers", "numbers") else "right", no_wrap=name != "layers")
+    for row in by_layer_type(Path(result["output"])):
+        error = "" if row["error"] is None else f"{row['error']:.2%}"
+        table.add_row(row["layers"], row["numbers"], str(row["count"]), _size(row["before"]), _size(row["after"]), error)
     console.print(table)
-    ratio = result["bytes_before"] / max(result["bytes_after"], 1)
+    ratio = result["bytes_before"] / result["bytes_after"]
     console.print(
-        f"[bold]{_size(result['bytes_before'])} -> {_size(result['bytes_after'])}[/bold] ({ratio:.2f} times smaller), "
-        f"{result['bits_per_weight']:.2f} bits a quantized weight, {result['bits_per_weight_total']:.2f} over the whole model, "
-        f"{result['seconds']:.1f} s, peak memory {_size(result['peak_rss_bytes'])}"
-        + (", resumed" if result["resumed"] else "")
+        f"\n[bold]{_size(result['bytes_before'])} -> {_size(result['bytes_after'])}[/bold], {ratio:.2f} times smaller; "
+        f"{result['bits_per_weight']:.2f} bits a quantized weight, {result['bits_per_weight_total']:.2f} over the whole model"
     )
-    console.print(f"next: spicerack eval {result['output']} --against {job.source.folder} --text FILE")
+    resumed = ", resumed" if result["resumed"] else ""
+    console.print(f"{result['seconds']:.1f} s, peak memory {_size(result['peak_rss_bytes'])}{resumed}")
+    console.print(f"next: spicerack eval {result['output']} --against {source} --text FILE", soft_wrap=True, markup=False)
 
 
 def _size(nbytes: float) -> str:
