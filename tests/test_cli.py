@@ -121,11 +121,11 @@ def test_the_command_line_wins_over_the_recipe_file(llama_folder, tmp_path: Path
 
 
 def test_ctrl_c_is_130_and_the_same_command_continues(llama_folder, tmp_path: Path, monkeypatch, capsys) -> None:
-    from spicerack import quantize
+    from spicerack import quantization
 
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantize, "execute", interrupted)
+    monkeypatch.setattr(quantization, "execute", interrupted)
     assert in_process("quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", "w8", "--json") == 130
     assert "continues" in json.loads(capsys.readouterr().out)["hint"]

@@ -96,7 +96,7 @@ KILLED = textwrap.dedent(
     import os, signal, sys
     from pathlib import Path
     from spicerack.checkpoint import writer
-    from spicerack.quantize import quantize
+    from spicerack.quantization import quantize
 
     model, output, moment = sys.argv[1], sys.argv[2], int(sys.argv[3])
     seen = 0

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spicerack.evaluate import evaluate
     from spicerack.load import load
-    from spicerack.quantize import quantize
-    from spicerack.save import save
+    from spicerack.quantization import quantize
+    from spicerack.saving import save
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "load", "quantize", "save"]
 
-_HOMES = {"evaluate": "evaluate", "load": "load", "quantize": "quantize", "save": "save"}
+_HOMES = {"evaluate": "evaluate", "load": "load", "quantize": "quantization", "save": "saving"}
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,10 @@ OTHER_WEIGHTS = (
     ".npz",
 )
 """Weights of other engines, and duplicates of ours: never copied, because they would still be the unquantized model."""
-OUR_RECORDS = ("spicerack.json", "run.json")
+LEDGER, RUN = "spicerack.json", "run.json"
+"""Records of a quantization: what happened to every tensor, and what was true of that run only."""
+CONTAINER = "spicerack"
+"""`model_type` of folders that only spicerack reads; the model's own config is nested under `config`."""
 
 HUB_ALLOW = (
     "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "*.vocab", "*.md",
@@ -192,7 +195,7 @@ def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple
     side: list[str] = []
     left_out: list[str] = []
     for name in _walk(folder):
-        if name in weights or name in OUR_RECORDS or name == CONFIG:
+        if name in weights or name in (CONFIG, LEDGER, RUN):
             continue
         part_of_model = name.rpartition("/")[0] in modules
         foreign = name.endswith(OTHER_WEIGHTS) and not part_of_model

@@ -108,7 +108,7 @@ def command(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from spicerack.job import prepare
-    from spicerack.quantize import execute
+    from spicerack.quantization import execute
 
     console = _output.console(as_json)
     job = prepare(model, recipe, shard_bytes=shard_bytes)
@@ -147,7 +147,7 @@ def _announce(job: Job, console: Console) -> None:
 def _report(result: dict[str, Any], source: Path, console: Console) -> None:
     from rich.table import Table
 
-    from spicerack.quantize import by_layer_type
+    from spicerack.quantization import by_layer_type
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("layers", "numbers", "count", "before", "after", "error"):
