@@ -191,7 +191,7 @@ def _pooling_folder(folder: Path) -> str:
 
 
 def compute(model: PreTrainedModel) -> str:
-    """Which kernel and type `model` runs with."""
+    """Which kernel and type `model` runs with, such as `reference/bfloat16`; `torch/...` for a float model."""
     return f"reference/{str(model.dtype).removeprefix('torch.')}"
 
 

@@ -30,7 +30,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, positions: int) -> Iterato
     logits are computed at once, then cut.
     """
     length = ids.shape[1]
-    if not _keeps_some(model) or positions >= length:
+    if not computes_some(model) or positions >= length:
         yield from model(input_ids=ids, use_cache=False).logits.split(positions, dim=1)
         return
     groups = torch.arange(length, device=ids.device).split(positions)
@@ -47,7 +47,8 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, positions: int) -> Iterato
         yield chunk
 
 
-def _keeps_some(model: PreTrainedModel) -> bool:
+def computes_some(model: PreTrainedModel) -> bool:
+    """Whether `model` can compute the logits of some positions only."""
     return model.base_model is not model and "logits_to_keep" in inspect.signature(model.forward).parameters
 
 

@@ -1,0 +1,211 @@
+"""What a quantized folder gained: size on disk, bytes in memory and speed, beside the model it was made from.
+
+The models take turns (A B A B ...) in one process on the same inputs, so that a machine that slows down, or another program,
+meets both. Medians and the whole spread are reported. Tokenizers are not timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from spicerack.checkpoint import files
+from spicerack.errors import UsageError
+from spicerack.evaluate import compute, kind
+from spicerack.evaluate_logits import computes_some
+from spicerack.load import load
+
+Progress = Callable[[str, float], None]
+Sample = dict[str, float]
+"""Speeds of one turn: figure -> items per second."""
+
+PREFILL, DECODE, REPEATS, BATCH, LENGTH = 512, 64, 5, 32, 64
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is timed. Decoders: `prefill` tokens at once, then `decode` one by one with a cache. Encoders: `batch` sequences of
+    `length` tokens at once."""
+
+    prefill: int
+    decode: int
+    batch: int
+    length: int
+
+
+def bench(
+    folder: str | Path,
+    *,
+    against: str | Path,
+    prefill: int | None = None,
+    decode: int = DECODE,
+    batch: int = BATCH,
+    repeats: int = REPEATS,
+    threads: int | None = None,
+    device: str = "cpu",
+    float32: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time `folder` and the model it was made from -> {"rows": [...], "speedup": number, ...}.
+
+    A row: name, compute, bytes_on_disk (weight files), resident_bytes (what the parameters and buffers hold in memory after a
+    run), and for decoders prefill_tokens_per_s and decode_tokens_per_s, for encoders items_per_s (sequences), each a
+    median with `_min` and `_max` beside it. speedup: the quantized model's decode_tokens_per_s (items_per_s) over the
+    original's. float32: time the original in float32, too. prefill: None is 512, or what fits into the model's positions.
+    """
+    out, source = files.locate(folder), files.locate(against)
+    config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)
+    what = kind(config, source)
+    report = progress or (lambda _what, _share: None)
+
+    def open_model(where: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return load(where, device=device, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+
+    report("loading", 0.0)
+    models = {"original": open_model(source), "quantized": open_model(out)}
+    if float32 and models["original"].dtype != torch.float32:
+        models["original, float32"] = open_model(source, torch.float32)
+    folders = {name: out if name == "quantized" else source for name in models}
+    work = _work(models["original"], prefill, decode, batch)
+    turn = _decoder_turn if what == "decoder" else _encoder_turn
+    with _threads(threads):
+        samples = take_turns(
+            {name: partial(turn, model, work) for name, model in models.items()},
+            repeats,
+            lambda share: report("measuring", share),
+        )
+        used = torch.get_num_threads()
+    rows = [
+        {
+            "name": name,
+            "compute": compute(model),
+            **_speeds(samples[name]),
+            "bytes_on_disk": bytes_on_disk(folders[name]),
+            "resident_bytes": resident_bytes(model),
+        }
+        for name, model in models.items()
+    ]
+    figures = [key for key in rows[0] if key.endswith("_per_s")]
+    ratios = {key: rows[1][key] / rows[0][key] for key in figures}
+    shape = {"prefill": work.prefill, "decode": work.decode} if what == "decoder" else {"batch": batch, "length": work.length}
+    return {
+        "rows": rows,
+        "speedup": ratios[figures[-1]],
+        **({"speedup_prefill": ratios[figures[0]]} if what == "decoder" else {}),
+        **shape,
+        "repeats": repeats,
+        "threads": used,
+        "device": device,
+    }
+
+
+def take_turns(
+    turns: dict[str, Callable[[], Sample]], repeats: int, progress: Callable[[float], None]
+) -> dict[str, list[Sample]]:
+    """Every turn once as a warm-up, not counted, then `repeats` rounds of all of them, in order."""
+    samples: dict[str, list[Sample]] = {name: [] for name in turns}
+    for number in range(repeats + 1):
+        for i, (name, turn) in enumerate(turns.items()):
+            sample = turn()
+            if number:
+                samples[name].append(sample)
+            progress((number * len(turns) + i + 1) / ((repeats + 1) * len(turns)))
+    return samples
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Bytes of the weight files of a model folder."""
+    found = files.find(folder)
+    return sum((folder / shard).stat().st_size for shard in found.shards)
+
+
+def resident_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all storages under the model's parameters and buffers; tied and shared ones once, views as the whole they
+    keep alive."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+@torch.inference_mode()
+def _decoder_turn(model: PreTrainedModel, work: Work) -> Sample:
+    """Greedy generation: a prompt of random tokens, then one token at a time."""
+    ids = _tokens(model, 1, work.prefill)
+    last = {"logits_to_keep": 1} if computes_some(model) else {}
+    begin = _now(model)
+    step = model(input_ids=ids, use_cache=True, **last)
+    token, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+    middle = _now(model)
+    for _ in range(work.decode):
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    end = _now(model)
+    return {
+        "prefill_tokens_per_s": work.prefill / (middle - begin),
+        "decode_tokens_per_s": work.decode / (end - middle),
+    }
+
+
+@torch.inference_mode()
+def _encoder_turn(model: PreTrainedModel, work: Work) -> Sample:
+    """One batch of full-length sequences: no padding, so that every model does all the work."""
+    ids = _tokens(model, work.batch, work.length)
+    mask = torch.ones_like(ids)
+    begin = _now(model)
+    model.base_model(input_ids=ids, attention_mask=mask)
+    return {"items_per_s": work.batch / (_now(model) - begin)}
+
+
+def _tokens(model: PreTrainedModel, rows: int, columns: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(_SEED)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return torch.randint(vocabulary, (rows, columns), generator=random).to(model.device)
+
+
+def _now(model: PreTrainedModel) -> float:
+    """Seconds, once everything that was asked of the device is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def _speeds(samples: list[Sample]) -> dict[str, float]:
+    speeds: dict[str, float] = {}
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        speeds |= {key: median(values), f"{key}_min": min(values), f"{key}_max": max(values)}
+    return speeds
+
+
+def _work(model: PreTrainedModel, prefill: int | None, decode: int, batch: int) -> Work:
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # state spaces: none
+    room = PREFILL + decode if positions is None else positions
+    chosen = min(PREFILL, room - decode) if prefill is None else prefill
+    if chosen < 1 or (positions is not None and chosen + decode > positions):
+        raise UsageError(
+            f"{max(chosen, 1)} prompt tokens and {decode} more do not fit into the model's {positions} positions",
+            "lower --prefill or --decode",
+        )
+    return Work(chosen, decode, batch, min(LENGTH, room))
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
