@@ -1,0 +1,410 @@
+// See search.h. Blocks are taken LANES at a time and transposed into a tile, so that every lane searches a block of its
+// own: element j of all of them is tile[j], and a sum over blocks is a sum of vectors, in the specification's order.
+#include "search.h"
+
+#include <new>
+
+#include "simd.h"
+
+namespace spicerack::SPICERACK_ISA {
+namespace {
+
+constexpr int RUN = 16;              // neighbours folded in pairs in float32
+constexpr int PATIENCE = 32;         // runs between looks whether a candidate has lost already
+constexpr double BETTER = 1 - 1e-9;  // a tie keeps the earlier candidate
+constexpr double INF = __builtin_inf();
+
+template <class T>
+struct Buffer {
+    T* data;
+    explicit Buffer(int64_t count) : data((T*)operator new(count * sizeof(T), std::align_val_t(64))) {}
+    ~Buffer() { operator delete(data, std::align_val_t(64)); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+};
+
+INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// `count` values; beyond them, repeats of the first.
+template <class T>
+INLINE vf widen_some(const typename T::value* p, int64_t count) {
+    if (count >= LANES) return T::widen(p);
+    typename T::value some[LANES];
+    for (int64_t i = 0; i < LANES; i++) some[i] = p[i < count ? i : 0];
+    return T::widen(some);
+}
+
+// tile[j] = element j of each of the LANES rows.
+template <class T>
+void fill(vf* tile, const typename T::value* const* rows, int64_t size) {
+    for (int64_t j = 0; j < size; j += LANES) {
+        for (int lane = 0; lane < LANES; lane++) tile[j + lane] = widen_some<T>(rows[lane] + j, size - j);
+        transpose(tile + j);
+    }
+}
+
+// ---- candidates ----------------------------------------------------------------------------------------------------
+
+// A scale and a zero for each lane, ready for use.
+struct Candidate {
+    vf scale, zero, inverse, offset, lo, hi;
+    vi usable;  // neither 0 nor infinite
+
+    INLINE Candidate(vf s, vf z, const Levels& levels)
+        : scale(s), zero(z), offset(levels.half ? splat(-0.5f) : z), lo(splat(levels.lo)), hi(splat(levels.hi)) {
+        usable = (s != vf{}) & ((vi)vabs(s) < 0x7f800000);
+        inverse = (vf)((vi)(1.0f / s) & usable);
+    }
+    template <bool OFFSET>
+    INLINE vf value(vf x) const {
+        vf u = x * inverse;
+        if (OFFSET) u = u + offset;
+        const vf code = round_small(vmin(vmax(u, lo), hi));
+        return OFFSET ? code - offset : code;
+    }
+};
+
+struct Tile {
+    const vf* x;
+    const vf* a;  // importance, or null
+    int64_t size;
+};
+
+template <int N, class Term>
+INLINE vf fold(const Term& term, int64_t j) {
+    if constexpr (N == 1) {
+        return term(j);
+    } else {
+        return fold<N / 2>(term, j) + fold<N / 2>(term, j + N / 2);
+    }
+}
+
+template <class Term>
+INLINE vf run_sum(const Term& term, int64_t j, int64_t size) {
+    if (j + RUN <= size) return fold<RUN>(term, j);
+    return fold<RUN>([&](int64_t i) { return i < size ? term(i) : vf{}; }, j);
+}
+
+template <bool OFFSET, bool WEIGHTED>
+INLINE vf error_term(const Tile& t, const Candidate& c, vf x, int64_t j) {
+    const vf e = c.scale * c.value<OFFSET>(x) - x;
+    return WEIGHTED ? (t.a[j] * e) * e : e * e;
+}
+
+// out [LANES]: errors; or infinity in every lane as soon as none can be below `limit` any more. Terms are not negative
+// and rounding is monotone, so a partial sum never exceeds the whole one.
+template <bool OFFSET, bool WEIGHTED>
+void errors(const Tile& t, const Candidate& c, const double* limit, double* out) {
+    Wide total;
+    for (int64_t j = 0, patience = PATIENCE; j < t.size; j += RUN) {
+        total.add(run_sum([&](int64_t i) { return error_term<OFFSET, WEIGHTED>(t, c, t.x[i], i); }, j, t.size));
+        if (--patience == 0) {
+            patience = PATIENCE;
+            total.write(out);
+            bool hope = false;
+            for (int lane = 0; lane < LANES; lane++) hope |= out[lane] < limit[lane];
+            if (!hope) {
+                for (int lane = 0; lane < LANES; lane++) out[lane] = INF;
+                return;
+            }
+        }
+    }
+    total.write(out);
+    for (int lane = 0; lane < LANES; lane++) out[lane] = c.usable[lane] ? out[lane] : INF;
+}
+
+struct LaneSums {
+    double error[LANES], xv[LANES], vv[LANES], x[LANES], v[LANES];
+};
+
+template <bool OFFSET, bool WEIGHTED>
+void sums(const Tile& t, const Candidate& c, LaneSums& out) {
+    Wide xv, vv, xs, vs;
+    for (int64_t j = 0; j < t.size; j += RUN) {
+        const auto weigh = [&](vf y, int64_t i) { return WEIGHTED ? t.a[i] * y : y; };
+        const auto v = [&](int64_t i) { return c.value<OFFSET>(t.x[i]); };
+        xv.add(run_sum([&](int64_t i) { return weigh(v(i), i) * t.x[i]; }, j, t.size));
+        vv.add(run_sum([&](int64_t i) { return weigh(v(i), i) * v(i); }, j, t.size));
+        if (!OFFSET) continue;
+        xs.add(run_sum([&](int64_t i) { return weigh(t.x[i], i); }, j, t.size));
+        vs.add(run_sum([&](int64_t i) { return weigh(v(i), i); }, j, t.size));
+    }
+    xv.write(out.xv);
+    vv.write(out.vv);
+    xs.write(out.x);
+    vs.write(out.v);
+}
+
+// ---- the search over one batch ---------------------------------------------------------------------------------------
+
+INLINE vf clip_zero(vf zero, const Levels& levels) {
+    const vf number = zero == zero ? zero : vf{};
+    return round_small(vmin(vmax(number, splat(levels.lo)), splat(levels.hi)));
+}
+
+struct Start {
+    vf raw, centre;  // the unrounded absmax scale; the middle of the range that it spans
+
+    INLINE Start(vf top, vf bottom, const Levels& levels) {
+        const float lowest = levels.lo + 0.5f * levels.half, highest = levels.hi + 0.5f * levels.half;
+        centre = vf{};
+        if (levels.zero) {
+            const vf low = vmin(bottom, vf{}), high = vmax(top, vf{});
+            raw = (high - low) / float(levels.hi - levels.lo);
+            centre = (high + low) / 2.0f;
+        } else if (-lowest == highest) {
+            raw = vmax(top, -bottom) / highest;
+        } else {
+            raw = (top > -bottom ? top : bottom) / (-lowest > highest ? lowest : highest);
+        }
+    }
+    INLINE vf zero_for(vf scale, const Levels& levels) const {
+        return levels.zero ? clip_zero((levels.lo + levels.hi) / 2.0f - centre / scale, levels) : vf{};
+    }
+};
+
+template <bool OFFSET, bool WEIGHTED>
+struct BatchSearch {
+    const Plan& plan;
+    const Tile tile;
+    const vf top, bottom;
+    vf scale, zero;
+    double error[LANES], limit[LANES];
+
+    void run(const Start& start) {
+        const Levels& levels = plan.levels;
+        for (int lane = 0; lane < LANES; lane++) limit[lane] = INF;
+        errors<OFFSET, WEIGHTED>(tile, Candidate(scale, zero, levels), limit, error);
+        for (int lane = 0; lane < LANES; lane++) limit[lane] = error[lane] * BETTER;
+        for (int i = 0; i < plan.coarse_count; i++) {
+            const vf candidate = stored(start.raw * plan.coarse[i], plan.scale_type);
+            const vf base = start.zero_for(candidate, levels);
+            for (int k = 0; k < plan.shift_count; k++) {
+                attempt(candidate, levels.zero ? clip_zero(base + plan.shifts[k], levels) : base);
+            }
+        }
+        for (int i = 0; i < plan.fine_count; i += 2) {
+            const vf middle = scale, middle_zero = zero;
+            attempt(stored(middle * plan.fine[i], plan.scale_type), middle_zero);
+            attempt(stored(middle * plan.fine[i + 1], plan.scale_type), middle_zero);
+        }
+        for (int i = 0; i < plan.refinements; i++) {
+            if (!refine()) return;
+        }
+    }
+
+    // -> false if nothing would change, now or later
+    bool refine() {
+        LaneSums s;
+        sums<OFFSET, WEIGHTED>(tile, Candidate(scale, zero, plan.levels), s);
+        vf slope, shift{};
+        if (plan.levels.zero) {
+            const double total_of_ones = double(tile.size);
+            double total[LANES];
+            for (int lane = 0; lane < LANES; lane++) total[lane] = total_of_ones;
+            if (WEIGHTED) {
+                Wide weight;
+                for (int64_t j = 0; j < tile.size; j += RUN) weight.add(run_sum([&](int64_t i) { return tile.a[i]; }, j, tile.size));
+                weight.write(total);
+            }
+            for (int lane = 0; lane < LANES; lane++) {
+                const double n = total[lane], xv = s.xv[lane], vv = s.vv[lane], x = s.x[lane], v = s.v[lane];
+                const double steep = (n * xv - v * x) / (n * vv - v * v);
+                slope[lane] = float(steep);
+                shift[lane] = float((x - steep * v) / n / steep);
+            }
+        } else {
+            for (int lane = 0; lane < LANES; lane++) slope[lane] = float(s.xv[lane] / s.vv[lane]);
+        }
+        return attempt(stored(slope, plan.scale_type), plan.levels.zero ? clip_zero(zero - shift, plan.levels) : zero);
+    }
+
+    // Takes the candidate where it is better. -> false if it is better nowhere
+    bool attempt(vf new_scale, vf new_zero) {
+        const Candidate c(new_scale, new_zero, plan.levels);
+        if (!WEIGHTED && hopeless(c)) return false;
+        double found[LANES];
+        errors<OFFSET, WEIGHTED>(tile, c, limit, found);
+        bool any = false;
+        for (int lane = 0; lane < LANES; lane++) {
+            const bool take = found[lane] < limit[lane];
+            any |= take;
+            error[lane] = take ? found[lane] : error[lane];
+            limit[lane] = error[lane] * BETTER;
+            scale[lane] = take ? new_scale[lane] : scale[lane];
+            zero[lane] = take ? new_zero[lane] : zero[lane];
+        }
+        return any;
+    }
+
+    // In every lane the largest or smallest element alone costs more than the best candidate does altogether.
+    bool hopeless(const Candidate& c) const {
+        const vf least = vmax(error_term<OFFSET, false>(tile, c, top, 0), error_term<OFFSET, false>(tile, c, bottom, 0));
+        bool hope = false;
+        for (int lane = 0; lane < LANES; lane++) hope |= c.usable[lane] && double(least[lane]) < limit[lane];
+        return !hope;
+    }
+};
+
+template <bool OFFSET, bool WEIGHTED>
+void optimize(const Plan& plan, const Tile& tile, vf top, vf bottom, const Start& start, vf& scale, vf& zero) {
+    BatchSearch<OFFSET, WEIGHTED> batch{plan, tile, top, bottom, scale, zero, {}, {}};
+    batch.run(start);
+    const vi empty = start.raw == vf{};
+    scale = empty ? scale : batch.scale;
+    zero = empty ? zero : batch.zero;
+}
+
+// ---- rows: without a tile --------------------------------------------------------------------------------------------
+
+// Largest and smallest value of a row -> false if one is NaN or infinite.
+template <class T>
+bool bounds(const typename T::value* x, int64_t size, float& top, float& bottom) {
+    vf high = widen_some<T>(x, size), low = high;
+    vi largest{};
+    for (int64_t j = 0; j < size; j += LANES) {
+        const vf v = widen_some<T>(x + j, size - j);
+        const vi magnitude = (vi)vabs(v);
+        high = vmax(v, high);
+        low = vmin(v, low);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    int32_t peak = 0;
+    top = high[0], bottom = low[0];
+    for (int lane = 0; lane < LANES; lane++) {
+        top = high[lane] > top ? high[lane] : top;
+        bottom = low[lane] < bottom ? low[lane] : bottom;
+        peak = largest[lane] > peak ? largest[lane] : peak;
+    }
+    return peak < 0x7f800000;
+}
+
+template <class T, bool OFFSET>
+void encode_row(const typename T::value* x, int64_t size, const Candidate& c, int8_t* codes) {
+    for (int64_t j = 0; j < size; j += LANES) {
+        vf u = widen_some<T>(x + j, size - j) * c.inverse;
+        if (OFFSET) u = u + c.offset;
+        const vi code = (vi)(vmin(vmax(u, c.lo), c.hi) + ROUNDER);  // the low bits of the sum are the integer
+        int8_t bytes[LANES];
+        for (int lane = 0; lane < LANES; lane++) bytes[lane] = int8_t(code[lane]);
+        std::memcpy(codes + j, bytes, size - j < LANES ? size - j : LANES);
+    }
+}
+
+template <class T>
+void encode_rows(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes) {
+    const auto* data = (const typename T::value*)blocks.data;
+    const bool offset = levels.half || levels.zero;
+    for (int64_t b = 0; b < blocks.count; b++) {
+        const Candidate c(splat(scale[b]), splat(zero ? zero[b] : 0), levels);
+        const auto encode_one = offset ? encode_row<T, true> : encode_row<T, false>;
+        encode_one(data + b * blocks.size, blocks.size, c, codes + b * blocks.size);
+    }
+}
+
+template <class T>
+bool search_rows(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale,
+                 int8_t* zero, int8_t* codes) {
+    const auto* data = (const typename T::value*)blocks.data;
+    const Levels& levels = plan.levels;
+    const int64_t size = blocks.size, room = plan.optimize ? round_up(size, LANES) : 1;
+    const Buffer<vf> tile(room), weights(importance ? room : 1);
+    for (int64_t first = 0; first < blocks.count; first += LANES) {
+        const int64_t count = blocks.count - first < LANES ? blocks.count - first : LANES;
+        const typename T::value* rows[LANES];
+        const float* weight_rows[LANES];
+        float tops[LANES], bottoms[LANES];
+        for (int lane = 0; lane < LANES; lane++) {  // lanes without a block of their own repeat the last one
+            const int64_t block = first + (lane < count ? lane : count - 1);
+            rows[lane] = data + block * size;
+            weight_rows[lane] = importance ? importance + block * size % period : nullptr;
+            if (!bounds<T>(rows[lane], size, tops[lane], bottoms[lane])) return false;
+        }
+        const vf top = load<vf>(tops), bottom = load<vf>(bottoms);
+        const Start start(top, bottom, levels);
+        vf s = stored(start.raw, plan.scale_type);
+        s = start.raw == vf{} ? splat(1.0f) : s;
+        vf z = start.zero_for(s, levels);
+        if (plan.optimize) {
+            fill<T>(tile.data, rows, size);
+            if (importance) fill<F32>(weights.data, weight_rows, size);
+            const Tile t{tile.data, importance ? weights.data : nullptr, size};
+            const bool offset = levels.half || levels.zero;
+            const auto find = importance ? (offset ? optimize<true, true> : optimize<false, true>)
+                                         : (offset ? optimize<true, false> : optimize<false, false>);
+            find(plan, t, top, bottom, start, s, z);
+        }
+        for (int lane = 0; lane < count; lane++) {
+            scale[first + lane] = s[lane];
+            zero[first + lane] = int8_t(z[lane]);
+        }
+        const Blocks batch{rows[0], blocks.type, count, size};
+        encode_rows<T>(batch, levels, scale + first, zero + first, codes + first * size);
+    }
+    return true;
+}
+
+template <class T, bool OFFSET>
+void judge_pieces(const Blocks& pieces, const Candidate& c, Sums* out) {
+    constexpr int64_t CHUNK = 64 * RUN;
+    const auto* data = (const typename T::value*)pieces.data;
+    const Buffer<vf> tile(CHUNK);
+    for (int64_t first = 0; first < pieces.count; first += LANES) {
+        const int64_t count = pieces.count - first < LANES ? pieces.count - first : LANES;
+        Wide error, xv, vv, xs, vs;
+        for (int64_t start = 0; start < pieces.size; start += CHUNK) {
+            const Tile t{tile.data, nullptr, pieces.size - start < CHUNK ? pieces.size - start : CHUNK};
+            const typename T::value* rows[LANES];
+            for (int lane = 0; lane < LANES; lane++) {
+                rows[lane] = data + (first + (lane < count ? lane : count - 1)) * pieces.size + start;
+            }
+            fill<T>(tile.data, rows, t.size);
+            const auto v = [&](int64_t i) { return c.value<OFFSET>(t.x[i]); };
+            for (int64_t j = 0; j < t.size; j += RUN) {
+                error.add(run_sum([&](int64_t i) { return error_term<OFFSET, false>(t, c, t.x[i], i); }, j, t.size));
+                xv.add(run_sum([&](int64_t i) { return v(i) * t.x[i]; }, j, t.size));
+                vv.add(run_sum([&](int64_t i) { return v(i) * v(i); }, j, t.size));
+                xs.add(run_sum([&](int64_t i) { return t.x[i]; }, j, t.size));
+                vs.add(run_sum(v, j, t.size));
+            }
+        }
+        LaneSums s;
+        error.write(s.error), xv.write(s.xv), vv.write(s.vv), xs.write(s.x), vs.write(s.v);
+        for (int lane = 0; lane < count; lane++) {
+            out[first + lane] = {s.error[lane], s.xv[lane], s.vv[lane], s.x[lane], s.v[lane]};
+        }
+    }
+}
+
+template <class T>
+void judge_typed(const Blocks& pieces, const Levels& levels, float scale, float zero, Sums* out) {
+    const Candidate c(splat(scale), splat(zero), levels);
+    const auto judge_all = levels.half || levels.zero ? judge_pieces<T, true> : judge_pieces<T, false>;
+    judge_all(pieces, c, out);
+}
+
+}  // namespace
+
+bool search(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale, int8_t* zero,
+            int8_t* codes) {
+    const auto typed = blocks.type == Float::bf16  ? search_rows<BF16>
+                       : blocks.type == Float::f16 ? search_rows<F16>
+                                                   : search_rows<F32>;
+    return typed(blocks, plan, importance, period, scale, zero, codes);
+}
+
+void encode(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes) {
+    const auto typed = blocks.type == Float::bf16  ? encode_rows<BF16>
+                       : blocks.type == Float::f16 ? encode_rows<F16>
+                                                   : encode_rows<F32>;
+    typed(blocks, levels, scale, zero, codes);
+}
+
+void judge(const Blocks& pieces, const Levels& levels, float scale, float zero, Sums* out) {
+    const auto typed = pieces.type == Float::bf16  ? judge_typed<BF16>
+                       : pieces.type == Float::f16 ? judge_typed<F16>
+                                                   : judge_typed<F32>;
+    typed(pieces, levels, scale, zero, out);
+}
+
+}  // namespace spicerack::SPICERACK_ISA

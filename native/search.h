@@ -1,0 +1,77 @@
+// The range search over contiguous blocks of weights. src/spicerack/search.py is its specification, equal bit for bit.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace spicerack {
+
+enum class Float : int { f32, f16, bf16 };
+
+// Codes are the integers lo..hi; a code stands for code - offset, where offset is -1/2 (half), the zero point, or 0.
+struct Levels {
+    int lo, hi;
+    bool half, zero;
+};
+
+// `count` blocks of `size` values each, one after the other.
+struct Blocks {
+    const void* data;
+    Float type;
+    int64_t count, size;
+};
+
+// What is tried, in order: factors of the absmax scale, with each the zero-point shifts; then factors of the best scale
+// in pairs; then least squares. Without `optimize`: absmax only.
+struct Plan {
+    Levels levels;
+    Float scale_type;
+    bool optimize;
+    const float* coarse;
+    int coarse_count;
+    const float* shifts;
+    int shift_count;
+    const float* fine;
+    int fine_count;
+    int refinements;
+};
+
+// One candidate judged over one block: its error, and sum x v, sum v v, sum x, sum v.
+struct Sums {
+    double error, xv, vv, x, v;
+};
+
+#define SPICERACK_SEARCH_FUNCTIONS                                                                                     \
+    /* importance: null, or `period` values that repeat along the data. -> false if a value is NaN or infinite; the    \
+       outputs then mean nothing. scale [count] gets stored values, zero [count] and codes [count * size] integers. */ \
+    bool search(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale,         \
+                int8_t* zero, int8_t* codes);                                                                          \
+    /* Codes against given scales and zeros (null: none). */                                                           \
+    void encode(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes);    \
+    /* Judges one scale and zero over pieces of one long block. out [count]. */                                        \
+    void judge(const Blocks& pieces, const Levels& levels, float scale, float zero, Sums* out);
+
+// search.cpp is compiled once per instruction set, each time into one of these.
+namespace baseline {
+SPICERACK_SEARCH_FUNCTIONS
+}
+namespace avx2 {
+SPICERACK_SEARCH_FUNCTIONS
+}
+namespace avx512 {
+SPICERACK_SEARCH_FUNCTIONS
+}
+
+#undef SPICERACK_SEARCH_FUNCTIONS
+
+struct Searcher {
+    const char* isa;
+    decltype(&baseline::search) search;
+    decltype(&baseline::encode) encode;
+    decltype(&baseline::judge) judge;
+};
+
+// Those that run on this processor, widest first. All give the same results.
+const std::vector<Searcher>& searchers();
+
+}  // namespace spicerack

@@ -1,0 +1,134 @@
+// Vectors as wide as the instruction set that this file is compiled for, in GCC's and Clang's portable notation.
+//
+// search.cpp is compiled once per instruction set, each time in its own namespace SPICERACK_ISA, so that no inline code
+// with wide instructions can end up in common code. Lanes never mix: results do not depend on how many there are.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "search.h"
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace spicerack::SPICERACK_ISA {
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vu16 __attribute__((vector_size(LANES * 2)));
+typedef int8_t vi8 __attribute__((vector_size(LANES)));
+typedef double vd __attribute__((vector_size(LANES * 4)));
+typedef float vf_half __attribute__((vector_size(LANES * 2)));
+
+INLINE vf splat(float x) { return vf{} + x; }
+INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+INLINE vf vabs(vf x) { return (vf)((vu)x & 0x7fffffffu); }
+
+// Half to even, for |x| < 2^22.
+constexpr float ROUNDER = 12582912.0f;
+INLINE vf round_small(vf x) { return (x + ROUNDER) - ROUNDER; }
+
+template <class V>
+INLINE V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V>
+INLINE void store(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+// A float64 for each lane.
+struct Wide {
+    vd low{}, high{};
+
+    INLINE void add(vf x) {
+#if LANES == 16
+        low += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), vd);
+        high += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15), vd);
+#elif LANES == 8
+        low += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 0, 1, 2, 3), vd);
+        high += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 4, 5, 6, 7), vd);
+#else
+        low += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 0, 1), vd);
+        high += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 2, 3), vd);
+#endif
+    }
+    INLINE void write(double* out) const {
+        store(out, low);
+        store(out + LANES / 2, high);
+    }
+};
+
+// Interleaving the first and second half of the rows log2(LANES) times transposes a LANES x LANES tile.
+INLINE void transpose(vf* rows) {
+    for (int step = 1; step < LANES; step *= 2) {
+        vf mixed[LANES];
+        for (int i = 0; i < LANES / 2; i++) {
+            const vf a = rows[i], b = rows[i + LANES / 2];
+#if LANES == 16
+            mixed[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            mixed[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif LANES == 8
+            mixed[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+            mixed[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+            mixed[2 * i] = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+            mixed[2 * i + 1] = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+        }
+        for (int i = 0; i < LANES; i++) rows[i] = mixed[i];
+    }
+}
+
+// ---- number types -------------------------------------------------------------------------------------------------
+
+struct F32 {
+    typedef float value;
+    static INLINE vf widen(const value* p) { return load<vf>(p); }
+};
+struct BF16 {
+    typedef uint16_t value;
+    static INLINE vf widen(const value* p) { return (vf)(__builtin_convertvector(load<vu16>(p), vu) << 16); }
+};
+struct F16 {
+    typedef uint16_t value;
+    static INLINE vf widen(const value* p) {
+        const vu bits = __builtin_convertvector(load<vu16>(p), vu);
+        const vu magnitude = (bits & 0x7fffu) << 13;
+        const vf finite = (vf)magnitude * 0x1p112f;  // moves the exponent's bias; exact, subnormals included
+        const vu special = magnitude | 0x7f800000u;
+        return (vf)((magnitude >= 0x0f800000u ? special : (vu)finite) | (bits & 0x8000u) << 16);
+    }
+};
+
+// The nearest value of the stored type (half to even); 0 below 2^-126, where 1/scale would overflow.
+INLINE vf stored(vf s, Float type) {
+    const vu sign = (vu)s & 0x80000000u;
+    vf magnitude = vabs(s);
+    if (type == Float::bf16) {
+        const vu even = ((vu)magnitude >> 16) & 1u;
+        magnitude = (vf)(((vu)magnitude + even + 0x7fffu) & 0xffff0000u);
+    } else if (type == Float::f16) {
+        const vu even = ((vu)magnitude >> 13) & 1u;
+        const vf rounded = (vf)(((vu)magnitude + even + 0xfffu) & 0xffffe000u);
+        const vf normal = rounded > 65504.0f ? splat(__builtin_inff()) : rounded;
+        const vf subnormal = (magnitude + 0.5f) - 0.5f;  // float32's spacing at 1/2 is the smallest f16
+        magnitude = magnitude < 0x1p-14f ? subnormal : normal;
+    }
+    magnitude = magnitude < 0x1p-126f ? vf{} : magnitude;
+    return (vf)((vu)magnitude | sign);
+}
+
+}  // namespace spicerack::SPICERACK_ISA
