@@ -13,9 +13,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "spicerack"
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "registry", "models"}),
     frozenset({"scheme", "schemes"}),
-    frozenset({"levels", "search", "qtensor", "codec", "bits", "recipe", "native"}),
+    frozenset({"levels", "search", "qtensor", "codec", "bits", "packed", "recipe", "native"}),
     frozenset({"checkpoint", "census", "architecture"}),
-    frozenset({"format", "formats", "kernels"}),
+    frozenset({"format", "formats", "kernel", "kernels"}),
     frozenset({"nn"}),
     frozenset({"algorithms"}),
     frozenset({"hf", "load", "job", "saving", "swap", "quantization", "evaluate", "generate", "bench", "inspect", "demo"}),
