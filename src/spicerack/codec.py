@@ -16,7 +16,7 @@ from spicerack.errors import WeightError
 from spicerack.levels import SMALLEST, dtype_of, level_values, nearest
 from spicerack.qtensor import QTensor, Scale
 from spicerack.scheme import FloatType, IntLevels, Scheme
-from spicerack.search import Range, search
+from spicerack.search import Range, TensorBlocks, search
 
 FLUSH = 1e-4
 """A block this much smaller than the tensor's largest weight may be rounded up to the smallest stored scale."""
@@ -68,7 +68,7 @@ def encode(
         min_, stored_min = _encode_part(lowest, scheme.min, range_, w.dtype, name)
         x = x - stored_min[:, None]
     search_type = torch.float32 if isinstance(scheme.scale, Scheme) else dtype_of(scheme.scale, w.dtype)
-    found, zero = search(x, scheme, search_type, range_, a)
+    found, zero = search(TensorBlocks(x, scheme, a), scheme, search_type, range_)
     found = found.reshape(grid)
     if not scale_fits(found):
         found = check_scale(x.abs().amax(1).reshape(grid), found, search_type, name)
@@ -194,6 +194,5 @@ __all__ = [
     "level_values",
     "nearest",
     "scale_fits",
-    "search",
     "to_blocks",
 ]

@@ -10,14 +10,15 @@ then a few percent up and down from the best; then least squares with the codes 
 Every candidate is rounded to the type it will be stored in before it is judged, so `opt` is never worse than `absmax`,
 and what is judged is what is shipped.
 
-Arithmetic is float32, unfused. Sums fold runs of 16 neighbours in pairs in float32 and add the runs in turn in float64,
-so that vector code of any width can equal them bit for bit.
+Arithmetic is float32, unfused. Sums fold runs of 16 neighbours in pairs in float32, add the runs of a piece of 2^16
+elements in turn in float64, and then the pieces: an order that vector code of any width can follow bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -26,21 +27,23 @@ from spicerack.scheme import IntLevels, Scheme
 
 Range = Literal["absmax", "opt"]
 
-COARSE: tuple[float, ...] = tuple(1.25**i for i in range(12))
-"""Divisors of the absmax scale. The largest, 11.6, is for 2-bit rows with far outliers."""
-FINE: tuple[float, ...] = (1.12, 1.06, 1.03, 1.015)
-"""Factors tried up and down from the best scale so far."""
+DIVISORS: tuple[float, ...] = tuple(1.25**i for i in range(12))
+"""Coarse: divisors of the absmax scale. The largest, 11.6, is for 2-bit rows with far outliers."""
+FINE: tuple[tuple[float, float], ...] = tuple((step, 1 / step) for step in (1.12, 1.06, 1.03, 1.015))
+"""Fine: factors tried up and down from the best scale so far."""
 SHIFTS: tuple[float, ...] = (-1.0, 0.0, 1.0)
 """Zero points tried at every coarse scale, around the one that centres the range."""
 REFINEMENTS = 2
 RUN = 16
-PIECE = 1 << 20
-"""Long blocks are judged in pieces of this many elements, to bound memory; the result does not depend on it."""
+PIECE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """One candidate per block: scale [M] (stored values, float32), zero [M], error and the sums that refine it [M]."""
+    """One candidate per block: scale [M] (stored values, float32), zero [M]; its error and sums, float64.
+
+    xv = sum(a x v), vv = sum(a v v), x = sum(a x), v = sum(a v); the last two only matter with a zero point.
+    """
 
     scale: torch.Tensor
     zero: torch.Tensor
@@ -56,97 +59,67 @@ class Fit:
         return Fit(*(torch.where(take, getattr(other, f), getattr(self, f)) for f in Fit.__slots__))
 
 
-def search(
-    x: torch.Tensor, scheme: Scheme, dtype: torch.dtype, range_: Range = "opt", importance: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero for blocks x [M, B] float32 -> (scale [M] as stored in `dtype`, zero [M]), both float32.
+class Blocks(Protocol):
+    """M blocks of weights, as the search sees them."""
 
-    importance: [M, B] float32, not negative, or None for ones. Blocks of zeros get scale 1: nothing divides by 0.
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest weight of each block, float32 [M]."""
+
+    def judge(self, scale: torch.Tensor, zero: torch.Tensor) -> Fit:
+        """Error and sums of a stored scale and zero for each block; infinite error where the scale is 0 or infinite."""
+
+    def weight(self) -> torch.Tensor:
+        """Total importance of each block, float64 [M]; its size, if all weights matter the same."""
+
+
+def search(
+    blocks: Blocks, scheme: Scheme, dtype: torch.dtype, range_: Range = "opt"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of every block -> (scale [M] as stored in `dtype`, zero [M]), both float32.
+
+    Blocks of zeros get scale 1: nothing divides by 0.
     """
-    raw, centre = _start(x, scheme)
+    raw, centre = _start(*blocks.bounds(), scheme)
     scale = torch.where(raw == 0, 1.0, store(raw, dtype))
     zero = _zero_for(centre, scale, scheme)
     if range_ == "absmax":
         return scale, zero
-    best = _judge(x, importance, scheme, scale, zero)
-    for candidate in _coarse(raw, scheme, dtype):
+    best = blocks.judge(scale, zero)
+    for factor in coarse_factors(scheme):
+        candidate = store(raw * torch.tensor(factor), dtype)
         base = _zero_for(centre, candidate, scheme)
-        for shift in SHIFTS if scheme.zero else (0.0,):
-            moved = _clip_zero(base + shift, scheme) if scheme.zero else base
-            best = best.better(_judge(x, importance, scheme, candidate, moved))
-    for factor in FINE:
+        for shift in shifts(scheme):
+            best = best.better(blocks.judge(candidate, _clip_zero(base + shift, scheme) if scheme.zero else base))
+    for pair in FINE:
         middle = best
-        for step in (factor, 1 / factor):
-            candidate = store(middle.scale * torch.tensor(step), dtype)
-            best = best.better(_judge(x, importance, scheme, candidate, middle.zero))
-    total = ordered_sum(run_sums(torch.ones_like(x) if importance is None else importance))
+        for factor in pair:
+            best = best.better(blocks.judge(store(middle.scale * torch.tensor(factor), dtype), middle.zero))
+    total = blocks.weight()
     for _ in range(REFINEMENTS):
-        best = best.better(_judge(x, importance, scheme, *_refined(best, scheme, total, dtype)))
+        best = best.better(blocks.judge(*_refined(best, scheme, total, dtype)))
     empty = raw == 0
     return torch.where(empty, 1.0, best.scale), torch.where(empty, zero, best.zero)
 
 
-def run_sums(terms: torch.Tensor) -> torch.Tensor:
-    """float32 [M, B] -> sums of runs of 16 [M, ceil(B/16)], neighbours folded in pairs."""
-    sums = torch.nn.functional.pad(terms, (0, -terms.shape[1] % RUN))
-    for _ in range(RUN.bit_length() - 1):
-        sums = sums[:, 0::2] + sums[:, 1::2]
-    return sums
+def coarse_factors(scheme: Scheme) -> tuple[float, ...]:
+    """Factors of the absmax scale in the order in which they are judged; of both signs where that differs."""
+    values = set(scheme.levels.values)
+    mirrored = values == {-value for value in values}
+    signs = (1.0,) if scheme.zero or mirrored else (1.0, -1.0)
+    return tuple(sign / divisor for divisor in DIVISORS for sign in signs)
 
 
-def ordered_sum(runs: torch.Tensor) -> torch.Tensor:
-    """float32 [M, R] -> float64 [M], added in turn."""
-    return runs.double().cumsum(1)[:, -1]
+def shifts(scheme: Scheme) -> tuple[float, ...]:
+    """Zero points tried at each coarse scale, from the central one."""
+    return SHIFTS if scheme.zero else (0.0,)
 
 
-def _judge(
-    x: torch.Tensor, importance: torch.Tensor | None, scheme: Scheme, scale: torch.Tensor, zero: torch.Tensor
-) -> Fit:
-    """Error and sums of stored scales and zeros, one per block. A scale of 0 or infinity never wins."""
-    usable = (scale != 0) & torch.isfinite(scale)
-    inverse = torch.where(usable, 1 / scale, 0)[:, None]
-    runs: list[tuple[torch.Tensor, ...]] = []
-    for start in range(0, x.shape[1], PIECE):
-        piece = x[:, start : start + PIECE]
-        v = level_values(nearest(piece * inverse, scheme.levels, zero[:, None]), scheme.levels, zero[:, None])
-        e = scale[:, None] * v - piece
-        if importance is None:
-            av, ax, ae = v, piece, e
-        else:
-            a = importance[:, start : start + PIECE]
-            av, ax, ae = a * v, a * piece, a * e
-        line = (ax, av) if scheme.zero else ()
-        runs.append(tuple(run_sums(term) for term in (ae * e, av * piece, av * v, *line)))
-    error, xv, vv, *line_sums = (ordered_sum(torch.cat(parts, dim=1)) for parts in zip(*runs, strict=True))
-    ax_sum, av_sum = line_sums or (xv, vv)
-    return Fit(scale, zero, torch.where(usable, error, torch.inf), xv, vv, ax_sum, av_sum)
+# ---- the steps ------------------------------------------------------------------------------------------------------
 
 
-def _coarse(raw: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Candidate scales [M] in the order in which they are judged."""
-    signs = (1.0,) if scheme.zero or _symmetric(scheme) else (1.0, -1.0)
-    return [store(raw * torch.tensor(sign / divisor), dtype) for divisor in COARSE for sign in signs]
-
-
-def _refined(fit: Fit, scheme: Scheme, total: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least squares with the codes fixed: the best scale, and with a zero point the best line through them."""
-    if not scheme.zero:
-        return store((fit.xv / fit.vv).float(), dtype), fit.zero
-    # x ~ s*v + m over all elements; v counts from the present zero, so the zero moves by -m/s.
-    slope = (total * fit.xv - fit.v * fit.x) / (total * fit.vv - fit.v * fit.v)
-    intercept = (fit.x - slope * fit.v) / total
-    return store(slope.float(), dtype), _clip_zero(fit.zero - (intercept / slope).float(), scheme)
-
-
-def _symmetric(scheme: Scheme) -> bool:
-    """Every level has its negative: the sign of the scale changes nothing."""
-    return set(scheme.levels.values) == {-value for value in scheme.levels.values}
-
-
-def _start(x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+def _start(bottom: torch.Tensor, top: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
     """absmax: unrounded scale [M], and the centre [M] of the range that it spans (0 without a zero point)."""
     levels = scheme.levels
-    top, bottom = x.amax(1), x.amin(1)
     if scheme.zero:
         assert isinstance(levels, IntLevels)
         low, high = bottom.clamp(max=0), top.clamp(min=0)
@@ -170,3 +143,70 @@ def _zero_for(centre: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torc
 def _clip_zero(zero: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     assert isinstance(scheme.levels, IntLevels)
     return torch.nan_to_num(torch.round(zero), nan=0.0).clamp(scheme.levels.lo, scheme.levels.hi)
+
+
+def _refined(fit: Fit, scheme: Scheme, total: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least squares with the codes fixed: the best scale, and with a zero point the best line through them."""
+    if not scheme.zero:
+        return store((fit.xv / fit.vv).float(), dtype), fit.zero
+    # x ~ s*v + m over all elements; v counts from the present zero, so the zero moves by -m/s.
+    slope = (total * fit.xv - fit.v * fit.x) / (total * fit.vv - fit.v * fit.v)
+    intercept = (fit.x - slope * fit.v) / total
+    return store(slope.float(), dtype), _clip_zero(fit.zero - (intercept / slope).float(), scheme)
+
+
+# ---- blocks in torch ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBlocks:
+    """x [M, B] float32; importance: float32 of that shape, not negative, or None for ones."""
+
+    x: torch.Tensor
+    scheme: Scheme
+    importance: torch.Tensor | None = None
+
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x.amin(1), self.x.amax(1)
+
+    def weight(self) -> torch.Tensor:
+        count, size = self.x.shape
+        if self.importance is None:
+            return torch.full((count,), float(size), dtype=torch.float64, device=self.x.device)
+        return ordered_sum([piece_sum(self.importance[:, i : i + PIECE]) for i in range(0, size, PIECE)])
+
+    def judge(self, scale: torch.Tensor, zero: torch.Tensor) -> Fit:
+        usable = (scale != 0) & torch.isfinite(scale)
+        s, z = scale[:, None], zero[:, None]
+        inverse = torch.where(usable, 1 / scale, 0)[:, None]
+        pieces: list[tuple[torch.Tensor, ...]] = []
+        for start in range(0, self.x.shape[1], PIECE):
+            x = self.x[:, start : start + PIECE]
+            v = level_values(nearest(x * inverse, self.scheme.levels, z), self.scheme.levels, z)
+            e = s * v - x
+            if self.importance is None:
+                av, ax, ae = v, x, e
+            else:
+                a = self.importance[:, start : start + PIECE]
+                av, ax, ae = a * v, a * x, a * e
+            line = (ax, av) if self.scheme.zero else ()
+            pieces.append(tuple(piece_sum(term) for term in (ae * e, av * x, av * v, *line)))
+        error, xv, vv, *line_sums = (ordered_sum(sums) for sums in zip(*pieces, strict=True))
+        x_sum, v_sum = line_sums or (xv, vv)
+        return Fit(scale, zero, torch.where(usable, error, torch.inf), xv, vv, x_sum, v_sum)
+
+
+def piece_sum(terms: torch.Tensor) -> torch.Tensor:
+    """float32 [M, B] -> float64 [M]: runs of 16 neighbours folded in pairs, then added in turn in float64."""
+    sums = torch.nn.functional.pad(terms, (0, -terms.shape[1] % RUN))
+    for _ in range(RUN.bit_length() - 1):
+        sums = sums[:, 0::2] + sums[:, 1::2]
+    return sums.double().cumsum(1)[:, -1]
+
+
+def ordered_sum(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """float64 [M], the pieces' sums added in turn."""
+    total = pieces[0]
+    for piece in pieces[1:]:
+        total = total + piece
+    return total

@@ -1,0 +1,35 @@
+from collections.abc import Sequence
+
+import torch
+
+class Levels:
+    def __init__(self, lo: int, hi: int, half: bool, zero: bool) -> None: ...
+
+def search(
+    w: torch.Tensor,
+    levels: Levels,
+    scale_type: str,
+    coarse: Sequence[float],
+    shifts: Sequence[float],
+    fine: Sequence[float],
+    refinements: int,
+    importance: torch.Tensor | None,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    codes: torch.Tensor,
+    isa: str = "",
+) -> bool: ...
+def encode(
+    w: torch.Tensor,
+    levels: Levels,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    codes: torch.Tensor,
+    isa: str = "",
+) -> None: ...
+def judge(
+    pieces: torch.Tensor, levels: Levels, scale: float, zero: float, out: torch.Tensor, isa: str = ""
+) -> None: ...
+def pack(codes: torch.Tensor, bits: int, offset: int, words: torch.Tensor) -> None: ...
+def unpack(words: torch.Tensor, bits: int, offset: int, codes: torch.Tensor) -> None: ...
+def instruction_sets() -> list[str]: ...
