@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 import torch
 
-from spicerack import bits, codec
+from spicerack import bits
+from spicerack.levels import dtype_of, level_values
 from spicerack.qtensor import QTensor, Scale
 from spicerack.scheme import FloatType, IntLevels, Scheme
 
@@ -31,7 +32,7 @@ def layout(scheme: Scheme, shape: tuple[int, ...], source: torch.dtype) -> Layou
             inner = layout(kind, grid, source)
             parts |= {f"{name}.{key}": value for key, value in inner.items()}
         else:
-            parts[name] = (codec.dtype_of(kind, source), grid)
+            parts[name] = (dtype_of(kind, source), grid)
     if scheme.zero:
         parts["zero"] = (torch.int32, (*grid[:-1], bits.word_count(grid[-1], scheme.bits)))
     return parts
@@ -81,12 +82,17 @@ def decode_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: 
     if scheme.zero:
         zero = _offset(bits.unpack(tensors["zero"][blocks], scheme.bits, grid[1]), scheme)[..., None]
     level = _offset(codes, scheme) if isinstance(scheme.levels, IntLevels) else codes
-    values = codec.level_values(level, scheme.levels, zero)
+    values = level_values(level, scheme.levels, zero)
     parts = {name: _part_rows(kind, grid, tensors, name, blocks)[..., None] for name, kind in _parts(scheme)}
     values = parts["scale"] * values
     if "min" in parts:
         values = values + parts["min"]
     return values.reshape(count, k)
+
+
+def code_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: Rows) -> torch.Tensor:
+    """float32 [R, K]: the integer codes of the chosen rows of a packed [N, K] matrix."""
+    return _offset(bits.unpack(tensors["codes"][rows], scheme.bits, shape[1]), scheme)
 
 
 def part(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from spicerack import bits, codec
+from spicerack import bits
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.checkpoint.writer import safetensors_dtype
 from spicerack.errors import CheckpointError
 from spicerack.format import Layout, Plan, Planned
+from spicerack.levels import dtype_of
 from spicerack.qtensor import QTensor
 from spicerack.scheme import IntLevels, Scheme, parse
 
@@ -60,7 +61,7 @@ class CompressedTensors:
         module, scheme, (rows, columns) = planned.module, planned.scheme, planned.shape
         groups = columns // (scheme.group or columns)
         assert not isinstance(scheme.scale, Scheme)
-        scale = (safetensors_dtype(codec.dtype_of(scheme.scale, planned.source_dtype)), (rows, groups))
+        scale = (safetensors_dtype(dtype_of(scheme.scale, planned.source_dtype)), (rows, groups))
         if scheme.activations:
             return {f"{module}.weight": ("I8", (rows, columns)), f"{module}.weight_scale": scale}
         tensors: Layout = {f"{module}.weight_packed": ("I32", (rows, bits.word_count(columns, scheme.bits)))}
@@ -155,7 +156,7 @@ class CompressedTensors:
             shapes = {n: list(tensors[n].shape) for n in tensors if n.startswith(f"{module}.weight")}
             raise CheckpointError(
                 f"{checkpoint.folder}: {module} [{rows}, {columns}] fits {len(found)} schemes of config.json: {shapes}",
-                "before 0.18 compressed-tensors laid out 3, 5, 6 and 7 bits differently: quantize the float model again",
+                "before 0.18 compressed-tensors packed 3, 5, 6 and 7 bits differently: quantize the float model again",
             )
         return found[0]
 

@@ -1,0 +1,48 @@
+"""`QLinear`: nn.Linear, or transformers' Conv1D, with packed weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from spicerack.nn.packed import PackedWeight
+from spicerack.qtensor import QTensor
+
+
+class QLinear(nn.Module):
+    """y = x W^T + b for x [..., K] -> y [..., N]; differentiable in x and b, not in W.
+
+    A Conv1D computes the same: its weight is only stored as [K, N].
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.out_features, self.in_features = packed.shape
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def of(
+        cls,
+        q: QTensor,
+        bias: nn.Parameter | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> QLinear:
+        """The layer with weight q [N, K]; dtype is the float type of the layer that it replaces."""
+        return cls(PackedWeight(q, dtype, device), bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float weight, decoded anew at each access. For inspection; forward never makes it whole."""
+        return self.packed.decode()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.packed(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)

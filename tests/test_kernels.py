@@ -1,0 +1,127 @@
+"""Every kernel against the specification: it unpacks what it packs, and multiplies x by the decoded weight."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from spicerack import codec, kernel, registry
+from spicerack.kernels import reference
+from spicerack.qtensor import QTensor
+from spicerack.scheme import Scheme, TableLevels, parse
+
+NAMES = [
+    "w8",
+    "w8t",
+    "w6",
+    "w5g64",
+    "w4g32",
+    "w4g32z",
+    "w3g64",
+    "w3z",
+    "w2g32h",
+    "w2z",
+    "w8a8",
+    "w4a8",
+    "w4g32a8",
+    "w2ha8",
+]
+TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), block=(8, 16), scale="float32", min="float16")
+SCHEMES = [*map(parse, NAMES), TABLE]
+KERNELS = registry.names("kernels")
+CPU = torch.device("cpu")
+
+
+def quantized(scheme: Scheme, n: int = 24, k: int = 192) -> QTensor:
+    return codec.encode(torch.randn(n, k, generator=torch.Generator().manual_seed(1)), scheme, range_="absmax")
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def product(x: torch.Tensor, q: QTensor) -> torch.Tensor:
+    """float64 [..., N], with activations as the scheme wants them."""
+    if q.scheme.activations:
+        scale = x.float().abs().amax(-1, keepdim=True) / 127
+        x = torch.round(x.float() / torch.where(scale == 0, 1.0, scale)).double() * scale.double()
+    return x.double() @ codec.decode(q).double().t()
+
+
+def bound(x: torch.Tensor, q: QTensor) -> torch.Tensor:
+    """Per element: float32 sums of K products, each rounded at most K times."""
+    k = x.shape[-1]
+    return 2 * k * 2**-24 * (x.double().abs() @ codec.decode(q).double().abs().t()) + 1e-30
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_unpack_is_the_inverse_of_pack(name: str, scheme: Scheme) -> None:
+    row, q = kernel.get(name), quantized(scheme)
+    if row.fits(scheme, (24, 192), torch.float32, CPU) is not None:
+        pytest.skip("does not fit")
+    back = row.unpack(scheme, (24, 192), row.pack(q))
+    assert torch.equal(back.codes, q.codes) and torch.equal(codec.decode(back), codec.decode(q))
+    assert torch.equal(row.rows(scheme, (24, 192), row.pack(q), slice(None)), codec.decode(q))
+
+
+@pytest.mark.parametrize("shape", [(192,), (1, 192), (5, 192), (2, 3, 192), (0, 192)])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_products_are_within_rounding(name: str, scheme: Scheme, shape: tuple[int, ...], monkeypatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK", 192 * 10)  # three chunks, the last one short, blocks cut through
+    row, q, x = kernel.get(name), quantized(scheme), inputs(*shape)
+    if row.fits(scheme, (24, 192), torch.float32, CPU) is not None:
+        pytest.skip("does not fit")
+    y = row.run(x, scheme, (24, 192), row.pack(q))
+    assert y.shape == (*shape[:-1], 24) and y.dtype == x.dtype
+    assert bool(((y.double() - product(x, q)).abs() <= bound(x, q)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_only_equals_the_dense_layer_in_every_type(dtype: torch.dtype) -> None:
+    q, x = quantized(parse("w4g32z")), inputs(5, 192, dtype=dtype)
+    row = kernel.get("reference")
+    dense = torch.nn.functional.linear(x, codec.decode(q, dtype))
+    assert torch.equal(row.run(x, q.scheme, (24, 192), row.pack(q)), dense)
+
+
+def test_the_integer_product_is_exact_at_any_depth() -> None:
+    """Codes as large as they get, 5000 of them: a float32 sum would round."""
+    scheme, k = parse("w8a8"), 5000
+    codes = torch.full((3, k), -128, dtype=torch.int8)
+    codes[1:, ::7] = 127
+    codes[2, ::2] = -127
+    q = QTensor(scheme, codes, torch.full((3, 1), 0.5, dtype=torch.float16))
+    x = torch.full((2, k), 127.0)  # scale 1
+    x[1, ::3] = -126.0
+    y = reference.run(x, scheme, (3, k), reference.KERNEL.pack(q))
+    assert torch.equal(y, ((x.long() @ codes.long().t()).float() * 0.5))
+
+
+def test_tokens_of_zeros_and_of_one_outlier() -> None:
+    codes, scale = reference.quantize_tokens(torch.tensor([[0.0, 0.0], [127.0, -63.4], [-1e-40, 1e-41]]))
+    assert codes.tolist()[:2] == [[0.0, 0.0], [127.0, -63.0]] and scale[:2].tolist() == [[1.0], [1.0]]
+    assert math.isfinite(float(codes[2].sum()))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_with_respect_to_inputs_are_the_dense_ones(name: str, scheme: Scheme, monkeypatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK", 192 * 10)
+    row, q = kernel.get(name), quantized(scheme)
+    if row.fits(scheme, (24, 192), torch.float32, CPU) is not None:
+        pytest.skip("does not fit")
+    x, grad = inputs(4, 192).requires_grad_(), inputs(4, 24)
+    row.run(x, scheme, (24, 192), row.pack(q)).backward(grad)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, grad @ codec.decode(q), rtol=1e-5, atol=1e-5)
+
+
+def test_pick_says_why_it_passed_a_row_over() -> None:
+    choice = kernel.pick(parse("w4g32"), (64, 64), torch.float32, CPU)
+    assert choice.kernel.name in KERNELS and choice.kernel.name not in choice.passed_over
+    with pytest.raises(NotImplementedError, match="reference: static activation scales"):
+        kernel.pick(parse("w8a8s"), (64, 64), torch.float32, CPU)
