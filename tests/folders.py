@@ -51,11 +51,11 @@ def folder(path: Path, shapes: Shapes, config: Mapping[str, Any], shards: int = 
     if shards == 1:
         sparse(path / "model.safetensors", shapes, dtype)
         return path
-    names, weight_map = list(shapes), {}
-    size = math.ceil(len(names) / shards)
+    names = list(shapes)
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         shard = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: shapes[name] for name in names[i * size : (i + 1) * size]}
+        part = {name: shapes[name] for name in names[len(names) * i // shards : len(names) * (i + 1) // shards]}
         sparse(path / shard, part, dtype)
         weight_map |= dict.fromkeys(part, shard)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

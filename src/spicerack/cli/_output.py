@@ -64,3 +64,12 @@ def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
     click.echo(click.style("warning: ", fg="yellow") + str(message), err=True)
 
 
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: `91.4 MB`, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

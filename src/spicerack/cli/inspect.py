@@ -1,0 +1,253 @@
+"""`spicerack inspect MODEL`: what is in a model folder, and what it would weigh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spicerack.cli import _output
+from spicerack.cli._output import size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from spicerack.inspect import Estimate, Report, Row
+    from spicerack.outliers import Spread
+
+_SMALL = {"norm": "all norms", "bias": "all biases"}
+_BLOCKS = "·▁▂▃▄▅▆▇█"
+_SHARE_OF_LOWEST_BAR = 1e-7
+_NARROW_NAME = 32
+"""Longest name on one line of a narrower terminal."""
+_SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
+_BARS = f"0{_SIGMA}        12{_SIGMA}"
+_TEXTS = ("layers", "role", "numbers", "linear layers in", _BARS)
+_LISTED = 4
+_WIDE = 100
+"""Columns of a terminal that holds every column; narrower ones get fewer."""
+_LEGEND = (
+    f"Bars: how many weights lie 0-1, 1-2, 2-3 ... standard deviations ({_SIGMA}) from the mean; each step down is "
+    "about ten times fewer. A bell curve ends after five or six bars. What lies beyond are outliers: a scale must reach "
+    "them, so the steps between all other weights that share it grow coarser. Smaller groups and --range opt help."
+)
+_REST = "Embeddings, heads, routers, norms and biases stay as they are."
+
+
+@click.command()
+@_output.model_argument
+@click.option("--weights", is_flag=True, help="Read the weights, too: how far the largest stick out, by kind of layer.")
+@_output.json_option
+def command(model: str, weights: bool, as_json: bool) -> None:
+    """Show what is in a model folder, and what it would weigh.
+
+    MODEL is a folder in Hugging Face layout (safetensors) or a hub id, quantized or not. Without --weights only the
+    headers of its files are read. The names in the first column are patterns for `quantize --set` and `--skip`.
+    """
+    from spicerack.inspect import look
+
+    report = look(model)
+    console = _output.console(as_json)
+    if not as_json:
+        _show(report, console)
+    spreads = _measure(report) if weights else None
+    if as_json:
+        _output.emit(_as_json(report, spreads))
+    elif spreads is not None:
+        _show_spreads(spreads, console)
+
+
+def _as_json(report: Report, spreads: list[Spread] | None) -> dict[str, Any]:
+    result = asdict(report)
+    result["folder"] = str(report.folder)
+    result["types"] = {
+        kind: dict(zip(("tensors", "parameters", "nbytes"), totals, strict=True))
+        for kind, totals in report.types.items()
+    }
+    return result if spreads is None else {**result, "weights": [asdict(spread) for spread in spreads]}
+
+
+def _measure(report: Report) -> list[Spread]:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from spicerack.checkpoint.reader import Checkpoint
+    from spicerack.outliers import measure
+
+    checkpoint = Checkpoint.open(report.folder)
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:
+        task = bar.add_task("reading", total=total)
+        return measure(checkpoint, lambda nbytes: bar.advance(task, nbytes))
+
+
+def _show(report: Report, console: Console) -> None:
+    from rich.markup import escape
+
+    about = report.architecture
+    facts = [about.model_type, *about.classes[:1]]
+    facts += [
+        f"{n} {what}" for n, what in ((about.layers, "layers"), (about.heads, "heads"), (about.experts, "experts")) if n
+    ]
+    facts += [f"{what} {n:,}" for what, n in (("width", about.hidden), ("vocabulary", about.vocabulary)) if n]
+    files = "1 file" if report.shards == 1 else f"{report.shards} files"
+    console.print(f"[bold]{escape(str(report.folder))}[/bold]", soft_wrap=True)
+    console.print(escape(" · ".join(facts)))
+    console.print(f"{_count(report.parameters)} parameters · {size(report.nbytes)} in {files} · {_types(report)}")
+    if report.quantized:
+        console.print(f"quantized: [bold]{escape(report.quantized)}[/bold]")
+    for alias, owner in report.tied.items():
+        names = alias.removesuffix(".weight"), owner.removesuffix(".weight")
+        console.print(f"tied: {escape(names[0])} is {escape(names[1])}, stored and counted once")
+    for note in report.notes[:_LISTED]:
+        console.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True)
+    if len(report.notes) > _LISTED:
+        console.print(f"[yellow]note[/yellow] and {len(report.notes) - _LISTED} more (--json lists them)")
+    console.print()
+    console.print(_tensors(report, console.width))
+    if report.estimates:
+        console.print()
+        console.print(_sizes(report))
+        console.print(_REST)
+        for line in _misfits(report.estimates):
+            console.print(escape(line), style="yellow")
+
+
+def _table(titles: Iterable[str], width: int = _WIDE) -> Table:
+    """A plain table in which only the first column wraps."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2 if width >= _WIDE else 1, 0, 0))
+    for i, title in enumerate(titles):
+        table.add_column(title, justify="left" if title in _TEXTS else "right", no_wrap=i > 0, overflow="fold")
+    return table
+
+
+def _tensors(report: Report, width: int) -> Table:
+    """Kinds of layers one by one; norms and biases in a line each."""
+    from rich.text import Text
+
+    cells: dict[str, Callable[[Row], str]] = {
+        "role": lambda row: row.role,
+        "n": lambda row: str(row.count),
+        "shape": lambda row: "x".join(map(str, row.shape)) if row.shape is not None else "",
+        "params": lambda row: _count(row.parameters),
+        "bytes": lambda row: size(row.nbytes),
+    }
+    if len(report.types) > 1:
+        cells["numbers"] = lambda row: row.stored
+    if report.quantized:
+        cells["error"] = lambda row: "" if row.error is None else f"{row.error:.2%}"
+        if width < _WIDE:
+            del cells["role"]
+    table = _table(["layers", *cells], width)
+    shown = [row for row in report.rows if row.role not in _SMALL]
+    for row in (*shown, *_merged(report.rows)):
+        table.add_row(Text(_broken(row.pattern, width)), *(cell(row) for cell in cells.values()))
+    return table
+
+
+def _broken(pattern: str, width: int) -> str:
+    """In a narrow terminal, a long name in two lines, broken before a dot."""
+    cut = pattern.rfind(".", 0, _NARROW_NAME)
+    if width >= _WIDE or len(pattern) <= _NARROW_NAME or cut < 0:
+        return pattern
+    return f"{pattern[:cut]}\n  {pattern[cut:]}"
+
+
+def _merged(rows: Iterable[Row]) -> Iterable[Row]:
+    """The many small rows, added up."""
+    from spicerack.inspect import Row
+
+    for role, title in _SMALL.items():
+        members = [row for row in rows if row.role == role]
+        if members:
+            stored = " ".join(sorted({row.stored for row in members}))
+            totals = sum(row.parameters for row in members), sum(row.nbytes for row in members)
+            yield Row(title, role, sum(row.count for row in members), None, stored, *totals)
+
+
+def _sizes(report: Report) -> Table:
+    table = _table(("linear layers in", "whole model", "of now", "bits/weight", "over the whole model"))
+    for estimate in report.estimates:
+        table.add_row(
+            estimate.scheme + " *" * bool(estimate.indivisible),
+            size(estimate.nbytes),
+            f"{estimate.nbytes / max(report.nbytes, 1):.1%}",
+            f"{estimate.bits_per_weight:.2f}" if estimate.bits_per_weight else "-",
+            f"{estimate.bits_per_weight_total:.2f}",
+        )
+    return table
+
+
+def _misfits(estimates: Iterable[Estimate]) -> list[str]:
+    """What blocks do not tile: `* 5 layers stay in float (K=172: use group 4 or skip it): w4g128, w3g64`."""
+    schemes: dict[tuple[int, str], list[str]] = {}
+    for estimate in estimates:
+        counts: dict[str, int] = {}
+        for misfit in estimate.indivisible:
+            counts[misfit.remedy] = counts.get(misfit.remedy, 0) + misfit.count
+        for remedy, count in counts.items():
+            schemes.setdefault((count, remedy), []).append(estimate.scheme)
+    return [f"* {', '.join(found)}: {count} layers with {remedy}" for (count, remedy), found in schemes.items()]
+
+
+def _show_spreads(spreads: list[Spread], console: Console) -> None:
+    from rich.text import Text
+
+    console.print()
+    if not spreads:
+        console.print("No float matrices: there is nothing to measure.")
+        return
+    cells: dict[str, Callable[[Spread], str]] = {
+        "rms": lambda s: f"{s.rms:.2g}",
+        "max/rms": lambda s: f"{s.max_over_rms:.1f}",
+        "kurtosis": lambda s: f"{s.kurtosis:.1f}",
+        f">4{_SIGMA}": lambda s: _share(s.beyond_4),
+        f">6{_SIGMA}": lambda s: _share(s.beyond_6),
+        _BARS: lambda s: "".join(map(_bar, s.histogram)),
+    }
+    if console.width < _WIDE:
+        del cells["rms"], cells[f">4{_SIGMA}"]
+    table = _table(["layers", *cells], console.width)
+    for spread in sorted(spreads, key=lambda s: -s.max_over_rms):
+        table.add_row(Text(_broken(spread.pattern, console.width)), *(cell(spread) for cell in cells.values()))
+    console.print(table)
+    worst = max(spreads, key=lambda s: s.max_over_rms)
+    line = f"\nFarthest out: {worst.worst}, {worst.max_over_rms:.1f} times its rms."
+    console.print(line, markup=False, soft_wrap=True)
+    console.print(_LEGEND)
+    for spread in spreads:
+        if spread.nonfinite:
+            line = f"{spread.pattern}: {spread.nonfinite} weights are NaN or infinite"
+            console.print(line, style="red", markup=False, soft_wrap=True)
+
+
+def _bar(share: float) -> str:
+    """A bar whose height is the logarithm of `share`: full for 1, lowest for 1e-7, a dot for none at all."""
+    if share <= 0:
+        return _BLOCKS[0]
+    height = 1 - math.log(max(share, _SHARE_OF_LOWEST_BAR)) / math.log(_SHARE_OF_LOWEST_BAR)
+    return _BLOCKS[1 + round(height * 7)]
+
+
+def _share(share: float) -> str:
+    return f"{share:.1e}" if 0 < share < 1e-4 else f"{share:.2%}" if share else "0"
+
+
+def _types(report: Report) -> str:
+    total = max(report.nbytes, 1)
+    shares = {kind: nbytes / total for kind, (_, _, nbytes) in report.types.items()}
+    return ", ".join(f"{kind} {share:.0%}" if 0.005 < share < 0.995 else kind for kind, share in shares.items())
+
+
+def _count(n: int) -> str:
+    """12,345,678 -> `12.3 M`."""
+    for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= factor:
+            return f"{n / factor:.3g} {unit}" if n < 1000 * factor else f"{n / factor:.0f} {unit}"
+    return str(n)
