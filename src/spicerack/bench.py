@@ -1,15 +1,14 @@
 """What a quantized folder gained: size on disk, bytes in memory and speed, beside the model it was made from.
 
-The models take turns (A B A B ...) in one process on the same inputs, so that a machine that slows down, or another program,
-meets both. Medians and the whole spread are reported. Tokenizers are not timed.
+The models take turns (A B A B ...) in one process on the same inputs, so that a machine that slows down, or another
+program, meets both. Medians and the whole spread are reported. Tokenizers are not timed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,7 +19,8 @@ from transformers import PreTrainedModel
 
 from spicerack.checkpoint import files
 from spicerack.errors import UsageError
-from spicerack.evaluate import compute, kind
+from spicerack.evaluate import compute
+from spicerack.evaluate_folder import kind, positions
 from spicerack.evaluate_logits import computes_some
 from spicerack.load import load
 
@@ -30,17 +30,6 @@ Sample = dict[str, float]
 
 PREFILL, DECODE, REPEATS, BATCH, LENGTH = 512, 64, 5, 32, 64
 _SEED = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What is timed. Decoders: `prefill` tokens at once, then `decode` one by one with a cache. Encoders: `batch` sequences of
-    `length` tokens at once."""
-
-    prefill: int
-    decode: int
-    batch: int
-    length: int
 
 
 def bench(
@@ -59,10 +48,11 @@ def bench(
 ) -> dict[str, Any]:
     """Time `folder` and the model it was made from -> {"rows": [...], "speedup": number, ...}.
 
-    A row: name, compute, bytes_on_disk (weight files), resident_bytes (what the parameters and buffers hold in memory after a
-    run), and for decoders prefill_tokens_per_s and decode_tokens_per_s, for encoders items_per_s (sequences), each a
-    median with `_min` and `_max` beside it. speedup: the quantized model's decode_tokens_per_s (items_per_s) over the
-    original's. float32: time the original in float32, too. prefill: None is 512, or what fits into the model's positions.
+    A row: name, compute, bytes_on_disk (weight files), resident_bytes (what the parameters and buffers hold in memory
+    after a run), and for decoders prefill_tokens_per_s and decode_tokens_per_s, for encoders items_per_s (sequences),
+    each a median with `_min` and `_max` beside it. speedup: the quantized model's decode_tokens_per_s (items_per_s)
+    over the original's. prefill: None is 512, or what the model has room for. float32: time the original in float32,
+    too. Raises UsageError, CheckpointError, LoadError.
     """
     out, source = files.locate(folder), files.locate(against)
     config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)
@@ -77,33 +67,35 @@ def bench(
     if float32 and models["original"].dtype != torch.float32:
         models["original, float32"] = open_model(source, torch.float32)
     folders = {name: out if name == "quantized" else source for name in models}
-    work = _work(models["original"], prefill, decode, batch)
-    turn = _decoder_turn if what == "decoder" else _encoder_turn
+    turn: Callable[[PreTrainedModel], Sample]
+    if what == "decoder":
+        work = {"prefill": _prefill(models["original"], prefill, decode), "decode": decode}
+        turn = partial(_decoder_turn, prefill=work["prefill"], decode=decode)
+    else:
+        work = {"batch": batch, "length": min(LENGTH, positions(models["original"]) or LENGTH)}
+        turn = partial(_encoder_turn, batch=batch, length=work["length"])
     with _threads(threads):
-        samples = take_turns(
-            {name: partial(turn, model, work) for name, model in models.items()},
-            repeats,
-            lambda share: report("measuring", share),
-        )
+        turns = {name: partial(turn, model) for name, model in models.items()}
+        samples = take_turns(turns, repeats, lambda share: report("measuring", share))
         used = torch.get_num_threads()
+    speeds = {name: _speeds(samples[name]) for name in models}
     rows = [
         {
             "name": name,
             "compute": compute(model),
-            **_speeds(samples[name]),
+            **speeds[name],
             "bytes_on_disk": bytes_on_disk(folders[name]),
             "resident_bytes": resident_bytes(model),
         }
         for name, model in models.items()
     ]
-    figures = [key for key in rows[0] if key.endswith("_per_s")]
-    ratios = {key: rows[1][key] / rows[0][key] for key in figures}
-    shape = {"prefill": work.prefill, "decode": work.decode} if what == "decoder" else {"batch": batch, "length": work.length}
+    figures = list(samples["original"][0])
+    ratios = {figure: speeds["quantized"][figure] / speeds["original"][figure] for figure in figures}
     return {
         "rows": rows,
         "speedup": ratios[figures[-1]],
         **({"speedup_prefill": ratios[figures[0]]} if what == "decoder" else {}),
-        **shape,
+        **work,
         "repeats": repeats,
         "threads": used,
         "device": device,
@@ -111,7 +103,7 @@ def bench(
 
 
 def take_turns(
-    turns: dict[str, Callable[[], Sample]], repeats: int, progress: Callable[[float], None]
+    turns: Mapping[str, Callable[[], Sample]], repeats: int, progress: Callable[[float], None]
 ) -> dict[str, list[Sample]]:
     """Every turn once as a warm-up, not counted, then `repeats` rounds of all of them, in order."""
     samples: dict[str, list[Sample]] = {name: [] for name in turns}
@@ -131,8 +123,8 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 def resident_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all storages under the model's parameters and buffers; tied and shared ones once, views as the whole they
-    keep alive."""
+    """Bytes of all storages under the model's parameters and buffers: shared ones once, views as the whole they keep
+    alive."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
@@ -141,31 +133,31 @@ def resident_bytes(model: torch.nn.Module) -> int:
 
 
 @torch.inference_mode()
-def _decoder_turn(model: PreTrainedModel, work: Work) -> Sample:
+def _decoder_turn(model: PreTrainedModel, *, prefill: int, decode: int) -> Sample:
     """Greedy generation: a prompt of random tokens, then one token at a time."""
-    ids = _tokens(model, 1, work.prefill)
+    ids = _tokens(model, 1, prefill)
     last = {"logits_to_keep": 1} if computes_some(model) else {}
     begin = _now(model)
     step = model(input_ids=ids, use_cache=True, **last)
     token, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
     middle = _now(model)
-    for _ in range(work.decode):
+    for _ in range(decode):
         token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
     end = _now(model)
     return {
-        "prefill_tokens_per_s": work.prefill / (middle - begin),
-        "decode_tokens_per_s": work.decode / (end - middle),
+        "prefill_tokens_per_s": prefill / (middle - begin),
+        "decode_tokens_per_s": decode / (end - middle),
     }
 
 
 @torch.inference_mode()
-def _encoder_turn(model: PreTrainedModel, work: Work) -> Sample:
+def _encoder_turn(model: PreTrainedModel, *, batch: int, length: int) -> Sample:
     """One batch of full-length sequences: no padding, so that every model does all the work."""
-    ids = _tokens(model, work.batch, work.length)
+    ids = _tokens(model, batch, length)
     mask = torch.ones_like(ids)
     begin = _now(model)
     model.base_model(input_ids=ids, attention_mask=mask)
-    return {"items_per_s": work.batch / (_now(model) - begin)}
+    return {"items_per_s": batch / (_now(model) - begin)}
 
 
 def _tokens(model: PreTrainedModel, rows: int, columns: int) -> torch.Tensor:
@@ -189,16 +181,16 @@ def _speeds(samples: list[Sample]) -> dict[str, float]:
     return speeds
 
 
-def _work(model: PreTrainedModel, prefill: int | None, decode: int, batch: int) -> Work:
-    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # state spaces: none
-    room = PREFILL + decode if positions is None else positions
-    chosen = min(PREFILL, room - decode) if prefill is None else prefill
-    if chosen < 1 or (positions is not None and chosen + decode > positions):
+def _prefill(model: PreTrainedModel, asked: int | None, decode: int) -> int:
+    """Prompt tokens: as asked, else 512 or what is left beside `decode`. Raises UsageError if they do not fit."""
+    limit = positions(model)
+    chosen = asked or (PREFILL if limit is None else max(min(PREFILL, limit - decode), 1))
+    if limit is not None and chosen + decode > limit:
         raise UsageError(
-            f"{max(chosen, 1)} prompt tokens and {decode} more do not fit into the model's {positions} positions",
+            f"{chosen} prompt tokens and {decode} new ones do not fit into the model's {limit} positions",
             "lower --prefill or --decode",
         )
-    return Work(chosen, decode, batch, min(LENGTH, room))
+    return chosen
 
 
 @contextmanager

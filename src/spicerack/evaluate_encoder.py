@@ -36,15 +36,25 @@ class EncoderComparison:
     tokens: int
     unknown: int
 
+    @property
+    def mean(self) -> float:
+        """Mean cosine."""
+        return float(self.cosine.mean())
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the tokens that the tokenizer does not know."""
+        return self.unknown / self.tokens
+
     def as_dict(self) -> dict[str, Any]:
         """The figures under the names of the command line's contract."""
         return {
             "tokens": self.tokens,
             "sentences": len(self.cosine),
-            "cosine_mean": float(self.cosine.mean()),
+            "cosine_mean": self.mean,
             "cosine_min": float(self.cosine.min()),
             "spearman": self.spearman,
-            "unknown_tokens": self.unknown / self.tokens,
+            "unknown_tokens": self.unknown_share,
         }
 
 
@@ -69,7 +79,8 @@ def compare(
     count = tokens = unknown = 0
     for batch, fraction in _batches(sentences):
         inputs = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        ours, theirs = (embed(model, inputs["input_ids"], inputs["attention_mask"], pooling) for model in (reference, other))
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ours, theirs = (embed(model, ids, mask, pooling) for model in (reference, other))
         if not bool(theirs.isfinite().all() and ours.isfinite().all()):
             raise SpicerackError(
                 f"an embedding among sentences {count} to {count + len(batch) - 1} is not finite",
@@ -80,16 +91,16 @@ def compare(
         kept[0].append(ours[:room])
         kept[1].append(theirs[:room])
         count += len(batch)
-        real = inputs["attention_mask"].bool()
+        real = mask.bool()
         tokens += int(real.sum())
         if tokenizer.unk_token_id is not None:
-            unknown += int((inputs["input_ids"][real] == tokenizer.unk_token_id).sum())
+            unknown += int((ids[real] == tokenizer.unk_token_id).sum())
         if progress is not None:
             progress(fraction)
         if max_tokens is not None and tokens >= max_tokens:
             break
     if count < FEWEST:
-        raise TextError(f"{count} sentences are too few to compare pairs of them", f"give at least {FEWEST}, one a line")
+        raise TextError(f"{count} sentences are too few to compare their pairs", f"give at least {FEWEST}, one a line")
     similarities = [_pair_similarities(torch.cat(vectors)) for vectors in kept]
     return EncoderComparison(torch.cat(cosines), spearman(*similarities), tokens, unknown)
 
@@ -123,7 +134,7 @@ def check_pooling(name: str) -> Pooling:
     for known in POOLINGS:
         if name == known:
             return known
-    raise UsageError(f"pooling {name!r} is not one of {', '.join(POOLINGS)}", "evaluate this model in its own framework")
+    raise UsageError(f"pooling {name!r} is not one of {', '.join(POOLINGS)}", "compare the folders in their framework")
 
 
 def _pair_similarities(vectors: torch.Tensor) -> torch.Tensor:

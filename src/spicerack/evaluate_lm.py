@@ -15,7 +15,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,6 @@ from spicerack.evaluate_statistics import Interval, mean_interval
 from spicerack.evaluate_text import Window
 
 Progress = Callable[[float], None]
-FLOOR_WINDOWS = 16
-"""The noise floor needs less precision than the model's own figures, and bfloat16 is slow on many CPUs."""
 _NO_FLOAT64 = ("mps",)
 
 
@@ -55,6 +52,16 @@ class Comparison:
         """Predicted tokens."""
         return len(self.kl_tokens)
 
+    @property
+    def mean(self) -> float:
+        """Mean KL in nats per token."""
+        return float(self.kl.mean())
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the text's tokens that the tokenizer does not know."""
+        return self.unknown / (len(self.kl) * self.window)
+
     def as_dict(self) -> dict[str, Any]:
         """The figures under the names of the command line's contract."""
         kl = mean_interval(self.kl)
@@ -68,7 +75,7 @@ class Comparison:
             "kl_mean_ci95": None if kl.lo is None else [kl.lo, kl.hi],
             "kl_p999": float(np.quantile(self.kl_tokens.numpy(), 0.999)),
             "top1_agreement": int(self.agreed.sum()) / self.tokens,
-            "unknown_tokens": self.unknown / (len(self.kl) * self.window),
+            "unknown_tokens": self.unknown_share,
         }
 
 
@@ -82,8 +89,9 @@ def compare(
 ) -> Comparison:
     """Run both models over `windows`, all of the same length.
 
-    positions: how many positions' logits are held at once; None: what the vocabulary allows. Raises TextError without a
-    window, UsageError if the models' vocabularies differ, SpicerackError if a model's logits are not finite.
+    positions: how many positions' logits are held at once; None: what the vocabulary allows. Raises TextError without
+    a window, UsageError if a vocabulary does not fit the text or the other model's, SpicerackError if a model's logits
+    are not finite.
     """
     rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     digest = hashlib.sha256()
@@ -91,6 +99,7 @@ def compare(
     for number, window in enumerate(windows):
         ids = window.ids[None]
         length = ids.shape[1]
+        _check_ids(reference, window.ids)
         digest.update(window.ids.numpy().tobytes())
         unknown += window.unknown
         row = _window(reference, other, ids, positions or _positions(reference))
@@ -118,14 +127,6 @@ def compare(
     )
 
 
-def noise_floor(reference: PreTrainedModel, low: PreTrainedModel, windows: Iterable[Window]) -> float:
-    """Mean KL between a float model and itself in a lower type, over the first FLOOR_WINDOWS windows.
-
-    What a cast to bfloat16 alone costs: a quantized model whose KL is near it lost nothing that anybody would notice.
-    """
-    return float(compare(reference, low, islice(windows, FLOOR_WINDOWS)).kl.mean())
-
-
 def paired_difference(a: Comparison, b: Comparison) -> Interval:
     """Mean KL of `a` minus that of `b`, in nats per token, with the 95 % interval over windows, paired.
 
@@ -133,12 +134,21 @@ def paired_difference(a: Comparison, b: Comparison) -> Interval:
     Raises UsageError if they were not.
     """
     if (a.text, a.window) != (b.text, b.window) or not torch.equal(a.nll_reference, b.nll_reference):
-        raise UsageError("the two evaluations are of different text or references", "use the same text, window and model")
+        raise UsageError("the evaluations are of different text or references", "use the same text, window and model")
     return mean_interval(a.kl - b.kl)
 
 
 def _positions(model: PreTrainedModel) -> int:
     return chunk_positions(int(model.config.get_text_config().vocab_size))
+
+
+def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    vocabulary, highest = int(model.config.get_text_config().vocab_size), int(ids.max())
+    if highest >= vocabulary:
+        raise UsageError(
+            f"the tokenizer makes token {highest}, but the model's vocabulary has {vocabulary} entries",
+            "is it the model's own tokenizer?",
+        )
 
 
 @torch.inference_mode()
@@ -149,9 +159,7 @@ def _window(
     following = ids[0, 1:]
     parts = []
     begin = 0
-    pairs = zip(
-        logits(reference, ids.to(reference.device), positions), logits(other, ids.to(other.device), positions), strict=True
-    )
+    pairs = zip(*(logits(model, ids.to(model.device), positions) for model in (reference, other)), strict=True)
     for ours, theirs in pairs:
         if ours.shape != theirs.shape:
             raise UsageError(

@@ -31,14 +31,14 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, positions: int) -> Iterato
     """
     length = ids.shape[1]
     if not computes_some(model) or positions >= length:
-        yield from model(input_ids=ids, use_cache=False).logits.split(positions, dim=1)
+        yield from torch.split(model(input_ids=ids, use_cache=False).logits, positions, dim=1)
         return
-    groups = torch.arange(length, device=ids.device).split(positions)
+    groups = torch.split(torch.arange(length, device=ids.device), positions)
     with _outputs(model.base_model) as outputs:
         first = model(input_ids=ids, use_cache=False, logits_to_keep=groups[0]).logits
     if len(outputs) != 1:  # the head uses a part of the body, which runs again for every group
         del first
-        yield from model(input_ids=ids, use_cache=False).logits.split(positions, dim=1)
+        yield from torch.split(model(input_ids=ids, use_cache=False).logits, positions, dim=1)
         return
     yield first
     for group in groups[1:]:

@@ -21,7 +21,7 @@ SENTENCES: tuple[str, ...] = (
     "Preheat the oven to 180 degrees and grease a shallow tin.",
     "My grandmother's soup recipe never tastes the same when I make it.",
     "lol that was so funny, i can't even",
-    "Pursuant to section 12(b), the tenant shall give notice in writing no later than thirty days before the term ends.",
+    "Pursuant to section 12(b), the tenant shall give notice in writing at least thirty days before the term ends.",
     "The defendant pleaded not guilty to all charges.",
     "Take one tablet twice a day with food, and stop if a rash appears.",
     "The patient reports chest pain that gets worse when climbing stairs.",
@@ -75,13 +75,13 @@ SENTENCES: tuple[str, ...] = (
     "Hvor mye koster en billett til Bergen?",
     "https://example.com/search?q=weather&lang=en",
     "ERROR 404: the page /about/team.html was not found on this server.",
-    "The mitochondrion is often called the powerhouse of the cell, although it also stores calcium, makes heat, and takes "
-    "part in the signals that decide whether a damaged cell is repaired or dies.",
-    "When the lighthouse keeper finally came down after eleven days of storm, he found that the village below had changed: "
-    "boats lay in the gardens, the church had lost its bell, and the people, who had never agreed about anything, were "
-    "mending one long net together without a word.",
-    "In distributed systems, a consensus protocol lets a group of unreliable machines agree on one sequence of commands, as "
-    "long as a majority of them can talk to each other; Paxos and Raft are the best known examples.",
+    "The mitochondrion is often called the powerhouse of the cell, although it also stores calcium, makes heat, and "
+    "takes part in the signals that decide whether a damaged cell is repaired or dies.",
+    "When the lighthouse keeper finally came down after eleven days of storm, he found that the village below had "
+    "changed: boats lay in the gardens, the church had lost its bell, and the people, who had never agreed about "
+    "anything, were mending one long net together without a word.",
+    "In distributed systems, a consensus protocol lets a group of unreliable machines agree on one sequence of "
+    "commands, as long as a majority of them can talk to each other; Paxos and Raft are the best known examples.",
     "Wait, what?",
     "Thanks a lot, see you tomorrow :-)",
     "Unfortunately we have to inform you that your application was not successful this time.",

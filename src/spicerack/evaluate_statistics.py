@@ -26,14 +26,14 @@ def t_quantile(degrees: int) -> float:
         raise ValueError(f"{degrees} degrees of freedom; an interval needs at least 1")
     if degrees <= len(_SMALL):
         return _SMALL[degrees - 1]
-    z, z3, z5, z7, z9 = (_Z**power for power in (1, 3, 5, 7, 9))
+    z, z3, z5, z7, z9 = (math.pow(_Z, power) for power in (1, 3, 5, 7, 9))
     terms = (
         (z3 + z) / 4,
         (5 * z5 + 16 * z3 + 3 * z) / 96,
         (3 * z7 + 19 * z5 + 17 * z3 - 15 * z) / 384,
         (79 * z9 + 776 * z7 + 1482 * z5 - 1920 * z3 - 945 * z) / 92160,
     )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+    return z + math.fsum(term / degrees**power for power, term in enumerate(terms, start=1))
 
 
 def mean_interval(values: torch.Tensor) -> Interval:
@@ -49,12 +49,12 @@ def mean_interval(values: torch.Tensor) -> Interval:
 def ranks(values: torch.Tensor) -> torch.Tensor:
     """1-based ranks of `values` [n]; equal values share the average of their ranks."""
     _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count.double() - 1) / 2)[place]
+    average: torch.Tensor = count.cumsum(0) - (count.double() - 1) / 2
+    return average[place]
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Rank correlation of `a` [n] and `b` [n]: Pearson's correlation of their ranks. None if one of them is constant."""
+    """Rank correlation of `a` [n] and `b` [n]: Pearson's correlation of their ranks; None if one is constant."""
     centred = [ranks(values) - (len(values) + 1) / 2 for values in (a, b)]
     norms = [float(values.norm()) for values in centred]
     if 0.0 in norms:

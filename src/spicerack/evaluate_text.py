@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """ids int64 [length], with the tokenizer's start token in front if it has one; unknown: unknown tokens among them."""
+    """ids int64 [length], the tokenizer's start token in front if it has one; unknown: how many are unknown tokens."""
 
     ids: torch.Tensor
     unknown: int
@@ -69,7 +69,7 @@ def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, path: Path, offset
     try:
         text = decoder.decode(chunk, final=not chunk)
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text: {error.reason} near byte {offset + error.start}", remedy) from error
+        raise TextError(f"{path} is not UTF-8: {error.reason} near byte {offset + error.start}", remedy) from error
     if "\0" in text:
         raise TextError(f"{path} is not text: it has a zero byte after byte {offset}", remedy)
     return text
@@ -141,4 +141,3 @@ def sentences(path: Path) -> Iterator[tuple[str, float]]:
         before = piece.fraction
     if not found:
         raise TextError(f"{path} has only blank lines", "give one sentence per line")
-

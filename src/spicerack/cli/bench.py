@@ -21,10 +21,10 @@ _LABELS = {
 @click.command()
 @click.argument("out", metavar="OUT")
 @click.option("--against", metavar="MODEL", required=True, help="The float model that OUT was made from.")
-@click.option("--prefill", type=click.IntRange(min=1), help="Prompt tokens. Default: 512, or what the model has room for.")
+@click.option("--prefill", type=click.IntRange(min=1), help="Prompt tokens. Default: 512, or what there is room for.")
 @click.option("--decode", type=click.IntRange(min=1), default=64, show_default=True, help="New tokens, one by one.")
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Encoders: sentences at once.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds in which all take turns.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of taking turns.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: as torch chooses.")
 @click.option("--device", default="cpu", show_default=True, help="Where the models run: cpu, cuda ...")
 @click.option("--float32", is_flag=True, help="Also time the original in float32: bfloat16 is slow on many CPUs.")
@@ -103,7 +103,8 @@ def _setting(result: dict[str, Any]) -> str:
         if "prefill" in result
         else f"{result['batch']} sentences of {result['length']} tokens at once"
     )
-    return f"[dim]{work}; median of {result['repeats']} turns (least to most); {result['threads']} threads, {result['device']}[/dim]"
+    where = f"{result['threads']} threads, {result['device']}"
+    return f"[dim]{work}; median of {result['repeats']} turns; {where}[/dim]"
 
 
 def _meaning(result: dict[str, Any]) -> str:
@@ -116,8 +117,10 @@ def _meaning(result: dict[str, Any]) -> str:
         return f"{size}; at {doing} it is as fast as the original, within the spread."
     if result["speedup"] > 1:
         return f"{size}; at {doing} it is {result['speedup']:.2f} times as fast."
-    reason = ", because its weights are unpacked in torch for every call" if "reference/" in quantized["compute"] else ""
-    return f"{size}; at {doing} it is slower: it takes {1 / result['speedup']:.2f} times as long{reason}."
+    slower = f"{size}; at {doing} it is slower: it takes {1 / result['speedup']:.2f} times as long"
+    if quantized["compute"].startswith("reference"):
+        return f"{slower}, because its weights are unpacked in torch for every call."
+    return f"{slower}."
 
 
 def _size(nbytes: float) -> str:

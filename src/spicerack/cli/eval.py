@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("out", metavar="OUT")
 @click.option("--against", metavar="MODEL", required=True, help="The float model that OUT was made from.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to evaluate on; for encoders one sentence a line.")
-@click.option("--window", type=click.IntRange(min=2), help="Tokens read together. Default: 512, or the model's longest.")
+@click.option("--window", type=click.IntRange(min=2), help="Tokens read together. Default: 512, or the most.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after so many tokens.")
 @click.option("--device", default="cpu", show_default=True, help="Where both models run: cpu, cuda ...")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that came with the model.")
@@ -34,8 +35,8 @@ def command(
 ) -> None:
     """Measure what the quantized folder OUT lost against the model it was made from.
 
-    Language models: perplexity, KL divergence and agreement of next-token predictions, on a text. Encoders: similarity of
-    sentence embeddings. The reference computes in float32; OUT runs as it ships.
+    Language models: perplexity, KL divergence and agreement of next-token predictions, on a text. Encoders: similarity
+    of sentence embeddings. The reference computes in float32; OUT runs as it ships.
 
     \b
     spicerack eval out --against MODEL --text held-out.txt
@@ -46,7 +47,7 @@ def command(
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:
-        tasks = {doing: bar.add_task(doing, total=1.0, visible=False) for doing in ("loading", "noise floor", "evaluating")}
+        task = bar.add_task("loading", total=1.0)
         evaluation = measure(
             out,
             against=against,
@@ -55,7 +56,7 @@ def command(
             max_tokens=max_tokens,
             device=device,
             trust_remote_code=trust_remote_code,
-            progress=lambda doing, share: bar.update(tasks[doing], completed=share, visible=share < 1),
+            progress=lambda doing, share: bar.update(task, description=doing, completed=share),
         )
     figures = evaluation.as_dict()
     if as_json:
@@ -67,44 +68,40 @@ def command(
 
 
 def _decoder(figures: dict[str, Any], console: Console) -> None:
+    kl, floor = figures["kl_mean"], figures["kl_noise_floor"]
     ci = figures["kl_mean_ci95"]
     between = f"95 % interval {_short(ci[0])} to {_short(ci[1])}" if ci else "one window: no interval"
-    _table(
-        console,
-        figures,
-        f"{figures['tokens']:,} predicted tokens in {figures['windows']} windows of {figures['window']}",
-        [
-            ("perplexity", f"{figures['perplexity']:.4g}", f"reference {figures['perplexity_reference']:.4g}"),
-            ("KL, mean", _short(figures["kl_mean"]), f"nats per token; {between}"),
-            ("KL, 99.9 %", _short(figures["kl_p999"]), "one token in a thousand moved more than this"),
-            ("KL, noise floor", _short(figures["kl_noise_floor"]), "the reference in bfloat16 against itself in float32"),
-            ("same top token", f"{figures['top1_agreement']:.2%}", "as the reference"),
-        ],
-    )
+    rows = [
+        ("perplexity", f"{figures['perplexity']:.4g}", f"reference {figures['perplexity_reference']:.4g}"),
+        ("same top token", f"{figures['top1_agreement']:.2%}", "as the reference"),
+        ("KL, mean", _short(kl), f"nats per token; {between}"),
+        ("KL, 99.9 %", _short(figures["kl_p999"]), "one token in a thousand moved more"),
+        ("KL, noise floor", _short(floor), "the reference cast to bfloat16"),
+    ]
+    title = f"{figures['tokens']:,} predicted tokens in {figures['windows']} windows of {figures['window']}"
+    _table(console, figures, title, rows)
     same = round(1000 * figures["top1_agreement"])
     change = figures["perplexity"] / figures["perplexity_reference"] - 1
+    times = "no more than" if kl <= floor else f"{kl / floor:,.2g} times"
     console.print(
         f"Of 1000 next-token choices, {same} are the same; perplexity is {_change(change)}; "
-        f"the mean KL is {_times(figures['kl_mean'], figures['kl_noise_floor'])} a plain cast to bfloat16 costs."
+        f"the mean KL is {times} that of a cast to bfloat16."
     )
 
 
 def _encoder(figures: dict[str, Any], console: Console) -> None:
-    order = "all pairs are equally similar" if figures["spearman"] is None else f"{figures['spearman']:.5f}"
-    _table(
-        console,
-        figures,
-        f"{figures['sentences']:,} sentences, {figures['tokens']:,} tokens",
-        [
-            ("cosine, mean", f"{figures['cosine_mean']:.5f}", "between the two embeddings of one sentence"),
-            ("cosine, least", f"{figures['cosine_min']:.5f}", "the sentence that moved most"),
-            ("cosine, noise floor", f"{figures['cosine_noise_floor']:.5f}", "the reference in bfloat16 against float32"),
-            ("Spearman", order, "order of all pairs by similarity; 1 is the same order"),
-        ],
-    )
+    mean, least, floor = (figures[key] for key in ("cosine_mean", "cosine_min", "cosine_noise_floor"))
+    rank = figures["spearman"]
+    rows = [
+        ("cosine, mean", f"{mean:.5f}", "between the two embeddings of a sentence"),
+        ("cosine, least", f"{least:.5f}", "the sentence that moved most"),
+        ("cosine, noise floor", f"{floor:.5f}", "the reference cast to bfloat16"),
+        ("Spearman", "-" if rank is None else f"{rank:.5f}", "do all pairs rank alike in similarity?"),
+    ]
+    _table(console, figures, f"{figures['sentences']:,} sentences, {figures['tokens']:,} tokens", rows)
     console.print(
-        f"On average an embedding kept {figures['cosine_mean']:.2%} of its direction, at least {figures['cosine_min']:.2%}; "
-        f"a plain cast to bfloat16 keeps {figures['cosine_noise_floor']:.2%}."
+        f"An embedding turned by about {_angle(mean)}, the worst by {_angle(least)}; "
+        f"a cast to bfloat16 turns it by about {_angle(floor)}."
     )
 
 
@@ -132,7 +129,5 @@ def _change(ratio: float) -> str:
     return f"{abs(ratio):.2%} {'higher' if ratio > 0 else 'lower'}"
 
 
-def _times(value: float, floor: float) -> str:
-    if value <= floor:
-        return "no more than"
-    return f"{value / floor:.2g} times what" if floor > 0 else "more than"
+def _angle(cosine: float) -> str:
+    return f"{math.degrees(math.acos(min(cosine, 1.0))):.1f} degrees"
