@@ -32,8 +32,8 @@ _WIDE = 100
 """Columns of a terminal that holds every column; narrower ones get fewer."""
 _LEGEND = (
     f"Bars: how many weights lie 0-1, 1-2, 2-3 ... standard deviations ({_SIGMA}) from the mean; each step down is "
-    "about ten times fewer. A bell curve ends after five or six bars. What lies beyond are outliers: a scale must reach "
-    "them, so the steps between all other weights that share it grow coarser. Smaller groups and --range opt help."
+    "about ten times fewer. A bell curve ends after five or six bars. What lies beyond are outliers: a scale must "
+    "reach them, so the steps between all other weights that share it grow coarser. Smaller groups and --range opt help."
 )
 _REST = "Embeddings, heads, routers, norms and biases stay as they are."
 
@@ -62,13 +62,15 @@ def command(model: str, weights: bool, as_json: bool) -> None:
 
 
 def _as_json(report: Report, spreads: list[Spread] | None) -> dict[str, Any]:
-    result = asdict(report)
+    result = asdict(report, dict_factory=_json_names)
     result["folder"] = str(report.folder)
-    result["types"] = {
-        kind: dict(zip(("tensors", "parameters", "nbytes"), totals, strict=True))
-        for kind, totals in report.types.items()
-    }
+    totals = ("tensors", "parameters", "bytes")
+    result["types"] = {kind: dict(zip(totals, values, strict=True)) for kind, values in report.types.items()}
     return result if spreads is None else {**result, "weights": [asdict(spread) for spread in spreads]}
+
+
+def _json_names(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {"bytes" if name == "nbytes" else name: value for name, value in fields}
 
 
 def _measure(report: Report) -> list[Spread]:
