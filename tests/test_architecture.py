@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"format", "formats", "kernel", "kernels"}),
     frozenset({"nn"}),
     frozenset({"algorithms"}),
-    frozenset({"hf", "load", "job", "saving", "swap", "quantization", "evaluate", "generate", "bench", "inspect", "demo"}),
+    frozenset({"hf", "load", "job", "saving", "swap", "quantization", "evaluation", "generate", "bench", "inspect", "demo"}),
     frozenset({"cli", "__main__"}),
 )
 PLUGIN_FOLDERS = ("schemes", "formats", "kernels", "algorithms", "models")

@@ -13,15 +13,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spicerack.evaluate import evaluate
-    from spicerack.load import load
+    from spicerack.evaluation import evaluate
+    from spicerack.loading import load
     from spicerack.quantization import quantize
     from spicerack.saving import save
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "load", "quantize", "save"]
 
-_HOMES = {"evaluate": "evaluate", "load": "load", "quantize": "quantization", "save": "saving"}
+_HOMES = {"evaluate": "evaluation", "load": "loading", "quantize": "quantization", "save": "saving"}
 
 
 def __getattr__(name: str) -> Any:

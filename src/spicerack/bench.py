@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from spicerack.checkpoint import files
 from spicerack.errors import UsageError
-from spicerack.evaluate import compute
-from spicerack.evaluate_folder import kind, positions
-from spicerack.evaluate_logits import computes_some
-from spicerack.load import load
+from spicerack.evaluation import compute
+from spicerack.evaluation_folder import kind, positions
+from spicerack.evaluation_logits import computes_some
+from spicerack.loading import load
 
 Progress = Callable[[str, float], None]
 Sample = dict[str, float]
@@ -60,7 +60,7 @@ def bench(
     report = progress or (lambda _what, _share: None)
 
     def open_model(where: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return load(where, device=device, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        return load(where, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     report("loading", 0.0)
     models = {"original": open_model(source), "quantized": open_model(out)}

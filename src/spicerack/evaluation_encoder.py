@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import SpicerackError, TextError, UsageError
-from spicerack.evaluate_statistics import spearman
+from spicerack.evaluation_statistics import spearman
 
 Progress = Callable[[float], None]
 Pooling = Literal["mean", "cls", "max", "lasttoken"]

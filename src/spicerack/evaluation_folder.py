@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from spicerack.checkpoint.files import CONFIG, MAX_CONFIG_BYTES, read_json
 from spicerack.errors import CheckpointError, UntrustedCodeError, UsageError
-from spicerack.evaluate_encoder import Pooling, check_pooling
-from spicerack.evaluate_sentences import SENTENCES
+from spicerack.evaluation_encoder import Pooling, check_pooling
+from spicerack.evaluation_sentences import SENTENCES
 
 Kind = Literal["decoder", "encoder"]
 

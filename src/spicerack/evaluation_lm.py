@@ -22,9 +22,9 @@ import torch
 from transformers import PreTrainedModel
 
 from spicerack.errors import SpicerackError, TextError, UsageError
-from spicerack.evaluate_logits import chunk_positions, logits
-from spicerack.evaluate_statistics import Interval, mean_interval
-from spicerack.evaluate_text import Window
+from spicerack.evaluation_logits import chunk_positions, logits
+from spicerack.evaluation_statistics import Interval, mean_interval
+from spicerack.evaluation_text import Window
 
 Progress = Callable[[float], None]
 _NO_FLOAT64 = ("mps",)

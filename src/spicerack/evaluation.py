@@ -1,7 +1,7 @@
 """What a quantized folder lost against the model it was made from: `evaluate` on two folders.
 
-Language models are compared by their predictions on a text (`evaluate_lm`), encoders by their embeddings of sentences
-(`evaluate_encoder`). The reference always computes in float32; the quantized model runs as it ships.
+Language models are compared by their predictions on a text (`evaluation_lm`), encoders by their embeddings of sentences
+(`evaluation_encoder`). The reference always computes in float32; the quantized model runs as it ships.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spicerack import evaluate_encoder, evaluate_folder, evaluate_lm
+from spicerack import evaluation_encoder, evaluation_folder, evaluation_lm
 from spicerack.checkpoint.files import CONFIG, MAX_CONFIG_BYTES, locate, read_json
 from spicerack.errors import UsageError
-from spicerack.evaluate_encoder import EncoderComparison
-from spicerack.evaluate_folder import Kind
-from spicerack.evaluate_lm import Comparison
-from spicerack.evaluate_sentences import SENTENCES
-from spicerack.evaluate_text import sentences, windows
-from spicerack.load import load
+from spicerack.evaluation_encoder import EncoderComparison
+from spicerack.evaluation_folder import Kind
+from spicerack.evaluation_lm import Comparison
+from spicerack.evaluation_sentences import SENTENCES
+from spicerack.evaluation_text import sentences, windows
+from spicerack.loading import load
+from spicerack.nn.packed import PackedWeight
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
@@ -94,26 +95,26 @@ def measure(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """As `evaluate`, keeping the figures of every window: `evaluate_lm.paired_difference` compares two of these."""
+    """As `evaluate`, keeping the figures of every window: `evaluation_lm.paired_difference` compares two of these."""
     out, source = locate(folder), locate(against)
-    kind = evaluate_folder.kind(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
-    tokenizer = evaluate_folder.tokenizer(out, source, trust_remote_code)
+    kind = evaluation_folder.kind(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
+    tokenizer = evaluation_folder.tokenizer(out, source, trust_remote_code)
     path = _text(kind, text, out, source)
     report = progress or (lambda _doing, _share: None)
 
     def open_model(where: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         report("loading", 0.0)
-        return load(where, device=device, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        return load(where, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     reference = open_model(source, torch.float32)
-    length = evaluate_folder.window(window, reference, source)
+    length = evaluation_folder.window(window, reference, source)
 
     def compare(other: PreTrainedModel, most: int | None, doing: str) -> Comparison | EncoderComparison:
         def share(done: float) -> None:
             report(doing, done)
 
         if path is not None and kind == "decoder":
-            return evaluate_lm.compare(reference, other, windows(path, tokenizer, length, most), progress=share)
+            return evaluation_lm.compare(reference, other, windows(path, tokenizer, length, most), progress=share)
         return _compare_encoders(reference, other, tokenizer, path, source, length, most, share)
 
     beginning = max(FLOOR_TOKENS, length)
@@ -132,8 +133,9 @@ def measure(
 
 
 def compute(model: PreTrainedModel) -> str:
-    """Which kernel and type `model` runs with, such as `reference/bfloat16`."""
-    return f"reference/{str(model.dtype).removeprefix('torch.')}"
+    """Which kernels and type `model` computes with: `reference/bfloat16`; `torch/...` without packed weights."""
+    kernels = {module.choice.kernel.name for module in model.modules() if isinstance(module, PackedWeight)}
+    return f"{'+'.join(sorted(kernels)) or 'torch'}/{str(model.dtype).removeprefix('torch.')}"
 
 
 def _compare_encoders(
@@ -144,15 +146,15 @@ def _compare_encoders(
     source: Path,
     length: int,
     most: int | None,
-    progress: evaluate_encoder.Progress,
+    progress: evaluation_encoder.Progress,
 ) -> EncoderComparison:
     builtin = ((text, i / len(SENTENCES)) for i, text in enumerate(SENTENCES, start=1))
-    return evaluate_encoder.compare(
+    return evaluation_encoder.compare(
         reference,
         other,
         tokenizer,
         builtin if path is None else sentences(path),
-        pooling=evaluate_folder.pooling(source),
+        pooling=evaluation_folder.pooling(source),
         length=length,
         max_tokens=most,
         progress=progress,

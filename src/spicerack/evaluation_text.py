@@ -105,7 +105,7 @@ def windows(
     before = 0.0
     for piece in pieces(path):
         # verbose=False: a piece is longer than the model's window on purpose
-        new = tokenizer(piece.text, add_special_tokens=False, verbose=False).input_ids
+        new = tokenizer(piece.text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
         seen += len(new)
         waiting += new
         at = 0
