@@ -18,7 +18,22 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"format", "formats", "kernel", "kernels"}),
     frozenset({"nn"}),
     frozenset({"algorithms"}),
-    frozenset({"hf", "load", "job", "saving", "swap", "quantization", "evaluation", "generate", "bench", "inspect", "demo"}),
+    frozenset(
+        {
+            "hf",
+            "placing",
+            "loading",
+            "job",
+            "saving",
+            "swap",
+            "quantization",
+            "evaluation",
+            "generate",
+            "bench",
+            "inspect",
+            "demo",
+        }
+    ),
     frozenset({"cli", "__main__"}),
 )
 PLUGIN_FOLDERS = ("schemes", "formats", "kernels", "algorithms", "models")
@@ -36,7 +51,9 @@ def imports(path: Path) -> set[tuple[str, ...]]:
             base = tuple((node.module or "").split("."))
             for alias in node.names:
                 longer = (*base, alias.name)
-                is_module = (SOURCE.parent / Path(*longer)).with_suffix(".py").exists() or (SOURCE.parent / Path(*longer)).is_dir()
+                is_module = (SOURCE.parent / Path(*longer)).with_suffix(".py").exists() or (
+                    SOURCE.parent / Path(*longer)
+                ).is_dir()
                 found.add(longer if is_module else base)
     return {name[1:] for name in found if name[0] == "spicerack" and len(name) > 1}
 
@@ -60,7 +77,11 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_every_module_says_what_it_is() -> None:
-    empty = [str(p.relative_to(SOURCE)) for p in MODULES if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))]
+    empty = [
+        str(p.relative_to(SOURCE))
+        for p in MODULES
+        if p.read_text().strip() and not ast.get_docstring(ast.parse(p.read_text()))
+    ]
     assert not empty
 
 

@@ -7,6 +7,7 @@ that nothing is allocated, and from classes inside transformers only: code that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or not _plausible(config):
         return None
-    built = CONFIG_MAPPING[model_type].from_dict(_harmless(config))
+    built = CONFIG_MAPPING[model_type].from_dict(harmless(config))
     declared = config.get("architectures")
     known = getattr(transformers, declared[0], None) if declared else MODEL_MAPPING[type(built)]
     if not isinstance(known, type) or not issubclass(known, PreTrainedModel):
@@ -66,15 +67,15 @@ def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
         return known(built)
 
 
-def _harmless(value: Any) -> Any:
+def harmless(value: Any) -> Any:
     """`value` without unsafe keys, and with the infinities that transformers writes as {"__float__": "Infinity"}."""
     if isinstance(value, list):
-        return [_harmless(item) for item in value]
+        return [harmless(item) for item in value]
     if not isinstance(value, dict):
         return value
     if value.keys() == {"__float__"}:
         return float(value["__float__"])
-    return {key: _harmless(item) for key, item in value.items() if not any(unsafe in key for unsafe in _UNSAFE_KEYS)}
+    return {key: harmless(item) for key, item in value.items() if not any(unsafe in key for unsafe in _UNSAFE_KEYS)}
 
 
 def _plausible(config: Mapping[str, Any]) -> bool:
@@ -85,30 +86,63 @@ def _plausible(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """Follow every tensor through transformers' renaming to its module."""
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """The parameter of a model that a checkpoint's tensor becomes, or becomes a part of.
+
+    operations  what transformers does to it beyond renaming, as class names; empty if nothing
+    part        which of the parts that are put together: 0 for gate, 1 for up ...
+    stacked     one expert's matrix: the experts are stacked, and the parts of each concatenated by rows
+    """
+
+    parameter: str
+    operations: tuple[str, ...] = ()
+    part: int = 0
+    stacked: bool = False
+
+
+def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, Destination]:
+    """Follow tensors of a checkpoint through transformers' conversion mapping. Those that lead nowhere are left out."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    operations = {pattern: converter.operations for converter in converters for pattern in converter.source_patterns}
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = model.state_dict()
-    modules = dict(model.named_modules())
-    found: dict[str, str] = {}
-    reached: set[str] = set()
+    found: dict[str, Destination] = {}
     for tensor in tensors:
         target, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if target not in state and tensor in state:
             target, pattern = rename_source_key(tensor, [], [], model.base_model_prefix, state)
         if target not in state:
             continue
-        reached.add(target)
-        owner, _, parameter = target.rpartition(".")
-        kind = _kind(modules[owner], parameter, state[target].ndim)
-        if pattern is not None and kind != "experts":
-            kind = f"{kind} via {', '.join(type(operation).__name__ for operation in operations[pattern])}"
+        if pattern is None:
+            found[tensor] = Destination(target)
+            continue
+        converter = by_pattern[pattern]
+        operations = tuple(type(operation).__name__ for operation in converter.operations)
+        axes = [vars(operation).get("dim") for operation in converter.operations]
+        stacked = (operations, axes) in ((("MergeModulelist",), [0]), (("MergeModulelist", "Concatenate"), [0, 1]))
+        found[tensor] = Destination(target, operations, converter.source_patterns.index(pattern), stacked)
+    return found
+
+
+def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """The class of the module that reads each tensor."""
+    state = model.state_dict()
+    modules = dict(model.named_modules())
+    found: dict[str, str] = {}
+    reached: set[str] = set()
+    for tensor, destination in destinations(model, tensors).items():
+        reached.add(destination.parameter)
+        owner, _, parameter = destination.parameter.rpartition(".")
+        kind = _kind(modules[owner], parameter, state[destination.parameter].ndim)
+        indexed = "is_transposed" in vars(modules[owner])  # its eager loop takes one expert's matrix at a time
+        runs_packed = kind == "experts" and indexed and (not destination.operations or destination.stacked)
+        if destination.operations and not runs_packed:
+            kind = f"{kind} via {', '.join(destination.operations)}"
         found[tensor.removesuffix(".weight")] = kind
     for target in state.keys() - reached:  # tied, or missing and made anew by transformers
         owner, _, parameter = target.rpartition(".")

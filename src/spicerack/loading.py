@@ -1,0 +1,184 @@
+"""`load`: a model folder, quantized or not, as the ordinary transformers model; packed weights stay packed."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeGuard, TypeVar, overload
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from spicerack import format, hf
+from spicerack.architecture import Destination, destinations
+from spicerack.checkpoint.reader import Checkpoint
+from spicerack.errors import CheckpointError, LoadError
+from spicerack.format import Format, Planned
+from spicerack.placing import Expert, fill, float_names, make_slot, make_stack_slot, read_floats
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+@overload
+def load(
+    folder: str | Path,
+    *,
+    device: str | torch.device = ...,
+    dtype: torch.dtype | None = ...,
+    trust_remote_code: bool = ...,
+) -> PreTrainedModel: ...
+@overload
+def load(
+    folder: str | Path,
+    *,
+    into: _Module,
+    device: str | torch.device = ...,
+) -> _Module: ...
+def load(
+    folder: str | Path,
+    *,
+    into: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model in `folder` (or at a hub id), in eval mode on `device`.
+
+    Quantized layers become `QLinear`, `QEmbedding` and `QStack`, whose weights stay packed in memory; float folders
+    load as they are. dtype: of the float parameters; None keeps the stored one. into: your own module, for folders
+    written by `spicerack.save`; it is changed in place and returned.
+
+    Raises CheckpointError, LoadError (the tensors do not fit the model, named) and UntrustedCodeError.
+    """
+    checkpoint = Checkpoint.open(folder)
+    fmt = format.of_folder(checkpoint)
+    plan = fmt.plan(checkpoint) if fmt is not None else {}
+    if into is not None:
+        return _into(into, checkpoint, fmt, plan, device)
+    config = fmt.float_config(checkpoint.config) if fmt is not None else checkpoint.config
+    if not config:
+        raise CheckpointError(f"{checkpoint.folder} holds a plain module", "pass it: load(folder, into=module)")
+    built, model_class = hf.config_and_class(config, checkpoint.folder, trust_remote_code=trust_remote_code)
+    tensors = read_floats(checkpoint, float_names(checkpoint, fmt, plan))
+
+    def prepare(model: PreTrainedModel) -> None:
+        for name in _make_slots(model, plan, list(tensors)):
+            del tensors[name]
+
+    model, unused = hf.build(
+        model_class, built, tensors, checkpoint.folder, dtype=dtype, prepare=prepare if plan else None
+    )
+    if unused:
+        warnings.warn(f"{checkpoint.folder}: {model_class.__name__} has no use for {_few(unused)}", stacklevel=2)
+    nn.Module.to(model, device)
+    if fmt is not None:
+        fill(model, checkpoint, fmt, device)
+    return model
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+def _make_slots(model: PreTrainedModel, plan: Mapping[str, Planned], floats: Sequence[str]) -> list[str]:
+    """Slots for the whole plan -> float tensors that are experts in a stack with packed ones."""
+    sources: dict[str, Planned | str] = {name: name for name in floats}
+    sources |= {p.module if p.role == "experts" else f"{p.module}.weight": p for p in plan.values()}
+    places = destinations(model, sources)
+    layers: dict[str, Planned] = {}
+    stacks: dict[str, list[tuple[str, Destination]]] = {}
+    for name, planned in sources.items():
+        place = places.get(name)
+        if place is not None and place.stacked:
+            stacks.setdefault(place.parameter, []).append((name, place))
+        elif isinstance(planned, Planned):
+            layers[_parameter_of(planned, place, model)] = planned
+    _tie(model, layers, {places[name].parameter for name in floats if name in places})
+    for parameter, planned in layers.items():
+        make_slot(model, parameter.removesuffix(".weight"), planned)
+    withheld = []
+    for parameter, parts in stacks.items():
+        if any(isinstance(sources[name], Planned) for name, _ in parts):
+            make_stack_slot(model, parameter, _by_expert(parts, sources))
+            withheld += [name for name, _ in parts if name in floats]
+    return withheld
+
+
+def _parameter_of(planned: Planned, place: Destination | None, model: nn.Module) -> str:
+    if place is None:
+        raise LoadError(
+            f"{planned.module}: {type(model).__name__} has no use for it", "is config.json the model's own?"
+        )
+    if place.operations:
+        raise LoadError(f"{planned.module}: transformers changes it by {', '.join(place.operations)}", "skip it")
+    return place.parameter
+
+
+def _tie(model: PreTrainedModel, layers: dict[str, Planned], stored: set[str]) -> None:
+    """Give the packed weight of a layer to those tied to it, unless the folder has weights of their own for them.
+
+    transformers must not tie them: there is no parameter any more.
+    """
+    ties: dict[str, str] = model.all_tied_weights_keys
+    groups: dict[str, list[str]] = {}
+    for alias, source in ties.items():
+        groups.setdefault(source, [source]).append(alias)
+    for group in groups.values():
+        packed = [name for name in group if name in layers]
+        if packed:
+            layers |= {name: layers[packed[0]] for name in group if name not in layers and name not in stored}
+            for name in group:
+                ties.pop(name, None)
+
+
+def _by_expert(parts: Iterable[tuple[str, Destination]], sources: Mapping[str, Planned | str]) -> list[list[Expert]]:
+    """[expert][part], from tensors named by the expert's number."""
+    experts: dict[tuple[int, ...], dict[int, Expert]] = {}
+    for name, place in parts:
+        number = tuple(int(digits) for digits in re.findall(r"\d+", name.rpartition("experts")[2])[:1])
+        experts.setdefault(number, {})[place.part] = Expert(sources[name])
+    return [[found[part] for part in sorted(found)] for _, found in sorted(experts.items())]
+
+
+def _into(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    fmt: Format | None,
+    plan: Mapping[str, Planned],
+    device: str | torch.device,
+) -> nn.Module:
+    """Fill a module whose own names are the checkpoint's."""
+    layers = {name: layer.weight for name, layer in module.named_modules(remove_duplicate=False) if _has_weight(layer)}
+    by_weight = {id(layers[name]): planned for name, planned in plan.items() if name in layers}
+    slots = {name: by_weight[id(weight)] for name, weight in layers.items() if id(weight) in by_weight}
+    for name, planned in {**slots, **plan}.items():
+        make_slot(module, name, planned)
+    tensors = read_floats(checkpoint, float_names(checkpoint, fmt, plan))
+    state = module.state_dict(keep_vars=True)
+    shared = {id(state[name]) for name in tensors if name in state}
+    missing = [name for name, tensor in state.items() if name not in tensors and id(tensor) not in shared]
+    unexpected = [name for name in tensors if name not in state]
+    for names, what in (
+        (missing, "has no value in the folder"),
+        (unexpected, "is in the folder and not in the module"),
+    ):
+        if names:
+            raise LoadError(
+                f"{checkpoint.folder}: {_few(names)} {what}", "build the module as it was when it was saved"
+            )
+    try:
+        module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise LoadError(f"{checkpoint.folder}: {error}", "build the module as it was when it was saved") from error
+    module.to(device)
+    if fmt is not None:
+        fill(module, checkpoint, fmt, device)
+    return module
+
+
+def _has_weight(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding]:
+    return isinstance(layer, (nn.Linear, nn.Embedding, Conv1D))

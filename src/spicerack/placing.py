@@ -1,0 +1,136 @@
+"""Packed layers into a model: first empty slots where float layers were, then, when the floats are in, the layers.
+
+Neither step ever holds more than one float weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from spicerack.checkpoint.reader import Checkpoint
+from spicerack.errors import LoadError
+from spicerack.format import Format, Planned
+from spicerack.models import names
+from spicerack.nn.embedding import QEmbedding
+from spicerack.nn.experts import FloatWeight, QStack
+from spicerack.nn.linear import QLinear
+from spicerack.nn.packed import PackedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One matrix in a stack of experts: packed, or the name of a float tensor."""
+
+    source: Planned | str
+
+
+class Slot(nn.Module):
+    """Where a layer with packed weights will be. Keeps the bias, which is loaded as always."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: nn.Linear | nn.Embedding | Conv1D, planned: Planned) -> None:
+        super().__init__()
+        self.planned, self.dtype, self.training = planned, layer.weight.dtype, layer.training
+        self.is_embedding = isinstance(layer, nn.Embedding)
+        self.padding_idx = layer.padding_idx if isinstance(layer, nn.Embedding) else None
+        self.register_parameter("bias", None if isinstance(layer, nn.Embedding) else layer.bias)
+        self.weight = torch.empty(0, device="meta")  # some initializers of transformers reach for it from outside
+        vars(self.weight)["_is_hf_initialized"] = vars(self)["_is_hf_initialized"] = True
+
+
+class StackSlot(nn.Module):
+    """Where a stack of experts will be: experts[e] are the matrices of expert e, in order."""
+
+    def __init__(self, experts: list[list[Expert]], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.experts, self.dtype = experts, dtype
+        vars(self)["_is_hf_initialized"] = True
+
+
+def make_slot(model: nn.Module, name: str, planned: Planned) -> None:
+    """Replace the layer `name` of `model` by a slot. Raises LoadError if it is not a layer that `planned` fits."""
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise LoadError(f"{planned.module}: the model has no layer {name}", "is config.json the model's own?") from None
+    plain = type(layer) in (nn.Linear, nn.Embedding, Conv1D) or type(layer).__name__ in names.PLAIN_LINEAR
+    if not plain or not isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)):
+        raise LoadError(
+            f"{planned.module}: {name} is a {type(layer).__name__}, which has no packed form",
+            "quantize again and skip it",
+        )
+    shape = tuple(layer.weight.shape)
+    rows_first = shape[::-1] if isinstance(layer, Conv1D) else shape
+    if rows_first != planned.shape or isinstance(layer, Conv1D) != planned.transposed:
+        raise LoadError(
+            f"{planned.module}: packed {list(planned.shape)}, but {name} is {type(layer).__name__} {list(shape)}",
+            "is config.json the model's own?",
+        )
+    model.set_submodule(name, Slot(layer, planned))
+
+
+def make_stack_slot(model: nn.Module, parameter: str, experts: list[list[Expert]]) -> None:
+    """Replace a 3-D parameter by a slot. Raises LoadError unless whole experts fill it."""
+    owner_name, _, attribute = parameter.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    shape, dtype = owner.get_parameter(attribute).shape, owner.get_parameter(attribute).dtype
+    if len(experts) != shape[0] or len({len(parts) for parts in experts}) != 1:
+        raise LoadError(f"{parameter}: {shape[0]} experts, {len(experts)} in the folder", "the folder is incomplete")
+    owner_config = vars(owner).get("config")
+    if owner_config is not None:
+        owner_config._experts_implementation = "eager"  # the loop that takes one expert at a time
+    delattr(owner, attribute)
+    owner.add_module(attribute, StackSlot(experts, dtype))
+    vars(owner)["_is_hf_initialized"] = True  # its initializer would look for the parameter
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, fmt: Format, device: str | torch.device) -> None:
+    """Put the packed layers into all slots of `model`; what is tied shares one PackedWeight."""
+    done: dict[str, PackedWeight] = {}
+
+    def packed(planned: Planned, dtype: torch.dtype) -> PackedWeight:
+        if planned.module not in done:
+            tensors = {name: checkpoint.read(name) for name in fmt.layout(planned)}
+            done[planned.module] = PackedWeight(fmt.decode(planned, tensors), dtype, device)
+        return done[planned.module]
+
+    def part(expert: Expert, dtype: torch.dtype) -> PackedWeight | FloatWeight:
+        if isinstance(expert.source, Planned):
+            return packed(expert.source, dtype)
+        return FloatWeight(checkpoint.read(expert.source).to(device, dtype, copy=True))
+
+    for name, slot in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(slot, Slot) and slot.is_embedding:
+            model.set_submodule(
+                name, QEmbedding(packed(slot.planned, slot.dtype), slot.padding_idx).train(slot.training)
+            )
+        elif isinstance(slot, Slot):
+            model.set_submodule(name, QLinear(packed(slot.planned, slot.dtype), slot.bias).train(slot.training))
+        elif isinstance(slot, StackSlot):
+            model.set_submodule(name, QStack([[part(e, slot.dtype) for e in parts] for parts in slot.experts]))
+
+
+def float_names(checkpoint: Checkpoint, fmt: Format | None, plan: Mapping[str, Planned]) -> list[str]:
+    """Tensors that are no part of a packed one."""
+    packed = {name for planned in plan.values() for name in fmt.layout(planned)} if fmt is not None else set()
+    return [name for name in checkpoint.tensors if name not in packed]
+
+
+def read_floats(checkpoint: Checkpoint, tensors: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensors, mapped from their files rather than copied; each file is opened once."""
+    from safetensors import safe_open
+
+    wanted: dict[str, list[str]] = {}
+    for name in tensors:
+        wanted.setdefault(checkpoint.tensors[name].file, []).append(name)
+    found = {}
+    for file, inside in wanted.items():
+        with safe_open(checkpoint.folder / file, framework="pt") as shard:
+            found.update({name: shard.get_tensor(name) for name in inside})
+    return found
