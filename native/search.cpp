@@ -48,13 +48,15 @@ void fill(vf* tile, const typename T::value* const* rows, int64_t size) {
 // A scale and a zero for each lane, ready for use.
 struct Candidate {
     vf scale, zero, inverse, offset, lo, hi;
-    vi usable;  // neither 0 nor infinite
+    vi usable;  // the scale is neither 0 nor infinite
 
     INLINE Candidate(vf s, vf z, const Levels& levels)
         : scale(s), zero(z), offset(levels.half ? splat(-0.5f) : z), lo(splat(levels.lo)), hi(splat(levels.hi)) {
         usable = (s != vf{}) & ((vi)vabs(s) < 0x7f800000);
         inverse = (vf)((vi)(1.0f / s) & usable);
     }
+    INLINE Wide or_infinite(const Wide& error) const { return select(WideMask(usable), error, Wide(INF)); }
+
     template <bool OFFSET>
     INLINE vf value(vf x) const {
         vf u = x * inverse;
@@ -82,7 +84,7 @@ INLINE vf fold(const Term& term, int64_t j) {
 template <class Term>
 INLINE vf run_sum(const Term& term, int64_t j, int64_t size) {
     if (j + RUN <= size) return fold<RUN>(term, j);
-    return fold<RUN>([&](int64_t i) { return i < size ? term(i) : vf{}; }, j);
+    return fold<RUN>([&](int64_t i) FLAT { return i < size ? term(i) : vf{}; }, j);
 }
 
 template <bool OFFSET, bool WEIGHTED>
@@ -91,48 +93,37 @@ INLINE vf error_term(const Tile& t, const Candidate& c, vf x, int64_t j) {
     return WEIGHTED ? (t.a[j] * e) * e : e * e;
 }
 
-// out [LANES]: errors; or infinity in every lane as soon as none can be below `limit` any more. Terms are not negative
+// The error of each lane; or infinity in every lane as soon as none can get below `limit` any more: terms are not negative
 // and rounding is monotone, so a partial sum never exceeds the whole one.
 template <bool OFFSET, bool WEIGHTED>
-void errors(const Tile& t, const Candidate& c, const double* limit, double* out) {
-    Wide total;
-    for (int64_t j = 0, patience = PATIENCE; j < t.size; j += RUN) {
-        total.add(run_sum([&](int64_t i) { return error_term<OFFSET, WEIGHTED>(t, c, t.x[i], i); }, j, t.size));
+Wide errors(const Tile tile, const Candidate c, const Wide limit, Wide total = {}) {
+    for (int64_t j = 0, patience = PATIENCE; j < tile.size; j += RUN) {
+        total.add(run_sum([&](int64_t i) FLAT { return error_term<OFFSET, WEIGHTED>(tile, c, tile.x[i], i); }, j, tile.size));
         if (--patience == 0) {
+            if (!any((total < limit).narrow())) return Wide(INF);
             patience = PATIENCE;
-            total.write(out);
-            bool hope = false;
-            for (int lane = 0; lane < LANES; lane++) hope |= out[lane] < limit[lane];
-            if (!hope) {
-                for (int lane = 0; lane < LANES; lane++) out[lane] = INF;
-                return;
-            }
         }
     }
-    total.write(out);
-    for (int lane = 0; lane < LANES; lane++) out[lane] = c.usable[lane] ? out[lane] : INF;
+    return c.or_infinite(total);
 }
 
 struct LaneSums {
-    double error[LANES], xv[LANES], vv[LANES], x[LANES], v[LANES];
+    Wide xv, vv, x, v;
 };
 
 template <bool OFFSET, bool WEIGHTED>
-void sums(const Tile& t, const Candidate& c, LaneSums& out) {
-    Wide xv, vv, xs, vs;
-    for (int64_t j = 0; j < t.size; j += RUN) {
-        const auto weigh = [&](vf y, int64_t i) { return WEIGHTED ? t.a[i] * y : y; };
-        const auto v = [&](int64_t i) { return c.value<OFFSET>(t.x[i]); };
-        xv.add(run_sum([&](int64_t i) { return weigh(v(i), i) * t.x[i]; }, j, t.size));
-        vv.add(run_sum([&](int64_t i) { return weigh(v(i), i) * v(i); }, j, t.size));
+LaneSums sums(const Tile tile, const Candidate c, LaneSums s = {}) {
+    const vf* x = tile.x;
+    for (int64_t j = 0; j < tile.size; j += RUN) {
+        const auto weigh = [&](vf y, int64_t i) FLAT { return WEIGHTED ? tile.a[i] * y : y; };
+        const auto v = [&](int64_t i) FLAT { return c.value<OFFSET>(x[i]); };
+        s.xv.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i) * x[i]; }, j, tile.size));
+        s.vv.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i) * v(i); }, j, tile.size));
         if (!OFFSET) continue;
-        xs.add(run_sum([&](int64_t i) { return weigh(t.x[i], i); }, j, t.size));
-        vs.add(run_sum([&](int64_t i) { return weigh(v(i), i); }, j, t.size));
+        s.x.add(run_sum([&](int64_t i) FLAT { return weigh(x[i], i); }, j, tile.size));
+        s.v.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i); }, j, tile.size));
     }
-    xv.write(out.xv);
-    vv.write(out.vv);
-    xs.write(out.x);
-    vs.write(out.v);
+    return s;
 }
 
 // ---- the search over one batch ---------------------------------------------------------------------------------------
@@ -167,15 +158,13 @@ template <bool OFFSET, bool WEIGHTED>
 struct BatchSearch {
     const Plan& plan;
     const Tile tile;
-    const vf top, bottom;
-    vf scale, zero;
-    double error[LANES], limit[LANES];
+    const vf top, bottom;  // the largest and smallest element
+    vf scale, zero;        // the best so far
+    Wide error;
 
     void run(const Start& start) {
         const Levels& levels = plan.levels;
-        for (int lane = 0; lane < LANES; lane++) limit[lane] = INF;
-        errors<OFFSET, WEIGHTED>(tile, Candidate(scale, zero, levels), limit, error);
-        for (int lane = 0; lane < LANES; lane++) limit[lane] = error[lane] * BETTER;
+        error = errors<OFFSET, WEIGHTED>(tile, Candidate(scale, zero, levels), Wide(INF));
         for (int i = 0; i < plan.coarse_count; i++) {
             const vf candidate = stored(start.raw * plan.coarse[i], plan.scale_type);
             const vf base = start.zero_for(candidate, levels);
@@ -193,62 +182,49 @@ struct BatchSearch {
         }
     }
 
-    // -> false if nothing would change, now or later
+    // -> false if it changed nothing, and so never will
     bool refine() {
-        LaneSums s;
-        sums<OFFSET, WEIGHTED>(tile, Candidate(scale, zero, plan.levels), s);
-        vf slope, shift{};
-        if (plan.levels.zero) {
-            const double total_of_ones = double(tile.size);
-            double total[LANES];
-            for (int lane = 0; lane < LANES; lane++) total[lane] = total_of_ones;
-            if (WEIGHTED) {
-                Wide weight;
-                for (int64_t j = 0; j < tile.size; j += RUN) weight.add(run_sum([&](int64_t i) { return tile.a[i]; }, j, tile.size));
-                weight.write(total);
-            }
-            for (int lane = 0; lane < LANES; lane++) {
-                const double n = total[lane], xv = s.xv[lane], vv = s.vv[lane], x = s.x[lane], v = s.v[lane];
-                const double steep = (n * xv - v * x) / (n * vv - v * v);
-                slope[lane] = float(steep);
-                shift[lane] = float((x - steep * v) / n / steep);
-            }
-        } else {
-            for (int lane = 0; lane < LANES; lane++) slope[lane] = float(s.xv[lane] / s.vv[lane]);
-        }
-        return attempt(stored(slope, plan.scale_type), plan.levels.zero ? clip_zero(zero - shift, plan.levels) : zero);
+        const LaneSums s = sums<OFFSET, WEIGHTED>(tile, Candidate(scale, zero, plan.levels));
+        if (!plan.levels.zero) return attempt(stored((s.xv / s.vv).narrow(), plan.scale_type), zero);
+        const Wide n = weight(), slope = (n * s.xv - s.v * s.x) / (n * s.vv - s.v * s.v);
+        const Wide intercept = (s.x - slope * s.v) / n;
+        return attempt(stored(slope.narrow(), plan.scale_type),
+                       clip_zero(zero - (intercept / slope).narrow(), plan.levels));
     }
 
-    // Takes the candidate where it is better. -> false if it is better nowhere
+    Wide weight() const {
+        if (!WEIGHTED) return Wide(double(tile.size));
+        Wide total;
+        for (int64_t j = 0; j < tile.size; j += RUN) {
+            total.add(run_sum([&](int64_t i) FLAT { return tile.a[i]; }, j, tile.size));
+        }
+        return total;
+    }
+
+    // Takes the candidate where it is better -> false if that is nowhere.
     bool attempt(vf new_scale, vf new_zero) {
         const Candidate c(new_scale, new_zero, plan.levels);
-        if (!WEIGHTED && hopeless(c)) return false;
-        double found[LANES];
-        errors<OFFSET, WEIGHTED>(tile, c, limit, found);
-        bool any = false;
-        for (int lane = 0; lane < LANES; lane++) {
-            const bool take = found[lane] < limit[lane];
-            any |= take;
-            error[lane] = take ? found[lane] : error[lane];
-            limit[lane] = error[lane] * BETTER;
-            scale[lane] = take ? new_scale[lane] : scale[lane];
-            zero[lane] = take ? new_zero[lane] : zero[lane];
-        }
-        return any;
+        const Wide limit = error * Wide(BETTER);
+        if (!WEIGHTED && hopeless(c, limit)) return false;
+        const Wide found = errors<OFFSET, WEIGHTED>(tile, c, limit);
+        const WideMask better = found < limit;
+        const vi take = better.narrow();
+        error = select(better, found, error);
+        scale = take ? new_scale : scale;
+        zero = take ? new_zero : zero;
+        return any(take);
     }
 
     // In every lane the largest or smallest element alone costs more than the best candidate does altogether.
-    bool hopeless(const Candidate& c) const {
-        const vf least = vmax(error_term<OFFSET, false>(tile, c, top, 0), error_term<OFFSET, false>(tile, c, bottom, 0));
-        bool hope = false;
-        for (int lane = 0; lane < LANES; lane++) hope |= c.usable[lane] && double(least[lane]) < limit[lane];
-        return !hope;
+    bool hopeless(const Candidate& c, const Wide& limit) const {
+        const vf above = error_term<OFFSET, false>(tile, c, top, 0), below = error_term<OFFSET, false>(tile, c, bottom, 0);
+        return !any((c.or_infinite(Wide(vmax(above, below))) < limit).narrow());
     }
 };
 
 template <bool OFFSET, bool WEIGHTED>
 void optimize(const Plan& plan, const Tile& tile, vf top, vf bottom, const Start& start, vf& scale, vf& zero) {
-    BatchSearch<OFFSET, WEIGHTED> batch{plan, tile, top, bottom, scale, zero, {}, {}};
+    BatchSearch<OFFSET, WEIGHTED> batch{plan, tile, top, bottom, scale, zero, {}};
     batch.run(start);
     const vi empty = start.raw == vf{};
     scale = empty ? scale : batch.scale;
@@ -351,7 +327,8 @@ void judge_pieces(const Blocks& pieces, const Candidate& c, Sums* out) {
     const Buffer<vf> tile(CHUNK);
     for (int64_t first = 0; first < pieces.count; first += LANES) {
         const int64_t count = pieces.count - first < LANES ? pieces.count - first : LANES;
-        Wide error, xv, vv, xs, vs;
+        Wide error;
+        LaneSums s;
         for (int64_t start = 0; start < pieces.size; start += CHUNK) {
             const Tile t{tile.data, nullptr, pieces.size - start < CHUNK ? pieces.size - start : CHUNK};
             const typename T::value* rows[LANES];
@@ -359,19 +336,11 @@ void judge_pieces(const Blocks& pieces, const Candidate& c, Sums* out) {
                 rows[lane] = data + (first + (lane < count ? lane : count - 1)) * pieces.size + start;
             }
             fill<T>(tile.data, rows, t.size);
-            const auto v = [&](int64_t i) { return c.value<OFFSET>(t.x[i]); };
-            for (int64_t j = 0; j < t.size; j += RUN) {
-                error.add(run_sum([&](int64_t i) { return error_term<OFFSET, false>(t, c, t.x[i], i); }, j, t.size));
-                xv.add(run_sum([&](int64_t i) { return v(i) * t.x[i]; }, j, t.size));
-                vv.add(run_sum([&](int64_t i) { return v(i) * v(i); }, j, t.size));
-                xs.add(run_sum([&](int64_t i) { return t.x[i]; }, j, t.size));
-                vs.add(run_sum(v, j, t.size));
-            }
+            error = errors<OFFSET, false>(t, c, Wide(INF), error);
+            s = sums<OFFSET, false>(t, c, s);
         }
-        LaneSums s;
-        error.write(s.error), xv.write(s.xv), vv.write(s.vv), xs.write(s.x), vs.write(s.v);
         for (int lane = 0; lane < count; lane++) {
-            out[first + lane] = {s.error[lane], s.xv[lane], s.vv[lane], s.x[lane], s.v[lane]};
+            out[first + lane] = {error[lane], s.xv[lane], s.vv[lane], s.x[lane], s.v[lane]};
         }
     }
 }

@@ -10,6 +10,7 @@
 #include "search.h"
 
 #define INLINE inline __attribute__((always_inline))
+#define FLAT __attribute__((always_inline))  // after a lambda's parameters
 
 namespace spicerack::SPICERACK_ISA {
 
@@ -25,9 +26,10 @@ typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vu16 __attribute__((vector_size(LANES * 2)));
-typedef int8_t vi8 __attribute__((vector_size(LANES)));
+typedef int64_t vl __attribute__((vector_size(LANES * 4)));
 typedef double vd __attribute__((vector_size(LANES * 4)));
 typedef float vf_half __attribute__((vector_size(LANES * 2)));
+typedef int32_t vi_half __attribute__((vector_size(LANES * 2)));
 
 INLINE vf splat(float x) { return vf{} + x; }
 INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
@@ -49,27 +51,66 @@ INLINE void store(void* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// A float64 for each lane.
+#if LANES == 16
+#define FIRST_HALF 0, 1, 2, 3, 4, 5, 6, 7
+#define SECOND_HALF 8, 9, 10, 11, 12, 13, 14, 15
+#elif LANES == 8
+#define FIRST_HALF 0, 1, 2, 3
+#define SECOND_HALF 4, 5, 6, 7
+#else
+#define FIRST_HALF 0, 1
+#define SECOND_HALF 2, 3
+#endif
+
+// Any lane of a mask (lanes are all ones or all zeros) is set.
+INLINE bool any(vi mask) {
+    uint64_t words[LANES / 2], all = 0;
+    std::memcpy(words, &mask, sizeof mask);
+    for (const uint64_t word : words) all |= word;
+    return all != 0;
+}
+
+// A mask for each lane of a Wide.
+struct WideMask {
+    vl low, high;
+
+    INLINE WideMask(vl l, vl h) : low(l), high(h) {}
+    INLINE explicit WideMask(vi mask)
+        : low(__builtin_convertvector(__builtin_shufflevector(mask, mask, FIRST_HALF), vl)),
+          high(__builtin_convertvector(__builtin_shufflevector(mask, mask, SECOND_HALF), vl)) {}
+    INLINE vi narrow() const {
+        return __builtin_shufflevector(__builtin_convertvector(low, vi_half), __builtin_convertvector(high, vi_half),
+                                       FIRST_HALF, SECOND_HALF);
+    }
+};
+
+// A float64 for each lane, in two vectors.
 struct Wide {
     vd low{}, high{};
 
-    INLINE void add(vf x) {
-#if LANES == 16
-        low += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), vd);
-        high += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15), vd);
-#elif LANES == 8
-        low += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 0, 1, 2, 3), vd);
-        high += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 4, 5, 6, 7), vd);
-#else
-        low += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 0, 1), vd);
-        high += __builtin_convertvector((vf_half)__builtin_shufflevector(x, x, 2, 3), vd);
-#endif
+    Wide() = default;
+    INLINE Wide(vd l, vd h) : low(l), high(h) {}
+    INLINE explicit Wide(double x) : low(vd{} + x), high(vd{} + x) {}
+    INLINE explicit Wide(vf x)
+        : low(__builtin_convertvector(__builtin_shufflevector(x, x, FIRST_HALF), vd)),
+          high(__builtin_convertvector(__builtin_shufflevector(x, x, SECOND_HALF), vd)) {}
+    INLINE vf narrow() const {
+        return __builtin_shufflevector(__builtin_convertvector(low, vf_half), __builtin_convertvector(high, vf_half),
+                                       FIRST_HALF, SECOND_HALF);
     }
-    INLINE void write(double* out) const {
-        store(out, low);
-        store(out + LANES / 2, high);
-    }
+    INLINE void add(vf x) { *this = *this + Wide(x); }
+    INLINE double operator[](int lane) const { return lane < LANES / 2 ? low[lane] : high[lane - LANES / 2]; }
+
+    friend INLINE Wide operator+(const Wide& a, const Wide& b) { return {a.low + b.low, a.high + b.high}; }
+    friend INLINE Wide operator-(const Wide& a, const Wide& b) { return {a.low - b.low, a.high - b.high}; }
+    friend INLINE Wide operator*(const Wide& a, const Wide& b) { return {a.low * b.low, a.high * b.high}; }
+    friend INLINE Wide operator/(const Wide& a, const Wide& b) { return {a.low / b.low, a.high / b.high}; }
+    friend INLINE WideMask operator<(const Wide& a, const Wide& b) { return {a.low < b.low, a.high < b.high}; }
 };
+
+INLINE Wide select(const WideMask& mask, const Wide& a, const Wide& b) {
+    return {mask.low ? a.low : b.low, mask.high ? a.high : b.high};
+}
 
 // Interleaving the first and second half of the rows log2(LANES) times transposes a LANES x LANES tile.
 INLINE void transpose(vf* rows) {
