@@ -33,7 +33,7 @@ _WIDE = 100
 _LEGEND = (
     f"Bars: how many weights lie 0-1, 1-2, 2-3 ... standard deviations ({_SIGMA}) from the mean; each step down is "
     "about ten times fewer. A bell curve ends after five or six bars. What lies beyond are outliers: a scale must "
-    "reach them, so the steps between all other weights that share it grow coarser. Smaller groups and --range opt help."
+    "reach them, so the steps between all other weights that share it grow coarser. Smaller groups help."
 )
 _REST = "Embeddings, heads, routers, norms and biases stay as they are."
 
