@@ -10,11 +10,11 @@ std::vector<Searcher> usable() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-        found.push_back({"avx512", avx512::search, avx512::encode, avx512::judge});
+        found.push_back({"avx512", avx512::search, avx512::encode, avx512::judge, avx512::compare});
     }
-    if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::search, avx2::encode, avx2::judge});
+    if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::search, avx2::encode, avx2::judge, avx2::compare});
 #endif
-    found.push_back({"baseline", baseline::search, baseline::encode, baseline::judge});
+    found.push_back({"baseline", baseline::search, baseline::encode, baseline::judge, baseline::compare});
     return found;
 }
 

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -93,6 +94,19 @@ void judge(const Weights& pieces, Levels levels, float scale, float zero, Matrix
     s.judge(blocks, levels, scale, zero, (Sums*)out.data());
 }
 
+std::pair<double, double> compare(const Weights& w, Levels levels, Vector<const float> scale,
+                                  std::optional<Vector<const int8_t>> zero, Matrix<const int8_t> codes) {
+    const Blocks blocks = blocks_of(w);
+    const size_t count = blocks.count, size = blocks.size;
+    require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each block");
+    require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
+    const Searcher& s = searcher("");
+    nb::gil_scoped_release unlocked;
+    Misfit misfit;
+    s.compare(blocks, levels, scale.data(), zero ? zero->data() : nullptr, codes.data(), misfit);
+    return {misfit.wrong, misfit.total};
+}
+
 void check_packed(int bits, size_t rows, size_t columns, size_t packed_rows, size_t words) {
     require(bits >= 1 && bits <= 8, "1 to 8 bits");
     require(packed_rows == rows && words == (columns * bits + 31) / 32, "codes and words do not belong together");
@@ -120,6 +134,7 @@ NB_MODULE(_native, m) {
           "importance"_a.none(), "scale"_a, "zero"_a, "codes"_a, "isa"_a = "");
     m.def("encode", &spicerack::encode, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a, "isa"_a = "");
     m.def("judge", &spicerack::judge, "pieces"_a, "levels"_a, "scale"_a, "zero"_a, "out"_a, "isa"_a = "");
+    m.def("compare", &spicerack::compare, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a);
     m.def("pack", &pack_codes, "codes"_a, "bits"_a, "offset"_a, "words"_a);
     m.def("unpack", &unpack_words, "words"_a, "bits"_a, "offset"_a, "codes"_a);
     m.def("instruction_sets", [] {

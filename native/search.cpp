@@ -352,6 +352,52 @@ void judge_typed(const Blocks& pieces, const Levels& levels, float scale, float 
     judge_all(pieces, c, out);
 }
 
+// Squares of code values' errors and of weights, float32 within a block's chunk, float64 beyond.
+template <class T, bool OFFSET>
+void compare_blocks(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero,
+                    const int8_t* codes, Misfit& out) {
+    constexpr int64_t CHUNK = 1024;
+    typedef int8_t vi8 __attribute__((vector_size(LANES)));
+    const auto* data = (const typename T::value*)blocks.data;
+    Wide wrong, total;
+    for (int64_t b = 0; b < blocks.count; b++) {
+        const float offset = levels.half ? -0.5f : zero ? float(zero[b]) : 0.0f;
+        const auto* x = data + b * blocks.size;
+        const int8_t* c = codes + b * blocks.size;
+        for (int64_t start = 0; start < blocks.size; start += CHUNK) {
+            const int64_t stop = start + CHUNK < blocks.size ? start + CHUNK : blocks.size;
+            vf wrong_here{}, total_here{};
+            int64_t j = start;
+            for (; j + LANES <= stop; j += LANES) {
+                vf v = __builtin_convertvector(load<vi8>(c + j), vf);
+                if (OFFSET) v = v - offset;
+                const vf w = T::widen(x + j), e = scale[b] * v - w;
+                wrong_here += e * e;
+                total_here += w * w;
+            }
+            for (int64_t lane = 0; j + lane < stop; lane++) {
+                const float w = widen_some<T>(x + j, stop - j)[lane], e = scale[b] * (float(c[j + lane]) - offset) - w;
+                wrong_here[lane] += e * e;
+                total_here[lane] += w * w;
+            }
+            wrong.add(wrong_here);
+            total.add(total_here);
+        }
+    }
+    out = {};
+    for (int lane = 0; lane < LANES; lane++) {
+        out.wrong += wrong[lane];
+        out.total += total[lane];
+    }
+}
+
+template <class T>
+void compare_typed(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero,
+                   const int8_t* codes, Misfit& out) {
+    const auto compare_all = levels.half || levels.zero ? compare_blocks<T, true> : compare_blocks<T, false>;
+    compare_all(blocks, levels, scale, zero, codes, out);
+}
+
 }  // namespace
 
 bool search(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale, int8_t* zero,
@@ -374,6 +420,14 @@ void judge(const Blocks& pieces, const Levels& levels, float scale, float zero, 
                        : pieces.type == Float::f16 ? judge_typed<F16>
                                                    : judge_typed<F32>;
     typed(pieces, levels, scale, zero, out);
+}
+
+void compare(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero, const int8_t* codes,
+             Misfit& out) {
+    const auto typed = blocks.type == Float::bf16  ? compare_typed<BF16>
+                       : blocks.type == Float::f16 ? compare_typed<F16>
+                                                   : compare_typed<F32>;
+    typed(blocks, levels, scale, zero, codes, out);
 }
 
 }  // namespace spicerack::SPICERACK_ISA

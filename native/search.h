@@ -41,6 +41,11 @@ struct Sums {
     double error, xv, vv, x, v;
 };
 
+// sum (decoded - w)^2 and sum w^2 over whole blocks.
+struct Misfit {
+    double wrong, total;
+};
+
 #define SPICERACK_SEARCH_FUNCTIONS                                                                                     \
     /* importance: null, or `period` values that repeat along the data. -> false if a value is NaN or infinite; the    \
        outputs then mean nothing. scale [count] gets stored values, zero [count] and codes [count * size] integers. */ \
@@ -49,7 +54,10 @@ struct Sums {
     /* Codes against given scales and zeros (null: none). */                                                           \
     void encode(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes);    \
     /* Judges one scale and zero over pieces of one long block. out [count]. */                                        \
-    void judge(const Blocks& pieces, const Levels& levels, float scale, float zero, Sums* out);
+    void judge(const Blocks& pieces, const Levels& levels, float scale, float zero, Sums* out);                        \
+    /* How far given codes are from the weights. The last digits depend on the instruction set. */                     \
+    void compare(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero,                   \
+                 const int8_t* codes, Misfit& out);
 
 // search.cpp is compiled once per instruction set, each time into one of these.
 namespace baseline {
@@ -69,6 +77,7 @@ struct Searcher {
     decltype(&baseline::search) search;
     decltype(&baseline::encode) encode;
     decltype(&baseline::judge) judge;
+    decltype(&baseline::compare) compare;
 };
 
 // Those that run on this processor, widest first. All give the same results.

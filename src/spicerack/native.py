@@ -109,6 +109,32 @@ def encode(
     return codes
 
 
+def compare(
+    w: torch.Tensor,
+    scheme: Scheme,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    codes: torch.Tensor,
+    *,
+    threads: int = 1,
+) -> tuple[float, float]:
+    """sum (decoded - w)^2 and sum w^2 of blocks w [M, B] with codes int8 [M, B], scale float32 [M] and zero int8 [M].
+
+    The last digits depend on threads and processor.
+    """
+    levels = levels_of(scheme)
+    sums: dict[int, tuple[float, float]] = {}
+
+    def work(first: int, last: int) -> None:
+        rows = slice(first, last)
+        sums[first] = _native.compare(w[rows], levels, scale[rows], None if zero is None else zero[rows], codes[rows])
+
+    with team(threads) as run:
+        run(work, len(w), 1)
+    wrong, total = zip(*(sums[first] for first in sorted(sums)), strict=True)
+    return sum(wrong), sum(total)
+
+
 @dataclass(frozen=True, slots=True)
 class LongBlocks:
     """Blocks w [M, B] of any length for `search.search`: pieces are judged natively, one candidate at a time."""

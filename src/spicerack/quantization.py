@@ -15,18 +15,15 @@ from typing import Any, overload
 
 import torch
 
-from spicerack import codec
 from spicerack.algorithms import rtn
 from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer
 from spicerack.errors import UsageError
 from spicerack.job import Action, Job, prepare
-from spicerack.qtensor import QTensor
 from spicerack.recipe import Range, Recipe, Rule, check_range, rule
 from spicerack.scheme import Scheme, parse
 
 RUN = "run.json"
 Progress = Callable[[int], None]
-_CHUNK = 1 << 20
 
 
 @overload
@@ -116,7 +113,7 @@ def _one(job: Job, action: Action, out: ShardWriter, threads: int) -> dict[str, 
     q = rtn.solve(w, p.scheme, range_=job.recipe.range_, name=name, threads=threads)
     for key, tensor in job.format.encode(p, q).items():
         out.write(key, tensor)
-    return _entry(action, sum(slot.nbytes for slot in action.slots), relative_error(w, q))
+    return _entry(action, sum(slot.nbytes for slot in action.slots), rtn.relative_error(w, q, threads=threads))
 
 
 def _entry(action: Action, bytes_after: int, error: float | None = None) -> dict[str, Any]:
@@ -140,20 +137,6 @@ def _dropped(action: Action) -> dict[str, Any]:
 
 def _drops(job: Job) -> list[Action]:
     return [action for action in job.actions if not action.slots]
-
-
-def relative_error(w: torch.Tensor, q: QTensor) -> float:
-    """||decoded - w|| / ||w|| to four digits, in row chunks; 0 for a tensor of zeros."""
-    rows, columns = math.prod(w.shape[:-1]), w.shape[-1]
-    flat = w.reshape(rows, columns)
-    block_rows, _ = q.scheme.block_shape(*q.shape[-2:])
-    step = max(_CHUNK // columns // block_rows, 1) * block_rows
-    wrong = total = 0.0
-    for chunk, decoded in zip(flat.split(step), codec.decode_rows(q, step), strict=True):
-        exact = chunk.float()
-        wrong += float((decoded - exact).square().sum(dtype=torch.float64))
-        total += float(exact.square().sum(dtype=torch.float64))
-    return float(f"{math.sqrt(wrong / total):.4g}") if total else 0.0
 
 
 def by_layer_type(output: Path) -> list[dict[str, Any]]:

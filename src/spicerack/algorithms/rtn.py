@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from spicerack import codec, native
@@ -60,6 +62,25 @@ def solve(
         scale=scale.to(dtype).reshape(grid),
         zero=zero.reshape(grid) if scheme.zero else None,
     )
+
+
+def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
+    """||decoded - w|| / ||w|| to four digits, in bounded memory; 0 for a tensor of zeros."""
+    if _native_fits(w, q.scheme, None) and isinstance(q.scale, torch.Tensor):
+        blocks = w.detach().contiguous().reshape(q.scale.numel(), -1)
+        zero = None if q.zero is None else q.zero.reshape(-1)
+        scale = q.scale.float().reshape(-1)
+        wrong, total = native.compare(blocks, q.scheme, scale, zero, q.codes.reshape(blocks.shape), threads=threads)
+    else:
+        columns = w.shape[-1]
+        block_rows, _ = q.scheme.block_shape(*q.shape[-2:])
+        step = max(PIECE // columns // block_rows, 1) * block_rows
+        wrong = total = 0.0
+        for chunk, decoded in zip(w.reshape(-1, columns).split(step), codec.decode_rows(q, step), strict=True):
+            exact = chunk.float()
+            wrong += float((decoded - exact).square().sum(dtype=torch.float64))
+            total += float(exact.square().sum(dtype=torch.float64))
+    return float(f"{math.sqrt(wrong / total):.4g}") if total else 0.0
 
 
 def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None) -> bool:
