@@ -47,11 +47,13 @@ def test_estimates_equal_what_quantize_writes(scheme: str, llama_folder: Any) ->
     assert not found.indivisible
 
 
-def test_estimates_of_conv1d_and_tied_models(tmp_path: Path) -> None:
-    families.build("gpt2").save_pretrained(tmp_path)
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "mixtral", "qwen3"])
+def test_estimates_of_other_families(family: str, tmp_path: Path) -> None:
+    """Conv1D, fused experts stored [in, out], an unfused mixture, a tied head."""
+    families.build(family).save_pretrained(tmp_path)
     found = next(e for e in look(tmp_path).estimates if e.scheme == "w8")
     after = prepare(tmp_path, Recipe(parse("w8"))).summary()
-    assert 0 <= after["bytes_after"] - found.nbytes <= 8 * PADDING
+    assert 0 <= after["bytes_after"] - found.nbytes <= 40 * PADDING
 
 
 def test_indivisible_widths_name_the_group_that_fits(tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_indivisible_widths_name_the_group_that_fits(tmp_path: Path) -> None:
     folder = folders.folder(tmp_path / "m", shapes, {"model_type": "llama"})
     report = look(folder)
     for estimate in report.estimates:
-        if estimate.scheme == "w8":
+        if estimate.scheme in ("w8", "ternary"):  # no groups
             assert not estimate.indivisible
             continue
         (misfit,) = estimate.indivisible

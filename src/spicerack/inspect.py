@@ -22,6 +22,8 @@ from spicerack.scheme import Scheme, parse
 COMMON_SCHEMES = ("w8", "w4g128", "w4g32z", "w3g64", "w2g32z")
 FLOATS = ("F32", "F16", "BF16")
 """Stored types that are quantized."""
+ROLES = BY_DEFAULT - {"experts"}
+"""Roles that are quantized by default; fused 3-D experts stay in float so far."""
 _MAX_LEDGER_BYTES = 256 << 20
 
 
@@ -164,7 +166,7 @@ def estimate(seen: Census, scheme: Scheme) -> Estimate:
     for name, entry in seen.entries.items():
         if name in seen.tied:
             continue
-        if entry.role not in BY_DEFAULT or entry.info.dtype not in FLOATS:
+        if entry.role not in ROLES or entry.info.dtype not in FLOATS:
             rest += entry.info.nbytes
             continue
         shape = entry.matrix_shape
