@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from spicerack import bits
+from spicerack import bits, native
 from spicerack.levels import dtype_of, level_values
 from spicerack.qtensor import QTensor, Scale
 from spicerack.scheme import FloatType, IntLevels, Scheme
@@ -132,7 +132,7 @@ def _offset(stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def _pack_codes(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    return bits.pack((codes.to(torch.int16) - _lowest(scheme)).to(torch.uint8), scheme.bits)
+    return native.pack(codes.cpu(), scheme.bits, offset=-_lowest(scheme))
 
 
 def _unpack_codes(words: torch.Tensor, scheme: Scheme, columns: int) -> torch.Tensor:

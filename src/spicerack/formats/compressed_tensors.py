@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from spicerack import bits
+from spicerack import bits, native
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.checkpoint.writer import safetensors_dtype
 from spicerack.errors import CheckpointError
@@ -238,7 +238,7 @@ def _expression(module: str) -> str:
 
 
 def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
-    return bits.pack((codes.to(torch.int16) + 2 ** (width - 1)).to(torch.uint8), width)
+    return native.pack(codes, width, offset=2 ** (width - 1))
 
 
 def _unpack(words: torch.Tensor, width: int, columns: int) -> torch.Tensor:
