@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spicerack.bits import pack, unpack, word_count
@@ -32,6 +32,7 @@ def test_golden_bytes() -> None:
     assert three.view(torch.uint8).tolist() == [[0b11010001, 0b01011000, 0b00011111, 0]]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 3), st.integers(1, 130), st.integers(0, 2**31))
 def test_pack_is_the_definition_and_unpack_its_inverse(bits: int, rows: int, columns: int, seed: int) -> None:
     codes = random_codes(rows, columns, bits=bits, seed=seed)

@@ -29,6 +29,8 @@ Range = Literal["absmax", "opt"]
 
 DIVISORS: tuple[float, ...] = tuple(1.25**i for i in range(12))
 """Coarse: divisors of the absmax scale. The largest, 11.6, is for 2-bit rows with far outliers."""
+POWERS: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+"""Coarse divisors for scales that are powers of two, which finer steps would never reach."""
 FINE: tuple[tuple[float, float], ...] = tuple((step, 1 / step) for step in (1.12, 1.06, 1.03, 1.015))
 """Fine: factors tried up and down from the best scale so far."""
 SHIFTS: tuple[float, ...] = (-1.0, 0.0, 1.0)
@@ -106,7 +108,8 @@ def coarse_factors(scheme: Scheme) -> tuple[float, ...]:
     values = set(scheme.levels.values)
     mirrored = values == {-value for value in values}
     signs = (1.0,) if scheme.zero or mirrored else (1.0, -1.0)
-    return tuple(sign / divisor for divisor in DIVISORS for sign in signs)
+    divisors = POWERS if scheme.scale == "float8_e8m0fnu" else DIVISORS
+    return tuple(sign / divisor for divisor in divisors for sign in signs)
 
 
 def shifts(scheme: Scheme) -> tuple[float, ...]:
