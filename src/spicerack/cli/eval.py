@@ -82,7 +82,7 @@ def _decoder(figures: dict[str, Any], console: Console) -> None:
     _table(console, figures, title, rows)
     same = round(1000 * figures["top1_agreement"])
     change = figures["perplexity"] / figures["perplexity_reference"] - 1
-    times = "no more than" if kl <= floor else f"{kl / floor:,.2g} times"
+    times = "no more than" if kl <= floor or not floor else _times(kl / floor)
     console.print(
         f"Of 1000 next-token choices, {same} are the same; perplexity is {_change(change)}; "
         f"the mean KL is {times} that of a cast to bfloat16."
@@ -126,7 +126,13 @@ def _short(value: float) -> str:
 def _change(ratio: float) -> str:
     if abs(ratio) < 5e-5:
         return "unchanged"
+    if ratio >= 1:
+        return f"{ratio + 1:.3g} times as high"
     return f"{abs(ratio):.2%} {'higher' if ratio > 0 else 'lower'}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
 
 
 def _angle(cosine: float) -> str:
