@@ -151,6 +151,8 @@ def test_duplicated_head(tmp_path: Path) -> None:
         assert of(folders.folder(tmp_path / f"b{i}", shapes, untied)).tied == {}
     gpt2 = {"transformer.wte.weight": (99, 32), "lm_head.weight": (99, 32)}
     assert of(folders.folder(tmp_path / "c", gpt2, {"model_type": "gpt2", "vocab_size": 99})).tied
+    says_no = {"model_type": "gpt2", "vocab_size": 99, "tie_word_embeddings": False}
+    assert not of(folders.folder(tmp_path / "d", gpt2, says_no)).tied
 
 
 def test_shared_inputs(tmp_path: Path) -> None:
