@@ -226,9 +226,9 @@ template <bool OFFSET, bool WEIGHTED>
 void optimize(const Plan& plan, const Tile& tile, vf top, vf bottom, const Start& start, vf& scale, vf& zero) {
     BatchSearch<OFFSET, WEIGHTED> batch{plan, tile, top, bottom, scale, zero, {}};
     batch.run(start);
-    const vi empty = start.raw == vf{};
-    scale = empty ? scale : batch.scale;
-    zero = empty ? zero : batch.zero;
+    const vi final = (start.raw == vf{}) | ((vi)vabs(scale) == 0x7f800000);  // nothing to search, or to be refused
+    scale = final ? scale : batch.scale;
+    zero = final ? zero : batch.zero;
 }
 
 // ---- rows: without a tile --------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero of every block -> (scale [M] as stored in `dtype`, zero [M]), both float32.
 
-    Blocks of zeros get scale 1: nothing divides by 0.
+    Blocks of zeros get scale 1: nothing divides by 0. An infinite absmax scale stays: `codec.check_scale` refuses it.
     """
     raw, centre = _start(*blocks.bounds(), scheme)
     scale = torch.where(raw == 0, 1.0, store(raw, dtype))
@@ -99,8 +99,8 @@ def search(
     total = blocks.weight()
     for _ in range(REFINEMENTS):
         best = best.better(blocks.judge(*_refined(best, scheme, total, dtype)))
-    empty = raw == 0
-    return torch.where(empty, 1.0, best.scale), torch.where(empty, zero, best.zero)
+    final = (raw == 0) | torch.isinf(scale)  # nothing to search, or to be refused: clipping would hide it
+    return torch.where(final, scale, best.scale), torch.where(final, zero, best.zero)
 
 
 def coarse_factors(scheme: Scheme) -> tuple[float, ...]:
