@@ -169,3 +169,8 @@ def build(family: str) -> transformers.PreTrainedModel:
 def vars_of(name: str) -> Any:
     """A class of transformers, which loads them when they are asked for."""
     return getattr(transformers, name)
+
+
+def is_seq2seq(model: transformers.PreTrainedModel) -> bool:
+    """Whether its forward wants decoder inputs too."""
+    return bool(model.config.is_encoder_decoder)

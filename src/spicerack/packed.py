@@ -136,6 +136,6 @@ def _pack_codes(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def _unpack_codes(words: torch.Tensor, scheme: Scheme, columns: int) -> torch.Tensor:
-    stored = bits.unpack(words, scheme.bits, columns)
     low = _lowest(scheme)
-    return (stored.to(torch.int16) + low).to(torch.int8) if low < 0 else stored
+    codes = native.unpack(words.cpu(), scheme.bits, columns, offset=-low)
+    return codes.view(torch.int8) if low < 0 else codes

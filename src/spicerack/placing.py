@@ -37,10 +37,11 @@ class Slot(nn.Module):
     def __init__(self, layer: nn.Linear | nn.Embedding | Conv1D, planned: Planned) -> None:
         super().__init__()
         self.planned, self.dtype, self.training = planned, layer.weight.dtype, layer.training
+        self.out_features, self.in_features = planned.shape  # initializers look at these, and at weight
         self.is_embedding = isinstance(layer, nn.Embedding)
         self.padding_idx = layer.padding_idx if isinstance(layer, nn.Embedding) else None
         self.register_parameter("bias", None if isinstance(layer, nn.Embedding) else layer.bias)
-        self.weight = torch.empty(0, device="meta")  # some initializers of transformers reach for it from outside
+        self.weight = torch.empty(0, device="meta")
         vars(self.weight)["_is_hf_initialized"] = vars(self)["_is_hf_initialized"] = True
 
 

@@ -242,8 +242,7 @@ def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _unpack(words: torch.Tensor, width: int, columns: int) -> torch.Tensor:
-    signed: torch.Tensor = bits.unpack(words, width, columns).to(torch.int16) - 2 ** (width - 1)
-    return signed.to(torch.int8)
+    return native.unpack(words, width, columns, offset=2 ** (width - 1)).view(torch.int8)
 
 
 def _shape(module: str, integer: bool, checkpoint: Checkpoint) -> tuple[int, int]:

@@ -1,0 +1,43 @@
+"""The oracle of loading: the same quantized folder as a float model, its weights decoded by the specification."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from spicerack import codec, format
+from spicerack.checkpoint.reader import Checkpoint
+
+
+def decoded_folder(quantized: Path, destination: Path) -> Path:
+    """A float folder with what `quantized` stands for, written without the code under test."""
+    checkpoint = Checkpoint.open(quantized)
+    fmt = format.of_folder(checkpoint)
+    assert fmt is not None
+    tensors = {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
+    for planned in fmt.plan(checkpoint).values():
+        parts = {name: tensors.pop(name) for name in fmt.layout(planned)}
+        name = planned.module if planned.role == "experts" else f"{planned.module}.weight"
+        tensors[name] = codec.decode(fmt.decode(planned, parts), planned.source_dtype).contiguous()
+    shutil.copytree(quantized, destination, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    (destination / "config.json").write_text(json.dumps(fmt.float_config(checkpoint.config)))
+    save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})
+    return destination
+
+
+def decoded_model(model_class: type[PreTrainedModel], quantized: Path, destination: Path) -> PreTrainedModel:
+    """transformers' own model with the decoded weights."""
+    model: PreTrainedModel = model_class.from_pretrained(decoded_folder(quantized, destination))
+    return model
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The model's first output."""
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids)[0]
+    return found
