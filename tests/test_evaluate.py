@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,6 +93,7 @@ def test_kl_of_two_known_distributions() -> None:
     assert result.as_dict()["perplexity"] == pytest.approx(math.sqrt(4 * 2), rel=1e-6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=9), st.floats(-5, 5))
 def test_kl_matches_scipy_and_is_blind_to_a_constant(values: list[float], shift: float) -> None:
     from scipy.special import rel_entr, softmax
@@ -269,6 +270,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert naive / runs < 0.5
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=3, max_size=40))
 def test_spearman_with_ties_matches_scipy(pairs: list[tuple[int, int]]) -> None:
     from scipy import stats
@@ -320,6 +322,7 @@ def test_a_text_shorter_than_a_window_is_refused(text: Path) -> None:
         list(windows(text, byte_tokenizer(), 9, max_tokens=8))
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1), st.integers(1, 9))
 def test_pieces_lose_nothing(tmp_path_factory: pytest.TempPathFactory, content: str, size: int) -> None:
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
