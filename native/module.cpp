@@ -55,8 +55,8 @@ const Searcher& searcher(const std::string& isa) {
     throw std::invalid_argument("this processor has no " + isa);
 }
 
-bool search(const Weights& w, Levels levels, const std::string& scale_type, const std::vector<float>& coarse,
-            const std::vector<float>& shifts, const std::vector<float>& fine, int refinements,
+std::pair<bool, bool> search(const Weights& w, Levels levels, const std::string& scale_type,
+            const std::vector<float>& coarse, const std::vector<float>& shifts, const std::vector<float>& fine, int refinements,
             std::optional<Vector<const float>> importance, Vector<float> scale, Vector<int8_t> zero, Matrix<int8_t> codes,
             const std::string& isa) {
     const Blocks blocks = blocks_of(w);
@@ -71,8 +71,10 @@ bool search(const Weights& w, Levels levels, const std::string& scale_type, cons
                     int(shifts.size()), fine.data(), int(fine.size()), refinements};
     const Searcher& s = searcher(isa);
     nb::gil_scoped_release unlocked;
-    return s.search(blocks, plan, importance ? importance->data() : nullptr, importance ? int64_t(importance->shape(0)) : 1,
-                    scale.data(), zero.data(), codes.data());
+    const Outcome outcome =
+        s.search(blocks, plan, importance ? importance->data() : nullptr, importance ? int64_t(importance->shape(0)) : 1,
+                 scale.data(), zero.data(), codes.data());
+    return {outcome.finite, outcome.fits};
 }
 
 void encode(const Weights& w, Levels levels, Vector<const float> scale, std::optional<Vector<const int8_t>> zero,

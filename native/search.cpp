@@ -13,6 +13,7 @@ constexpr int RUN = 16;              // neighbours folded in pairs in float32
 constexpr int PATIENCE = 32;         // runs between looks whether a candidate has lost already
 constexpr double BETTER = 1 - 1e-9;  // a tie keeps the earlier candidate
 constexpr double INF = __builtin_inf();
+constexpr int32_t INFINITE = 0x7f800000;  // the bits of float32 infinity; those of NaN, without the sign, are above
 
 template <class T>
 struct Buffer {
@@ -52,7 +53,7 @@ struct Candidate {
 
     INLINE Candidate(vf s, vf z, const Levels& levels)
         : scale(s), zero(z), offset(levels.half ? splat(-0.5f) : z), lo(splat(levels.lo)), hi(splat(levels.hi)) {
-        usable = (s != vf{}) & ((vi)vabs(s) < 0x7f800000);
+        usable = (s != vf{}) & ((vi)vabs(s) < INFINITE);
         inverse = (vf)((vi)(1.0f / s) & usable);
     }
     INLINE Wide or_infinite(const Wide& error) const { return select(WideMask(usable), error, Wide(INF)); }
@@ -226,7 +227,7 @@ template <bool OFFSET, bool WEIGHTED>
 void optimize(const Plan& plan, const Tile& tile, vf top, vf bottom, const Start& start, vf& scale, vf& zero) {
     BatchSearch<OFFSET, WEIGHTED> batch{plan, tile, top, bottom, scale, zero, {}};
     batch.run(start);
-    const vi final = (start.raw == vf{}) | ((vi)vabs(scale) == 0x7f800000);  // nothing to search, or to be refused
+    const vi final = (start.raw == vf{}) | ((vi)vabs(scale) == INFINITE);  // nothing to search, or to be refused
     scale = final ? scale : batch.scale;
     zero = final ? zero : batch.zero;
 }
@@ -252,7 +253,7 @@ bool bounds(const typename T::value* x, int64_t size, float& top, float& bottom)
         bottom = low[lane] < bottom ? low[lane] : bottom;
         peak = largest[lane] > peak ? largest[lane] : peak;
     }
-    return peak < 0x7f800000;
+    return peak < INFINITE;
 }
 
 template <class T, bool OFFSET>
@@ -263,7 +264,11 @@ void encode_row(const typename T::value* x, int64_t size, const Candidate& c, in
         const vi code = (vi)(vmin(vmax(u, c.lo), c.hi) + ROUNDER);  // the low bits of the sum are the integer
         int8_t bytes[LANES];
         for (int lane = 0; lane < LANES; lane++) bytes[lane] = int8_t(code[lane]);
-        std::memcpy(codes + j, bytes, size - j < LANES ? size - j : LANES);
+        if (size - j >= LANES) {
+            std::memcpy(codes + j, bytes, LANES);
+        } else {
+            std::memcpy(codes + j, bytes, size - j);
+        }
     }
 }
 
@@ -279,8 +284,9 @@ void encode_rows(const Blocks& blocks, const Levels& levels, const float* scale,
 }
 
 template <class T>
-bool search_rows(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale,
-                 int8_t* zero, int8_t* codes) {
+Outcome search_rows(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale,
+                    int8_t* zero, int8_t* codes) {
+    bool fits = true;
     const auto* data = (const typename T::value*)blocks.data;
     const Levels& levels = plan.levels;
     const int64_t size = blocks.size, room = plan.optimize ? round_up(size, LANES) : 1;
@@ -294,7 +300,7 @@ bool search_rows(const Blocks& blocks, const Plan& plan, const float* importance
             const int64_t block = first + (lane < count ? lane : count - 1);
             rows[lane] = data + block * size;
             weight_rows[lane] = importance ? importance + block * size % period : nullptr;
-            if (!bounds<T>(rows[lane], size, tops[lane], bottoms[lane])) return false;
+            if (!bounds<T>(rows[lane], size, tops[lane], bottoms[lane])) return {false, false};
         }
         const vf top = load<vf>(tops), bottom = load<vf>(bottoms);
         const Start start(top, bottom, levels);
@@ -314,10 +320,11 @@ bool search_rows(const Blocks& blocks, const Plan& plan, const float* importance
             scale[first + lane] = s[lane];
             zero[first + lane] = int8_t(z[lane]);
         }
+        fits &= !any((s == vf{}) | ((vi)vabs(s) == INFINITE));
         const Blocks batch{rows[0], blocks.type, count, size};
         encode_rows<T>(batch, levels, scale + first, zero + first, codes + first * size);
     }
-    return true;
+    return {true, fits};
 }
 
 template <class T, bool OFFSET>
@@ -400,8 +407,8 @@ void compare_typed(const Blocks& blocks, const Levels& levels, const float* scal
 
 }  // namespace
 
-bool search(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale, int8_t* zero,
-            int8_t* codes) {
+Outcome search(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale,
+               int8_t* zero, int8_t* codes) {
     const auto typed = blocks.type == Float::bf16  ? search_rows<BF16>
                        : blocks.type == Float::f16 ? search_rows<F16>
                                                    : search_rows<F32>;

@@ -46,11 +46,16 @@ struct Misfit {
     double wrong, total;
 };
 
+// finite: no weight is NaN or infinite; else the outputs mean nothing. fits: no stored scale is 0 or infinite.
+struct Outcome {
+    bool finite, fits;
+};
+
 #define SPICERACK_SEARCH_FUNCTIONS                                                                                     \
-    /* importance: null, or `period` values that repeat along the data. -> false if a value is NaN or infinite; the    \
-       outputs then mean nothing. scale [count] gets stored values, zero [count] and codes [count * size] integers. */ \
-    bool search(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale,         \
-                int8_t* zero, int8_t* codes);                                                                          \
+    /* importance: null, or `period` values that repeat along the data. scale [count] gets stored values, zero [count]  \
+       and codes [count * size] integers. */                                                                           \
+    Outcome search(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale,      \
+                   int8_t* zero, int8_t* codes);                                                                       \
     /* Codes against given scales and zeros (null: none). */                                                           \
     void encode(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes);    \
     /* Judges one scale and zero over pieces of one long block. out [count]. */                                        \

@@ -97,11 +97,12 @@ def test_any_shape_kind_and_processor(
     stored = getattr(torch, scale)
     found = native.quantize(blocks, scheme, stored, range_, threads=threads, isa=isa)
     assert found is not None
-    codes, scales, zeros = found
+    codes, scales, zeros = found.codes, found.scale, found.zero
     expected, expected_zeros = search(TensorBlocks(blocks.float(), scheme), scheme, stored, range_)
     assert torch.equal(scales, expected)
     assert torch.equal(zeros, expected_zeros.to(torch.int8))
-    if codec.scale_fits(scales):
+    assert found.fits == codec.scale_fits(scales)
+    if found.fits:
         u = blocks.float() * (1 / expected)[:, None]
         assert torch.equal(codes, codec.nearest(u, scheme.levels, expected_zeros[:, None]).to(torch.int8))
         zero = zeros if scheme.zero else None
@@ -124,7 +125,7 @@ def test_every_16_bit_number_and_its_neighbours(dtype: torch.dtype, isa: str) ->
     for stored in DTYPES:
         found = native.quantize(w, one, stored, "absmax", isa=isa)
         assert found is not None
-        assert torch.equal(found[1], search(TensorBlocks(w.float(), one), one, stored, "absmax")[0])
+        assert torch.equal(found.scale, search(TensorBlocks(w.float(), one), one, stored, "absmax")[0])
 
 
 @pytest.mark.parametrize("name", ["w4t", "w2tz", "ternary", "w3th"])

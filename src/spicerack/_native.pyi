@@ -18,7 +18,7 @@ def search(
     zero: torch.Tensor,
     codes: torch.Tensor,
     isa: str = "",
-) -> bool: ...
+) -> tuple[bool, bool]: ...
 def encode(
     w: torch.Tensor,
     levels: Levels,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -20,25 +21,40 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16)
 ISAS: tuple[str, ...] = tuple(_native.instruction_sets())
 """Instruction sets that the search can use on this processor, widest first."""
 
-Run = Callable[[Callable[[int, int], bool | None], int, int], bool]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """Threads that share a range of rows; native functions release the interpreter's lock."""
+
+    pool: ThreadPoolExecutor
+    threads: int
+
+    def run(self, work: Callable[[int, int], T], count: int, step: int = 1) -> list[T]:
+        """work(first, last) over 0..count in multiples of `step` -> its results, in order."""
+        chunk = -(-count // (4 * self.threads * step)) * step if self.threads > 1 else count
+        starts = range(0, count, max(chunk, 1))
+        if len(starts) <= 1:
+            return [work(first, count) for first in starts]
+        return list(self.pool.map(lambda first: work(first, min(first + chunk, count)), starts))
 
 
 @contextmanager
-def team(threads: int) -> Iterator[Run]:
-    """Yields run(work, count, step): work(first, last) over 0..count in multiples of `step`, on `threads` threads.
-
-    -> whether no call returned False.
-    """
+def team(threads: int) -> Iterator[Team]:
+    """A Team for the length of a `with` block."""
     with ThreadPoolExecutor(max_workers=threads) as pool:
+        yield Team(pool, threads)
 
-        def run(work: Callable[[int, int], bool | None], count: int, step: int) -> bool:
-            chunk = -(-count // (4 * threads * step)) * step if threads > 1 else count
-            starts = range(0, count, max(chunk, 1))
-            if len(starts) == 1:
-                return work(0, count) is not False
-            return all(r is not False for r in list(pool.map(lambda s: work(s, min(s + chunk, count)), starts)))
 
-        yield run
+@dataclass(frozen=True, slots=True)
+class Found:
+    """codes int8 [M, B], scale float32 [M] as stored, zero int8 [M]; fits: no scale is 0 or infinite."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    fits: bool
 
 
 def levels_of(scheme: Scheme) -> _native.Levels:
@@ -56,11 +72,10 @@ def quantize(
     *,
     threads: int = 1,
     isa: str = "",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Blocks w [M, B], B <= PIECE -> codes int8 [M, B], scale float32 [M] as stored in `dtype`, zero int8 [M].
+) -> Found | None:
+    """Search and round blocks w [M, B], B <= PIECE, against scales stored in `dtype`; None if one is NaN or infinite.
 
-    importance: float32, one value per weight, or of a length that repeats along the flattened weights. None is returned
-    if a weight is NaN or infinite.
+    importance: float32, one value per weight, or of a length that repeats along the flattened weights.
     """
     count, size = w.shape
     codes = torch.empty((count, size), dtype=torch.int8)
@@ -72,7 +87,7 @@ def quantize(
     fine = [factor for pair in FINE for factor in pair]
     period = 1 if importance is None else min(importance.numel() // size, count)
 
-    def work(first: int, last: int) -> bool:
+    def work(first: int, last: int) -> tuple[bool, bool]:
         part = None
         if importance is not None:
             part = importance[first * size : last * size] if importance.numel() == w.numel() else importance
@@ -82,9 +97,9 @@ def quantize(
             part, scale[rows], zero[rows], codes[rows], isa,
         )  # fmt: skip
 
-    with team(threads) as run:
-        finite = run(work, count, 16 if period == count else period)
-    return (codes, scale, zero) if finite else None
+    with team(threads) as workers:
+        finite, fits = zip(*workers.run(work, count, 16 if period == count else period), strict=True)
+    return Found(codes, scale, zero, all(fits)) if all(finite) else None
 
 
 def encode(
@@ -104,8 +119,8 @@ def encode(
         rows = slice(first, last)
         _native.encode(w[rows], levels, scale[rows], None if zero is None else zero[rows], codes[rows], isa)
 
-    with team(threads) as run:
-        run(work, len(w), 16)
+    with team(threads) as workers:
+        workers.run(work, len(w), 16)
     return codes
 
 
@@ -123,15 +138,13 @@ def compare(
     The last digits depend on threads and processor.
     """
     levels = levels_of(scheme)
-    sums: dict[int, tuple[float, float]] = {}
 
-    def work(first: int, last: int) -> None:
+    def work(first: int, last: int) -> tuple[float, float]:
         rows = slice(first, last)
-        sums[first] = _native.compare(w[rows], levels, scale[rows], None if zero is None else zero[rows], codes[rows])
+        return _native.compare(w[rows], levels, scale[rows], None if zero is None else zero[rows], codes[rows])
 
-    with team(threads) as run:
-        run(work, len(w), 1)
-    wrong, total = zip(*(sums[first] for first in sorted(sums)), strict=True)
+    with team(threads) as workers:
+        wrong, total = zip(*workers.run(work, len(w)), strict=True)
     return sum(wrong), sum(total)
 
 
@@ -141,7 +154,7 @@ class LongBlocks:
 
     w: torch.Tensor
     scheme: Scheme
-    run: Run
+    workers: Team
     isa: str = ""
 
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +178,7 @@ class LongBlocks:
         def work(first: int, last: int) -> None:
             _native.judge(pieces[first:last], levels, scale, zero, out[first:last], self.isa)
 
-        self.run(work, whole, 1)
+        self.workers.run(work, whole)
         if rest.numel():
             _native.judge(rest, levels, scale, zero, out[whole:], self.isa)
         return ordered_sum(list(out))
@@ -175,8 +188,8 @@ def pack(codes: torch.Tensor, bits: int, *, offset: int = 0, threads: int = 1) -
     """`bits.pack` of codes + offset (int8 or uint8 [..., R, C]); only the low bits of that sum are kept."""
     rows = codes.contiguous().view(torch.uint8).reshape(-1, codes.shape[-1])
     words = torch.empty((len(rows), -(-rows.shape[1] * bits // 32)), dtype=torch.int32)
-    with team(threads) as run:
-        run(lambda a, b: _native.pack(rows[a:b], bits, offset, words[a:b]), len(rows), 1)
+    with team(threads) as workers:
+        workers.run(lambda a, b: _native.pack(rows[a:b], bits, offset, words[a:b]), len(rows))
     return words.reshape(*codes.shape[:-1], -1)
 
 
@@ -184,6 +197,6 @@ def unpack(words: torch.Tensor, bits: int, columns: int, *, offset: int = 0, thr
     """`bits.unpack` minus offset, modulo 256: uint8 [..., R, columns]; view it as int8 for signed codes."""
     rows = words.contiguous().reshape(-1, words.shape[-1])
     codes = torch.empty((len(rows), columns), dtype=torch.uint8)
-    with team(threads) as run:
-        run(lambda a, b: _native.unpack(rows[a:b], bits, offset, codes[a:b]), len(rows), 1)
+    with team(threads) as workers:
+        workers.run(lambda a, b: _native.unpack(rows[a:b], bits, offset, codes[a:b]), len(rows))
     return codes.reshape(*words.shape[:-1], columns)

@@ -39,18 +39,19 @@ def solve(
     blocks = w.detach().contiguous().reshape(-1, size)
     assert isinstance(scheme.scale, str)
     dtype = dtype_of(scheme.scale, w.dtype)
+    codes: torch.Tensor | None = None
     if size > PIECE:
         codec.check_finite(w, name)
-        with native.team(threads) as run:
-            scale, zeros = search(native.LongBlocks(blocks, scheme, run), scheme, dtype, range_)
-        zero, codes = zeros.to(torch.int8), None
+        with native.team(threads) as workers:
+            scale, zeros = search(native.LongBlocks(blocks, scheme, workers), scheme, dtype, range_)
+        zero, fits = zeros.to(torch.int8), codec.scale_fits(scale)
     else:
         found = native.quantize(blocks, scheme, dtype, range_, _repeating(importance, shape, size), threads=threads)
         if found is None:
             codec.check_finite(w, name)
         assert found is not None, "the search met a value that is not finite, the check did not"
-        codes, scale, zero = found
-    if not codec.scale_fits(scale):
+        codes, scale, zero, fits = found.codes, found.scale, found.zero, found.fits
+    if not fits:
         peak = torch.maximum(blocks.amax(1), -blocks.amin(1)).float()
         scale = codec.check_scale(peak.reshape(grid), scale.reshape(grid), dtype, name).reshape(-1)
         codes = None
