@@ -149,6 +149,25 @@ def test_config_of_compressed_tensors() -> None:
     assert CT.float_config(config) == {"model_type": "llama"}
 
 
+@pytest.mark.parametrize(
+    ("architecture", "schemes", "expected"),
+    [
+        ("LlamaForCausalLM", ["w4g32"], False),
+        ("LlamaForCausalLM", ["w4g32z"], True),
+        ("LlamaForCausalLM", ["w4g32z", "w8"], False),
+        ("BertModel", ["w8"], True),
+        ("BertModel", ["w8", "w4"], False),
+        ("GPT2LMHeadModel", ["w8"], False),
+    ],
+)
+def test_transformers_is_told_to_decode_on_loading_where_it_must(
+    architecture: str, schemes: list[str], expected
+) -> None:
+    plan = plan_of(*(Planned(f"l{i}", parse(s), (64, 64)) for i, s in enumerate(schemes)))
+    section = CT.config({"architectures": [architecture]}, plan, [])["quantization_config"]
+    assert section.get("dequantize", False) is expected
+
+
 def test_targets_of_several_schemes_never_catch_another_layer() -> None:
     plan = {f"l.{i}.{n}": Planned(f"l.{i}.{n}", parse("w8" if (i, n) == (0, "up") else "w4"), (8, 32))
             for i in range(2) for n in ("up", "down")}  # fmt: skip
@@ -222,7 +241,7 @@ def test_a_scheme_without_a_name_is_refused() -> None:
 @pytest.mark.parametrize(
     ("schemes", "word"),
     [
-        (["w4g32z"], "dequantize=True"),
+        (["w4g32z"], "decodes all weights while loading"),
         (["w4g32z", "w8"], "transformers does not"),
         (["w4g32", "w8"], "wrong weights"),
         (["w3"], "before compressed-tensors 0.18"),

@@ -112,6 +112,8 @@ class CompressedTensors:
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+        if _decodes_on_loading(config, list(members)):
+            quantization["dequantize"] = True
         return {**config, "quantization_config": quantization}
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
@@ -169,7 +171,9 @@ class CompressedTensors:
         elif zero and mixed:
             notes.append("zero points and several schemes: vLLM and spicerack read this folder, transformers does not")
         elif zero:
-            notes.append("zero points: transformers needs CompressedTensorsConfig(dequantize=True); vLLM does not")
+            notes.append(
+                "zero points: transformers decodes all weights while loading (dequantize); vLLM reads them as they are"
+            )
         elif mixed:
             notes.append("several schemes: dequantize=True in transformers takes one for all and gives wrong weights")
         uneven = sorted({s.bits for s in schemes} & {3, 5, 6, 7})
@@ -181,6 +185,19 @@ class CompressedTensors:
                 notes.append(f"{', '.join(group)} are {' and '.join(sorted(kinds))}: vLLM fuses them and refuses")
                 break
         return notes
+
+
+def _decodes_on_loading(config: Mapping[str, Any], schemes: Sequence[Scheme]) -> bool:
+    """Whether transformers is told to decode the weights as it loads them, rather than at the first forward.
+
+    Zero points load in no other way. Encoders without a head are what sentence-transformers loads, and it calls
+    `forward` past the hook that decodes. With several schemes weights would be wrong: transformers takes one for all.
+    """
+    classes = config.get("architectures")
+    encoder = isinstance(classes, list) and any(
+        str(name).endswith("Model") and "LMHead" not in str(name) for name in classes
+    )
+    return len(schemes) == 1 and (schemes[0].zero or encoder)
 
 
 def _obstacle(p: Planned) -> str | None:
