@@ -1,0 +1,57 @@
+"""`spicerack generate MODEL PROMPT`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from spicerack.cli import _output
+
+
+@click.command()
+@_output.model_argument
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True, help="How long the text gets.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--raw", is_flag=True, help="Continue the prompt itself, without the tokenizer's chat template.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps ...")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that came with the model.")
+@_output.json_option
+def command(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    raw: bool,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Let a model continue a text.
+
+    MODEL is a folder, quantized or not, or a hub id.
+
+    \b
+    spicerack generate out "def read_csv(path):"
+    """
+    from spicerack.generate import generate
+
+    def write(piece: str) -> None:
+        click.echo(piece, nl=False)
+
+    result = generate(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        raw=raw,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        write=None if as_json else write,
+    )
+    if as_json:
+        _output.emit(dataclasses.asdict(result))
