@@ -103,7 +103,7 @@ class CompressedTensors:
             targets = ["Linear"] if len(members) == 1 else _patterns(modules, everything)
             groups[f"group_{i}"] = _group(scheme, targets)
         formats = {_format(scheme) for scheme in members}
-        quantization = {
+        quantization: dict[str, Any] = {
             "quant_method": METHOD,
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
