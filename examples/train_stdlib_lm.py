@@ -5,8 +5,8 @@
 No download is involved: the corpus is the running Python's own source code (see
 ``stdlib_corpus.py``), the tokenizer is trained on that corpus, and the model is trained
 from a fixed seed.  The hidden matrices are optimized by Muon, embeddings and norms by
-AdamW; the learning rate warms up, stays constant for the first half, and falls linearly
-to zero, so that the run ends on a flat held-out loss.
+AdamW; the learning rate warms up, stays constant, and falls linearly to zero over the
+last fifth of the run, which is where the held-out loss settles.
 
 Every few minutes the run writes a checkpoint below ``--work-dir`` and, next to it in
 ``current/``, the model so far as an ordinary transformers folder.  A run that was killed
@@ -47,7 +47,7 @@ MUON_LR = 5e-3
 ADAMW_LR = 3e-3
 WEIGHT_DECAY = 0.1
 WARMUP_STEPS = 100
-DECAY_FRACTION = 0.5
+DECAY_FRACTION = 0.2
 EVAL_EVERY = 50
 CALIBRATION_BYTES = 300_000
 
@@ -302,7 +302,7 @@ def plot_curve(curve: Sequence[LossPoint], path: Path) -> None:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=3400, help=f"steps of {TOKENS_PER_STEP} tokens (default: 3400)")
+    parser.add_argument("--steps", type=int, default=2000, help=f"steps of {TOKENS_PER_STEP} tokens (default: 2000)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     parser.add_argument("--save-every", type=float, default=180, metavar="SECONDS", help="between checkpoints")
     parser.add_argument("--work-dir", type=Path, default=Path("build/stdlib-lm"), help="checkpoints and interim model")
