@@ -24,7 +24,8 @@ def in_process(*args: str | Path) -> int:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quantize", "--help"], ["inspect", "--help"]])
 def test_help_loads_no_torch(arguments: list[str]) -> None:
-    code = f"import sys; from spicerack.cli import cli\ntry: cli({arguments!r})\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    said = "print('torch' in sys.modules, file=sys.stderr)"
+    code = f"import sys; from spicerack.cli import cli\ntry: cli({arguments!r})\nfinally: {said}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip().endswith("False"), done.stderr
 
@@ -87,7 +88,13 @@ def test_dry_run_writes_nothing(llama_folder, tmp_path: Path, capsys: pytest.Cap
     ],
 )
 def test_errors_are_json_with_a_hint_and_the_right_code(
-    llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, kind: str, says: str
+    llama_folder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    kind: str,
+    says: str,
 ) -> None:
     assert in_process("quantize", llama_folder(), "-o", tmp_path / "out", *arguments, "--json") == code
     captured = capsys.readouterr()

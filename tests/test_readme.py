@@ -25,7 +25,9 @@ def test_the_commands_run_as_written(stdlib_lm: Path, tmp_path: Path) -> None:
         words = [names.get(word, word) for word in shlex.split(command)][1:]
         if words[0] == "eval":
             words += ["--max-tokens", "4096"]  # the same command on less text
-        done = subprocess.run([sys.executable, "-m", "spicerack", *words], capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-m", "spicerack", *words], capture_output=True, text=True, check=False, timeout=300
+        )
         assert done.returncode == 0, (command, done.stderr)
         assert done.stdout.strip(), command
 

@@ -30,7 +30,9 @@ def schemes(recipe: Recipe, tied: dict[str, str] | None = None) -> dict[str, str
 
 
 def test_defaults_quantize_linear_layers_only() -> None:
-    assert schemes(W4) == {m: "w4g128" if role == "linear" else None for m, role in {**ROLES, "lm_head": "head"}.items()}
+    assert schemes(W4) == {
+        m: "w4g128" if role == "linear" else None for m, role in {**ROLES, "lm_head": "head"}.items()
+    }
 
 
 @pytest.mark.parametrize(

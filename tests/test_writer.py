@@ -55,7 +55,9 @@ def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
     assert seen.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert seen[name].dtype == tensor.dtype and seen[name].shape == tensor.shape
-        assert torch.equal(seen[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8))
+        assert torch.equal(
+            seen[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8)
+        )
 
 
 def test_units_are_not_split_and_shards_are_filled_in_order() -> None:
@@ -91,7 +93,9 @@ def test_a_run_killed_before_the_last_rename_is_sealed(tmp_path: Path) -> None:
     shards = plan_shards([unit("a")])
     first = Writer(tmp_path / "out", shards, IDENTITY)
     write(first, shards[0])
-    first.finish({module.LEDGER: b'{"identity": {"recipe": {"scheme": "w8"}, "source": "abc"}}', CONFIG: b"{}"}, tmp_path, [])
+    first.finish(
+        {module.LEDGER: b'{"identity": {"recipe": {"scheme": "w8"}, "source": "abc"}}', CONFIG: b"{}"}, tmp_path, []
+    )
     (first.partial / "progress.json").unlink()
     again = Writer(tmp_path / "out", shards, IDENTITY)
     assert again.complete
@@ -99,7 +103,9 @@ def test_a_run_killed_before_the_last_rename_is_sealed(tmp_path: Path) -> None:
     assert (tmp_path / "out" / CONFIG).exists()
 
 
-@pytest.mark.parametrize("changed", [{"recipe": {"scheme": "w4"}, "source": "abc"}, {"recipe": {"scheme": "w8"}, "source": "xyz"}])
+@pytest.mark.parametrize(
+    "changed", [{"recipe": {"scheme": "w4"}, "source": "abc"}, {"recipe": {"scheme": "w8"}, "source": "xyz"}]
+)
 def test_another_recipe_or_model_is_refused_by_name(tmp_path: Path, changed: dict[str, object]) -> None:
     shards = plan_shards([unit("a")])
     write(Writer(tmp_path / "out", shards, IDENTITY), shards[0])

@@ -6,10 +6,11 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from spicerack import tokenizing
 from spicerack.checkpoint.files import CONFIG, MAX_CONFIG_BYTES, read_json
-from spicerack.errors import CheckpointError, UntrustedCodeError, UsageError
+from spicerack.errors import CheckpointError, UsageError
 from spicerack.evaluation_encoder import Pooling, check_pooling
 from spicerack.evaluation_sentences import SENTENCES
 
@@ -98,31 +99,21 @@ def tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTrainedTok
 
     Raises UsageError if they differ, CheckpointError if there is none, UntrustedCodeError if it is code.
     """
-    ours = _read(source, source, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: config.json cannot be read: {error}", "is it a model's folder?") from error
+    ours = tokenizing.read(source, config, trust_remote_code=trust_remote_code)
     if out == source or not any(out.glob("tokenizer*")):
         return ours
-    theirs = _read(out, source, trust_remote_code)
+    theirs = tokenizing.read(out, config, trust_remote_code=trust_remote_code)
     probe = " ".join(SENTENCES)
-    if ours.get_vocab() != theirs.get_vocab() or ours(probe).input_ids != theirs(probe).input_ids:
+    if (
+        ours.get_vocab() != theirs.get_vocab()
+        or ours(probe, verbose=False).input_ids != theirs(probe, verbose=False).input_ids
+    ):
         raise UsageError(
             f"the tokenizers of {out} and {source} differ",
             "compare a quantized folder with the model that it was made from",
         )
     return ours
-
-
-def _read(folder: Path, config_from: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The config comes from the original, because transformers need not know what our own folders say in theirs."""
-    try:
-        config = AutoConfig.from_pretrained(config_from, trust_remote_code=trust_remote_code)
-        made = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise UntrustedCodeError(
-                f"{folder}: reading its tokenizer would run code that came with the model",
-                "pass --trust-remote-code if you trust it",
-            ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder}: no tokenizer: {reason}", "add the model's tokenizer files") from error
-    assert isinstance(made, PreTrainedTokenizerBase)
-    return made

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from spicerack import tokenizing
 from spicerack.checkpoint.files import locate
-from spicerack.errors import CheckpointError, UsageError
+from spicerack.errors import UsageError
 from spicerack.loading import load
 
 Write = Callable[[str], None]
@@ -48,7 +49,6 @@ def generate(
     Raises UsageError for a model that does not generate text, CheckpointError if the folder has no tokenizer.
     """
     folder = locate(model)
-    tokenizer = _tokenizer(folder, trust_remote_code)
     loaded = load(folder, device=device, trust_remote_code=trust_remote_code)
     if not loaded.can_generate():
         raise UsageError(
@@ -56,7 +56,7 @@ def generate(
         )
     return continue_text(
         loaded,
-        tokenizer,
+        tokenizing.read(folder, loaded.config, trust_remote_code=trust_remote_code),
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -107,19 +107,6 @@ class _Streamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._write(text + "\n" if stream_end else text)
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise CheckpointError(f"{folder} has no tokenizer", "copy tokenizer.json and tokenizer_config.json into it")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read: {error}", "copy the original's files"
-        ) from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Any:

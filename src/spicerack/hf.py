@@ -6,7 +6,8 @@ asks its quantizer to prepare the model, and there the layers whose weights are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, GenerationConfig, PreTra
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from spicerack.architecture import harmless
@@ -126,16 +128,17 @@ def build(
         AUTO_QUANTIZER_MAPPING[METHOD] = SpicerackQuantizer
         quantization = SpicerackConfig(prepare)
     try:
-        loaded: Any = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=dtype or "auto",
-            quantization_config=quantization,
-            output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        with _no_bars():
+            loaded: Any = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype or "auto",
+                quantization_config=quantization,
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
+            )
     except (RuntimeError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise LoadError(
             f"{folder}: {model_class.__name__} cannot be filled: {error}", "is config.json the model's own?"
@@ -147,6 +150,18 @@ def build(
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model, sorted(info["unexpected_keys"])
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws a progress bar for every load; callers here draw their own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check(info: Mapping[str, Any], folder: Path, model_class: type) -> None:

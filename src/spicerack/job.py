@@ -1,4 +1,4 @@
-"""`prepare`: everything about a quantization that is knowable before a weight is read, and all the refusals that are."""
+"""`prepare`: all of a quantization that is knowable before a weight is read, and the refusals that are."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
     """
     source = Checkpoint.open(model)
     if "quantization_config" in source.config or source.config.get("model_type") == format.CONTAINER:
-        raise CheckpointError(f"{source.folder} is quantized already", "start from the float model: every rounding adds up")
+        raise CheckpointError(
+            f"{source.folder} is quantized already", "start from the float model: every rounding adds up"
+        )
     seen = census.take(source)
     entries = seen.entries
     tied = {_module(alias): _module(owner) for alias, owner in seen.tied.items()}
@@ -110,18 +112,36 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
     plan = {p.module: p for p in planned.values()}
     chosen = format.choose(plan)
     actions = tuple(_actions(entries, seen, planned, reasons, chosen, source))
-    floats = [m for m, kind in (modules or {}).items() if kind == "Linear" and m not in plan]
-    floats += [_module(alias) for alias in seen.tied if _module(alias) not in (*plan, *floats)]
+    if modules is None:  # transformers does not know the architecture: names are all there is to go by
+        linears = [entry.module for entry in entries.values() if _CLASSES.get(entry.role) == "Linear"]
+    else:
+        linears = [module for module, kind in modules.items() if kind == "Linear"]
+    linears += [alias for alias in tied if alias not in linears]
+    floats = [module for module in linears if module not in plan and tied.get(module) not in plan]
     return Job(
         source=source,
         recipe=what,
         format=chosen,
         actions=actions,
-        notes=tuple(format.portability(plan, seen.shared_inputs)),
+        notes=tuple(_notes(source, seen, plan, modules)),
         config=chosen.config(dict(source.config), plan, floats),
         parameters=seen.parameters,
         shard_bytes=shard_bytes,
     )
+
+
+def _notes(
+    source: Checkpoint, seen: census.Census, plan: Mapping[str, Planned], modules: Mapping[str, str] | None
+) -> Iterator[str]:
+    """What a person should know before work starts."""
+    yield from source.notes
+    if modules is None:
+        yield "transformers does not know this architecture: what each tensor is was told from names alone"
+    fused = [entry for entry in seen.entries.values() if entry.role == "experts"]
+    if fused:
+        share = sum(entry.info.nbytes for entry in fused) / seen.nbytes
+        yield f"{len(fused)} fused expert tensors ({share:.0%} of the model) stay in float so far"
+    yield from format.portability(plan, seen.shared_inputs)
 
 
 def _module(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 
@@ -15,7 +14,7 @@ from spicerack.scheme import IntLevels, Scheme
 class QTensor:
     """w = scale * (level[codes] - zero) + min, blockwise; only `codec` interprets codes.
 
-    codes       int8 (integer levels) or uint8 (table levels), [..., N, K], one code per element; leading axes are experts
+    codes       int8, or uint8 if no level is negative or levels are a table, [..., N, K]; leading axes are experts
     scale       float tensor [..., N/block_rows, K/block_columns] in its stored type, or a QTensor of that shape
     zero        int8 like scale, or None
     min         like scale, or None
@@ -59,4 +58,4 @@ class QTensor:
         return self.scheme.stored_bits(self.shape)
 
 
-Scale = Union[torch.Tensor, QTensor]
+Scale = torch.Tensor | QTensor

@@ -66,6 +66,7 @@ def quantize(
         if output is not None:
             raise UsageError("a module is quantized in memory", "write it with spicerack.save(module, folder)")
         from spicerack.swap import quantize_module
+
         return quantize_module(model, what)
     if output is None:
         raise UsageError(f"no output folder for {model}", "pass output='...'")
@@ -150,7 +151,9 @@ def by_layer_type(output: Path) -> list[dict[str, Any]]:
         if entry["action"] == "quantize":
             key = (entry["layer_type"], entry["scheme"])
         else:
-            key = ("everything else", entry["dtype"].lower()) if entry["action"] == "copy" else ("tied copies", "dropped")
+            key = (
+                ("everything else", entry["dtype"].lower()) if entry["action"] == "copy" else ("tied copies", "dropped")
+            )
         row = rows.setdefault(key, {"count": 0, "before": 0, "after": 0, "squares": 0.0})
         row["count"] += 1
         row["before"] += entry["bytes_before"]

@@ -6,9 +6,9 @@ A glob matches the checkpoint's name without `.weight`. `*` stays within one com
     model.layers.{0,31}.**=w8              everything in the first and the last of 32 blocks
     lm_head=skip                           stays in float
 
-Linear layers (Conv1D and experts among them) get the recipe's scheme. Embeddings, heads and routers stay in float unless
-a rule names them; a rule whose last component is `*` or `**` means "all layers here" and does not name them. A tied head
-and embedding is one tensor: a rule on either name applies to it.
+Linear layers (Conv1D and experts among them) get the recipe's scheme. Embeddings, heads and routers stay in float
+unless a rule names them; a rule whose last component is `*` or `**` means "all layers here" and does not name them. A
+tied head and embedding is one tensor: a rule on either name applies to it.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _rule(pattern: str, scheme: str) -> Rule:
 
 
 def read(path: Path) -> Recipe:
-    """A YAML recipe: `scheme`, optional `range`, optional `rules`, a list of one-entry maps `pattern: scheme` (or `skip`).
+    """A YAML recipe: `scheme`, optional `range` and `rules`, a list of one-entry maps `pattern: scheme` (or skip).
 
     Raises RecipeError naming file and key.
     """
@@ -130,7 +130,9 @@ def read(path: Path) -> Recipe:
         raise RecipeError(f"recipe {path} has no 'scheme'", "begin with, say, 'scheme: w4g128'")
     unknown = set(data) - {"scheme", "range", "rules"}
     if unknown:
-        raise RecipeError(f"recipe {path}: unknown key {sorted(map(str, unknown))[0]!r}", "keys are scheme, range, rules")
+        raise RecipeError(
+            f"recipe {path}: unknown key {sorted(map(str, unknown))[0]!r}", "keys are scheme, range, rules"
+        )
     rules = data.get("rules") or []
     if not isinstance(rules, list):
         raise RecipeError(f"recipe {path}: 'rules' is not a list", "write '- pattern: scheme' lines")
@@ -173,7 +175,9 @@ def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -
         elif role in BY_DEFAULT:
             decisions[module] = Decision(recipe.scheme, "recipe")
         else:
-            decisions[module] = Decision(None, f"{role}: stays in float unless a rule names it" if role in ON_REQUEST else role)
+            decisions[module] = Decision(
+                None, f"{role}: stays in float unless a rule names it" if role in ON_REQUEST else role
+            )
     for unused in (r for r in recipe.rules if r not in used):
         raise RecipeError(f"rule {unused} matches nothing that it could change", _nearest(unused, [*roles, *tied]))
     return {**decisions, **{alias: decisions[owner] for alias, owner in tied.items() if owner in decisions}}

@@ -20,7 +20,7 @@ def names(package: str) -> tuple[str, ...]:
 
 
 def get(package: str, name: str, constant: str) -> Any:
-    """The object that plug-in `name` of `spicerack.<package>` declares as `constant`; KeyError if there is no such file."""
+    """What plug-in `name` of `spicerack.<package>` declares as `constant`; KeyError if there is no such file."""
     if name not in names(package):
         raise KeyError(name)
     return vars(importlib.import_module(f"spicerack.{package}.{name}"))[constant]

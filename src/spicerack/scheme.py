@@ -15,7 +15,7 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Literal
 
 from spicerack import registry
 from spicerack.errors import SchemeError, ShapeError
@@ -56,7 +56,9 @@ class TableLevels:
         return max((len(self.values) - 1).bit_length(), 1)
 
 
-def float_levels(exponent_bits: int, mantissa_bits: int, *, ieee_specials: bool = False, max_value: float = math.inf) -> TableLevels:
+def float_levels(
+    exponent_bits: int, mantissa_bits: int, *, ieee_specials: bool = False, max_value: float = math.inf
+) -> TableLevels:
     """Values of a small sign-exponent-mantissa float, by bit pattern, bias 2^(e-1)-1, with subnormals.
 
     Patterns above `max_value` (E4M3FN's NaN) and, with `ieee_specials`, the whole top exponent, stand for the largest
@@ -73,7 +75,7 @@ def float_levels(exponent_bits: int, mantissa_bits: int, *, ieee_specials: bool 
     return TableLevels(tuple(magnitudes) + tuple(-m for m in magnitudes))
 
 
-Levels = Union[IntLevels, TableLevels]
+Levels = IntLevels | TableLevels
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Scheme:
     output row, (None, None) one per tensor.
     scale, min: a float type, or a Scheme: scales that are themselves quantized (q4_k, nvfp4).
     zero: integer zero points, in the range of the codes and stored like them.
-    activations: "token" = int8, one scale per token, found on the fly; "static" = int8, one calibrated scale per tensor.
+    activations: "token": int8, one scale per token, found on the fly; "static": int8, one calibrated scale per tensor.
     """
 
     name: str
@@ -131,7 +133,7 @@ class Scheme:
                 part.check_shape(f"{name} (scales)", (*shape[:-2], rows // block_rows, columns // block_columns))
 
     def stored_bits(self, shape: tuple[int, ...]) -> int:
-        """All bits that a tensor of `shape` takes: codes, scales, zero points, minima. Padding of files is not counted."""
+        """Bits that a tensor of `shape` takes: codes, scales, zero points, minima. Padding of files is not counted."""
         *leading, rows, columns = shape
         block_rows, block_columns = self.block_shape(rows, columns)
         grid = (*leading, rows // block_rows, columns // block_columns)
@@ -152,7 +154,7 @@ _NAME = re.compile(r"w(?P<bits>[2-8])(?:g(?P<group>[1-9]\d{0,5})|(?P<tensor>t))?
 
 
 def parse(name: str) -> Scheme:
-    """The scheme called `name`: the grammar above, or a file in `schemes/`. Raises SchemeError with the nearest names."""
+    """The scheme called `name`: the grammar, or a file in `schemes/`. Raises SchemeError with the nearest names."""
     match = _NAME.fullmatch(name)
     if match is None:
         try:
@@ -176,6 +178,20 @@ def parse(name: str) -> Scheme:
 
 
 def _suggest(name: str) -> str:
-    common = ["w8", "w8a8", "w4g128", "w4g64", "w4g32", "w4g128z", "w4g32z", "w3g64", "w3g128", "w2g32z", "w2g32h", "w6", "w5g64"]
+    common = [
+        "w8",
+        "w8a8",
+        "w4g128",
+        "w4g64",
+        "w4g32",
+        "w4g128z",
+        "w4g32z",
+        "w3g64",
+        "w3g128",
+        "w2g32z",
+        "w2g32h",
+        "w6",
+        "w5g64",
+    ]
     near = difflib.get_close_matches(name.lower(), [*common, *registry.names("schemes")], n=3, cutoff=0.4)
     return "did you mean " + ", ".join(near or ["w8", "w4g128", "w4g32z"]) + "? Grammar: w<2-8>[g<group>|t][z|h][a8[s]]"

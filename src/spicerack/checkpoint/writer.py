@@ -1,16 +1,16 @@
 """Writes a folder of safetensors shards: streaming, atomic, resumable.
 
-Everything happens in `OUT.partial`, which becomes `OUT` in one rename at the very end, so that no reader ever meets half a
-folder. Inside it a finished shard is the progress record:
+Everything happens in `OUT.partial`, which becomes `OUT` in one rename at the very end, so that no reader ever meets
+half a folder. Inside it a finished shard is the progress record:
 
     1. its tensors stream into `<shard>.tmp`, header first (all shapes are known before a weight is read);
     2. its ledger entries go to `<shard>.ledger.json`;
     3. fsync, then the rename that makes the shard count.
 
 When all shards are there, `finish` adds the side files, the index, the ledger and, last, config.json; `seal` clears the
-progress records and renames. A run that is killed anywhere and started again continues from what is on disk. A different
-recipe, model or version is refused by name instead of mixed in. The format is written by hand because the safetensors library writes
-only what is in memory all at once; tests read every shard back with that library.
+progress records and renames. A run that is killed anywhere and started again continues from what is on disk. A
+different recipe, model or version is refused by name instead of mixed in. The format is written by hand because the
+safetensors library writes only what is in memory all at once; tests read every shard back with that library.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Writer:
         return [entry for shard in self.shards for entry in _read_json(self._ledger_of(shard)) or []]
 
     def finish(self, files: Mapping[str, bytes], source: Path, side_files: Iterable[str]) -> None:
-        """Copy the side files, write the index, then `files` in their order: config.json, which must come last, completes."""
+        """Copy the side files, write the index, then `files` in order; the last, config.json, completes the folder."""
         if list(files)[-1] != CONFIG:
             raise AssertionError("config.json must be the last file")
         try:
@@ -209,7 +209,7 @@ class ShardWriter:
             raise AssertionError(f"the plan promised {slot}, the encoder made {found}")
         flat = tensor.detach().contiguous().reshape(-1)
         if flat.numel():
-            self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+            self._file.write(flat.view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
         if self._todo:
@@ -273,7 +273,9 @@ def check_disk(folder: Path, needed: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OutputError(f"{folder} has {free / 1e9:.2f} GB free; the output takes {needed / 1e9:.2f} GB", "free some space")
+        raise OutputError(
+            f"{folder} has {free / 1e9:.2f} GB free; the output takes {needed / 1e9:.2f} GB", "free some space"
+        )
 
 
 def _disk_error(error: OSError, partial: Path) -> OutputError:

@@ -1,6 +1,6 @@
 """What every command shares: the JSON contract, the consoles, errors and exit codes.
 
-With --json exactly one JSON object goes to standard output; everything else (progress, warnings) goes to standard error.
+With --json exactly one JSON object goes to standard output; everything else (progress, warnings) to standard error.
 """
 
 from __future__ import annotations
@@ -62,8 +62,6 @@ def _fail(as_json: bool, kind: str, message: str, hint: str, code: int) -> int:
 
 def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
     click.echo(click.style("warning: ", fg="yellow") + str(message), err=True)
-
-
 
 
 def size(nbytes: float) -> str:

@@ -85,8 +85,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
     for row in rows:
         table.add_column(row["name"], justify="right")
     table.add_row("computed with", *(row["compute"] for row in rows))
-    table.add_row("on disk", *(_size(row["bytes_on_disk"]) for row in rows))
-    table.add_row("in memory", *(_size(row["resident_bytes"]) for row in rows))
+    table.add_row("on disk", *(_output.size(row["bytes_on_disk"]) for row in rows))
+    table.add_row("in memory", *(_output.size(row["resident_bytes"]) for row in rows))
     for key, label in _LABELS.items():
         if key in rows[0]:
             table.add_row(label, *(f"{row[key]:,.4g}" for row in rows))
@@ -121,11 +121,3 @@ def _meaning(result: dict[str, Any]) -> str:
     if quantized["compute"].startswith("reference"):
         return f"{slower}, because its weights are unpacked in torch for every call."
     return f"{slower}."
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"

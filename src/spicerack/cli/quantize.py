@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,17 +29,15 @@ class _OrderedCommand(click.Command):
         return super().parse_args(ctx, args)
 
 
-class _Bytes(click.ParamType):
-    """"500MB" -> 500,000,000."""
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
-    name = "size"
-    units: ClassVar[dict[str, int]] = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d{1,12})\s*([kmg]?b?)", str(value).lower())
-        if match is None or match[2] not in self.units or not int(match[1]):
-            self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
-        return int(match[1]) * self.units[match[2]]
+def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """ "500MB" -> 500,000,000."""
+    match = re.fullmatch(r"([1-9]\d{0,11})\s*([kmg]b)?", value.lower())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", ctx, param)
+    return int(match[1]) * _UNITS[match[2] or ""]
 
 
 def _rules(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> list[Rule]:
@@ -74,10 +72,14 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, rules: li
 @click.option("--scheme", help="Numbers of all linear layers: w8, w4g128, w4g32z, w2g32h, nf4 ...")
 @click.option("--range", "range_", metavar="opt|absmax", help="How scales are chosen. Default: opt, the least error.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file with scheme and rules.")
-@click.option("--set", "set_", multiple=True, metavar="PATTERN=SCHEME", help="Another scheme for some tensors; repeatable.")
+@click.option(
+    "--set", "set_", multiple=True, metavar="PATTERN=SCHEME", help="Another scheme for some tensors; repeatable."
+)
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Keep some tensors in float; repeatable.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: one per core.")
-@click.option("--shard-size", "shard_bytes", type=_Bytes(), default="2GB", show_default=True, help="Largest output file.")
+@click.option(
+    "--shard-size", "shard_bytes", callback=_bytes, default="2GB", show_default=True, help="Largest output file."
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @_output.json_option
 @click.pass_context
@@ -154,21 +156,22 @@ def _report(result: dict[str, Any], source: Path, console: Console) -> None:
         table.add_column(name, justify="left" if name in ("layers", "numbers") else "right", no_wrap=name != "layers")
     for row in by_layer_type(Path(result["output"])):
         error = "" if row["error"] is None else f"{row['error']:.2%}"
-        table.add_row(row["layers"], row["numbers"], str(row["count"]), _size(row["before"]), _size(row["after"]), error)
+        table.add_row(
+            row["layers"],
+            row["numbers"],
+            str(row["count"]),
+            _output.size(row["before"]),
+            _output.size(row["after"]),
+            error,
+        )
     console.print(table)
-    ratio = result["bytes_before"] / result["bytes_after"]
+    before, after = result["bytes_before"], result["bytes_after"]
     console.print(
-        f"\n[bold]{_size(result['bytes_before'])} -> {_size(result['bytes_after'])}[/bold], {ratio:.2f} times smaller; "
-        f"{result['bits_per_weight']:.2f} bits a quantized weight, {result['bits_per_weight_total']:.2f} over the whole model"
+        f"\n[bold]{_output.size(before)} -> {_output.size(after)}[/bold], {before / after:.2f} times smaller; "
+        f"{result['bits_per_weight']:.2f} bits a quantized weight, {result['bits_per_weight_total']:.2f} over all"
     )
     resumed = ", resumed" if result["resumed"] else ""
-    console.print(f"{result['seconds']:.1f} s, peak memory {_size(result['peak_rss_bytes'])}{resumed}")
-    console.print(f"next: spicerack eval {result['output']} --against {source} --text FILE", soft_wrap=True, markup=False)
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
+    console.print(f"{result['seconds']:.1f} s, peak memory {_output.size(result['peak_rss_bytes'])}{resumed}")
+    console.print(
+        f"next: spicerack eval {result['output']} --against {source} --text FILE", soft_wrap=True, markup=False
+    )

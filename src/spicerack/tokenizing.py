@@ -1,0 +1,30 @@
+"""The tokenizer of a model folder, read without guessing and without running its code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from spicerack.errors import CheckpointError, UntrustedCodeError
+
+
+def read(folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`. config: of the float model; transformers need not know what our own folders say.
+
+    Raises CheckpointError if there is none, UntrustedCodeError if it is code.
+    """
+    try:
+        made = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UntrustedCodeError(
+                f"{folder}: reading its tokenizer would run code that came with the model",
+                "pass --trust-remote-code if you trust it",
+            ) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder} has no tokenizer: {reason}", "add the model's tokenizer files") from error
+    assert isinstance(made, PreTrainedTokenizerBase)
+    return made
