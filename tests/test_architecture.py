@@ -31,6 +31,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "generate",
             "bench",
             "inspect",
+            "outliers",
+            "tokenizing",
             "demo",
         }
     ),
