@@ -1,10 +1,10 @@
-"""`spicerack.save`: a quantized module in memory -> a folder, through the same formats and the same writer as the loop."""
+"""`spicerack.save`: a quantized module in memory -> a folder, through the same formats and writer as the loop."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,106 +17,219 @@ from spicerack import __version__, format
 from spicerack.checkpoint.writer import CONFIG, LEDGER, Slot, Unit, Writer, plan_shards, safetensors_dtype
 from spicerack.errors import LoadError, OutputError, UsageError
 from spicerack.format import Planned
+from spicerack.levels import dtype_of
 from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.linear import QLinear
 from spicerack.nn.packed import PackedWeight
+from spicerack.qtensor import QTensor
+from spicerack.scheme import Scheme
+
+_Names = dict[str, str]
 
 
 def save(module: nn.Module, folder: str | Path) -> Path:
     """Write a module with quantized layers; codes and scales are stored as they are, never rounded again -> the folder.
 
-    A transformers model becomes an ordinary model folder (weights, config.json, generation_config.json; the tokenizer is
+    A transformers model becomes an ordinary model folder (weights, config.json, generation_config.json; a tokenizer is
     saved by its own save_pretrained); `load(folder)` gives it back. Any other module becomes a folder for
-    `load(folder, into=module)`. Raises UsageError (nothing quantized in it), OutputError, LoadError (a layer whose name
-    in checkpoints cannot be told).
+    `load(folder, into=module)`. Killed anywhere, it leaves `folder.partial`, which the same call completes and no other
+    continues. Raises UsageError (nothing quantized in it, or what no folder can hold), OutputError, LoadError (a layer
+    whose name in checkpoints cannot be told).
     """
-    packed = {name: layer.packed for name, layer in module.named_modules() if isinstance(layer, (QLinear, QEmbedding))}
-    if not packed:
-        raise UsageError(f"{type(module).__name__} has no quantized layers", "use spicerack.quantize(module, scheme) first")
-    names, floats = _checkpoint_names(module, packed)
-    plan = {p.module: p for p in (_planned(names[name], module.get_submodule(name), packed[name]) for name in names)}
-    config = json.loads(module.config.to_json_string(use_diff=False)) if isinstance(module, PreTrainedModel) else {}
-    config.pop("quantization_config", None)
-    chosen = format.choose(plan)
-    unquantized = [name for name, layer in module.named_modules() if type(layer) is nn.Linear]  # a tied head too
-    layouts = {p.module: chosen.layout(p) for p in plan.values()}
-    units = [Unit(m, tuple(Slot(n, dtype, shape) for n, (dtype, shape) in layout.items())) for m, layout in layouts.items()]
-    units += [Unit(n, (Slot(n, safetensors_dtype(t.dtype), tuple(t.shape)),)) for n, t in floats.items()]
-    identity = {"source": _fingerprint(packed, floats), "format": chosen.name, "versions": {"spicerack": __version__}}
     target = Path(folder)
     if target.exists():
-        raise OutputError(f"{target} exists", "choose another folder")
+        raise OutputError(f"{target} exists", "choose another folder, or remove it")
+    layers = _quantized_layers(module)
+    weights = _owners(module, layers)
+    state, checkpoint_name = _state(module, weights)
+    plan: dict[str, Planned] = {}
+    packed: dict[str, PackedWeight] = {}
+    for path, weight in weights.items():
+        name = checkpoint_name[_weight_of(path)].removesuffix(".weight")
+        roles = {_role(layer) for layer in layers.values() if layer.packed is weight}
+        plan[name] = Planned(
+            name, weight.scheme, weight.shape, _strictest(roles), _source_dtype(weight), weight.transposed
+        )
+        packed[name] = weight
+    chosen = format.choose(plan)
+    units = [Unit(p.module, tuple(Slot(n, *slot) for n, slot in chosen.layout(p).items())) for p in plan.values()]
+    units += [Unit(name, (Slot(name, _dtype(name, t), tuple(t.shape)),)) for name, t in state.items()]
+    linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]  # a tied head too
+    floats = [checkpoint_name.get(_weight_of(path), _weight_of(path)).removesuffix(".weight") for path in linears]
+    side = _side_files(module)
+    side[CONFIG] = chosen.config(side.pop(CONFIG), plan, floats)
+    identity = {
+        "source": _fingerprint(packed, state, side),
+        "format": chosen.name,
+        "versions": {"spicerack": __version__, "torch": torch.__version__},
+    }
     writer = Writer(target, plan_shards(units), identity)
-    module_of = {names[name]: name for name in names}
     for shard in writer.pending():
         with writer.shard(shard) as out:
             for unit in shard.units:
-                if unit.source in plan:
-                    q = packed[module_of[unit.source]].qtensor()
-                    for name, tensor in chosen.encode(plan[unit.source], q).items():
-                        out.write(name, tensor.cpu())
-                    out.entries.append({"tensor": unit.source, "action": "quantize", "scheme": q.scheme.name})
+                planned = plan.get(unit.source)
+                if planned is None:
+                    tensors = {unit.source: state[unit.source]}
                 else:
-                    out.write(unit.source, floats[unit.source].cpu())
-                    out.entries.append({"tensor": unit.source, "action": "copy", "scheme": None})
-    files = {LEDGER: {"identity": identity, "tensors": writer.entries()}}
-    if isinstance(module, PreTrainedModel) and module.can_generate():
-        files["generation_config.json"] = json.loads(module.generation_config.to_json_string())
-    files[CONFIG] = chosen.config(config, plan, unquantized)
+                    tensors = chosen.encode(planned, packed[unit.source].qtensor())
+                for name, tensor in tensors.items():
+                    out.write(name, tensor.cpu())
+                out.entries.append(_entry(unit, planned))
     if not writer.complete:
-        writer.finish({name: (json.dumps(value, indent=2) + "\n").encode() for name, value in files.items()}, target, [])
+        files = {LEDGER: {"identity": identity, "tensors": writer.entries()}, **side}
+        writer.finish({name: _json(value) for name, value in files.items()}, target, [])
     writer.seal()
     return target
 
 
-def _planned(name: str, layer: nn.Module, packed: PackedWeight) -> Planned:
-    role = "embedding" if isinstance(layer, QEmbedding) else "conv1d" if packed.transposed else "linear"
-    return Planned(name, packed.scheme, packed.shape, role, packed.dtype, packed.transposed)
+# ---- what is in the module -------------------------------------------------------------------------------------------
 
 
-def _checkpoint_names(
-    module: nn.Module, packed: Mapping[str, PackedWeight]
-) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """(module path -> name in checkpoints, for each quantized weight once; name in checkpoints -> float tensor, once)."""
-    inside = tuple(f"{name}.packed." for name in packed)
+def _quantized_layers(module: nn.Module) -> dict[str, QLinear | QEmbedding]:
+    """Path -> layer. Raises UsageError if there are none, or packed weights elsewhere."""
+    modules = dict(module.named_modules())
+    layers = {path: layer for path, layer in modules.items() if isinstance(layer, (QLinear, QEmbedding))}
+    if "" in layers:
+        raise UsageError("a layer on its own has no name to be stored under", "save nn.Sequential(layer)")
+    known = {id(layer.packed) for layer in layers.values()}
+    for path, weight in modules.items():
+        if isinstance(weight, PackedWeight) and id(weight) not in known:
+            raise UsageError(f"{path}: packed experts are not saved yet", "copy the folder that they were loaded from")
+    if not layers:
+        raise UsageError(
+            f"{type(module).__name__} has no quantized layers", "use spicerack.quantize(module, scheme) first"
+        )
+    return layers
+
+
+def _owners(module: nn.Module, layers: Mapping[str, QLinear | QEmbedding]) -> dict[str, PackedWeight]:
+    """Path -> packed weight, each once: under the name that transformers would store it under."""
+    aliases = _aliases(module)
+    owners: dict[int, str] = {}
+    for path in sorted(layers, key=lambda path: _weight_of(path) in aliases):
+        owners.setdefault(id(layers[path].packed), path)
+    return {path: layer.packed for path, layer in layers.items() if owners[id(layer.packed)] == path}
+
+
+def _state(module: nn.Module, weights: Mapping[str, PackedWeight]) -> tuple[dict[str, torch.Tensor], _Names]:
+    """(float tensors by their names in checkpoints, each once; parameter -> name in checkpoints, packed ones too)."""
+    inside = tuple(f"{path}." for path, part in module.named_modules(remove_duplicate=False) if _is_packed(part))
+    aliases = _aliases(module)
     state: dict[str, torch.Tensor] = {}
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    for name, tensor in module.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if name.startswith(inside) or (tensor.numel() and key in seen):
-            continue
-        seen.add(key)
-        state[name] = tensor
-    stands_in = {}
-    for name, weight in _once(packed):
-        stands_in[name] = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        state[f"{name}.weight"] = stands_in[name]
-    if isinstance(module, PreTrainedModel):
-        state = revert_weight_conversion(module, state)
-    found = {id(tensor): name for name, tensor in state.items()}
-    lost = [name for name, tensor in stands_in.items() if id(tensor) not in found]
-    if lost:
-        raise LoadError(f"{lost[0]}: its name in checkpoints cannot be told", "quantize the model's folder instead")
-    names = {name: found[id(tensor)].removesuffix(".weight") for name, tensor in stands_in.items()}
-    quantized = {f"{name}.weight" for name in names.values()}
-    return names, {name: tensor for name, tensor in state.items() if name not in quantized}
-
-
-def _once(packed: Mapping[str, PackedWeight]) -> Iterator[tuple[str, PackedWeight]]:
     seen: set[int] = set()
-    for name, weight in packed.items():
-        if id(weight) not in seen:
-            seen.add(id(weight))
-            yield name, weight
+    values: dict[str, Any] = module.state_dict(keep_vars=True)
+    for name, tensor in sorted(values.items(), key=lambda item: item[0] in aliases):
+        if not isinstance(tensor, torch.Tensor):
+            raise UsageError(f"{name} is a {type(tensor).__name__}: only tensors are stored", "keep it outside")
+        if not name.startswith(inside) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor.detach()
+    for path, weight in weights.items():
+        state[_weight_of(path)] = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    renamed = revert_weight_conversion(module, state) if isinstance(module, PreTrainedModel) else state
+    names = {id(tensor): name for name, tensor in renamed.items()}
+    known = {name: names[id(tensor)] for name, tensor in state.items() if id(tensor) in names}
+    for path in weights:
+        if _weight_of(path) not in known:
+            raise LoadError(f"{path}: its name in checkpoints cannot be told", "quantize the model's folder instead")
+    stored = {known[_weight_of(path)] for path in weights}
+    return {name: tensor for name, tensor in renamed.items() if name not in stored}, known
 
 
-def _fingerprint(packed: Mapping[str, PackedWeight], floats: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of everything that will be stored: a half-written folder is continued only for the very same weights."""
-    digest = hashlib.sha256()
-    parts: dict[str, Any] = {f"{n}.{key}": t for n, weight in packed.items() for key, t in weight.tensors.items()}
-    for name, tensor in {**parts, **floats}.items():
+def _is_packed(part: nn.Module) -> bool:
+    return isinstance(part, PackedWeight)
+
+
+def _aliases(module: nn.Module) -> set[str]:
+    """Tied parameters that transformers does not store: it stores what they are tied to."""
+    return set(module.all_tied_weights_keys) if isinstance(module, PreTrainedModel) else set()
+
+
+def _weight_of(path: str) -> str:
+    return f"{path}.weight"
+
+
+def _role(layer: QLinear | QEmbedding) -> str:
+    if isinstance(layer, QEmbedding):
+        return "embedding"
+    return "conv1d" if layer.packed.transposed else "linear"
+
+
+def _strictest(roles: set[str]) -> str:
+    """Of a tied weight: a reader that knows no packed embeddings must not take it for a linear layer."""
+    return next(role for role in ("embedding", "conv1d", "linear") if role in roles)
+
+
+def _source_dtype(weight: PackedWeight) -> torch.dtype:
+    """The float type whose scales these are: after a cast on loading it is not the layer's own."""
+    scheme, scale = weight.scheme, weight.qtensor().scale
+    while isinstance(scale, QTensor):
+        assert isinstance(scheme.scale, Scheme)
+        scheme, scale = scheme.scale, scale.scale
+    assert isinstance(scheme.scale, str)
+    kinds = (weight.dtype, torch.float32, torch.bfloat16)
+    return next(dtype for dtype in kinds if dtype_of(scheme.scale, dtype) == scale.dtype)
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def _dtype(name: str, tensor: torch.Tensor) -> str:
+    try:
+        return safetensors_dtype(tensor.dtype)
+    except KeyError:
+        raise UsageError(f"{name} is {tensor.dtype}, which safetensors does not hold", "cast it") from None
+
+
+def _side_files(module: nn.Module) -> dict[str, Any]:
+    """File -> its JSON: config.json, last and of the float model; empty for a module that is not transformers'."""
+    if not isinstance(module, PreTrainedModel):
+        return {CONFIG: {}}
+    config = json.loads(module.config.to_json_string(use_diff=False))
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(module).__name__]
+    config["dtype"] = str(module.dtype).removeprefix("torch.")
+    if not module.can_generate():
+        return {CONFIG: config}
+    return {"generation_config.json": json.loads(module.generation_config.to_json_string()), CONFIG: config}
+
+
+def _entry(unit: Unit, planned: Planned | None) -> dict[str, Any]:
+    """A tensor's line in the ledger; what only the loop knows, such as the error, is null."""
+    slot = unit.slots[0]
+    shape = slot.shape
+    before, dtype = unit.nbytes, slot.dtype
+    if planned is not None:
+        shape = planned.shape[::-1] if planned.transposed else planned.shape
+        dtype = safetensors_dtype(planned.source_dtype)
+        before = Slot(unit.source, dtype, shape).nbytes
+    return {
+        "tensor": unit.source if planned is None else _weight_of(unit.source),
+        "action": "copy" if planned is None else "quantize",
+        "why": "as it was in the module",
+        "layer_type": unit.source,
+        "scheme": None if planned is None else planned.scheme.name,
+        "dtype": dtype,
+        "shape": list(shape),
+        "bytes_before": before,
+        "bytes_after": unit.nbytes,
+        "error": None,
+    }
+
+
+def _fingerprint(
+    packed: Mapping[str, PackedWeight], state: Mapping[str, torch.Tensor], files: Mapping[str, Any]
+) -> str:
+    """sha256 of everything that will be stored: a half-written folder is continued only for the very same contents."""
+    digest = hashlib.sha256(_json(files))
+    parts = {f"{name}.{key}": t for name, weight in packed.items() for key, t in weight.tensors.items()}
+    for name, tensor in {**parts, **state}.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = tensor.cpu().contiguous().reshape(-1)
         if flat.numel():
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

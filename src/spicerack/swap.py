@@ -4,63 +4,110 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spicerack import recipe
+from spicerack import census, recipe
 from spicerack.algorithms import rtn
-from spicerack.errors import RecipeError, ShapeError
+from spicerack.checkpoint.reader import Checkpoint, TensorInfo
+from spicerack.checkpoint.writer import safetensors_dtype
+from spicerack.errors import RecipeError, SchemeError, ShapeError, WeightError
+from spicerack.hf import SpicerackConfig, SpicerackQuantizer
+from spicerack.models import names
 from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.linear import QLinear
 from spicerack.nn.packed import PackedWeight
 from spicerack.recipe import Recipe
 from spicerack.scheme import Scheme
 
+_Layer = nn.Linear | nn.Embedding | Conv1D
 _HEADS = ("lm_head", "embed_out")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_LISTED = 8
 
 
 def quantize_module(module: nn.Module, what: Recipe) -> nn.Module:
     """A copy of `module` with quantized layers; `module` itself is not changed, floats that stay are copied.
 
-    Rules match the layers' paths in the module. Raises RecipeError, ShapeError (all at once), WeightError.
+    Layers are exactly nn.Linear, nn.Embedding and transformers' Conv1D, of 16 or 32 bits; subclasses may compute
+    something else and stay as they are. Rules match the layers' paths in the module, which for a layer on its own is
+    empty. Raises RecipeError, SchemeError, ShapeError (all layers at once), WeightError.
     """
     found = dict(_layers(module))
-    owners = {name: layer for name, layer in found.items() if name not in (tied := _tied(found))}
-    decisions = recipe.resolve(what, {name: _role(name, layer) for name, layer in owners.items()}, tied)
-    if not found or all(decision.scheme is None for decision in decisions.values()):
-        raise RecipeError(f"{type(module).__name__} has no layer that the recipe quantizes", "it needs nn.Linear layers")
-    chosen = {name: d.scheme for name, d in decisions.items() if d.scheme is not None}
+    if not found:
+        raise RecipeError(
+            f"{type(module).__name__} has no layer with a packed form", "it needs nn.Linear or nn.Embedding layers"
+        )
+    roles = _roles(module, found)
+    tied = _tied(found, roles)
+    decisions = recipe.resolve(what, {name: role for name, role in roles.items() if name not in tied}, tied)
+    chosen = {name: scheme for name in found if (scheme := decisions[name].scheme) is not None}
+    if not chosen:
+        raise RecipeError(
+            f"{type(module).__name__} has no layer that the recipe quantizes",
+            f"embeddings and heads must be named by a rule, such as '{next(iter(found))}={what.scheme.name}'",
+        )
     _check(found, chosen)
-    packed: dict[int, PackedWeight] = {}
-    weights: dict[int, object] = {}
-    for name, scheme in chosen.items():
-        weight = found[name].weight
-        if id(weight) not in packed:
-            packed[id(weight)] = _pack(name, found[name], scheme, what)
-            weights[id(weight)] = weight
-    small = copy.deepcopy(module, dict(weights))  # the big float weights are shared for a moment, not copied
-    for name in chosen:
-        old = small.get_submodule(name)
-        small.set_submodule(name, _quantized(old, packed[id(found[name].weight)]))
+    _check_owners(module, found, chosen)
+    packed: dict[tuple[int, bool], PackedWeight] = {}
+    for name in sorted(chosen, key=tied.__contains__):  # errors name the owner
+        if (key := _key(found[name])) not in packed:
+            packed[key] = _pack(_weight_of(name), found[name], chosen[name], what)
+    shared = {id(found[name].weight): found[name].weight for name in chosen}
+    small = copy.deepcopy(module, dict(shared))  # these the copy shares for a moment: they are never there twice
+    old = {name: small.get_submodule(name) for name in chosen}
+    new: dict[int, nn.Module] = {}
+    for name, layer in old.items():
+        if id(layer) not in new:
+            new[id(layer)] = _quantized(layer, packed[_key(layer)])
+        if not name:
+            return new[id(layer)]
+        small.set_submodule(name, new[id(layer)])
+    for model in small.modules():
+        if isinstance(model, PreTrainedModel):
+            _tell_transformers(model)
     return small
 
 
-def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Embedding | Conv1D]]:
+# ---- what there is ---------------------------------------------------------------------------------------------------
+
+
+def _layers(module: nn.Module) -> Iterator[tuple[str, _Layer]]:
+    """Under all their names, those of tied and repeated layers too."""
     for name, layer in module.named_modules(remove_duplicate=False):
-        if name and type(layer) in (nn.Linear, nn.Embedding, Conv1D):
-            assert isinstance(layer, (nn.Linear, nn.Embedding, Conv1D))
-            yield name, layer
+        if isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)) and layer.weight.dtype in _FLOATS:
+            exact = type(layer) in (nn.Linear, nn.Embedding, Conv1D)
+            if exact or type(layer).__name__ in names.PLAIN_LINEAR:
+                yield name, layer
 
 
-def _tied(layers: dict[str, nn.Linear | nn.Embedding | Conv1D]) -> dict[str, str]:
-    """alias -> owner, for layers that share their weight."""
-    first: dict[int, str] = {}
-    return {name: owner for name, layer in layers.items() if (owner := first.setdefault(id(layer.weight), name)) != name}
+def _roles(module: nn.Module, layers: Mapping[str, _Layer]) -> dict[str, str]:
+    """What recipes go by. Inside a transformers model it is what the command would say of the model's folder."""
+    roles = {name: _role(name, layer) for name, layer in layers.items()}
+    seen: set[str] = set()
+    for path, model in module.named_modules(remove_duplicate=False):
+        if isinstance(model, PreTrainedModel):
+            prefix = f"{path}." if path else ""
+            inside = {n.removeprefix(prefix): n for n in layers if n.startswith(prefix) and n not in seen}
+            seen.update(inside.values())  # the outermost model knows best
+            tensors = {_weight_of(n): _info(_weight_of(n), layers[full].weight) for n, full in inside.items()}
+            entries = census.take(Checkpoint(Path(), model.config.to_dict(), tensors, (), ())).entries
+            for name, full in inside.items():
+                role = entries[_weight_of(name)].role
+                if roles[full] == "linear" and role not in ("linear", "conv1d", "experts"):
+                    roles[full] = "router" if role == "router" else "head"
+    return roles
 
 
-def _role(name: str, layer: nn.Module) -> str:
+def _role(name: str, layer: _Layer) -> str:
+    if not name:
+        return "linear"  # a layer on its own is what was asked for, whatever its kind
     if isinstance(layer, nn.Embedding):
         return "embedding"
     if isinstance(layer, Conv1D):
@@ -68,32 +115,107 @@ def _role(name: str, layer: nn.Module) -> str:
     return "head" if name.rsplit(".", 1)[-1] in _HEADS else "linear"
 
 
-def _check(layers: dict[str, nn.Linear | nn.Embedding | Conv1D], chosen: dict[str, Scheme]) -> None:
+def _info(name: str, weight: torch.Tensor) -> TensorInfo:
+    return TensorInfo(name, safetensors_dtype(weight.dtype), tuple(weight.shape), weight.nbytes, "")
+
+
+def _tied(layers: Mapping[str, _Layer], roles: Mapping[str, str]) -> dict[str, str]:
+    """alias -> owner, for layers that share their weight; an embedding or head is the owner, whatever comes first."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(id(layer.weight), []).append(name)
+    owners = [(min(group, key=lambda name: roles[name] not in recipe.ON_REQUEST), group) for group in groups.values()]
+    return {name: owner for owner, group in owners for name in group if name != owner}
+
+
+def _weight_of(name: str) -> str:
+    return f"{name}.weight" if name else "weight"
+
+
+def _key(layer: nn.Module) -> tuple[int, bool]:
+    """Layers with one key share a PackedWeight: a Conv1D reads the same numbers the other way round."""
+    return id(layer.weight), isinstance(layer, Conv1D)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def _check(layers: Mapping[str, _Layer], chosen: Mapping[str, Scheme]) -> None:
     problems = []
     for name, scheme in chosen.items():
         layer = layers[name]
-        shape = tuple(layer.weight.shape)
         if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse):
-            raise RecipeError(f"{name}: an embedding with max_norm, scale_grad_by_freq or sparse stays in float", "skip it")
+            raise RecipeError(
+                f"{name}: an embedding with max_norm, scale_grad_by_freq or sparse stays in float", "skip it"
+            )
+        if isinstance(layer, nn.Embedding) and scheme.activations is not None:
+            raise SchemeError(f"{name}: an embedding has no activations to quantize", "use the scheme without a8")
+        if scheme.activations == "static":
+            raise SchemeError(f"{scheme}: static activation scales need calibration", "use a8: dynamic, per token")
+        if "weight" not in dict(layer.named_parameters(recurse=False)):
+            raise RecipeError(
+                f"{_weight_of(name)} is computed from other parameters, by weight_norm or pruning",
+                "make it permanent first (remove_weight_norm, prune.remove), or skip it",
+            )
+        if layer.weight.is_meta:
+            raise WeightError(f"{_weight_of(name)} is on the meta device: it has no values", "load the weights first")
+        shape = tuple(layer.weight.shape)
         try:
-            scheme.check_shape(name, shape[::-1] if isinstance(layer, Conv1D) else shape)
+            scheme.check_shape(_weight_of(name), shape[::-1] if isinstance(layer, Conv1D) else shape)
         except ShapeError as error:
             problems.append(error)
     if problems:
-        raise ShapeError("\n  ".join(p.message for p in problems[:8]), "; ".join(sorted({p.hint for p in problems})))
+        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = "\n  ".join(p.message for p in problems[:_LISTED])
+        raise ShapeError(listed + more, "; ".join(sorted({p.hint for p in problems})) + ": rules=['PATTERN=SCHEME']")
 
 
-def _pack(name: str, layer: nn.Linear | nn.Embedding | Conv1D, scheme: Scheme, what: Recipe) -> PackedWeight:
+def _check_owners(module: nn.Module, layers: Mapping[str, _Layer], chosen: Mapping[str, Scheme]) -> None:
+    """Raise RecipeError if something else holds a chosen weight: it would stay behind in float, no longer tied."""
+    weights = {id(layers[name].weight): name for name in chosen}
+    for name, owner in module.named_modules(remove_duplicate=False):
+        for key, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) in weights and name not in chosen:
+                place = f"{name}.{key}" if name else key
+                raise RecipeError(
+                    f"{_weight_of(weights[id(parameter)])} is tied to {place} of a {type(owner).__name__}, "
+                    "which has no packed form",
+                    "skip it",
+                )
+
+
+# ---- what is made ----------------------------------------------------------------------------------------------------
+
+
+def _pack(name: str, layer: _Layer, scheme: Scheme, what: Recipe) -> PackedWeight:
     weight = layer.weight.detach()
     transposed = isinstance(layer, Conv1D)
     matrix = (weight.t() if transposed else weight).contiguous().cpu()
-    q = rtn.solve(matrix, scheme, range_=what.range_, name=name)
-    q = dataclasses.replace(q, transposed=transposed)
-    return PackedWeight(q, weight.dtype, weight.device)
+    q = rtn.solve(matrix, scheme, range_=what.range_, name=name, threads=os.cpu_count() or 1)
+    return PackedWeight(dataclasses.replace(q, transposed=transposed), weight.dtype, weight.device)
 
 
 def _quantized(old: nn.Module, packed: PackedWeight) -> nn.Module:
+    """The layer that takes the place of `old`, with its bias, its mode and its hooks."""
     if isinstance(old, nn.Embedding):
-        return QEmbedding(packed, old.padding_idx)
-    assert isinstance(old, (nn.Linear, Conv1D))
-    return QLinear(packed, old.bias).train(old.training)
+        new: nn.Module = QEmbedding(packed, old.padding_idx)
+    else:
+        assert isinstance(old, (nn.Linear, Conv1D))
+        new = QLinear(packed, old.bias)
+    for key, value in vars(old).items():
+        if key.startswith(("_forward_", "_backward_", "_is_full_backward_hook")):
+            vars(new)[key] = value
+    return new.train(old.training)
+
+
+def _tell_transformers(model: PreTrainedModel) -> None:
+    """As after loading: what is packed is no parameter to tie, and save_pretrained refuses to write it."""
+    if any(isinstance(layer, (QLinear, QEmbedding)) for layer in model.modules()):
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        ties: dict[str, str] = model.all_tied_weights_keys
+        model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in parameters and b in parameters}
+        vars(model)["hf_quantizer"] = SpicerackQuantizer(SpicerackConfig(_nothing))
+
+
+def _nothing(_model: PreTrainedModel) -> None:
+    """The layers are in place already."""
