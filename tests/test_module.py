@@ -189,6 +189,9 @@ def test_a_block_used_twice_stays_one_block() -> None:
     block = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
     small = spicerack.quantize(nn.Sequential(block, block), "w8")
     assert small[0] is small[1] and isinstance(small[0][0], QLinear)
+    linear = nn.Linear(64, 64)
+    small = spicerack.quantize(nn.Sequential(linear, linear), "w8")
+    assert small[0] is small[1] and isinstance(small[0], QLinear)
 
 
 def test_torchs_own_transformer_layer() -> None:
