@@ -310,6 +310,7 @@ def test_a_transformers_model_comes_back(tmp_path: Path, tied: bool, rules: list
     ours, theirs_ = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
     assert ours.keys() == theirs_.keys() and all(torch.equal(ours[name], theirs_[name]) for name in ours)
     assert not list(folder.glob("*token*"))
+    assert rules or ("lm_head.weight" in ours) != tied
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert-mlm", "t5"])
