@@ -63,6 +63,7 @@ def evaluate(
     window: int | None = None,
     max_tokens: int | None = None,
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -70,7 +71,8 @@ def evaluate(
 
     text: a file; None is `heldout.txt` in the model's folder, or for encoders the built-in sentences. window: tokens
     that are read together, None is 512 or the model's longest; longer sentences are cut there. max_tokens: None is the
-    whole text. Raises TextError, UsageError, CheckpointError, LoadError.
+    whole text. dtype: float type that `folder` computes in; None is its own, which is what ships. Raises TextError,
+    UsageError, CheckpointError, LoadError.
     """
     return measure(
         folder,
@@ -79,6 +81,7 @@ def evaluate(
         window=window,
         max_tokens=max_tokens,
         device=device,
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
         progress=progress,
     ).as_dict()
@@ -92,6 +95,7 @@ def measure(
     window: int | None = None,
     max_tokens: int | None = None,
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -123,7 +127,7 @@ def measure(
         beginning if max_tokens is None else min(beginning, max_tokens),
         "noise floor",
     )
-    quantized = open_model(out, None)
+    quantized = open_model(out, dtype)
     figures = compare(quantized, max_tokens, "evaluating")
     if figures.unknown_share > UNKNOWN_LIMIT:
         unknown = f"{figures.unknown_share:.1%} of the text's tokens are unknown to the tokenizer"

@@ -21,6 +21,7 @@ from spicerack.errors import UsageError
 from spicerack.job import Action, Job, prepare
 from spicerack.recipe import Range, Recipe, Rule, check_range, rule
 from spicerack.scheme import Scheme, parse
+from spicerack.swap import quantize_module
 
 RUN = "run.json"
 Progress = Callable[[int], None]
@@ -28,7 +29,11 @@ Progress = Callable[[int], None]
 
 @overload
 def quantize(
-    model: torch.nn.Module, scheme: str | Scheme | Recipe, *, range_: Range = ..., rules: Iterable[str | Rule] = ...
+    model: torch.nn.Module,
+    scheme: str | Scheme | Recipe,
+    *,
+    range_: Range | None = ...,
+    rules: Iterable[str | Rule] = ...,
 ) -> torch.nn.Module: ...
 @overload
 def quantize(
@@ -36,10 +41,10 @@ def quantize(
     scheme: str | Scheme | Recipe,
     *,
     output: str | Path,
-    range_: Range = ...,
+    range_: Range | None = ...,
     rules: Iterable[str | Rule] = ...,
     threads: int | None = ...,
-    shard_bytes: int = ...,
+    shard_bytes: int | None = ...,
     progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
 def quantize(
@@ -47,30 +52,32 @@ def quantize(
     scheme: str | Scheme | Recipe,
     *,
     output: str | Path | None = None,
-    range_: Range = "opt",
+    range_: Range | None = None,
     rules: Iterable[str | Rule] = (),
     threads: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> torch.nn.Module | dict[str, Any]:
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a summary of it.
 
-    scheme: a name such as "w4g128", or a Recipe. rules: "PATTERN=SCHEME" or "PATTERN=skip", later ones win.
-    progress: called with the bytes of each source tensor as it is done. Raises the errors of `errors.py`.
+    scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; wins over the Recipe's.
+    rules: "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's. threads, shard_bytes, progress
+    (called with the bytes of each source tensor as it is done): for folders. Raises the errors of `errors.py`.
     """
-    what = scheme if isinstance(scheme, Recipe) else Recipe(parse(str(scheme)), check_range(range_))
-    if isinstance(scheme, Scheme):
-        what = Recipe(scheme, check_range(range_))
+    what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
+    what = Recipe(what.scheme, check_range(range_ or what.range_), what.rules)
     what = what.then(rule(r) if isinstance(r, str) else r for r in rules)
     if isinstance(model, torch.nn.Module):
-        if output is not None:
-            raise UsageError("a module is quantized in memory", "write it with spicerack.save(module, folder)")
-        from spicerack.swap import quantize_module
-
+        if any(option is not None for option in (output, threads, shard_bytes, progress)):
+            raise UsageError(
+                "output, threads, shard_bytes and progress are for folders; a module is quantized in memory",
+                "write it with spicerack.save(module, folder)",
+            )
         return quantize_module(model, what)
     if output is None:
         raise UsageError(f"no output folder for {model}", "pass output='...'")
-    return execute(prepare(model, what, shard_bytes=shard_bytes), Path(output), threads=threads, progress=progress)
+    job = prepare(model, what, shard_bytes=shard_bytes or SHARD_BYTES)
+    return execute(job, Path(output), threads=threads, progress=progress)
 
 
 def execute(job: Job, output: Path, *, threads: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
