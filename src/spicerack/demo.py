@@ -106,30 +106,26 @@ def run(subject: Subject, output: Path, report: Callable[[str], None]) -> list[d
         folder = output / row.label.replace(" ", "").replace(".", "")
         report(f"{row.label}: quantizing")
         quantize(subject.folder, row.scheme, output=folder, rules=row.rules)
-        entries = [
-            e for e in json.loads((folder / LEDGER).read_text())["tensors"] if e["layer_type"] in _layers(folder)
-        ]
+        before, after = _layer_bytes(folder)
         report(f"{row.label}: evaluating")
         figures = evaluate(folder, against=subject.folder, max_tokens=EVALUATED_TOKENS if subject.decoder else None)
         report(f"{row.label}: measuring speed")
         original, quantized = bench(folder, against=subject.folder, repeats=3)["rows"]
         report(f"{row.label}: sampling")
         if not rows:
-            before = sum(e["bytes_before"] for e in entries)
-            rows.append(
-                {**original, "label": "original", "layer_bytes": before, "sample": _sample(subject, subject.folder)}
-            )
-        after = sum(e["bytes_after"] for e in entries)
-        rows.append(
-            {**quantized, **figures, "label": row.label, "layer_bytes": after, "sample": _sample(subject, folder)}
-        )
+            known = {"perplexity": figures["perplexity_reference"]} if subject.decoder else {}
+            rows.append({**original, **known, "label": "original", "layer_bytes": before})
+            rows[0]["sample"] = _sample(subject, subject.folder)
+        rows.append({**quantized, **figures, "label": row.label, "layer_bytes": after})
+        rows[-1]["sample"] = _sample(subject, folder)
     return rows
 
 
-def _layers(folder: Path) -> set[str]:
-    """Layer types whose linear matrices are quantized: the embeddings are in the folder's size, not in the layers'."""
+def _layer_bytes(folder: Path) -> tuple[int, int]:
+    """Bytes before and after of the linear layers that are quantized; embeddings count in the folder's size only."""
     entries = json.loads((folder / LEDGER).read_text())["tensors"]
-    return {e["layer_type"] for e in entries if e["action"] == "quantize" and "embed" not in e["layer_type"]}
+    layers = [e for e in entries if e["action"] == "quantize" and "embed" not in e["layer_type"]]
+    return sum(e["bytes_before"] for e in layers), sum(e["bytes_after"] for e in layers)
 
 
 def _sample(subject: Subject, folder: Path) -> str:

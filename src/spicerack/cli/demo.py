@@ -47,9 +47,8 @@ def command(keep: Path | None, as_json: bool) -> None:
 def _print(subject: Subject, rows: list[dict[str, Any]], console: Console) -> None:
     from rich.table import Table
 
-    console.print(
-        f"\n[bold]{subject.title}[/bold] ({rows[0]['compute'].rpartition('/')[2]}, the CPU's {_threads()} threads)"
-    )
+    kind = rows[0]["compute"].rpartition("/")[2]
+    console.print(f"\n[bold]{subject.title}[/bold]\n({kind}, {_threads()} threads)")
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for name in (*_SIZES, *_SPEEDS[subject.decoder], *_QUALITY[subject.decoder]):
@@ -81,9 +80,9 @@ _SPEEDS: dict[bool, dict[str, str]] = {
 }
 _QUALITY: dict[bool, dict[str, tuple[str, str]]] = {
     True: {
-        "perplexity": ("perplexity", ".2f"),
-        "KL, nats": ("kl_mean", ".4f"),
-        "same top token": ("top1_agreement", ".1%"),
+        "perp-\nlexity": ("perplexity", ".2f"),
+        "KL\nnats": ("kl_mean", ".4f"),
+        "same\ntop": ("top1_agreement", ".1%"),
     },
     False: {"cosine\nmean": ("cosine_mean", ".4f"), "cosine\nleast": ("cosine_min", ".4f")},
 }
