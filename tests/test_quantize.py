@@ -93,12 +93,12 @@ def test_sharded_and_single_sources_give_the_same_tensors(llama_folder, tmp_path
 
 KILLED = textwrap.dedent(
     """
-    import os, signal, sys
+    import atexit, os, sys
     from pathlib import Path
     from spicerack.checkpoint import writer
-    from spicerack.quantization import quantize
+    from spicerack.cli import main
 
-    model, output, moment = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    model, output, moment, signal = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     seen = 0
 
     def counted(function):
@@ -106,7 +106,7 @@ KILLED = textwrap.dedent(
             global seen
             seen += 1
             if seen == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal)
             return function(*args, **kwargs)
         return wrapper
 
@@ -114,14 +114,17 @@ KILLED = textwrap.dedent(
     writer.os.fsync = counted(writer.os.fsync)
     Path.replace = counted(Path.replace)
     Path.unlink = counted(Path.unlink)
-    quantize(model, "w4g32", output=output, shard_bytes=40_000)
-    print(seen)
+    atexit.register(lambda: print(seen, file=sys.stderr))
+    sys.argv = ["spicerack", "quantize", model, "-o", output, "--scheme", "w4g32", "--shard-size", "40KB"]
+    main()
     """
 )
 
 
-def run_killed(model: Path, output: Path, moment: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", KILLED, str(model), str(output), str(moment)]
+def run_killed(
+    model: Path, output: Path, moment: int, sent: signal.Signals = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", KILLED, str(model), str(output), str(moment), str(int(sent))]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -130,7 +133,7 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(llama_folder, tmp_
     model = llama_folder(num_hidden_layers=1)
     whole = run_killed(model, tmp_path / "whole", 0)
     assert whole.returncode == 0, whole.stderr
-    moments = int(whole.stdout)
+    moments = int(whole.stderr.split()[-1])
     expected = folder_hashes(tmp_path / "whole")
     tail = [moments, moments - 1, moments - 3, moments - 6]  # index, ledger, config, the last rename
     for moment in [*tail, *random.Random(7).sample(range(1, moments - 6), 4)]:
@@ -140,6 +143,17 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(llama_folder, tmp_
         if not output.exists():
             spicerack.quantize(model, "w4g32", output=output, shard_bytes=40_000)
         assert folder_hashes(output) == expected, moment
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_folder_that_the_same_command_finishes(llama_folder, tmp_path: Path) -> None:
+    model = llama_folder()
+    stopped = run_killed(model, tmp_path / "out", 60, signal.SIGINT)
+    assert stopped.returncode == 130 and "Traceback" not in stopped.stderr and "continues" in stopped.stderr
+    assert not (tmp_path / "out").exists() and list((tmp_path / "out.partial").glob("*.safetensors"))
+    for name in ("out", "whole"):
+        assert run_killed(model, tmp_path / name, 0).returncode == 0
+    assert folder_hashes(tmp_path / "out") == folder_hashes(tmp_path / "whole")
 
 
 def test_an_interrupted_run_resumes_and_says_so(llama_folder, tmp_path: Path) -> None:

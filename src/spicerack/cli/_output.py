@@ -43,7 +43,9 @@ def run(group: click.Group, args: list[str]) -> int:
     except click.UsageError as error:
         return _fail(as_json, "UsageError", error.format_message(), _usage_hint(error), 2)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        return _fail(as_json, "Interrupted", "interrupted", "the same command continues where it stopped", 130)
+        resumes = args[:1] == ["quantize"]
+        hint = "the same command continues where it stopped" if resumes else "nothing was changed"
+        return _fail(as_json, "Interrupted", "interrupted", hint, 130)
     return result if isinstance(result, int) else 0
 
 
