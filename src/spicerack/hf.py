@@ -128,7 +128,7 @@ def build(
         AUTO_QUANTIZER_MAPPING[METHOD] = SpicerackQuantizer
         quantization = SpicerackConfig(prepare)
     try:
-        with _no_bars():
+        with _quiet():
             loaded: Any = model_class.from_pretrained(
                 None,
                 config=config,
@@ -153,14 +153,16 @@ def build(
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers draws a progress bar for every load; callers here draw their own."""
-    shown = logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """transformers draws a bar and prints a report for every load; callers draw their own, and `_check` raises."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
+        logging.set_verbosity(verbosity)
+        if bars:
             logging.enable_progress_bar()
 
 

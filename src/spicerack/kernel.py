@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from spicerack import registry
+from spicerack.errors import SchemeError
 from spicerack.packed import Rows, Tensors
 from spicerack.qtensor import QTensor
 from spicerack.scheme import Scheme
@@ -54,7 +55,7 @@ def get(name: str) -> Kernel:
 def pick(scheme: Scheme, shape: Shape, dtype: torch.dtype, device: torch.device) -> Choice:
     """The first kernel that fits; the reference, which runs everything it can anywhere, is asked last.
 
-    Raises NotImplementedError if none fits.
+    Raises SchemeError if none fits.
     """
     passed_over: dict[str, str] = {}
     for name in sorted(registry.names("kernels"), key=lambda name: (name == "reference", name)):
@@ -63,4 +64,5 @@ def pick(scheme: Scheme, shape: Shape, dtype: torch.dtype, device: torch.device)
         if reason is None:
             return Choice(kernel, passed_over)
         passed_over[name] = reason
-    raise NotImplementedError(f"no kernel runs {scheme}: " + "; ".join(f"{n}: {r}" for n, r in passed_over.items()))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise SchemeError(f"no kernel runs {scheme} here: {reasons}", "use another scheme, or skip the layer")
