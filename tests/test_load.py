@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -201,7 +202,7 @@ print(loaded, psutil.Process().memory_info().rss - before)
 
 @pytest.mark.slow
 def test_weights_stay_packed_in_memory(tmp_path: Path) -> None:
-    """Two layers of 2048 x 8192: 488 MB in float32, 63 MB in w4g128, about 100 measured, a forward adds none."""
+    """Two layers of 2048 x 8192: 488 MB in float32, 63 MB in w4g128, 73 measured, 81 after a forward."""
     config = AutoConfig.for_model("llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, vocab_size=64,
                                   num_attention_heads=16, num_key_value_heads=4)  # fmt: skip
     with torch.device("meta"):
@@ -221,13 +222,20 @@ def test_weights_stay_packed_in_memory(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     raw = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(fmt.config(raw, plan, ["lm_head"])))
-    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, check=False)
+    # A fixed threshold makes glibc return freed memory at once: what is asserted is what is held, not what malloc keeps.
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
+    )
     assert done.returncode == 0, done.stderr
     loaded, after = map(int, done.stdout.split())
     in_float = sum(torch.Size(s).numel() * 4 for s in shapes.values())
     assert in_float > 400e6
-    assert loaded < 0.3 * in_float
-    assert after < 0.35 * in_float
+    assert loaded < 0.2 * in_float
+    assert after < 0.22 * in_float
 
 
 # ---- your own module -------------------------------------------------------------------------------------------------
