@@ -222,7 +222,7 @@ def test_weights_stay_packed_in_memory(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     raw = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(fmt.config(raw, plan, ["lm_head"])))
-    # A fixed threshold makes glibc return freed memory at once: what is asserted is what is held, not what malloc keeps.
+    # A fixed threshold makes glibc return freed memory at once: asserted is what is held, not what malloc keeps.
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(tmp_path)],
         capture_output=True,
