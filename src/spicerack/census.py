@@ -17,8 +17,6 @@ from spicerack.models import names
 Role = Literal[
     "linear", "conv1d", "embedding", "head", "router", "norm", "bias", "experts", "conv", "other"
 ]  # fmt: skip
-MATRICES: tuple[Role, ...] = ("linear", "conv1d", "experts")
-"""Roles that recipes quantize unless told otherwise."""
 
 _NORM = re.compile(r".*norm\d*$|.*norm_.*|^(ln|bn)(_?\w+)?$", re.IGNORECASE)
 _EMBEDDING = re.compile(r".*_(embeddings?|embeds?|emb)$")

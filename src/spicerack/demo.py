@@ -104,14 +104,14 @@ def run(subject: Subject, output: Path, report: Callable[[str], None]) -> list[d
     rows: list[dict[str, Any]] = []
     for row in subject.rows:
         folder = output / row.label.replace(" ", "").replace(".", "")
-        report(f"{row.label}: quantizing")
+        report(f"{subject.folder.name}, {row.label}: quantizing")
         quantize(subject.folder, row.scheme, output=folder, rules=row.rules)
         before, after = _layer_bytes(folder)
-        report(f"{row.label}: evaluating")
+        report(f"{subject.folder.name}, {row.label}: evaluating")
         figures = evaluate(folder, against=subject.folder, max_tokens=EVALUATED_TOKENS if subject.decoder else None)
-        report(f"{row.label}: measuring speed")
+        report(f"{subject.folder.name}, {row.label}: measuring speed")
         original, quantized = bench(folder, against=subject.folder, repeats=3)["rows"]
-        report(f"{row.label}: sampling")
+        report(f"{subject.folder.name}, {row.label}: sampling")
         if not rows:
             known = {"perplexity": figures["perplexity_reference"]} if subject.decoder else {}
             rows.append({**original, **known, "label": "original", "layer_bytes": before})

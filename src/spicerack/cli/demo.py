@@ -36,7 +36,7 @@ def command(keep: Path | None, as_json: bool) -> None:
         for subject in subjects():
             output = (keep or Path(temporary)) / subject.folder.name
             with progress.status("starting") as status:
-                rows = run(subject, output, lambda doing: status.update(f"{subject.folder.name}, {doing}"))  # noqa: B023
+                rows = run(subject, output, status.update)
             results[subject.title] = rows
             if not as_json:
                 _print(subject, rows, console)
