@@ -1,5 +1,6 @@
 // The Python face of the native code: checks types and sizes, releases the GIL, calls. src/spicerack/native.py is its only
-// user. Every function works on one thread; callers split rows among threads, which never changes a result.
+// user. Functions work on one thread, and callers split rows among threads, which never changes a result; `linear` alone
+// brings its own team.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -9,6 +10,9 @@
 
 #include <stdexcept>
 
+#include "kernels/kernel.h"
+#include "kernels/layout.h"
+#include "kernels/team.h"
 #include "pack.h"
 #include "search.h"
 
@@ -18,7 +22,7 @@ using namespace nb::literals;
 namespace spicerack {
 namespace {
 
-using Weights = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
@@ -28,7 +32,7 @@ void require(bool fact, const char* what) {
     if (!fact) throw std::invalid_argument(what);
 }
 
-Float float_type(const Weights& w) {
+Float float_type(const Floats& w) {
     if (w.dtype() == nb::dtype<float>()) return Float::f32;
     require(w.dtype().bits == 16 && w.dtype().lanes == 1, "weights must be float32, float16 or bfloat16");
     if (w.dtype().code == uint8_t(nb::dlpack::dtype_code::Float)) return Float::f16;
@@ -43,7 +47,7 @@ Float float_type(const std::string& name) {
     return Float::bf16;
 }
 
-Blocks blocks_of(const Weights& w) {
+Blocks blocks_of(const Floats& w) {
     require(w.shape(1) > 0, "empty blocks");
     return {w.data(), float_type(w), int64_t(w.shape(0)), int64_t(w.shape(1))};
 }
@@ -55,7 +59,7 @@ const Searcher& searcher(const std::string& isa) {
     throw std::invalid_argument("this processor has no " + isa);
 }
 
-std::pair<bool, bool> search(const Weights& w, Levels levels, const std::string& scale_type,
+std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& scale_type,
             const std::vector<float>& coarse, const std::vector<float>& shifts, const std::vector<float>& fine, int refinements,
             std::optional<Vector<const float>> importance, Vector<float> scale, Vector<int8_t> zero, Matrix<int8_t> codes,
             const std::string& isa) {
@@ -77,7 +81,7 @@ std::pair<bool, bool> search(const Weights& w, Levels levels, const std::string&
     return {outcome.finite, outcome.fits};
 }
 
-void encode(const Weights& w, Levels levels, Vector<const float> scale, std::optional<Vector<const int8_t>> zero,
+void encode(const Floats& w, Levels levels, Vector<const float> scale, std::optional<Vector<const int8_t>> zero,
             Matrix<int8_t> codes, const std::string& isa) {
     const Blocks blocks = blocks_of(w);
     const size_t count = blocks.count, size = blocks.size;
@@ -88,7 +92,7 @@ void encode(const Weights& w, Levels levels, Vector<const float> scale, std::opt
     s.encode(blocks, levels, scale.data(), zero ? zero->data() : nullptr, codes.data());
 }
 
-void judge(const Weights& pieces, Levels levels, float scale, float zero, Matrix<double> out, const std::string& isa) {
+void judge(const Floats& pieces, Levels levels, float scale, float zero, Matrix<double> out, const std::string& isa) {
     const Blocks blocks = blocks_of(pieces);
     require(out.shape(0) == size_t(blocks.count) && out.shape(1) == 5, "five sums for each piece");
     const Searcher& s = searcher(isa);
@@ -96,7 +100,7 @@ void judge(const Weights& pieces, Levels levels, float scale, float zero, Matrix
     s.judge(blocks, levels, scale, zero, (Sums*)out.data());
 }
 
-std::pair<double, double> compare(const Weights& w, Levels levels, Vector<const float> scale,
+std::pair<double, double> compare(const Floats& w, Levels levels, Vector<const float> scale,
                                   std::optional<Vector<const int8_t>> zero, Matrix<const int8_t> codes) {
     const Blocks blocks = blocks_of(w);
     const size_t count = blocks.count, size = blocks.size;
@@ -126,6 +130,114 @@ void unpack_words(Matrix<const int32_t> words, int bits, int offset, Matrix<uint
     unpack((const uint8_t*)words.data(), codes.shape(0), codes.shape(1), bits, offset, codes.data());
 }
 
+// ---- kernels ---------------------------------------------------------------------------------------------------------
+
+const Engine& engine(int index) {
+    require(index >= 0 && index < engines().count, "no such engine");
+    return engines().first[index];
+}
+
+// Addresses come as integers: a call costs less than a microsecond, and native.py has checked the tensors behind them.
+template <class T = void>
+T* address(nb::handle h) {
+    return (T*)nb::cast<uintptr_t>(h);
+}
+
+// (codes, scale, zero or 0, scale type, n, k, group, bits, offset, half)
+Weights weights_of(const nb::tuple& t) {
+    require(t.size() >= 10, "a matrix has ten parts");
+    Weights w{address<uint8_t>(t[0]), address(t[1]), address<uint8_t>(t[2]), nb::cast<int64_t>(t[4]),
+              nb::cast<int64_t>(t[5]), nb::cast<int64_t>(t[6]), Float(nb::cast<int>(t[3])), nb::cast<int>(t[7]),
+              nb::cast<int>(t[8]), nb::cast<bool>(t[9])};
+    require(w.codes && w.scale && w.n > 0 && w.k > 0 && w.bits >= 2 && w.bits <= 8, "not a matrix of 2 to 8 bits");
+    require(w.group >= 0 && w.group % BLOCK == 0 && (w.group == 0 || w.k % w.group == 0), "groups are multiples of 32");
+    return w;
+}
+
+constexpr int MOST_PRODUCTS = 16;
+
+// products: a matrix and two parts more, (..., bias or 0, y). threads: 0 is the team's size.
+void linear(int index, uintptr_t x, int type, int64_t m, int activations, float fixed_scale, int threads,
+            const nb::list& products) {
+    Product all[MOST_PRODUCTS];
+    const int count = int(products.size());
+    require(count >= 1 && count <= MOST_PRODUCTS, "1 to 16 matrices share an input");
+    for (int i = 0; i < count; i++) {
+        const nb::tuple t = nb::cast<nb::tuple>(products[i]);
+        require(t.size() == 12, "a product has twelve parts");
+        all[i] = {weights_of(t), address(t[10]), address(t[11])};
+        require(all[i].y && all[i].weights.k == all[0].weights.k, "products share K and have somewhere to go");
+    }
+    require(x && m >= 0 && type >= 0 && type <= 2 && activations >= 0 && activations <= 3, "not an input");
+    const Engine& e = engine(index);
+    nb::gil_scoped_release unlocked;
+    e.linear({(const void*)x, Float(type), m, Activations(activations), fixed_scale, all, count,
+              threads > 0 ? threads : team_size()});
+}
+
+void rows(const nb::tuple& matrix, Vector<const int64_t> which, Matrix<float> out) {
+    const Weights w = weights_of(matrix);
+    require(out.shape(0) == which.shape(0) && int64_t(out.shape(1)) == w.k, "one row of K floats for each index");
+    for (size_t i = 0; i < which.shape(0); i++) {
+        require(which(i) >= 0 && which(i) < w.n, "row index out of range");
+    }
+    nb::gil_scoped_release unlocked;
+    decode_rows(w, which.data(), int64_t(which.shape(0)), out.data());
+}
+
+using Tiles = nb::ndarray<uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+void check_panels(int bits, size_t n, size_t k, const Tiles& tiles) {
+    require(bits >= 2 && bits <= 8, "2 to 8 bits");
+    require(tiles.shape(0) == (n + PANEL - 1) / PANEL && tiles.shape(1) == (k + BLOCK - 1) / BLOCK &&
+                tiles.shape(2) == size_t(bits * TILE_UNIT),
+            "codes and tiles do not belong together");
+}
+
+void to_panels(Matrix<const uint8_t> codes, int bits, int offset, Tiles tiles) {
+    check_panels(bits, codes.shape(0), codes.shape(1), tiles);
+    nb::gil_scoped_release unlocked;
+    pack_panels(codes.data(), codes.shape(0), codes.shape(1), bits, offset, tiles.data());
+}
+
+void from_panels(Tiles tiles, int bits, int offset, Matrix<uint8_t> codes) {
+    check_panels(bits, codes.shape(0), codes.shape(1), tiles);
+    nb::gil_scoped_release unlocked;
+    unpack_panels(tiles.data(), codes.shape(0), codes.shape(1), bits, offset, codes.data());
+}
+
+// Operations of `rounds` rounds of dot products on each of `threads` threads.
+int64_t spin(int index, int64_t rounds, int threads) {
+    struct Work {
+        const Engine* engine;
+        int64_t rounds, done;
+    } work{&engine(index), rounds, 0};
+    nb::gil_scoped_release unlocked;
+    run_team(threads, [](void* context) {
+        Work& w = *(Work*)context;
+        __atomic_fetch_add(&w.done, w.engine->spin(w.rounds), __ATOMIC_RELAXED);
+    }, &work);
+    return work.done;
+}
+
+// Reads all of `data` once, in pieces shared among threads.
+void read_all(int index, Vector<const uint8_t> data, int threads) {
+    struct Work {
+        const Engine* engine;
+        const uint8_t* data;
+        int64_t bytes, next, piece, seen;
+    } work{&engine(index), data.data(), int64_t(data.shape(0)), 0, 1 << 20, 0};
+    nb::gil_scoped_release unlocked;
+    run_team(threads, [](void* context) {
+        Work& w = *(Work*)context;
+        int64_t seen = 0;
+        for (int64_t at; (at = __atomic_fetch_add(&w.next, w.piece, __ATOMIC_RELAXED)) < w.bytes;) {
+            seen ^= w.engine->read(w.data + at, w.bytes - at < w.piece ? w.bytes - at : w.piece);
+        }
+        __atomic_fetch_xor(&w.seen, seen, __ATOMIC_RELAXED);
+    }, &work);
+}
+
 }  // namespace
 }  // namespace spicerack
 
@@ -144,4 +256,17 @@ NB_MODULE(_native, m) {
         for (const Searcher& s : searchers()) names.push_back(s.isa);
         return names;
     });
+    m.def("engines", [] {
+        std::vector<std::string> names;
+        for (const Engine& e : engines()) names.push_back(e.isa);
+        return names;
+    });
+    m.def("linear", &spicerack::linear, "engine"_a, "x"_a, "type"_a, "m"_a, "activations"_a, "fixed_scale"_a, "threads"_a,
+          "products"_a);
+    m.def("rows", &spicerack::rows, "matrix"_a, "which"_a, "out"_a);
+    m.def("to_panels", &to_panels, "codes"_a, "bits"_a, "offset"_a, "tiles"_a);
+    m.def("from_panels", &from_panels, "tiles"_a, "bits"_a, "offset"_a, "codes"_a);
+    m.def("spin", &spin, "engine"_a, "rounds"_a, "threads"_a);
+    m.def("read_all", &read_all, "engine"_a, "data"_a, "threads"_a);
+    m.def("team_size", &team_size);
 }

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace spicerack {
+#include "number.h"
 
-enum class Float : int { f32, f16, bf16 };
+namespace spicerack {
 
 // Codes are the integers lo..hi; a code stands for code - offset, where offset is -1/2 (half), the zero point, or 0.
 struct Levels {

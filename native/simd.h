@@ -1,20 +1,25 @@
 // Vectors as wide as the instruction set that this file is compiled for, in GCC's and Clang's portable notation.
 //
-// search.cpp is compiled once per instruction set, each time in its own namespace SPICERACK_ISA, so that no inline code
-// with wide instructions can end up in common code. Lanes never mix: results do not depend on how many there are.
+// Files that include it are compiled once per instruction set, each time in its own namespace SPICERACK_ISA, so that no
+// inline code with wide instructions can end up in common code. For the same reason they use no templates of the standard
+// library. Lanes never mix: results do not depend on how many there are.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "search.h"
+#include "number.h"
 
-#define INLINE inline __attribute__((always_inline))
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define INLINE ALWAYS_INLINE
 #define FLAT __attribute__((always_inline))  // after a lambda's parameters
 
 namespace spicerack::SPICERACK_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(SPICERACK_NARROW)
 #define LANES 16
 #elif defined(__AVX2__)
 #define LANES 8
@@ -146,11 +151,17 @@ struct BF16 {
 struct F16 {
     typedef uint16_t value;
     static INLINE vf widen(const value* p) {
+#if LANES == 16
+        return (vf)_mm512_cvtph_ps(load<__m256i>(p));
+#elif defined(__F16C__)
+        return (vf)_mm256_cvtph_ps(load<__m128i>(p));
+#else
         const vu bits = __builtin_convertvector(load<vu16>(p), vu);
         const vu magnitude = (bits & 0x7fffu) << 13;
         const vf finite = (vf)magnitude * 0x1p112f;  // moves the exponent's bias; exact, subnormals included
         const vu special = magnitude | 0x7f800000u;
         return (vf)((magnitude >= 0x0f800000u ? special : (vu)finite) | (bits & 0x8000u) << 16);
+#endif
     }
 };
 

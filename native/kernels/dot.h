@@ -1,0 +1,166 @@
+// What each instruction set brings to the kernels: 16 rows times a quad of 4 columns, and the few operations that portable
+// vectors lack. Every function gives the same numbers on every instruction set.
+#pragma once
+
+#include "../simd.h"
+#include "kernel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+#include <cmath>
+
+namespace spicerack::SPICERACK_ISA {
+
+constexpr int PARTS = PANEL / LANES;    // vectors that hold a panel's 16 rows
+constexpr int BYTES = LANES * 4;        // of a vector
+
+#if LANES == 16
+INLINE __m512i raw(vi x) { return (__m512i)x; }
+#elif LANES == 8
+INLINE __m256i raw(vi x) { return (__m256i)x; }
+#endif
+
+INLINE vi splat_int(int32_t x) { return vi{} + x; }
+
+// Four bytes from memory, a quad of activations or an int32, for every row.
+INLINE vi four_bytes(const void* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return splat_int(four);
+}
+
+// acc + sum over four columns of (u - SHIFT<BITS>) a. Codes u are below 2^BITS (BITS 0: below 128), |a| <= 127.
+//
+// Instructions that multiply signed by signed, and AVX2's, which saturates above 15 bits, take 8-bit codes as u - 128.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+template <int BITS>
+constexpr int SHIFT = 0;
+
+template <int BITS>
+INLINE vi dot(vi acc, vi u, vi a) {
+#if LANES == 16
+    return (vi)_mm512_dpbusd_epi32(raw(acc), raw(u), raw(a));
+#elif defined(__AVX512VNNI__)
+    return (vi)_mm256_dpbusd_epi32(raw(acc), raw(u), raw(a));
+#else
+    return (vi)_mm256_dpbusd_avx_epi32(raw(acc), raw(u), raw(a));
+#endif
+}
+#else
+template <int BITS>
+constexpr int SHIFT = BITS == 8 ? 128 : 0;
+
+template <int BITS>
+INLINE vi dot(vi acc, vi u, vi a) {
+#if defined(__AVX2__)
+    __m256i pairs;  // |sum of two| <= 128 * 127 * 2 < 2^15
+    if (BITS == 8) {
+        const __m256i w = _mm256_xor_si256(raw(u), _mm256_set1_epi8(-128));
+        pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(raw(a), w));
+    } else {
+        pairs = _mm256_maddubs_epi16(raw(u), raw(a));
+    }
+    return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    const int8x16_t w = (int8x16_t)(BITS == 8 ? u ^ (int32_t)0x80808080 : u);
+    return (vi)vdotq_s32((int32x4_t)acc, w, (int8x16_t)a);
+#else
+    typedef uint8_t bytes __attribute__((vector_size(BYTES)));
+    typedef int8_t signed_bytes __attribute__((vector_size(BYTES)));
+    const bytes w = (bytes)u;
+    const signed_bytes v = (signed_bytes)a;
+    for (int lane = 0; lane < LANES; lane++) {
+        int32_t sum = 0;
+        for (int i = 4 * lane; i < 4 * lane + 4; i++) sum += (int32_t(w[i]) - SHIFT<BITS>)*int32_t(v[i]);
+        acc[lane] += sum;
+    }
+    return acc;
+#endif
+}
+#endif
+
+// z * x in every row, for -256 < z < 256 and |x| < 2^15; z comes from `small_factor`.
+#if LANES == 4
+INLINE vi small_factor(vi z) { return z; }
+INLINE vi small_product(vi z, vi x) { return z * x; }
+#else
+INLINE vi small_factor(vi z) { return z & 0xffff; }  // the upper 16 bits of x are multiplied by 0
+#if LANES == 16
+INLINE vi small_product(vi z, vi x) { return (vi)_mm512_madd_epi16(raw(z), raw(x)); }
+#else
+INLINE vi small_product(vi z, vi x) { return (vi)_mm256_madd_epi16(raw(z), raw(x)); }
+#endif
+#endif
+
+// x y + z, rounded once.
+INLINE vf fused(vf x, vf y, vf z) {
+#if LANES == 16
+    return (vf)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+#elif LANES == 8
+    return (vf)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)z, (float32x4_t)x, (float32x4_t)y);
+#else
+    for (int lane = 0; lane < LANES; lane++) z[lane] = std::fmaf(x[lane], y[lane], z[lane]);
+    return z;
+#endif
+}
+
+INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+
+// The nearest integer, half to even, of |x| < 2^22.
+INLINE vi round_to_int(vf x) { return (vi)(x + ROUNDER) - (vi)splat(ROUNDER); }
+
+INLINE vf widen(const void* p, Float type) {
+    if (type == Float::f32) return load<vf>(p);
+    return type == Float::bf16 ? BF16::widen((const uint16_t*)p) : F16::widen((const uint16_t*)p);
+}
+
+INLINE vu16 to_bf16(vf x) {
+    const vu bits = (vu)x;
+    const vu rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const vu nan = bits >> 16 | 0x40u;
+    return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, vu16);
+}
+
+INLINE vu16 to_f16(vf x) {
+#if LANES == 16
+    return (vu16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif LANES == 8
+    return (vu16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const vu bits = (vu)x, sign = bits >> 16 & 0x8000u;
+    const vf magnitude = vabs(x);
+    const vu even = (vu)magnitude >> 13 & 1u;
+    const vu normal = ((vu)magnitude + 0xfffu + even - 0x38000000u) >> 13;  // moves the exponent's bias by 112
+    const vu subnormal = (vu)(magnitude + 0.5f) - 0x3f000000u;               // float32's spacing at 1/2 is the smallest f16
+    vu half = magnitude < 0x1p-14f ? subnormal : normal;
+    half = magnitude >= 65520.0f ? vu{} + 0x7c00u : half;
+    half = (vu)magnitude > 0x7f800000u ? ((vu)magnitude >> 13 & 0x3ffu) | 0x7e00u : half;
+    return __builtin_convertvector(half | sign, vu16);
+#endif
+}
+
+// `count` <= LANES values to p.
+INLINE void narrow(vf x, Float type, void* p, int64_t count) {
+    if (count <= 0) return;
+    if (type == Float::f32) {
+        count == LANES ? store(p, x) : (void)std::memcpy(p, &x, count * 4);
+    } else {
+        const vu16 half = type == Float::bf16 ? to_bf16(x) : to_f16(x);
+        count == LANES ? store(p, half) : (void)std::memcpy(p, &half, count * 2);
+    }
+}
+
+// `count` <= LANES values from p; zeros beyond.
+INLINE vf widen_some(const void* p, Float type, int64_t count) {
+    if (count == LANES) return widen(p, type);
+    alignas(64) unsigned char some[BYTES] = {};
+    if (count > 0) std::memcpy(some, p, count * size_of(type));
+    return widen(some, type);
+}
+
+}  // namespace spicerack::SPICERACK_ISA

@@ -1,0 +1,110 @@
+// How packed integer weights multiply. linear.cpp is compiled once per instruction set; all give the same bits.
+//
+// Weights lie in panels of 16 output rows. For every 32 columns a panel has one tile of 64 * bits bytes, made of planes of
+// 4, 2 and 1 bits, widest first, each a part of the code from its low bits up (3 bits = 2 + 1; 8 bits are one plane).
+// The 64 bytes of a vector are 16 rows by 4 columns (a quad): what one integer dot-product instruction multiplies.
+// Plane of 8: quad q is vector q. Of 4: quads 2v and 2v+1 are the low and high nibbles of vector v. Of 2: quads 4v..4v+3
+// are bits 0-1, 2-3, 4-5, 6-7 of vector v. Of 1: quad q is bit q. N is filled up to 16 and K to 32 with zeros.
+#pragma once
+
+#include <cstdint>
+
+#include "../number.h"
+
+namespace spicerack {
+
+constexpr int PANEL = 16;    // rows of a panel
+constexpr int BLOCK = 32;    // columns of a tile, and of a block of activations that share a scale
+constexpr int QUADS = 8;     // groups of 4 columns in a tile
+constexpr int TILE_UNIT = 64;  // bytes of a tile, for each bit of a code
+
+// w[n, k] = scale[n, k / group] * (u[n, k] - z), z = zero[n, k / group], or offset without zeros; and 1/2 more if half.
+struct Weights {
+    const uint8_t* codes;  // [ceil(N/16), ceil(K/32), 64 * bits]
+    const void* scale;     // [ceil(N/16), groups, 16]
+    const uint8_t* zero;   // like scale, or null
+    int64_t n, k;
+    int64_t group;  // columns that share a scale, a multiple of 32; 0: the whole row
+    Float scale_type;
+    int bits, offset;
+    bool half;
+
+    ALWAYS_INLINE int64_t panels() const { return (n + PANEL - 1) / PANEL; }
+    ALWAYS_INLINE int64_t blocks() const { return (k + BLOCK - 1) / BLOCK; }
+    ALWAYS_INLINE int64_t groups() const { return group == 0 ? 1 : k / group; }
+    ALWAYS_INLINE int64_t tile_bytes() const { return int64_t(bits) * TILE_UNIT; }
+};
+
+// How activations enter the product.
+enum class Activations : int {
+    floats,  // as they are, in float32
+    blocks,  // int8, one scale for 32 columns of a row
+    tokens,  // int8, one scale for a row
+    fixed,   // int8, one given scale
+};
+
+// y = x W^T + bias for one of the matrices that share x.
+struct Product {
+    Weights weights;
+    const void* bias;  // [N] in the type of x, or null
+    void* y;           // [M, N] in the type of x
+};
+
+struct Call {
+    const void* x;  // [M, K]
+    Float type;     // of x, y and bias
+    int64_t m;
+    Activations activations;
+    float fixed_scale;
+    const Product* products;
+    int count;
+    int threads;
+};
+
+// |sum of products| < 2^31 for a row of K columns: 255 * 127 * 2^16 < 2^31. Longer rows are refused with one scale a row.
+constexpr int64_t MAX_EXACT_COLUMNS = 1 << 16;
+
+#define SPICERACK_KERNEL_FUNCTIONS                                                                                     \
+    void linear(const Call& call);                                                                                     \
+    /* Operations of `rounds` rounds of dot products that touch registers only (2 for each multiply-add). */           \
+    int64_t spin(int64_t rounds);                                                                                      \
+    /* Reads all of it once. */                                                                                        \
+    int64_t read(const void* data, int64_t bytes);
+
+namespace scalar {
+SPICERACK_KERNEL_FUNCTIONS
+}
+namespace avx2 {
+SPICERACK_KERNEL_FUNCTIONS
+}
+namespace avxvnni {
+SPICERACK_KERNEL_FUNCTIONS
+}
+namespace avx512vlvnni {
+SPICERACK_KERNEL_FUNCTIONS
+}
+namespace avx512vnni {
+SPICERACK_KERNEL_FUNCTIONS
+}
+namespace neon {
+SPICERACK_KERNEL_FUNCTIONS
+}
+#undef SPICERACK_KERNEL_FUNCTIONS
+
+struct Engine {
+    const char* isa;
+    decltype(&scalar::linear) linear;
+    decltype(&scalar::spin) spin;
+    decltype(&scalar::read) read;
+};
+
+// Engines that this build holds and this processor runs, fastest first; the last is "scalar".
+struct Engines {
+    const Engine* first;
+    int count;
+    ALWAYS_INLINE const Engine* begin() const { return first; }
+    ALWAYS_INLINE const Engine* end() const { return first + count; }
+};
+Engines engines();
+
+}  // namespace spicerack

@@ -1,0 +1,126 @@
+#include "layout.h"
+
+#include <cstring>
+
+namespace spicerack {
+namespace {
+
+constexpr int BYTES = PANEL * BLOCK;  // of a tile with one byte a code
+constexpr int VECTOR = TILE_UNIT;
+
+// The planes of a code, widest first: `codes` bytes [8 quads, 64] <-> `tile`. Work on one plane, `bits` wide, whose codes
+// begin at bit `low`; quads v * per .. v * per + per - 1 share vector v.
+void squeeze(const uint8_t* codes, int bits, int low, uint8_t* plane) {
+    const int per = 8 / bits, mask = (1 << bits) - 1;
+    for (int v = 0; v < QUADS / per; v++) {
+        for (int i = 0; i < VECTOR; i++) {
+            int packed = 0;
+            for (int q = 0; q < per; q++) packed |= (codes[(v * per + q) * VECTOR + i] >> low & mask) << (q * bits);
+            plane[v * VECTOR + i] = uint8_t(packed);
+        }
+    }
+}
+
+void spread(const uint8_t* plane, int bits, int low, uint8_t* codes) {
+    const int per = 8 / bits, mask = (1 << bits) - 1;
+    for (int quad = 0; quad < QUADS; quad++) {
+        const uint8_t* vector = plane + quad / per * VECTOR;
+        for (int i = 0; i < VECTOR; i++) codes[quad * VECTOR + i] |= (vector[i] >> (quad % per * bits) & mask) << low;
+    }
+}
+
+template <class Plane>
+void planes(int bits, const Plane& plane) {
+    int low = 0;
+    for (int width = 8; width > 0; width /= 2) {
+        if (bits & width) {
+            plane(width, low);
+            low += width;
+        }
+    }
+}
+
+// Where row r, column c of a tile is among its bytes.
+int place(int64_t r, int64_t c) { return int(c / 4 * VECTOR + r * 4 + c % 4); }
+
+}  // namespace
+
+void pack_panels(const uint8_t* codes, int64_t n, int64_t k, int bits, int offset, uint8_t* tiles) {
+    for (int64_t row = 0; row < n; row += PANEL) {
+        for (int64_t column = 0; column < k; column += BLOCK, tiles += bits * TILE_UNIT) {
+            uint8_t bytes[BYTES] = {};
+            for (int64_t r = 0; r < PANEL && row + r < n; r++) {
+                const uint8_t* from = codes + (row + r) * k + column;
+                for (int64_t c = 0; c < BLOCK && column + c < k; c++) bytes[place(r, c)] = uint8_t(from[c] + offset);
+            }
+            uint8_t* to = tiles;
+            planes(bits, [&](int width, int low) {
+                squeeze(bytes, width, low, to);
+                to += width * TILE_UNIT;
+            });
+        }
+    }
+}
+
+void unpack_panels(const uint8_t* tiles, int64_t n, int64_t k, int bits, int offset, uint8_t* codes) {
+    for (int64_t row = 0; row < n; row += PANEL) {
+        for (int64_t column = 0; column < k; column += BLOCK) {
+            uint8_t bytes[BYTES] = {};
+            planes(bits, [&](int width, int low) {
+                spread(tiles, width, low, bytes);
+                tiles += width * TILE_UNIT;
+            });
+            for (int64_t r = 0; r < PANEL && row + r < n; r++) {
+                uint8_t* to = codes + (row + r) * k + column;
+                for (int64_t c = 0; c < BLOCK && column + c < k; c++) to[c] = uint8_t(bytes[place(r, c)] - offset);
+            }
+        }
+    }
+}
+
+namespace {
+
+float as_float(const void* p, int64_t i, Float type) {
+    if (type == Float::f32) return ((const float*)p)[i];
+    const uint32_t bits = ((const uint16_t*)p)[i];
+    uint32_t wide = bits << 16;
+    float value;
+    if (type == Float::f16) {
+        const uint32_t magnitude = (bits & 0x7fffu) << 13;
+        std::memcpy(&value, &magnitude, 4);
+        value *= 0x1p112f;  // moves the exponent's bias; exact, subnormals included
+        std::memcpy(&wide, &value, 4);
+        if (magnitude >= 0x0f800000u) wide = magnitude | 0x7f800000u;
+        wide |= (bits & 0x8000u) << 16;
+    }
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+}  // namespace
+
+void decode_rows(const Weights& w, const int64_t* rows, int64_t count, float* out) {
+    const int64_t group = w.group == 0 ? w.k : w.group;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t panel = rows[i] / PANEL, r = rows[i] % PANEL;
+        const uint8_t* tile = w.codes + panel * w.blocks() * w.tile_bytes();
+        for (int64_t column = 0; column < w.k; column += BLOCK, tile += w.tile_bytes()) {
+            const int64_t at = (panel * w.groups() + column / group) * PANEL + r;
+            const float scale = as_float(w.scale, at, w.scale_type);
+            const float zero = float(w.zero ? w.zero[at] : w.offset) - (w.half ? 0.5f : 0.0f);
+            uint8_t codes[BLOCK] = {};
+            const uint8_t* plane = tile;
+            planes(w.bits, [&](int width, int low) {
+                const int per = 8 / width, mask = (1 << width) - 1;
+                for (int quad = 0; quad < QUADS; quad++) {
+                    const uint8_t* four = plane + quad / per * VECTOR + r * 4;
+                    for (int j = 0; j < 4; j++) codes[quad * 4 + j] |= (four[j] >> (quad % per * width) & mask) << low;
+                }
+                plane += width * TILE_UNIT;
+            });
+            for (int64_t c = 0; c < BLOCK && column + c < w.k; c++) *out++ = scale * (float(codes[c]) - zero);
+        }
+    }
+}
+
+}  // namespace spicerack

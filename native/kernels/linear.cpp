@@ -1,0 +1,727 @@
+// y = x W^T for packed weights, compiled once per instruction set; kernel.h tells the layout.
+//
+// int8 activations. One block of 32 columns is eight integer dot products for every 16 rows; its exact sum becomes float32
+// and is scaled:
+//
+//     t += float(sum over the block of (u - z) a) * s_a        one fused multiply-add for each block
+//     y += t * s_w                                             another for each group, or one for the row
+//
+// With one scale for a token and one for a row nothing is scaled before the end. Float activations: the same with codes
+// turned to floats, four running sums for a group. Blocks, groups and sums come in the same order wherever they are
+// computed, so results do not depend on M, on threads, or on the instruction set.
+//
+// The work is cut into units of a few panels. A unit walks over its columns in chunks that stay in the first-level cache,
+// and over the rows of x in tiles whose sums stay in registers. For many rows codes below 8 bits are unpacked once a chunk.
+#include <new>
+
+#include "dot.h"
+#include "team.h"
+
+namespace spicerack::SPICERACK_ISA {
+namespace {
+
+#if LANES == 16
+constexpr int WIDE = 2, WIDER = 4, TALL = 6;  // panels of a tile (scaled by block; only summed), rows of x in it
+#else
+constexpr int WIDE = 1, WIDER = 1, TALL = LANES == 8 ? 3 : 4;
+#endif
+constexpr int FEW = 4;               // rows of x for which codes are unpacked in registers
+constexpr int FEW_ROWS = 2 * FEW;    // up to so many rows of x that is how it is done
+constexpr int CHUNK = 512;           // columns
+constexpr int64_t SLAB_BYTES = 4 << 20;  // of quantized x at once
+constexpr int64_t SMALL = 1 << 16;   // multiply-adds that one thread does faster than two
+constexpr float LARGEST = 127.0f;    // int8 activations are -127..127
+constexpr float FLUSH = 0x1p-100f;   // a block of activations below this counts as zeros: 1 / scale would overflow
+constexpr int AHEAD = 2048;          // bytes to prefetch ahead of a panel's stream
+
+template <class T>
+struct Buffer {
+    T* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { release(); }
+    // At least `count` values, aligned; the old ones are lost.
+    INLINE T* need(int64_t count) {
+        if (count > size) {
+            release();
+            data = (T*)operator new(count * sizeof(T), std::align_val_t(64));
+            size = count;
+        }
+        return data;
+    }
+    INLINE void release() {
+        if (data) operator delete(data, std::align_val_t(64));
+        data = nullptr;
+        size = 0;
+    }
+};
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- codes ----------------------------------------------------------------------------------------------------------
+
+// A shift to the right by `by`, or to the left by -by.
+INLINE vi shift(vi x, int by) { return by >= 0 ? (vi)((vu)x >> by) : x << -by; }
+
+// One vector of a tile: quad 0..7 of 4 columns, rows LANES * part and on. BITS 0 is a tile of bytes, unpacked before.
+template <int BITS>
+INLINE vi codes(const uint8_t* tile, int quad, int part) {
+    tile += part * BYTES;
+    if constexpr (BITS == 8 || BITS == 0) return load<vi>(tile + quad * 64);
+    vi u{};
+    int low = 0;
+    if constexpr (BITS & 4) {
+        u = shift(load<vi>(tile + quad / 2 * 64), 4 * (quad % 2)) & 0x0f0f0f0f;
+        tile += 256;
+        low = 4;
+    }
+    if constexpr (BITS & 2) {
+        u |= shift(load<vi>(tile + quad / 4 * 64), 2 * (quad % 4) - low) & 0x03030303 << low;
+        tile += 128;
+        low += 2;
+    }
+    if constexpr (BITS & 1) u |= shift(load<vi>(tile), quad - low) & 0x01010101 << low;
+    return u;
+}
+
+template <int BITS>
+void unpack_tile(const uint8_t* tile, uint8_t* bytes) {
+#pragma GCC unroll 8
+    for (int quad = 0; quad < QUADS; quad++) {
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) store(bytes + quad * 64 + part * BYTES, codes<BITS>(tile, quad, part));
+    }
+}
+
+// ---- one tile of x by a few panels, over a chunk of columns -----------------------------------------------------------
+
+// Part of one matrix: where its panels begin at the chunk's first column.
+struct Panels {
+    const uint8_t* codes[WIDER];  // step: bytes from tile to tile
+    const uint8_t* scale[WIDER];  // of the chunk's first group, in `type`
+    const uint8_t* zero[WIDER];   // null: none
+    int64_t step;
+    int64_t blocks;               // of the chunk
+    int64_t group_blocks;         // 0: one scale a row, applied in the end
+    Float type;
+    int offset;
+    bool half;
+};
+
+// A tile of x: for every block its M rows one after the other.
+struct Inputs {
+    const int8_t* codes;     // [blocks, M, 32]
+    const float* scale;      // [blocks, M]
+    const int32_t* start;    // [blocks, M]: -offset * sum of the codes; with zeros the sum itself, negated
+    const float* half;       // [blocks, M]: half the sum of the codes, or null
+    const float* floats;     // [blocks, M, 32], or null
+};
+
+// How the scales of weights change along a row.
+enum Scales { one_a_row, one_a_block, one_a_group };
+
+INLINE vf scale_of(const Panels& w, int64_t group, int v) {
+    return widen(w.scale[v / PARTS] + (group * PANEL + v % PARTS * LANES) * size_of(w.type), w.type);
+}
+
+INLINE vi zero_of(const Panels& w, int64_t group, int v) {
+    typedef uint8_t small __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(load<small>(w.zero[v / PARTS] + group * PANEL + v % PARTS * LANES), vi);
+}
+
+// Sums [M, WIDTH] in float32: of t with one scale a row, else of t s_w.
+template <int BITS, int M, Scales SCALES>
+void scaled(const Panels& w, const Inputs& x, float* sums) {
+    constexpr int V = WIDE * PARTS;
+    constexpr int WIDTH = WIDE * PANEL;
+    const int64_t group = SCALES == one_a_row ? w.blocks : SCALES == one_a_block ? 1 : w.group_blocks;
+    const int8_t* a = x.codes;
+    const float* s_a = x.scale;
+    const int32_t* start = x.start;
+    const float* half = x.half;
+    vf t[M][V] = {};
+    if constexpr (SCALES != one_a_group) {
+        for (int m = 0; m < M; m++) {
+            for (int v = 0; v < V; v++) t[m][v] = load<vf>(sums + m * WIDTH + v * LANES);
+        }
+    }
+    int64_t at = 0;
+    for (int64_t g = 0; g * group < w.blocks; g++) {
+        if constexpr (SCALES == one_a_group) {
+            for (int m = 0; m < M; m++) {
+                for (int v = 0; v < V; v++) t[m][v] = vf{};
+            }
+        }
+        vi z[V] = {};
+        if (w.zero[0]) {
+            for (int v = 0; v < V; v++) z[v] = small_factor(zero_of(w, g, v) - SHIFT<BITS>);
+        }
+        for (int64_t b = 0; b < group; b++, at += w.step, a += BLOCK * M, s_a += M, start += M) {
+            vi i[M][V];
+            for (int m = 0; m < M; m++) {
+                for (int v = 0; v < V; v++) i[m][v] = four_bytes(start + m);
+            }
+            if (w.zero[0]) {
+                for (int m = 0; m < M; m++) {
+                    for (int v = 0; v < V; v++) i[m][v] = small_product(z[v], i[m][v]);
+                }
+            }
+            if constexpr (BITS != 0 && M <= FEW) {
+                for (int p = 0; p < WIDE; p++) {
+                    for (int line = 0; line < BITS; line++) __builtin_prefetch(w.codes[p] + at + AHEAD + line * 64);
+                }
+            }
+#pragma GCC unroll 8
+            for (int quad = 0; quad < QUADS; quad++) {
+                vi u[V];
+                for (int v = 0; v < V; v++) u[v] = codes<BITS>(w.codes[v / PARTS] + at, quad, v % PARTS);
+                for (int m = 0; m < M; m++) {
+                    const vi four = four_bytes(a + m * BLOCK + quad * 4);
+                    for (int v = 0; v < V; v++) i[m][v] = dot<BITS>(i[m][v], u[v], four);
+                }
+            }
+            vf f[M][V];
+            for (int m = 0; m < M; m++) {
+                for (int v = 0; v < V; v++) f[m][v] = to_float(i[m][v]);
+            }
+            if (half) {
+                for (int m = 0; m < M; m++) {
+                    for (int v = 0; v < V; v++) f[m][v] = f[m][v] + splat(half[m]);
+                }
+                half += M;
+            }
+            for (int v = 0; v < V; v++) {
+                const vf s_w = SCALES == one_a_block ? scale_of(w, g, v) : vf{};
+                for (int m = 0; m < M; m++) {
+                    if constexpr (SCALES == one_a_block) {
+                        t[m][v] = fused(f[m][v] * splat(s_a[m]), s_w, t[m][v]);
+                    } else {
+                        t[m][v] = fused(f[m][v], splat(s_a[m]), t[m][v]);
+                    }
+                }
+            }
+        }
+        if constexpr (SCALES == one_a_group) {
+            for (int v = 0; v < V; v++) {
+                const vf s_w = scale_of(w, g, v);
+                for (int m = 0; m < M; m++) {
+                    float* sum = sums + m * WIDTH + v * LANES;
+                    store(sum, fused(t[m][v], s_w, load<vf>(sum)));
+                }
+            }
+        }
+    }
+    if constexpr (SCALES != one_a_group) {
+        for (int m = 0; m < M; m++) {
+            for (int v = 0; v < V; v++) store(sums + m * WIDTH + v * LANES, t[m][v]);
+        }
+    }
+}
+
+// Exact sums of u a alone, for one scale a token and one a row.
+template <int BITS, int M>
+void summed(const Panels& w, const Inputs& x, float* sums) {
+    constexpr int V = WIDER * PARTS;
+    constexpr int WIDTH = WIDER * PANEL;
+    vi i[M][V];
+    for (int m = 0; m < M; m++) {
+        for (int v = 0; v < V; v++) i[m][v] = load<vi>(sums + m * WIDTH + v * LANES);
+    }
+    const int8_t* a = x.codes;
+    for (int64_t b = 0, at = 0; b < w.blocks; b++, at += w.step, a += 32 * M) {
+        if constexpr (BITS != 0 && M <= FEW) {
+            for (int p = 0; p < WIDER; p++) {
+                for (int line = 0; line < BITS; line++) __builtin_prefetch(w.codes[p] + at + AHEAD + line * 64);
+            }
+        }
+#pragma GCC unroll 8
+        for (int quad = 0; quad < QUADS; quad++) {
+            vi u[V];
+            for (int v = 0; v < V; v++) u[v] = codes<BITS>(w.codes[v / PARTS] + at, quad, v % PARTS);
+            for (int m = 0; m < M; m++) {
+                const vi four = four_bytes(a + m * BLOCK + quad * 4);
+                for (int v = 0; v < V; v++) i[m][v] = dot<BITS>(i[m][v], u[v], four);
+            }
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        for (int v = 0; v < V; v++) store(sums + m * WIDTH + v * LANES, i[m][v]);
+    }
+}
+
+// Float activations, one panel: (u - z) x for each column, columns 4 q + j in the running sum j.
+template <int BITS, int M>
+void floating(const Panels& w, const Inputs& x, float* sums) {
+    const bool rows = w.group_blocks == 0;
+    const int64_t group = rows ? w.blocks : w.group_blocks;
+    for (int part = 0; part < PARTS; part++) {
+        const float* a = x.floats;
+        int64_t at = 0;
+        for (int64_t g = 0; g * group < w.blocks; g++) {
+            vf z = splat(float(w.offset) - (w.half ? 0.5f : 0.0f));
+            if (w.zero[0]) z = to_float(zero_of(w, g, part));
+            vf t[M][4] = {};
+            for (int64_t b = 0; b < group; b++, at += w.step, a += 32 * M) {
+#pragma GCC unroll 8
+                for (int quad = 0; quad < QUADS; quad++) {
+                    const vi u = codes<BITS>(w.codes[0] + at, quad, part);
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) {
+                        const vf value = to_float((vi)((vu)u >> 8 * j) & 0xff) - z;
+                        for (int m = 0; m < M; m++) t[m][j] = fused(splat(a[m * 32 + quad * 4 + j]), value, t[m][j]);
+                    }
+                }
+            }
+            vf s_w = splat(1.0f);
+            if (!rows) s_w = scale_of(w, g, part);
+            for (int m = 0; m < M; m++) {
+                float* sum = sums + m * PANEL + part * LANES;
+                store(sum, fused((t[m][0] + t[m][1]) + (t[m][2] + t[m][3]), s_w, load<vf>(sum)));
+            }
+        }
+    }
+}
+
+typedef void (*Body)(const Panels&, const Inputs&, float*);
+typedef void (*Unpack)(const uint8_t*, uint8_t*);
+
+// Bodies for tiles of 1 to TALL rows; null where codes are unpacked before.
+struct Bodies {
+    Body rows[TALL], blocks[TALL], groups[TALL], summed[TALL], floating[TALL];
+    Unpack unpack;
+};
+
+template <int BITS, int M>
+constexpr void add(Bodies& bodies) {
+    bodies.rows[M - 1] = scaled<BITS, M, one_a_row>;
+    bodies.blocks[M - 1] = scaled<BITS, M, one_a_block>;
+    bodies.groups[M - 1] = scaled<BITS, M, one_a_group>;
+    bodies.summed[M - 1] = summed<BITS, M>;
+    bodies.floating[M - 1] = floating<BITS, M>;
+    if constexpr (M > 1) add<BITS, M - 1>(bodies);
+}
+
+template <int BITS, int M>
+constexpr Bodies up_to() {
+    Bodies bodies{{}, {}, {}, {}, {}, unpack_tile<BITS>};
+    add<BITS, M>(bodies);
+    return bodies;
+}
+
+constexpr int LOW = FEW < TALL ? FEW : TALL;
+constexpr Bodies BODIES[9] = {up_to<0, TALL>(), {},           up_to<2, LOW>(), up_to<3, LOW>(), up_to<4, LOW>(),
+                              up_to<5, LOW>(),  up_to<6, LOW>(), up_to<7, LOW>(), up_to<8, TALL>()};
+
+// ---- x ---------------------------------------------------------------------------------------------------------------
+
+// Rows of x in tiles of nearly equal size, none larger than `tallest`.
+struct Tiling {
+    int64_t rows, tiles;
+
+    INLINE Tiling(int64_t m, int64_t tallest) : rows(m), tiles((m + tallest - 1) / tallest) {}
+    INLINE int64_t first(int64_t tile) const { return tile * (rows / tiles) + least(tile, rows % tiles); }
+    INLINE int64_t height(int64_t tile) const { return rows / tiles + (tile < rows % tiles); }
+};
+
+// A slab of x as the bodies read it, in tiles. The tile that begins with row r begins at r * blocks * 32 (codes, floats)
+// and r * blocks (scale, sums).
+struct Slab {
+    int64_t rows, k, blocks;
+    const char* x;
+    Float type;
+    int8_t* codes;
+    float* scale;    // one for each block, or 1 where tokens have their own
+    int32_t* sums;   // of the codes of each block
+    float* token;    // [rows], or null
+    int32_t* total;  // [rows]: of all codes of a row
+    float* floats;
+    uint8_t* wild;   // [rows]: it holds a NaN or an infinity
+};
+
+INLINE int32_t across(vi x) {
+    int32_t lanes[LANES], sum = 0;
+    store(lanes, x);
+    for (int i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
+}
+
+// The bits of the largest magnitude: those of infinity and NaN are above all others.
+INLINE int32_t largest(vi magnitudes) {
+    int32_t lanes[LANES], most = 0;
+    store(lanes, magnitudes);
+    for (int i = 0; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+}
+
+#if LANES == 16
+#define ACROSS(x) _mm512_reduce_add_epi32(raw(x))
+#define LARGEST_OF(x) _mm512_reduce_max_epi32(raw(x))
+#else
+#define ACROSS(x) across(x)
+#define LARGEST_OF(x) largest(x)
+#endif
+
+constexpr int32_t INFINITE = 0x7f800000;
+constexpr int LOADS = BLOCK / LANES;
+
+INLINE vi magnitude(vf x) { return (vi)x & 0x7fffffff; }
+
+// 32 activations, zeros beyond the row's end.
+template <class T>
+INLINE void load_block(const Slab& s, int64_t row, int64_t block, vf* x) {
+    const typename T::value* at = (const typename T::value*)s.x + row * s.k + block * BLOCK;
+    const int64_t left = s.k - block * BLOCK;
+    if (left >= BLOCK) {
+        for (int i = 0; i < LOADS; i++) x[i] = T::widen(at + i * LANES);
+    } else {
+        typename T::value some[BLOCK] = {};
+        std::memcpy(some, at, left * sizeof *at);
+        for (int i = 0; i < LOADS; i++) x[i] = T::widen(some + i * LANES);
+    }
+}
+
+// 127 / largest, and the scale itself; both 0 for a block of (nearly) nothing.
+struct Step {
+    float scale, inverse;
+    INLINE explicit Step(float most) : scale(0), inverse(0) {
+        if (most >= FLUSH) {
+            scale = most / LARGEST;
+            inverse = 1.0f / scale;
+        }
+    }
+};
+
+INLINE int32_t round_block(const vf* x, float inverse, int8_t* codes) {
+    vi sum{};
+    for (int i = 0; i < LOADS; i++) {
+        const vf u = x[i] * inverse;
+        const vi q = round_to_int(vmin(vmax(u, splat(-LARGEST)), splat(LARGEST)));
+        sum += q;
+        typedef int8_t small __attribute__((vector_size(LANES)));
+        store(codes + i * LANES, __builtin_convertvector(q, small));
+    }
+    return ACROSS(sum);
+}
+
+// Row `row` of the slab, which is row r of a tile of `height` rows that begins with row `first`.
+template <class T>
+void quantize_row(const Slab& s, Activations how, float fixed_scale, int64_t first, int64_t height, int64_t r) {
+    const int64_t row = first + r;
+    int8_t* codes = s.codes + first * s.blocks * BLOCK + r * BLOCK;
+    float* scale = s.scale + first * s.blocks + r;
+    int32_t* sums = s.sums + first * s.blocks + r;
+    int32_t worst = 0, total = 0;
+    vf x[LOADS];
+    Step step(0);
+    if (how != Activations::blocks) {
+        vi most{};
+        for (int64_t b = 0; b < s.blocks; b++) {
+            load_block<T>(s, row, b, x);
+            for (int i = 0; i < LOADS; i++) most = magnitude(x[i]) > most ? magnitude(x[i]) : most;
+        }
+        worst = LARGEST_OF(most);
+        float value = fixed_scale * LARGEST;
+        if (how == Activations::tokens) std::memcpy(&value, &worst, 4);
+        step = Step(worst < INFINITE ? value : 0);
+        s.token[row] = step.scale;
+    }
+    for (int64_t b = 0; b < s.blocks; b++, codes += BLOCK * height, scale += height, sums += height) {
+        load_block<T>(s, row, b, x);
+        if (how == Activations::blocks) {
+            vi most{};
+            for (int i = 0; i < LOADS; i++) most = magnitude(x[i]) > most ? magnitude(x[i]) : most;
+            const int32_t bits = LARGEST_OF(most);
+            worst = bits > worst ? bits : worst;
+            float value;
+            std::memcpy(&value, &bits, 4);
+            step = Step(bits < INFINITE ? value : 0);
+        }
+        *scale = how == Activations::blocks ? step.scale : 1.0f;
+        *sums = round_block(x, step.inverse, codes);
+        total += *sums;
+    }
+    s.total[row] = total;
+    s.wild[row] = worst >= INFINITE;
+}
+
+template <class T>
+void widen_row(const Slab& s, int64_t first, int64_t height, int64_t r) {
+    float* floats = s.floats + first * s.blocks * BLOCK + r * BLOCK;
+    for (int64_t b = 0; b < s.blocks; b++, floats += BLOCK * height) {
+        vf x[LOADS];
+        load_block<T>(s, first + r, b, x);
+        for (int i = 0; i < LOADS; i++) store(floats + i * LANES, x[i]);
+    }
+}
+
+// ---- units -------------------------------------------------------------------------------------------------------------
+
+// What all threads share while they work on one slab.
+struct Job {
+    const Call* call;
+    Activations how;
+    Slab slab;
+    Tiling tiling;
+    bool few;                      // rows of x
+    int64_t row0;                  // the slab's first row in x and y
+    const int64_t* first_unit;     // [count + 1]
+    const int32_t* const* starts = nullptr;  // for each product: what its sums begin with, as in Inputs
+    const float* halves = nullptr;  // half the sums
+    int64_t next = 0;              // the next unit that nobody has taken
+    int64_t batch = 1;             // units to take at once
+};
+
+struct Scratch {
+    Buffer<uint8_t> bytes;
+    Buffer<float> sums;
+};
+
+INLINE int panels_of(Activations how, const Weights& w) {
+    if (how == Activations::floats) return 1;
+    return how != Activations::blocks && w.group == 0 ? WIDER : WIDE;
+}
+
+// What dot products leave out of every code.
+INLINE int shift_of(const Weights& w) { return w.bits == 8 ? SHIFT<8> : 0; }
+
+// y of one unit from its sums [rows, width].
+void finish(const Job& job, const Product& product, int64_t panel, int width, bool integers, const float* sums) {
+    const Weights& w = product.weights;
+    const Slab& s = job.slab;
+    const Float type = job.call->type;
+    const int shift = shift_of(w);
+    const int64_t last = least(panel + width, w.panels());
+    for (int64_t p = panel; p < last; p++) {
+        for (int part = 0; part < PARTS; part++) {
+            const int64_t n = p * PANEL + part * LANES, count = least(w.n - n, LANES);
+            if (count <= 0) break;
+            const int64_t at = p * PANEL + part * LANES;  // with one scale a row
+            vf s_w = splat(1.0f), bias{};
+            vi zero = splat_int(w.offset);
+            if (w.group == 0) s_w = widen((const char*)w.scale + at * size_of(w.scale_type), w.scale_type);
+            if (w.group == 0 && w.zero) {
+                typedef uint8_t small __attribute__((vector_size(LANES)));
+                zero = __builtin_convertvector(load<small>(w.zero + at), vi);
+            }
+            if (product.bias) bias = widen_some((const char*)product.bias + n * size_of(type), type, count);
+            char* y = (char*)product.y + ((job.row0 * w.n) + n) * size_of(type);
+            const float* sum = sums + (p - panel) * PANEL + part * LANES;
+            for (int64_t m = 0; m < s.rows; m++, y += w.n * size_of(type), sum += width * PANEL) {
+                vf value;
+                if (integers) {
+                    value = to_float(load<vi>(sum) - (zero - shift) * s.total[m]);
+                    if (w.half) value = value + splat(0.5f * float(s.total[m]));
+                } else {
+                    value = load<vf>(sum);
+                }
+                value = value * s_w;
+                if (s.token) value = value * splat(s.token[m]);
+                if (product.bias) value = value + bias;
+                narrow(value, type, y, count);
+            }
+        }
+    }
+}
+
+void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
+    int which = 0;
+    while (unit >= job.first_unit[which + 1]) which++;
+    const Product& product = job.call->products[which];
+    const Weights& w = product.weights;
+    const Slab& s = job.slab;
+    const bool floats = job.how == Activations::floats;
+    const bool integers = !floats && job.how != Activations::blocks && w.group == 0;
+    const int width = panels_of(job.how, w);
+    const int64_t panel = (unit - job.first_unit[which]) * width;
+    const bool direct = w.bits == 8 || job.few;
+    const Bodies& bodies = BODIES[direct ? w.bits : 0];
+    const Body* body = floats             ? bodies.floating
+                       : integers           ? bodies.summed
+                       : w.group == 0       ? bodies.rows
+                       : w.group == BLOCK   ? bodies.blocks
+                                            : bodies.groups;
+    float* sums = scratch.sums.need(s.rows * width * PANEL);
+    std::memset(sums, 0, s.rows * width * PANEL * sizeof(float));
+    const int64_t group = w.group / BLOCK;
+    int64_t chunk = job.tiling.tiles == 1 && direct ? s.blocks : CHUNK / BLOCK;
+    if (group) chunk = most(chunk / group, 1) * group;
+    for (int64_t b = 0; b < s.blocks; b += chunk) {
+        Panels part{};
+        part.blocks = least(chunk, s.blocks - b);
+        part.group_blocks = group;
+        part.type = w.scale_type;
+        part.offset = w.offset;
+        part.half = w.half;
+        part.step = direct ? w.tile_bytes() : width * 8 * TILE_UNIT;
+        uint8_t* bytes = direct ? nullptr : scratch.bytes.need(chunk * part.step);
+        for (int p = 0; p < width; p++) {
+            const int64_t source = least(panel + p, w.panels() - 1);  // beyond the last, it again
+            const uint8_t* tiles = w.codes + (source * s.blocks + b) * w.tile_bytes();
+            if (!direct) {
+                uint8_t* to = bytes + p * 8 * TILE_UNIT;
+                for (int64_t i = 0; i < part.blocks; i++) BODIES[w.bits].unpack(tiles + i * w.tile_bytes(), to + i * part.step);
+                tiles = to;
+            }
+            const int64_t at = source * w.groups() + (group ? b / group : 0);
+            part.codes[p] = tiles;
+            part.scale[p] = (const uint8_t*)w.scale + at * PANEL * size_of(w.scale_type);
+            part.zero[p] = w.zero ? w.zero + at * PANEL : nullptr;
+        }
+        for (int64_t t = 0; t < job.tiling.tiles; t++) {
+            const int64_t first = job.tiling.first(t), height = job.tiling.height(t);
+            const int64_t at = first * s.blocks + b * height;
+            Inputs x{};
+            if (floats) {
+                x.floats = s.floats + at * BLOCK;
+            } else {
+                x.codes = s.codes + at * BLOCK;
+                x.scale = s.scale + at;
+                x.start = integers ? nullptr : job.starts[which] + at;
+                x.half = w.half && !integers ? job.halves + at : nullptr;
+            }
+            body[height - 1](part, x, sums + first * width * PANEL);
+        }
+    }
+    finish(job, product, panel, width, integers, sums);
+}
+
+void work(void* context) {
+    Job& job = *(Job*)context;
+    static thread_local Scratch scratch;
+    const int64_t units = job.first_unit[job.call->count];
+    for (;;) {
+        const int64_t begin = __atomic_fetch_add(&job.next, job.batch, __ATOMIC_RELAXED);
+        if (begin >= units) return;
+        for (int64_t unit = begin; unit < least(begin + job.batch, units); unit++) run_unit(job, unit, scratch);
+    }
+}
+
+template <class T>
+void prepare(void* context) {
+    Job& job = *(Job*)context;
+    for (;;) {
+        const int64_t begin = __atomic_fetch_add(&job.next, job.batch, __ATOMIC_RELAXED);
+        if (begin >= job.tiling.tiles) return;
+        for (int64_t t = begin; t < least(begin + job.batch, job.tiling.tiles); t++) {
+            const int64_t first = job.tiling.first(t), height = job.tiling.height(t);
+            for (int64_t r = 0; r < height; r++) {
+                if (job.how == Activations::floats) {
+                    widen_row<T>(job.slab, first, height, r);
+                } else {
+                    quantize_row<T>(job.slab, job.how, job.call->fixed_scale, first, height, r);
+                }
+            }
+        }
+    }
+}
+
+struct Arena {
+    Buffer<int8_t> codes;
+    Buffer<float> scale, token, floats, halves;
+    Buffer<int32_t> sums, total, starts;
+    Buffer<uint8_t> wild;
+    Buffer<const int32_t*> start_of;
+    Buffer<int64_t> first_unit;
+};
+
+// With zeros: minus the sums. Without: minus offset times the sums.
+INLINE void starts_of(const Slab& s, int factor, int32_t* out) {
+    for (int64_t i = 0; i < s.rows * s.blocks; i++) out[i] = -factor * s.sums[i];
+}
+
+void run_rows(const Call& call, Activations how, int64_t row0, int64_t rows) {
+    static thread_local Arena arena;
+    const bool few = rows <= FEW_ROWS;
+    Job job{&call, how, {}, Tiling(rows, few ? LOW : TALL), few, row0, arena.first_unit.need(call.count + 1)};
+    Slab& s = job.slab;
+    const Weights& w0 = call.products[0].weights;
+    s.rows = rows;
+    s.k = w0.k;
+    s.blocks = w0.blocks();
+    s.x = (const char*)call.x + row0 * s.k * size_of(call.type);
+    s.type = call.type;
+    const int64_t count = rows * s.blocks;
+    int64_t n = 0;
+    arena.first_unit.data[0] = 0;
+    for (int i = 0; i < call.count; i++) {
+        const Weights& w = call.products[i].weights;
+        const int width = panels_of(how, w);
+        arena.first_unit.data[i + 1] = arena.first_unit.data[i] + (w.panels() + width - 1) / width;
+        n += w.n;
+    }
+    const int threads = rows * s.k * n < SMALL ? 1 : call.threads;
+    if (how == Activations::floats) {
+        s.floats = arena.floats.need(count * BLOCK);
+    } else {
+        s.codes = arena.codes.need(count * BLOCK);
+        s.scale = arena.scale.need(count);
+        s.sums = arena.sums.need(count);
+        s.total = arena.total.need(rows);
+        s.wild = arena.wild.need(rows);
+        if (how != Activations::blocks) s.token = arena.token.need(rows);
+    }
+    job.batch = most(job.tiling.tiles / (4 * threads), 1);
+    const auto typed = call.type == Float::f32 ? prepare<F32> : call.type == Float::f16 ? prepare<F16> : prepare<BF16>;
+    run_team(rows * s.k < SMALL ? 1 : threads, typed, &job);
+    if (how != Activations::floats) {
+        job.starts = arena.start_of.need(call.count);
+        int32_t* starts = arena.starts.need(count * call.count);
+        for (int i = 0; i < call.count; i++) {
+            const Weights& w = call.products[i].weights;
+            const int factor = w.zero ? 1 : w.offset - shift_of(w);
+            int32_t* own = starts + i * count;
+            arena.start_of.data[i] = own;
+            starts_of(s, factor, own);
+            if (w.half) {
+                float* halves = arena.halves.need(count);
+                for (int64_t j = 0; j < count; j++) halves[j] = 0.5f * float(s.sums[j]);
+                job.halves = halves;
+            }
+        }
+    }
+    const int64_t units = job.first_unit[call.count];
+    job.next = 0;
+    job.batch = most(units / (8 * threads), 1);
+    run_team(threads, work, &job);
+    if (how == Activations::floats) return;
+    for (int64_t m = 0; m < rows; m++) {
+        if (s.wild[m]) run_rows(call, Activations::floats, row0 + m, 1);  // as floats do it: its arena has other parts
+    }
+}
+
+}  // namespace
+
+void linear(const Call& call) {
+    const int64_t k = call.products[0].weights.blocks() * BLOCK;
+    const int64_t slab = most(SLAB_BYTES / k / TALL * TALL, 16 * TALL);
+    for (int64_t row = 0; row < call.m; row += slab) run_rows(call, call.activations, row, least(slab, call.m - row));
+}
+
+int64_t spin(int64_t rounds) {
+    constexpr int CHAINS = 12;
+    vi acc[CHAINS] = {}, u = splat_int(0x01020304), a = splat_int(0x04030201);
+    for (int64_t i = 0; i < rounds; i++) {
+#pragma GCC unroll 12
+        for (int c = 0; c < CHAINS; c++) {
+            acc[c] = dot<4>(acc[c], u, a);
+#if defined(__x86_64__)
+            __asm__ volatile("" : "+v"(acc[c]), "+v"(u));
+#elif defined(__aarch64__)
+            __asm__ volatile("" : "+w"(acc[c]), "+w"(u));
+#endif
+        }
+    }
+    return rounds * CHAINS * LANES * 4 * 2;
+}
+
+int64_t read(const void* data, int64_t bytes) {
+    const char* at = (const char*)data;
+    vi acc[8] = {};
+    for (int64_t i = 0; i + 8 * BYTES <= bytes; i += 8 * BYTES) {
+        for (int j = 0; j < 8; j++) acc[j] ^= load<vi>(at + i + j * BYTES);
+    }
+    for (int j = 1; j < 8; j++) acc[0] ^= acc[j];
+    return ACROSS(acc[0]);
+}
+
+}  // namespace spicerack::SPICERACK_ISA
