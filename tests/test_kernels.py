@@ -39,16 +39,24 @@ def quantized(scheme: Scheme, n: int = 24, k: int = 192) -> QTensor:
     return codec.encode(torch.randn(n, k, generator=torch.Generator().manual_seed(1)), scheme, range_="absmax")
 
 
+def run(row: kernel.Kernel, x: torch.Tensor, q: QTensor) -> torch.Tensor:
+    n, k = q.shape
+    return row.run(x, (kernel.Operand(q.scheme, (n, k), row.pack(q)),))[0]
+
+
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
-def product(x: torch.Tensor, q: QTensor) -> torch.Tensor:
-    """float64 [..., N], with activations as the scheme wants them."""
-    if q.scheme.activations:
-        scale = x.float().abs().amax(-1, keepdim=True) / 127
-        x = torch.round(x.float() / torch.where(scale == 0, 1.0, scale)).double() * scale.double()
-    return x.double() @ codec.decode(q).double().t()
+def activations(x: torch.Tensor, q: QTensor, row: kernel.Kernel) -> torch.Tensor:
+    """float64 x as the row multiplies it: int8 with a scale for a token (a8) or for 32 columns, or as it is."""
+    x = x.float()
+    if q.scheme.activations is None and row.compute == "float":
+        return x.double()
+    blocks = x.unflatten(-1, (-1, 32)) if q.scheme.activations is None else x[..., None, :]
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    inverse = 1 / torch.where(scale == 0, 1.0, scale)
+    return (torch.round(blocks * inverse).double() * scale.double()).flatten(-2)
 
 
 def bound(x: torch.Tensor, q: QTensor) -> torch.Tensor:
@@ -76,9 +84,10 @@ def test_products_are_within_rounding(name: str, scheme: Scheme, shape: tuple[in
     row, q, x = kernel.get(name), quantized(scheme), inputs(*shape)
     if row.fits(scheme, (24, 192), torch.float32, CPU) is not None:
         pytest.skip("does not fit")
-    y = row.run(x, scheme, (24, 192), row.pack(q))
+    y = run(row, x, q)
     assert y.shape == (*shape[:-1], 24) and y.dtype == x.dtype
-    assert bool(((y.double() - product(x, q)).abs() <= bound(x, q)).all())
+    x = activations(x, q, row)
+    assert bool(((y.double() - x @ codec.decode(q).double().t()).abs() <= bound(x, q)).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -86,7 +95,7 @@ def test_weight_only_equals_the_dense_layer_in_every_type(dtype: torch.dtype) ->
     q, x = quantized(parse("w4g32z")), inputs(5, 192, dtype=dtype)
     row = kernel.get("reference")
     dense = torch.nn.functional.linear(x, codec.decode(q, dtype))
-    assert torch.equal(row.run(x, q.scheme, (24, 192), row.pack(q)), dense)
+    assert torch.equal(run(row, x, q), dense)
 
 
 def test_the_integer_product_is_exact_at_any_depth() -> None:
@@ -98,7 +107,7 @@ def test_the_integer_product_is_exact_at_any_depth() -> None:
     q = QTensor(scheme, codes, torch.full((3, 1), 0.5, dtype=torch.float16))
     x = torch.full((2, k), 127.0)  # scale 1
     x[1, ::3] = -126.0
-    y = reference.run(x, scheme, (3, k), reference.KERNEL.pack(q))
+    y = run(reference.KERNEL, x, q)
     assert torch.equal(y, ((x.long() @ codes.long().t()).float() * 0.5))
 
 
@@ -116,7 +125,7 @@ def test_gradients_with_respect_to_inputs_are_the_dense_ones(name: str, scheme: 
     if row.fits(scheme, (24, 192), torch.float32, CPU) is not None:
         pytest.skip("does not fit")
     x, grad = inputs(4, 192).requires_grad_(), inputs(4, 24)
-    row.run(x, scheme, (24, 192), row.pack(q)).backward(grad)
+    run(row, x, q).backward(grad)
     assert x.grad is not None
     assert torch.allclose(x.grad, grad @ codec.decode(q), rtol=1e-5, atol=1e-5)
 

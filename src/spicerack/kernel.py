@@ -5,13 +5,14 @@ A kernel is one file in `kernels/`. It lays a QTensor out for itself in memory; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from spicerack import registry
-from spicerack.errors import SchemeError
+from spicerack.errors import SchemeError, UsageError
 from spicerack.packed import Rows, Tensors
 from spicerack.qtensor import QTensor
 from spicerack.scheme import Scheme
@@ -20,27 +21,47 @@ Shape = tuple[int, int]
 """[N, K]: outputs, inputs."""
 
 
+Compute = Literal["int8", "float"]
+"""What weight-only schemes multiply with: activations rounded to int8 on the fly, in blocks of 32, or floats.
+
+A scheme that names its activations (a8) has them so with either."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One of the matrices that share an input: its packed tensors, and a bias [N] or None."""
+
+    scheme: Scheme
+    shape: Shape
+    tensors: Tensors
+    bias: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """
+    speed   of the rows that fit, the one with the highest runs
+    compute "int8" if it rounds the activations of weight-only schemes; such rows run only where that is asked for
     fits    (scheme, [N, K], type of x, device) -> why it cannot run these, or None if it can
     pack    QTensor [N, K] -> tensors by name, in the kernel's own layout
     unpack  its exact inverse: (scheme, [N, K], tensors) -> QTensor
     rows    (scheme, [N, K], tensors, rows) -> float32 [R, K], the chosen rows decoded
-    run     (x [..., K], scheme, [N, K], tensors) -> x W^T [..., N] in x's type; differentiable in x
+    run     (x [..., K], operands) -> for each x W^T + b [..., N] in x's type; differentiable in x and b
     """
 
     name: str
+    speed: int
+    compute: Compute
     fits: Callable[[Scheme, Shape, torch.dtype, torch.device], str | None]
     pack: Callable[[QTensor], dict[str, torch.Tensor]]
     unpack: Callable[[Scheme, Shape, Tensors], QTensor]
     rows: Callable[[Scheme, Shape, Tensors, Rows], torch.Tensor]
-    run: Callable[[torch.Tensor, Scheme, Shape, Tensors], torch.Tensor]
+    run: Callable[[torch.Tensor, Sequence[Operand]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The kernel that will run, and the ones passed over: name -> reason."""
+    """The kernel that will run, and the faster ones that were passed over: name -> reason."""
 
     kernel: Kernel
     passed_over: dict[str, str]
@@ -52,17 +73,34 @@ def get(name: str) -> Kernel:
     return found
 
 
-def pick(scheme: Scheme, shape: Shape, dtype: torch.dtype, device: torch.device) -> Choice:
-    """The first kernel that fits; the reference, which runs everything it can anywhere, is asked last.
+def table() -> list[Kernel]:
+    """All kernels, fastest first, whether or not this machine runs them."""
+    return sorted(map(get, registry.names("kernels")), key=lambda kernel: -kernel.speed)
 
-    Raises SchemeError if none fits.
+
+def pick(
+    scheme: Scheme,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    compute: Compute | None = None,
+) -> Choice:
+    """The fastest kernel that fits; the reference, which runs everything anywhere, is the slowest.
+
+    compute: None is the reference, as long as native kernels have to be asked for. Raises SchemeError if no kernel
+    fits, UsageError for another `compute`.
     """
+    if compute not in (None, "int8", "float"):
+        raise UsageError(f"compute={compute!r}", 'use "int8" or "float"')
     passed_over: dict[str, str] = {}
-    for name in sorted(registry.names("kernels"), key=lambda name: (name == "reference", name)):
-        kernel = get(name)
+    for kernel in table():
         reason = kernel.fits(scheme, shape, dtype, device)
+        if reason is None and compute is None and kernel.name != "reference":
+            reason = "native kernels run where compute is given"
+        if reason is None and compute == "float" and kernel.compute == "int8" and scheme.activations is None:
+            reason = "rounds activations to int8, and float was asked for"
         if reason is None:
             return Choice(kernel, passed_over)
-        passed_over[name] = reason
+        passed_over[kernel.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise SchemeError(f"no kernel runs {scheme} here: {reasons}", "use another scheme, or skip the layer")

@@ -18,6 +18,7 @@ from spicerack.architecture import Destination, destinations
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.errors import CheckpointError, LoadError
 from spicerack.format import Format, Planned
+from spicerack.kernel import Compute
 from spicerack.placing import Expert, fill, float_names, make_slot, make_stack_slot, read_floats
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -28,6 +29,7 @@ def load(
     folder: str | Path,
     *,
     device: str | torch.device = ...,
+    compute: Compute | None = ...,
     dtype: torch.dtype | None = ...,
     trust_remote_code: bool = ...,
 ) -> PreTrainedModel: ...
@@ -37,19 +39,23 @@ def load(
     *,
     into: _Module,
     device: str | torch.device = ...,
+    compute: Compute | None = ...,
 ) -> _Module: ...
 def load(
     folder: str | Path,
     *,
     into: nn.Module | None = None,
     device: str | torch.device = "cpu",
+    compute: Compute | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model in `folder` (or at a hub id), in eval mode on `device`.
 
     Quantized layers become `QLinear`, `QEmbedding` and `QStack`, whose weights stay packed in memory; float folders
-    load as they are. dtype: of the float parameters; None keeps the stored one. into: your own module, for folders
+    load as they are. compute: "int8" runs native kernels that round activations on the fly, in blocks of 32, "float"
+    native kernels that do not; None is the reference kernel in torch. dtype: of the float parameters; None keeps the
+    stored one. into: your own module, for folders
     written by `spicerack.save`; it is changed in place and returned.
 
     Raises CheckpointError, LoadError (the tensors do not fit the model, named) and UntrustedCodeError.
@@ -58,7 +64,7 @@ def load(
     fmt = format.of_folder(checkpoint)
     plan = fmt.plan(checkpoint) if fmt is not None else {}
     if into is not None:
-        return _into(into, checkpoint, fmt, plan, device)
+        return _into(into, checkpoint, fmt, plan, device, compute)
     config = fmt.float_config(checkpoint.config) if fmt is not None else checkpoint.config
     if not config:
         raise CheckpointError(f"{checkpoint.folder} holds a plain module", "pass it: load(folder, into=module)")
@@ -76,7 +82,7 @@ def load(
         warnings.warn(f"{checkpoint.folder}: {model_class.__name__} has no use for {_few(unused)}", stacklevel=2)
     nn.Module.to(model, device)
     if fmt is not None:
-        fill(model, checkpoint, fmt, device)
+        fill(model, checkpoint, fmt, device, compute)
     return model
 
 
@@ -150,6 +156,7 @@ def _into(
     fmt: Format | None,
     plan: Mapping[str, Planned],
     device: str | torch.device,
+    compute: Compute | None,
 ) -> nn.Module:
     """Fill a module whose own names are the checkpoint's."""
     layers = {name: layer.weight for name, layer in module.named_modules(remove_duplicate=False) if _has_weight(layer)}
@@ -176,7 +183,7 @@ def _into(
         raise LoadError(f"{checkpoint.folder}: {error}", "build the module as it was when it was saved") from error
     module.to(device)
     if fmt is not None:
-        fill(module, checkpoint, fmt, device)
+        fill(module, checkpoint, fmt, device, compute)
     return module
 
 

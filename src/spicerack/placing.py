@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.errors import LoadError
 from spicerack.format import Format, Planned
+from spicerack.kernel import Compute
 from spicerack.models import names
 from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.experts import FloatWeight, QStack
@@ -91,14 +92,16 @@ def make_stack_slot(model: nn.Module, parameter: str, experts: list[list[Expert]
     vars(owner)["_is_hf_initialized"] = True  # its initializer would look for the parameter
 
 
-def fill(model: nn.Module, checkpoint: Checkpoint, fmt: Format, device: str | torch.device) -> None:
+def fill(
+    model: nn.Module, checkpoint: Checkpoint, fmt: Format, device: str | torch.device, compute: Compute | None = None
+) -> None:
     """Put the packed layers into all slots of `model`; what is tied shares one PackedWeight."""
     done: dict[str, PackedWeight] = {}
 
     def packed(planned: Planned, dtype: torch.dtype) -> PackedWeight:
         if planned.module not in done:
             tensors = {name: checkpoint.read(name) for name in fmt.layout(planned)}
-            done[planned.module] = PackedWeight(fmt.decode(planned, tensors), dtype, device)
+            done[planned.module] = PackedWeight(fmt.decode(planned, tensors), dtype, device, compute)
         return done[planned.module]
 
     def part(expert: Expert, dtype: torch.dtype) -> PackedWeight | FloatWeight:

@@ -10,12 +10,12 @@ at once, however large the layer, and forgets them again; the gradient with resp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from spicerack import packed
-from spicerack.kernel import Kernel, Shape
+from spicerack.kernel import Kernel, Operand, Shape
 from spicerack.packed import Tensors
 from spicerack.qtensor import QTensor
 from spicerack.scheme import IntLevels, Scheme
@@ -43,8 +43,9 @@ def unpack(scheme: Scheme, shape: Shape, tensors: Tensors) -> QTensor:
     return packed.unpack(scheme, shape, tensors)
 
 
-def run(x: torch.Tensor, scheme: Scheme, shape: Shape, tensors: Tensors) -> torch.Tensor:
-    return _product(x, scheme, shape, tensors)
+def run(x: torch.Tensor, operands: Sequence[Operand]) -> list[torch.Tensor]:
+    products = [(_product(x, o.scheme, o.shape, o.tensors), o.bias) for o in operands]
+    return [y if bias is None else y + bias.to(y.dtype) for y, bias in products]
 
 
 class _Product(torch.autograd.Function):
@@ -115,4 +116,4 @@ def _chunks(shape: Shape) -> Iterator[slice]:
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-KERNEL = Kernel("reference", fits, packed.pack, unpack, rows, run)
+KERNEL = Kernel("reference", 0, "float", fits, packed.pack, unpack, rows, run)

@@ -44,5 +44,4 @@ class QLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.packed(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.packed.forward(x, self.bias)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from spicerack import kernel
+from spicerack.kernel import Compute
 from spicerack.packed import Rows
 from spicerack.qtensor import QTensor
 
@@ -18,14 +19,20 @@ class PackedWeight(nn.Module):
     """W [N, K], packed. Two layers that are tied (a head and an embedding) hold the same PackedWeight.
 
     q: two axes. dtype: of the float weight it replaces; decides nothing but the type of `decode`.
-    device: where it will run, which decides the kernel; the tensors are moved there.
+    device: where it will run, which decides the kernel; the tensors are moved there. compute: as in `kernel.pick`.
     """
 
-    def __init__(self, q: QTensor, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        q: QTensor,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        compute: Compute | None = None,
+    ) -> None:
         super().__init__()
         rows, columns = q.shape
         self.scheme, self.shape, self.transposed, self.dtype = q.scheme, (rows, columns), q.transposed, dtype
-        self.choice = kernel.pick(q.scheme, self.shape, dtype, torch.device(device))
+        self.choice = kernel.pick(q.scheme, self.shape, dtype, torch.device(device), compute)
         self._names: dict[str, str] = {}
         for name, tensor in self.choice.kernel.pack(q).items():
             self._names[name] = name.replace(".", "_")
@@ -37,16 +44,21 @@ class PackedWeight(nn.Module):
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The packed tensors under the kernel's names."""
-        return {name: self.get_buffer(buffer) for name, buffer in self._names.items()}
+        buffers: dict[str, torch.Tensor] = self._buffers  # type: ignore[assignment]
+        return {name: buffers[buffer] for name, buffer in self._names.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> x W^T [..., N]."""
-        return self.choice.kernel.run(x, self.scheme, self.shape, self.tensors)
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] -> x W^T + bias [..., N]."""
+        return self.choice.kernel.run(x, (self.operand(bias),))[0]
+
+    def operand(self, bias: torch.Tensor | None = None) -> kernel.Operand:
+        """The matrix as its kernel takes it."""
+        return kernel.Operand(self.scheme, self.shape, self.tensors, bias)
 
     def rows(self, which: Rows) -> torch.Tensor:
         """[R, K] in `dtype`: the chosen rows, decoded."""

@@ -1,0 +1,304 @@
+"""The multiplying kernels of the native module: panels of packed weights, and y = x W^T + b on them.
+
+Layout, arithmetic and bounds are told in native/kernels/. All engines give the same bits, for any number of rows and
+threads. Threads are those of torch's own OpenMP team.
+
+    spicerack::linear    the same as a torch operator, for torch.compile, torch.export and autograd
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from spicerack import _native, native
+from spicerack.errors import ShapeError
+from spicerack.packed import Rows, Tensors
+from spicerack.qtensor import QTensor
+from spicerack.scheme import IntLevels, Scheme
+
+NAMES: tuple[str, ...] = tuple(_native.engines())
+"""Engines that this processor runs, fastest first; "scalar" is always the last."""
+ALL = ("avx512vnni", "avx512vlvnni", "avxvnni", "avx2", "neon", "scalar")
+PANEL, BLOCK, UNIT = 16, 32, 64
+"""Rows of a panel, columns of a tile, bytes of a tile for each bit: native/kernels/kernel.h."""
+FLOATS, BLOCKS, TOKENS, FIXED = range(4)
+"""How activations enter: float32; int8 with a scale for 32 columns of a row, for a row, or one that is given."""
+MAX_EXACT_COLUMNS = 1 << 16
+"""Columns whose products are summed in int32 without overflow: 255 * 127 * 2^16 < 2^31."""
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Of x, y, bias and scales, as the native module counts them."""
+_CHUNK = 1 << 22
+"""Weights decoded at once for a gradient."""
+
+
+class Spec(NamedTuple):
+    """A matrix [N, K]: w = scale * (u - offset or zero + half / 2), u below 2^bits. group: columns, 0 for the row."""
+
+    n: int
+    k: int
+    group: int
+    bits: int
+    offset: int
+    half: bool
+
+
+@cache
+def spec_of(scheme: Scheme, shape: tuple[int, int]) -> Spec:
+    """The scheme's integer levels for a matrix of this shape."""
+    assert isinstance(scheme.levels, IntLevels)
+    levels = scheme.levels
+    group = scheme.group or 0
+    return Spec(*shape, 0 if group == shape[1] else group, scheme.bits, -levels.lo, levels.half)
+
+
+def unfit(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a weight has no panels, or None if it has."""
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}"
+    if dtype not in TYPES:
+        return f"takes float32, float16 and bfloat16, not {dtype}"
+    if not isinstance(scheme.levels, IntLevels):
+        return "its levels are a table, not integers"
+    if scheme.bits < 2:
+        return "codes have 2 to 8 bits"
+    if scheme.min is not None or isinstance(scheme.scale, Scheme) or scheme.scale == "float8_e8m0fnu":
+        return "scales are plain floats and there are no minima"
+    rows, columns = scheme.block
+    if rows != (1 if columns is not None else rows) or rows not in (1, None):
+        return f"a scale belongs to one row or to the whole matrix, not to {rows} rows"
+    if columns is not None and columns != shape[1] and columns % BLOCK:
+        return f"groups are multiples of {BLOCK}, not {columns}"
+    if scheme.activations == "static":
+        return "static activation scales are not kept in folders"
+    return None
+
+
+# ---- panels ----------------------------------------------------------------------------------------------------------
+
+
+def pack(q: QTensor) -> dict[str, torch.Tensor]:
+    """codes uint8 [N/16, K/32, 64 bits], scale [N/16, groups, 16] as stored, zero uint8 like scale; N, K rounded up."""
+    n, k = q.shape
+    spec = spec_of(q.scheme, (n, k))
+    assert isinstance(q.scale, torch.Tensor)
+    tiles = torch.zeros((-(-n // PANEL), -(-k // BLOCK), UNIT * spec.bits), dtype=torch.uint8)
+    codes = q.codes.cpu().contiguous().view(torch.uint8)
+
+    def work(first: int, last: int) -> None:
+        _native.to_panels(codes[first * PANEL : last * PANEL], spec.bits, spec.offset, tiles[first:last])
+
+    with native.team(torch.get_num_threads()) as workers:
+        workers.run(work, len(tiles))
+    tensors = {"codes": tiles, "scale": _to_lanes(q.scale.cpu(), n)}
+    if q.zero is not None:
+        tensors["zero"] = _to_lanes((q.zero.cpu().to(torch.int16) + spec.offset).to(torch.uint8), n)
+    return tensors
+
+
+def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors) -> QTensor:
+    """Inverse of `pack`."""
+    n, k = shape
+    spec = spec_of(scheme, shape)
+    signed = spec.offset > 0
+    codes = torch.empty((n, k), dtype=torch.uint8)
+    _native.from_panels(tensors["codes"].cpu(), spec.bits, spec.offset, codes)
+    scale = _from_lanes(tensors["scale"], n)
+    if scheme.block == (None, None):
+        scale = scale[:1]
+    zero = None
+    if scheme.zero:
+        zero = _from_lanes(tensors["zero"], n).to(torch.int16).sub_(spec.offset)
+        zero = zero.to(torch.int8 if signed else torch.uint8)
+    return QTensor(scheme, codes.view(torch.int8) if signed else codes, scale, zero)
+
+
+def _to_lanes(values: torch.Tensor, n: int) -> torch.Tensor:
+    """[N or 1, groups] -> [N/16, groups, 16]; rows beyond N are zeros."""
+    padded = values.new_zeros((-(-n // PANEL) * PANEL, values.shape[1]))
+    padded[:n] = values
+    return padded.view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _from_lanes(lanes: torch.Tensor, n: int) -> torch.Tensor:
+    return lanes.transpose(1, 2).reshape(-1, lanes.shape[1])[:n].contiguous()
+
+
+def rows(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, which: Rows) -> torch.Tensor:
+    """float32 [R, K]: the chosen rows, equal to `codec.decode` bit for bit. Raises IndexError."""
+    codes, scale, zero = tensors["codes"], tensors["scale"], tensors.get("zero")
+    return _rows(codes, scale, zero, spec_of(scheme, shape), which)
+
+
+def _rows(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: Spec, which: Rows) -> torch.Tensor:
+    if isinstance(which, slice):
+        which = torch.arange(*which.indices(spec.n))
+    which = which.to(torch.int64).contiguous()
+    if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < spec.n:
+        raise IndexError(f"row {int(which.max())} of a table with {spec.n} rows (least: {int(which.min())})")
+    out = torch.empty((len(which), spec.k))
+    matrix = _matrix(codes, scale, zero, spec)
+    with native.team(torch.get_num_threads() if out.numel() > _CHUNK // 16 else 1) as workers:
+        workers.run(lambda first, last: _native.rows(matrix, which[first:last], out[first:last]), len(which))
+    return out
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+class Operand(NamedTuple):
+    """One of the matrices that share an input, as `pack` made it."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    bias: torch.Tensor | None
+    spec: Spec
+
+
+def multiply(
+    x: torch.Tensor,
+    operands: Sequence[Operand],
+    engine: int,
+    activations: int,
+    *,
+    fixed_scale: float = 0.0,
+    threads: int = 0,
+) -> list[torch.Tensor]:
+    """x [..., K] -> x W^T + b [..., N] for each operand, in x's type; x is quantized once. No gradients.
+
+    fixed_scale: of the activations, if they are FIXED. threads: 0 is as many as torch uses. Raises ShapeError and
+    TypeError. NaN and infinities in a row of x give what float arithmetic gives for that row.
+    """
+    k = operands[0].spec.k
+    kind = TYPES.get(x.dtype)
+    if kind is None:
+        raise TypeError(f"x is {x.dtype}; kernels take float32, float16 and bfloat16")
+    if x.shape[-1:] != (k,):
+        raise ShapeError(f"x has shape {list(x.shape)}, the layer takes [..., {k}]", "check the layer's input")
+    if x.device.type != "cpu":
+        raise TypeError(f"x is on {x.device}; this layer was packed for the CPU")
+    if not x.is_contiguous() or x.data_ptr() % x.itemsize:
+        x = x.clone(memory_format=torch.contiguous_format)
+    outputs, products = [], []
+    for codes, scale, zero, bias, spec in operands:
+        y = x.new_empty((*x.shape[:-1], spec.n))
+        address = 0
+        if bias is not None:
+            if bias.dtype != x.dtype or not bias.is_contiguous() or bias.numel() != spec.n:
+                bias = bias.to(x.dtype).reshape(spec.n).contiguous()
+            address = bias.data_ptr()
+        outputs.append(y)
+        products.append((*_matrix(codes, scale, zero, spec), address, y.data_ptr()))
+    if outputs[0].numel():
+        _native.linear(engine, x.data_ptr(), kind, x.numel() // k, activations, fixed_scale, threads, products)
+    return outputs
+
+
+def _matrix(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: Spec
+) -> tuple[int, int, int, int, int, int, int, int, int, bool]:
+    """What the native module is told of a matrix; its memory has the size that the numbers say. Raises ShapeError."""
+    n, k, group, bits, offset, half = spec
+    panels = -(-n // PANEL)
+    scales = panels * PANEL * (k // group if group else 1)
+    if (
+        codes.dtype != torch.uint8
+        or codes.numel() != panels * -(-k // BLOCK) * UNIT * bits
+        or scale.numel() != scales
+        or (zero is not None and (zero.numel() != scales or zero.dtype != torch.uint8))
+        or not (codes.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous()))
+        or not codes.is_cpu
+        or not scale.is_cpu
+        or scale.dtype not in TYPES
+    ):
+        raise ShapeError(f"packed tensors do not make a [{n}, {k}] matrix of {bits} bits", "pack the weight again")
+    address = 0 if zero is None else zero.data_ptr()
+    return codes.data_ptr(), scale.data_ptr(), address, TYPES[scale.dtype], n, k, group, bits, offset, half
+
+
+# ---- as a torch operator ---------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("spicerack", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, SymInt n, SymInt k, int group, int bits, "
+    "int offset, bool half, int engine, int activations) -> Tensor"
+)
+
+
+def _linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    group: int,
+    bits: int,
+    offset: int,
+    half: bool,
+    engine: int,
+    activations: int,
+) -> torch.Tensor:
+    spec = Spec(n, k, group, bits, offset, half)
+    return multiply(x, (Operand(codes, scale, zero, bias, spec),), engine, activations)[0]
+
+
+def _fake(x: torch.Tensor, *rest: object) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], rest[4]))  # type: ignore[arg-type]
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: torch.Tensor) -> None:  # noqa: ARG001
+    _, codes, scale, zero, bias, *numbers = inputs
+    ctx.save_for_backward(codes, scale, zero)  # type: ignore[arg-type]
+    ctx.spec, ctx.bias = Spec(*numbers[:6]), bias is not None  # type: ignore[attr-defined, arg-type]
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    codes, scale, zero = ctx.saved_tensors  # type: ignore[attr-defined]
+    spec: Spec = ctx.spec  # type: ignore[attr-defined]
+    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.bias  # type: ignore[attr-defined]
+    for_x = None
+    if needs_x:
+        for_x = grad.new_zeros((*grad.shape[:-1], spec.k))
+        step = max(_CHUNK // spec.k, 1)
+        for start in range(0, spec.n, step):
+            some = slice(start, min(start + step, spec.n))
+            for_x += grad[..., some] @ _rows(codes, scale, zero, spec, some).to(grad.dtype)
+    for_bias = grad.reshape(-1, spec.n).sum(0) if needs_bias else None
+    return (for_x, None, None, None, for_bias, *[None] * 8)
+
+
+_LIBRARY.impl("linear", _linear, "CPU")
+torch.library.register_fake("spicerack::linear", _fake, lib=_LIBRARY)
+torch.library.register_autograd("spicerack::linear", _gradients, setup_context=_keep, lib=_LIBRARY)
+OPERATOR = torch.ops.spicerack.linear.default
+
+
+# ---- measured limits -------------------------------------------------------------------------------------------------
+
+
+def dot_peak(threads: int, *, engine: int = 0, seconds: float = 0.3) -> float:
+    """Operations per second (2 for a multiply-add) of integer dot products that touch registers only; the best turn."""
+    best, rounds, end = 0.0, 200_000, time.perf_counter() + seconds
+    while (begin := time.perf_counter()) < end or not best:
+        done = _native.spin(engine, rounds, threads)
+        best = max(best, done / (time.perf_counter() - begin))
+    return best
+
+
+def read_bandwidth(nbytes: int, threads: int, *, engine: int = 0, turns: int = 5) -> float:
+    """Bytes per second that `threads` threads read together from nbytes of memory, in order; the best turn."""
+    data = torch.ones(nbytes, dtype=torch.uint8)
+    best = 0.0
+    for _ in range(turns):
+        begin = time.perf_counter()
+        _native.read_all(engine, data, threads)
+        best = max(best, nbytes / (time.perf_counter() - begin))
+    return best
