@@ -29,6 +29,8 @@ Sample = dict[str, float]
 """Speeds of one turn: figure -> items per second."""
 
 PREFILL, DECODE, REPEATS, BATCH, LENGTH = 512, 64, 5, 32, 64
+CACHES = ("cache", "past_key_values")
+"""What models call their cache, as an output and as an input: transformers renamed it."""
 _SEED = 0
 
 
@@ -139,10 +141,11 @@ def _decoder_turn(model: PreTrainedModel, *, prefill: int, decode: int) -> Sampl
     last = {"logits_to_keep": 1} if computes_some(model) else {}
     begin = _now(model)
     step = model(input_ids=ids, use_cache=True, **last)
-    token, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+    token, name = step.logits[:, -1:].argmax(-1), next(name for name in CACHES if name in step)
+    cache = {name: step[name]}
     middle = _now(model)
     for _ in range(decode):
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(input_ids=token, use_cache=True, **cache).logits[:, -1:].argmax(-1)
     end = _now(model)
     return {
         "prefill_tokens_per_s": prefill / (middle - begin),
