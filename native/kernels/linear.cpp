@@ -258,8 +258,9 @@ void floating(const Panels& w, const Inputs& x, float* sums) {
         const float* a = x.floats;
         int64_t at = 0;
         for (int64_t g = 0; g * group < w.blocks; g++) {
-            vf z = splat(float(w.offset) - (w.half ? 0.5f : 0.0f));
+            vf z = splat(float(w.offset));
             if (w.zero[0]) z = to_float(zero_of(w, g, part));
+            if (w.half) z = z - 0.5f;
             vf t[M][4] = {};
             for (int64_t b = 0; b < group; b++, at += w.step, a += 32 * M) {
 #pragma GCC unroll 8
