@@ -21,7 +21,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/quantize_speed.py
 
 # torch goes first and by its full range, so that nothing that depends on it pulls another build.
-$(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/*)
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/* native/kernels/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch>=2.6,<2.14"

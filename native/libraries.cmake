@@ -1,0 +1,50 @@
+# All native code but its Python face, as static libraries: the extension and the tests' executable are built on them.
+if(NOT CMAKE_BUILD_TYPE)
+  set(CMAKE_BUILD_TYPE Release)
+endif()
+set(CMAKE_CXX_STANDARD 17)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+
+# Results must equal the specification's bit for bit: no fused multiply-adds, no reordered sums.
+set(exact -ffp-contract=off -Wall -Wextra)
+
+function(set_options target)
+  set_target_properties(${target} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
+  target_compile_options(${target} PRIVATE ${exact} ${ARGN})
+endfunction()
+
+# Some sources are compiled once per instruction set, each time in a namespace of its own; dispatch.cpp and
+# kernels/engines.cpp pick at run time, so one binary runs on every processor of its architecture.
+function(add_isa target source isa)
+  get_filename_component(stem ${source} NAME_WE)
+  add_library(${stem}_${isa} OBJECT ${source})
+  set_options(${stem}_${isa} ${ARGN})
+  target_compile_definitions(${stem}_${isa} PRIVATE SPICERACK_ISA=${isa})
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:${stem}_${isa}>)
+endfunction()
+
+set(native ${CMAKE_CURRENT_LIST_DIR})
+set(linear ${native}/kernels/linear.cpp)
+set(search ${native}/search.cpp)
+find_package(Threads REQUIRED)
+add_library(kernels STATIC ${native}/kernels/engines.cpp ${native}/kernels/layout.cpp ${native}/kernels/team.cpp)
+set_options(kernels)
+target_link_libraries(kernels PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
+add_library(quantizers STATIC ${native}/dispatch.cpp ${native}/pack.cpp)
+set_options(quantizers)
+add_isa(kernels ${linear} scalar)
+add_isa(quantizers ${search} baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+  set(avx2 -mavx2 -mfma -mf16c)
+  # GCC 12's own AVX-512 header warns of its deliberately undefined operands.
+  set(avx512 -Wno-maybe-uninitialized -Wno-uninitialized -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+  add_isa(kernels ${linear} avx2 ${avx2})
+  add_isa(kernels ${linear} avxvnni ${avx2} -mavxvnni)
+  add_isa(kernels ${linear} avx512vlvnni ${avx2} ${avx512} -mavx512vnni -mprefer-vector-width=256 -DSPICERACK_NARROW)
+  add_isa(kernels ${linear} avx512vnni ${avx2} ${avx512} -mavx512vnni)
+  add_isa(quantizers ${search} avx2 -mavx2)
+  add_isa(quantizers ${search} avx512 ${avx512})
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+  add_isa(kernels ${linear} neon -march=armv8.2-a+dotprod)
+endif()
