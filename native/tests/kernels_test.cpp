@@ -176,9 +176,9 @@ Matrix make(const Form& f, Random& random, const Codes& codes) {
     pack_panels(stored.data(), f.n, f.k, f.bits, w.offset, m.tiles.data());
     std::vector<uint8_t> back(f.n * f.k);
     unpack_panels(m.tiles.data(), f.n, f.k, f.bits, w.offset, back.data());
-    const int above = f.bits == 8 ? 255 : mask;
     bool equal = true;
-    for (int64_t i = 0; i < f.n * f.k; i++) equal = equal && ((back[i] ^ stored[i]) & above) == 0;
+    for (int64_t i = 0; i < f.n * f.k; i++) equal = equal && back[i] == stored[i];
+    std::snprintf(subject, sizeof subject, "packing: %d bits, N %d, K %d", f.bits, int(f.n), int(f.k));
     check(equal, "unpack_panels is the inverse of pack_panels");
 
     const int64_t lanes = w.panels() * w.groups() * PANEL;
@@ -400,6 +400,7 @@ std::vector<double> check_engines(const char* test, const Matrix& m, const Input
     const Output want = run(scalar_engine(), x, m, bias, s);
     check_right(m, x, bias, s, want.values);
     for (const Engine& engine : engines()) {
+        if (&engine == &scalar_engine()) continue;
         name(test, m, x, s, engine.isa);
         check(equal(run(engine, x, m, bias, s).values, want.values), "the same bits as scalar");
     }
@@ -431,7 +432,8 @@ Exact bias_of(int64_t n, Float type, Random& random) {
 
 void test_random_shapes(Random& random) {
     for_each_family([&](int bits, int64_t group, Kind kind, Activations how) {
-        for (const Float type : TYPES) {
+        for (int turn = 0; turn < 6; turn++) {
+            const Float type = TYPES[turn % 3];
             const Spread spread = Spread(random.below(SPREADS));
             const int64_t k = group ? group * random.between(1, group == 32 ? 5 : 2) : random.between(1, 200);
             const bool powers = spread == integers || random.below(4) == 0;
@@ -608,8 +610,8 @@ void test_longest_rows(Random& random) {
 // More rows of x than are quantized at once.
 void test_slabs(Random& random) {
     const Matrix m = make({2, 2, 0, 3, symmetric, Float::f32, false, false}, random);
-    const Input x = input(140000, 2, Float::f32, plain, random);
-    for (const Activations how : {Activations::floats, Activations::tokens}) check_engines("slabs", m, x, nullptr, {how});
+    const Input x = input(140000, 2, Float::f32, [&](int64_t row, int64_t) { return row == 139000 ? NAN : random.bell(); });
+    check_engines("slabs", m, x, nullptr, {Activations::tokens});
 }
 
 void test_limits() {
