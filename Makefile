@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PEERS  := $(VENV)/.peers
 
 .PHONY: demo test check bench clean
 
@@ -17,8 +18,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(PEERS)
 	$(BIN)/python benchmarks/quantize_speed.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/models.py
 
 # torch goes first and by its full range, so that nothing that depends on it pulls another build.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/* native/kernels/*)
@@ -26,6 +29,11 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/* native/kernels/*)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch>=2.6,<2.14"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+# The runtimes that the benchmarks compare with; without them they run, too, and say who is missing.
+$(PEERS): $(STAMP)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_CURL=OFF" $(BIN)/python -m pip install --quiet -e ".[peers]"
 	touch $@
 
 clean:
