@@ -1,10 +1,10 @@
 """How fast one quantized linear layer is: spicerack, torch, onnxruntime, OpenVINO and torchao, taking turns.
 
 Each runtime works in a process of its own. The machine's limits, read bandwidth and int8 dot products, are measured in
-the same rounds; the best turn of the whole run counts. Every row of ours is put beside them and beside the best peer of
-its width. With few tokens (M up to 8), large layers cycle through several weights that together exceed the last-level
-cache four times, as the layers of a model do; other cases use one weight. Inputs and outputs are float32 (bfloat16 for
-torch bfloat16); quantizing the input is part of the time.
+the same rounds, since memory's speed changes with time; the best of a case's rounds counts. Ours are also put beside
+the best peer of their width. With few tokens (M up to 8), large layers cycle through several weights that together
+exceed the last-level cache four times, as the layers of a model do; other cases use one weight. Inputs and outputs are
+float32 (bfloat16 for torch bfloat16 and int4); quantizing the input is part of the time.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def copies(row: Row, shape: tuple[int, int], m: int) -> int:
 def measure(
     rows: Sequence[Row], shape: tuple[int, int], ms: Sequence[int], rounds: int, threads: int, notes: dict[str, str]
 ) -> tuple[list[Result], list[Sample]]:
-    """All rows at one shape [N, K] -> a case for each M, and what the limits were. Failures go to `notes`."""
-    cases, limits = [], []
+    """All rows at one shape [N, K] -> a case for each M, and all turns of the limits. Failures go to `notes`."""
+    cases: list[Result] = []
+    seen: list[Sample] = []
     with Workers(threads) as workers:
         workers.prepare(dict.fromkeys(LIMITS, threads), notes)
         for m in ms:
@@ -48,11 +49,12 @@ def measure(
             work = {row: Layer(*shape, m, copies(row, shape, m), threads) for row in rows}
             facts = workers.prepare(work, notes)
             samples = workers.take_turns([*LIMITS, *facts], rounds, notes)
-            limits += [a | b for a, b in zip(*(samples.pop(limit) for limit in LIMITS), strict=True)]
-            found = [timed(row, facts[row], taken) for row, taken in samples.items()]
-            cases.append({"n": shape[0], "k": shape[1], "m": m, "rows": compared(found, ("seconds",))})
+            limits = [a | b for a, b in zip(*(samples.pop(limit) for limit in LIMITS), strict=True)]
+            found = compared([timed(row, facts[row], taken) for row, taken in samples.items()], ("seconds",))
+            cases.append(with_limits({"n": shape[0], "k": shape[1], "m": m, "rows": found}, spreads(limits)))
+            seen += limits
             workers.drop(facts)
-    return cases, limits
+    return cases, seen
 
 
 def with_limits(case: Result, limits: Result) -> Result:
@@ -69,7 +71,7 @@ def with_limits(case: Result, limits: Result) -> Result:
                 least = max(least, row["bytes"] / limits["read_bandwidth"]["max"])
             row = row | {"of_limit": least / row["seconds"]["median"]}
         rows.append(row)
-    return case | {"rows": rows}
+    return case | {"limits": limits, "rows": rows}
 
 
 @click.command(help=__doc__)
@@ -89,10 +91,8 @@ def main(
     for shape in layers:
         more, samples = measure(chosen(LAYERS, only), shape, ms, rounds, threads, notes)
         cases, seen = cases + more, seen + samples
-    limits = spreads(seen)
     result = {
-        "machine": machine.describe(threads), "rounds": rounds, "notes": notes, "limits": limits,
-        "cases": [with_limits(case, limits) for case in cases],
+        "machine": machine.describe(threads), "rounds": rounds, "notes": notes, "limits": spreads(seen), "cases": cases,
     }  # fmt: skip
     report.write(output, "kernels", result, report.kernels(result), report.kernel_plot)
 

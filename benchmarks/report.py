@@ -116,7 +116,7 @@ def _microseconds(row: Result) -> str:
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
 
-_RED, _GREY, _INK = "#d1495b", "#9aa5b1", "#334155"
+_RED, _GREY, _INK = "#d1495b", "#8592a0", "#334155"
 
 
 class Bar(NamedTuple):
@@ -222,12 +222,14 @@ def _draw(path: Path, title: str, legend: str, panels: list[tuple[str, list[Bar]
 
 
 def _panel(axis: Any, title: str, bars: list[Bar]) -> None:
+    widest = max(max(bar.value or 0, bar.limit or 0) for bar in bars)
     for i, bar in enumerate(bars):
         if bar.value is None:
             continue
         axis.barh(-i, bar.value, color=_RED if bar.ours else _GREY, alpha=0.45 if bar.part else 1.0, height=0.75)
-        text = f" {bar.value:.0f}" if bar.value >= 100 else f" {bar.value:.1f}"
-        axis.text(max(bar.value, bar.limit or 0), -i, text, va="center", fontsize=8.5, color=_INK)
+        text, inside = f" {bar.value:.{0 if bar.value >= 100 else 1}f} ", bar.value > widest / 6
+        color = "white" if inside and not bar.part else _INK
+        axis.text(bar.value, -i, text, va="center", ha="right" if inside else "left", fontsize=8.5, color=color)
         if bar.limit is not None:
             axis.plot([bar.limit, bar.limit], [-i - 0.42, -i + 0.42], color="black", linewidth=1.8)
     axis.set_yticks([-i for i in range(len(bars))], [bar.label for bar in bars], fontsize=8.5)
@@ -235,8 +237,8 @@ def _panel(axis: Any, title: str, bars: list[Bar]) -> None:
         tick.set_fontweight("bold" if bar.value is None else "normal")
         tick.set_color(_RED if bar.ours else _INK)
     axis.set_title(title, fontsize=11)
-    axis.set_ylim(0.7 - len(bars), 0.7)
-    axis.set_xlim(0, axis.get_xlim()[1] * 1.08)
+    axis.set_ylim(0.4 - len(bars), 0.7)
+    axis.set_xlim(0, widest * 1.05)
     axis.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
