@@ -11,6 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spicerack import kernel
+from spicerack.scheme import parse
+
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 STDLIB_LM = ROOT / "assets" / "stdlib-lm"
@@ -72,3 +75,14 @@ def stories() -> Path:
 def stdlib_lm() -> Path:
     """The project's own language model."""
     return STDLIB_LM
+
+
+@pytest.fixture
+def reference_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers compute with decoded weights in torch, to the bit, where a test is about something other than kernels."""
+    monkeypatch.setattr(kernel, "table", lambda: [kernel.get("reference")])
+
+
+def kernel_here(scheme: str) -> str:
+    """Name of the kernel that runs a scheme by default on this machine."""
+    return kernel.pick(parse(scheme), (64, 64), torch.float32, torch.device("cpu")).kernel.name

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import kernel_here
 
 from spicerack import bench as module
 from spicerack.bench import bench, bytes_on_disk, resident_bytes, take_turns
@@ -57,7 +58,11 @@ def test_a_language_model_beside_its_quantized_copy(llama_folder, tmp_path: Path
     assert torch.get_num_threads() == before
     assert [row["name"] for row in result["rows"]] == ["original", "quantized", "original, float32"]
     original, quantized, full = result["rows"]
-    assert [row["compute"] for row in result["rows"]] == ["torch/bfloat16", "reference/bfloat16", "torch/float32"]
+    assert [row["compute"] for row in result["rows"]] == [
+        "torch/bfloat16",
+        f"{kernel_here('w4g32')}/bfloat16",
+        "torch/float32",
+    ]
     for row in result["rows"]:
         for figure in ("prefill_tokens_per_s", "decode_tokens_per_s"):
             assert 0 < row[f"{figure}_min"] <= row[figure] <= row[f"{figure}_max"]

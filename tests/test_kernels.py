@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from spicerack import codec, kernel, registry
-from spicerack.errors import SchemeError
+from spicerack.errors import SchemeError, UsageError
 from spicerack.kernels import reference
+from spicerack.nn.linear import QLinear
 from spicerack.qtensor import QTensor
 from spicerack.scheme import Scheme, TableLevels, parse
 
@@ -33,6 +34,12 @@ TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), block=(8, 16), scale="flo
 SCHEMES = [*map(parse, NAMES), TABLE]
 KERNELS = registry.names("kernels")
 CPU = torch.device("cpu")
+FITTING = [
+    pytest.param(name, scheme, id=f"{name}-{scheme}")
+    for name in KERNELS
+    for scheme in SCHEMES
+    if kernel.get(name).fits(scheme, (24, 192), torch.float32, CPU) is None
+]
 
 
 def quantized(scheme: Scheme, n: int = 24, k: int = 192) -> QTensor:
@@ -65,25 +72,19 @@ def bound(x: torch.Tensor, q: QTensor) -> torch.Tensor:
     return 2 * k * 2**-24 * (x.double().abs() @ codec.decode(q).double().abs().t()) + 1e-30
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("name", "scheme"), FITTING)
 def test_unpack_is_the_inverse_of_pack(name: str, scheme: Scheme) -> None:
     row, q = kernel.get(name), quantized(scheme)
-    if row.fits(scheme, (24, 192), torch.float32, CPU) is not None:
-        pytest.skip("does not fit")
     back = row.unpack(scheme, (24, 192), row.pack(q))
     assert torch.equal(back.codes, q.codes) and torch.equal(codec.decode(back), codec.decode(q))
     assert torch.equal(row.rows(scheme, (24, 192), row.pack(q), slice(None)), codec.decode(q))
 
 
 @pytest.mark.parametrize("shape", [(192,), (1, 192), (5, 192), (2, 3, 192), (0, 192)])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("name", "scheme"), FITTING)
 def test_products_are_within_rounding(name: str, scheme: Scheme, shape: tuple[int, ...], monkeypatch) -> None:
     monkeypatch.setattr(reference, "CHUNK", 192 * 10)  # three chunks, the last one short, blocks cut through
     row, q, x = kernel.get(name), quantized(scheme), inputs(*shape)
-    if row.fits(scheme, (24, 192), torch.float32, CPU) is not None:
-        pytest.skip("does not fit")
     y = run(row, x, q)
     assert y.shape == (*shape[:-1], 24) and y.dtype == x.dtype
     x = activations(x, q, row)
@@ -117,13 +118,10 @@ def test_tokens_of_zeros_and_of_one_outlier() -> None:
     assert math.isfinite(float(codes[2].sum()))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("name", "scheme"), FITTING)
 def test_gradients_with_respect_to_inputs_are_the_dense_ones(name: str, scheme: Scheme, monkeypatch) -> None:
     monkeypatch.setattr(reference, "CHUNK", 192 * 10)
     row, q = kernel.get(name), quantized(scheme)
-    if row.fits(scheme, (24, 192), torch.float32, CPU) is not None:
-        pytest.skip("does not fit")
     x, grad = inputs(4, 192).requires_grad_(), inputs(4, 24)
     run(row, x, q).backward(grad)
     assert x.grad is not None
@@ -135,3 +133,28 @@ def test_pick_says_why_it_passed_a_row_over() -> None:
     assert choice.kernel.name in KERNELS and choice.kernel.name not in choice.passed_over
     with pytest.raises(SchemeError, match="reference: static activation scales"):
         kernel.pick(parse("w8a8s"), (64, 64), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("scheme", ["w4g32", "w8", "w2g32z"])
+def test_int8_is_the_default_where_vectors_exist_for_it_and_float_where_asked(scheme: str, monkeypatch) -> None:
+    def chosen(compute: kernel.Compute | None) -> kernel.Kernel:
+        return kernel.pick(parse(scheme), (64, 64), torch.float32, CPU, compute).kernel
+
+    vector = any(row.vector and row.fits(parse(scheme), (64, 64), torch.float32, CPU) is None for row in kernel.table())
+    assert chosen(None).compute == ("int8" if vector else "float")
+    assert chosen("int8").compute == "int8" and chosen("float").compute == "float"
+    slow = [row for row in kernel.table() if not row.vector]
+    monkeypatch.setattr(kernel, "table", lambda: slow)
+    assert chosen(None).name == "float_scalar" and chosen("int8").name == "int8_scalar"
+
+
+def test_a_scheme_that_names_its_activations_has_them_with_either_compute() -> None:
+    q, x = quantized(parse("w8a8")), inputs(3, 192)
+    int8, exact = (QLinear.of(q, compute=compute)(x) for compute in ("int8", "float"))
+    assert torch.equal(int8, exact)
+    assert not torch.equal(exact, QLinear.of(quantized(parse("w8")), compute="float")(x))
+
+
+def test_compute_has_two_values() -> None:
+    with pytest.raises(UsageError, match="compute='int4'"):
+        kernel.pick(parse("w8"), (64, 64), torch.float32, CPU, "int4")  # type: ignore[arg-type]

@@ -26,6 +26,8 @@ from spicerack.nn.packed import PackedWeight
 from spicerack.placing import Slot, StackSlot
 from spicerack.scheme import parse
 
+pytestmark = pytest.mark.usefixtures("reference_kernel")
+
 IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 SCHEMES = ["w8", "w6", "w4g32", "w4g32z", "w3g64", "w2g32h", "w2g32z", "w8t", "w8z"]
 

@@ -25,6 +25,8 @@ from spicerack.nn.linear import QLinear
 from spicerack.qtensor import QTensor
 from spicerack.scheme import parse
 
+pytestmark = pytest.mark.usefixtures("reference_kernel")
+
 IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
 

@@ -15,6 +15,8 @@ from spicerack.nn.packed import PackedWeight
 from spicerack.qtensor import QTensor
 from spicerack.scheme import Scheme, TableLevels, parse
 
+pytestmark = pytest.mark.usefixtures("reference_kernel")
+
 ROW_SCHEMES = ["w8", "w4", "w8t", "w4g32", "w4g32z", "w3g64", "w2g32h", "w5z", "table"]
 
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, BertModel, CompressedTensorsConfi
 
 import spicerack
 
+pytestmark = pytest.mark.usefixtures("reference_kernel")
+
 IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 SYMMETRIC = [f"w{bits}{group}" for bits in range(2, 9) for group in ("", "g32")]
 ASYMMETRIC = [f"{name}z" for name in SYMMETRIC]

@@ -41,6 +41,7 @@ class Operand:
 class Kernel:
     """
     speed   of the rows that fit, the one with the highest runs
+    vector  it has vector instructions made for its activations
     compute "int8" if it rounds the activations of weight-only schemes; such rows run only where that is asked for
     fits    (scheme, [N, K], type of x, device) -> why it cannot run these, or None if it can
     pack    QTensor [N, K] -> tensors by name, in the kernel's own layout
@@ -51,6 +52,7 @@ class Kernel:
 
     name: str
     speed: int
+    vector: bool
     compute: Compute
     fits: Callable[[Scheme, Shape, torch.dtype, torch.device], str | None]
     pack: Callable[[QTensor], dict[str, torch.Tensor]]
@@ -87,7 +89,7 @@ def pick(
 ) -> Choice:
     """The fastest kernel that fits; the reference, which runs everything anywhere, is the slowest.
 
-    compute: None is the reference, as long as native kernels have to be asked for. Raises SchemeError if no kernel
+    compute: None is int8 on a processor with vector instructions for it, else float. Raises SchemeError if no kernel
     fits, UsageError for another `compute`.
     """
     if compute not in (None, "int8", "float"):
@@ -95,10 +97,11 @@ def pick(
     passed_over: dict[str, str] = {}
     for kernel in table():
         reason = kernel.fits(scheme, shape, dtype, device)
-        if reason is None and compute is None and kernel.name != "reference":
-            reason = "native kernels run where compute is given"
-        if reason is None and compute == "float" and kernel.compute == "int8" and scheme.activations is None:
-            reason = "rounds activations to int8, and float was asked for"
+        if reason is None and kernel.compute == "int8" and scheme.activations is None:
+            if compute == "float":
+                reason = "rounds activations to int8, and float was asked for"
+            elif compute is None and not kernel.vector:
+                reason = "int8 is the default only with vector instructions for it"
         if reason is None:
             return Choice(kernel, passed_over)
         passed_over[kernel.name] = reason

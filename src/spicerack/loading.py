@@ -53,10 +53,9 @@ def load(
     """The model in `folder` (or at a hub id), in eval mode on `device`.
 
     Quantized layers become `QLinear`, `QEmbedding` and `QStack`, whose weights stay packed in memory; float folders
-    load as they are. compute: "int8" runs native kernels that round activations on the fly, in blocks of 32, "float"
-    native kernels that do not; None is the reference kernel in torch. dtype: of the float parameters; None keeps the
-    stored one. into: your own module, for folders
-    written by `spicerack.save`; it is changed in place and returned.
+    load as they are. compute: "int8" rounds activations on the fly, in blocks of 32, "float" does not; None is int8 on
+    processors with vector instructions for it. dtype: of the float parameters; None keeps the stored one. into: your
+    own module, for folders written by `spicerack.save`; it is changed in place and returned.
 
     Raises CheckpointError, LoadError (the tensors do not fit the model, named) and UntrustedCodeError.
     """

@@ -18,6 +18,7 @@ def kernel(compute: Compute, engine: str, *, speed: int) -> Kernel:
     return Kernel(
         name=f"{compute}_{engine}",
         speed=speed,
+        vector=engine != "scalar",
         compute=compute,
         fits=partial(_fits, compute, engine),
         pack=engines.pack,

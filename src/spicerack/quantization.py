@@ -19,6 +19,7 @@ from spicerack.algorithms import rtn
 from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer
 from spicerack.errors import UsageError
 from spicerack.job import Action, Job, prepare
+from spicerack.kernel import Compute
 from spicerack.recipe import Range, Recipe, Rule, check_range, rule
 from spicerack.scheme import Scheme, parse
 from spicerack.swap import quantize_module
@@ -34,6 +35,7 @@ def quantize(
     *,
     range_: Range | None = ...,
     rules: Iterable[str | Rule] = ...,
+    compute: Compute | None = ...,
 ) -> torch.nn.Module: ...
 @overload
 def quantize(
@@ -54,6 +56,7 @@ def quantize(
     output: str | Path | None = None,
     range_: Range | None = None,
     rules: Iterable[str | Rule] = (),
+    compute: Compute | None = None,
     threads: int | None = None,
     shard_bytes: int | None = None,
     progress: Progress | None = None,
@@ -62,7 +65,8 @@ def quantize(
 
     scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; wins over the Recipe's.
     rules: "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's. threads, shard_bytes, progress
-    (called with the bytes of each source tensor as it is done): for folders. Raises the errors of `errors.py`.
+    (called with the bytes of each source tensor as it is done): for folders. compute: as in `load`, for modules.
+    Raises the errors of `errors.py`.
     """
     what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
     what = Recipe(what.scheme, check_range(range_ or what.range_), what.rules)
@@ -73,7 +77,9 @@ def quantize(
                 "output, threads, shard_bytes and progress are for folders; a module is quantized in memory",
                 "write it with spicerack.save(module, folder)",
             )
-        return quantize_module(model, what)
+        return quantize_module(model, what, compute)
+    if compute is not None:
+        raise UsageError("compute is no property of a folder", "pass it to load(folder, compute=...)")
     if output is None:
         raise UsageError(f"no output folder for {model}", "pass output='...'")
     job = prepare(model, what, shard_bytes=shard_bytes or SHARD_BYTES)

@@ -19,6 +19,7 @@ from spicerack.checkpoint.reader import Checkpoint, TensorInfo
 from spicerack.checkpoint.writer import safetensors_dtype
 from spicerack.errors import RecipeError, SchemeError, ShapeError, WeightError
 from spicerack.hf import SpicerackConfig, SpicerackQuantizer
+from spicerack.kernel import Compute
 from spicerack.models import names
 from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.linear import QLinear
@@ -32,7 +33,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LISTED = 8
 
 
-def quantize_module(module: nn.Module, what: Recipe) -> nn.Module:
+def quantize_module(module: nn.Module, what: Recipe, compute: Compute | None = None) -> nn.Module:
     """A copy of `module` with quantized layers; `module` itself is not changed, floats that stay are copied.
 
     Layers are exactly nn.Linear, nn.Embedding and transformers' Conv1D, of 16 or 32 bits; subclasses may compute
@@ -58,7 +59,7 @@ def quantize_module(module: nn.Module, what: Recipe) -> nn.Module:
     packed: dict[tuple[int, bool], PackedWeight] = {}
     for name in sorted(chosen, key=tied.__contains__):  # errors name the owner
         if (key := _key(found[name])) not in packed:
-            packed[key] = _pack(_weight_of(name), found[name], chosen[name], what)
+            packed[key] = _pack(_weight_of(name), found[name], chosen[name], what, compute)
     shared = {id(found[name].weight): found[name].weight for name in chosen}
     small = copy.deepcopy(module, dict(shared))  # these the copy shares for a moment: they are never there twice
     old = {name: small.get_submodule(name) for name in chosen}
@@ -187,12 +188,12 @@ def _check_owners(module: nn.Module, layers: Mapping[str, _Layer], chosen: Mappi
 # ---- what is made ----------------------------------------------------------------------------------------------------
 
 
-def _pack(name: str, layer: _Layer, scheme: Scheme, what: Recipe) -> PackedWeight:
+def _pack(name: str, layer: _Layer, scheme: Scheme, what: Recipe, compute: Compute | None) -> PackedWeight:
     weight = layer.weight.detach()
     transposed = isinstance(layer, Conv1D)
     matrix = (weight.t() if transposed else weight).contiguous().cpu()
     q = rtn.solve(matrix, scheme, range_=what.range_, name=name, threads=os.cpu_count() or 1)
-    return PackedWeight(dataclasses.replace(q, transposed=transposed), weight.dtype, weight.device)
+    return PackedWeight(dataclasses.replace(q, transposed=transposed), weight.dtype, weight.device, compute)
 
 
 def _quantized(old: nn.Module, packed: PackedWeight) -> nn.Module:

@@ -116,4 +116,4 @@ def _chunks(shape: Shape) -> Iterator[slice]:
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-KERNEL = Kernel("reference", 0, "float", fits, packed.pack, unpack, rows, run)
+KERNEL = Kernel("reference", 0, False, "float", fits, packed.pack, unpack, rows, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from spicerack.kernel import Compute
 from spicerack.nn.packed import PackedWeight
 from spicerack.qtensor import QTensor
 
@@ -31,9 +32,10 @@ class QLinear(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        compute: Compute | None = None,
     ) -> QLinear:
-        """The layer with weight q [N, K]; dtype is the float type of the layer that it replaces."""
-        return cls(PackedWeight(q, dtype, device), bias)
+        """The layer with weight q [N, K]; dtype is that of the layer that it replaces, compute as in `load`."""
+        return cls(PackedWeight(q, dtype, device, compute), bias)
 
     @property
     def weight(self) -> torch.Tensor:
