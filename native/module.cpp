@@ -213,7 +213,7 @@ int64_t spin(int index, int64_t rounds, int threads) {
         int64_t rounds, done;
     } work{&engine(index), rounds, 0};
     nb::gil_scoped_release unlocked;
-    run_team(threads, [](void* context) {
+    run_team(threads, [](void* context, Member) {
         Work& w = *(Work*)context;
         __atomic_fetch_add(&w.done, w.engine->spin(w.rounds), __ATOMIC_RELAXED);
     }, &work);
@@ -228,7 +228,7 @@ void read_all(int index, Vector<const uint8_t> data, int threads) {
         int64_t bytes, next, piece, seen;
     } work{&engine(index), data.data(), int64_t(data.shape(0)), 0, 1 << 20, 0};
     nb::gil_scoped_release unlocked;
-    run_team(threads, [](void* context) {
+    run_team(threads, [](void* context, Member) {
         Work& w = *(Work*)context;
         int64_t seen = 0;
         for (int64_t at; (at = __atomic_fetch_add(&w.next, w.piece, __ATOMIC_RELAXED)) < w.bytes;) {

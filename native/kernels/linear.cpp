@@ -29,7 +29,11 @@ constexpr int FEW = 4;               // rows of x for which codes are unpacked i
 constexpr int FEW_ROWS = 2 * FEW;    // up to so many rows of x that is how it is done
 constexpr int CHUNK = 512;           // columns
 constexpr int64_t SLAB_BYTES = 4 << 20;  // of quantized x at once
-constexpr int64_t SMALL = 1 << 16;   // multiply-adds that one thread does faster than two
+constexpr int64_t SMALL = 1 << 18;   // multiply-adds that are worth a thread
+constexpr int64_t EACH = 1 << 13;    // values of x that every thread quantizes for itself sooner than it waits for others
+// Rows of x for each thread, from which every thread reads all weights and has some rows, so that none waits for another
+// and what it reads and writes of x and y are its own: weights that fit its caches, and others.
+constexpr int64_t NEAR_BYTES = 1 << 20, APART_NEAR = 16, APART = 128;
 constexpr float LARGEST = 127.0f;    // int8 activations are -127..127
 constexpr float FLUSH = 0x1p-100f;   // a block of activations below this counts as zeros: 1 / scale would overflow
 constexpr int AHEAD = 2048;          // bytes to prefetch ahead of a panel's stream
@@ -457,19 +461,19 @@ void widen_row(const Slab& s, int64_t first, int64_t height, int64_t r) {
 
 // ---- units -------------------------------------------------------------------------------------------------------------
 
-// What all threads share while they work on one slab.
+// One slab, with what its products need besides.
 struct Job {
     const Call* call;
     Activations how;
-    Slab slab;
-    Tiling tiling;
-    bool few;                      // rows of x
     int64_t row0;                  // the slab's first row in x and y
+    bool few;                      // rows of x
+    Tiling tiling;
+    Slab slab;
     const int64_t* first_unit;     // [count + 1]
-    const int32_t* const* starts = nullptr;  // for each product: what its sums begin with, as in Inputs
-    const float* halves = nullptr;  // half the sums
-    int64_t next = 0;              // the next unit that nobody has taken
-    int64_t batch = 1;             // units to take at once
+    int32_t* const* starts;        // for each product: what its sums begin with, as in Inputs
+    float* halves;                 // half the sums
+
+    INLINE int64_t units() const { return first_unit[call->count]; }
 };
 
 struct Scratch {
@@ -586,54 +590,64 @@ void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
     finish(job, product, panel, width, integers, sums);
 }
 
-void work(void* context) {
-    Job& job = *(Job*)context;
-    static thread_local Scratch scratch;
-    const int64_t units = job.first_unit[job.call->count];
-    for (;;) {
-        const int64_t begin = __atomic_fetch_add(&job.next, job.batch, __ATOMIC_RELAXED);
-        if (begin >= units) return;
-        for (int64_t unit = begin; unit < least(begin + job.batch, units); unit++) run_unit(job, unit, scratch);
-    }
-}
-
+// Tiles first..last of x become what the bodies read.
 template <class T>
-void prepare(void* context) {
-    Job& job = *(Job*)context;
-    for (;;) {
-        const int64_t begin = __atomic_fetch_add(&job.next, job.batch, __ATOMIC_RELAXED);
-        if (begin >= job.tiling.tiles) return;
-        for (int64_t t = begin; t < least(begin + job.batch, job.tiling.tiles); t++) {
-            const int64_t first = job.tiling.first(t), height = job.tiling.height(t);
-            for (int64_t r = 0; r < height; r++) {
-                if (job.how == Activations::floats) {
-                    widen_row<T>(job.slab, first, height, r);
-                } else {
-                    quantize_row<T>(job.slab, job.how, job.call->fixed_scale, first, height, r);
-                }
-            }
+void prepare_as(const Job& job, int64_t first_tile, int64_t last_tile) {
+    const Slab& s = job.slab;
+    for (int64_t t = first_tile; t < last_tile; t++) {
+        const int64_t first = job.tiling.first(t), height = job.tiling.height(t);
+        if (job.how == Activations::floats) {
+            for (int64_t r = 0; r < height; r++) widen_row<T>(s, first, height, r);
+            continue;
+        }
+        for (int64_t r = 0; r < height; r++) quantize_row<T>(s, job.how, job.call->fixed_scale, first, height, r);
+        const int64_t begin = first * s.blocks, end = begin + height * s.blocks;
+        for (int i = 0; i < job.call->count; i++) {
+            const Weights& w = job.call->products[i].weights;
+            // With zeros: minus the sums. Without: minus offset times the sums.
+            const int32_t factor = w.zero ? 1 : w.offset - shift_of(w);
+            for (int64_t at = begin; at < end; at++) job.starts[i][at] = -factor * s.sums[at];
+        }
+        if (job.halves) {
+            for (int64_t at = begin; at < end; at++) job.halves[at] = 0.5f * float(s.sums[at]);
         }
     }
 }
 
+void prepare(const Job& job, int64_t first_tile, int64_t last_tile) {
+    switch (job.call->type) {
+        case Float::f32: return prepare_as<F32>(job, first_tile, last_tile);
+        case Float::f16: return prepare_as<F16>(job, first_tile, last_tile);
+        case Float::bf16: return prepare_as<BF16>(job, first_tile, last_tile);
+    }
+}
+
+// The units of one member of a team. Each takes its own in order, so that a layer's weights stay in the caches where they
+// were; who is done takes from the others.
+struct alignas(64) Share {
+    int64_t next, last;
+};
+
+// The memory of one thread's slab.
 struct Arena {
     Buffer<int8_t> codes;
     Buffer<float> scale, token, floats, halves;
     Buffer<int32_t> sums, total, starts;
     Buffer<uint8_t> wild;
-    Buffer<const int32_t*> start_of;
+    Buffer<int32_t*> start_of;
     Buffer<int64_t> first_unit;
+    Buffer<Share> shares;
+    Scratch scratch;
 };
 
-// With zeros: minus the sums. Without: minus offset times the sums.
-INLINE void starts_of(const Slab& s, int factor, int32_t* out) {
-    for (int64_t i = 0; i < s.rows * s.blocks; i++) out[i] = -factor * s.sums[i];
+INLINE Arena& own_arena() {
+    static thread_local Arena arena;
+    return arena;
 }
 
-void run_rows(const Call& call, Activations how, int64_t row0, int64_t rows) {
-    static thread_local Arena arena;
+Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Arena& arena) {
     const bool few = rows <= FEW_ROWS;
-    Job job{&call, how, {}, Tiling(rows, few ? LOW : TALL), few, row0, arena.first_unit.need(call.count + 1)};
+    Job job{&call, how, row0, few, Tiling(rows, few ? LOW : TALL), {}, nullptr, nullptr, nullptr};
     Slab& s = job.slab;
     const Weights& w0 = call.products[0].weights;
     s.rows = rows;
@@ -641,61 +655,130 @@ void run_rows(const Call& call, Activations how, int64_t row0, int64_t rows) {
     s.blocks = w0.blocks();
     s.x = (const char*)call.x + row0 * s.k * size_of(call.type);
     s.type = call.type;
-    const int64_t count = rows * s.blocks;
-    int64_t n = 0;
-    arena.first_unit.data[0] = 0;
+    int64_t* first_unit = arena.first_unit.need(call.count + 1);
+    job.first_unit = first_unit;
+    first_unit[0] = 0;
+    bool half = false;
     for (int i = 0; i < call.count; i++) {
         const Weights& w = call.products[i].weights;
         const int width = panels_of(how, w);
-        arena.first_unit.data[i + 1] = arena.first_unit.data[i] + (w.panels() + width - 1) / width;
-        n += w.n;
+        first_unit[i + 1] = first_unit[i] + (w.panels() + width - 1) / width;
+        half |= w.half;
     }
-    const int threads = rows * s.k * n < SMALL ? 1 : call.threads;
+    const int64_t count = rows * s.blocks;
     if (how == Activations::floats) {
         s.floats = arena.floats.need(count * BLOCK);
-    } else {
-        s.codes = arena.codes.need(count * BLOCK);
-        s.scale = arena.scale.need(count);
-        s.sums = arena.sums.need(count);
-        s.total = arena.total.need(rows);
-        s.wild = arena.wild.need(rows);
-        if (how != Activations::blocks) s.token = arena.token.need(rows);
+        return job;
     }
-    job.batch = most(job.tiling.tiles / (4 * threads), 1);
-    const auto typed = call.type == Float::f32 ? prepare<F32> : call.type == Float::f16 ? prepare<F16> : prepare<BF16>;
-    run_team(rows * s.k < SMALL ? 1 : threads, typed, &job);
-    if (how != Activations::floats) {
-        job.starts = arena.start_of.need(call.count);
-        int32_t* starts = arena.starts.need(count * call.count);
-        for (int i = 0; i < call.count; i++) {
-            const Weights& w = call.products[i].weights;
-            const int factor = w.zero ? 1 : w.offset - shift_of(w);
-            int32_t* own = starts + i * count;
-            arena.start_of.data[i] = own;
-            starts_of(s, factor, own);
-            if (w.half) {
-                float* halves = arena.halves.need(count);
-                for (int64_t j = 0; j < count; j++) halves[j] = 0.5f * float(s.sums[j]);
-                job.halves = halves;
-            }
+    s.codes = arena.codes.need(count * BLOCK);
+    s.scale = arena.scale.need(count);
+    s.sums = arena.sums.need(count);
+    s.total = arena.total.need(rows);
+    s.wild = arena.wild.need(rows);
+    if (how != Activations::blocks) s.token = arena.token.need(rows);
+    if (half) job.halves = arena.halves.need(count);
+    int32_t* starts = arena.starts.need(count * call.count);
+    int32_t** start_of = arena.start_of.need(call.count);
+    for (int i = 0; i < call.count; i++) start_of[i] = starts + i * count;
+    job.starts = start_of;
+    return job;
+}
+
+// Rows `row0` and on, by one thread alone.
+void run_alone(const Call& call, Activations how, int64_t row0, int64_t rows);
+
+// Rows that int8 cannot hold are what float arithmetic makes of them.
+void redo_wild(const Job& job) {
+    if (job.how == Activations::floats) return;
+    for (int64_t m = 0; m < job.slab.rows; m++) {
+        if (job.slab.wild[m]) run_alone(*job.call, Activations::floats, job.row0 + m, 1);
+    }
+}
+
+void run_alone(const Call& call, Activations how, int64_t row0, int64_t rows) {
+    Arena& arena = own_arena();
+    const Job job = make_job(call, how, row0, rows, arena);
+    prepare(job, 0, job.tiling.tiles);
+    for (int64_t unit = 0; unit < job.units(); unit++) run_unit(job, unit, arena.scratch);
+    redo_wild(job);
+}
+
+// All threads on one slab, each with some of the units.
+struct Together {
+    const Job* job;
+    Share* shares;
+    int count;       // of shares
+    bool each;       // prepares x for itself, rather than wait for the others
+};
+
+void work_together(void* context, Member me) {
+    const Together& all = *(const Together*)context;
+    Arena& arena = own_arena();
+    Job job = *all.job;
+    if (all.each) {
+        if (me.index != 0) job = make_job(*job.call, job.how, job.row0, job.slab.rows, arena);
+        prepare(job, 0, job.tiling.tiles);
+    } else {
+        const int64_t tiles = job.tiling.tiles;
+        prepare(job, tiles * me.index / me.count, tiles * (me.index + 1) / me.count);
+        wait_for_all(me);
+    }
+    for (int i = 0; i < all.count; i++) {
+        Share& share = all.shares[(me.index + i) % all.count];
+        for (int64_t unit; (unit = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED)) < share.last;) {
+            run_unit(job, unit, arena.scratch);
         }
     }
-    const int64_t units = job.first_unit[call.count];
-    job.next = 0;
-    job.batch = most(units / (8 * threads), 1);
-    run_team(threads, work, &job);
-    if (how == Activations::floats) return;
-    for (int64_t m = 0; m < rows; m++) {
-        if (s.wild[m]) run_rows(call, Activations::floats, row0 + m, 1);  // as floats do it: its arena has other parts
+}
+
+void run_together(const Call& call, int64_t row0, int64_t rows, int threads) {
+    Arena& arena = own_arena();
+    const Job job = make_job(call, call.activations, row0, rows, arena);
+    Together all{&job, arena.shares.need(threads), threads, rows * job.slab.k <= EACH};
+    for (int i = 0; i < threads; i++) {
+        all.shares[i] = {job.units() * i / threads, job.units() * (i + 1) / threads};
+    }
+    run_team(threads, work_together, &all);
+    redo_wild(job);
+}
+
+// Rows cut into parts, one for each thread, which takes them slab by slab.
+struct Apart {
+    const Call* call;
+    int64_t slab;
+};
+
+void work_apart(void* context, Member me) {
+    const Apart& all = *(const Apart*)context;
+    const Call& call = *all.call;
+    const Tiling parts(call.m, (call.m + me.count - 1) / me.count);
+    if (me.index >= parts.tiles) return;
+    const int64_t first = parts.first(me.index), last = first + parts.height(me.index);
+    for (int64_t row = first; row < last; row += all.slab) {
+        run_alone(call, call.activations, row, least(all.slab, last - row));
     }
 }
 
 }  // namespace
 
 void linear(const Call& call) {
-    const int64_t k = call.products[0].weights.blocks() * BLOCK;
-    const int64_t slab = most(SLAB_BYTES / k / TALL * TALL, 16 * TALL);
-    for (int64_t row = 0; row < call.m; row += slab) run_rows(call, call.activations, row, least(slab, call.m - row));
+    const Weights& w0 = call.products[0].weights;
+    int64_t n = 0, bytes = 0;
+    for (int i = 0; i < call.count; i++) {
+        const Weights& w = call.products[i].weights;
+        n += w.n;
+        bytes += w.panels() * w.blocks() * w.tile_bytes();
+    }
+    const int64_t slab = most(SLAB_BYTES / (w0.blocks() * BLOCK) / TALL * TALL, 16 * TALL);
+    const int64_t useful = call.m * w0.k * n / SMALL + 1;
+    const int threads = int(least(call.threads, useful));
+    const int64_t rows = call.m / threads;
+    if (threads == 1 || rows >= (bytes <= NEAR_BYTES ? APART_NEAR : APART)) {
+        Apart all{&call, slab};
+        run_team(threads, work_apart, &all);
+    } else {
+        for (int64_t row = 0; row < call.m; row += slab) run_together(call, row, least(slab, call.m - row), threads);
+    }
 }
 
 int64_t spin(int64_t rounds) {

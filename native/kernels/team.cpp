@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <atomic>
+#include <condition_variable>
 #include <cstring>
 #include <mutex>
 #include <thread>
@@ -17,7 +18,10 @@ namespace {
 // The entry points of GNU's OpenMP runtime, which LLVM's and Intel's export as well.
 struct OpenMP {
     void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+    void (*barrier)() = nullptr;
     int (*max_threads)() = nullptr;
+    int (*index)() = nullptr;
+    int (*count)() = nullptr;
 };
 
 #if defined(__linux__)
@@ -42,8 +46,12 @@ OpenMP look() {
     if (!library) return {};
     OpenMP found;
     found.parallel = (decltype(found.parallel))dlsym(library, "GOMP_parallel");
+    found.barrier = (decltype(found.barrier))dlsym(library, "GOMP_barrier");
     found.max_threads = (decltype(found.max_threads))dlsym(library, "omp_get_max_threads");
-    return found.parallel && found.max_threads ? found : OpenMP{};
+    found.index = (decltype(found.index))dlsym(library, "omp_get_thread_num");
+    found.count = (decltype(found.count))dlsym(library, "omp_get_num_threads");
+    const bool whole = found.parallel && found.barrier && found.max_threads && found.index && found.count;
+    return whole ? found : OpenMP{};
 }
 #else
 OpenMP look() { return {}; }
@@ -62,20 +70,64 @@ const OpenMP& openmp() {
     return found;
 }
 
+// Where there is no such runtime: a barrier for threads of our own.
+struct Barrier {
+    std::mutex mutex;
+    std::condition_variable all_here;
+    int here = 0;
+    unsigned round = 0;
+
+    void wait(int count) {
+        std::unique_lock<std::mutex> lock(mutex);
+        const unsigned mine = round;
+        if (++here == count) {
+            here = 0;
+            round++;
+            all_here.notify_all();
+        } else {
+            all_here.wait(lock, [&] { return round != mine; });
+        }
+    }
+};
+thread_local Barrier* barrier = nullptr;
+
+struct Task {
+    void (*work)(void*, Member);
+    void* context;
+};
+
 }  // namespace
 
 int team_size() { return openmp().parallel ? openmp().max_threads() : 1; }
 
-void run_team(int threads, void (*work)(void*), void* context) {
+void run_team(int threads, void (*work)(void*, Member), void* context) {
     if (threads <= 1) {
-        work(context);
+        work(context, {0, 1});
     } else if (openmp().parallel) {
-        openmp().parallel(work, context, unsigned(threads), 0);
+        Task task{work, context};
+        openmp().parallel([](void* given) {
+            const Task& t = *(const Task*)given;
+            t.work(t.context, {openmp().index(), openmp().count()});
+        }, &task, unsigned(threads), 0);
     } else {
+        Barrier shared;
+        const auto member = [&](int index) {
+            barrier = &shared;
+            work(context, {index, threads});
+        };
         std::vector<std::thread> others;
-        for (int i = 1; i < threads; i++) others.emplace_back(work, context);
-        work(context);
+        for (int i = 1; i < threads; i++) others.emplace_back(member, i);
+        member(0);
         for (std::thread& other : others) other.join();
+    }
+}
+
+void wait_for_all(Member me) {
+    if (me.count == 1) return;
+    if (openmp().parallel) {
+        openmp().barrier();
+    } else {
+        barrier->wait(me.count);
     }
 }
 

@@ -3,10 +3,18 @@
 
 namespace spicerack {
 
+// One thread of a team: 0 is the one that called.
+struct Member {
+    int index, count;
+};
+
 // How many threads that team may use now; torch.set_num_threads changes it. 1 if there is none.
 int team_size();
 
-// Calls work(context) once on each of at most `threads` threads and returns when all are done.
-void run_team(int threads, void (*work)(void*), void* context);
+// Calls work(context, member) once on each of at most `threads` threads and returns when all are done.
+void run_team(int threads, void (*work)(void*, Member), void* context);
+
+// Within work: returns when every member has come here.
+void wait_for_all(Member me);
 
 }  // namespace spicerack

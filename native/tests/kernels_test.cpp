@@ -497,19 +497,22 @@ void test_decoded_rows(Random& random) {
     });
 }
 
-// Long rows, in several chunks, and shapes that are worth several threads.
+// Long rows, in several chunks, and each way of sharing the work: every thread prepares all of x, or some of it and then
+// waits, or it has rows of its own.
 void test_threads(Random& random) {
     for_each_family([&](int bits, int64_t group, Kind kind, Activations how) {
-        if ((bits + group / 32 + kind + int(how)) % 8) return;
-        for (const int64_t rows : {3, 23}) {
-            const int64_t n = random.between(50, 70), k = rows == 3 ? 640 : group ? 2 * std::max<int64_t>(group, 64) : 141;
+        if ((bits + group / 32 + kind + int(how)) % 16) return;
+        for (const int64_t rows : {3, 23, 70}) {
+            const int64_t n = rows == 3 ? 450 : random.between(70, 90);
+            const int64_t k = rows == 70 ? group ? 2 * std::max<int64_t>(group, 64) : 141 : 640;
             const Matrix m = make({n, k, group, bits, kind, Float::f32, false, false}, random);
-            const Input x = input(rows, k, Float::f32, plain, random);
+            const Input x = input(rows, k, Float::f32, plain, random), other = input(rows, k, Float::f32, plain, random);
             Setting s{how, 0.02f};
             const std::vector<double> y = check_engines("threads", m, x, nullptr, s);
             for (s.threads = 2; s.threads <= 3; s.threads++) {
                 for (const Engine& engine : engines()) {
                     name("threads", m, x, s, engine.isa);
+                    run(engine, other, m, nullptr, s);  // leaves other values in the scratch memory
                     check(equal(run(engine, x, m, nullptr, s).values, y), "the same bits as with one thread");
                 }
             }
