@@ -138,25 +138,25 @@ const Engine& engine(int index) {
 }
 
 // Addresses come as integers: a call costs less than a microsecond, and native.py has checked the tensors behind them.
-template <class T = void>
-T* address(nb::handle h) {
-    return (T*)nb::cast<uintptr_t>(h);
-}
+void* address(nb::handle h) { return (void*)nb::cast<uintptr_t>(h); }
 
-// (codes, scale, zero or 0, scale type, n, k, group, bits, offset, half)
-Weights weights_of(const nb::tuple& t) {
-    require(t.size() >= 10, "a matrix has ten parts");
-    Weights w{address<uint8_t>(t[0]), address(t[1]), address<uint8_t>(t[2]), nb::cast<int64_t>(t[4]),
-              nb::cast<int64_t>(t[5]), nb::cast<int64_t>(t[6]), Float(nb::cast<int>(t[3])), nb::cast<int>(t[7]),
-              nb::cast<int>(t[8]), nb::cast<bool>(t[9])};
-    require(w.codes && w.scale && w.n > 0 && w.k > 0 && w.bits >= 2 && w.bits <= 8, "not a matrix of 2 to 8 bits");
-    require(w.group >= 0 && w.group % BLOCK == 0 && (w.group == 0 || w.k % w.group == 0), "groups are multiples of 32");
-    return w;
+struct Bound {
+    Weights weights;
+};
+
+// Addresses of packed tensors, and what they hold: native.py has checked them.
+void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int scale_type, int64_t n, int64_t k,
+          int64_t group, int bits, int offset, bool half) {
+    require(codes && scale && n > 0 && k > 0 && bits >= 2 && bits <= 8, "not a matrix of 2 to 8 bits");
+    require(group >= 0 && group % BLOCK == 0 && (group == 0 || k % group == 0), "groups are multiples of 32");
+    require(scale_type >= 0 && scale_type <= 2, "no such type");
+    new (self) Bound{{(const uint8_t*)codes, (const void*)scale, (const uint8_t*)zero, n, k, group, Float(scale_type),
+                      bits, offset, half}};
 }
 
 constexpr int MOST_PRODUCTS = 16;
 
-// products: a matrix and two parts more, (..., bias or 0, y). threads: 0 is the team's size.
+// products: for each (matrix, address of its bias or 0, of y). threads: 0 is the team's size.
 void linear(int index, uintptr_t x, int type, int64_t m, int activations, float fixed_scale, int threads,
             const nb::list& products) {
     Product all[MOST_PRODUCTS];
@@ -164,8 +164,8 @@ void linear(int index, uintptr_t x, int type, int64_t m, int activations, float 
     require(count >= 1 && count <= MOST_PRODUCTS, "1 to 16 matrices share an input");
     for (int i = 0; i < count; i++) {
         const nb::tuple t = nb::cast<nb::tuple>(products[i]);
-        require(t.size() == 12, "a product has twelve parts");
-        all[i] = {weights_of(t), address(t[10]), address(t[11])};
+        require(t.size() == 3, "a product has three parts");
+        all[i] = {nb::cast<const Bound&>(t[0]).weights, address(t[1]), address(t[2])};
         require(all[i].y && all[i].weights.k == all[0].weights.k, "products share K and have somewhere to go");
     }
     require(x && m >= 0 && type >= 0 && type <= 2 && activations >= 0 && activations <= 3, "not an input");
@@ -175,8 +175,8 @@ void linear(int index, uintptr_t x, int type, int64_t m, int activations, float 
               threads > 0 ? threads : team_size()});
 }
 
-void rows(const nb::tuple& matrix, Vector<const int64_t> which, Matrix<float> out) {
-    const Weights w = weights_of(matrix);
+void rows(const Bound& matrix, Vector<const int64_t> which, Matrix<float> out) {
+    const Weights& w = matrix.weights;
     require(out.shape(0) == which.shape(0) && int64_t(out.shape(1)) == w.k, "one row of K floats for each index");
     for (size_t i = 0; i < which.shape(0); i++) {
         require(which(i) >= 0 && which(i) < w.n, "row index out of range");
@@ -243,6 +243,9 @@ void read_all(int index, Vector<const uint8_t> data, int threads) {
 
 NB_MODULE(_native, m) {
     using namespace spicerack;
+    nb::class_<Bound>(m, "Matrix")
+        .def("__init__", &bind, "codes"_a, "scale"_a, "zero"_a, "scale_type"_a, "n"_a, "k"_a, "group"_a, "bits"_a,
+             "offset"_a, "half"_a);
     nb::class_<Levels>(m, "Levels").def(nb::init<int, int, bool, bool>(), "lo"_a, "hi"_a, "half"_a, "zero"_a);
     m.def("search", &spicerack::search, "w"_a, "levels"_a, "scale_type"_a, "coarse"_a, "shifts"_a, "fine"_a, "refinements"_a,
           "importance"_a.none(), "scale"_a, "zero"_a, "codes"_a, "isa"_a = "");

@@ -36,6 +36,22 @@ def compare(
 def pack(codes: torch.Tensor, bits: int, offset: int, words: torch.Tensor) -> None: ...
 def unpack(words: torch.Tensor, bits: int, offset: int, codes: torch.Tensor) -> None: ...
 def instruction_sets() -> list[str]: ...
+
+class Matrix:
+    def __init__(
+        self,
+        codes: int,
+        scale: int,
+        zero: int,
+        scale_type: int,
+        n: int,
+        k: int,
+        group: int,
+        bits: int,
+        offset: int,
+        half: bool,
+    ) -> None: ...
+
 def engines() -> list[str]: ...
 def linear(
     engine: int,
@@ -45,11 +61,9 @@ def linear(
     activations: int,
     fixed_scale: float,
     threads: int,
-    products: Sequence[tuple[int, int, int, int, int, int, int, int, int, bool, int, int]],
+    products: list[tuple[Matrix, int, int]],
 ) -> None: ...
-def rows(
-    matrix: tuple[int, int, int, int, int, int, int, int, int, bool], which: torch.Tensor, out: torch.Tensor
-) -> None: ...
+def rows(matrix: Matrix, which: torch.Tensor, out: torch.Tensor) -> None: ...
 def to_panels(codes: torch.Tensor, bits: int, offset: int, tiles: torch.Tensor) -> None: ...
 def from_panels(tiles: torch.Tensor, bits: int, offset: int, codes: torch.Tensor) -> None: ...
 def spin(engine: int, rounds: int, threads: int) -> int: ...

@@ -142,7 +142,7 @@ def _rows(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, s
     if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < spec.n:
         raise IndexError(f"row {int(which.max())} of a table with {spec.n} rows (least: {int(which.min())})")
     out = torch.empty((len(which), spec.k))
-    matrix = _matrix(codes, scale, zero, spec)
+    matrix = Matrix(codes, scale, zero, spec, FLOATS).native()
     with native.team(torch.get_num_threads() if out.numel() > _CHUNK // 16 else 1) as workers:
         workers.run(lambda first, last: _native.rows(matrix, which[first:last], out[first:last]), len(which))
     return out
@@ -151,75 +151,89 @@ def _rows(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, s
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-class Operand(NamedTuple):
-    """One of the matrices that share an input, as `pack` made it."""
+class Matrix:
+    """Packed tensors as `pack` made them, how activations enter, and the native module's view of it all."""
 
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor | None
-    bias: torch.Tensor | None
-    spec: Spec
+    def __init__(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: Spec, activations: int
+    ) -> None:
+        self.codes, self.scale, self.zero, self.spec, self.activations = codes, scale, zero, spec, activations
+        self._addresses = (0, 0, 0)
+        self._native: _native.Matrix | None = None
+
+    def native(self) -> _native.Matrix:
+        """Made when it is first needed, and again when a tensor has other memory. Raises ShapeError."""
+        zero = self.zero
+        addresses = (self.codes.data_ptr(), self.scale.data_ptr(), 0 if zero is None else zero.data_ptr())
+        if addresses != self._addresses:
+            self._check()
+            self._native = _native.Matrix(*addresses, TYPES[self.scale.dtype], *self.spec)  # type: ignore[arg-type]
+            self._addresses = addresses
+        return self._native  # type: ignore[return-value]
+
+    def _check(self) -> None:
+        """The tensors have the size that the numbers say."""
+        codes, scale, zero = self.codes, self.scale, self.zero
+        n, k, group, bits, _, _ = self.spec
+        panels = -(-n // PANEL)
+        scales = panels * PANEL * (k // group if group else 1)
+        if (
+            codes.dtype != torch.uint8
+            or codes.numel() != panels * -(-k // BLOCK) * UNIT * bits
+            or scale.numel() != scales
+            or (zero is not None and (zero.numel() != scales or zero.dtype != torch.uint8))
+            or not (codes.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous()))
+            or not codes.is_cpu
+            or not scale.is_cpu
+            or scale.dtype not in TYPES
+        ):
+            raise ShapeError(f"packed tensors do not make a [{n}, {k}] matrix of {bits} bits", "pack the weight again")
 
 
 def multiply(
     x: torch.Tensor,
-    operands: Sequence[Operand],
+    matrices: Sequence[Matrix],
+    biases: Sequence[torch.Tensor | None],
     engine: int,
-    activations: int,
     *,
     fixed_scale: float = 0.0,
     threads: int = 0,
 ) -> list[torch.Tensor]:
-    """x [..., K] -> x W^T + b [..., N] for each operand, in x's type; x is quantized once. No gradients.
+    """x [..., K] -> x W^T + b [..., N] for each matrix, in x's type; x is quantized once, as for the first.
+
+    No gradients.
 
     fixed_scale: of the activations, if they are FIXED. threads: 0 is as many as torch uses. Raises ShapeError and
     TypeError. NaN and infinities in a row of x give what float arithmetic gives for that row.
     """
-    k = operands[0].spec.k
+    k = matrices[0].spec.k
+    shape = list(x.shape)
     kind = TYPES.get(x.dtype)
     if kind is None:
         raise TypeError(f"x is {x.dtype}; kernels take float32, float16 and bfloat16")
-    if x.shape[-1:] != (k,):
-        raise ShapeError(f"x has shape {list(x.shape)}, the layer takes [..., {k}]", "check the layer's input")
-    if x.device.type != "cpu":
+    if not shape or shape[-1] != k:
+        raise ShapeError(f"x has shape {shape}, the layer takes [..., {k}]", "check the layer's input")
+    if not x.is_cpu:
         raise TypeError(f"x is on {x.device}; this layer was packed for the CPU")
-    if not x.is_contiguous() or x.data_ptr() % x.itemsize:
+    at = x.data_ptr()
+    if not x.is_contiguous() or at % x.itemsize:
         x = x.clone(memory_format=torch.contiguous_format)
+        at = x.data_ptr()
     outputs, products = [], []
-    for codes, scale, zero, bias, spec in operands:
-        y = x.new_empty((*x.shape[:-1], spec.n))
+    for matrix, bias in zip(matrices, biases, strict=True):
+        shape[-1] = n = matrix.spec.n
+        y = x.new_empty(*shape)  # faster than of a list
         address = 0
         if bias is not None:
-            if bias.dtype != x.dtype or not bias.is_contiguous() or bias.numel() != spec.n:
-                bias = bias.to(x.dtype).reshape(spec.n).contiguous()
+            if bias.dtype != x.dtype or not bias.is_contiguous() or bias.numel() != n:
+                bias = bias.to(x.dtype).reshape(n).contiguous()
             address = bias.data_ptr()
         outputs.append(y)
-        products.append((*_matrix(codes, scale, zero, spec), address, y.data_ptr()))
-    if outputs[0].numel():
-        _native.linear(engine, x.data_ptr(), kind, x.numel() // k, activations, fixed_scale, threads, products)
+        products.append((matrix.native(), address, y.data_ptr()))
+    rows = x.numel() // k
+    if rows:
+        _native.linear(engine, at, kind, rows, matrices[0].activations, fixed_scale, threads, products)
     return outputs
-
-
-def _matrix(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: Spec
-) -> tuple[int, int, int, int, int, int, int, int, int, bool]:
-    """What the native module is told of a matrix; its memory has the size that the numbers say. Raises ShapeError."""
-    n, k, group, bits, offset, half = spec
-    panels = -(-n // PANEL)
-    scales = panels * PANEL * (k // group if group else 1)
-    if (
-        codes.dtype != torch.uint8
-        or codes.numel() != panels * -(-k // BLOCK) * UNIT * bits
-        or scale.numel() != scales
-        or (zero is not None and (zero.numel() != scales or zero.dtype != torch.uint8))
-        or not (codes.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous()))
-        or not codes.is_cpu
-        or not scale.is_cpu
-        or scale.dtype not in TYPES
-    ):
-        raise ShapeError(f"packed tensors do not make a [{n}, {k}] matrix of {bits} bits", "pack the weight again")
-    address = 0 if zero is None else zero.data_ptr()
-    return codes.data_ptr(), scale.data_ptr(), address, TYPES[scale.dtype], n, k, group, bits, offset, half
 
 
 # ---- as a torch operator ---------------------------------------------------------------------------------------------
@@ -246,8 +260,8 @@ def _linear(
     engine: int,
     activations: int,
 ) -> torch.Tensor:
-    spec = Spec(n, k, group, bits, offset, half)
-    return multiply(x, (Operand(codes, scale, zero, bias, spec),), engine, activations)[0]
+    matrix = Matrix(codes, scale, zero, Spec(n, k, group, bits, offset, half), activations)
+    return multiply(x, (matrix,), (bias,), engine)[0]
 
 
 def _fake(x: torch.Tensor, *rest: object) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,16 +28,6 @@ A scheme that names its activations (a8) has them so with either."""
 
 
 @dataclass(frozen=True, slots=True)
-class Operand:
-    """One of the matrices that share an input: its packed tensors, and a bias [N] or None."""
-
-    scheme: Scheme
-    shape: Shape
-    tensors: Tensors
-    bias: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Kernel:
     """
     speed   of the rows that fit, the one with the highest runs
@@ -47,7 +37,8 @@ class Kernel:
     pack    QTensor [N, K] -> tensors by name, in the kernel's own layout
     unpack  its exact inverse: (scheme, [N, K], tensors) -> QTensor
     rows    (scheme, [N, K], tensors, rows) -> float32 [R, K], the chosen rows decoded
-    run     (x [..., K], operands) -> for each x W^T + b [..., N] in x's type; differentiable in x and b
+    prepare (scheme, [N, K], tensors) -> a matrix as `run` takes it: made once for these tensors
+    run     (x [..., K], matrices, biases) -> for each x W^T + b [..., N] in x's type; differentiable in x and b
     """
 
     name: str
@@ -58,7 +49,8 @@ class Kernel:
     pack: Callable[[QTensor], dict[str, torch.Tensor]]
     unpack: Callable[[Scheme, Shape, Tensors], QTensor]
     rows: Callable[[Scheme, Shape, Tensors, Rows], torch.Tensor]
-    run: Callable[[torch.Tensor, Sequence[Operand]], list[torch.Tensor]]
+    prepare: Callable[[Scheme, Shape, Tensors], Any]
+    run: Callable[[torch.Tensor, Sequence[Any], Sequence[torch.Tensor | None]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)

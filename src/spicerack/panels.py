@@ -8,7 +8,8 @@ from functools import partial
 import torch
 
 from spicerack import engines
-from spicerack.kernel import Compute, Kernel, Operand, Shape
+from spicerack.kernel import Compute, Kernel, Shape
+from spicerack.packed import Tensors
 from spicerack.scheme import Scheme
 
 
@@ -24,7 +25,8 @@ def kernel(compute: Compute, engine: str, *, speed: int) -> Kernel:
         pack=engines.pack,
         unpack=engines.unpack,
         rows=engines.rows,
-        run=partial(_run, compute, index),
+        prepare=partial(_prepare, compute),
+        run=partial(_run, index),
     )
 
 
@@ -40,26 +42,29 @@ def _fits(
     return engines.unfit(scheme, shape, dtype, device)
 
 
-def _run(compute: Compute, engine: int, x: torch.Tensor, operands: Sequence[Operand]) -> list[torch.Tensor]:
+def _prepare(compute: Compute, scheme: Scheme, shape: Shape, tensors: Tensors) -> engines.Matrix:
     activations = engines.FLOATS
     if compute == "int8":
-        activations = engines.BLOCKS if operands[0].scheme.activations is None else engines.TOKENS
-    plain = [
-        engines.Operand(o.tensors["codes"], o.tensors["scale"], o.tensors.get("zero"), o.bias, _spec(o))
-        for o in operands
-    ]
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or _wants_gradients(x, operands):
-        return [engines.OPERATOR(x, *o[:4], *o.spec, engine, activations) for o in plain]
+        activations = engines.BLOCKS if scheme.activations is None else engines.TOKENS
+    spec = engines.spec_of(scheme, shape)
+    return engines.Matrix(tensors["codes"], tensors["scale"], tensors.get("zero"), spec, activations)
+
+
+def _run(
+    engine: int,
+    x: torch.Tensor,
+    matrices: Sequence[engines.Matrix],
+    biases: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    if type(x) is not torch.Tensor or torch.compiler.is_compiling() or _wants_gradients(x, biases):
+        return [
+            engines.OPERATOR(x, m.codes, m.scale, m.zero, bias, *m.spec, engine, m.activations)
+            for m, bias in zip(matrices, biases, strict=True)
+        ]
     if x.dtype not in engines.TYPES:
-        return [y.to(x.dtype) for y in engines.multiply(x.float(), plain, engine, activations)]
-    return engines.multiply(x, plain, engine, activations)
+        return [y.to(x.dtype) for y in engines.multiply(x.float(), matrices, biases, engine)]
+    return engines.multiply(x, matrices, biases, engine)
 
 
-def _spec(operand: Operand) -> engines.Spec:
-    return engines.spec_of(operand.scheme, operand.shape)
-
-
-def _wants_gradients(x: torch.Tensor, operands: Sequence[Operand]) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad or any(o.bias is not None and o.bias.requires_grad for o in operands)
-    )
+def _wants_gradients(x: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(b is not None and b.requires_grad for b in biases))

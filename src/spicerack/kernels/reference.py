@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from spicerack import packed
-from spicerack.kernel import Kernel, Operand, Shape
+from spicerack.kernel import Kernel, Shape
 from spicerack.packed import Tensors
 from spicerack.qtensor import QTensor
 from spicerack.scheme import IntLevels, Scheme
@@ -43,8 +43,15 @@ def unpack(scheme: Scheme, shape: Shape, tensors: Tensors) -> QTensor:
     return packed.unpack(scheme, shape, tensors)
 
 
-def run(x: torch.Tensor, operands: Sequence[Operand]) -> list[torch.Tensor]:
-    products = [(_product(x, o.scheme, o.shape, o.tensors), o.bias) for o in operands]
+Matrix = tuple[Scheme, Shape, Tensors]
+
+
+def prepare(scheme: Scheme, shape: Shape, tensors: Tensors) -> Matrix:
+    return scheme, shape, tensors
+
+
+def run(x: torch.Tensor, matrices: Sequence[Matrix], biases: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    products = zip((_product(x, *matrix) for matrix in matrices), biases, strict=True)
     return [y if bias is None else y + bias.to(y.dtype) for y, bias in products]
 
 
@@ -116,4 +123,4 @@ def _chunks(shape: Shape) -> Iterator[slice]:
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-KERNEL = Kernel("reference", 0, False, "float", fits, packed.pack, unpack, rows, run)
+KERNEL = Kernel("reference", 0, False, "float", fits, packed.pack, unpack, rows, prepare, run)

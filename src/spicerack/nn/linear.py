@@ -46,4 +46,5 @@ class QLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.packed.forward(x, self.bias)
+        packed: PackedWeight = self._modules["packed"]  # type: ignore[assignment]  # attributes of modules are slow
+        return packed.forward(x, self._parameters["bias"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,8 @@ class PackedWeight(nn.Module):
         for name, tensor in self.choice.kernel.pack(q).items():
             self._names[name] = name.replace(".", "_")
             self.register_buffer(self._names[name], tensor.to(device))
+        self._prepared: Any = None
+        self._prepared_of: tuple[tuple[str, torch.Tensor | None], ...] = ()
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, shape={list(self.shape)}, kernel={self.choice.kernel.name}"
@@ -54,11 +57,26 @@ class PackedWeight(nn.Module):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> x W^T + bias [..., N]."""
-        return self.choice.kernel.run(x, (self.operand(bias),))[0]
+        return self.choice.kernel.run(x, (self.prepared(),), (bias,))[0]
 
-    def operand(self, bias: torch.Tensor | None = None) -> kernel.Operand:
-        """The matrix as its kernel takes it."""
-        return kernel.Operand(self.scheme, self.shape, self.tensors, bias)
+    def prepared(self) -> Any:
+        """The matrix as its kernel's `run` takes it."""
+        if not torch.compiler.is_compiling():
+            buffers = self._buffers
+            for name, tensor in self._prepared_of:
+                if buffers[name] is not tensor:
+                    break
+            else:
+                if self._prepared is not None:
+                    return self._prepared
+            self._prepared_of = tuple(buffers.items())
+            self._prepared = self.choice.kernel.prepare(self.scheme, self.shape, self.tensors)
+            return self._prepared
+        return self.choice.kernel.prepare(self.scheme, self.shape, self.tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have tensors of their own."""
+        return self.__dict__ | {"_prepared": None, "_prepared_of": ()}
 
     def rows(self, which: Rows) -> torch.Tensor:
         """[R, K] in `dtype`: the chosen rows, decoded."""
