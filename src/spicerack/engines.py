@@ -8,8 +8,11 @@ threads. Threads are those of torch's own OpenMP team.
 
 from __future__ import annotations
 
+import mmap
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
@@ -33,6 +36,8 @@ MAX_EXACT_COLUMNS = 1 << 16
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Of x, y, bias and scales, as the native module counts them."""
+_HUGE = 2 << 20
+"""Bytes of a huge page."""
 _CHUNK = 1 << 22
 """Weights decoded at once for a gradient."""
 
@@ -87,7 +92,8 @@ def pack(q: QTensor) -> dict[str, torch.Tensor]:
     n, k = q.shape
     spec = spec_of(q.scheme, (n, k))
     assert isinstance(q.scale, torch.Tensor)
-    tiles = torch.zeros((-(-n // PANEL), -(-k // BLOCK), UNIT * spec.bits), dtype=torch.uint8)
+    panels, blocks = -(-n // PANEL), -(-k // BLOCK)
+    tiles = _zeros(panels * blocks * UNIT * spec.bits).view(panels, blocks, UNIT * spec.bits)
     codes = q.codes.cpu().contiguous().view(torch.uint8)
 
     def work(first: int, last: int) -> None:
@@ -116,6 +122,17 @@ def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors) -> QTensor:
         zero = _from_lanes(tensors["zero"], n).to(torch.int16).sub_(spec.offset)
         zero = zero.to(torch.int8 if signed else torch.uint8)
     return QTensor(scheme, codes.view(torch.int8) if signed else codes, scale, zero)
+
+
+def _zeros(nbytes: int) -> torch.Tensor:
+    """uint8 zeros, on huge pages where Linux gives them: with small ones memory reads a fifth to a third slower."""
+    if sys.platform != "linux" or nbytes < _HUGE:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE
+    with suppress(OSError):  # a kernel that was built without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)
 
 
 def _to_lanes(values: torch.Tensor, n: int) -> torch.Tensor:
@@ -309,7 +326,7 @@ def dot_peak(threads: int, *, engine: int = 0, seconds: float = 0.3) -> float:
 
 def read_bandwidth(nbytes: int, threads: int, *, engine: int = 0, turns: int = 5) -> float:
     """Bytes per second that `threads` threads read together from nbytes of memory, in order; the best turn."""
-    data = torch.ones(nbytes, dtype=torch.uint8)
+    data = _zeros(nbytes).fill_(1)
     best = 0.0
     for _ in range(turns):
         begin = time.perf_counter()
