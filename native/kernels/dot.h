@@ -109,6 +109,30 @@ INLINE vf fused(vf x, vf y, vf z) {
 #endif
 }
 
+// LANES bytes as integers, and back (of -128..127). GCC 12 takes vectors of bytes apart by itself.
+INLINE vi from_bytes(const uint8_t* p) {
+#if LANES == 16
+    return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif LANES == 8
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    typedef uint8_t small __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(load<small>(p), vi);
+#endif
+}
+
+INLINE void to_bytes(vi x, int8_t* p) {
+#if LANES == 16
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(raw(x)));
+#elif LANES == 8
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(raw(x)), _mm256_extracti128_si256(raw(x), 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(half, half));
+#else
+    typedef int8_t small __attribute__((vector_size(LANES)));
+    store(p, __builtin_convertvector(x, small));
+#endif
+}
+
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
 // The nearest integer, half to even, of |x| < 2^22.

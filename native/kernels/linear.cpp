@@ -22,11 +22,13 @@ namespace {
 
 #if LANES == 16
 constexpr int WIDE = 2, WIDER = 4, TALL = 6;  // panels of a tile (scaled by block; only summed), rows of x in it
+constexpr int NARROW = 1, NARROWER = 2, TALLEST = 8;  // tiles that read each panel once for a few more rows of x
 #else
 constexpr int WIDE = 1, WIDER = 1, TALL = LANES == 8 ? 3 : 4;
+constexpr int NARROW = 1, NARROWER = 1, TALLEST = TALL;
 #endif
-constexpr int FEW = 4;               // rows of x for which codes are unpacked in registers
-constexpr int FEW_ROWS = 2 * FEW;    // up to so many rows of x that is how it is done
+constexpr int FEW = TALL < 4 ? TALL : 4;  // rows of x for which codes are unpacked in registers, for wide tiles
+constexpr int FEW_ROWS = 2 * TALLEST;     // up to so many rows of x they are unpacked in registers at all; bytes: TALLEST
 constexpr int CHUNK = 512;           // columns
 constexpr int64_t SLAB_BYTES = 4 << 20;  // of quantized x at once
 constexpr int64_t SMALL = 1 << 18;   // multiply-adds that are worth a thread
@@ -36,7 +38,7 @@ constexpr int64_t EACH = 1 << 13;    // values of x that every thread quantizes 
 constexpr int64_t NEAR_BYTES = 1 << 20, APART_NEAR = 16, APART = 128;
 constexpr float LARGEST = 127.0f;    // int8 activations are -127..127
 constexpr float FLUSH = 0x1p-100f;   // a block of activations below this counts as zeros: 1 / scale would overflow
-constexpr int AHEAD = 2048;          // bytes to prefetch ahead of a panel's stream
+constexpr int AHEAD = 4096;          // bytes to prefetch ahead of a panel's stream
 
 template <class T>
 struct Buffer {
@@ -129,15 +131,14 @@ INLINE vf scale_of(const Panels& w, int64_t group, int v) {
 }
 
 INLINE vi zero_of(const Panels& w, int64_t group, int v) {
-    typedef uint8_t small __attribute__((vector_size(LANES)));
-    return __builtin_convertvector(load<small>(w.zero[v / PARTS] + group * PANEL + v % PARTS * LANES), vi);
+    return from_bytes(w.zero[v / PARTS] + group * PANEL + v % PARTS * LANES);
 }
 
 // Sums [M, WIDTH] in float32: of t with one scale a row, else of t s_w.
-template <int BITS, int M, Scales SCALES>
+template <int BITS, int M, int P, Scales SCALES>
 void scaled(const Panels& w, const Inputs& x, float* sums) {
-    constexpr int V = WIDE * PARTS;
-    constexpr int WIDTH = WIDE * PANEL;
+    constexpr int V = P * PARTS;
+    constexpr int WIDTH = P * PANEL;
     const int64_t group = SCALES == one_a_row ? w.blocks : SCALES == one_a_block ? 1 : w.group_blocks;
     const int8_t* a = x.codes;
     const float* s_a = x.scale;
@@ -170,8 +171,8 @@ void scaled(const Panels& w, const Inputs& x, float* sums) {
                     for (int v = 0; v < V; v++) i[m][v] = small_product(z[v], i[m][v]);
                 }
             }
-            if constexpr (BITS != 0 && M <= FEW) {
-                for (int p = 0; p < WIDE; p++) {
+            if constexpr (BITS != 0 && (M <= FEW || P == NARROW)) {
+                for (int p = 0; p < P; p++) {
                     for (int line = 0; line < BITS; line++) __builtin_prefetch(w.codes[p] + at + AHEAD + line * 64);
                 }
             }
@@ -223,18 +224,18 @@ void scaled(const Panels& w, const Inputs& x, float* sums) {
 }
 
 // Exact sums of u a alone, for one scale a token and one a row.
-template <int BITS, int M>
+template <int BITS, int M, int P>
 void summed(const Panels& w, const Inputs& x, float* sums) {
-    constexpr int V = WIDER * PARTS;
-    constexpr int WIDTH = WIDER * PANEL;
+    constexpr int V = P * PARTS;
+    constexpr int WIDTH = P * PANEL;
     vi i[M][V];
     for (int m = 0; m < M; m++) {
         for (int v = 0; v < V; v++) i[m][v] = load<vi>(sums + m * WIDTH + v * LANES);
     }
     const int8_t* a = x.codes;
     for (int64_t b = 0, at = 0; b < w.blocks; b++, at += w.step, a += 32 * M) {
-        if constexpr (BITS != 0 && M <= FEW) {
-            for (int p = 0; p < WIDER; p++) {
+        if constexpr (BITS != 0 && (M <= FEW || P == NARROWER)) {
+            for (int p = 0; p < P; p++) {
                 for (int line = 0; line < BITS; line++) __builtin_prefetch(w.codes[p] + at + AHEAD + line * 64);
             }
         }
@@ -290,32 +291,44 @@ void floating(const Panels& w, const Inputs& x, float* sums) {
 typedef void (*Body)(const Panels&, const Inputs&, float*);
 typedef void (*Unpack)(const uint8_t*, uint8_t*);
 
-// Bodies for tiles of 1 to TALL rows; null where codes are unpacked before.
+// Bodies for tiles of so many rows, one less than the index.
 struct Bodies {
-    Body rows[TALL], blocks[TALL], groups[TALL], summed[TALL], floating[TALL];
+    Body rows[TALLEST], blocks[TALLEST], groups[TALLEST], summed[TALLEST], floating[TALL];
     Unpack unpack;
 };
 
-template <int BITS, int M>
+// For LEAST to M rows, P panels (PS where only summed).
+template <int BITS, int M, int LEAST, int P, int PS>
 constexpr void add(Bodies& bodies) {
-    bodies.rows[M - 1] = scaled<BITS, M, one_a_row>;
-    bodies.blocks[M - 1] = scaled<BITS, M, one_a_block>;
-    bodies.groups[M - 1] = scaled<BITS, M, one_a_group>;
-    bodies.summed[M - 1] = summed<BITS, M>;
-    bodies.floating[M - 1] = floating<BITS, M>;
-    if constexpr (M > 1) add<BITS, M - 1>(bodies);
+    bodies.rows[M - 1] = scaled<BITS, M, P, one_a_row>;
+    bodies.blocks[M - 1] = scaled<BITS, M, P, one_a_block>;
+    bodies.groups[M - 1] = scaled<BITS, M, P, one_a_group>;
+    bodies.summed[M - 1] = summed<BITS, M, PS>;
+    if constexpr (M <= TALL) bodies.floating[M - 1] = floating<BITS, M>;
+    if constexpr (M > LEAST) add<BITS, M - 1, LEAST, P, PS>(bodies);
 }
 
 template <int BITS, int M>
-constexpr Bodies up_to() {
+constexpr Bodies wide_bodies() {
     Bodies bodies{{}, {}, {}, {}, {}, unpack_tile<BITS>};
-    add<BITS, M>(bodies);
+    add<BITS, M, 1, WIDE, WIDER>(bodies);
     return bodies;
 }
 
-constexpr int LOW = FEW < TALL ? FEW : TALL;
-constexpr Bodies BODIES[9] = {up_to<0, TALL>(), {},           up_to<2, LOW>(), up_to<3, LOW>(), up_to<4, LOW>(),
-                              up_to<5, LOW>(),  up_to<6, LOW>(), up_to<7, LOW>(), up_to<8, TALL>()};
+// For rows that are more than FEW, in tiles of nearly equal size.
+template <int BITS>
+constexpr Bodies narrow_bodies() {
+    Bodies bodies{};
+    add<BITS, TALLEST, (TALLEST + 1) / 2, NARROW, NARROWER>(bodies);
+    return bodies;
+}
+
+constexpr Bodies WIDE_BODIES[9] = {
+    wide_bodies<0, TALL>(), {}, wide_bodies<2, FEW>(), wide_bodies<3, FEW>(), wide_bodies<4, FEW>(),
+    wide_bodies<5, FEW>(), wide_bodies<6, FEW>(), wide_bodies<7, FEW>(), wide_bodies<8, TALL>()};
+constexpr Bodies NARROW_BODIES[9] = {
+    {}, {}, narrow_bodies<2>(), narrow_bodies<3>(), narrow_bodies<4>(),
+    narrow_bodies<5>(), narrow_bodies<6>(), narrow_bodies<7>(), narrow_bodies<8>()};
 
 // ---- x ---------------------------------------------------------------------------------------------------------------
 
@@ -402,8 +415,7 @@ INLINE int32_t round_block(const vf* x, float inverse, int8_t* codes) {
         const vf u = x[i] * inverse;
         const vi q = round_to_int(vmin(vmax(u, splat(-LARGEST)), splat(LARGEST)));
         sum += q;
-        typedef int8_t small __attribute__((vector_size(LANES)));
-        store(codes + i * LANES, __builtin_convertvector(q, small));
+        to_bytes(q, codes + i * LANES);
     }
     return ACROSS(sum);
 }
@@ -466,7 +478,7 @@ struct Job {
     const Call* call;
     Activations how;
     int64_t row0;                  // the slab's first row in x and y
-    bool few;                      // rows of x
+    bool few, narrow;              // rows of x; tiles
     Tiling tiling;
     Slab slab;
     const int64_t* first_unit;     // [count + 1]
@@ -481,9 +493,10 @@ struct Scratch {
     Buffer<float> sums;
 };
 
-INLINE int panels_of(Activations how, const Weights& w) {
+INLINE int panels_of(Activations how, const Weights& w, bool narrow) {
     if (how == Activations::floats) return 1;
-    return how != Activations::blocks && w.group == 0 ? WIDER : WIDE;
+    const bool only_summed = how != Activations::blocks && w.group == 0;
+    return only_summed ? (narrow ? NARROWER : WIDER) : narrow ? NARROW : WIDE;
 }
 
 // What dot products leave out of every code.
@@ -504,10 +517,7 @@ void finish(const Job& job, const Product& product, int64_t panel, int width, bo
             vf s_w = splat(1.0f), bias{};
             vi zero = splat_int(w.offset);
             if (w.group == 0) s_w = widen((const char*)w.scale + at * size_of(w.scale_type), w.scale_type);
-            if (w.group == 0 && w.zero) {
-                typedef uint8_t small __attribute__((vector_size(LANES)));
-                zero = __builtin_convertvector(load<small>(w.zero + at), vi);
-            }
+            if (w.group == 0 && w.zero) zero = from_bytes(w.zero + at);
             if (product.bias) bias = widen_some((const char*)product.bias + n * size_of(type), type, count);
             char* y = (char*)product.y + ((job.row0 * w.n) + n) * size_of(type);
             const float* sum = sums + (p - panel) * PANEL + part * LANES;
@@ -528,6 +538,34 @@ void finish(const Job& job, const Product& product, int64_t panel, int width, bo
     }
 }
 
+// Fetches the next chunk of some panels, a part at a time, while this one is multiplied: of these panels, or the first
+// chunk of those that follow.
+struct Ahead {
+    const char* at[WIDER]{};
+    int64_t left, each;
+    int width;
+
+    // block: where the next chunk begins, or the end of the panels.
+    INLINE Ahead(const Weights& w, int64_t panel, int panels, int64_t block, int64_t chunk, int64_t steps) : width(panels) {
+        if (block == w.blocks()) {
+            panel += panels;
+            block = 0;
+        }
+        if (panel + panels > w.panels()) width = 0;
+        left = least(chunk, w.blocks() - block) * w.tile_bytes();
+        each = (left / steps + 63) / 64 * 64;
+        for (int p = 0; p < width; p++) at[p] = (const char*)w.codes + ((panel + p) * w.blocks() + block) * w.tile_bytes();
+    }
+    INLINE void step() {
+        const int64_t count = least(each, left);
+        for (int p = 0; p < width; p++) {
+            for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(at[p] + i, 0, 2);
+            at[p] += count;
+        }
+        left -= count;
+    }
+};
+
 void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
     int which = 0;
     while (unit >= job.first_unit[which + 1]) which++;
@@ -536,10 +574,10 @@ void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
     const Slab& s = job.slab;
     const bool floats = job.how == Activations::floats;
     const bool integers = !floats && job.how != Activations::blocks && w.group == 0;
-    const int width = panels_of(job.how, w);
+    const int width = panels_of(job.how, w, job.narrow);
     const int64_t panel = (unit - job.first_unit[which]) * width;
     const bool direct = w.bits == 8 || job.few;
-    const Bodies& bodies = BODIES[direct ? w.bits : 0];
+    const Bodies& bodies = job.narrow ? NARROW_BODIES[w.bits] : WIDE_BODIES[direct ? w.bits : 0];
     const Body* body = floats             ? bodies.floating
                        : integers           ? bodies.summed
                        : w.group == 0       ? bodies.rows
@@ -564,7 +602,7 @@ void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
             const uint8_t* tiles = w.codes + (source * s.blocks + b) * w.tile_bytes();
             if (!direct) {
                 uint8_t* to = bytes + p * 8 * TILE_UNIT;
-                for (int64_t i = 0; i < part.blocks; i++) BODIES[w.bits].unpack(tiles + i * w.tile_bytes(), to + i * part.step);
+                for (int64_t i = 0; i < part.blocks; i++) WIDE_BODIES[w.bits].unpack(tiles + i * w.tile_bytes(), to + i * part.step);
                 tiles = to;
             }
             const int64_t at = source * w.groups() + (group ? b / group : 0);
@@ -572,9 +610,11 @@ void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
             part.scale[p] = (const uint8_t*)w.scale + at * PANEL * size_of(w.scale_type);
             part.zero[p] = w.zero ? w.zero + at * PANEL : nullptr;
         }
+        Ahead ahead(w, panel, width, b + chunk < s.blocks ? b + chunk : s.blocks, chunk, job.tiling.tiles);
         for (int64_t t = 0; t < job.tiling.tiles; t++) {
             const int64_t first = job.tiling.first(t), height = job.tiling.height(t);
             const int64_t at = first * s.blocks + b * height;
+            if (!job.few) ahead.step();
             Inputs x{};
             if (floats) {
                 x.floats = s.floats + at * BLOCK;
@@ -646,8 +686,10 @@ INLINE Arena& own_arena() {
 }
 
 Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Arena& arena) {
-    const bool few = rows <= FEW_ROWS;
-    Job job{&call, how, row0, few, Tiling(rows, few ? LOW : TALL), {}, nullptr, nullptr, nullptr};
+    bool bytes = false;
+    for (int i = 0; i < call.count; i++) bytes |= call.products[i].weights.bits == 8;
+    const bool few = rows <= (bytes ? TALLEST : FEW_ROWS), narrow = few && rows > FEW && how != Activations::floats;
+    Job job{&call, how, row0, few, narrow, Tiling(rows, narrow ? TALLEST : few ? FEW : TALL), {}, nullptr, nullptr, nullptr};
     Slab& s = job.slab;
     const Weights& w0 = call.products[0].weights;
     s.rows = rows;
@@ -661,7 +703,7 @@ Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Aren
     bool half = false;
     for (int i = 0; i < call.count; i++) {
         const Weights& w = call.products[i].weights;
-        const int width = panels_of(how, w);
+        const int width = panels_of(how, w, job.narrow);
         first_unit[i + 1] = first_unit[i] + (w.panels() + width - 1) / width;
         half |= w.half;
     }
