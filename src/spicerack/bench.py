@@ -134,7 +134,7 @@ def resident_bytes(model: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _decoder_turn(model: PreTrainedModel, *, prefill: int, decode: int) -> Sample:
     """Greedy generation: a prompt of random tokens, then one token at a time."""
     ids = _tokens(model, 1, prefill)
@@ -153,7 +153,7 @@ def _decoder_turn(model: PreTrainedModel, *, prefill: int, decode: int) -> Sampl
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _encoder_turn(model: PreTrainedModel, *, batch: int, length: int) -> Sample:
     """One batch of full-length sequences: no padding, so that every model does all the work."""
     ids = _tokens(model, batch, length)

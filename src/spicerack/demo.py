@@ -135,7 +135,7 @@ def _sample(subject: Subject, folder: Path) -> str:
     model = load(folder)
     tokenizer = tokenizing.read(folder, model.config)
     inputs = tokenizer([QUESTION, *SENTENCES], padding=True, truncation=True, max_length=128, return_tensors="pt")
-    with torch.inference_mode():
+    with torch.no_grad():
         vectors = embed(model, inputs["input_ids"], inputs["attention_mask"], pooling(folder))
     question, *others = torch.nn.functional.normalize(vectors)
     scores = torch.stack(others) @ question

@@ -58,7 +58,7 @@ class EncoderComparison:
         }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare(
     reference: PreTrainedModel,
     other: PreTrainedModel,

@@ -151,7 +151,7 @@ def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _window(
     reference: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor, positions: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

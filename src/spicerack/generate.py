@@ -89,7 +89,7 @@ def continue_text(
     settings = {"max_new_tokens": max_new_tokens, "pad_token_id": _padding(model, tokenizer), **sampling}
     run: Any = model.generate
     started = time.perf_counter()
-    with torch.inference_mode():
+    with torch.no_grad():
         ids = run(**inputs, **settings, streamer=None if write is None else _Streamer(tokenizer, write))
     seconds = time.perf_counter() - started
     new = ids[0] if model.config.is_encoder_decoder else ids[0, length:]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from spicerack.kernel import Compute
 from spicerack.nn.packed import PackedWeight
 from spicerack.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from spicerack.nn.shared import SharedInput
 
 
 class QLinear(nn.Module):
@@ -23,6 +28,8 @@ class QLinear(nn.Module):
         self.packed = packed
         self.out_features, self.in_features = packed.shape
         self.register_parameter("bias", bias)
+        self.shared: SharedInput | None = None
+        self.place = 0  # in `shared`
 
     @classmethod
     def of(
@@ -46,5 +53,17 @@ class QLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shared is not None and self._may_share(x):
+            return self.shared.forward(self.place, x)
         packed: PackedWeight = self._modules["packed"]  # type: ignore[assignment]  # attributes of modules are slow
         return packed.forward(x, self._parameters["bias"])
+
+    @staticmethod
+    def _may_share(x: torch.Tensor) -> bool:
+        """Writes into tensors of inference mode go unnoticed: there each layer computes for itself."""
+        return (
+            type(x) is torch.Tensor
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not x.is_inference()
+        )

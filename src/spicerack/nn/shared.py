@@ -1,0 +1,73 @@
+"""Layers that share an input (query, key and value; gate and up) run as one call, unseen by the model's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from spicerack.models import names
+from spicerack.nn.linear import QLinear
+
+
+class SharedInput:
+    """The layer that is called first multiplies x by the weights of all; each of the others hands out what it is due.
+
+    x is the same if it is the same tensor and nobody wrote into it since. If a result is not fetched before the next x
+    comes, the layers do not share their input after all, and each computes for itself from then on.
+    """
+
+    def __init__(self, layers: Sequence[QLinear]) -> None:
+        self.layers = tuple(layers)
+        self._x: torch.Tensor | None = None
+        self._version = 0
+        self._due: dict[int, torch.Tensor] = {}
+        for place, layer in enumerate(self.layers):
+            layer.shared, layer.place = self, place
+
+    def forward(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """What layer number `place` makes of x, a plain tensor of ordinary (not inference) mode."""
+        due = self._due
+        if self._x is x and self._version == x._version and place in due:
+            y = due.pop(place)
+            if not due:
+                self._x = None
+            return y
+        if due:
+            self.dissolve()
+            layer = self.layers[place]
+            return layer.packed.forward(x, layer.bias)
+        matrices = [layer.packed.prepared() for layer in self.layers]
+        biases = [layer.bias for layer in self.layers]
+        results = dict(enumerate(self.layers[0].packed.choice.kernel.run(x, matrices, biases)))
+        y = results.pop(place)
+        self._x, self._version, self._due = x, x._version, results
+        return y
+
+    def dissolve(self) -> None:
+        """Each layer for itself."""
+        for layer in self.layers:
+            layer.shared = None
+        self._x, self._due = None, {}
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Join the quantized layers of `model` that by their names share an input, and have one kernel."""
+    for name, parent in model.named_modules():
+        crossed = not names.CROSS_ATTENTION.isdisjoint(name.split("."))
+        for group in names.SHARED_INPUTS:
+            members = [getattr(parent, member, None) for member in group[crossed:]]
+            layers = {id(layer): layer for layer in members if type(layer) is QLinear and _is_native(layer)}
+            if len(layers) > 1 and len({_call(layer) for layer in layers.values()}) == 1:
+                SharedInput(list(layers.values()))
+
+
+def _is_native(layer: QLinear) -> bool:
+    """The reference gains nothing from one call."""
+    return layer.packed.choice.kernel.name != "reference"
+
+
+def _call(layer: QLinear) -> tuple[object, ...]:
+    """What layers that run in one call have in common."""
+    return layer.packed.choice.kernel.name, layer.packed.scheme.activations, layer.in_features
