@@ -30,6 +30,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "evaluation",
             "generate",
             "bench",
+            "choices",
             "inspect",
             "outliers",
             "tokenizing",

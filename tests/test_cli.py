@@ -22,7 +22,9 @@ def in_process(*args: str | Path) -> int:
     return _output.run(cli, list(map(str, args)))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quantize", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([command, "--help"] for command in ("quantize", "inspect", "kernels"))]
+)
 def test_help_loads_no_torch(arguments: list[str]) -> None:
     said = "print('torch' in sys.modules, file=sys.stderr)"
     code = f"import sys; from spicerack.cli import cli\ntry: cli({arguments!r})\nfinally: {said}"

@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "What the smaller model lost.",
     "bench": "What the smaller model gained: size, memory, speed.",
     "generate": "Let a model continue a text.",
+    "kernels": "What can multiply on this machine, and what a folder's layers get.",
     "demo": "Two real models through the whole way, in one table.",
 }
 

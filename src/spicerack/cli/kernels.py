@@ -1,0 +1,114 @@
+"""`spicerack kernels [OUT]`: the kernels that there are, and those that a folder's layers get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from spicerack.cli import _output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from spicerack.choices import Layers, Row
+
+
+@click.command()
+@click.argument("out", metavar="[OUT]", required=False)
+@click.option(
+    "--compute",
+    type=click.Choice(["int8", "float"]),
+    help="What OUT's layers multiply with, as in load(). Default: int8 where there are vector instructions for it.",
+)
+@_output.json_option
+def command(out: str | None, compute: Literal["int8", "float"] | None, as_json: bool) -> None:
+    """List the kernels, or those that the layers of the quantized folder OUT get, and why.
+
+    Only config.json and the headers of OUT's files are read.
+
+    \b
+    spicerack kernels
+    spicerack kernels out --compute float
+    """
+    if out is None and compute is not None:
+        raise click.UsageError("--compute chooses kernels for the layers of OUT, and no OUT is given")
+    from spicerack import choices
+
+    rows = choices.rows()
+    if out is None:
+        if as_json:
+            _output.emit(_table_as_json(rows))
+        else:
+            _show_table(rows, _output.console())
+        return
+    layers = choices.layers(out, compute)
+    if as_json:
+        found = [asdict(some) for some in layers]
+        _output.emit({"folder": out, "compute": compute, **_table_as_json(rows), "layers": found})
+    else:
+        _show_layers(out, layers, _output.console())
+
+
+def _table_as_json(rows: Iterable[Row]) -> dict[str, Any]:
+    return {"kernels": [{**asdict(row), "runs": row.obstacle is None} for row in rows]}
+
+
+def _show_table(rows: Iterable[Row], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("kernel", "activations", "runs here"):
+        table.add_column(title, no_wrap=title != "runs here")
+    for row in rows:
+        style = None if row.obstacle is None else "dim"
+        table.add_row(row.name, row.compute, "yes" if row.obstacle is None else f"no: {row.obstacle}", style=style)
+    console.print(table)
+    console.print("\nFastest first; a layer gets the first that runs here and fits it: spicerack kernels OUT")
+
+
+def _show_layers(out: str, layers: list[Layers], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not layers:
+        console.print(f"{out}: nothing is quantized; torch runs all layers", markup=False, soft_wrap=True)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("layers", "n", "shape", "numbers", "inputs", "kernel"):
+        left = title not in ("n", "shape")
+        table.add_column(
+            title, justify="left" if left else "right", no_wrap=title not in ("layers", "kernel"), overflow="fold"
+        )
+    for some in layers:
+        shape = "x".join(map(str, some.shape))
+        table.add_row(Text(some.pattern), str(some.count), shape, some.scheme, some.dtype, some.kernel)
+    console.print(table)
+    for kernel, passed_over, schemes in _choices(layers):
+        names = ", ".join(schemes)
+        console.print()
+        if not passed_over:
+            console.print(f"{kernel} for {names}: the fastest there is", markup=False, soft_wrap=True)
+            continue
+        console.print(f"{kernel} for {names}; faster ones were passed over:", markup=False, soft_wrap=True)
+        for reason, rows in _by_reason(passed_over).items():
+            console.print(f"  {', '.join(rows)}: {reason}", markup=False, soft_wrap=True)
+
+
+def _choices(layers: Iterable[Layers]) -> list[tuple[str, dict[str, str], list[str]]]:
+    """Kernel, what it was preferred to, and the schemes for which that holds."""
+    found: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
+    for some in layers:
+        schemes = found.setdefault((some.kernel, tuple(some.passed_over.items())), [])
+        if some.scheme not in schemes:
+            schemes.append(some.scheme)
+    return [(kernel, dict(passed_over), schemes) for (kernel, passed_over), schemes in found.items()]
+
+
+def _by_reason(passed_over: dict[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in passed_over.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
