@@ -19,6 +19,8 @@ STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 STDLIB_LM = ROOT / "assets" / "stdlib-lm"
 LlamaFolder = Callable[..., Path]
 
+torch.set_num_threads(1)  # tests run beside each other, and threads of one that wait for each other would crawl
+
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with no merges: 256 bytes and an end-of-text token."""
