@@ -65,7 +65,7 @@ def _print(subject: Subject, rows: list[dict[str, Any]], console: Console) -> No
     slower = [row["label"] for row in rows[1:] if row[speed] < first[speed]]
     if slower:
         which = "Every quantized model is" if len(slower) == len(rows) - 1 else f"{'; '.join(slower)}:"
-        console.print(f"{which} slower than the original today: weights are unpacked in torch for every call.")
+        console.print(f"{which} slower than the original here: see `spicerack kernels`.")
     what = "continues" if subject.decoder else "finds the nearest of the built-in sentences to"
     console.print(f"Each model {what} {_asked(subject)!r}:")
     for row in rows:
