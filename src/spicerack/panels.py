@@ -56,13 +56,13 @@ def _run(
     matrices: Sequence[engines.Matrix],
     biases: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor]:
+    if x.dtype == torch.float64:  # which no engine has
+        return [y.double() for y in _run(engine, x.float(), matrices, biases)]
     if type(x) is not torch.Tensor or torch.compiler.is_compiling() or _wants_gradients(x, biases):
         return [
             engines.OPERATOR(x, m.codes, m.scale, m.zero, bias, *m.spec, engine, m.activations)
             for m, bias in zip(matrices, biases, strict=True)
         ]
-    if x.dtype not in engines.TYPES:
-        return [y.to(x.dtype) for y in engines.multiply(x.float(), matrices, biases, engine)]
     return engines.multiply(x, matrices, biases, engine)
 
 
