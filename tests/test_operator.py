@@ -240,6 +240,17 @@ def test_where_x_lies_does_not_matter(scheme: str, dtype: torch.dtype) -> None:
         assert torch.equal(small(x.view(2, 3, K).transpose(0, 1)), y.view(2, 3, N).transpose(0, 1))
 
 
+def test_kernels_see_aligned_memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x86 would read the rest as well; other processors, and the sanitizers, would not."""
+    small, addresses = layer("w4g32"), []
+    linear = engines._native.linear
+    monkeypatch.setattr(engines._native, "linear", lambda *args: (addresses.append(args[1]), linear(*args))[1])
+    raw = bytearray(4 * K + 1)
+    with torch.no_grad():
+        small(torch.frombuffer(raw, dtype=torch.float32, offset=1, count=K))
+    assert len(addresses) == 1 and addresses[0] % 4 == 0
+
+
 @pytest.mark.parametrize("compute", ["int8", "float"])
 @pytest.mark.parametrize("rows", [3, 40])  # the way for few rows and the one for many
 @pytest.mark.parametrize("scheme", ["w8", "w4g32z", "w2g32h", "w8a8"])
@@ -326,3 +337,13 @@ def test_a_layer_that_ran_takes_another_state(assign: bool) -> None:
         before = small(x)
         small.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
         assert torch.equal(small(x), other(x)) and not torch.equal(small(x), before)
+
+
+def test_a_layer_that_ran_follows_its_tensors_to_other_memory() -> None:
+    small, other, x = layer("w4g32z"), layer("w4g32z", seed=20), values(3, K)
+    with torch.no_grad():
+        small(x)
+        for name, tensor in other.packed.tensors.items():
+            small.packed.get_buffer(name).data = tensor.clone()
+        small.bias.data = other.bias.data.clone()
+        assert torch.equal(small(x), other(x))
