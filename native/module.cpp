@@ -243,6 +243,7 @@ void read_all(int index, Vector<const uint8_t> data, int threads) {
 
 NB_MODULE(_native, m) {
     using namespace spicerack;
+    nb::set_leak_warnings(false);  // layers that live until the interpreter ends are no leak
     nb::class_<Bound>(m, "Matrix")
         .def("__init__", &bind, "codes"_a, "scale"_a, "zero"_a, "scale_type"_a, "n"_a, "k"_a, "group"_a, "bits"_a,
              "offset"_a, "half"_a);
