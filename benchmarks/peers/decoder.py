@@ -151,7 +151,7 @@ def in_torch(model: Any) -> Prepared:
     """Prompt and greedy tokens of a transformers model, with its key-value cache. bytes: read for each token."""
     ids = torch.tensor([prompt()])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def turn(decode: int = DECODE) -> dict[str, float]:
         begin = time.perf_counter()
         step = model(input_ids=ids, use_cache=True, logits_to_keep=1)

@@ -81,7 +81,7 @@ def example() -> tuple[torch.Tensor, torch.Tensor]:
 def in_torch(model: Any) -> Run:
     """Run a transformers model."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> torch.Tensor:
         hidden: torch.Tensor = model(
             input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)
