@@ -137,14 +137,14 @@ const Engine& engine(int index) {
     return engines().first[index];
 }
 
-// Addresses come as integers: a call costs less than a microsecond, and native.py has checked the tensors behind them.
+// Addresses come as integers: a call costs less than a microsecond, and engines.py has checked the tensors behind them.
 void* address(nb::handle h) { return (void*)nb::cast<uintptr_t>(h); }
 
 struct Bound {
     Weights weights;
 };
 
-// Addresses of packed tensors, and what they hold: native.py has checked them.
+// Addresses of packed tensors, and what they hold: engines.py has checked them.
 void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int scale_type, int64_t n, int64_t k,
           int64_t group, int bits, int offset, bool half) {
     require(codes && scale && n > 0 && k > 0 && bits >= 2 && bits <= 8, "not a matrix of 2 to 8 bits");
@@ -156,9 +156,8 @@ void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int sca
 
 constexpr int MOST_PRODUCTS = 16;
 
-// products: for each (matrix, address of its bias or 0, of y). threads: 0 is the team's size.
-void linear(int index, uintptr_t x, int type, int64_t m, int activations, float fixed_scale, int threads,
-            const nb::list& products) {
+// products: for each (matrix, address of its bias or 0, of y).
+void linear(int index, uintptr_t x, int type, int64_t m, int activations, const nb::list& products) {
     Product all[MOST_PRODUCTS];
     const int count = int(products.size());
     require(count >= 1 && count <= MOST_PRODUCTS, "1 to 16 matrices share an input");
@@ -168,11 +167,10 @@ void linear(int index, uintptr_t x, int type, int64_t m, int activations, float 
         all[i] = {nb::cast<const Bound&>(t[0]).weights, address(t[1]), address(t[2])};
         require(all[i].y && all[i].weights.k == all[0].weights.k, "products share K and have somewhere to go");
     }
-    require(x && m >= 0 && type >= 0 && type <= 2 && activations >= 0 && activations <= 3, "not an input");
+    require(x && m >= 0 && type >= 0 && type <= 2 && activations >= 0 && activations <= 2, "not an input");
     const Engine& e = engine(index);
     nb::gil_scoped_release unlocked;
-    e.linear({(const void*)x, Float(type), m, Activations(activations), fixed_scale, all, count,
-              threads > 0 ? threads : team_size()});
+    e.linear({(const void*)x, Float(type), m, Activations(activations), 0.0f, all, count, team_size()});
 }
 
 void rows(const Bound& matrix, Vector<const int64_t> which, Matrix<float> out) {
@@ -265,8 +263,7 @@ NB_MODULE(_native, m) {
         for (const Engine& e : engines()) names.push_back(e.isa);
         return names;
     });
-    m.def("linear", &spicerack::linear, "engine"_a, "x"_a, "type"_a, "m"_a, "activations"_a, "fixed_scale"_a, "threads"_a,
-          "products"_a);
+    m.def("linear", &spicerack::linear, "engine"_a, "x"_a, "type"_a, "m"_a, "activations"_a, "products"_a);
     m.def("rows", &spicerack::rows, "matrix"_a, "which"_a, "out"_a);
     m.def("to_panels", &to_panels, "codes"_a, "bits"_a, "offset"_a, "tiles"_a);
     m.def("from_panels", &from_panels, "tiles"_a, "bits"_a, "offset"_a, "codes"_a);

@@ -378,3 +378,8 @@ def test_a_killed_save_leaves_no_folder_and_mixes_nothing(tmp_path: Path, monkey
         spicerack.save(other, tmp_path / "out")
     fresh = spicerack.load(spicerack.save(small, tmp_path / "out"), into=Net())
     assert torch.equal(fresh(IDS % 50), small(IDS % 50))
+
+
+def test_how_a_folder_computes_is_said_when_it_is_loaded(tmp_path) -> None:
+    with pytest.raises(UsageError, match="compute is no property of a folder"):
+        spicerack.quantize(tmp_path, "w8", output=tmp_path / "out", compute="float")  # type: ignore[call-overload]

@@ -114,6 +114,7 @@ void run_team(int threads, void (*work)(void*, Member), void* context) {
         const auto member = [&](int index) {
             barrier = &shared;
             work(context, {index, threads});
+            barrier = nullptr;
         };
         std::vector<std::thread> others;
         for (int i = 1; i < threads; i++) others.emplace_back(member, i);
@@ -124,10 +125,10 @@ void run_team(int threads, void (*work)(void*, Member), void* context) {
 
 void wait_for_all(Member me) {
     if (me.count == 1) return;
-    if (openmp().parallel) {
-        openmp().barrier();
-    } else {
+    if (barrier) {
         barrier->wait(me.count);
+    } else {
+        openmp().barrier();
     }
 }
 

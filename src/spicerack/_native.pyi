@@ -59,8 +59,6 @@ def linear(
     type: int,
     m: int,
     activations: int,
-    fixed_scale: float,
-    threads: int,
     products: list[tuple[Matrix, int, int]],
 ) -> None: ...
 def rows(matrix: Matrix, which: torch.Tensor, out: torch.Tensor) -> None: ...

@@ -29,8 +29,8 @@ NAMES: tuple[str, ...] = tuple(_native.engines())
 ALL = ("avx512vnni", "avx512vlvnni", "avxvnni", "avx2", "neon", "scalar")
 PANEL, BLOCK, UNIT = 16, 32, 64
 """Rows of a panel, columns of a tile, bytes of a tile for each bit: native/kernels/kernel.h."""
-FLOATS, BLOCKS, TOKENS, FIXED = range(4)
-"""How activations enter: float32; int8 with a scale for 32 columns of a row, for a row, or one that is given."""
+FLOATS, BLOCKS, TOKENS = range(3)
+"""How activations enter: float32; int8 with a scale for 32 columns of a row, or for a row."""
 MAX_EXACT_COLUMNS = 1 << 16
 """Columns whose products are summed in int32 without overflow: 255 * 127 * 2^16 < 2^31."""
 
@@ -175,7 +175,7 @@ class Matrix:
     ) -> None:
         self.codes, self.scale, self.zero, self.spec, self.activations = codes, scale, zero, spec, activations
         self._addresses = (0, 0, 0)
-        self._native: _native.Matrix | None = None
+        self._native: _native.Matrix  # since its first use
 
     def native(self) -> _native.Matrix:
         """Made when it is first needed, and again when a tensor has other memory. Raises ShapeError."""
@@ -185,7 +185,7 @@ class Matrix:
             self._check()
             self._native = _native.Matrix(*addresses, TYPES[self.scale.dtype], *self.spec)  # type: ignore[arg-type]
             self._addresses = addresses
-        return self._native  # type: ignore[return-value]
+        return self._native
 
     def _check(self) -> None:
         """The tensors have the size that the numbers say."""
@@ -211,16 +211,11 @@ def multiply(
     matrices: Sequence[Matrix],
     biases: Sequence[torch.Tensor | None],
     engine: int,
-    *,
-    fixed_scale: float = 0.0,
-    threads: int = 0,
 ) -> list[torch.Tensor]:
     """x [..., K] -> x W^T + b [..., N] for each matrix, in x's type; x is quantized once, as for the first.
 
-    No gradients.
-
-    fixed_scale: of the activations, if they are FIXED. threads: 0 is as many as torch uses. Raises ShapeError and
-    TypeError. NaN and infinities in a row of x give what float arithmetic gives for that row.
+    No gradients; as many threads as torch uses. NaN and infinities in a row of x give what float arithmetic gives for
+    that row. Raises ShapeError and TypeError.
     """
     k = matrices[0].spec.k
     shape = list(x.shape)
@@ -248,7 +243,7 @@ def multiply(
         products.append((matrix.native(), address, y.data_ptr()))
     rows = x.numel() // k
     if rows:
-        _native.linear(engine, at, kind, rows, matrices[0].activations, fixed_scale, threads, products)
+        _native.linear(engine, at, kind, rows, matrices[0].activations, products)
     return outputs
 
 
@@ -286,8 +281,10 @@ def _linear(
     return multiply(x, (matrix,), (bias,), engine)[0]
 
 
-def _fake(x: torch.Tensor, *rest: object) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], rest[4]))  # type: ignore[arg-type]
+def _fake(
+    x: torch.Tensor, _codes: object, _scale: object, _zero: object, _bias: object, n: int, *_: object
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], n))
 
 
 def _transposed(
@@ -312,8 +309,10 @@ def _transposed(
     return total
 
 
-def _fake_transposed(grad: torch.Tensor, *rest: object) -> torch.Tensor:
-    return grad.new_empty((*grad.shape[:-1], rest[4]))  # type: ignore[arg-type]
+def _fake_transposed(
+    grad: torch.Tensor, _codes: object, _scale: object, _zero: object, _n: int, k: int, *_: object
+) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], k))
 
 
 def _keep_transposed(

@@ -61,18 +61,15 @@ class PackedWeight(nn.Module):
 
     def prepared(self) -> Any:
         """The matrix as its kernel's `run` takes it."""
-        if not torch.compiler.is_compiling():
-            buffers = self._buffers
-            for name, tensor in self._prepared_of:
-                if buffers[name] is not tensor:
-                    break
-            else:
-                if self._prepared is not None:
-                    return self._prepared
-            self._prepared_of = tuple(buffers.items())
+        if torch.compiler.is_compiling():  # tensors are not the ones that will be
+            return self.choice.kernel.prepare(self.scheme, self.shape, self.tensors)
+        stale = self._prepared is None
+        for name, tensor in self._prepared_of:
+            stale |= self._buffers[name] is not tensor
+        if stale:
+            self._prepared_of = tuple(self._buffers.items())
             self._prepared = self.choice.kernel.prepare(self.scheme, self.shape, self.tensors)
-            return self._prepared
-        return self.choice.kernel.prepare(self.scheme, self.shape, self.tensors)
+        return self._prepared
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which have tensors of their own."""
