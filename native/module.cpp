@@ -147,7 +147,8 @@ struct Bound {
 // Addresses of packed tensors, and what they hold: engines.py has checked them.
 void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int scale_type, int64_t n, int64_t k,
           int64_t group, int bits, int offset, bool half) {
-    require(codes && scale && n > 0 && k > 0 && bits >= 2 && bits <= 8, "not a matrix of 2 to 8 bits");
+    require(codes && scale && n > 0 && k > 0 && bits >= TRITS && bits <= 8, "not a matrix of 2 to 8 bits, or trits");
+    require(bits != TRITS || (!zero && !half), "trits have neither zeros nor half levels");
     require(group >= 0 && group % BLOCK == 0 && (group == 0 || k % group == 0), "groups are multiples of 32");
     require(scale_type >= 0 && scale_type <= 2, "no such type");
     new (self) Bound{{(const uint8_t*)codes, (const void*)scale, (const uint8_t*)zero, n, k, group, Float(scale_type),
@@ -166,6 +167,7 @@ void linear(int index, uintptr_t x, int type, int64_t m, int activations, const 
         require(t.size() == 3, "a product has three parts");
         all[i] = {nb::cast<const Bound&>(t[0]).weights, address(t[1]), address(t[2])};
         require(all[i].y && all[i].weights.k == all[0].weights.k, "products share K and have somewhere to go");
+        require((all[i].weights.bits == TRITS) == (all[0].weights.bits == TRITS), "trits share no input with other codes");
     }
     require(x && m >= 0 && type >= 0 && type <= 2 && activations >= 0 && activations <= 2, "not an input");
     const Engine& e = engine(index);
@@ -186,9 +188,11 @@ void rows(const Bound& matrix, Vector<const int64_t> which, Matrix<float> out) {
 using Tiles = nb::ndarray<uint8_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 void check_panels(int bits, size_t n, size_t k, const Tiles& tiles) {
-    require(bits >= 2 && bits <= 8, "2 to 8 bits");
-    require(tiles.shape(0) == (n + PANEL - 1) / PANEL && tiles.shape(1) == (k + BLOCK - 1) / BLOCK &&
-                tiles.shape(2) == size_t(bits * TILE_UNIT),
+    require(bits >= TRITS && bits <= 8, "2 to 8 bits, or trits");
+    Weights w{};
+    w.n = n, w.k = k, w.bits = bits;
+    require(int64_t(tiles.shape(0)) == w.bundles() && int64_t(tiles.shape(1)) == w.blocks() &&
+                int64_t(tiles.shape(2)) == w.tile_bytes(),
             "codes and tiles do not belong together");
 }
 

@@ -92,6 +92,16 @@ def tiny(zero: bool) -> QTensor:
     return QTensor(parse("w4g4z" if zero else "w4g4"), codes, scale, z)
 
 
+@pytest.mark.parametrize("scheme", [parse("ternary"), BLOCKS], ids=str)
+def test_bits_that_are_no_code_are_refused(scheme: Scheme) -> None:
+    planned = Planned("a.b", scheme, (16, 32))
+    tensors = OWN.encode(planned, codec.encode(random_weight(16, 32), scheme, range_="absmax"))
+    OWN.decode(planned, tensors)
+    tensors["a.b.codes"][3, 1] |= 3 << 10  # column 16 + 5 in two bits
+    with pytest.raises(CheckpointError, match="a code that is none of"):
+        OWN.decode(planned, tensors)
+
+
 def test_golden_bytes_of_compressed_tensors() -> None:
     planned = Planned("p", parse("w4g4z"), (2, 8))
     tensors = CT.encode(planned, tiny(zero=True))

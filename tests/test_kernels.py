@@ -12,7 +12,7 @@ from spicerack.errors import SchemeError, UsageError
 from spicerack.kernels import reference
 from spicerack.nn.linear import QLinear
 from spicerack.qtensor import QTensor
-from spicerack.scheme import Scheme, TableLevels, parse
+from spicerack.scheme import IntLevels, Scheme, TableLevels, parse
 
 NAMES = [
     "w8",
@@ -29,9 +29,12 @@ NAMES = [
     "w4a8",
     "w4g32a8",
     "w2ha8",
+    "ternary",
+    "ternarya8",
 ]
 TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), block=(8, 16), scale="float32", min="float16")
-SCHEMES = [*map(parse, NAMES), TABLE]
+TERNARY_GROUPS = Scheme("ternary_groups", IntLevels(-1, 1), block=(1, 64))
+SCHEMES = [*map(parse, NAMES), TABLE, TERNARY_GROUPS]
 KERNELS = registry.names("kernels")
 CPU = torch.device("cpu")
 FITTING = [

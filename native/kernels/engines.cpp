@@ -15,7 +15,7 @@ namespace {
     { #isa, isa::linear, isa::spin, isa::read }
 
 struct Found {
-    Engine all[5];
+    Engine all[6];
     int count = 0;
     void add(const Engine& engine) { all[count++] = engine; }
 };
@@ -28,6 +28,7 @@ Found usable() {
     const bool vnni = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
+    if (vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni")) found.add(ENGINE(avx512vbmi));
     if (vnni) found.add(ENGINE(avx512vnni));
     if (vnni) found.add(ENGINE(avx512vlvnni));
     if (avx2 && __builtin_cpu_supports("avxvnni")) found.add(ENGINE(avxvnni));

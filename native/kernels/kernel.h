@@ -5,6 +5,9 @@
 // The 64 bytes of a vector are 16 rows by 4 columns (a quad): what one integer dot-product instruction multiplies.
 // Plane of 8: quad q is vector q. Of 4: quads 2v and 2v+1 are the low and high nibbles of vector v. Of 2: quads 4v..4v+3
 // are bits 0-1, 2-3, 4-5, 6-7 of vector v. Of 1: quad q is bit q. N is filled up to 16 and K to 32 with zeros.
+//
+// Trits, the codes 0, 1, 2 of ternary weights, may instead lie in bundles of 5 panels, N filled up to 80: a tile of 32
+// columns has 512 bytes, vector q is quad q, and each byte the sum of code * 3^p over the panels p = 0..4: 1.6 bits a code.
 #pragma once
 
 #include <cstdint>
@@ -17,22 +20,29 @@ constexpr int PANEL = 16;    // rows of a panel
 constexpr int BLOCK = 32;    // columns of a tile, and of a block of activations that share a scale
 constexpr int QUADS = 8;     // groups of 4 columns in a tile
 constexpr int TILE_UNIT = 64;  // bytes of a tile, for each bit of a code
+constexpr int TRITS = 1;     // instead of a number of bits
+constexpr int BUNDLE = 5;    // panels of trits in a byte
 
 // w[n, k] = scale[n, k / group] * (u[n, k] - z), z = zero[n, k / group], or offset without zeros; and 1/2 more if half.
 struct Weights {
-    const uint8_t* codes;  // [ceil(N/16), ceil(K/32), 64 * bits]
+    const uint8_t* codes;  // [ceil(N/16), ceil(K/32), 64 * bits]; trits: [ceil(N/80), ceil(K/32), 512]
     const void* scale;     // [ceil(N/16), groups, 16]
     const uint8_t* zero;   // like scale, or null
     int64_t n, k;
     int64_t group;  // columns that share a scale, a multiple of 32; 0: the whole row
     Float scale_type;
-    int bits, offset;
+    int bits, offset;      // bits: 2 to 8, or TRITS
     bool half;
 
     ALWAYS_INLINE int64_t panels() const { return (n + PANEL - 1) / PANEL; }
     ALWAYS_INLINE int64_t blocks() const { return (k + BLOCK - 1) / BLOCK; }
     ALWAYS_INLINE int64_t groups() const { return group == 0 ? 1 : k / group; }
-    ALWAYS_INLINE int64_t tile_bytes() const { return int64_t(bits) * TILE_UNIT; }
+    // Panels whose codes lie together.
+    ALWAYS_INLINE int64_t bundles() const { return bits == TRITS ? (panels() + BUNDLE - 1) / BUNDLE : panels(); }
+    ALWAYS_INLINE int64_t tile_bytes() const { return int64_t(bits == TRITS ? QUADS : bits) * TILE_UNIT; }
+    ALWAYS_INLINE const uint8_t* tile(int64_t bundle, int64_t block) const {
+        return codes + (bundle * blocks() + block) * tile_bytes();
+    }
 };
 
 // How activations enter the product.
@@ -84,6 +94,9 @@ namespace avx512vlvnni {
 SPICERACK_KERNEL_FUNCTIONS
 }
 namespace avx512vnni {
+SPICERACK_KERNEL_FUNCTIONS
+}
+namespace avx512vbmi {
 SPICERACK_KERNEL_FUNCTIONS
 }
 namespace neon {

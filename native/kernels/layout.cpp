@@ -7,6 +7,7 @@ namespace {
 
 constexpr int BYTES = PANEL * BLOCK;  // of a tile with one byte a code
 constexpr int VECTOR = TILE_UNIT;
+constexpr int POWERS_OF_3[BUNDLE] = {1, 3, 9, 27, 81};
 
 // The planes of a code, widest first: `codes` bytes [8 quads, 64] <-> `tile`. Work on one plane, `bits` wide, whose codes
 // begin at bit `low`; quads v * per .. v * per + per - 1 share vector v.
@@ -43,37 +44,80 @@ void planes(int bits, const Plane& plane) {
 // Where row r, column c of a tile is among its bytes.
 int place(int64_t r, int64_t c) { return int(c / 4 * VECTOR + r * 4 + c % 4); }
 
+// A tile with one byte a code, from the rows and columns that there are; zeros beyond.
+struct Tile {
+    uint8_t bytes[BYTES] = {};
+
+    Tile() = default;
+    Tile(const uint8_t* codes, int64_t n, int64_t k, int offset, int64_t row, int64_t column) {
+        for (int64_t r = 0; r < PANEL && row + r < n; r++) {
+            const uint8_t* from = codes + (row + r) * k + column;
+            for (int64_t c = 0; c < BLOCK && column + c < k; c++) bytes[place(r, c)] = uint8_t(from[c] + offset);
+        }
+    }
+
+    void to(uint8_t* codes, int64_t n, int64_t k, int offset, int64_t row, int64_t column) const {
+        for (int64_t r = 0; r < PANEL && row + r < n; r++) {
+            uint8_t* out = codes + (row + r) * k + column;
+            for (int64_t c = 0; c < BLOCK && column + c < k; c++) out[c] = uint8_t(bytes[place(r, c)] - offset);
+        }
+    }
+};
+
+void pack_trits(const uint8_t* codes, int64_t n, int64_t k, int offset, uint8_t* tiles) {
+    for (int64_t row = 0; row < n; row += BUNDLE * PANEL) {
+        for (int64_t column = 0; column < k; column += BLOCK, tiles += BYTES) {
+            std::memset(tiles, 0, BYTES);
+            for (int p = BUNDLE - 1; p >= 0; p--) {
+                const Tile tile(codes, n, k, offset, row + p * PANEL, column);
+                for (int i = 0; i < BYTES; i++) tiles[i] = uint8_t(3 * tiles[i] + tile.bytes[i]);
+            }
+        }
+    }
+}
+
+void unpack_trits(const uint8_t* tiles, int64_t n, int64_t k, int offset, uint8_t* codes) {
+    for (int64_t row = 0; row < n; row += BUNDLE * PANEL) {
+        for (int64_t column = 0; column < k; column += BLOCK, tiles += BYTES) {
+            uint8_t left[BYTES];
+            std::memcpy(left, tiles, BYTES);
+            for (int p = 0; p < BUNDLE; p++) {
+                Tile tile;
+                for (int i = 0; i < BYTES; i++) {
+                    tile.bytes[i] = left[i] % 3;
+                    left[i] /= 3;
+                }
+                tile.to(codes, n, k, offset, row + p * PANEL, column);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 void pack_panels(const uint8_t* codes, int64_t n, int64_t k, int bits, int offset, uint8_t* tiles) {
+    if (bits == TRITS) return pack_trits(codes, n, k, offset, tiles);
     for (int64_t row = 0; row < n; row += PANEL) {
-        for (int64_t column = 0; column < k; column += BLOCK, tiles += bits * TILE_UNIT) {
-            uint8_t bytes[BYTES] = {};
-            for (int64_t r = 0; r < PANEL && row + r < n; r++) {
-                const uint8_t* from = codes + (row + r) * k + column;
-                for (int64_t c = 0; c < BLOCK && column + c < k; c++) bytes[place(r, c)] = uint8_t(from[c] + offset);
-            }
-            uint8_t* to = tiles;
+        for (int64_t column = 0; column < k; column += BLOCK) {
+            const Tile tile(codes, n, k, offset, row, column);
             planes(bits, [&](int width, int low) {
-                squeeze(bytes, width, low, to);
-                to += width * TILE_UNIT;
+                squeeze(tile.bytes, width, low, tiles);
+                tiles += width * TILE_UNIT;
             });
         }
     }
 }
 
 void unpack_panels(const uint8_t* tiles, int64_t n, int64_t k, int bits, int offset, uint8_t* codes) {
+    if (bits == TRITS) return unpack_trits(tiles, n, k, offset, codes);
     for (int64_t row = 0; row < n; row += PANEL) {
         for (int64_t column = 0; column < k; column += BLOCK) {
-            uint8_t bytes[BYTES] = {};
+            Tile tile;
             planes(bits, [&](int width, int low) {
-                spread(tiles, width, low, bytes);
+                spread(tiles, width, low, tile.bytes);
                 tiles += width * TILE_UNIT;
             });
-            for (int64_t r = 0; r < PANEL && row + r < n; r++) {
-                uint8_t* to = codes + (row + r) * k + column;
-                for (int64_t c = 0; c < BLOCK && column + c < k; c++) to[c] = uint8_t(bytes[place(r, c)] - offset);
-            }
+            tile.to(codes, n, k, offset, row, column);
         }
     }
 }
@@ -103,14 +147,16 @@ void decode_rows(const Weights& w, const int64_t* rows, int64_t count, float* ou
     const int64_t group = w.group == 0 ? w.k : w.group;
     for (int64_t i = 0; i < count; i++) {
         const int64_t panel = rows[i] / PANEL, r = rows[i] % PANEL;
-        const uint8_t* tile = w.codes + panel * w.blocks() * w.tile_bytes();
+        const int which = int(panel % BUNDLE);
+        const uint8_t* tile = w.tile(w.bits == TRITS ? panel / BUNDLE : panel, 0);
         for (int64_t column = 0; column < w.k; column += BLOCK, tile += w.tile_bytes()) {
             const int64_t at = (panel * w.groups() + column / group) * PANEL + r;
             const float scale = as_float(w.scale, at, w.scale_type);
             const float zero = float(w.zero ? w.zero[at] : w.offset) - (w.half ? 0.5f : 0.0f);
             uint8_t codes[BLOCK] = {};
             const uint8_t* plane = tile;
-            planes(w.bits, [&](int width, int low) {
+            for (int64_t c = 0; w.bits == TRITS && c < BLOCK; c++) codes[c] = tile[place(r, c)] / POWERS_OF_3[which] % 3;
+            planes(w.bits == TRITS ? 0 : w.bits, [&](int width, int low) {
                 const int per = 8 / width, mask = (1 << width) - 1;
                 for (int quad = 0; quad < QUADS; quad++) {
                     const uint8_t* four = plane + quad / per * VECTOR + r * 4;

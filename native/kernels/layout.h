@@ -5,7 +5,7 @@
 
 namespace spicerack {
 
-// codes [N, K], one byte each, of code + offset the low bits are kept -> tiles [ceil(N/16), ceil(K/32), 64 * bits].
+// codes [N, K], one byte each, of code + offset the low bits are kept -> the tiles of kernel.h.
 void pack_panels(const uint8_t* codes, int64_t n, int64_t k, int bits, int offset, uint8_t* tiles);
 
 // Its inverse: codes get back minus offset, modulo 256.

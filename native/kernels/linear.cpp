@@ -27,9 +27,16 @@ constexpr int NARROW = 1, NARROWER = 2, TALLEST = 8;  // tiles that read each pa
 constexpr int WIDE = 1, WIDER = 1, TALL = LANES == 8 ? 3 : 4;
 constexpr int NARROW = 1, NARROWER = 1, TALLEST = TALL;
 #endif
+constexpr int TALL_TRITS = LANES == 16 ? 5 : 2;  // rows for a bundle of trits (only summed), unpacked before
+constexpr int FEW_TRITS = LANES == 16 ? 3 : 1, FEWER_TRITS = LANES == 16 ? 4 : 2;  // the same, unpacked in registers
+constexpr int WIDEST = BUNDLE;  // of all these tiles
 constexpr int FEW = TALL < 4 ? TALL : 4;  // rows of x for which codes are unpacked in registers, for wide tiles
 constexpr int FEW_ROWS = 2 * TALLEST;     // up to so many rows of x they are unpacked in registers at all; bytes: TALLEST
+// The same for trits. The scalar engine never multiplies by one.
+constexpr int64_t FEW_ROWS_TRITS = SCALAR ? INT64_MAX : 2 * FEW_TRITS;
+constexpr int64_t FEW_ROWS_SUMMED_TRITS = SCALAR ? INT64_MAX : 2 * FEWER_TRITS;
 constexpr int CHUNK = 512;           // columns
+constexpr int LITTLE = 128;          // the same for bundles of trits and few rows of x
 constexpr int64_t SLAB_BYTES = 4 << 20;  // of quantized x at once
 constexpr int64_t SMALL = 1 << 18;   // multiply-adds that are worth a thread
 constexpr int64_t EACH = 1 << 13;    // values of x that every thread quantizes for itself sooner than it waits for others
@@ -90,12 +97,22 @@ INLINE vi codes(const uint8_t* tile, int quad, int part) {
     return u;
 }
 
+// To one byte a code: 512 bytes for each panel of the tile.
 template <int BITS>
 void unpack_tile(const uint8_t* tile, uint8_t* bytes) {
 #pragma GCC unroll 8
     for (int quad = 0; quad < QUADS; quad++) {
 #pragma GCC unroll 4
-        for (int part = 0; part < PARTS; part++) store(bytes + quad * 64 + part * BYTES, codes<BITS>(tile, quad, part));
+        for (int part = 0; part < PARTS; part++) {
+            const int at = quad * 64 + part * BYTES;
+            if constexpr (BITS == TRITS) {
+                vi u[BUNDLE];
+                split_trits(load<vi>(tile + at), u);
+                for (int p = 0; p < BUNDLE; p++) store(bytes + p * 8 * TILE_UNIT + at, u[p]);
+            } else {
+                store(bytes + at, codes<BITS>(tile, quad, part));
+            }
+        }
     }
 }
 
@@ -103,11 +120,13 @@ void unpack_tile(const uint8_t* tile, uint8_t* bytes) {
 
 // Part of one matrix: where its panels begin at the chunk's first column.
 struct Panels {
-    const uint8_t* codes[WIDER];  // step: bytes from tile to tile
-    const uint8_t* scale[WIDER];  // of the chunk's first group, in `type`
-    const uint8_t* zero[WIDER];   // null: none
+    const uint8_t* codes[WIDEST];  // step: bytes from tile to tile; trits: all in the first
+    const uint8_t* scale[WIDEST];  // of the chunk's first group, in `type`
+    const uint8_t* zero[WIDEST];   // null: none
     int64_t step;
+    int64_t left, jump;           // bytes to a panel's end, and from there to the panel that its thread reads next
     int64_t blocks;               // of the chunk
+    int which;                    // panel of a bundle of trits, where they are multiplied by floats
     int64_t group_blocks;         // 0: one scale a row, applied in the end
     Float type;
     int offset;
@@ -126,19 +145,50 @@ struct Inputs {
 // How the scales of weights change along a row.
 enum Scales { one_a_row, one_a_block, one_a_group };
 
-INLINE vf scale_of(const Panels& w, int64_t group, int v) {
-    return widen(w.scale[v / PARTS] + (group * PANEL + v % PARTS * LANES) * size_of(w.type), w.type);
+// A tile's vectors are V = P * parts: all parts of its panels at once, or one part of a bundle of trits.
+template <int BITS, int P>
+struct Shape {
+    static constexpr bool trits = BITS == TRITS || P == BUNDLE;
+    static constexpr int parts = trits ? 1 : PARTS, passes = PARTS / parts, vectors = P * parts, width = P * PANEL;
+    static constexpr int panel(int v) { return v / parts; }
+    // Where the vector's rows begin in a panel.
+    static constexpr int row(int v, int pass) { return (v % parts + pass) * LANES; }
+    static constexpr int place(int v, int pass) { return panel(v) * PANEL + row(v, pass); }
+};
+
+template <int BITS, int P>
+INLINE void take(const Panels& w, int64_t at, int quad, int pass, vi* u) {
+    using S = Shape<BITS, P>;
+    if constexpr (BITS == TRITS) {
+        split_trits(load<vi>(w.codes[0] + at + quad * 64 + pass * BYTES), u);
+    } else {
+        for (int v = 0; v < S::vectors; v++) u[v] = codes<BITS>(w.codes[S::panel(v)] + at, quad, v % S::parts + pass);
+    }
 }
 
-INLINE vi zero_of(const Panels& w, int64_t group, int v) {
-    return from_bytes(w.zero[v / PARTS] + group * PANEL + v % PARTS * LANES);
+// Into the second-level cache: the first has too few lines on their way at once, which cost a fifth of the bandwidth.
+template <int BITS, int P>
+INLINE void prefetch(const Panels& w, int64_t at) {
+    constexpr int streams = BITS == TRITS ? 1 : P, lines = BITS == TRITS ? QUADS : BITS;
+    at += at + AHEAD < w.left ? AHEAD : AHEAD + w.jump;
+    for (int p = 0; p < streams; p++) {
+        for (int line = 0; line < lines; line++) __builtin_prefetch(w.codes[p] + at + line * 64, 0, 2);
+    }
+}
+
+INLINE vf scale_at(const Panels& w, int panel, int64_t group, int row) {
+    return widen(w.scale[panel] + (group * PANEL + row) * size_of(w.type), w.type);
+}
+
+INLINE vi zero_at(const Panels& w, int panel, int64_t group, int row) {
+    return from_bytes(w.zero[panel] + group * PANEL + row);
 }
 
 // Sums [M, WIDTH] in float32: of t with one scale a row, else of t s_w.
 template <int BITS, int M, int P, Scales SCALES>
-void scaled(const Panels& w, const Inputs& x, float* sums) {
-    constexpr int V = P * PARTS;
-    constexpr int WIDTH = P * PANEL;
+INLINE void scaled_pass(const Panels& w, const Inputs& x, float* sums, int pass) {
+    using S = Shape<BITS, P>;
+    constexpr int V = S::vectors;
     const int64_t group = SCALES == one_a_row ? w.blocks : SCALES == one_a_block ? 1 : w.group_blocks;
     const int8_t* a = x.codes;
     const float* s_a = x.scale;
@@ -147,7 +197,7 @@ void scaled(const Panels& w, const Inputs& x, float* sums) {
     vf t[M][V] = {};
     if constexpr (SCALES != one_a_group) {
         for (int m = 0; m < M; m++) {
-            for (int v = 0; v < V; v++) t[m][v] = load<vf>(sums + m * WIDTH + v * LANES);
+            for (int v = 0; v < V; v++) t[m][v] = load<vf>(sums + m * S::width + S::place(v, pass));
         }
     }
     int64_t at = 0;
@@ -159,7 +209,9 @@ void scaled(const Panels& w, const Inputs& x, float* sums) {
         }
         vi z[V] = {};
         if (w.zero[0]) {
-            for (int v = 0; v < V; v++) z[v] = small_factor(zero_of(w, g, v) - SHIFT<BITS>);
+            for (int v = 0; v < V; v++) {
+                z[v] = small_factor(zero_at(w, S::panel(v), g, S::row(v, pass)) - SHIFT<BITS>);
+            }
         }
         for (int64_t b = 0; b < group; b++, at += w.step, a += BLOCK * M, s_a += M, start += M) {
             vi i[M][V];
@@ -171,15 +223,11 @@ void scaled(const Panels& w, const Inputs& x, float* sums) {
                     for (int v = 0; v < V; v++) i[m][v] = small_product(z[v], i[m][v]);
                 }
             }
-            if constexpr (BITS != 0 && (M <= FEW || P == NARROW)) {
-                for (int p = 0; p < P; p++) {
-                    for (int line = 0; line < BITS; line++) __builtin_prefetch(w.codes[p] + at + AHEAD + line * 64);
-                }
-            }
+            if constexpr (BITS != 0 && (M <= FEW || P == NARROW)) prefetch<BITS, P>(w, at);
 #pragma GCC unroll 8
             for (int quad = 0; quad < QUADS; quad++) {
                 vi u[V];
-                for (int v = 0; v < V; v++) u[v] = codes<BITS>(w.codes[v / PARTS] + at, quad, v % PARTS);
+                take<BITS, P>(w, at, quad, pass, u);
                 for (int m = 0; m < M; m++) {
                     const vi four = four_bytes(a + m * BLOCK + quad * 4);
                     for (int v = 0; v < V; v++) i[m][v] = dot<BITS>(i[m][v], u[v], four);
@@ -196,7 +244,7 @@ void scaled(const Panels& w, const Inputs& x, float* sums) {
                 half += M;
             }
             for (int v = 0; v < V; v++) {
-                const vf s_w = SCALES == one_a_block ? scale_of(w, g, v) : vf{};
+                const vf s_w = SCALES == one_a_block ? scale_at(w, S::panel(v), g, S::row(v, pass)) : vf{};
                 for (int m = 0; m < M; m++) {
                     if constexpr (SCALES == one_a_block) {
                         t[m][v] = fused(f[m][v] * splat(s_a[m]), s_w, t[m][v]);
@@ -208,9 +256,9 @@ void scaled(const Panels& w, const Inputs& x, float* sums) {
         }
         if constexpr (SCALES == one_a_group) {
             for (int v = 0; v < V; v++) {
-                const vf s_w = scale_of(w, g, v);
+                const vf s_w = scale_at(w, S::panel(v), g, S::row(v, pass));
                 for (int m = 0; m < M; m++) {
-                    float* sum = sums + m * WIDTH + v * LANES;
+                    float* sum = sums + m * S::width + S::place(v, pass);
                     store(sum, fused(t[m][v], s_w, load<vf>(sum)));
                 }
             }
@@ -218,31 +266,32 @@ void scaled(const Panels& w, const Inputs& x, float* sums) {
     }
     if constexpr (SCALES != one_a_group) {
         for (int m = 0; m < M; m++) {
-            for (int v = 0; v < V; v++) store(sums + m * WIDTH + v * LANES, t[m][v]);
+            for (int v = 0; v < V; v++) store(sums + m * S::width + S::place(v, pass), t[m][v]);
         }
     }
 }
 
+template <int BITS, int M, int P, Scales SCALES>
+void scaled(const Panels& w, const Inputs& x, float* sums) {
+    for (int pass = 0; pass < Shape<BITS, P>::passes; pass++) scaled_pass<BITS, M, P, SCALES>(w, x, sums, pass);
+}
+
 // Exact sums of u a alone, for one scale a token and one a row.
 template <int BITS, int M, int P>
-void summed(const Panels& w, const Inputs& x, float* sums) {
-    constexpr int V = P * PARTS;
-    constexpr int WIDTH = P * PANEL;
+INLINE void summed_pass(const Panels& w, const Inputs& x, float* sums, int pass) {
+    using S = Shape<BITS, P>;
+    constexpr int V = S::vectors;
     vi i[M][V];
     for (int m = 0; m < M; m++) {
-        for (int v = 0; v < V; v++) i[m][v] = load<vi>(sums + m * WIDTH + v * LANES);
+        for (int v = 0; v < V; v++) i[m][v] = load<vi>(sums + m * S::width + S::place(v, pass));
     }
     const int8_t* a = x.codes;
     for (int64_t b = 0, at = 0; b < w.blocks; b++, at += w.step, a += 32 * M) {
-        if constexpr (BITS != 0 && (M <= FEW || P == NARROWER)) {
-            for (int p = 0; p < P; p++) {
-                for (int line = 0; line < BITS; line++) __builtin_prefetch(w.codes[p] + at + AHEAD + line * 64);
-            }
-        }
+        if constexpr (BITS != 0 && (M <= FEW || P == NARROWER)) prefetch<BITS, P>(w, at);
 #pragma GCC unroll 8
         for (int quad = 0; quad < QUADS; quad++) {
             vi u[V];
-            for (int v = 0; v < V; v++) u[v] = codes<BITS>(w.codes[v / PARTS] + at, quad, v % PARTS);
+            take<BITS, P>(w, at, quad, pass, u);
             for (int m = 0; m < M; m++) {
                 const vi four = four_bytes(a + m * BLOCK + quad * 4);
                 for (int v = 0; v < V; v++) i[m][v] = dot<BITS>(i[m][v], u[v], four);
@@ -250,8 +299,13 @@ void summed(const Panels& w, const Inputs& x, float* sums) {
         }
     }
     for (int m = 0; m < M; m++) {
-        for (int v = 0; v < V; v++) store(sums + m * WIDTH + v * LANES, i[m][v]);
+        for (int v = 0; v < V; v++) store(sums + m * S::width + S::place(v, pass), i[m][v]);
     }
+}
+
+template <int BITS, int M, int P>
+void summed(const Panels& w, const Inputs& x, float* sums) {
+    for (int pass = 0; pass < Shape<BITS, P>::passes; pass++) summed_pass<BITS, M, P>(w, x, sums, pass);
 }
 
 // Float activations, one panel: (u - z) x for each column, columns 4 q + j in the running sum j.
@@ -264,13 +318,20 @@ void floating(const Panels& w, const Inputs& x, float* sums) {
         int64_t at = 0;
         for (int64_t g = 0; g * group < w.blocks; g++) {
             vf z = splat(float(w.offset));
-            if (w.zero[0]) z = to_float(zero_of(w, g, part));
+            if (w.zero[0]) z = to_float(zero_at(w, 0, g, part * LANES));
             if (w.half) z = z - 0.5f;
             vf t[M][4] = {};
             for (int64_t b = 0; b < group; b++, at += w.step, a += 32 * M) {
 #pragma GCC unroll 8
                 for (int quad = 0; quad < QUADS; quad++) {
-                    const vi u = codes<BITS>(w.codes[0] + at, quad, part);
+                    vi u;
+                    if constexpr (BITS == TRITS) {
+                        vi all[BUNDLE];
+                        split_trits(load<vi>(w.codes[0] + at + quad * 64 + part * BYTES), all);
+                        u = all[w.which];
+                    } else {
+                        u = codes<BITS>(w.codes[0] + at, quad, part);
+                    }
 #pragma GCC unroll 4
                     for (int j = 0; j < 4; j++) {
                         const vf value = to_float((vi)((vu)u >> 8 * j) & 0xff) - z;
@@ -279,7 +340,7 @@ void floating(const Panels& w, const Inputs& x, float* sums) {
                 }
             }
             vf s_w = splat(1.0f);
-            if (!rows) s_w = scale_of(w, g, part);
+            if (!rows) s_w = scale_at(w, 0, g, part * LANES);
             for (int m = 0; m < M; m++) {
                 float* sum = sums + m * PANEL + part * LANES;
                 store(sum, fused((t[m][0] + t[m][1]) + (t[m][2] + t[m][3]), s_w, load<vf>(sum)));
@@ -323,12 +384,34 @@ constexpr Bodies narrow_bodies() {
     return bodies;
 }
 
+template <int BITS, int M>
+constexpr void add_summed(Bodies& bodies) {
+    bodies.summed[M - 1] = summed<BITS, M, BUNDLE>;
+    if constexpr (M > 1) add_summed<BITS, M - 1>(bodies);
+}
+
+// A bundle of trits, unpacked before (and only summed).
+constexpr Bodies bundle_bodies() {
+    Bodies bodies{{}, {}, {}, {}, {}, unpack_tile<TRITS>};
+    add_summed<0, TALL_TRITS>(bodies);
+    return bodies;
+}
+
+// The same, unpacked in registers.
+constexpr Bodies few_bundle_bodies() {
+    Bodies bodies{};
+    add<TRITS, FEW_TRITS, 1, BUNDLE, BUNDLE>(bodies);
+    add_summed<TRITS, FEWER_TRITS>(bodies);
+    return bodies;
+}
+
 constexpr Bodies WIDE_BODIES[9] = {
     wide_bodies<0, TALL>(), {}, wide_bodies<2, FEW>(), wide_bodies<3, FEW>(), wide_bodies<4, FEW>(),
     wide_bodies<5, FEW>(), wide_bodies<6, FEW>(), wide_bodies<7, FEW>(), wide_bodies<8, TALL>()};
 constexpr Bodies NARROW_BODIES[9] = {
     {}, {}, narrow_bodies<2>(), narrow_bodies<3>(), narrow_bodies<4>(),
     narrow_bodies<5>(), narrow_bodies<6>(), narrow_bodies<7>(), narrow_bodies<8>()};
+constexpr Bodies BUNDLE_BODIES[2] = {bundle_bodies(), few_bundle_bodies()};
 
 // ---- x ---------------------------------------------------------------------------------------------------------------
 
@@ -493,14 +576,28 @@ struct Scratch {
     Buffer<float> sums;
 };
 
-INLINE int panels_of(Activations how, const Weights& w, bool narrow) {
-    if (how == Activations::floats) return 1;
-    const bool only_summed = how != Activations::blocks && w.group == 0;
-    return only_summed ? (narrow ? NARROWER : WIDER) : narrow ? NARROW : WIDE;
+INLINE bool only_summed(Activations how, const Weights& w) {
+    return how != Activations::floats && how != Activations::blocks && w.group == 0;
+}
+
+// Panels of a unit of work, and how many of them a body multiplies at once.
+struct Cut {
+    int unit, body;
+};
+
+INLINE Cut cut_of(Activations how, const Weights& w, bool few, bool narrow) {
+    if (how == Activations::floats) return {1, 1};
+    const bool summed = only_summed(how, w);
+    if (w.bits == TRITS) {
+        if (few || summed) return {BUNDLE, BUNDLE};
+        return {2 * BUNDLE, WIDE};
+    }
+    const int panels = summed ? (narrow ? NARROWER : WIDER) : narrow ? NARROW : WIDE;
+    return {panels, panels};
 }
 
 // What dot products leave out of every code.
-INLINE int shift_of(const Weights& w) { return w.bits == 8 ? SHIFT<8> : 0; }
+INLINE int shift_of(const Weights& w) { return w.bits == 8 ? SHIFT<8> : w.bits == TRITS ? SHIFT<TRITS> : 0; }
 
 // y of one unit from its sums [rows, width].
 void finish(const Job& job, const Product& product, int64_t panel, int width, bool integers, const float* sums) {
@@ -541,20 +638,20 @@ void finish(const Job& job, const Product& product, int64_t panel, int width, bo
 // Fetches the next chunk of some panels, a part at a time, while this one is multiplied: of these panels, or the first
 // chunk of those that follow.
 struct Ahead {
-    const char* at[WIDER]{};
+    const char* at[WIDEST]{};
     int64_t left, each;
     int width;
 
-    // block: where the next chunk begins, or the end of the panels.
-    INLINE Ahead(const Weights& w, int64_t panel, int panels, int64_t block, int64_t chunk, int64_t steps) : width(panels) {
+    // bundle: the first of `count`, of one panel each but for trits. block: where the next chunk begins, or their end.
+    INLINE Ahead(const Weights& w, int64_t bundle, int count, int64_t block, int64_t chunk, int64_t steps) : width(count) {
         if (block == w.blocks()) {
-            panel += panels;
+            bundle += count;
             block = 0;
         }
-        if (panel + panels > w.panels()) width = 0;
+        if (bundle + count > w.bundles()) width = 0;
         left = least(chunk, w.blocks() - block) * w.tile_bytes();
         each = (left / steps + 63) / 64 * 64;
-        for (int p = 0; p < width; p++) at[p] = (const char*)w.codes + ((panel + p) * w.blocks() + block) * w.tile_bytes();
+        for (int p = 0; p < width; p++) at[p] = (const char*)w.tile(bundle + p, block);
     }
     INLINE void step() {
         const int64_t count = least(each, left);
@@ -573,20 +670,29 @@ void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
     const Weights& w = product.weights;
     const Slab& s = job.slab;
     const bool floats = job.how == Activations::floats;
-    const bool integers = !floats && job.how != Activations::blocks && w.group == 0;
-    const int width = panels_of(job.how, w, job.narrow);
-    const int64_t panel = (unit - job.first_unit[which]) * width;
+    const bool integers = only_summed(job.how, w), trits = w.bits == TRITS;
     const bool direct = w.bits == 8 || job.few;
-    const Bodies& bodies = job.narrow ? NARROW_BODIES[w.bits] : WIDE_BODIES[direct ? w.bits : 0];
-    const Body* body = floats             ? bodies.floating
+    const Cut cut = cut_of(job.how, w, job.few, job.narrow);
+    const int64_t panel = (unit - job.first_unit[which]) * cut.unit;
+    const int64_t bundle = trits ? panel / BUNDLE : panel;
+    const int bundles = trits && !floats ? cut.unit / BUNDLE : cut.unit;
+    const Bodies& bodies = cut.body == BUNDLE ? BUNDLE_BODIES[direct]
+                           : job.narrow       ? NARROW_BODIES[w.bits]
+                                              : WIDE_BODIES[direct ? w.bits : 0];
+    const Body* body = floats             ? (trits ? BUNDLE_BODIES[1] : bodies).floating
                        : integers           ? bodies.summed
                        : w.group == 0       ? bodies.rows
                        : w.group == BLOCK   ? bodies.blocks
                                             : bodies.groups;
-    float* sums = scratch.sums.need(s.rows * width * PANEL);
-    std::memset(sums, 0, s.rows * width * PANEL * sizeof(float));
+    const Unpack unpack = trits ? BUNDLE_BODIES[0].unpack : WIDE_BODIES[w.bits].unpack;
+    // Those of a body's panels lie together.
+    float* sums = scratch.sums.need(s.rows * cut.unit * PANEL);
+    std::memset(sums, 0, s.rows * cut.unit * PANEL * sizeof(float));
+    const int64_t body_sums = s.rows * cut.body * PANEL;
     const int64_t group = w.group / BLOCK;
-    int64_t chunk = job.tiling.tiles == 1 && direct ? s.blocks : CHUNK / BLOCK;
+    int64_t chunk = job.tiling.tiles == 1 && direct ? s.blocks
+                    : trits && s.rows <= 4 * TALL          ? LITTLE / BLOCK
+                                                           : CHUNK / BLOCK;
     if (group) chunk = most(chunk / group, 1) * group;
     for (int64_t b = 0; b < s.blocks; b += chunk) {
         Panels part{};
@@ -595,39 +701,45 @@ void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
         part.type = w.scale_type;
         part.offset = w.offset;
         part.half = w.half;
-        part.step = direct ? w.tile_bytes() : width * 8 * TILE_UNIT;
+        part.step = direct ? w.tile_bytes() : cut.unit * 8 * TILE_UNIT;
+        part.left = (s.blocks - b) * w.tile_bytes();
+        part.jump = (bundles - 1) * s.blocks * w.tile_bytes();
+        part.which = int(panel % BUNDLE);
         uint8_t* bytes = direct ? nullptr : scratch.bytes.need(chunk * part.step);
-        for (int p = 0; p < width; p++) {
-            const int64_t source = least(panel + p, w.panels() - 1);  // beyond the last, it again
-            const uint8_t* tiles = w.codes + (source * s.blocks + b) * w.tile_bytes();
-            if (!direct) {
-                uint8_t* to = bytes + p * 8 * TILE_UNIT;
-                for (int64_t i = 0; i < part.blocks; i++) WIDE_BODIES[w.bits].unpack(tiles + i * w.tile_bytes(), to + i * part.step);
-                tiles = to;
-            }
-            const int64_t at = source * w.groups() + (group ? b / group : 0);
-            part.codes[p] = tiles;
-            part.scale[p] = (const uint8_t*)w.scale + at * PANEL * size_of(w.scale_type);
-            part.zero[p] = w.zero ? w.zero + at * PANEL : nullptr;
+        for (int i = 0; i < bundles && !direct; i++) {
+            const uint8_t* tile = w.tile(least(bundle + i, w.bundles() - 1), b);  // beyond the last, it again
+            uint8_t* to = bytes + i * (trits ? BUNDLE : 1) * 8 * TILE_UNIT;
+            for (int64_t j = 0; j < part.blocks; j++, tile += w.tile_bytes(), to += part.step) unpack(tile, to);
         }
-        Ahead ahead(w, panel, width, b + chunk < s.blocks ? b + chunk : s.blocks, chunk, job.tiling.tiles);
-        for (int64_t t = 0; t < job.tiling.tiles; t++) {
-            const int64_t first = job.tiling.first(t), height = job.tiling.height(t);
-            const int64_t at = first * s.blocks + b * height;
-            if (!job.few) ahead.step();
-            Inputs x{};
-            if (floats) {
-                x.floats = s.floats + at * BLOCK;
-            } else {
-                x.codes = s.codes + at * BLOCK;
-                x.scale = s.scale + at;
-                x.start = integers ? nullptr : job.starts[which] + at;
-                x.half = w.half && !integers ? job.halves + at : nullptr;
+        Ahead ahead(w, bundle, bundles, b + chunk < s.blocks ? b + chunk : s.blocks, chunk,
+                    job.tiling.tiles * (cut.unit / cut.body));
+        for (int done = 0; done < cut.unit; done += cut.body) {
+            for (int p = 0; p < cut.body; p++) {
+                const int64_t from = least(panel + done + p, w.panels() - 1), at = from * w.groups() + (group ? b / group : 0);
+                part.codes[p] = direct ? w.tile(trits ? bundle : from, b) : bytes + (done + p) * 8 * TILE_UNIT;
+                part.scale[p] = (const uint8_t*)w.scale + at * PANEL * size_of(w.scale_type);
+                part.zero[p] = w.zero ? w.zero + at * PANEL : nullptr;
             }
-            body[height - 1](part, x, sums + first * width * PANEL);
+            for (int64_t t = 0; t < job.tiling.tiles; t++) {
+                const int64_t first = job.tiling.first(t), height = job.tiling.height(t);
+                const int64_t at = first * s.blocks + b * height;
+                if (!job.few) ahead.step();
+                Inputs x{};
+                if (floats) {
+                    x.floats = s.floats + at * BLOCK;
+                } else {
+                    x.codes = s.codes + at * BLOCK;
+                    x.scale = s.scale + at;
+                    x.start = integers ? nullptr : job.starts[which] + at;
+                    x.half = w.half && !integers ? job.halves + at : nullptr;
+                }
+                body[height - 1](part, x, sums + done / cut.body * body_sums + first * cut.body * PANEL);
+            }
         }
     }
-    finish(job, product, panel, width, integers, sums);
+    for (int done = 0; done < cut.unit; done += cut.body) {
+        finish(job, product, panel + done, cut.body, integers, sums + done / cut.body * body_sums);
+    }
 }
 
 // Tiles first..last of x become what the bodies read.
@@ -686,12 +798,24 @@ INLINE Arena& own_arena() {
 }
 
 Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Arena& arena) {
-    bool bytes = false;
-    for (int i = 0; i < call.count; i++) bytes |= call.products[i].weights.bits == 8;
-    const bool few = rows <= (bytes ? TALLEST : FEW_ROWS), narrow = few && rows > FEW && how != Activations::floats;
-    Job job{&call, how, row0, few, narrow, Tiling(rows, narrow ? TALLEST : few ? FEW : TALL), {}, nullptr, nullptr, nullptr};
-    Slab& s = job.slab;
     const Weights& w0 = call.products[0].weights;
+    bool bytes = false, summed = true;
+    for (int i = 0; i < call.count; i++) {
+        bytes |= call.products[i].weights.bits == 8;
+        summed &= only_summed(how, call.products[i].weights);
+    }
+    bool few, narrow = false;
+    int height;
+    if (w0.bits == TRITS) {  // then all are
+        few = rows <= (summed ? FEW_ROWS_SUMMED_TRITS : FEW_ROWS_TRITS) || how == Activations::floats;
+        height = how == Activations::floats ? 1 : few ? (summed ? FEWER_TRITS : FEW_TRITS) : summed ? TALL_TRITS : TALL;
+    } else {
+        few = rows <= (bytes ? TALLEST : FEW_ROWS);
+        narrow = few && rows > FEW && how != Activations::floats;
+        height = narrow ? TALLEST : few ? FEW : TALL;
+    }
+    Job job{&call, how, row0, few, narrow, Tiling(rows, height), {}, nullptr, nullptr, nullptr};
+    Slab& s = job.slab;
     s.rows = rows;
     s.k = w0.k;
     s.blocks = w0.blocks();
@@ -703,7 +827,7 @@ Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Aren
     bool half = false;
     for (int i = 0; i < call.count; i++) {
         const Weights& w = call.products[i].weights;
-        const int width = panels_of(how, w, job.narrow);
+        const int width = cut_of(how, w, few, narrow).unit;
         first_unit[i + 1] = first_unit[i] + (w.panels() + width - 1) / width;
         half |= w.half;
     }
@@ -809,7 +933,7 @@ void linear(const Call& call) {
     for (int i = 0; i < call.count; i++) {
         const Weights& w = call.products[i].weights;
         n += w.n;
-        bytes += w.panels() * w.blocks() * w.tile_bytes();
+        bytes += w.bundles() * w.blocks() * w.tile_bytes();
     }
     const int64_t slab = most(SLAB_BYTES / (w0.blocks() * BLOCK) / TALL * TALL, 16 * TALL);
     const int64_t useful = call.m * w0.k * n / SMALL + 1;

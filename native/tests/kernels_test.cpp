@@ -138,6 +138,7 @@ struct Form {
     Float scale_type;
     bool tensor;  // one scale for all
     bool powers;  // scales are powers of two
+    int offset = -1;  // -1: one of those in use
 };
 
 struct Matrix {
@@ -152,7 +153,7 @@ struct Matrix {
     double level(int64_t n, int64_t k) const { return u[n * weights.k + k] - level0[n * weights.groups() + k / columns()]; }
 };
 
-// codes(n, k) gives any integer; its low bits count.
+// codes(n, k) gives any integer, of which the codes are remainders.
 template <class Codes>
 Matrix make(const Form& f, Random& random, const Codes& codes) {
     Matrix m;
@@ -164,15 +165,15 @@ Matrix make(const Form& f, Random& random, const Codes& codes) {
     w.scale_type = f.scale_type;
     w.half = f.kind == halves || f.kind == both;
     const int offsets[] = {1 << (f.bits - 1), (1 << (f.bits - 1)) - 1, 0};
-    w.offset = offsets[random.below(3)];
-    const int mask = (1 << f.bits) - 1;
+    w.offset = f.offset < 0 ? offsets[random.below(3)] : f.offset;
+    const int count = f.bits == TRITS ? 3 : 1 << f.bits;
     std::vector<uint8_t> stored(f.n * f.k);
     m.u.resize(f.n * f.k);
     for (int64_t i = 0; i < f.n * f.k; i++) {
-        m.u[i] = int(codes(i / f.k, i % f.k)) & mask;
+        m.u[i] = int((uint64_t(codes(i / f.k, i % f.k)) & 0xffffffffu) % count);
         stored[i] = uint8_t(m.u[i] - w.offset);
     }
-    m.tiles = Exact(w.panels() * w.blocks() * w.tile_bytes(), 1);
+    m.tiles = Exact(w.bundles() * w.blocks() * w.tile_bytes(), 1);
     pack_panels(stored.data(), f.n, f.k, f.bits, w.offset, m.tiles.data());
     std::vector<uint8_t> back(f.n * f.k);
     unpack_panels(m.tiles.data(), f.n, f.k, f.bits, w.offset, back.data());
@@ -198,7 +199,7 @@ Matrix make(const Form& f, Random& random, const Codes& codes) {
             put(m.scales.data(), at, s, w.scale_type);
             m.scale.push_back(get(m.scales.data(), at, w.scale_type));
             int z = w.offset;
-            if (zero) m.zero.data()[at] = uint8_t(z = int(random.between(0, mask)));
+            if (zero) m.zero.data()[at] = uint8_t(z = int(random.between(0, count - 1)));
             m.level0.push_back(z - (w.half ? 0.5 : 0));
         }
     }
@@ -210,7 +211,8 @@ Matrix make(const Form& f, Random& random, const Codes& codes) {
 
 Matrix make(const Form& form, Random& random) {
     const int64_t mode = random.below(8);  // once in a while only the least and the greatest code
-    return make(form, random, [&](int64_t, int64_t) { return mode == 0 ? -random.below(2) : int64_t(random.bits() >> 20); });
+    const int64_t last = form.bits == TRITS ? 2 : (1 << form.bits) - 1;
+    return make(form, random, [&](int64_t, int64_t) { return mode == 0 ? last * random.below(2) : int64_t(random.bits() >> 20); });
 }
 
 struct Input {
@@ -415,9 +417,9 @@ const Float TYPES[] = {Float::f32, Float::f16, Float::bf16};
 
 template <class Body>
 void for_each_family(const Body& body) {
-    for (int bits = 2; bits <= 8; bits++) {
+    for (int bits = TRITS; bits <= 8; bits++) {
         for (const int64_t group : GROUPS) {
-            for (int kind = 0; kind < KINDS; kind++) {
+            for (int kind = 0; kind < (bits == TRITS ? zeros : KINDS); kind++) {
                 for (const Activations how : HOWS) body(bits, group, Kind(kind), how);
             }
         }
@@ -437,7 +439,8 @@ void test_random_shapes(Random& random) {
             const Spread spread = Spread(random.below(SPREADS));
             const int64_t k = group ? group * random.between(1, group == 32 ? 5 : 2) : random.between(1, 200);
             const bool powers = spread == integers || random.below(4) == 0;
-            const Matrix m = make({random.between(1, 40), k, group, bits, kind, TYPES[random.below(3)],
+            const int64_t most = bits == TRITS ? 200 : 40;
+            const Matrix m = make({random.between(1, most), k, group, bits, kind, TYPES[random.below(3)],
                                    group == 0 && random.below(3) == 0, powers}, random);
             const int64_t rows = random.below(4) == 0 ? random.between(9, 20) : random.between(1, 8);
             const Input x = input(rows, k, type, spread, random);
@@ -459,11 +462,11 @@ void test_random_shapes(Random& random) {
 
 // Each code, at each of 32 * 32 places, comes back through a unit vector: (u - z) * 127 with nothing rounded.
 void test_every_code(Random& random) {
-    for (int bits = 2; bits <= 8; bits++) {
-        const int64_t steps = std::max(1 << bits >> 5, 1), turns = bits < 5 ? 1 << bits : 16;
+    for (int bits = TRITS; bits <= 8; bits++) {
+        const int64_t steps = std::max(1 << bits >> 5, 1), turns = bits == TRITS ? 12 : bits < 5 ? 1 << bits : 16;
         for (int64_t turn = 0; turn < turns; turn++) {
             const Activations how = HOWS[turn % 4];
-            const Kind kind = Kind(turn / 4 % KINDS);
+            const Kind kind = bits == TRITS ? symmetric : Kind(turn / 4 % KINDS);
             const auto codes = [&](int64_t n, int64_t k) { return n * steps + k * 5 + turn; };
             const Form form{32, BLOCK, turn % 2 ? BLOCK : 0, bits, kind, Float::f32, false, true};
             const Matrix m = make(form, random, codes);
@@ -481,7 +484,7 @@ void test_every_code(Random& random) {
 
 void test_decoded_rows(Random& random) {
     for_each_family([&](int bits, int64_t group, Kind kind, Activations) {
-        const int64_t k = group ? group * random.between(1, 3) : random.between(1, 100), n = random.between(1, 40);
+        const int64_t k = group ? group * random.between(1, 3) : random.between(1, 100), n = random.between(1, bits == TRITS ? 200 : 40);
         const Matrix m = make({n, k, group, bits, kind, TYPES[random.below(3)], false, false}, random);
         std::vector<int64_t> which;
         for (int64_t i = 0; i < 5; i++) which.push_back(random.below(n));
@@ -518,6 +521,34 @@ void test_threads(Random& random) {
             }
         }
     });
+}
+
+// Every byte of five trits, and many shapes: additions and subtractions give what multiplications by 2-bit codes give.
+void test_trits(Random& random) {
+    for (int turn = 0; turn < 60; turn++) {
+        const bool all = turn < 4;
+        Form form{all ? 80 : random.between(1, 400), all ? 243 : 64 * random.between(1, 12), 0, TRITS, symmetric,
+                  TYPES[random.below(3)], true, false, int(random.below(2))};
+        if (!all) form.group = GROUPS[random.below(3)];
+        std::vector<int> u(form.n * form.k);
+        for (int64_t i = 0; i < form.n * form.k; i++) {
+            const int power[] = {1, 3, 9, 27, 81};
+            u[i] = int(all ? i % form.k / power[i / form.k / PANEL] % 3 : random.below(3));
+        }
+        const auto codes = [&](int64_t n, int64_t k) { return u[n * form.k + k]; };
+        const Random same = random;
+        const Matrix trits = make(form, random, codes);
+        random = same;
+        form.bits = 2;
+        const Matrix crumbs = make(form, random, codes);
+        const Setting s{HOWS[turn % 4], 0.02f};
+        const Input x = input(turn % 3 ? random.between(1, 12) : random.between(13, 70), form.k, TYPES[turn % 3], plain, random);
+        for (const Engine& engine : engines()) {
+            name("trits", trits, x, s, engine.isa);
+            const std::vector<double> y = run(engine, x, trits, nullptr, s).values;
+            check(equal(y, run(scalar_engine(), x, crumbs, nullptr, s).values), "the same bits as 2-bit codes");
+        }
+    }
 }
 
 // Matrices of every form that share x.
@@ -649,6 +680,8 @@ int main() {
     timed("decoded rows");
     test_threads(random);
     timed("threads");
+    test_trits(random);
+    timed("trits");
     test_products(random);
     timed("products");
     test_not_finite(random);

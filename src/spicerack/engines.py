@@ -9,12 +9,13 @@ threads. Threads are those of torch's own OpenMP team.
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -26,9 +27,11 @@ from spicerack.scheme import IntLevels, Scheme
 
 NAMES: tuple[str, ...] = tuple(_native.engines())
 """Engines that this processor runs, fastest first; "scalar" is always the last."""
-ALL = ("avx512vnni", "avx512vlvnni", "avxvnni", "avx2", "neon", "scalar")
+ALL = ("avx512vbmi", "avx512vnni", "avx512vlvnni", "avxvnni", "avx2", "neon", "scalar")
 PANEL, BLOCK, UNIT = 16, 32, 64
 """Rows of a panel, columns of a tile, bytes of a tile for each bit: native/kernels/kernel.h."""
+TRITS, BUNDLE, TRITS_BYTES = 1, 5, 512
+"""Instead of a number of bits: ternary codes in 1.6 bits; panels that share a tile of them; bytes of such a tile."""
 FLOATS, BLOCKS, TOKENS = range(3)
 """How activations enter: float32; int8 with a scale for 32 columns of a row, or for a row."""
 MAX_EXACT_COLUMNS = 1 << 16
@@ -43,7 +46,10 @@ _CHUNK = 1 << 22
 
 
 class Spec(NamedTuple):
-    """A matrix [N, K]: w = scale * (u - offset or zero + half / 2), u below 2^bits. group: columns, 0 for the row."""
+    """A matrix [N, K]: w = scale * (u - offset or zero + half / 2), u below 2^bits. group: columns, 0 for the row.
+
+    bits may be TRITS: u is 0, 1 or 2.
+    """
 
     n: int
     k: int
@@ -52,13 +58,25 @@ class Spec(NamedTuple):
     offset: int
     half: bool
 
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """The shape of the packed codes."""
+        if self.bits == TRITS:
+            return -(-self.n // (BUNDLE * PANEL)), -(-self.k // BLOCK), TRITS_BYTES
+        return -(-self.n // PANEL), -(-self.k // BLOCK), UNIT * self.bits
 
-def spec_of(scheme: Scheme, shape: tuple[int, int]) -> Spec:
+
+Layout = Literal["planes", "trits"]
+"""Of codes: planes of bits for any scheme, or five ternary codes to a byte."""
+
+
+def spec_of(scheme: Scheme, shape: tuple[int, int], layout: Layout = "planes") -> Spec:
     """The scheme's integer levels for a matrix of this shape."""
     assert isinstance(scheme.levels, IntLevels)
     levels = scheme.levels
     group = scheme.group or 0
-    return Spec(*shape, 0 if group == shape[1] else group, scheme.bits, -levels.lo, levels.half)
+    bits = scheme.bits if layout == "planes" else TRITS
+    return Spec(*shape, 0 if group == shape[1] else group, bits, -levels.lo, levels.half)
 
 
 def unfit(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -86,17 +104,20 @@ def unfit(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: to
 # ---- panels ----------------------------------------------------------------------------------------------------------
 
 
-def pack(q: QTensor) -> dict[str, torch.Tensor]:
-    """codes uint8 [N/16, K/32, 64 bits], scale [N/16, groups, 16] as stored, zero uint8 like scale; N, K rounded up."""
+def pack(q: QTensor, layout: Layout = "planes") -> dict[str, torch.Tensor]:
+    """codes uint8 [N/16, K/32, 64 bits], scale [N/16, groups, 16] as stored, zero uint8 like scale; N, K rounded up.
+
+    Trits: codes uint8 [N/80, K/32, 512].
+    """
     n, k = q.shape
-    spec = spec_of(q.scheme, (n, k))
+    spec = spec_of(q.scheme, (n, k), layout)
     assert isinstance(q.scale, torch.Tensor)
-    panels, blocks = -(-n // PANEL), -(-k // BLOCK)
-    tiles = _zeros(panels * blocks * UNIT * spec.bits).view(panels, blocks, UNIT * spec.bits)
+    tiles = _zeros(math.prod(spec.tiles)).view(spec.tiles)
+    height = PANEL * (BUNDLE if layout == "trits" else 1)
     codes = q.codes.cpu().contiguous().view(torch.uint8)
 
     def work(first: int, last: int) -> None:
-        _native.to_panels(codes[first * PANEL : last * PANEL], spec.bits, spec.offset, tiles[first:last])
+        _native.to_panels(codes[first * height : last * height], spec.bits, spec.offset, tiles[first:last])
 
     with native.team(torch.get_num_threads()) as workers:
         workers.run(work, len(tiles))
@@ -106,10 +127,10 @@ def pack(q: QTensor) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors) -> QTensor:
+def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, layout: Layout = "planes") -> QTensor:
     """Inverse of `pack`."""
     n, k = shape
-    spec = spec_of(scheme, shape)
+    spec = spec_of(scheme, shape, layout)
     signed = spec.offset > 0
     codes = torch.empty((n, k), dtype=torch.uint8)
     _native.from_panels(tensors["codes"].cpu(), spec.bits, spec.offset, codes)
@@ -145,10 +166,12 @@ def _from_lanes(lanes: torch.Tensor, n: int) -> torch.Tensor:
     return lanes.transpose(1, 2).reshape(-1, lanes.shape[1])[:n].contiguous()
 
 
-def rows(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, which: Rows) -> torch.Tensor:
+def rows(
+    scheme: Scheme, shape: tuple[int, int], tensors: Tensors, which: Rows, layout: Layout = "planes"
+) -> torch.Tensor:
     """float32 [R, K]: the chosen rows, equal to `codec.decode` bit for bit. Raises IndexError."""
     codes, scale, zero = tensors["codes"], tensors["scale"], tensors.get("zero")
-    return _rows(codes, scale, zero, spec_of(scheme, shape), which)
+    return _rows(codes, scale, zero, spec_of(scheme, shape, layout), which)
 
 
 def _rows(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: Spec, which: Rows) -> torch.Tensor:
@@ -195,7 +218,7 @@ class Matrix:
         scales = panels * PANEL * (k // group if group else 1)
         if (
             codes.dtype != torch.uint8
-            or codes.numel() != panels * -(-k // BLOCK) * UNIT * bits
+            or codes.numel() != math.prod(self.spec.tiles)
             or scale.numel() != scales
             or (zero is not None and (zero.numel() != scales or zero.dtype != torch.uint8))
             or not (codes.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous()))

@@ -8,33 +8,42 @@ from functools import partial
 import torch
 
 from spicerack import engines
+from spicerack.engines import Layout
 from spicerack.kernel import Compute, Kernel, Shape
 from spicerack.packed import Tensors
-from spicerack.scheme import Scheme
+from spicerack.scheme import IntLevels, Scheme
 
 
-def kernel(compute: Compute, engine: str, *, speed: int) -> Kernel:
+def kernel(compute: Compute, engine: str, *, speed: int, layout: Layout = "planes") -> Kernel:
     """The row for `compute` on the engine of that name, which this processor need not have."""
     index = engines.NAMES.index(engine) if engine in engines.NAMES else -1  # which never fits
     return Kernel(
-        name=f"{compute}_{engine}",
+        name=f"{compute if layout == 'planes' else 'ternary'}_{engine}",
         speed=speed,
         vector=engine != "scalar",
         compute=compute,
-        fits=partial(_fits, compute, engine),
-        pack=engines.pack,
-        unpack=engines.unpack,
-        rows=engines.rows,
-        prepare=partial(_prepare, compute),
+        fits=partial(_fits, compute, engine, layout),
+        pack=partial(engines.pack, layout=layout),
+        unpack=partial(engines.unpack, layout=layout),
+        rows=partial(engines.rows, layout=layout),
+        prepare=partial(_prepare, compute, layout),
         run=partial(_run, index),
     )
 
 
 def _fits(
-    compute: Compute, engine: str, scheme: Scheme, shape: Shape, dtype: torch.dtype, device: torch.device
+    compute: Compute,
+    engine: str,
+    layout: Layout,
+    scheme: Scheme,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> str | None:
     if engine not in engines.NAMES:
         return f"this processor, or this build, has no {engine}"
+    if layout == "trits" and (scheme.levels != IntLevels(-1, 1) or scheme.zero):
+        return "its levels are not -1, 0 and 1"
     if compute == "float" and scheme.activations is not None:
         return f"{scheme} rounds activations to int8"
     if scheme.activations is not None and scheme.group is None and shape[1] > engines.MAX_EXACT_COLUMNS:
@@ -42,11 +51,11 @@ def _fits(
     return engines.unfit(scheme, shape, dtype, device)
 
 
-def _prepare(compute: Compute, scheme: Scheme, shape: Shape, tensors: Tensors) -> engines.Matrix:
+def _prepare(compute: Compute, layout: Layout, scheme: Scheme, shape: Shape, tensors: Tensors) -> engines.Matrix:
     activations = engines.FLOATS
     if compute == "int8":
         activations = engines.BLOCKS if scheme.activations is None else engines.TOKENS
-    spec = engines.spec_of(scheme, shape)
+    spec = engines.spec_of(scheme, shape, layout)
     return engines.Matrix(tensors["codes"], tensors["scale"], tensors.get("zero"), spec, activations)
 
 

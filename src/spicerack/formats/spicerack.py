@@ -26,7 +26,7 @@ from spicerack.checkpoint.writer import safetensors_dtype
 from spicerack.errors import CheckpointError, SchemeError, ShapeError
 from spicerack.format import CONTAINER, Layout, Plan, Planned
 from spicerack.qtensor import QTensor
-from spicerack.scheme import Scheme, parse
+from spicerack.scheme import IntLevels, Scheme, parse
 
 VERSION = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,7 +57,12 @@ class SpicerackFormat:
 
     def decode(self, planned: Planned, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         parts = packed.part(tensors, planned.module)
-        return packed.unpack(planned.scheme, planned.shape, parts, planned.transposed)
+        q = packed.unpack(planned.scheme, planned.shape, parts, planned.transposed)
+        levels = planned.scheme.levels
+        last = (levels.lo if isinstance(levels, IntLevels) else 0) + len(levels.values) - 1
+        if len(levels.values) < 1 << levels.bits and q.codes.max() > last:
+            raise CheckpointError(f"{planned.module}: a code that is none of {planned.scheme}'s levels", _REMEDY)
+        return q
 
     def config(self, config: Mapping[str, Any], plan: Plan, _unquantized_linears: Sequence[str], /) -> dict[str, Any]:
         groups: dict[tuple[object, ...], dict[str, Any]] = {}
