@@ -25,7 +25,7 @@ _BYTES = 1 << 29
 
 
 def layer(variant: str, what: Layer) -> Prepared:
-    """variant: a scheme's name, or ternarya8: ternary weights, activations in int8 per token."""
+    """variant: a scheme's name."""
     torch.set_num_threads(what.threads)
     torch.set_grad_enabled(False)
     layers, exact, nbytes = _layers(variant, what.n, what.k, what.copies)
@@ -47,15 +47,10 @@ def limit(variant: str, threads: int) -> Prepared:
 
 @cache
 def _layers(variant: str, n: int, k: int, copies: int) -> tuple[tuple[QLinear, ...], F32, float]:
-    q = _quantized(_scheme(variant), n, k)
+    q = _quantized(parse(variant), n, k)
     exact: F32 = codec.decode(q).float().numpy()
-    return tuple(QLinear.of(_rolled(q, i), dtype=torch.float32) for i in range(copies)), exact, q.stored_bits / 8
-
-
-def _scheme(variant: str) -> Scheme:
-    if variant == "ternarya8":
-        return dataclasses.replace(parse("ternary"), name=variant, activations="token")
-    return parse(variant)
+    layers = tuple(QLinear.of(_rolled(q, i), dtype=torch.float32) for i in range(copies))
+    return layers, exact, float(layers[0].packed.nbytes)
 
 
 def _quantized(scheme: Scheme, n: int, k: int) -> QTensor:
