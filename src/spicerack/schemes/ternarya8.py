@@ -1,7 +1,5 @@
 """`ternary` with int8 activations, one scale per token, as BitNet b1.58 has them (Ma et al. 2024, arXiv:2402.17764)."""
 
-from dataclasses import replace
+from spicerack.scheme import IntLevels, Scheme
 
-from spicerack.schemes import ternary
-
-SCHEME = replace(ternary.SCHEME, name="ternarya8", activations="token")
+SCHEME = Scheme(name="ternarya8", levels=IntLevels(-1, 1), block=(None, None), activations="token")
