@@ -147,7 +147,6 @@ void decode_rows(const Weights& w, const int64_t* rows, int64_t count, float* ou
     const int64_t group = w.group == 0 ? w.k : w.group;
     for (int64_t i = 0; i < count; i++) {
         const int64_t panel = rows[i] / PANEL, r = rows[i] % PANEL;
-        const int which = int(panel % BUNDLE);
         const uint8_t* tile = w.tile(w.bits == TRITS ? panel / BUNDLE : panel, 0);
         for (int64_t column = 0; column < w.k; column += BLOCK, tile += w.tile_bytes()) {
             const int64_t at = (panel * w.groups() + column / group) * PANEL + r;
@@ -155,15 +154,18 @@ void decode_rows(const Weights& w, const int64_t* rows, int64_t count, float* ou
             const float zero = float(w.zero ? w.zero[at] : w.offset) - (w.half ? 0.5f : 0.0f);
             uint8_t codes[BLOCK] = {};
             const uint8_t* plane = tile;
-            for (int64_t c = 0; w.bits == TRITS && c < BLOCK; c++) codes[c] = tile[place(r, c)] / POWERS_OF_3[which] % 3;
-            planes(w.bits == TRITS ? 0 : w.bits, [&](int width, int low) {
-                const int per = 8 / width, mask = (1 << width) - 1;
-                for (int quad = 0; quad < QUADS; quad++) {
-                    const uint8_t* four = plane + quad / per * VECTOR + r * 4;
-                    for (int j = 0; j < 4; j++) codes[quad * 4 + j] |= (four[j] >> (quad % per * width) & mask) << low;
-                }
-                plane += width * TILE_UNIT;
-            });
+            if (w.bits == TRITS) {
+                for (int64_t c = 0; c < BLOCK; c++) codes[c] = tile[place(r, c)] / POWERS_OF_3[panel % BUNDLE] % 3;
+            } else {
+                planes(w.bits, [&](int width, int low) {
+                    const int per = 8 / width, mask = (1 << width) - 1;
+                    for (int quad = 0; quad < QUADS; quad++) {
+                        const uint8_t* four = plane + quad / per * VECTOR + r * 4;
+                        for (int j = 0; j < 4; j++) codes[quad * 4 + j] |= (four[j] >> (quad % per * width) & mask) << low;
+                    }
+                    plane += width * TILE_UNIT;
+                });
+            }
             for (int64_t c = 0; c < BLOCK && column + c < w.k; c++) *out++ = scale * (float(codes[c]) - zero);
         }
     }

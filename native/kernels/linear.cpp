@@ -393,7 +393,7 @@ constexpr void add_summed(Bodies& bodies) {
 // A bundle of trits, unpacked before (and only summed).
 constexpr Bodies bundle_bodies() {
     Bodies bodies{{}, {}, {}, {}, {}, unpack_tile<TRITS>};
-    add_summed<0, TALL_TRITS>(bodies);
+    add_summed<0, TALL>(bodies);  // tiles are that tall where another product that shares x is not only summed
     return bodies;
 }
 

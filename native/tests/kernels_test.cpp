@@ -561,8 +561,10 @@ void test_products(Random& random) {
         std::vector<Exact> biases;
         const int64_t count = random.between(2, 4);
         for (int64_t i = 0; i < count; i++) {
-            const Form form{random.between(1, 50), k, GROUPS[random.below(4)], int(random.between(2, 8)),
-                            Kind(random.below(KINDS)), TYPES[random.below(3)], false, false};
+            const bool trits = turn % 3 == 2;  // they share x only among themselves
+            const Form form{random.between(1, trits ? 200 : 50), k, GROUPS[random.below(4)],
+                            trits ? TRITS : int(random.between(2, 8)), trits ? symmetric : Kind(random.below(KINDS)),
+                            TYPES[random.below(3)], false, false};
             matrices.push_back(make(form, random));
             biases.push_back(bias_of(form.n, type, random));
         }
