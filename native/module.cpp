@@ -6,6 +6,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
@@ -157,15 +158,15 @@ void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int sca
 
 constexpr int MOST_PRODUCTS = 16;
 
-// products: for each (matrix, address of its bias or 0, of y).
+// products: for each (matrix, address of its bias or 0, of y, whether GELU follows).
 void linear(int index, uintptr_t x, int type, int64_t m, int activations, const nb::list& products) {
     Product all[MOST_PRODUCTS];
     const int count = int(products.size());
     require(count >= 1 && count <= MOST_PRODUCTS, "1 to 16 matrices share an input");
     for (int i = 0; i < count; i++) {
         const nb::tuple t = nb::cast<nb::tuple>(products[i]);
-        require(t.size() == 3, "a product has three parts");
-        all[i] = {nb::cast<const Bound&>(t[0]).weights, address(t[1]), address(t[2])};
+        require(t.size() == 4, "a product has four parts");
+        all[i] = {nb::cast<const Bound&>(t[0]).weights, address(t[1]), address(t[2]), nb::cast<bool>(t[3])};
         require(all[i].y && all[i].weights.k == all[0].weights.k, "products share K and have somewhere to go");
         require((all[i].weights.bits == TRITS) == (all[0].weights.bits == TRITS), "trits share no input with other codes");
     }
@@ -173,6 +174,27 @@ void linear(int index, uintptr_t x, int type, int64_t m, int activations, const 
     const Engine& e = engine(index);
     nb::gil_scoped_release unlocked;
     e.linear({(const void*)x, Float(type), m, Activations(activations), 0.0f, all, count, team_size()});
+}
+
+// Address and steps (batch, head, row) of a tensor.
+using Place = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+Strided strided(const Place& p) {
+    return {(const void*)std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p)};
+}
+
+// mask: address 0 for none. sizes: batch, heads, kv_heads, queries, keys, width, value_width.
+void attention(int index, int type, const Place& q, const Place& k, const Place& v, const Place& mask, uintptr_t y,
+               const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& sizes, bool causal,
+               float scale) {
+    const auto [batch, heads, kv_heads, queries, keys, width, value_width] = sizes;
+    require(type >= 0 && type <= 2 && std::get<0>(q) && std::get<0>(k) && std::get<0>(v) && y, "not tensors");
+    require(batch > 0 && queries > 0 && keys > 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "not heads");
+    require(width > 0 && width % PANEL == 0 && value_width > 0 && value_width % PANEL == 0, "widths are multiples of 16");
+    const Engine& e = engine(index);
+    nb::gil_scoped_release unlocked;
+    e.attention({strided(q), strided(k), strided(v), strided(mask), (void*)y, Float(type), batch, heads, kv_heads, queries,
+                 keys, width, value_width, causal, scale, team_size()});
 }
 
 void rows(const Bound& matrix, Vector<const int64_t> which, Matrix<float> out) {
@@ -268,6 +290,8 @@ NB_MODULE(_native, m) {
         return names;
     });
     m.def("linear", &spicerack::linear, "engine"_a, "x"_a, "type"_a, "m"_a, "activations"_a, "products"_a);
+    m.def("attention", &spicerack::attention, "engine"_a, "type"_a, "q"_a, "k"_a, "v"_a, "mask"_a, "y"_a, "sizes"_a,
+          "causal"_a, "scale"_a);
     m.def("rows", &spicerack::rows, "matrix"_a, "which"_a, "out"_a);
     m.def("to_panels", &to_panels, "codes"_a, "bits"_a, "offset"_a, "tiles"_a);
     m.def("from_panels", &from_panels, "tiles"_a, "bits"_a, "offset"_a, "codes"_a);

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from spicerack import codec, format
 from spicerack.checkpoint.reader import Checkpoint
+from spicerack.nn import attention
 
 
 def decoded_folder(quantized: Path, destination: Path) -> Path:
@@ -37,7 +38,9 @@ def decoded_model(model_class: type[PreTrainedModel], quantized: Path, destinati
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The model's first output."""
+    """The model's first output, with torch's attention, whose sums come in the order of a float model's."""
+    if model.config._attn_implementation == attention.NAME:
+        model.set_attn_implementation("sdpa")
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=ids)[0]
     return found

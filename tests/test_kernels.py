@@ -51,7 +51,7 @@ def quantized(scheme: Scheme, n: int = 24, k: int = 192) -> QTensor:
 
 def run(row: kernel.Kernel, x: torch.Tensor, q: QTensor) -> torch.Tensor:
     n, k = q.shape
-    return row.run(x, (row.prepare(q.scheme, (n, k), row.pack(q)),), (None,))[0]
+    return row.run(x, (row.prepare(q.scheme, (n, k), row.pack(q)),), (None,), False)[0]
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -12,7 +12,7 @@ namespace spicerack {
 namespace {
 
 #define ENGINE(isa) \
-    { #isa, isa::linear, isa::spin, isa::read }
+    { #isa, isa::linear, isa::attention, isa::spin, isa::read }
 
 struct Found {
     Engine all[6];

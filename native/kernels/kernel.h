@@ -58,6 +58,7 @@ struct Product {
     Weights weights;
     const void* bias;  // [N] in the type of x, or null
     void* y;           // [M, N] in the type of x
+    bool gelu;         // applied to y before it is rounded to its type
 };
 
 struct Call {
@@ -71,11 +72,30 @@ struct Call {
     int threads;
 };
 
+// A tensor [batch, heads, rows, columns] whose columns lie together; the other steps are in elements, and may be 0.
+struct Strided {
+    const void* data;
+    int64_t batch, head, row;
+};
+
+// y = softmax(q k^T * scale) v for each head: q heads h * heads / kv_heads .. share one head of k and v.
+struct Attention {
+    Strided q, k, v;  // [batch, heads, queries, width], [batch, kv_heads, keys, width], [batch, kv_heads, keys, value_width]
+    Strided mask;     // bytes [batch, heads, queries, keys]: 0 hides a key; data null: none is hidden
+    void* y;          // [batch, queries, heads, value_width]
+    Float type;       // of q, k, v and y
+    int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+    bool causal;      // query i sees the keys 0..i
+    float scale;
+    int threads;
+};
+
 // |sum of products| < 2^31 for a row of K columns: 255 * 127 * 2^16 < 2^31. Longer rows are refused with one scale a row.
 constexpr int64_t MAX_EXACT_COLUMNS = 1 << 16;
 
 #define SPICERACK_KERNEL_FUNCTIONS                                                                                     \
     void linear(const Call& call);                                                                                     \
+    void attention(const Attention& call);                                                                             \
     /* Operations of `rounds` rounds of dot products that touch registers only (2 for each multiply-add). */           \
     int64_t spin(int64_t rounds);                                                                                      \
     /* Reads all of it once. */                                                                                        \
@@ -107,6 +127,7 @@ SPICERACK_KERNEL_FUNCTIONS
 struct Engine {
     const char* isa;
     decltype(&scalar::linear) linear;
+    decltype(&scalar::attention) attention;
     decltype(&scalar::spin) spin;
     decltype(&scalar::read) read;
 };

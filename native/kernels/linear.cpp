@@ -12,9 +12,8 @@
 //
 // The work is cut into units of a few panels. A unit walks over its columns in chunks that stay in the first-level cache,
 // and over the rows of x in tiles whose sums stay in registers. For many rows codes below 8 bits are unpacked once a chunk.
-#include <new>
-
-#include "dot.h"
+#include "buffer.h"
+#include "functions.h"
 #include "team.h"
 
 namespace spicerack::SPICERACK_ISA {
@@ -37,7 +36,7 @@ constexpr int64_t FEW_ROWS_TRITS = SCALAR ? INT64_MAX : 2 * FEW_TRITS;
 constexpr int64_t FEW_ROWS_SUMMED_TRITS = SCALAR ? INT64_MAX : 2 * FEWER_TRITS;
 constexpr int CHUNK = 512;           // columns
 constexpr int LITTLE = 128;          // the same for bundles of trits and few rows of x
-constexpr int64_t SLAB_BYTES = 4 << 20;  // of quantized x at once
+constexpr int64_t SLAB_BYTES = 1 << 18;  // of quantized x at once
 constexpr int64_t SMALL = 1 << 18;   // multiply-adds that are worth a thread
 constexpr int64_t EACH = 1 << 13;    // values of x that every thread quantizes for itself sooner than it waits for others
 // Rows of x for each thread, from which every thread reads all weights and has some rows, so that none waits for another
@@ -46,30 +45,6 @@ constexpr int64_t NEAR_BYTES = 1 << 20, APART_NEAR = 16, APART = 128;
 constexpr float LARGEST = 127.0f;    // int8 activations are -127..127
 constexpr float FLUSH = 0x1p-100f;   // a block of activations below this counts as zeros: 1 / scale would overflow
 constexpr int AHEAD = 4096;          // bytes to prefetch ahead of a panel's stream
-
-template <class T>
-struct Buffer {
-    T* data = nullptr;
-    int64_t size = 0;
-    ~Buffer() { release(); }
-    // At least `count` values, aligned; the old ones are lost.
-    INLINE T* need(int64_t count) {
-        if (count > size) {
-            release();
-            data = (T*)operator new(count * sizeof(T), std::align_val_t(64));
-            size = count;
-        }
-        return data;
-    }
-    INLINE void release() {
-        if (data) operator delete(data, std::align_val_t(64));
-        data = nullptr;
-        size = 0;
-    }
-};
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- codes ----------------------------------------------------------------------------------------------------------
 
@@ -599,8 +574,18 @@ INLINE Cut cut_of(Activations how, const Weights& w, bool few, bool narrow) {
 // What dot products leave out of every code.
 INLINE int shift_of(const Weights& w) { return w.bits == 8 ? SHIFT<8> : w.bits == TRITS ? SHIFT<TRITS> : 0; }
 
-// y of one unit from its sums [rows, width].
-void finish(const Job& job, const Product& product, int64_t panel, int width, bool integers, const float* sums) {
+// Where y of one tile will be written: its rows lie apart, so that no processor foresees it.
+INLINE void expect(const Job& job, const Product& product, int64_t panel, int width, int64_t first, int64_t rows) {
+    const int64_t size = size_of(job.call->type), line = product.weights.n * size;
+    const char* y = (const char*)product.y + (job.row0 + first) * line + panel * PANEL * size;
+    for (int64_t m = 0; m < rows; m++, y += line) {
+        for (int64_t i = 0; i < width * PANEL * size; i += 64) __builtin_prefetch(y + i, 1);
+    }
+}
+
+// y of one tile, `rows` rows from `first` on, from its sums [rows, width].
+INLINE void finish(const Job& job, const Product& product, int64_t panel, int width, bool integers, int64_t first,
+                   int64_t rows, const float* sums) {
     const Weights& w = product.weights;
     const Slab& s = job.slab;
     const Float type = job.call->type;
@@ -616,9 +601,9 @@ void finish(const Job& job, const Product& product, int64_t panel, int width, bo
             if (w.group == 0) s_w = widen((const char*)w.scale + at * size_of(w.scale_type), w.scale_type);
             if (w.group == 0 && w.zero) zero = from_bytes(w.zero + at);
             if (product.bias) bias = widen_some((const char*)product.bias + n * size_of(type), type, count);
-            char* y = (char*)product.y + ((job.row0 * w.n) + n) * size_of(type);
+            char* y = (char*)product.y + ((job.row0 + first) * w.n + n) * size_of(type);
             const float* sum = sums + (p - panel) * PANEL + part * LANES;
-            for (int64_t m = 0; m < s.rows; m++, y += w.n * size_of(type), sum += width * PANEL) {
+            for (int64_t m = first; m < first + rows; m++, y += w.n * size_of(type), sum += width * PANEL) {
                 vf value;
                 if (integers) {
                     value = to_float(load<vi>(sum) - (zero - shift) * s.total[m]);
@@ -629,6 +614,7 @@ void finish(const Job& job, const Product& product, int64_t panel, int width, bo
                 value = value * s_w;
                 if (s.token) value = value * splat(s.token[m]);
                 if (product.bias) value = value + bias;
+                if (product.gelu) value = gelu(value);
                 narrow(value, type, y, count);
             }
         }
@@ -733,12 +719,13 @@ void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
                     x.start = integers ? nullptr : job.starts[which] + at;
                     x.half = w.half && !integers ? job.halves + at : nullptr;
                 }
-                body[height - 1](part, x, sums + done / cut.body * body_sums + first * cut.body * PANEL);
+                const bool last = b + chunk >= s.blocks;
+                if (last) expect(job, product, panel + done, cut.body, first, height);
+                float* tile = sums + done / cut.body * body_sums + first * cut.body * PANEL;
+                body[height - 1](part, x, tile);
+                if (last) finish(job, product, panel + done, cut.body, integers, first, height, tile);
             }
         }
-    }
-    for (int done = 0; done < cut.unit; done += cut.body) {
-        finish(job, product, panel + done, cut.body, integers, sums + done / cut.body * body_sums);
     }
 }
 

@@ -10,121 +10,15 @@
 // in are rounded to float32. Where scales are powers of two and sums are below 2^24 no rounding is left: y must be exact.
 //
 // All memory ends where its last value ends and begins on no more than its values' own alignment.
-#include <cmath>
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <vector>
 
-#include "../kernels/kernel.h"
+#include "support.h"
+
 #include "../kernels/layout.h"
 
 using namespace spicerack;
 
 namespace {
-
-int checks = 0, failures = 0;
-char subject[256] = "";
-
-void check(bool fact, const char* what) {
-    checks++;
-    if (fact) return;
-    std::printf("FAILED: %s: %s\n", subject, what);
-    if (++failures == 20) std::exit(1);
-}
-
-struct Random {
-    uint64_t state;
-    uint64_t bits() {  // splitmix64
-        uint64_t z = state += 0x9e3779b97f4a7c15;
-        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-        z = (z ^ z >> 27) * 0x94d049bb133111eb;
-        return z ^ z >> 31;
-    }
-    int64_t below(int64_t n) { return int64_t(bits() % uint64_t(n)); }
-    int64_t between(int64_t low, int64_t high) { return low + below(high - low + 1); }
-    double unit() { return double(bits() >> 11) * 0x1p-53; }
-    double bell() { return (unit() + unit() + unit() + unit() - 2) * 1.7; }
-};
-
-// ---- float types ----------------------------------------------------------------------------------------------------
-
-// The nearest value of the type, half to even.
-double rounded(double x, Float type) {
-    if (type == Float::f32) return double(float(x));
-    if (x == 0 || !std::isfinite(x)) return x;
-    const bool half = type == Float::f16;
-    const int digits = half ? 11 : 8, least = half ? -14 : -126;
-    const int exponent = std::max(std::ilogb(x), least);
-    const double value = std::ldexp(std::nearbyint(std::ldexp(x, digits - 1 - exponent)), exponent - digits + 1);
-    return std::fabs(value) > (half ? 65504.0 : 0x1.fep127) ? std::copysign(INFINITY, x) : value;
-}
-
-void put(void* to, int64_t i, double x, Float type) {
-    if (type == Float::f32) {
-        ((float*)to)[i] = float(x);
-        return;
-    }
-    uint32_t bits;
-    const float f = float(rounded(x, type));
-    std::memcpy(&bits, &f, 4);
-    bits = std::isnan(x) ? bits | 0x400000u : bits;
-    uint32_t small = bits >> 16;
-    if (type == Float::f16) {
-        const uint32_t sign = bits >> 16 & 0x8000u;
-        const double magnitude = std::fabs(double(f));
-        if (!std::isfinite(f)) {
-            small = sign | (std::isnan(f) ? 0x7e00u : 0x7c00u);
-        } else if (magnitude == 0) {
-            small = sign;
-        } else {
-            const int exponent = std::max(std::ilogb(magnitude), -14);
-            small = sign | (uint32_t(exponent + 14) * 1024 + uint32_t(std::ldexp(magnitude, 10 - exponent)));
-        }
-    }
-    ((uint16_t*)to)[i] = uint16_t(small);
-}
-
-double get(const void* from, int64_t i, Float type) {
-    if (type == Float::f32) return ((const float*)from)[i];
-    const uint32_t bits = ((const uint16_t*)from)[i];
-    if (type == Float::bf16) {
-        const uint32_t wide = bits << 16;
-        float f;
-        std::memcpy(&f, &wide, 4);
-        return f;
-    }
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    double magnitude = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
-    if (exponent == 31) magnitude = fraction ? double(NAN) : double(INFINITY);
-    return bits & 0x8000u ? -magnitude : magnitude;
-}
-
-bool same(double a, double b) { return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b); }
-
-// ---- memory ---------------------------------------------------------------------------------------------------------
-
-// `count` values that end with their allocation, and begin, every second time, one value behind its beginning.
-class Exact {
-public:
-    Exact() = default;
-    Exact(int64_t count, int64_t size) : count_(count), size_(size) {
-        static int64_t turn = 0;
-        const int64_t before = turn++ % 2 * size;
-        memory_.reset(new uint8_t[before + count * size]);
-        data_ = memory_.get() + before;
-        std::memset(data_, 0xa5, count * size);
-    }
-    uint8_t* data() const { return data_; }
-    int64_t bytes() const { return count_ * size_; }
-
-private:
-    std::unique_ptr<uint8_t[]> memory_;
-    uint8_t* data_ = nullptr;
-    int64_t count_ = 0, size_ = 0;
-};
 
 // ---- matrices and inputs --------------------------------------------------------------------------------------------
 
@@ -333,6 +227,7 @@ struct Setting {
     Activations how;
     float fixed_scale = 0;
     int threads = 1;
+    bool gelu = false;
 };
 
 std::vector<Output> run(const Engine& engine, const Input& x, const std::vector<const Matrix*>& matrices,
@@ -342,7 +237,8 @@ std::vector<Output> run(const Engine& engine, const Input& x, const std::vector<
     for (size_t i = 0; i < matrices.size(); i++) {
         const int64_t n = matrices[i]->weights.n;
         outputs.push_back({Exact(x.m * n, size_of(x.type)), {}});
-        products.push_back({matrices[i]->weights, biases[i] ? biases[i]->data() : nullptr, outputs[i].y.data()});
+        products.push_back({matrices[i]->weights, biases[i] ? biases[i]->data() : nullptr, outputs[i].y.data(),
+                            s.gelu});
     }
     engine.linear({x.memory.data(), x.type, x.m, s.how, s.fixed_scale, products.data(), int(products.size()), s.threads});
     for (size_t i = 0; i < matrices.size(); i++) {
@@ -356,14 +252,6 @@ std::vector<Output> run(const Engine& engine, const Input& x, const std::vector<
 Output run(const Engine& engine, const Input& x, const Matrix& matrix, const Exact* bias, const Setting& s) {
     return std::move(run(engine, x, {&matrix}, {bias}, s)[0]);
 }
-
-bool equal(const std::vector<double>& a, const std::vector<double>& b) {
-    bool all = a.size() == b.size();
-    for (size_t i = 0; all && i < a.size(); i++) all = same(a[i], b[i]);
-    return all;
-}
-
-const Engine& scalar_engine() { return engines().first[engines().count - 1]; }
 
 void check_right(const Matrix& m, const Input& x, const Exact* bias, const Setting& s, const std::vector<double>& y) {
     const int64_t n = m.weights.n;
@@ -386,7 +274,6 @@ void check_right(const Matrix& m, const Input& x, const Exact* bias, const Setti
 }
 
 const char* const HOW_NAMES[] = {"floats", "blocks", "tokens", "fixed"};
-const char* const TYPE_NAMES[] = {"f32", "f16", "bf16"};
 
 void name(const char* test, const Matrix& m, const Input& x, const Setting& s, const char* isa = "scalar") {
     const Weights& w = m.weights;
@@ -413,7 +300,6 @@ std::vector<double> check_engines(const char* test, const Matrix& m, const Input
 
 const int64_t GROUPS[] = {0, 32, 64, 128};
 const Activations HOWS[] = {Activations::floats, Activations::blocks, Activations::tokens, Activations::fixed};
-const Float TYPES[] = {Float::f32, Float::f16, Float::bf16};
 
 template <class Body>
 void for_each_family(const Body& body) {
@@ -650,6 +536,32 @@ void test_slabs(Random& random) {
     check_engines("slabs", m, x, nullptr, {Activations::tokens});
 }
 
+// Against the error function; every engine gives the scalar engine's bits, also for what is no number.
+void test_gelu(Random& random) {
+    const int64_t n = 37;
+    const Matrix m = make({n, 32, 0, 8, symmetric, Float::f32, false, false}, random);
+    std::vector<double> places = {0.0, -0.0, INFINITY, -INFINITY, NAN, 1e-30, -1e-30, 7.0, -7.0, 7.1, -7.1, 1e30, -1e30};
+    for (int i = 0; i < 4000; i++) places.push_back(i * 0.005 - 10);
+    Exact bias(n, 4);
+    const Input x = input(1, 32, Float::f32, [](int64_t, int64_t) { return 0.0; });
+    for (size_t first = 0; first < places.size(); first += n) {
+        for (int64_t i = 0; i < n; i++) put(bias.data(), i, places[(first + i) % places.size()], Float::f32);
+        Setting s{Activations::tokens};
+        s.gelu = true;
+        name("gelu", m, x, s);
+        const std::vector<double> want = run(scalar_engine(), x, m, &bias, s).values;
+        for (int64_t i = 0; i < n; i++) {
+            const double z = get(bias.data(), i, Float::f32), exact = z * 0.5 * std::erfc(-z * std::sqrt(0.5));
+            if (!std::isfinite(z)) check(z > 0 ? want[i] == INFINITY : std::isnan(want[i]), "not finite");
+            else check(std::fabs(want[i] - exact) <= 4e-7 * std::max(1.0, z), "GELU");
+        }
+        for (const Engine& engine : engines()) {
+            name("gelu", m, x, s, engine.isa);
+            check(equal(run(engine, x, m, &bias, s).values, want), "the same bits as scalar");
+        }
+    }
+}
+
 void test_limits() {
     for (const Engine& engine : engines()) {
         std::snprintf(subject, sizeof subject, "limits: %s", engine.isa);
@@ -694,6 +606,9 @@ int main() {
     timed("longest rows");
     test_slabs(random);
     timed("slabs");
+    test_gelu(random);
+    test_attention(random);
+    timed("attention");
     std::printf("%d checks, %d failures\n", checks, failures);
     return failures != 0;
 }

@@ -59,7 +59,19 @@ def linear(
     type: int,
     m: int,
     activations: int,
-    products: list[tuple[Matrix, int, int]],
+    products: list[tuple[Matrix, int, int, bool]],
+) -> None: ...
+def attention(
+    engine: int,
+    type: int,
+    q: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    v: tuple[int, int, int, int],
+    mask: tuple[int, int, int, int],
+    y: int,
+    sizes: tuple[int, int, int, int, int, int, int],
+    causal: bool,
+    scale: float,
 ) -> None: ...
 def rows(matrix: Matrix, which: torch.Tensor, out: torch.Tensor) -> None: ...
 def to_panels(codes: torch.Tensor, bits: int, offset: int, tiles: torch.Tensor) -> None: ...

@@ -38,7 +38,8 @@ class Kernel:
     unpack  its exact inverse: (scheme, [N, K], tensors) -> QTensor
     rows    (scheme, [N, K], tensors, rows) -> float32 [R, K], the chosen rows decoded
     prepare (scheme, [N, K], tensors) -> a matrix as `run` takes it: made once for these tensors
-    run     (x [..., K], matrices, biases) -> for each x W^T + b [..., N] in x's type; differentiable in x and b
+    run     (x [..., K], matrices, biases, gelu) -> for each x W^T + b [..., N] in x's type, and GELU (by erf) of it if
+            asked for; differentiable in x and b
     """
 
     name: str
@@ -50,7 +51,7 @@ class Kernel:
     unpack: Callable[[Scheme, Shape, Tensors], QTensor]
     rows: Callable[[Scheme, Shape, Tensors, Rows], torch.Tensor]
     prepare: Callable[[Scheme, Shape, Tensors], Any]
-    run: Callable[[torch.Tensor, Sequence[Any], Sequence[torch.Tensor | None]], list[torch.Tensor]]
+    run: Callable[[torch.Tensor, Sequence[Any], Sequence[torch.Tensor | None], bool], list[torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from spicerack.checkpoint.reader import Checkpoint
 from spicerack.errors import CheckpointError, LoadError
 from spicerack.format import Format, Planned
 from spicerack.kernel import Compute
-from spicerack.nn.shared import share_inputs
+from spicerack.nn.fused import fuse
 from spicerack.placing import Expert, fill, float_names, make_slot, make_stack_slot, read_floats
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -83,7 +83,7 @@ def load(
     nn.Module.to(model, device)
     if fmt is not None:
         fill(model, checkpoint, fmt, device, compute)
-        share_inputs(model)
+        fuse(model)
     return model
 
 
@@ -185,7 +185,7 @@ def _into(
     module.to(device)
     if fmt is not None:
         fill(module, checkpoint, fmt, device, compute)
-        share_inputs(module)
+        fuse(module)
     return module
 
 

@@ -64,15 +64,17 @@ def _run(
     x: torch.Tensor,
     matrices: Sequence[engines.Matrix],
     biases: Sequence[torch.Tensor | None],
+    gelu: bool,
 ) -> list[torch.Tensor]:
     if x.dtype == torch.float64:  # which no engine has
-        return [y.double() for y in _run(engine, x.float(), matrices, biases)]
+        return [y.double() for y in _run(engine, x.float(), matrices, biases, gelu)]
     if type(x) is not torch.Tensor or torch.compiler.is_compiling() or _wants_gradients(x, biases):
-        return [
+        results = [
             engines.OPERATOR(x, m.codes, m.scale, m.zero, bias, *m.spec, engine, m.activations)
             for m, bias in zip(matrices, biases, strict=True)
         ]
-    return engines.multiply(x, matrices, biases, engine)
+        return [torch.nn.functional.gelu(y) for y in results] if gelu else results
+    return engines.multiply(x, matrices, biases, engine, gelu)
 
 
 def _wants_gradients(x: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> bool:

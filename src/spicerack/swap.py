@@ -22,9 +22,9 @@ from spicerack.hf import SpicerackConfig, SpicerackQuantizer
 from spicerack.kernel import Compute
 from spicerack.models import names
 from spicerack.nn.embedding import QEmbedding
+from spicerack.nn.fused import fuse
 from spicerack.nn.linear import QLinear
 from spicerack.nn.packed import PackedWeight
-from spicerack.nn.shared import share_inputs
 from spicerack.recipe import Recipe
 from spicerack.scheme import Scheme
 
@@ -71,7 +71,7 @@ def quantize_module(module: nn.Module, what: Recipe, compute: Compute | None = N
         if not name:
             return new[id(layer)]
         small.set_submodule(name, new[id(layer)])
-    share_inputs(small)
+    fuse(small)
     for model in small.modules():
         if isinstance(model, PreTrainedModel):
             _tell_transformers(model)

@@ -50,9 +50,12 @@ def prepare(scheme: Scheme, shape: Shape, tensors: Tensors) -> Matrix:
     return scheme, shape, tensors
 
 
-def run(x: torch.Tensor, matrices: Sequence[Matrix], biases: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+def run(
+    x: torch.Tensor, matrices: Sequence[Matrix], biases: Sequence[torch.Tensor | None], gelu: bool
+) -> list[torch.Tensor]:
     products = zip((_product(x, *matrix) for matrix in matrices), biases, strict=True)
-    return [y if bias is None else y + bias.to(y.dtype) for y, bias in products]
+    results = [y if bias is None else y + bias.to(y.dtype) for y, bias in products]
+    return [torch.nn.functional.gelu(y) for y in results] if gelu else results
 
 
 class _Product(torch.autograd.Function):

@@ -125,3 +125,21 @@ CONTAINERS = frozenset({"model", "transformer", "backbone"})
 
 PLAIN_LINEAR = frozenset({"FalconLinear"})
 """Subclasses of torch's Linear in transformers that compute the same."""
+
+ATTENTION_BY_NAME = frozenset({
+    "axk2", "deepseek_v32", "dots3_note", "falcon", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text",
+    "glm5_next", "glm_moe_dsa", "hy_v4", "hy_v4_vl", "minimax_m3_vl", "mistral_large4",
+})  # fmt: skip
+"""Families whose code asks whether the attention's name is "sdpa", so that it must keep that name."""
+
+THEN_ACTIVATION = (
+    ("dense", "intermediate_act_fn"),
+    ("intermediate_dense", "intermediate_act_fn"),
+    ("lin1", "activation"),
+    ("fc1", "activation_fn"),
+    ("fc1", "activation"),
+)
+"""(linear layer, activation) of one parent, where nothing but the activation reads what the layer makes.
+
+In some families something stands between the two; there the activation is not called with the layer's own result.
+"""

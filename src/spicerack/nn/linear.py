@@ -12,6 +12,7 @@ from spicerack.nn.packed import PackedWeight
 from spicerack.qtensor import QTensor
 
 if TYPE_CHECKING:
+    from spicerack.nn.gelu import Producer
     from spicerack.nn.shared import SharedInput
 
 
@@ -30,6 +31,7 @@ class QLinear(nn.Module):
         self.register_parameter("bias", bias)
         self.shared: SharedInput | None = None
         self.place = 0  # in `shared`
+        self.producer: Producer | None = None
 
     @classmethod
     def of(
@@ -53,17 +55,20 @@ class QLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.shared is not None and self._may_share(x):
-            return self.shared.forward(self.place, x)
+        if (self.shared is not None or self.producer is not None) and _may_join(x):
+            if self.shared is not None:
+                return self.shared.forward(self.place, x)
+            assert self.producer is not None
+            return self.producer.forward(self.packed, x, self.bias)
         packed: PackedWeight = self._modules["packed"]  # type: ignore[assignment]  # attributes of modules are slow
         return packed.forward(x, self._parameters["bias"])
 
-    @staticmethod
-    def _may_share(x: torch.Tensor) -> bool:
-        """Writes into tensors of inference mode go unnoticed: there each layer computes for itself."""
-        return (
-            type(x) is torch.Tensor
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not x.is_inference()
-        )
+
+def _may_join(x: torch.Tensor) -> bool:
+    """Writes into tensors of inference mode go unnoticed: there each layer computes for itself."""
+    return (
+        type(x) is torch.Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not x.is_inference()
+    )

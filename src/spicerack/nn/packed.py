@@ -55,9 +55,9 @@ class PackedWeight(nn.Module):
         """Bytes in memory."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., K] -> x W^T + bias [..., N]."""
-        return self.choice.kernel.run(x, (self.prepared(),), (bias,))[0]
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
+        """x [..., K] -> x W^T + bias [..., N], or GELU of that."""
+        return self.choice.kernel.run(x, (self.prepared(),), (bias,), gelu)[0]
 
     def prepared(self) -> Any:
         """The matrix as its kernel's `run` takes it."""

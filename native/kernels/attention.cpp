@@ -1,0 +1,277 @@
+// softmax(q k^T * scale) v in float32, compiled once per instruction set.
+//
+// The rows of a unit of work are queries that share a head of k and v: some positions, each with all of its heads. A unit
+// walks over the keys in blocks of 128, of which keys are transposed and values widened once for all of its rows, and keeps
+// for every row the largest score so far, the sum of 2^(score - largest), and the values weighted by it, all of which
+// shrink when a larger score comes (Milakov and Gimelshein, 2018; Dao et al., 2022).
+//
+// A score is one chain of fused multiply-adds over the width, a weighted value one over the keys, and weights are summed in
+// 16 chains: results do not depend on how rows are cut into units and tiles, on threads, or on the instruction set.
+#include "buffer.h"
+#include "functions.h"
+#include "team.h"
+
+namespace spicerack::SPICERACK_ISA {
+namespace {
+
+constexpr int KEYS = 128;                     // of a block
+constexpr int TALL = 6;                       // rows of a tile
+constexpr int VECTORS = LANES == 8 ? 2 : 4;   // of a tile: with its rows they fill the registers
+constexpr int64_t ROWS = 16 * TALL;           // of a unit, at most
+constexpr int64_t SMALL = 1 << 17;            // multiply-adds that are worth a thread
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float NOTHING = -__builtin_inff();  // the score of a hidden key
+
+struct Scratch {
+    Buffer<float> q, keys, values, sums, weights, largest, total;
+};
+
+INLINE Scratch& own_scratch() {
+    static thread_local Scratch scratch;
+    return scratch;
+}
+
+INLINE const char* at(const Strided& t, Float type, int64_t batch, int64_t head, int64_t row) {
+    return (const char*)t.data + (batch * t.batch + head * t.head + row * t.row) * size_of(type);
+}
+
+// Which queries: rows of one head of k and v, by position, then head.
+struct Unit {
+    int64_t batch, kv_head, first, rows;
+};
+
+struct Plan {
+    const Attention* call;
+    int64_t heads;       // of q that share one of k and v
+    int64_t rows, each;  // of queries for a head of k and v; of a unit
+    int64_t units, next;
+
+    INLINE Unit unit(int64_t i) const {
+        const int64_t parts = (rows + each - 1) / each, part = i % parts, place = i / parts;
+        const int64_t first = part * each;
+        return {place / call->kv_heads, place % call->kv_heads, first, least(each, rows - first)};
+    }
+    INLINE int64_t position(int64_t row) const { return row / heads; }
+    INLINE int64_t head(const Unit& u, int64_t row) const { return u.kv_head * heads + row % heads; }
+    // Keys before this one are all that a row may see.
+    INLINE int64_t visible(int64_t row) const {
+        return call->causal ? least(position(row) + 1, call->keys) : call->keys;
+    }
+};
+
+// `count` keys as [width, KEYS]; zeros beyond them, up to whole vectors.
+void transpose_keys(const Attention& call, const Unit& u, int64_t first, int64_t count, float* out) {
+    for (int64_t key = 0; key < (count + PANEL - 1) / PANEL * PANEL; key += LANES) {
+        for (int64_t column = 0; column < call.width; column += LANES) {
+            vf tile[LANES];
+            for (int i = 0; i < LANES; i++) {
+                tile[i] = vf{};
+                if (key + i < count) {
+                    const char* row = at(call.k, call.type, u.batch, u.kv_head, first + key + i);
+                    tile[i] = widen(row + column * size_of(call.type), call.type);
+                }
+            }
+            transpose(tile);
+            for (int i = 0; i < LANES; i++) store(out + (column + i) * KEYS + key, tile[i]);
+        }
+    }
+}
+
+void widen_values(const Attention& call, const Unit& u, int64_t first, int64_t count, float* out) {
+    for (int64_t key = 0; key < count; key++) {
+        const char* row = at(call.v, call.type, u.batch, u.kv_head, first + key);
+        for (int64_t column = 0; column < call.value_width; column += LANES) {
+            store(out + key * call.value_width + column, widen(row + column * size_of(call.type), call.type));
+        }
+    }
+}
+
+// Scores [M, KEYS] of M rows of q [M, width], V vectors of keys.
+template <int M, int V>
+void score_some(const float* q, const float* keys, int64_t width, float* out) {
+    vf t[M][V] = {};
+    for (int64_t column = 0; column < width; column++) {
+        vf k[V];
+        for (int v = 0; v < V; v++) k[v] = load<vf>(keys + column * KEYS + v * LANES);
+        for (int m = 0; m < M; m++) {
+            for (int v = 0; v < V; v++) t[m][v] = fused(splat(q[m * width + column]), k[v], t[m][v]);
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        for (int v = 0; v < V; v++) store(out + m * KEYS + v * LANES, t[m][v]);
+    }
+}
+
+template <int M>
+void score(const float* q, const float* keys, int64_t count, int64_t width, float* out) {
+    int64_t key = 0;
+    for (; key + VECTORS * LANES <= count; key += VECTORS * LANES) {
+        score_some<M, VECTORS>(q, keys + key, width, out + key);
+    }
+    for (; key < count; key += LANES) score_some<M, 1>(q, keys + key, width, out + key);
+}
+
+// sums [M, width] += weights [M, KEYS] * values [count, width], V vectors of columns.
+template <int M, int V>
+void weigh_some(const float* weights, const float* values, int64_t count, int64_t width, float* sums) {
+    vf t[M][V];
+    for (int m = 0; m < M; m++) {
+        for (int v = 0; v < V; v++) t[m][v] = load<vf>(sums + m * width + v * LANES);
+    }
+    for (int64_t key = 0; key < count; key++, values += width) {
+        vf x[V];
+        for (int v = 0; v < V; v++) x[v] = load<vf>(values + v * LANES);
+        for (int m = 0; m < M; m++) {
+            for (int v = 0; v < V; v++) t[m][v] = fused(splat(weights[m * KEYS + key]), x[v], t[m][v]);
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        for (int v = 0; v < V; v++) store(sums + m * width + v * LANES, t[m][v]);
+    }
+}
+
+template <int M>
+void weigh(const float* weights, const float* values, int64_t count, int64_t width, float* sums) {
+    int64_t column = 0;
+    for (; column + VECTORS * LANES <= width; column += VECTORS * LANES) {
+        weigh_some<M, VECTORS>(weights, values + column, count, width, sums + column);
+    }
+    if (column + VECTORS / 2 * LANES <= width) {
+        weigh_some<M, VECTORS / 2>(weights, values + column, count, width, sums + column);
+        column += VECTORS / 2 * LANES;
+    }
+    for (; column < width; column += LANES) weigh_some<M, 1>(weights, values + column, count, width, sums + column);
+}
+
+struct Tile {
+    void (*score)(const float*, const float*, int64_t, int64_t, float*);
+    void (*weigh)(const float*, const float*, int64_t, int64_t, float*);
+};
+// For so many rows, one less than the index.
+constexpr Tile TILES[TALL] = {{score<1>, weigh<1>}, {score<2>, weigh<2>}, {score<3>, weigh<3>},
+                              {score<4>, weigh<4>}, {score<5>, weigh<5>}, {score<6>, weigh<6>}};
+
+// Of lanes without NaN, which is never the largest score and comes through by its weight.
+INLINE float largest_of(vf x) {
+#if LANES == 16
+    return _mm512_reduce_max_ps((__m512)x);
+#endif
+    float lanes[LANES];
+    store(lanes, x);
+    float most = lanes[0];
+    for (int i = 1; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
+    return most;
+}
+
+// Keys that a row does not see get no weight: of `count` those from `seen` on, and those that are masked.
+void hide(const Attention& call, const Unit& u, int64_t head, int64_t position, int64_t first, int64_t seen, int64_t count,
+          float* scores) {
+    for (int64_t key = most(seen, 0); key < count; key++) scores[key] = NOTHING;
+    if (!call.mask.data) return;
+    const Strided& m = call.mask;
+    const uint8_t* mask = (const uint8_t*)m.data + u.batch * m.batch + head * m.head + position * m.row + first;
+    for (int64_t key = 0; key < least(seen, count); key++) {
+        if (!mask[key]) scores[key] = NOTHING;
+    }
+}
+
+// `count` scores, a multiple of 16, become weights; what the row has so far shrinks to the new largest score.
+void soften(float* scores, int64_t count, float* largest, float* total, float* sums, int64_t width) {
+    vf best = splat(*largest);
+    for (int64_t i = 0; i < count; i += LANES) best = vmax(load<vf>(scores + i), best);
+    const float now = largest_of(best);
+    const vf reference = splat(now == NOTHING ? 0.0f : now);  // all hidden so far
+    vf chains[PARTS];
+    for (int p = 0; p < PARTS; p++) chains[p] = load<vf>(total + p * LANES);
+    if (now != *largest) {
+        const vf shrink = power_of_two(splat(*largest) - reference);
+        for (int p = 0; p < PARTS; p++) chains[p] = chains[p] * shrink;
+        for (int64_t i = 0; i < width; i += LANES) store(sums + i, load<vf>(sums + i) * shrink);
+        *largest = now;
+    }
+    for (int64_t i = 0; i < count; i += PANEL) {
+        for (int p = 0; p < PARTS; p++) {
+            const vf weight = power_of_two(load<vf>(scores + i + p * LANES) - reference);
+            store(scores + i + p * LANES, weight);
+            chains[p] = chains[p] + weight;
+        }
+    }
+    for (int p = 0; p < PARTS; p++) store(total + p * LANES, chains[p]);
+}
+
+void run(const Plan& plan, const Unit& u, Scratch& scratch) {
+    const Attention& call = *plan.call;
+    const int64_t width = call.width, value_width = call.value_width;
+    float* q = scratch.q.need(u.rows * width);
+    float* keys = scratch.keys.need(width * KEYS);
+    float* values = scratch.values.need(value_width * KEYS);
+    float* sums = scratch.sums.need(u.rows * value_width);
+    float* weights = scratch.weights.need(TALL * KEYS);
+    float* largest = scratch.largest.need(u.rows);
+    float* total = scratch.total.need(u.rows * PANEL);
+    std::memset(sums, 0, u.rows * value_width * sizeof(float));
+    std::memset(total, 0, u.rows * PANEL * sizeof(float));
+    for (int64_t r = 0; r < u.rows; r++) {
+        largest[r] = NOTHING;
+        const char* row = at(call.q, call.type, u.batch, plan.head(u, u.first + r), plan.position(u.first + r));
+        for (int64_t column = 0; column < width; column += LANES) {
+            const vf x = widen(row + column * size_of(call.type), call.type);
+            store(q + r * width + column, x * splat(call.scale * LOG2_E));
+        }
+    }
+    const int64_t end = plan.visible(u.first + u.rows - 1);
+    for (int64_t first = 0; first < end; first += KEYS) {
+        const int64_t count = least(KEYS, call.keys - first);
+        transpose_keys(call, u, first, count, keys);
+        widen_values(call, u, first, count, values);
+        int64_t height;
+        for (int64_t r = 0; r < u.rows; r += height) {
+            height = least(TALL, u.rows - r);
+            const int64_t seen = least(plan.visible(u.first + r + height - 1) - first, count);
+            if (seen <= 0) continue;
+            const int64_t whole = (seen + PANEL - 1) / PANEL * PANEL;
+            TILES[height - 1].score(q + r * width, keys, whole, width, weights);
+            for (int64_t m = 0; m < height; m++) {
+                const int64_t row = u.first + r + m;
+                float* own = weights + m * KEYS;
+                hide(call, u, plan.head(u, row), plan.position(row), first, plan.visible(row) - first, whole, own);
+                soften(own, whole, largest + r + m, total + (r + m) * PANEL, sums + (r + m) * value_width, value_width);
+            }
+            TILES[height - 1].weigh(weights, values, seen, value_width, sums + r * value_width);
+        }
+    }
+    for (int64_t r = 0; r < u.rows; r++) {
+        float sum = 0.0f;
+        for (int i = 0; i < PANEL; i++) sum += total[r * PANEL + i];
+        const vf share = splat(sum == 0.0f ? 0.0f : 1.0f / sum);  // 0: every key is hidden
+        const int64_t place = (u.batch * call.queries + plan.position(u.first + r)) * call.heads + plan.head(u, u.first + r);
+        char* y = (char*)call.y + place * value_width * size_of(call.type);
+        for (int64_t column = 0; column < value_width; column += LANES, y += LANES * size_of(call.type)) {
+            narrow(load<vf>(sums + r * value_width + column) * share, call.type, y, LANES);
+        }
+    }
+}
+
+void work(void* context, Member) {
+    Plan& plan = *(Plan*)context;
+    Scratch& scratch = own_scratch();
+    for (int64_t i; (i = __atomic_fetch_add(&plan.next, 1, __ATOMIC_RELAXED)) < plan.units;) {
+        run(plan, plan.unit(i), scratch);
+    }
+}
+
+}  // namespace
+
+void attention(const Attention& call) {
+    const int64_t heads = call.heads / call.kv_heads, rows = heads * call.queries, places = call.batch * call.kv_heads;
+    const int64_t useful = places * rows * call.keys * (call.width + call.value_width) / SMALL + 1;
+    const int threads = int(least(call.threads, useful));
+    // Two units for each thread at least, where there are rows enough.
+    const int64_t parts = (2 * threads + places - 1) / places;
+    const int64_t fair = (rows + parts - 1) / parts;
+    Plan plan{&call, heads, rows, least((fair + TALL - 1) / TALL * TALL, ROWS), 0, 0};
+    plan.units = places * ((rows + plan.each - 1) / plan.each);
+    run_team(threads, work, &plan);
+}
+
+}  // namespace spicerack::SPICERACK_ISA

@@ -1,0 +1,63 @@
+"""Native attention in transformers' models, unseen by the model's own code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from spicerack import engines
+from spicerack.models import names
+
+NAME = "spicerack"
+"""Of this attention in `config._attn_implementation`; `model.set_attn_implementation("sdpa")` goes back to torch's."""
+
+
+def use_native_attention(model: PreTrainedModel) -> None:
+    """Let `model` call `forward` below where it would call torch's attention, if its family asks by the usual way."""
+    if model.config._attn_implementation != "sdpa" or model.config.model_type in names.ATTENTION_BY_NAME:
+        return
+    if not model._can_set_attn_implementation():
+        return
+    AttentionInterface.register(NAME, forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' `sdpa_attention_forward`, which gets what the native kernel does not do.
+
+    That is: gradients, dropout, tracing, masks that are added, and head widths that are no multiple of 16.
+    """
+    if (
+        type(query) is torch.Tensor
+        and not dropout
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        and others.get("position_bias") is None
+        and others.get("softcap") is None
+        and engines.fits_attention(query, key, value, attention_mask) is None
+    ):
+        # Like torch's, causal only where there is no mask, and never for one query, which comes last.
+        if is_causal is None:
+            is_causal = bool(getattr(module, "is_causal", True))
+        causal = is_causal and attention_mask is None and query.shape[2] > 1
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        return engines.attention(query, key, value, attention_mask, causal=causal, scale=scale), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
+    )

@@ -1,0 +1,63 @@
+"""GELU computed where a quantized layer makes its result, unseen by the model's own code."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.activations import GELUActivation
+
+from spicerack.models import names
+from spicerack.nn.linear import QLinear
+from spicerack.nn.packed import PackedWeight
+
+
+class Producer:
+    """A layer whose result an activation of the same parent may be called with.
+
+    joined: that was seen once, so that the layer applies the activation from then on. A result carries what was done to
+    it, and the activation looks there: whatever else it is called with gets what is due.
+    """
+
+    def __init__(self) -> None:
+        self.joined = False
+
+    def forward(self, packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., K] -> x W^T + bias [..., N], or GELU of that."""
+        if torch.is_inference_mode_enabled():  # writes into its tensors are not counted
+            return packed.forward(x, bias)
+        joined = self.joined
+        y = packed.forward(x, bias, joined)
+        y.spicerack_producer = (self, joined)  # type: ignore[attr-defined]
+        return y
+
+
+class JoinedGELU(nn.Module):
+    """Stands for the activation that it holds."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        producer, joined = getattr(x, "spicerack_producer", (None, False))
+        if joined:
+            return x
+        if producer is not None and x._version == 0:
+            producer.joined = True
+        result: torch.Tensor = self.activation(x)
+        return result
+
+
+def join_gelus(model: nn.Module) -> None:
+    """Let the quantized layers of `model` that by their names are followed by a GELU find out whether they are."""
+    for parent in list(model.modules()):
+        for layer_name, name in names.THEN_ACTIVATION:
+            layer, activation = getattr(parent, layer_name, None), getattr(parent, name, None)
+            if type(layer) is QLinear and isinstance(activation, nn.Module) and _is_gelu(activation):
+                setattr(parent, name, JoinedGELU(activation))
+                layer.producer = Producer()
+
+
+def _is_gelu(module: nn.Module) -> bool:
+    """By the error function, not its approximations."""
+    return type(module) is GELUActivation or (type(module) is nn.GELU and module.approximate == "none")
