@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "spicerack"
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "registry", "models"}),
     frozenset({"scheme", "schemes"}),
-    frozenset({"levels", "search", "qtensor", "codec", "bits", "packed", "recipe", "native", "engines"}),
+    frozenset({"levels", "search", "qtensor", "solved", "codec", "bits", "packed", "recipe", "native", "engines"}),
     frozenset({"checkpoint", "census", "architecture"}),
     frozenset({"format", "formats", "kernel", "panels", "kernels"}),
     frozenset({"nn"}),
