@@ -16,7 +16,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"levels", "search", "qtensor", "solved", "codec", "bits", "packed", "recipe", "native", "engines"}),
     frozenset({"checkpoint", "census", "architecture"}),
     frozenset({"format", "formats", "kernel", "panels", "kernels"}),
-    frozenset({"nn"}),
+    frozenset({"nn", "blocks"}),
     frozenset({"algorithms"}),
     frozenset(
         {
@@ -27,6 +27,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "saving",
             "swap",
             "quantization",
+            "calibration",
+            "calibrating",
             "evaluation",
             "generate",
             "bench",

@@ -10,6 +10,7 @@
     │   ├── OutputError             the output folder is taken, or the disk is too small
     │   └── TextError               an evaluation text is empty or too short
     ├── WeightError                 a weight is NaN, infinite, or outside what its scale can hold
+    ├── ActivationError             what flows through a model is NaN or infinite
     └── LoadError                   a quantized folder does not fit the model it names
 
 Each carries a `hint`: the remedy, in one sentence. The command line prints both and exits with `exit_code`.
@@ -68,6 +69,10 @@ class TextError(UsageError):
 
 class WeightError(SpicerackError):
     """A weight is NaN or infinite, or its block's scale does not fit the type it is stored in."""
+
+
+class ActivationError(SpicerackError):
+    """What flows through a model while it is calibrated is NaN or infinite."""
 
 
 class LoadError(SpicerackError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,16 +16,20 @@ from typing import Any, overload
 
 import torch
 
+from spicerack import calibrating
 from spicerack.algorithms import rtn
+from spicerack.calibrating import Finished, Solutions
+from spicerack.calibration import Calibration
 from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer
-from spicerack.errors import UsageError
+from spicerack.errors import RecipeError, UsageError
 from spicerack.job import Action, Job, prepare
 from spicerack.kernel import Compute
-from spicerack.recipe import Range, Recipe, Rule, check_range, rule
+from spicerack.recipe import Method, Range, Recipe, Rule, check_method, check_range, rule
 from spicerack.scheme import Scheme, parse
 from spicerack.swap import quantize_module
 
 RUN = "run.json"
+_BLOCKS = "blocks"
 Progress = Callable[[int], None]
 
 
@@ -44,6 +49,8 @@ def quantize(
     *,
     output: str | Path,
     range_: Range | None = ...,
+    method: Method | None = ...,
+    calibration: Calibration | None = ...,
     rules: Iterable[str | Rule] = ...,
     threads: int | None = ...,
     shard_bytes: int | None = ...,
@@ -55,6 +62,8 @@ def quantize(
     *,
     output: str | Path | None = None,
     range_: Range | None = None,
+    method: Method | None = None,
+    calibration: Calibration | None = None,
     rules: Iterable[str | Rule] = (),
     compute: Compute | None = None,
     threads: int | None = None,
@@ -63,15 +72,19 @@ def quantize(
 ) -> torch.nn.Module | dict[str, Any]:
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a summary of it.
 
-    scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; wins over the Recipe's.
+    scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; method: "rtn" or
+    "gptq"; both win over the Recipe's. calibration: text that flows through a folder's model, from `calibration.read`.
     rules: "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's. threads, shard_bytes, progress
     (called with the bytes of each source tensor as it is done): for folders. compute: as in `load`, for modules.
     Raises the errors of `errors.py`.
     """
     what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
-    what = Recipe(what.scheme, check_range(range_ or what.range_), what.rules)
+    method = check_method(method) if method is not None else what.method
+    what = dataclasses.replace(what, range_=check_range(range_ or what.range_), method=method)
     what = what.then(rule(r) if isinstance(r, str) else r for r in rules)
     if isinstance(model, torch.nn.Module):
+        if calibration is not None or what.method == "gptq":
+            raise UsageError("a module in memory is not calibrated", "save it as a folder, and quantize that")
         if any(option is not None for option in (output, threads, shard_bytes, progress)):
             raise UsageError(
                 "output, threads, shard_bytes and progress are for folders; a module is quantized in memory",
@@ -82,19 +95,44 @@ def quantize(
         raise UsageError("compute is no property of a folder", "pass it to load(folder, compute=...)")
     if output is None:
         raise UsageError(f"no output folder for {model}", "pass output='...'")
-    job = prepare(model, what, shard_bytes=shard_bytes or SHARD_BYTES)
-    return execute(job, Path(output), threads=threads, progress=progress)
+    job = prepare(model, calibrated(what, calibration is not None), shard_bytes=shard_bytes or SHARD_BYTES)
+    return execute(job, Path(output), calibration=calibration, threads=threads, progress=progress)
 
 
-def execute(job: Job, output: Path, *, threads: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def calibrated(what: Recipe, with_text: bool) -> Recipe:
+    """The recipe with its method decided. Raises RecipeError if that needs a calibration text and there is none."""
+    method = what.method or ("gptq" if with_text else "rtn")
+    if method != "rtn" and not with_text:
+        raise RecipeError(f"{method} needs calibration text", "pass --calib FILE (calibration=...), or --method rtn")
+    return dataclasses.replace(what, method=method)
+
+
+def execute(
+    job: Job,
+    output: Path,
+    *,
+    calibration: Calibration | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    finished: Callable[[Finished], None] = lambda _: None,
+) -> dict[str, Any]:
     """Write what `job` decided -> the summary that the command line prints.
 
-    Raises WeightError (tensor, place, value) and OutputError; whatever was finished stays and the same call continues.
+    finished: called with each block that is calibrated. Raises WeightError (tensor, place, value), ActivationError (the
+    same of what flows) and OutputError; whatever was finished stays and the same call continues.
     """
     started = time.time()
+    threads = threads or os.cpu_count() or 1
     identity = job.identity()
+    if calibration is not None:
+        identity |= {"calibration": {"sha256": calibration.sha256, "shape": list(calibration.ids.shape)}}
     side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
     writer = Writer(output, job.shards, identity, side_bytes)
+    solved = Solutions(writer.partial / _BLOCKS)
+    resumed = writer.resumed or bool(solved)
+    if calibration is not None and next(writer.pending(), None) is not None:
+        calibrating.run(job, calibration, writer.partial / _BLOCKS, threads=threads, finished=finished)
+        solved = Solutions(writer.partial / _BLOCKS)
     by_source = {action.info.name: action for action in job.actions}
     done = progress or (lambda _: None)
     waiting = list(writer.pending())
@@ -103,19 +141,20 @@ def execute(job: Job, output: Path, *, threads: int | None = None, progress: Pro
         with writer.shard(shard) as out:
             for unit in shard.units:
                 action = by_source[unit.source]
-                out.entries.append(_one(job, action, out, threads or os.cpu_count() or 1))
+                out.entries.append(_one(job, action, out, solved, threads))
                 done(action.info.nbytes)
     result = {"output": str(output), **job.summary(), "seconds": round(time.time() - started, 3)}
-    result |= {"peak_rss_bytes": peak_rss_bytes(), "resumed": writer.resumed}
+    result |= {"peak_rss_bytes": peak_rss_bytes(), "resumed": resumed}
     if not writer.complete:
         ledger = {"identity": identity, "tensors": [*writer.entries(), *map(_dropped, _drops(job))]}
         files = {RUN: _run(job, result), LEDGER: _json(ledger), CONFIG: _json(job.config)}
         writer.finish(files, job.source.folder, job.source.side_files)
+    calibrating.clear(writer.partial / _BLOCKS)
     writer.seal()
     return result
 
 
-def _one(job: Job, action: Action, out: ShardWriter, threads: int) -> dict[str, Any]:
+def _one(job: Job, action: Action, out: ShardWriter, solved: Solutions, threads: int) -> dict[str, Any]:
     """Read, quantize or copy, write one tensor -> its ledger entry."""
     name = action.info.name
     w = job.source.read(name)
@@ -124,13 +163,17 @@ def _one(job: Job, action: Action, out: ShardWriter, threads: int) -> dict[str, 
         return _entry(action, action.info.nbytes)
     p = action.planned
     w = w.transpose(-1, -2).contiguous() if p.transposed else w
-    q = rtn.solve(w, p.scheme, range_=job.recipe.range_, name=name, threads=threads)
+    events: list[str] = []
+    if name in solved:
+        q, events = solved.read(name, p), solved.events(name)
+    else:
+        q = rtn.solve(w, p.scheme, range_=job.recipe.range_, name=name, threads=threads)
     for key, tensor in job.format.encode(p, q).items():
         out.write(key, tensor)
-    return _entry(action, sum(slot.nbytes for slot in action.slots), rtn.relative_error(w, q, threads=threads))
+    return _entry(action, sum(slot.nbytes for slot in action.slots), rtn.relative_error(w, q, threads=threads), events)
 
 
-def _entry(action: Action, bytes_after: int, error: float | None = None) -> dict[str, Any]:
+def _entry(action: Action, bytes_after: int, error: float | None = None, events: Iterable[str] = ()) -> dict[str, Any]:
     return {
         "tensor": action.info.name,
         "action": action.what,
@@ -142,6 +185,7 @@ def _entry(action: Action, bytes_after: int, error: float | None = None) -> dict
         "bytes_before": action.info.nbytes,
         "bytes_after": bytes_after,
         "error": error,
+        "events": list(events),
     }
 
 

@@ -13,6 +13,7 @@ tied head and embedding is one tensor: a rule on either name applies to it.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ from spicerack.scheme import Scheme, parse
 
 Range = Literal["absmax", "opt"]
 RANGES: tuple[Range, ...] = ("opt", "absmax")
+Method = Literal["rtn", "gptq"]
+METHODS: tuple[Method, ...] = ("rtn", "gptq")
 SKIP = "skip"
 BY_DEFAULT = frozenset({"linear", "conv1d", "experts"})
 ON_REQUEST = frozenset({"embedding", "head", "router"})
@@ -52,23 +55,27 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The scheme of all linear layers, the exceptions, and how ranges are chosen."""
+    """The scheme of all linear layers, the exceptions, and how ranges and codes are chosen.
+
+    method: "rtn" rounds to nearest; "gptq" needs calibration text. None: gptq where there is such a text, else rtn.
+    """
 
     scheme: Scheme
     range_: Range = "opt"
     rules: tuple[Rule, ...] = ()
+    method: Method | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What is printed and stored; `read` of its YAML gives the recipe back."""
         rules = [{rule.pattern: rule.scheme.name if rule.scheme else SKIP} for rule in self.rules]
-        return {"scheme": self.scheme.name, "range": self.range_, "rules": rules}
+        return {"scheme": self.scheme.name, "method": self.method or "rtn", "range": self.range_, "rules": rules}
 
     def then(self, rules: Iterable[Rule]) -> Recipe:
         """This recipe with more rules, which win over the present ones."""
-        return Recipe(self.scheme, self.range_, (*self.rules, *rules))
+        return dataclasses.replace(self, rules=(*self.rules, *rules))
 
     def __str__(self) -> str:
-        return " ".join([self.scheme.name, f"range={self.range_}", *map(str, self.rules)])
+        return " ".join([self.scheme.name, self.method or "rtn", f"range={self.range_}", *map(str, self.rules)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,7 @@ def _rule(pattern: str, scheme: str) -> Rule:
 
 
 def read(path: Path) -> Recipe:
-    """A YAML recipe: `scheme`, optional `range` and `rules`, a list of one-entry maps `pattern: scheme` (or skip).
+    """A YAML recipe: `scheme`, optional `method`, `range`, and `rules`, a list of maps `pattern: scheme` (or skip).
 
     Raises RecipeError naming file and key.
     """
@@ -128,10 +135,10 @@ def read(path: Path) -> Recipe:
         raise RecipeError(f"recipe {path} is not YAML: {error}", "see docs/recipes.md for an example") from error
     if not isinstance(data, dict) or not isinstance(data.get("scheme"), str):
         raise RecipeError(f"recipe {path} has no 'scheme'", "begin with, say, 'scheme: w4g128'")
-    unknown = set(data) - {"scheme", "range", "rules"}
+    unknown = set(data) - {"scheme", "method", "range", "rules"}
     if unknown:
         raise RecipeError(
-            f"recipe {path}: unknown key {sorted(map(str, unknown))[0]!r}", "keys are scheme, range, rules"
+            f"recipe {path}: unknown key {sorted(map(str, unknown))[0]!r}", "keys are scheme, method, range, rules"
         )
     rules = data.get("rules") or []
     if not isinstance(rules, list):
@@ -142,7 +149,8 @@ def read(path: Path) -> Recipe:
         if not isinstance(pair[0], str) or not isinstance(pair[1], str):
             raise RecipeError(f"recipe {path}: rule {item!r} is not 'pattern: scheme'", "one pattern per list entry")
         parsed.append(_rule(*pair))
-    return Recipe(parse(data["scheme"]), check_range(str(data.get("range", "opt"))), tuple(parsed))
+    method = check_method(str(data["method"])) if "method" in data else None
+    return Recipe(parse(data["scheme"]), check_range(str(data.get("range", "opt"))), tuple(parsed), method)
 
 
 def check_range(text: str) -> Range:
@@ -151,6 +159,14 @@ def check_range(text: str) -> Range:
         if text == known:
             return known
     raise RecipeError(f"unknown range {text!r}", f"one of {', '.join(RANGES)}")
+
+
+def check_method(text: str) -> Method:
+    """`text` as a method. Raises RecipeError."""
+    for known in METHODS:
+        if text == known:
+            return known
+    raise RecipeError(f"unknown method {text!r}", f"one of {', '.join(METHODS)}")
 
 
 def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, Decision]:

@@ -214,6 +214,7 @@ def _entry(unit: Unit, planned: Planned | None) -> dict[str, Any]:
         "bytes_before": before,
         "bytes_after": unit.nbytes,
         "error": None,
+        "events": [],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from spicerack.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from spicerack.calibrating import Finished
+    from spicerack.calibration import Calibration
     from spicerack.job import Job
     from spicerack.recipe import Recipe, Rule
 
@@ -48,7 +51,7 @@ def _rules(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> 
     return [make[name](next(values[name])) for name in ctx.meta[_ORDER]]
 
 
-def _recipe(path: Path | None, scheme: str | None, range_: str | None, rules: list[Rule]) -> Recipe:
+def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: str | None, rules: list[Rule]) -> Recipe:
     from spicerack import recipe
     from spicerack.scheme import parse
 
@@ -60,9 +63,11 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, rules: li
     else:
         made = recipe.read(path)
         if scheme is not None:
-            made = recipe.Recipe(parse(scheme), made.range_, made.rules)
+            made = dataclasses.replace(made, scheme=parse(scheme))
     if range_ is not None:
-        made = recipe.Recipe(made.scheme, recipe.check_range(range_), made.rules)
+        made = dataclasses.replace(made, range_=recipe.check_range(range_))
+    if method not in (None, "auto"):
+        made = dataclasses.replace(made, method=recipe.check_method(method))
     return made.then(rules)
 
 
@@ -71,6 +76,11 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, rules: li
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
 @click.option("--scheme", help="Numbers of all linear layers: w8, w4g128, w4g32z, w2g32h, nf4 ...")
 @click.option("--range", "range_", metavar="opt|absmax", help="How scales are chosen. Default: opt, the least error.")
+@click.option("--method", metavar="auto|rtn|gptq", help="How codes are chosen. Default: auto, gptq with --calib.")
+@click.option("--calib", type=click.Path(path_type=Path), help="Text that flows through the model: file or folder.")
+@click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a sequence, at most.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which sequences.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file with scheme and rules.")
 @click.option(
     "--set", "set_", multiple=True, metavar="PATTERN=SCHEME", help="Another scheme for some tensors; repeatable."
@@ -89,6 +99,11 @@ def command(
     output: Path,
     scheme: str | None,
     range_: str | None,
+    method: str | None,
+    calib: Path | None,
+    samples: int,
+    length: int,
+    seed: int,
     recipe_file: Path | None,
     set_: tuple[str, ...],
     skip: tuple[str, ...],
@@ -105,16 +120,18 @@ def command(
     \b
     spicerack quantize MODEL -o out --scheme w4g128
     spicerack quantize MODEL -o out --scheme w4g32z --set '**.down_proj=w8' --skip 'model.layers.0.**'
+    spicerack quantize MODEL -o out --scheme w3g64 --calib text.jsonl
     """
-    recipe = _recipe(recipe_file, scheme, range_, _rules(ctx, set_, skip))
+    recipe = _recipe(recipe_file, scheme, range_, method, _rules(ctx, set_, skip))
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from spicerack.job import prepare
-    from spicerack.quantization import execute
+    from spicerack.quantization import calibrated, execute
 
     console = _output.console(as_json)
-    job = prepare(model, recipe, shard_bytes=shard_bytes)
-    _announce(job, console)
+    job = prepare(model, calibrated(recipe, calib is not None), shard_bytes=shard_bytes)
+    calibration = None if calib is None else _calibration(job, calib, samples, length, seed)
+    _announce(job, calibration, console)
     if dry_run:
         if as_json:
             _output.emit({"dry_run": True, **job.summary()})
@@ -128,20 +145,57 @@ def command(
     )
     with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:
         task = bar.add_task("quantizing", total=job.bytes_before)
-        result = execute(job, output, threads=threads, progress=lambda nbytes: bar.advance(task, nbytes))
+
+        def finished(block: Finished) -> None:
+            bar.console.print(_line(block), soft_wrap=True, highlight=False)
+            bar.update(task, description=f"block {block.number + 1} of {block.count}")
+
+        result = execute(
+            job, output, calibration=calibration, threads=threads, finished=finished,
+            progress=lambda nbytes: bar.advance(task, nbytes),
+        )  # fmt: skip
     if as_json:
         _output.emit(result)
         return
     _report(result, job.source.folder, console)
 
 
-def _announce(job: Job, console: Console) -> None:
+def _calibration(job: Job, path: Path, samples: int, length: int, seed: int) -> Calibration:
+    from spicerack import calibration, hf, tokenizing
+    from spicerack.evaluation_folder import kind
+
+    folder = job.source.folder
+    config, _ = hf.config_and_class(job.source.config, folder)
+    tokenizer = tokenizing.read(folder, config)
+    decoder = kind(job.source.config, folder) == "decoder"
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or length
+    return calibration.read(
+        path, tokenizer, decoder=decoder, samples=samples, length=min(length, longest), seed=seed
+    )  # fmt: skip
+
+
+def _line(block: Finished) -> str:
+    """What is printed of a block."""
+    from rich.markup import escape
+
+    events = "".join(f"\n  [yellow]note[/yellow] {escape(event)}" for event in block.events)
+    return (
+        f"{block.block}: {block.layers} layers, {block.bits:.2f} bits, output off by {block.error:.2%}, "
+        f"{block.seconds:.1f} s{events}"
+    )
+
+
+def _announce(job: Job, calibration: Calibration | None, console: Console) -> None:
     from rich.markup import escape
 
     console.print(f"[bold]model [/bold] {escape(str(job.source.folder))}", soft_wrap=True)
     console.print(f"[bold]recipe[/bold] {escape(str(job.recipe))}", soft_wrap=True)
     console.print(f"[bold]format[/bold] {job.format.name}", soft_wrap=True)
-    for note in job.notes:
+    if calibration is not None:
+        sequences, length = calibration.ids.shape
+        text = f"{calibration.source}, {sequences} sequences of up to {length} tokens"
+        console.print(f"[bold]calib [/bold] {escape(text)}", soft_wrap=True)
+    for note in (*job.notes, *(calibration.notes if calibration is not None else ())):
         console.print(f"[yellow]note[/yellow]   {escape(note)}", soft_wrap=True)
     console.print()
 

@@ -1,0 +1,149 @@
+"""The repeated blocks of a transformers model, found by their shape, and what the model's own code calls them with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from spicerack.errors import UsageError
+
+Inputs = Mapping[str, torch.Tensor]
+"""What a model is called with: input_ids [B, L], and attention_mask where there is padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Of one call of a block: everything but the hidden states, which come first or are called `hidden_states`."""
+
+    positional: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The blocks of `model`, in the order in which they run. path: of their list in the model.
+
+    results: how many a block returns, hidden states first, in a tuple; 0: it returns them alone.
+    """
+
+    model: PreTrainedModel
+    path: str
+    blocks: tuple[nn.Module, ...]
+    results: int
+
+    def name(self, index: int) -> str:
+        """The block's path in the model."""
+        return f"{self.path}.{index}"
+
+    @torch.no_grad()
+    def calls(self, inputs: Inputs) -> tuple[torch.Tensor, list[Arguments]]:
+        """The first block's hidden states [B, L, H] and each block's arguments, for these inputs; no block computes."""
+        first: list[torch.Tensor] = []
+        seen: list[Arguments] = []
+
+        def record(*positional: Any, **named: Any) -> Any:
+            hidden = _hidden(positional, named)
+            first.append(hidden)
+            rest = {name: value for name, value in named.items() if name != "hidden_states"}
+            seen.append(Arguments(positional[1:] if positional else (), rest))
+            return (hidden, *[None] * (self.results - 1)) if self.results else hidden
+
+        for block in self.blocks:
+            block.forward = record  # the instance's own, before the class's
+        try:
+            _call(self.model, inputs)
+        finally:
+            for block in self.blocks:
+                del block.forward
+        if len(seen) != len(self.blocks):
+            raise UsageError(
+                f"{type(self.model).__name__} called its {len(self.blocks)} blocks {len(seen)} times",
+                "this architecture cannot be calibrated block by block",
+            )
+        return first[0], seen
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """The block's result, hidden states [B, L, H]."""
+        result = block(hidden, *arguments.positional, **arguments.named)
+        out: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return out
+
+
+def find(model: PreTrainedModel) -> Stack:
+    """The list of blocks of one type with the most parameters. Raises UsageError where there is none that runs."""
+    if model.config.is_encoder_decoder:
+        raise UsageError(
+            f"{type(model).__name__} is an encoder-decoder model", "only decoders and encoders are calibrated so far"
+        )
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
+        and any(isinstance(layer, (nn.Linear, Conv1D)) for layer in module.modules())
+    ]  # fmt: skip
+    if not lists:
+        raise UsageError(f"{type(model).__name__} has no repeated blocks", "quantize it without --calib")
+    path, blocks = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    return Stack(model, path, tuple(blocks), _results(model, blocks[0]))
+
+
+def layers(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """Path in the block -> linear layer."""
+    return {name: layer for name, layer in block.named_modules() if type(layer) in (nn.Linear, Conv1D)}
+
+
+def shared_inputs(calls: Sequence[tuple[str, torch.Tensor]]) -> tuple[tuple[str, ...], ...]:
+    """Layers in the order of their calls, grouped by the tensor that they were called with."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, x in calls:
+        groups.setdefault((x.data_ptr(), x.numel()), []).append(name)
+    return tuple(map(tuple, groups.values()))
+
+
+class _Stop(Exception):  # noqa: N818
+    """Not an error: the rest of a forward is not needed."""
+
+
+@torch.no_grad()
+def _results(model: PreTrainedModel, block: nn.Module) -> int:
+    """What the first block returns, for two tokens; the model is not run any further."""
+    found: list[int] = []
+    original = block.forward
+
+    @functools.wraps(original)
+    def watched(*positional: Any, **named: Any) -> Any:
+        made = original(*positional, **named)
+        found.append(len(made) if isinstance(made, tuple) else 0)
+        raise _Stop
+
+    block.forward = watched
+    try:
+        _call(model, {"input_ids": torch.zeros((1, 2), dtype=torch.long)})
+    except _Stop:
+        pass
+    finally:
+        del block.forward
+    if not found:
+        raise UsageError(f"{type(model).__name__} does not run its blocks", "quantize it without --calib")
+    return found[0]
+
+
+def _call(model: PreTrainedModel, inputs: Inputs) -> None:
+    """Without the head, which nothing is needed of."""
+    extra = {"use_cache": False} if model.can_generate() else {}
+    model.base_model(**inputs, **extra)
+
+
+def _hidden(positional: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tensor:
+    hidden = positional[0] if positional else named.get("hidden_states")
+    if not isinstance(hidden, torch.Tensor):
+        raise UsageError("a block is not called with hidden states", "this architecture cannot be calibrated")
+    return hidden

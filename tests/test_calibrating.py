@@ -1,0 +1,226 @@
+"""The calibrated loop: its statistics by brute force, its results in the model, and a run that is killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from conftest import STDLIB_LM, LlamaFolder
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedModel
+
+import spicerack
+from spicerack import calibrating, calibration, evaluation_lm, evaluation_text
+from spicerack.algorithms import gptq
+from spicerack.calibrating import Finished
+from spicerack.calibration import Calibration
+from spicerack.cli import _output, cli
+from spicerack.errors import ActivationError, OutputError, RecipeError, UsageError
+from spicerack.job import prepare
+from spicerack.quantization import calibrated, execute
+from spicerack.recipe import Recipe
+from spicerack.scheme import parse
+
+
+def text(count: int = 12, length: int = 24, padded: bool = False, vocabulary: int = 99) -> Calibration:
+    ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(count, length, dtype=torch.bool)
+    mask[1:2, 9:] = mask[4:5, 3:] = False
+    return Calibration(ids, mask if padded else None, 0.0, "made up")
+
+
+def saved(family: str, folder: Path) -> Path:
+    families.build(family).save_pretrained(folder)
+    return folder
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(p.name for p in a.iterdir() if p.name != "run.json")
+    assert names == sorted(p.name for p in b.iterdir() if p.name != "run.json")
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+@pytest.fixture
+def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """What GPTQ was given for each matrix, in order; it changes nothing, so that all layers are rounded to nearest."""
+    seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def keep(w: torch.Tensor, start: Any, gram: torch.Tensor, shift: torch.Tensor | None = None) -> Any:
+        seen.append((gram, shift))
+        return calibrating.Solved(start)
+
+    monkeypatch.setattr(gptq, "solve", keep)
+    return seen
+
+
+def inputs_of(model: PreTrainedModel, names: list[str], given: Calibration) -> dict[str, torch.Tensor]:
+    """What reaches these layers in one forward over everything, without padding."""
+    found: dict[str, torch.Tensor] = {}
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, x, name=name: found.__setitem__(name, x[0].reshape(-1, x[0].shape[-1]))
+        )
+    mask = torch.ones(given.ids.shape, dtype=torch.bool) if given.mask is None else given.mask
+    with torch.no_grad():
+        model(input_ids=given.ids, attention_mask=mask.long())
+    return {name: x[mask.reshape(-1)].double() for name, x in found.items()}
+
+
+@pytest.mark.parametrize(("family", "padded"), [("llama", False), ("bert", True), ("gpt2", False), ("qwen3", False)])
+def test_statistics_are_those_of_what_flows_behind_quantized_layers(
+    family: str, padded: bool, tmp_path: Path, grams: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With float scales, the result itself is the model in which each layer saw what it was solved for."""
+    monkeypatch.setattr(calibrating, "_TOKENS", 100)  # several chunks
+    source, given = saved(family, tmp_path / "float"), text(padded=padded)
+    events: list[Finished] = []
+    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+    execute(job, tmp_path / "out", calibration=given, finished=events.append)
+    exact = spicerack.load(source).eval()
+    small = spicerack.load(tmp_path / "out", compute="float").eval()
+    small.set_attn_implementation("sdpa")
+    names = [name for name, module in small.named_modules() if type(module).__name__ == "QLinear"]
+    inside = [name for name in names if ".0." in name or ".1." in name]
+    now, then = inputs_of(small, inside, given), inputs_of(exact, inside, given)
+    expected = {name: (x.t() @ x / len(x), (then[name] - x).t() @ x / len(x)) for name, x in now.items()}
+    assert len(grams) == len(inside) and [e.count for e in events] == [2, 2]
+    for gram, shift in grams:
+        assert any(
+            want.shape == gram.shape and torch.allclose(gram, want, rtol=1e-4, atol=1e-5)
+            and torch.allclose(shift, moved, rtol=1e-3, atol=1e-4)
+            for want, moved in expected.values()
+        )  # fmt: skip
+
+
+def test_padding_never_counts(tmp_path: Path) -> None:
+    source, given = saved("bert", tmp_path / "float"), text(padded=True)
+    assert given.mask is not None
+    other = Calibration(torch.where(given.mask, given.ids, 5), given.mask, 0.0, "made up")
+    for name, some in (("a", given), ("b", other)):
+        spicerack.quantize(source, "w4g16", output=tmp_path / name, calibration=some)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mixtral", "gemma3-text", "qwen3", "opt", "phi3"])
+def test_families_get_nearer_to_the_float_model(family: str, tmp_path: Path) -> None:
+    source, given = saved(family, tmp_path / "float"), text(count=60)
+    exact = spicerack.load(source, dtype=torch.float32).eval()
+    errors = []
+    for name, some in (("rtn", None), ("gptq", given)):
+        spicerack.quantize(source, "w3g16", output=tmp_path / name, calibration=some)
+        small = spicerack.load(tmp_path / name, compute="float", dtype=torch.float32).eval()
+        with torch.no_grad():
+            difference = small(input_ids=given.ids)[0] - exact(input_ids=given.ids)[0]
+        errors.append(float(difference.square().mean()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_killed_run_continues_to_the_same_bytes(block: int, tmp_path: Path) -> None:
+    source, given = saved("llama", tmp_path / "float"), text()
+    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+    execute(job, tmp_path / "whole", calibration=given)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(finished: Finished) -> None:
+        if finished.number == block:
+            raise Killed
+
+    with pytest.raises(Killed):
+        execute(job, tmp_path / "out", calibration=given, finished=kill)
+    assert not (tmp_path / "out").exists()
+    rest: list[int] = []
+    result = execute(job, tmp_path / "out", calibration=given, finished=lambda f: rest.append(f.number))
+    assert rest == [1][block:] and result["resumed"] and same_files(tmp_path / "out", tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out" / "blocks").exists()
+
+
+def test_killed_between_states_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, given = saved("llama", tmp_path / "float"), text()
+    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+    execute(job, tmp_path / "whole", calibration=given)
+    with monkeypatch.context() as broken:
+        broken.setattr(calibrating, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            execute(job, tmp_path / "out", calibration=given)
+    execute(job, tmp_path / "out", calibration=given)
+    assert same_files(tmp_path / "out", tmp_path / "whole")
+
+
+def test_other_text_does_not_continue(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "float")
+    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+
+    def stop(_: Finished) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(job, tmp_path / "out", calibration=text(), finished=stop)
+    with pytest.raises(OutputError, match="another calibration"):
+        execute(job, tmp_path / "out", calibration=text(count=13))
+
+
+def test_the_ledger_tells_text_method_and_events(tmp_path: Path) -> None:
+    source, given = saved("llama", tmp_path / "float"), text(count=1, length=8)
+    spicerack.quantize(source, "w4g16", output=tmp_path / "out", calibration=given, rules=["lm_head=w8"])
+    ledger = json.loads((tmp_path / "out" / "spicerack.json").read_text())
+    assert ledger["identity"]["calibration"] == {"sha256": given.sha256, "shape": [1, 8]}
+    assert ledger["identity"]["recipe"]["method"] == "gptq"
+    events = {entry["tensor"]: entry["events"] for entry in ledger["tensors"]}
+    assert all(isinstance(value, list) for value in events.values())
+
+
+def test_nan_in_a_block_is_named(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "float")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ActivationError, match=r"model\.layers\.1\.self_attn\.q_proj: input 3 of token 0"):
+        spicerack.quantize(source, "w4g16", output=tmp_path / "out", calibration=text())
+
+
+def test_what_needs_text_and_what_takes_none(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "float")
+    with pytest.raises(RecipeError, match="gptq needs calibration text"):
+        spicerack.quantize(source, "w4g16", output=tmp_path / "out", method="gptq")
+    with pytest.raises(UsageError, match="in memory"):
+        spicerack.quantize(families.build("llama"), "w4g16", method="gptq")
+    with pytest.raises(RecipeError, match="unknown method"):
+        spicerack.quantize(source, "w4g16", output=tmp_path / "out", method="gtpq")  # type: ignore[call-overload]
+
+
+def test_from_the_command_line(llama_folder: LlamaFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = llama_folder()
+    lines = tmp_path / "text.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"line {i} of a text, and more of it"}) + "\n" for i in range(99)))
+    arguments = ["quantize", source, "-o", tmp_path / "out", "--scheme", "w4g32", "--calib", lines, "--length", "64"]
+    assert _output.run(cli, [*map(str, arguments), "--samples", "8"]) == 0
+    printed = capsys.readouterr()
+    assert "8 sequences of up to 64 tokens" in printed.out + printed.err
+    assert "model.layers.1: 7 layers, 4.50 bits, output off by" in printed.out + printed.err
+    assert (
+        _output.run(cli, ["quantize", str(source), "-o", str(tmp_path / "b"), "--scheme", "w4", "--method", "gptq"])
+        == 2
+    )
+    assert "needs calibration text" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_model_loses_less(tmp_path: Path) -> None:
+    """The project's language model at 3 bits, on text that it was not calibrated with."""
+    tokenizer = AutoTokenizer.from_pretrained(STDLIB_LM)
+    given = calibration.read(STDLIB_LM / "calibration.txt", tokenizer, decoder=True, samples=24, length=256)
+    reference = spicerack.load(STDLIB_LM, dtype=torch.float32)
+    losses = []
+    for name, some in (("rtn", None), ("gptq", given)):
+        spicerack.quantize(STDLIB_LM, "w3g64", output=tmp_path / name, calibration=some)
+        small = spicerack.load(tmp_path / name, compute="float", dtype=torch.float32)
+        windows = evaluation_text.windows(STDLIB_LM / "heldout.txt", tokenizer, 256, 4096)
+        losses.append(float(evaluation_lm.compare(reference, small, windows).kl.mean()))
+    assert losses[1] < 0.6 * losses[0]
