@@ -126,7 +126,8 @@ def test_the_command_line_wins_over_the_recipe_file(llama_folder, tmp_path: Path
     out = tmp_path / "out"
     assert in_process("quantize", llama_folder(), "-o", out, "--recipe", path, "--set", "**.down_proj=w6") == 0
     recipe = json.loads((out / "spicerack.json").read_text())["identity"]["recipe"]
-    assert recipe == {"scheme": "w4g32", "range": "absmax", "rules": [{"**.down_proj": "w8"}, {"**.down_proj": "w6"}]}
+    expected = {"scheme": "w4g32", "method": "rtn", "range": "absmax"}
+    assert recipe == expected | {"rules": [{"**.down_proj": "w8"}, {"**.down_proj": "w6"}]}
 
 
 def test_ctrl_c_is_130_and_the_same_command_continues(llama_folder, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -112,13 +113,15 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     path.write_text("scheme: w4g128\nrange: absmax\nrules:\n  - '**.down_proj': w8\n  - lm_head: skip\n")
     recipe = read(path)
     assert recipe == Recipe(parse("w4g128"), "absmax", (rule("**.down_proj=w8"), skip("lm_head")))
-    path.write_text(yaml.safe_dump(recipe.as_dict()))
-    assert read(path) == recipe
+    for one in (recipe, dataclasses.replace(recipe, method="gptq")):
+        path.write_text(yaml.safe_dump(one.as_dict()))
+        assert read(path) == one
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "- a", "scheme: 4", "range: opt", "scheme: w8\nrules: {a: b}", "scheme: w8\nrules: [{a: w8, b: w8}]",
+     "scheme: w8\nmethod: best",
      "scheme: w8\nrange: best", "scheme: w8\nrulez: []", "scheme: [", "scheme: !!python/object/apply:os.system [ls]"],
 )  # fmt: skip
 def test_bad_yaml_is_refused(tmp_path: Path, text: str) -> None:

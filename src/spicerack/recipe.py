@@ -68,14 +68,15 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """What is printed and stored; `read` of its YAML gives the recipe back."""
         rules = [{rule.pattern: rule.scheme.name if rule.scheme else SKIP} for rule in self.rules]
-        return {"scheme": self.scheme.name, "method": self.method or "rtn", "range": self.range_, "rules": rules}
+        method = {} if self.method is None else {"method": self.method}
+        return {"scheme": self.scheme.name, **method, "range": self.range_, "rules": rules}
 
     def then(self, rules: Iterable[Rule]) -> Recipe:
         """This recipe with more rules, which win over the present ones."""
         return dataclasses.replace(self, rules=(*self.rules, *rules))
 
     def __str__(self) -> str:
-        return " ".join([self.scheme.name, self.method or "rtn", f"range={self.range_}", *map(str, self.rules)])
+        return " ".join([self.scheme.name, *filter(None, [self.method]), f"range={self.range_}", *map(str, self.rules)])
 
 
 @dataclass(frozen=True, slots=True)
