@@ -69,7 +69,6 @@ class Stack:
             )
         return first[0], seen
 
-    @torch.no_grad()
     def run(self, block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """The block's result, hidden states [B, L, H]."""
         result = block(hidden, *arguments.positional, **arguments.named)

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from spicerack import blocks, codec, packed
-from spicerack.algorithms import gptq, rtn
+from spicerack.algorithms import gptq, rtn, signround
 from spicerack.architecture import destinations
 from spicerack.blocks import Arguments, Stack
 from spicerack.calibration import Calibration
@@ -119,14 +119,13 @@ def run(
     inside = _inside(stack, job)
     states = _States(folder)
     first = next((i for i in range(len(stack.blocks)) if not _file(folder, i).exists()), len(stack.blocks))
-    chunks = list(_chunks(calibration))
     if first == 0:
-        for number, chunk in enumerate(chunks):
-            hidden, _ = stack.calls(chunk)
+        for number, some in enumerate(_chunks(calibration)):
+            hidden, _ = stack.calls(_inputs(calibration, some))
             states.write(0, number, hidden.float(), hidden.float())
     for i in range(first, len(stack.blocks)):
         begin = time.time()
-        work = _Block(stack, i, inside[i], chunks, states, job, threads)
+        work = _Block(stack, i, inside[i], calibration, states, job, threads)
         solved = work.solve()
         error = work.advance()
         _commit(_file(folder, i), solved, inside[i], error)
@@ -152,15 +151,15 @@ class _Block:
         stack: Stack,
         index: int,
         layers: list[_Layer],
-        chunks: list[dict[str, torch.Tensor]],
+        calibration: Calibration,
         states: _States,
         job: Job,
         threads: int,
     ) -> None:
-        self.stack, self.index, self.layers, self.chunks, self.states = stack, index, layers, chunks, states
+        self.stack, self.index, self.layers, self.calibration, self.states = stack, index, layers, calibration, states
         self.job, self.threads = job, threads
         self.original = stack.blocks[index]
-        self.exact = copy.deepcopy(self.original).float()
+        self.exact = copy.deepcopy(self.original).float().requires_grad_(False)
         self.block = copy.deepcopy(self.exact)
 
     def solve(self) -> dict[str, Solved]:
@@ -176,7 +175,33 @@ class _Block:
                 start = self._start(layer, None)
                 solved[layer.tensor] = Solved(start, ("not reached by the calibration text: rounded to nearest",))
                 self._put(layer, start)
+        if self.job.recipe.method == "signround":
+            solved |= self._tuned({t: s for t, s in solved.items() if signround.fits(s.q.scheme)})
         return solved
+
+    def _tuned(self, solved: Mapping[str, Solved]) -> dict[str, Solved]:
+        """Rounding learned by the block's output, from `solved` on; all layers hold it."""
+        for number, (_, arguments) in enumerate(self._calls()):
+            exact = self.stack.run(self.exact, self.states.read(self.index, number)[1], arguments)
+            self.states.write(self.index + 1, number, exact, exact)  # until `advance` knows better
+
+        def forward(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            chunk, arguments = self._call(list(numbers))
+            x = self.states.sequences(self.index, numbers, self.calibration)[0]
+            wanted = self.states.sequences(self.index + 1, numbers, self.calibration)[1]
+            return _tokens(self.stack.run(self.block, x, arguments), chunk), _tokens(wanted, chunk)
+
+        by_tensor = {layer.tensor: layer for layer in self.layers}
+        layers = {
+            tensor: signround.Layer(
+                blocks.layers(self.block)[by_tensor[tensor].path], self._weight(by_tensor[tensor]), one.q
+            )
+            for tensor, one in solved.items()
+        }
+        found = signround.solve(layers, forward, len(self.calibration.ids))
+        for tensor, one in found.items():
+            self._put(by_tensor[tensor], one.q)
+        return {tensor: Solved(one.q, (*solved[tensor].events, *one.events)) for tensor, one in found.items()}
 
     def advance(self) -> float:
         """Hidden states for the next block -> their relative error."""
@@ -194,10 +219,12 @@ class _Block:
 
     def _calls(self) -> Iterator[tuple[dict[str, torch.Tensor], Arguments]]:
         """Each chunk with the block's arguments, in float32."""
-        for chunk in self.chunks:
-            _, calls = self.stack.calls(chunk)
-            arguments = calls[self.index]
-            yield chunk, Arguments(_to_float(arguments.positional), _to_float(arguments.named))
+        return map(self._call, _chunks(self.calibration))
+
+    def _call(self, some: slice | list[int]) -> tuple[dict[str, torch.Tensor], Arguments]:
+        chunk = _inputs(self.calibration, some)
+        arguments = self.stack.calls(chunk)[1][self.index]
+        return chunk, Arguments(_to_float(arguments.positional), _to_float(arguments.named))
 
     def _groups(self) -> list[tuple[str, ...]]:
         """Paths of layers in the order of their calls, those with one input together."""
@@ -308,6 +335,18 @@ class _States:
         tensors = load_file(self._path(block, chunk))
         return tensors["quantized"], tensors["exact"]
 
+    def sequences(
+        self, block: int, numbers: Sequence[int], calibration: Calibration
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some sequences of `read`, whatever their chunks; no other is read."""
+        rows = _rows(calibration)
+        found: list[list[torch.Tensor]] = [[], []]
+        for number in numbers:
+            with safe_open(self._path(block, number // rows), framework="pt") as file:
+                for parts, name in zip(found, ("quantized", "exact"), strict=True):
+                    parts.append(file.get_slice(name)[number % rows : number % rows + 1])
+        return torch.cat(found[0]), torch.cat(found[1])
+
     def drop(self, block: int) -> None:
         for path in self.folder.glob(f"states-{block:05d}-*.safetensors"):
             path.unlink()
@@ -333,15 +372,23 @@ def _inside(stack: Stack, job: Job) -> list[list[_Layer]]:
     return found
 
 
-def _chunks(calibration: Calibration) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs of the model, a few sequences at a time."""
-    rows = max(_TOKENS // calibration.ids.shape[1], 1)
-    for first in range(0, len(calibration.ids), rows):
-        some = slice(first, first + rows)
-        chunk = {"input_ids": calibration.ids[some]}
-        if calibration.mask is not None:
-            chunk["attention_mask"] = calibration.mask[some].long()
-        yield chunk
+def _rows(calibration: Calibration) -> int:
+    """Sequences of a chunk."""
+    return max(_TOKENS // calibration.ids.shape[1], 1)
+
+
+def _chunks(calibration: Calibration) -> Iterator[slice]:
+    """A few sequences at a time."""
+    rows = _rows(calibration)
+    return (slice(first, first + rows) for first in range(0, len(calibration.ids), rows))
+
+
+def _inputs(calibration: Calibration, some: slice | list[int]) -> dict[str, torch.Tensor]:
+    """What the model is called with."""
+    chunk = {"input_ids": calibration.ids[some]}
+    if calibration.mask is not None:
+        chunk["attention_mask"] = calibration.mask[some].long()
+    return chunk
 
 
 def _tokens(x: torch.Tensor, chunk: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -72,8 +72,8 @@ def quantize(
 ) -> torch.nn.Module | dict[str, Any]:
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a summary of it.
 
-    scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; method: "rtn" or
-    "gptq"; both win over the Recipe's. calibration: text that flows through a folder's model, from `calibration.read`.
+    scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; method: "rtn", "gptq"
+    or "signround"; both win over the Recipe's. calibration: what flows through a folder's model, of `calibration.read`.
     rules: "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's. threads, shard_bytes, progress
     (called with the bytes of each source tensor as it is done): for folders. compute: as in `load`, for modules.
     Raises the errors of `errors.py`.
@@ -83,7 +83,7 @@ def quantize(
     what = dataclasses.replace(what, range_=check_range(range_ or what.range_), method=method)
     what = what.then(rule(r) if isinstance(r, str) else r for r in rules)
     if isinstance(model, torch.nn.Module):
-        if calibration is not None or what.method == "gptq":
+        if calibration is not None or what.method not in (None, "rtn"):
             raise UsageError("a module in memory is not calibrated", "save it as a folder, and quantize that")
         if any(option is not None for option in (output, threads, shard_bytes, progress)):
             raise UsageError(

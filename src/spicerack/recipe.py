@@ -26,8 +26,8 @@ from spicerack.scheme import Scheme, parse
 
 Range = Literal["absmax", "opt"]
 RANGES: tuple[Range, ...] = ("opt", "absmax")
-Method = Literal["rtn", "gptq"]
-METHODS: tuple[Method, ...] = ("rtn", "gptq")
+Method = Literal["rtn", "gptq", "signround"]
+METHODS: tuple[Method, ...] = ("rtn", "gptq", "signround")
 SKIP = "skip"
 BY_DEFAULT = frozenset({"linear", "conv1d", "experts"})
 ON_REQUEST = frozenset({"embedding", "head", "router"})
@@ -57,7 +57,8 @@ class Rule:
 class Recipe:
     """The scheme of all linear layers, the exceptions, and how ranges and codes are chosen.
 
-    method: "rtn" rounds to nearest; "gptq" needs calibration text. None: gptq where there is such a text, else rtn.
+    method: "rtn" rounds to nearest; "gptq" and "signround" need calibration text. None: gptq where there is such a
+    text, else rtn.
     """
 
     scheme: Scheme

@@ -76,7 +76,9 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: s
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
 @click.option("--scheme", help="Numbers of all linear layers: w8, w4g128, w4g32z, w2g32h, nf4 ...")
 @click.option("--range", "range_", metavar="opt|absmax", help="How scales are chosen. Default: opt, the least error.")
-@click.option("--method", metavar="auto|rtn|gptq", help="How codes are chosen. Default: auto, gptq with --calib.")
+@click.option(
+    "--method", metavar="auto|rtn|gptq|signround", help="How codes are chosen. Default: auto, gptq with --calib."
+)
 @click.option("--calib", type=click.Path(path_type=Path), help="Text that flows through the model: file or folder.")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a sequence, at most.")
