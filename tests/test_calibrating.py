@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import spicerack
 from spicerack import calibrating, calibration, evaluation_lm, evaluation_text
-from spicerack.algorithms import gptq
+from spicerack.algorithms import gptq, signround
 from spicerack.calibrating import Finished
 from spicerack.calibration import Calibration
 from spicerack.cli import _output, cli
@@ -170,7 +171,7 @@ def test_the_ledger_tells_text_method_and_events(tmp_path: Path) -> None:
     source, given = saved("llama", tmp_path / "float"), text(count=1, length=8)
     spicerack.quantize(source, "w4g16", output=tmp_path / "out", calibration=given, rules=["lm_head=w8"])
     ledger = json.loads((tmp_path / "out" / "spicerack.json").read_text())
-    assert ledger["identity"]["calibration"] == {"sha256": given.sha256, "shape": [1, 8]}
+    assert ledger["identity"]["calibration"] == {"sha256": given.sha256, "shape": [1, 8], "files": []}
     assert ledger["identity"]["recipe"]["method"] == "gptq"
     events = {entry["tensor"]: entry["events"] for entry in ledger["tensors"]}
     assert all(isinstance(value, list) for value in events.values())
@@ -209,6 +210,29 @@ def test_from_the_command_line(llama_folder: LlamaFolder, tmp_path: Path, capsys
         == 2
     )
     assert "needs calibration text" in capsys.readouterr().err
+
+
+def test_evaluating_on_the_calibration_text_is_warned_about(llama_folder: LlamaFolder, tmp_path: Path) -> None:
+    source, lines, other = llama_folder(), tmp_path / "text.txt", tmp_path / "other.txt"
+    lines.write_text("".join(f"line {i} of a text, and more of it\n" for i in range(99)))
+    other.write_text("".join(f"another line, number {i}\n" for i in range(99)))
+    arguments = ["quantize", source, "-o", tmp_path / "out", "--scheme", "w8", "--calib", lines, "--samples", "2"]
+    assert _output.run(cli, [*map(str, arguments), "--length", "32"]) == 0
+    with pytest.warns(UserWarning, match=r"text\.txt is what .*out was calibrated with"):
+        spicerack.evaluate(tmp_path / "out", against=source, text=lines, max_tokens=128, window=32)
+    spicerack.evaluate(tmp_path / "out", against=source, text=other, max_tokens=128, window=32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_signround_in_the_loop(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signround, "STEPS", 30)
+    source, given = saved(family, tmp_path / "float"), text(count=20, padded=family == "bert")
+    seen: dict[str, list[float]] = {"rtn": [], "signround": []}
+    for name, errors in seen.items():
+        job = prepare(source, calibrated(dataclasses.replace(Recipe(parse("w2g16")), method=name), True))  # type: ignore[arg-type]
+        execute(job, tmp_path / name, calibration=given, finished=lambda f, errors=errors: errors.append(f.error))
+    assert all(a < b for a, b in zip(seen["signround"], seen["rtn"], strict=True))
+    assert not same_files(tmp_path / "rtn", tmp_path / "signround")
 
 
 @pytest.mark.slow

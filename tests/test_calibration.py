@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+import spicerack
 from spicerack import calibration
 from spicerack.errors import TextError
 
@@ -134,3 +135,32 @@ def test_a_language_that_the_tokenizer_does_not_cover(tmp_path: Path, bert: PreT
     file.write_text("".join(f"The word number {i} of a language is {signs}\n" for i in range(9)))
     found = calibration.read(file, bert, decoder=False, length=64)
     assert 0.01 < found.unknown < 0.5 and "does not know" in found.notes[0]
+
+
+def test_a_model_writes_by_its_own_probabilities(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model that always says the same: after even first tokens, tokens come as often as it says."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    found = calibration.written_by(model, tokenizer, samples=40, length=200, seed=1)
+    assert found.ids.shape == (40, 200) and found.mask is None
+    counts = torch.bincount(found.ids[:, 2:].flatten() // 512, minlength=8).float()
+    expected = 40 * 198 / 8
+    assert ((counts - expected).abs() < 5 * expected**0.5).all()
+    firsts = found.ids[:, 0 if calibration.evaluation_text.start_token(tokenizer) is None else 1]
+    assert len(firsts.unique()) > 35 and not set(firsts.tolist()) & set(tokenizer.all_special_ids)
+
+
+def test_what_a_model_writes_depends_on_seed_and_number_alone(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = spicerack.load(MODEL, dtype=torch.float32)
+    whole = calibration.written_by(model, tokenizer, samples=5, length=24)
+    monkeypatch.setattr(calibration, "_AT_ONCE", 2)
+    assert torch.equal(calibration.written_by(model, tokenizer, samples=5, length=24).ids, whole.ids)
+    assert not torch.equal(calibration.written_by(model, tokenizer, samples=5, length=24, seed=1).ids, whole.ids)

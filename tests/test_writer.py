@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +146,19 @@ def test_a_disk_that_fills_up_is_reported_and_resumes(tmp_path: Path, monkeypatc
         patch.setattr(module.os, "fsync", full)
         write(writer, shards[1])
     assert list(Writer(tmp_path / "out", shards, IDENTITY).pending()) == [shards[1]]
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from spicerack.checkpoint.writer import Writer, plan_shards\n"
+        "writer = Writer(Path(sys.argv[1]), plan_shards([]), {'recipe': {'scheme': 'w8'}, 'source': 'abc'})\n"
+        "print('begun', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "begun\n"
+        with pytest.raises(OutputError, match=f"being written by process {other.pid}"):
+            Writer(tmp_path / "out", plan_shards([]), IDENTITY)
+        other.kill()
+    Writer(tmp_path / "out", plan_shards([]), IDENTITY)
+    Writer(tmp_path / "out", plan_shards([]), IDENTITY)  # the same process may begin again

@@ -22,6 +22,7 @@ from spicerack.errors import UsageError
 from spicerack.evaluation import compute
 from spicerack.evaluation_folder import kind, positions
 from spicerack.evaluation_logits import computes_some
+from spicerack.hf import CACHES
 from spicerack.loading import load
 
 Progress = Callable[[str, float], None]
@@ -29,8 +30,6 @@ Sample = dict[str, float]
 """Speeds of one turn: figure -> items per second."""
 
 PREFILL, DECODE, REPEATS, BATCH, LENGTH = 512, 64, 5, 32, 64
-CACHES = ("cache", "past_key_values")
-"""What models call their cache, as an output and as an input: transformers renamed it."""
 _SEED = 0
 
 

@@ -11,29 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack import evaluation_text
 from spicerack.errors import TextError
+from spicerack.hf import CACHES
 
 SAMPLES, LENGTH = 128, 512
 _MOST_UNKNOWN = 0.5
 _LEAST_DISTINCT = 8
 _ENDINGS = {".txt", ".md", ".jsonl"}
 _MOST_LINE = 1 << 24
+_AT_ONCE = 16
+"""Sequences that a model writes beside each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """ids int64 [S, L]; mask bool [S, L], False at padding, or None; unknown: share of tokens that are unknown.
 
-    sha256: of ids and mask, hexadecimal. source: what they were read from.
+    sha256: of ids and mask, hexadecimal. source: what they were read from. files: sha256 of each file of it.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor | None
     unknown: float
     source: str
+    files: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -89,7 +93,51 @@ def read(
         raise TextError(
             f"{unknown:.0%} of the tokens of {path} are unknown to the tokenizer", "give a text in its language"
         )
-    return Calibration(ids, None if bool(mask.all()) else mask, unknown, str(path))
+    return Calibration(ids, None if bool(mask.all()) else mask, unknown, str(path), tuple(map(sha256, _files(path))))
+
+
+@torch.no_grad()
+def written_by(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    seed: int = 0,
+) -> Calibration:
+    """Text that a decoder writes itself: the tokenizer's start token if it has one, then a token drawn evenly from all
+    that are not special, then by the model's own probabilities.
+
+    A sequence depends on the seed and its own number, not on those beside it. (Liu et al. 2023, arXiv:2305.17888.)
+    """
+    ordinary = [i for i in range(int(model.config.get_text_config().vocab_size)) if i not in tokenizer.all_special_ids]
+    start = evaluation_text.start_token(tokenizer)
+    rows = []
+    for first in range(0, samples, _AT_ONCE):
+        dice = [torch.Generator().manual_seed(seed * samples + i) for i in range(first, min(first + _AT_ONCE, samples))]
+        drawn = [ordinary[int(torch.randint(len(ordinary), (1,), generator=g))] for g in dice]
+        ids = torch.tensor([[token] if start is None else [start, token] for token in drawn])
+        cache: dict[str, Any] = {}
+        new = ids
+        while ids.shape[1] < length:
+            out = model(input_ids=new, use_cache=True, **cache)
+            name = next(name for name in CACHES if name in out)
+            cache = {name: out[name]}
+            logits = out.logits[:, -1].float()
+            noise = torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g) for g in dice])
+            new = (logits - noise.log()).argmax(1, keepdim=True)  # as likely as softmax says (Gumbel 1954)
+            ids = torch.cat([ids, new], 1)
+        rows.append(ids[:, :length])
+    return Calibration(torch.cat(rows), None, 0.0, f"written by the model itself, seed {seed}")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,19 +193,23 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, piece: _Piece) -> list[int]:
 
 
 def _pieces(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Piece]:
-    if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _ENDINGS)
-        if not inside:
-            raise TextError(f"{path} holds no file that ends in {', '.join(sorted(_ENDINGS))}", "give a text file")
-        for file in inside:
-            yield from _pieces(file, tokenizer)
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(_lines(path), start=1):
-            if line.strip():
-                yield _document(line, f"{path}:{number}", tokenizer)
-    else:
-        for piece in evaluation_text.pieces(path):
-            yield _Piece(piece.text)
+    for file in _files(path):
+        if file.suffix == ".jsonl":
+            for number, line in enumerate(_lines(file), start=1):
+                if line.strip():
+                    yield _document(line, f"{file}:{number}", tokenizer)
+        else:
+            for piece in evaluation_text.pieces(file):
+                yield _Piece(piece.text)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _ENDINGS)
+    if not inside:
+        raise TextError(f"{path} holds no file that ends in {', '.join(sorted(_ENDINGS))}", "give a text file")
+    return inside
 
 
 def _lines(path: Path) -> Iterator[str]:

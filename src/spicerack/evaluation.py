@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spicerack import evaluation_encoder, evaluation_folder, evaluation_lm
-from spicerack.checkpoint.files import CONFIG, MAX_CONFIG_BYTES, locate, read_json
+from spicerack import calibration, evaluation_encoder, evaluation_folder, evaluation_lm
+from spicerack.checkpoint.files import CONFIG, LEDGER, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, locate, read_json
 from spicerack.errors import UsageError
 from spicerack.evaluation_encoder import EncoderComparison
 from spicerack.evaluation_folder import Kind
@@ -104,6 +104,8 @@ def measure(
     kind = evaluation_folder.kind(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
     tokenizer = evaluation_folder.tokenizer(out, source, trust_remote_code)
     path = _text(kind, text, out, source)
+    if path is not None and calibration.sha256(path) in _calibrated_with(out):
+        warnings.warn(f"{path} is what {out} was calibrated with: use another text, this one flatters", stacklevel=2)
     report = progress or (lambda _doing, _share: None)
 
     def open_model(where: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -163,6 +165,16 @@ def _compare_encoders(
         max_tokens=most,
         progress=progress,
     )
+
+
+def _calibrated_with(out: Path) -> list[Any]:
+    """Hashes of the files that a folder was calibrated with."""
+    if not (out / LEDGER).is_file():
+        return []
+    identity = read_json(out / LEDGER, MAX_INDEX_BYTES).get("identity")
+    facts = identity.get("calibration") if isinstance(identity, dict) else None
+    files = facts.get("files") if isinstance(facts, dict) else None
+    return files if isinstance(files, list) else []
 
 
 def _text(kind: Kind, text: str | Path | None, out: Path, source: Path) -> Path | None:

@@ -24,6 +24,8 @@ from spicerack.architecture import harmless
 from spicerack.errors import CheckpointError, LoadError, UntrustedCodeError
 
 METHOD = "spicerack"
+CACHES = ("cache", "past_key_values")
+"""What models call their cache, as an output and as an input: transformers renamed it."""
 Prepare = Callable[[PreTrainedModel], None]
 
 

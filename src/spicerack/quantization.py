@@ -125,7 +125,8 @@ def execute(
     threads = threads or os.cpu_count() or 1
     identity = job.identity()
     if calibration is not None:
-        identity |= {"calibration": {"sha256": calibration.sha256, "shape": list(calibration.ids.shape)}}
+        facts = {"sha256": calibration.sha256, "shape": list(calibration.ids.shape), "files": list(calibration.files)}
+        identity |= {"calibration": facts}
     side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
     writer = Writer(output, job.shards, identity, side_bytes)
     solved = Solutions(writer.partial / _BLOCKS)

@@ -51,12 +51,14 @@ def fits(scheme: Scheme) -> bool:
 
 
 def solve(
-    layers: Mapping[str, Layer], forward: Forward, sequences: int, *, steps: int = STEPS, seed: int = 0
+    layers: Mapping[str, Layer], forward: Forward, sequences: int, *, steps: int | None = None, seed: int = 0
 ) -> dict[str, Solved]:
     """Name -> codes and scales with which the block's output is nearest; `start` where nothing better was found.
 
-    forward: runs the block whose layers these are; while it does they multiply by what is being learned.
+    forward: runs the block whose layers these are; while it does they multiply by what is being learned. steps: None is
+    STEPS.
     """
+    steps = STEPS if steps is None else steps
     generator = torch.Generator().manual_seed(seed)
     judges = range(0, sequences, max(sequences // (4 * BATCH), 1))
     learned = {name: _Learned(layer) for name, layer in layers.items()}

@@ -9,16 +9,19 @@ half a folder. Inside it a finished shard is the progress record:
 
 When all shards are there, `finish` adds the side files, the index, the ledger and, last, config.json; `seal` clears the
 progress records and renames. A run that is killed anywhere and started again continues from what is on disk. A
-different recipe, model or version is refused by name instead of mixed in. The format is written by hand because the
-safetensors library writes only what is in memory all at once; tests read every shard back with that library.
+different recipe, model or version is refused by name instead of mixed in, and so is a second run while one is at work.
+The format is written by hand because the safetensors library writes only what is in memory all at once; tests read
+every shard back with that library.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ LEDGER = "spicerack.json"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 _PROGRESS = "progress.json"  # OUT.partial: whose it is
+_LOCK = ".lock"  # OUT.partial: held by the process that writes there
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,8 @@ class Writer:
 
     resumed: an earlier run left finished shards. complete: it left everything but the final rename.
     identity: JSON-able facts that must be equal for a resumed run to continue this folder (recipe, source, versions).
-    Raises OutputError if OUT exists, if OUT.partial belongs to something else, or if the disk is too small.
+    Raises OutputError if OUT exists, if OUT.partial belongs to something else or is being written, or if the disk is
+    too small.
     """
 
     def __init__(self, output: Path, shards: Sequence[Shard], identity: Mapping[str, Any], side_bytes: int = 0) -> None:
@@ -105,7 +110,7 @@ class Writer:
         record = self.partial / _PROGRESS
         if self.partial.exists():
             before = _read_json(record) or (_read_json(self.partial / LEDGER) or {}).get("identity")
-            if before is None and any(self.partial.iterdir()):
+            if before is None and any(p.name != _LOCK for p in self.partial.iterdir()):
                 raise OutputError(f"{self.partial} exists and is not ours", "remove it or choose another output folder")
             if before is not None:
                 refuse_other(self.partial, before, identity)
@@ -114,6 +119,7 @@ class Writer:
         missing = sum(u.nbytes for s in self.shards for u in s.units if not (self.partial / s.file).exists())
         check_disk(self.output.parent, missing + side_bytes)
         self.partial.mkdir(parents=True, exist_ok=True)
+        self._unlock = weakref.finalize(self, os.close, _locked(self.partial))
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
         if not self.complete:
@@ -166,9 +172,10 @@ class Writer:
     def seal(self) -> None:
         """Clear the progress records and make OUT appear. Needs a complete folder."""
         try:
-            for leftover in [*self.partial.glob("*.ledger.json"), self.partial / _PROGRESS]:
+            for leftover in [*self.partial.glob("*.ledger.json"), self.partial / _PROGRESS, self.partial / _LOCK]:
                 leftover.unlink(missing_ok=True)
             _sync_folder(self.partial)
+            self._unlock()
             self.partial.replace(self.output)
             _sync_folder(self.output.parent)
         except OSError as error:
@@ -260,6 +267,23 @@ def refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
                 f"{folder} was begun with another {key}: {_short(before.get(key))}, now {_short(now.get(key))}",
                 "choose another output folder, or remove that one",
             )
+
+
+def _locked(folder: Path) -> int:
+    """Descriptor of the lock of `folder`, held until it is closed or the process ends, however it does.
+
+    The process itself may begin again, as after Ctrl+C in a notebook.
+    """
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise OutputError(f"{folder} is being written by process {owner}", "wait for it, or stop it") from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spicerack.cli import _output
-from spicerack.errors import RecipeError
+from spicerack.errors import RecipeError, TextError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +79,9 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: s
 @click.option(
     "--method", metavar="auto|rtn|gptq|signround", help="How codes are chosen. Default: auto, gptq with --calib."
 )
-@click.option("--calib", type=click.Path(path_type=Path), help="Text that flows through the model: file or folder.")
+@click.option(
+    "--calib", type=click.Path(path_type=Path), help="Text to run the model on: file, folder, or none: its own."
+)
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a sequence, at most.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which sequences.")
@@ -165,15 +167,19 @@ def command(
 def _calibration(job: Job, path: Path, samples: int, length: int, seed: int) -> Calibration:
     from spicerack import calibration, hf, tokenizing
     from spicerack.evaluation_folder import kind
+    from spicerack.loading import load
 
     folder = job.source.folder
     config, _ = hf.config_and_class(job.source.config, folder)
     tokenizer = tokenizing.read(folder, config)
     decoder = kind(job.source.config, folder) == "decoder"
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or length
-    return calibration.read(
-        path, tokenizer, decoder=decoder, samples=samples, length=min(length, longest), seed=seed
-    )  # fmt: skip
+    length = min(length, longest)
+    if str(path) != "none" or path.exists():
+        return calibration.read(path, tokenizer, decoder=decoder, samples=samples, length=length, seed=seed)
+    if not decoder:
+        raise TextError("an encoder writes no text of its own", "give --calib FILE")
+    return calibration.written_by(load(folder), tokenizer, samples=samples, length=length, seed=seed)
 
 
 def _line(block: Finished) -> str:
