@@ -40,7 +40,7 @@ CALIBRATED = ("rtn", "gptq")
 def main(only: Sequence[str], max_tokens: int, samples: int, length: int) -> None:
     model = language_model()
     text = calibration.read(
-        model / "calibration.txt", AutoTokenizer.from_pretrained(model), decoder=True, samples=samples, length=length
+        model / "calibration.txt", AutoTokenizer.from_pretrained(model), samples=samples, length=length, seed=0
     )
     click.echo(f"Calibrated with {text.ids.numel()} tokens.\n")
     click.echo(

@@ -16,7 +16,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"levels", "search", "qtensor", "solved", "codec", "bits", "packed", "recipe", "native", "engines"}),
     frozenset({"checkpoint", "census", "architecture"}),
     frozenset({"format", "formats", "kernel", "panels", "kernels"}),
-    frozenset({"nn", "blocks"}),
+    frozenset({"nn", "blocks", "stats", "observers"}),
     frozenset({"algorithms"}),
     frozenset(
         {

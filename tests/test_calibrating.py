@@ -31,7 +31,11 @@ def text(count: int = 12, length: int = 24, padded: bool = False, vocabulary: in
     ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(count, length, dtype=torch.bool)
     mask[1:2, 9:] = mask[4:5, 3:] = False
-    return Calibration(ids, mask if padded else None, 0.0, "made up")
+    return made(ids, mask if padded else None)
+
+
+def made(ids: torch.Tensor, mask: torch.Tensor | None) -> Calibration:
+    return Calibration(ids, mask, "of no text", 0.0, "made up")
 
 
 def saved(family: str, folder: Path) -> Path:
@@ -100,7 +104,7 @@ def test_statistics_are_those_of_what_flows_behind_quantized_layers(
 def test_padding_never_counts(tmp_path: Path) -> None:
     source, given = saved("bert", tmp_path / "float"), text(padded=True)
     assert given.mask is not None
-    other = Calibration(torch.where(given.mask, given.ids, 5), given.mask, 0.0, "made up")
+    other = made(torch.where(given.mask, given.ids, 5), given.mask)
     for name, some in (("a", given), ("b", other)):
         spicerack.quantize(source, "w4g16", output=tmp_path / name, calibration=some)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
@@ -171,7 +175,10 @@ def test_the_ledger_tells_text_method_and_events(tmp_path: Path) -> None:
     source, given = saved("llama", tmp_path / "float"), text(count=1, length=8)
     spicerack.quantize(source, "w4g16", output=tmp_path / "out", calibration=given, rules=["lm_head=w8"])
     ledger = json.loads((tmp_path / "out" / "spicerack.json").read_text())
-    assert ledger["identity"]["calibration"] == {"sha256": given.sha256, "shape": [1, 8], "files": []}
+    assert ledger["identity"]["calibration"] == {
+        "text": given.sha256,
+        "tokens": calibrating.fingerprint(given),
+    }
     assert ledger["identity"]["recipe"]["method"] == "gptq"
     events = {entry["tensor"]: entry["events"] for entry in ledger["tensors"]}
     assert all(isinstance(value, list) for value in events.values())
@@ -182,7 +189,9 @@ def test_nan_in_a_block_is_named(tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"][3] = torch.nan
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ActivationError, match=r"model\.layers\.1\.self_attn\.q_proj: input 3 of token 0"):
+    with pytest.raises(
+        ActivationError, match=r"model\.layers\.1\.self_attn\.q_proj, chunk 0: token \[0\], column 3: activation nan"
+    ):
         spicerack.quantize(source, "w4g16", output=tmp_path / "out", calibration=text())
 
 
@@ -205,6 +214,9 @@ def test_from_the_command_line(llama_folder: LlamaFolder, tmp_path: Path, capsys
     printed = capsys.readouterr()
     assert "8 sequences of up to 64 tokens" in printed.out + printed.err
     assert "model.layers.1: 7 layers, 4.50 bits, output off by" in printed.out + printed.err
+    own = ["quantize", source, "-o", tmp_path / "own", "--scheme", "w4g32", "--calib", "none", "--length", "16"]
+    assert _output.run(cli, [*map(str, own), "--samples", "4"]) == 0
+    assert "text that the model wrote, seed 0, 4 sequences of up to 16 tokens" in "".join(capsys.readouterr())
     assert (
         _output.run(cli, ["quantize", str(source), "-o", str(tmp_path / "b"), "--scheme", "w4", "--method", "gptq"])
         == 2
@@ -239,7 +251,7 @@ def test_signround_in_the_loop(family: str, tmp_path: Path, monkeypatch: pytest.
 def test_a_real_model_loses_less(tmp_path: Path) -> None:
     """The project's language model at 3 bits, on text that it was not calibrated with."""
     tokenizer = AutoTokenizer.from_pretrained(STDLIB_LM)
-    given = calibration.read(STDLIB_LM / "calibration.txt", tokenizer, decoder=True, samples=24, length=256)
+    given = calibration.read(STDLIB_LM / "calibration.txt", tokenizer, samples=24, length=256, seed=0)
     reference = spicerack.load(STDLIB_LM, dtype=torch.float32)
     losses = []
     for name, some in (("rtn", None), ("gptq", given)):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
 
 from spicerack import blocks, codec, packed
 from spicerack.algorithms import gptq, rtn, signround
@@ -40,6 +42,7 @@ from spicerack.job import Action, Job
 from spicerack.loading import load
 from spicerack.qtensor import QTensor
 from spicerack.solved import Solved
+from spicerack.stats import Accumulator
 
 _TOKENS = 8192
 """Of a chunk: what runs through a block at once."""
@@ -136,6 +139,14 @@ def run(
         finished(
             Finished(stack.name(i), i, len(stack.blocks), len(solved), bits, error, time.time() - begin, tuple(events))
         )
+
+
+def fingerprint(calibration: Calibration) -> str:
+    """sha256 of the tokens and their mask: what must be the same for a run to continue."""
+    digest = hashlib.sha256(calibration.ids.numpy().tobytes())
+    if calibration.mask is not None:
+        digest.update(calibration.mask.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def clear(folder: Path) -> None:
@@ -237,17 +248,24 @@ class _Block:
 
     def _moments(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
         """mean x x^T and mean (x' - x) x^T, float64 [K, K]: x what the layer gets now, x' in the float model."""
-        gram = shift = torch.zeros((), dtype=torch.float64)
-        count = 0
+        seen = Accumulator(["gram"], self.block.get_parameter(f"{path}.weight").shape[self._columns(path)])
+        shift = torch.zeros((seen.columns, seen.columns), dtype=torch.float64)
         for number, (chunk, arguments) in enumerate(self._calls()):
             quantized, exact = self.states.read(self.index, number)
             x = _tokens(self._input(self.block, path, quantized, arguments), chunk)
-            self._check(x, path, number)
-            difference = _tokens(self._input(self.exact, path, exact, arguments), chunk) - x
-            gram = gram + (x.t() @ x).double()
-            shift = shift + (difference.t() @ x).double()
-            count += len(x)
-        return gram / count, shift / count
+            try:
+                seen.add(x)
+            except ActivationError as error:
+                place = f"{self.stack.name(self.index)}.{path}, chunk {number}"
+                raise ActivationError(f"{place}: {error.message}", error.hint) from error
+            shift += (_tokens(self._input(self.exact, path, exact, arguments), chunk) - x).t() @ x
+        found = seen.result()
+        assert found.gram is not None
+        return found.gram.double(), shift / found.tokens
+
+    def _columns(self, path: str) -> int:
+        """The axis of the layer's weight that its input has."""
+        return 0 if isinstance(self.block.get_submodule(path), Conv1D) else 1
 
     def _input(self, block: nn.Module, path: str, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """What the layer is called with; nothing behind it is computed."""
@@ -260,16 +278,6 @@ class _Block:
         with _watch(block, [path], stop), contextlib.suppress(_Reached):
             self.stack.run(block, hidden, arguments)
         return found[0]
-
-    def _check(self, x: torch.Tensor, path: str, chunk: int) -> None:
-        bad = ~torch.isfinite(x)
-        if bool(bad.any()):
-            token, column = (int(i) for i in bad.nonzero()[0])
-            raise ActivationError(
-                f"{self.stack.name(self.index)}.{path}: input {column} of token {token} in chunk {chunk} is "
-                f"{float(x[token, column])}",
-                "the model overflows or is damaged: see whether its float output is finite",
-            )
 
     def _layer(self, layer: _Layer, gram: torch.Tensor, shift: torch.Tensor) -> Solved:
         start = self._start(layer, gram.diagonal().float())

@@ -1,240 +1,235 @@
-"""Calibration text: what flows through the model while codes are chosen. Never the text that is evaluated on."""
+"""Calibration text: a few sequences of tokens, chosen by seed from a source of any size, for statistics of activations.
+
+For a decoder the documents are joined with the tokenizer's own end and start tokens and cut into sequences of equal
+length; nothing is padded. For an encoder each document is one sequence, and padding is masked.
+
+Calibrate on other text than is evaluated: the same would flatter the result.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from spicerack import evaluation_text
+from spicerack import calibration_documents
+from spicerack.calibration_documents import Passage
 from spicerack.errors import TextError
-from spicerack.hf import CACHES
+from spicerack.evaluation_folder import Kind
+from spicerack.evaluation_text import start_token
 
-SAMPLES, LENGTH = 128, 512
-_MOST_UNKNOWN = 0.5
-_LEAST_DISTINCT = 8
-_ENDINGS = {".txt", ".md", ".jsonl"}
-_MOST_LINE = 1 << 24
-_AT_ONCE = 16
-"""Sequences that a model writes beside each other."""
+T = TypeVar("T")
+
+BYTES_A_TOKEN = 32
+"""Text that is tokenized for each token asked for: about eight times as much as is used."""
+LEAST_BYTES = 1 << 20
+FEWEST_TOKENS = 8
+UNKNOWN_NOTED, UNKNOWN_REFUSED = 0.01, 0.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """ids int64 [S, L]; mask bool [S, L], False at padding, or None; unknown: share of tokens that are unknown.
+    """ids int64 [S, L]; mask bool [S, L], False where padding is, or None where there is none.
 
-    sha256: of ids and mask, hexadecimal. source: what they were read from. files: sha256 of each file of it.
+    sha256: of the text that the sequences were chosen from, in UTF-8 with a zero byte between documents; of a text file
+    that was read whole it is the file's own. unknown: share of tokens that the tokenizer does not know. source: what
+    was read. notes: sentences on what was not as asked for.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor | None
+    sha256: str
     unknown: float
     source: str
-    files: tuple[str, ...] = ()
-
-    @property
-    def sha256(self) -> str:
-        digest = hashlib.sha256(self.ids.numpy().tobytes())
-        if self.mask is not None:
-            digest.update(self.mask.numpy().tobytes())
-        return digest.hexdigest()
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a person should know."""
-        if self.unknown <= 0.01:
-            return ()
-        return (f"{self.unknown:.0%} of the calibration text are tokens that the tokenizer does not know",)
+    notes: tuple[str, ...] = ()
 
 
 def read(
-    path: Path,
+    source: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    decoder: bool,
-    samples: int = SAMPLES,
-    length: int = LENGTH,
-    seed: int = 0,
+    samples: int,
+    length: int,
+    seed: int,
+    kind: Kind = "decoder",
 ) -> Calibration:
-    """`samples` sequences out of a text file, a .jsonl file or a folder of those; the same for the same seed.
+    """Choose `samples` sequences from `source`: for a decoder of `length` tokens, for an encoder of at most as many.
 
-    .jsonl: an object a line, with "text", or with "messages" that the tokenizer's chat template writes out. Decoders
-    get documents packed without gaps into sequences of `length` tokens; encoders get each document (each line of a text
-    file) as a sequence of its own, cut at `length` and padded. All is read once, one piece in memory; of more sequences
-    than are asked for each has the same chance.
+    source: a text file, a .jsonl file of {"text"} or {"messages"}, a folder of those, or a dataset (an id, id:config,
+    or a folder of tables), which needs the package `datasets`. All sequences are equally likely; they keep the order of
+    the source. If there are fewer, all are taken. Of large sources a part is tokenized that is spread over the whole.
 
-    Raises TextError: nothing there, too little, all the same, or a language that the tokenizer does not cover.
+    Raises TextError for text that is missing, broken, too short, of hardly any different tokens, or mostly unknown to
+    the tokenizer.
     """
-    made = _packed(path, tokenizer, length) if decoder else _documents(path, tokenizer, length)
-    chosen = _sample(made, samples, seed)
-    if not chosen:
+    if samples < 1 or length < 2:
+        raise TextError(f"{samples} sequences of {length} tokens are no calibration", "ask for at least 1 of 2 tokens")
+    found = calibration_documents.find(source)
+    budget = max(BYTES_A_TOKEN * samples * length, LEAST_BYTES)
+    reading = _Reading(
+        share=1.0 if kind == "encoder" or found.dataset else min(budget / max(found.size, 1), 1.0),
+        limit=budget if found.dataset else None,
+        seed=seed,
+    )
+    text = reading.keep(calibration_documents.passages(found, tokenizer, by_line=kind == "encoder", seed=seed))
+    mask: torch.Tensor | None = None
+    notes: list[str] = []
+    if kind == "encoder":
+        documents = sample((passage.text for passage in text if passage.first and passage.text.strip()), samples, seed)
+        if not documents:
+            raise TextError(f"{source} has no text", "give one sentence per line")
+        ids, mask = _padded(documents, tokenizer, length)
+        full = int(mask.all(1).sum()) if mask.shape[1] == length else 0
+        if full:
+            notes.append(f"{full} documents fill all {length} tokens; what is beyond was not used")
+    else:
+        packing = _Packing(tokenizer, length)
+        sequences = sample(packing.sequences(text), samples, seed)
+        if not sequences:
+            raise TextError(
+                f"{source} has {packing.seen} tokens, and one sequence needs {length}",
+                f"give a longer text, or use sequences of {max(packing.seen, 2)} tokens or fewer",
+            )
+        ids = torch.tensor(sequences)
+    if reading.share < 1:
+        notes.append(f"chosen from {reading.share:.2%} of the text, spread over all of it")
+    if reading.stopped:
+        notes.append(f"chosen from the first {reading.documents} documents of the shuffled dataset")
+    if len(ids) < samples:
+        notes.append(f"the text has only {len(ids)} of the {samples} sequences asked for")
+    made = Calibration(ids, mask, reading.digest.hexdigest(), 0.0, str(source), tuple(notes))
+    return checked(made, tokenizer)
+
+
+def checked(made: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibration:
+    """`made` with its share of unknown tokens, and notes on what is odd about it. Raises TextError if it is no use."""
+    special = set(tokenizer.all_special_ids)
+    unknown_id = tokenizer.unk_token_id
+    if unknown_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        unknown_id = None  # GPT-2's end of text also stands for what is unknown, of which there is none
+    real = made.ids if made.mask is None else made.ids[made.mask]
+    words = real[~torch.isin(real, torch.tensor(sorted(special - {unknown_id}), dtype=torch.int64))]
+    unknown = 0.0 if unknown_id is None else int((words == unknown_id).sum()) / max(len(words), 1)
+    if unknown > UNKNOWN_REFUSED:
         raise TextError(
-            f"{path} has less than one sequence of {length} tokens", "give a longer text, or lower --length"
+            f"{made.source}: the tokenizer does not know {unknown:.0%} of the tokens",
+            "give text in a language that the model was trained on",
         )
-    ids = torch.full((len(chosen), max(map(len, chosen))), tokenizer.pad_token_id or 0, dtype=torch.long)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, sequence in enumerate(chosen):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = True
-    distinct = len(ids[mask].unique())
-    if distinct < _LEAST_DISTINCT:
-        raise TextError(f"{path} has only {distinct} different tokens", "give a text like those the model will see")
-    unknown = 0.0
-    if tokenizer.unk_token_id is not None:
-        unknown = float((ids[mask] == tokenizer.unk_token_id).double().mean())
-    if unknown > _MOST_UNKNOWN:
+    kinds = words.unique().tolist()
+    if len(kinds) < FEWEST_TOKENS:
+        shown = ", ".join(repr(tokenizer.decode([token])) for token in kinds)
         raise TextError(
-            f"{unknown:.0%} of the tokens of {path} are unknown to the tokenizer", "give a text in its language"
+            f"{made.source} has only {len(kinds)} different tokens: {shown or 'none'}",
+            "give text such as the model will meet",
         )
-    return Calibration(ids, None if bool(mask.all()) else mask, unknown, str(path), tuple(map(sha256, _files(path))))
+    notes = list(made.notes)
+    distinct = len(made.ids.unique(dim=0))
+    if distinct < len(made.ids):
+        notes.append(f"only {distinct} of the {len(made.ids)} sequences differ from each other")
+    if unknown > UNKNOWN_NOTED:
+        notes.append(f"the tokenizer does not know {unknown:.1%} of the tokens")
+    return replace(made, unknown=unknown, notes=tuple(notes))
 
 
-@torch.no_grad()
-def written_by(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    samples: int = SAMPLES,
-    length: int = LENGTH,
-    seed: int = 0,
-) -> Calibration:
-    """Text that a decoder writes itself: the tokenizer's start token if it has one, then a token drawn evenly from all
-    that are not special, then by the model's own probabilities.
+def sample(items: Iterable[T], count: int, seed: int) -> list[T]:
+    """`count` of the items, or all if there are fewer, in their order; every choice is equally likely.
 
-    A sequence depends on the seed and its own number, not on those beside it. (Liu et al. 2023, arXiv:2305.17888.)
+    Keeps `count` items in memory. (Vitter's algorithm R, ACM TOMS 11, 1985.)
     """
-    ordinary = [i for i in range(int(model.config.get_text_config().vocab_size)) if i not in tokenizer.all_special_ids]
-    start = evaluation_text.start_token(tokenizer)
-    rows = []
-    for first in range(0, samples, _AT_ONCE):
-        dice = [torch.Generator().manual_seed(seed * samples + i) for i in range(first, min(first + _AT_ONCE, samples))]
-        drawn = [ordinary[int(torch.randint(len(ordinary), (1,), generator=g))] for g in dice]
-        ids = torch.tensor([[token] if start is None else [start, token] for token in drawn])
-        cache: dict[str, Any] = {}
-        new = ids
-        while ids.shape[1] < length:
-            out = model(input_ids=new, use_cache=True, **cache)
-            name = next(name for name in CACHES if name in out)
-            cache = {name: out[name]}
-            logits = out.logits[:, -1].float()
-            noise = torch.stack([torch.empty(logits.shape[1]).exponential_(generator=g) for g in dice])
-            new = (logits - noise.log()).argmax(1, keepdim=True)  # as likely as softmax says (Gumbel 1954)
-            ids = torch.cat([ids, new], 1)
-        rows.append(ids[:, :length])
-    return Calibration(torch.cat(rows), None, 0.0, f"written by the model itself, seed {seed}")
+    rng = random.Random(seed)
+    kept: list[tuple[int, T]] = []
+    for number, item in enumerate(items):
+        if number < count:
+            kept.append((number, item))
+        elif (place := int(rng.random() * (number + 1))) < count:
+            kept[place] = number, item
+    return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+class _Reading:
+    """Lets an evenly spread share of the passages through, or all up to a limit in bytes, and hashes them."""
+
+    def __init__(self, *, share: float, limit: int | None, seed: int) -> None:
+        self.share, self.limit = share, limit
+        self.phase = random.Random(seed).random()
+        self.digest = hashlib.sha256()
+        self.documents = 0
+        self.stopped = False
+
+    def keep(self, passages: Iterable[Passage]) -> Iterator[Passage]:
+        """What is let through; where something before it is missing, a document begins."""
+        gap = False
+        size = 0
+        for passage in passages:
+            self.phase += self.share
+            if self.phase < 1:
+                gap = True
+                continue
+            self.phase -= 1
+            first, gap = passage.first or gap, False
+            encoded = passage.text.encode("utf-8", "surrogatepass")  # JSON can hold half a surrogate pair
+            self.digest.update(b"\0" * (first and self.documents > 0) + encoded)
+            self.documents += first
+            yield replace(passage, first=first)
+            size += len(encoded)
+            if self.limit is not None and size >= self.limit:
+                self.stopped = True
+                return
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Of a text; whole: a document. chat: written by the tokenizer's template."""
+class _Packing:
+    """Documents to sequences of `length` tokens, joined as a causal model expects.
 
-    text: str
-    whole: bool = False
-    chat: bool = False
+    Between documents stand the end token, and the start token if the tokenizer puts one before every text; such a one
+    also begins every sequence. What is left at the end is dropped. seen: tokens so far.
+    """
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        start = start_token(tokenizer)
+        self.tokenizer = tokenizer
+        self.prefix = [] if start is None else [start]
+        self.joint = [t for t in (tokenizer.eos_token_id,) if t is not None and t != start] + self.prefix
+        self.fresh = length - len(self.prefix)
+        self.seen = 0
 
-def _sample(sequences: Iterator[list[int]], count: int, seed: int) -> list[list[int]]:
-    """Reservoir sampling (Vitter 1985, algorithm R), in the order of the text."""
-    dice = random.Random(seed)
-    kept: list[tuple[int, list[int]]] = []
-    for number, sequence in enumerate(sequences):
-        if len(kept) < count:
-            kept.append((number, sequence))
-        elif (place := dice.randrange(number + 1)) < count:
-            kept[place] = (number, sequence)
-    return [sequence for _, sequence in sorted(kept)]
-
-
-def _packed(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
-    """Windows of `length` tokens; a document ends with the end token, and each begins with the start token, if any."""
-    start = evaluation_text.start_token(tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    waiting: list[int] = []
-    for piece in _pieces(path, tokenizer):
-        ids = _tokens(tokenizer, piece)
-        if start is not None and (piece.whole or not waiting) and ids[:1] != [start]:
-            waiting.append(start)
-        waiting += ids + (end if piece.whole and ids[-1:] != end else [])
-        while len(waiting) >= length:
-            yield waiting[:length]
-            waiting = waiting[length:]
-
-
-def _documents(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
-    for piece in _pieces(path, tokenizer):
-        for document in [piece.text] if piece.whole else piece.text.splitlines():
-            if document.strip():
-                ids = tokenizer(document, truncation=True, max_length=length).input_ids
-                yield [int(i) for i in ids]
+    def sequences(self, passages: Iterable[Passage]) -> Iterator[list[int]]:
+        """The sequences, in order."""
+        waiting: list[int] = []
+        last: int | None = None
+        for passage in passages:
+            # verbose=False: a passage is longer than the model's window on purpose
+            new = self.tokenizer(
+                passage.text, add_special_tokens=False, split_special_tokens=not passage.rendered, verbose=False
+            ).input_ids
+            if not new:
+                continue
+            self.seen += len(new)
+            if passage.first and last is not None:  # a chat template may have written such tokens itself
+                waiting += [token for token in self.joint if token not in (last, new[0])]
+            waiting += new
+            last = new[-1]
+            at = 0
+            while True:
+                while waiting[at : at + 1] == self.prefix != []:
+                    at += 1
+                if len(waiting) - at < self.fresh:
+                    break
+                yield self.prefix + waiting[at : at + self.fresh]
+                at += self.fresh
+            waiting = waiting[at:]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, piece: _Piece) -> list[int]:
-    """Special tokens spelled out in a text are read as text; those of a chat template are meant."""
-    ids = tokenizer(
-        piece.text, add_special_tokens=False, split_special_tokens=not piece.chat, verbose=False
-    ).input_ids  # fmt: skip
-    return [int(i) for i in ids]
-
-
-def _pieces(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Piece]:
-    for file in _files(path):
-        if file.suffix == ".jsonl":
-            for number, line in enumerate(_lines(file), start=1):
-                if line.strip():
-                    yield _document(line, f"{file}:{number}", tokenizer)
-        else:
-            for piece in evaluation_text.pieces(file):
-                yield _Piece(piece.text)
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _ENDINGS)
-    if not inside:
-        raise TextError(f"{path} holds no file that ends in {', '.join(sorted(_ENDINGS))}", "give a text file")
-    return inside
-
-
-def _lines(path: Path) -> Iterator[str]:
-    waiting = ""
-    for piece in evaluation_text.pieces(path):
-        *whole, waiting = (waiting + piece.text).split("\n")
-        yield from whole
-        if len(waiting) > _MOST_LINE:
-            raise TextError(f"{path} has a line of more than {_MOST_LINE} characters", "is it a .jsonl file?")
-    yield waiting
-
-
-def _document(line: str, place: str, tokenizer: PreTrainedTokenizerBase) -> _Piece:
-    try:
-        value: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TextError(f"{place} is not JSON: {error}", 'each line is an object such as {"text": "..."}') from error
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return _Piece(str(value["text"]), whole=True)
-    if isinstance(value, dict) and isinstance(value.get("messages"), list):
-        if not tokenizer.chat_template:
-            raise TextError(f"{place} has messages, and the tokenizer no chat template", 'give lines with "text"')
-        try:
-            text = str(tokenizer.apply_chat_template(value["messages"], tokenize=False))
-            return _Piece(text, whole=True, chat=True)
-        except (ValueError, TypeError, KeyError) as error:
-            raise TextError(f"{place}: the chat template refuses it: {error}", "role and content, in turns") from error
-    raise TextError(f'{place} has neither "text" nor "messages"', 'each line is an object such as {"text": "..."}')
+def _padded(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids int64 and mask bool [S, L], L the longest document but at most `length`; padding comes last."""
+    rows = tokenizer(documents, truncation=True, max_length=length, verbose=False).input_ids
+    ids, mask = (
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in filled], batch_first=True, padding_value=value)
+        for filled, value in ((rows, tokenizer.pad_token_id or 0), ([[True] * len(row) for row in rows], False))
+    )
+    return ids, mask

@@ -8,9 +8,9 @@
     │   ├── CheckpointError         a model folder is missing, broken or of a kind we do not read
     │   ├── UntrustedCodeError      reading on would execute somebody's code
     │   ├── OutputError             the output folder is taken, or the disk is too small
-    │   └── TextError               an evaluation text is empty or too short
+    │   └── TextError               a text to evaluate or calibrate on is missing, broken or too short
     ├── WeightError                 a weight is NaN, infinite, or outside what its scale can hold
-    ├── ActivationError             what flows through a model is NaN or infinite
+    ├── ActivationError             an activation is NaN, infinite, or too large to be squared
     └── LoadError                   a quantized folder does not fit the model it names
 
 Each carries a `hint`: the remedy, in one sentence. The command line prints both and exits with `exit_code`.
@@ -64,7 +64,7 @@ class OutputError(UsageError):
 
 
 class TextError(UsageError):
-    """An evaluation text is missing, empty, or shorter than one window."""
+    """A text to evaluate or calibrate on is missing, broken, or shorter than one window."""
 
 
 class WeightError(SpicerackError):
@@ -72,7 +72,7 @@ class WeightError(SpicerackError):
 
 
 class ActivationError(SpicerackError):
-    """What flows through a model while it is calibrated is NaN or infinite."""
+    """An activation is NaN, infinite, or too large to be squared; the message names token and column."""
 
 
 class LoadError(SpicerackError):

@@ -6,6 +6,7 @@ Language models are compared by their predictions on a text (`evaluation_lm`), e
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spicerack import calibration, evaluation_encoder, evaluation_folder, evaluation_lm
+from spicerack import evaluation_encoder, evaluation_folder, evaluation_lm
 from spicerack.checkpoint.files import CONFIG, LEDGER, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, locate, read_json
 from spicerack.errors import UsageError
 from spicerack.evaluation_encoder import EncoderComparison
@@ -104,7 +105,7 @@ def measure(
     kind = evaluation_folder.kind(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
     tokenizer = evaluation_folder.tokenizer(out, source, trust_remote_code)
     path = _text(kind, text, out, source)
-    if path is not None and calibration.sha256(path) in _calibrated_with(out):
+    if path is not None and _sha256(path) == _calibrated_with(out):
         warnings.warn(f"{path} is what {out} was calibrated with: use another text, this one flatters", stacklevel=2)
     report = progress or (lambda _doing, _share: None)
 
@@ -167,14 +168,24 @@ def _compare_encoders(
     )
 
 
-def _calibrated_with(out: Path) -> list[Any]:
-    """Hashes of the files that a folder was calibrated with."""
+def _calibrated_with(out: Path) -> object:
+    """sha256 of the text that a folder was calibrated with; None for none."""
     if not (out / LEDGER).is_file():
-        return []
+        return None
     identity = read_json(out / LEDGER, MAX_INDEX_BYTES).get("identity")
     facts = identity.get("calibration") if isinstance(identity, dict) else None
-    files = facts.get("files") if isinstance(facts, dict) else None
-    return files if isinstance(files, list) else []
+    return facts.get("text") if isinstance(facts, dict) else None
+
+
+def _sha256(path: Path) -> str | None:
+    """Of a file; None where there is none, which is told later."""
+    if not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _text(kind: Kind, text: str | Path | None, out: Path, source: Path) -> Path | None:

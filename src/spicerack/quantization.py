@@ -125,8 +125,7 @@ def execute(
     threads = threads or os.cpu_count() or 1
     identity = job.identity()
     if calibration is not None:
-        facts = {"sha256": calibration.sha256, "shape": list(calibration.ids.shape), "files": list(calibration.files)}
-        identity |= {"calibration": facts}
+        identity |= {"calibration": {"text": calibration.sha256, "tokens": calibrating.fingerprint(calibration)}}
     side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
     writer = Writer(output, job.shards, identity, side_bytes)
     solved = Solutions(writer.partial / _BLOCKS)

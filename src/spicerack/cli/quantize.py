@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spicerack.cli import _output
-from spicerack.errors import RecipeError, TextError
+from spicerack.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,9 +79,7 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: s
 @click.option(
     "--method", metavar="auto|rtn|gptq|signround", help="How codes are chosen. Default: auto, gptq with --calib."
 )
-@click.option(
-    "--calib", type=click.Path(path_type=Path), help="Text to run the model on: file, folder, or none: its own."
-)
+@click.option("--calib", metavar="TEXT", help="Text to run the model on: file, folder, dataset; none: its own.")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a sequence, at most.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which sequences.")
@@ -104,7 +102,7 @@ def command(
     scheme: str | None,
     range_: str | None,
     method: str | None,
-    calib: Path | None,
+    calib: str | None,
     samples: int,
     length: int,
     seed: int,
@@ -164,22 +162,20 @@ def command(
     _report(result, job.source.folder, console)
 
 
-def _calibration(job: Job, path: Path, samples: int, length: int, seed: int) -> Calibration:
-    from spicerack import calibration, hf, tokenizing
+def _calibration(job: Job, source: str, samples: int, length: int, seed: int) -> Calibration:
+    from spicerack import calibration, calibration_generation, hf, tokenizing
     from spicerack.evaluation_folder import kind
     from spicerack.loading import load
 
     folder = job.source.folder
     config, _ = hf.config_and_class(job.source.config, folder)
     tokenizer = tokenizing.read(folder, config)
-    decoder = kind(job.source.config, folder) == "decoder"
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or length
     length = min(length, longest)
-    if str(path) != "none" or path.exists():
-        return calibration.read(path, tokenizer, decoder=decoder, samples=samples, length=length, seed=seed)
-    if not decoder:
-        raise TextError("an encoder writes no text of its own", "give --calib FILE")
-    return calibration.written_by(load(folder), tokenizer, samples=samples, length=length, seed=seed)
+    if source == "none":
+        return calibration_generation.from_model(load(folder), tokenizer, samples=samples, length=length, seed=seed)
+    what = kind(job.source.config, folder)
+    return calibration.read(source, tokenizer, samples=samples, length=length, seed=seed, kind=what)
 
 
 def _line(block: Finished) -> str:
