@@ -13,6 +13,7 @@ import torch
 from conftest import STDLIB_LM, LlamaFolder
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import spicerack
 from spicerack import calibrating, calibration, evaluation_lm, evaluation_text
@@ -124,6 +125,23 @@ def test_families_get_nearer_to_the_float_model(family: str, tmp_path: Path) -> 
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_layers_that_only_some_of_the_text_reaches(
+    tmp_path: Path, grams: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As experts are: the last chunk, a single sequence, takes another way through the block."""
+
+    def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+        return mlp.down_proj(mlp.up_proj(x) if len(x) == 1 else mlp.gate_proj(x))  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(calibrating, "_TOKENS", 4 * 24)
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    source, seen = saved("llama", tmp_path / "float"), []
+    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+    execute(job, tmp_path / "out", calibration=text(count=13), finished=seen.append)
+    assert len(grams) == 14 and all(bool(gram.any()) and shift is not None for gram, shift in grams)
+    assert not any(finished.events for finished in seen)
+
+
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_killed_run_continues_to_the_same_bytes(block: int, tmp_path: Path) -> None:
     source, given = saved("llama", tmp_path / "float"), text()
@@ -151,7 +169,7 @@ def test_killed_between_states_and_commit(tmp_path: Path, monkeypatch: pytest.Mo
     job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
     execute(job, tmp_path / "whole", calibration=given)
     with monkeypatch.context() as broken:
-        broken.setattr(calibrating, "_commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(calibrating, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             execute(job, tmp_path / "out", calibration=given)
     execute(job, tmp_path / "out", calibration=given)
@@ -177,7 +195,7 @@ def test_the_ledger_tells_text_method_and_events(tmp_path: Path) -> None:
     ledger = json.loads((tmp_path / "out" / "spicerack.json").read_text())
     assert ledger["identity"]["calibration"] == {
         "text": given.sha256,
-        "tokens": calibrating.fingerprint(given),
+        "tokens": given.fingerprint,
     }
     assert ledger["identity"]["recipe"]["method"] == "gptq"
     events = {entry["tensor"]: entry["events"] for entry in ledger["tensors"]}
@@ -222,6 +240,30 @@ def test_from_the_command_line(llama_folder: LlamaFolder, tmp_path: Path, capsys
         == 2
     )
     assert "needs calibration text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--samples", "8"], "--samples is about calibration text"),
+        (["--seed", "0"], "--seed is about calibration text"),
+        (["--calib", "none", "--length", "4096"], "the model has 128 positions"),
+        (["--calib", "no-such-file.txt"], "does not exist"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    options: list[str], says: str, llama_folder: LlamaFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(llama_folder()), "-o", str(tmp_path / "out"), "--scheme", "w4", *options]
+    assert _output.run(cli, command) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out.partial").exists()
+
+
+def test_auto_wins_over_the_recipe_file(llama_folder: LlamaFolder, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("scheme: w4\nmethod: gptq\n")
+    command = ["quantize", llama_folder(), "-o", tmp_path / "out", "--recipe", recipe, "--method", "auto"]
+    assert _output.run(cli, list(map(str, command))) == 0
 
 
 def test_evaluating_on_the_calibration_text_is_warned_about(llama_folder: LlamaFolder, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def _source(name: str) -> str:
 
 @cache
 def _decoder(variant: str, what: decoders.Decoder) -> PreTrainedModel:
-    """In float32 around the packed layers: torch's attention of one query is five times slower in bfloat16."""
+    """In float32 around the packed layers: the processor computes in it, and bfloat16 would be converted each time."""
     return spicerack.load(_folder(variant, what.folder, what.scratch, ("lm_head=w8",)), dtype=torch.float32)
 
 

@@ -86,70 +86,43 @@ void widen_values(const Attention& call, const Unit& u, int64_t first, int64_t c
     }
 }
 
-// Scores [M, KEYS] of M rows of q [M, width], V vectors of keys.
+// out [M, V vectors] += a [M, depth] * b [depth, V vectors]; steps are from row to row.
 template <int M, int V>
-void score_some(const float* q, const float* keys, int64_t width, float* out) {
-    vf t[M][V] = {};
-    for (int64_t column = 0; column < width; column++) {
-        vf k[V];
-        for (int v = 0; v < V; v++) k[v] = load<vf>(keys + column * KEYS + v * LANES);
-        for (int m = 0; m < M; m++) {
-            for (int v = 0; v < V; v++) t[m][v] = fused(splat(q[m * width + column]), k[v], t[m][v]);
-        }
-    }
-    for (int m = 0; m < M; m++) {
-        for (int v = 0; v < V; v++) store(out + m * KEYS + v * LANES, t[m][v]);
-    }
-}
-
-template <int M>
-void score(const float* q, const float* keys, int64_t count, int64_t width, float* out) {
-    int64_t key = 0;
-    for (; key + VECTORS * LANES <= count; key += VECTORS * LANES) {
-        score_some<M, VECTORS>(q, keys + key, width, out + key);
-    }
-    for (; key < count; key += LANES) score_some<M, 1>(q, keys + key, width, out + key);
-}
-
-// sums [M, width] += weights [M, KEYS] * values [count, width], V vectors of columns.
-template <int M, int V>
-void weigh_some(const float* weights, const float* values, int64_t count, int64_t width, float* sums) {
+void multiply_some(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t depth, float* out, int64_t step) {
     vf t[M][V];
     for (int m = 0; m < M; m++) {
-        for (int v = 0; v < V; v++) t[m][v] = load<vf>(sums + m * width + v * LANES);
+        for (int v = 0; v < V; v++) t[m][v] = load<vf>(out + m * step + v * LANES);
     }
-    for (int64_t key = 0; key < count; key++, values += width) {
+    for (int64_t i = 0; i < depth; i++, b += b_step) {
         vf x[V];
-        for (int v = 0; v < V; v++) x[v] = load<vf>(values + v * LANES);
+        for (int v = 0; v < V; v++) x[v] = load<vf>(b + v * LANES);
         for (int m = 0; m < M; m++) {
-            for (int v = 0; v < V; v++) t[m][v] = fused(splat(weights[m * KEYS + key]), x[v], t[m][v]);
+            for (int v = 0; v < V; v++) t[m][v] = fused(splat(a[m * a_step + i]), x[v], t[m][v]);
         }
     }
     for (int m = 0; m < M; m++) {
-        for (int v = 0; v < V; v++) store(sums + m * width + v * LANES, t[m][v]);
+        for (int v = 0; v < V; v++) store(out + m * step + v * LANES, t[m][v]);
     }
 }
 
+// The same for `width` columns, a multiple of LANES.
 template <int M>
-void weigh(const float* weights, const float* values, int64_t count, int64_t width, float* sums) {
+void multiply(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t depth, float* out, int64_t step,
+              int64_t width) {
     int64_t column = 0;
     for (; column + VECTORS * LANES <= width; column += VECTORS * LANES) {
-        weigh_some<M, VECTORS>(weights, values + column, count, width, sums + column);
+        multiply_some<M, VECTORS>(a, a_step, b + column, b_step, depth, out + column, step);
     }
     if (column + VECTORS / 2 * LANES <= width) {
-        weigh_some<M, VECTORS / 2>(weights, values + column, count, width, sums + column);
+        multiply_some<M, VECTORS / 2>(a, a_step, b + column, b_step, depth, out + column, step);
         column += VECTORS / 2 * LANES;
     }
-    for (; column < width; column += LANES) weigh_some<M, 1>(weights, values + column, count, width, sums + column);
+    for (; column < width; column += LANES) multiply_some<M, 1>(a, a_step, b + column, b_step, depth, out + column, step);
 }
 
-struct Tile {
-    void (*score)(const float*, const float*, int64_t, int64_t, float*);
-    void (*weigh)(const float*, const float*, int64_t, int64_t, float*);
-};
 // For so many rows, one less than the index.
-constexpr Tile TILES[TALL] = {{score<1>, weigh<1>}, {score<2>, weigh<2>}, {score<3>, weigh<3>},
-                              {score<4>, weigh<4>}, {score<5>, weigh<5>}, {score<6>, weigh<6>}};
+constexpr decltype(&multiply<1>) MULTIPLY[TALL] = {multiply<1>, multiply<2>, multiply<3>,
+                                                   multiply<4>, multiply<5>, multiply<6>};
 
 // Of lanes without NaN, which is never the largest score and comes through by its weight.
 INLINE float largest_of(vf x) {
@@ -230,14 +203,16 @@ void run(const Plan& plan, const Unit& u, Scratch& scratch) {
             const int64_t seen = least(plan.visible(u.first + r + height - 1) - first, count);
             if (seen <= 0) continue;
             const int64_t whole = (seen + PANEL - 1) / PANEL * PANEL;
-            TILES[height - 1].score(q + r * width, keys, whole, width, weights);
+            const auto multiply = MULTIPLY[height - 1];
+            std::memset(weights, 0, height * KEYS * sizeof(float));
+            multiply(q + r * width, width, keys, KEYS, width, weights, KEYS, whole);
             for (int64_t m = 0; m < height; m++) {
                 const int64_t row = u.first + r + m;
                 float* own = weights + m * KEYS;
                 hide(call, u, plan.head(u, row), plan.position(row), first, plan.visible(row) - first, whole, own);
                 soften(own, whole, largest + r + m, total + (r + m) * PANEL, sums + (r + m) * value_width, value_width);
             }
-            TILES[height - 1].weigh(weights, values, seen, value_width, sums + r * value_width);
+            multiply(weights, KEYS, values, value_width, seen, sums + r * value_width, value_width, value_width);
         }
     }
     for (int64_t r = 0; r < u.rows; r++) {

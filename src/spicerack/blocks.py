@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +108,37 @@ def shared_inputs(calls: Sequence[tuple[str, torch.Tensor]]) -> tuple[tuple[str,
     return tuple(map(tuple, groups.values()))
 
 
-class _Stop(Exception):  # noqa: N818
-    """Not an error: the rest of a forward is not needed."""
+@contextmanager
+def watched(block: nn.Module, paths: Sequence[str], look: Callable[[tuple[str, torch.Tensor]], None]) -> Iterator[None]:
+    """Within, `look` is called with (path, input) of each of these layers when it is called."""
+    hooks = [
+        block.get_submodule(path).register_forward_pre_hook(lambda _, inputs, path=path: look((path, inputs[0])))
+        for path in paths
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def input_of(
+    path: str, stack: Stack, block: nn.Module, hidden: torch.Tensor, arguments: Arguments
+) -> torch.Tensor | None:
+    """What a layer of `block` is called with; nothing behind it is computed. None where it is not called at all."""
+    found: list[torch.Tensor] = []
+
+    def look(call: tuple[str, torch.Tensor]) -> None:
+        found.append(call[1])
+        raise _EnoughError
+
+    with watched(block, [path], look), suppress(_EnoughError):
+        stack.run(block, hidden, arguments)
+    return found[0] if found else None
+
+
+class _EnoughError(Exception):
+    """Ends a forward whose rest is not needed; never leaves this module."""
 
 
 @torch.no_grad()
@@ -118,16 +148,15 @@ def _results(model: PreTrainedModel, block: nn.Module) -> int:
     original = block.forward
 
     @functools.wraps(original)
-    def watched(*positional: Any, **named: Any) -> Any:
+    def counted(*positional: Any, **named: Any) -> Any:
         made = original(*positional, **named)
         found.append(len(made) if isinstance(made, tuple) else 0)
-        raise _Stop
+        raise _EnoughError
 
-    block.forward = watched
+    block.forward = counted
     try:
-        _call(model, {"input_ids": torch.zeros((1, 2), dtype=torch.long)})
-    except _Stop:
-        pass
+        with suppress(_EnoughError):
+            _call(model, {"input_ids": torch.zeros((1, 2), dtype=torch.long)})
     finally:
         del block.forward
     if not found:

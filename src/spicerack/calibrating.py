@@ -12,12 +12,7 @@ A block is finished when its file is there, so that a run that is killed continu
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
-import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,16 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from spicerack import blocks, codec, packed
+from spicerack import blocks, codec
 from spicerack.algorithms import gptq, rtn, signround
 from spicerack.architecture import destinations
 from spicerack.blocks import Arguments, Stack
+from spicerack.calibrating_files import States, commit, is_done
 from spicerack.calibration import Calibration
 from spicerack.errors import ActivationError
 from spicerack.format import Planned
@@ -75,34 +69,6 @@ class _Layer:
     planned: Planned
 
 
-class Solutions:
-    """The solved layers in `folder`, by tensor; those of no block are not there."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Path] = {}
-        self._notes: dict[str, list[str]] = {}
-        for file in sorted(folder.glob("block-*.safetensors")):
-            for tensor, events in _metadata(file)["layers"].items():
-                self._files[tensor], self._notes[tensor] = file, events
-
-    def __contains__(self, tensor: str) -> bool:
-        return tensor in self._files
-
-    def __bool__(self) -> bool:
-        return bool(self._files)
-
-    def events(self, tensor: str) -> list[str]:
-        """What happened while it was solved."""
-        return self._notes[tensor]
-
-    def read(self, tensor: str, planned: Planned) -> QTensor:
-        """As it was solved, output rows first."""
-        with safe_open(self._files[tensor], framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(tensor + "/")]  # noqa: SIM118  # not a mapping
-            parts = {name.removeprefix(tensor + "/"): file.get_tensor(name) for name in names}
-        return packed.unpack(planned.scheme, planned.shape, parts)
-
-
 @torch.no_grad()
 def run(
     job: Job,
@@ -120,38 +86,34 @@ def run(
     model = load(job.source.folder)
     stack = blocks.find(model)
     inside = _inside(stack, job)
-    states = _States(folder)
-    first = next((i for i in range(len(stack.blocks)) if not _file(folder, i).exists()), len(stack.blocks))
+    states = States(folder, _sequences(calibration))
+    first = next((i for i in range(len(stack.blocks)) if not is_done(folder, i)), len(stack.blocks))
     if first == 0:
         for number, some in enumerate(_chunks(calibration)):
             hidden, _ = stack.calls(_inputs(calibration, some))
             states.write(0, number, hidden.float(), hidden.float())
     for i in range(first, len(stack.blocks)):
-        begin = time.time()
-        work = _Block(stack, i, inside[i], calibration, states, job, threads)
-        solved = work.solve()
-        error = work.advance()
-        _commit(_file(folder, i), solved, inside[i], error)
-        states.drop(i)
-        weights = sum(s.q.codes.numel() for s in solved.values())
-        events = [f"{layer.path}: {event}" for layer in inside[i] for event in solved[layer.tensor].events]
-        bits = sum(s.q.stored_bits for s in solved.values()) / weights if weights else 0.0
-        finished(
-            Finished(stack.name(i), i, len(stack.blocks), len(solved), bits, error, time.time() - begin, tuple(events))
-        )
+        finished(_solve(_Block(stack, i, inside[i], calibration, states, job, threads), folder))
 
 
-def fingerprint(calibration: Calibration) -> str:
-    """sha256 of the tokens and their mask: what must be the same for a run to continue."""
-    digest = hashlib.sha256(calibration.ids.numpy().tobytes())
-    if calibration.mask is not None:
-        digest.update(calibration.mask.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def clear(folder: Path) -> None:
-    """Remove what `run` left."""
-    shutil.rmtree(folder, ignore_errors=True)
+def _solve(work: _Block, folder: Path) -> Finished:
+    """One block, committed."""
+    begin = time.time()
+    solved = work.solve()
+    error = work.advance()
+    commit(folder, work.index, solved, error)
+    work.states.drop(work.index)
+    weights = sum(s.q.codes.numel() for s in solved.values())
+    return Finished(
+        block=work.stack.name(work.index),
+        number=work.index,
+        count=len(work.stack.blocks),
+        layers=len(solved),
+        bits=sum(s.q.stored_bits for s in solved.values()) / weights if weights else 0.0,
+        error=error,
+        seconds=time.time() - begin,
+        events=tuple(f"{x.path}: {event}" for x in work.layers for event in solved[x.tensor].events),
+    )
 
 
 class _Block:
@@ -163,7 +125,7 @@ class _Block:
         index: int,
         layers: list[_Layer],
         calibration: Calibration,
-        states: _States,
+        states: States,
         job: Job,
         threads: int,
     ) -> None:
@@ -198,8 +160,8 @@ class _Block:
 
         def forward(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
             chunk, arguments = self._call(list(numbers))
-            x = self.states.sequences(self.index, numbers, self.calibration)[0]
-            wanted = self.states.sequences(self.index + 1, numbers, self.calibration)[1]
+            x = self.states.sequences(self.index, numbers)[0]
+            wanted = self.states.sequences(self.index + 1, numbers)[1]
             return _tokens(self.stack.run(self.block, x, arguments), chunk), _tokens(wanted, chunk)
 
         by_tensor = {layer.tensor: layer for layer in self.layers}
@@ -237,49 +199,55 @@ class _Block:
         arguments = self.stack.calls(chunk)[1][self.index]
         return chunk, Arguments(_to_float(arguments.positional), _to_float(arguments.named))
 
-    def _groups(self) -> list[tuple[str, ...]]:
-        """Paths of layers in the order of their calls, those with one input together."""
-        seen: list[tuple[str, torch.Tensor]] = []
-        paths = [layer.path for layer in self.layers]
-        with _watch(self.exact, paths, lambda path, x: seen.append((path, x))):
-            _, arguments = next(self._calls())
-            self.stack.run(self.exact, self.states.read(self.index, 0)[1], arguments)
-        return list(blocks.shared_inputs(seen))
+    def _groups(self) -> Iterator[tuple[str, ...]]:
+        """Paths of layers in the order of their calls, those with one input together; each once."""
+        missing = {layer.path for layer in self.layers}
+        for number, (_, arguments) in enumerate(self._calls()):
+            if not missing:
+                return
+            seen: list[tuple[str, torch.Tensor]] = []
+            with blocks.watched(self.exact, sorted(missing), seen.append):
+                self.stack.run(self.exact, self.states.read(self.index, number)[1], arguments)
+            missing -= {path for path, _ in seen}
+            yield from blocks.shared_inputs(seen)
 
-    def _moments(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """mean x x^T and mean (x' - x) x^T, float64 [K, K]: x what the layer gets now, x' in the float model."""
-        seen = Accumulator(["gram"], self.block.get_parameter(f"{path}.weight").shape[self._columns(path)])
+    def _moments(self, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """mean x x^T and mean (x' - x) x^T, float64 [K, K]: x what the layer gets now, x' in the float model.
+
+        None for the second where the float model calls the layer with other rows, so that nothing can be compared.
+        """
+        seen = Accumulator(["gram"], self._columns(path))
         shift = torch.zeros((seen.columns, seen.columns), dtype=torch.float64)
+        comparable = True
         for number, (chunk, arguments) in enumerate(self._calls()):
             quantized, exact = self.states.read(self.index, number)
-            x = _tokens(self._input(self.block, path, quantized, arguments), chunk)
+            x = self._input(self.block, path, quantized, arguments, chunk)
+            before = self._input(self.exact, path, exact, arguments, chunk)
+            comparable &= x.shape == before.shape
             try:
                 seen.add(x)
             except ActivationError as error:
                 place = f"{self.stack.name(self.index)}.{path}, chunk {number}"
                 raise ActivationError(f"{place}: {error.message}", error.hint) from error
-            shift += (_tokens(self._input(self.exact, path, exact, arguments), chunk) - x).t() @ x
+            if comparable:
+                shift += (before - x).t() @ x
         found = seen.result()
         assert found.gram is not None
-        return found.gram.double(), shift / found.tokens
+        return found.gram.double(), shift / found.tokens if comparable and found.tokens else None
+
+    def _input(
+        self, block: nn.Module, path: str, hidden: torch.Tensor, arguments: Arguments, chunk: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """[tokens, K], none where the layer is not called."""
+        x = blocks.input_of(path, self.stack, block, hidden, arguments)
+        return hidden.new_empty((0, self._columns(path))) if x is None else _tokens(x, chunk)
 
     def _columns(self, path: str) -> int:
-        """The axis of the layer's weight that its input has."""
-        return 0 if isinstance(self.block.get_submodule(path), Conv1D) else 1
+        """Of the layer's input."""
+        shape = self.block.get_parameter(f"{path}.weight").shape
+        return shape[0] if isinstance(self.block.get_submodule(path), Conv1D) else shape[1]
 
-    def _input(self, block: nn.Module, path: str, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-        """What the layer is called with; nothing behind it is computed."""
-        found: list[torch.Tensor] = []
-
-        def stop(_: str, x: torch.Tensor) -> None:
-            found.append(x)
-            raise _Reached
-
-        with _watch(block, [path], stop), contextlib.suppress(_Reached):
-            self.stack.run(block, hidden, arguments)
-        return found[0]
-
-    def _layer(self, layer: _Layer, gram: torch.Tensor, shift: torch.Tensor) -> Solved:
+    def _layer(self, layer: _Layer, gram: torch.Tensor, shift: torch.Tensor | None) -> Solved:
         start = self._start(layer, gram.diagonal().float())
         solved = Solved(start)
         if self.job.recipe.method == "gptq" and gptq.fits(layer.planned.scheme):
@@ -305,61 +273,6 @@ class _Block:
         weight.copy_(decoded.t() if layer.planned.transposed else decoded)
 
 
-class _Reached(Exception):  # noqa: N818
-    """Not an error: a forward has come to the layer that is looked at."""
-
-
-class _watch:  # noqa: N801  # a context manager
-    """Calls `look` with path and input of each of these layers when it is called."""
-
-    def __init__(self, block: nn.Module, paths: list[str], look: Callable[[str, torch.Tensor], None]) -> None:
-        self.hooks = [
-            block.get_submodule(path).register_forward_pre_hook(lambda _, inputs, path=path: look(path, inputs[0]))
-            for path in paths
-        ]
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-
-class _States:
-    """Hidden states on disk, float32 [B, L, H], a file for each block and chunk: behind quantized blocks, and exact."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def _path(self, block: int, chunk: int) -> Path:
-        return self.folder / f"states-{block:05d}-{chunk:05d}.safetensors"
-
-    def write(self, block: int, chunk: int, quantized: torch.Tensor, exact: torch.Tensor) -> None:
-        tensors = {"quantized": quantized.contiguous(), "exact": exact.contiguous().clone()}
-        save_file(tensors, self._path(block, chunk))
-
-    def read(self, block: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tensors = load_file(self._path(block, chunk))
-        return tensors["quantized"], tensors["exact"]
-
-    def sequences(
-        self, block: int, numbers: Sequence[int], calibration: Calibration
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some sequences of `read`, whatever their chunks; no other is read."""
-        rows = _rows(calibration)
-        found: list[list[torch.Tensor]] = [[], []]
-        for number in numbers:
-            with safe_open(self._path(block, number // rows), framework="pt") as file:
-                for parts, name in zip(found, ("quantized", "exact"), strict=True):
-                    parts.append(file.get_slice(name)[number % rows : number % rows + 1])
-        return torch.cat(found[0]), torch.cat(found[1])
-
-    def drop(self, block: int) -> None:
-        for path in self.folder.glob(f"states-{block:05d}-*.safetensors"):
-            path.unlink()
-
-
 def _inside(stack: Stack, job: Job) -> list[list[_Layer]]:
     """For each block the planned layers in it."""
     actions: dict[str, Action] = {a.info.name: a for a in job.actions if a.planned is not None}
@@ -380,14 +293,14 @@ def _inside(stack: Stack, job: Job) -> list[list[_Layer]]:
     return found
 
 
-def _rows(calibration: Calibration) -> int:
-    """Sequences of a chunk."""
+def _sequences(calibration: Calibration) -> int:
+    """Of a chunk."""
     return max(_TOKENS // calibration.ids.shape[1], 1)
 
 
 def _chunks(calibration: Calibration) -> Iterator[slice]:
     """A few sequences at a time."""
-    rows = _rows(calibration)
+    rows = _sequences(calibration)
     return (slice(first, first + rows) for first in range(0, len(calibration.ids), rows))
 
 
@@ -408,24 +321,3 @@ def _tokens(x: torch.Tensor, chunk: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _to_float(arguments: Any) -> Any:
     return tree_map(lambda v: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, arguments)
-
-
-def _file(folder: Path, block: int) -> Path:
-    return folder / f"block-{block:05d}.safetensors"
-
-
-def _commit(path: Path, solved: Mapping[str, Solved], layers: list[_Layer], error: float) -> None:
-    """Appears whole or not at all."""
-    tensors = {f"{t}/{name}": part.contiguous() for t, s in solved.items() for name, part in packed.pack(s.q).items()}
-    facts = {"layers": {layer.tensor: list(solved[layer.tensor].events) for layer in layers}, "error": error}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, {"spicerack": json.dumps(facts)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _metadata(path: Path) -> dict[str, dict[str, list[str]]]:
-    with safe_open(path, framework="pt") as file:
-        found: dict[str, dict[str, list[str]]] = json.loads(file.metadata()["spicerack"])
-    return found

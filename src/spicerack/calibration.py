@@ -49,6 +49,14 @@ class Calibration:
     source: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of ids and mask: what must be the same for a run to continue."""
+        digest = hashlib.sha256(self.ids.numpy().tobytes())
+        if self.mask is not None:
+            digest.update(self.mask.numpy().tobytes())
+        return digest.hexdigest()
+
 
 def read(
     source: str | Path,

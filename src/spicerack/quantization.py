@@ -18,7 +18,8 @@ import torch
 
 from spicerack import calibrating
 from spicerack.algorithms import rtn
-from spicerack.calibrating import Finished, Solutions
+from spicerack.calibrating import Finished
+from spicerack.calibrating_files import Solutions, clear
 from spicerack.calibration import Calibration
 from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer
 from spicerack.errors import RecipeError, UsageError
@@ -125,7 +126,7 @@ def execute(
     threads = threads or os.cpu_count() or 1
     identity = job.identity()
     if calibration is not None:
-        identity |= {"calibration": {"text": calibration.sha256, "tokens": calibrating.fingerprint(calibration)}}
+        identity |= {"calibration": {"text": calibration.sha256, "tokens": calibration.fingerprint}}
     side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
     writer = Writer(output, job.shards, identity, side_bytes)
     solved = Solutions(writer.partial / _BLOCKS)
@@ -149,7 +150,7 @@ def execute(
         ledger = {"identity": identity, "tensors": [*writer.entries(), *map(_dropped, _drops(job))]}
         files = {RUN: _run(job, result), LEDGER: _json(ledger), CONFIG: _json(job.config)}
         writer.finish(files, job.source.folder, job.source.side_files)
-    calibrating.clear(writer.partial / _BLOCKS)
+    clear(writer.partial / _BLOCKS)
     writer.seal()
     return result
 

@@ -42,7 +42,8 @@ def fits(scheme: Scheme) -> bool:
 def solve(
     w: torch.Tensor, start: QTensor, gram: torch.Tensor, shift: torch.Tensor | None = None, *, beta: float = BETA
 ) -> Solved:
-    """w [N, K], rounded to `start` -> codes and scales with less error in the output; no row gets worse.
+    """w [N, K], rounded to `start` -> codes and scales with less error in the output; no row gets worse, but for
+    rows that share one scale of the tensor, which together do not.
 
     gram, shift: H and C, float [K, K]. `start` itself, with an event that says why, if H is not finite or cannot be
     factored. The scheme must be one that `fits`.

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from spicerack.cli import _output
-from spicerack.errors import RecipeError
+from spicerack.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from spicerack.recipe import Recipe, Rule
 
 _ORDER = "spicerack.rule_order"
+_LENGTH = 512
 
 
 class _OrderedCommand(click.Command):
@@ -66,8 +68,8 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: s
             made = dataclasses.replace(made, scheme=parse(scheme))
     if range_ is not None:
         made = dataclasses.replace(made, range_=recipe.check_range(range_))
-    if method not in (None, "auto"):
-        made = dataclasses.replace(made, method=recipe.check_method(method))
+    if method is not None:
+        made = dataclasses.replace(made, method=None if method == "auto" else recipe.check_method(method))
     return made.then(rules)
 
 
@@ -81,7 +83,7 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: s
 )
 @click.option("--calib", metavar="TEXT", help="Text to run the model on: file, folder, dataset; none: its own.")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a sequence, at most.")
+@click.option("--length", type=click.IntRange(2), help="Tokens of a sequence. Default: 512, or the model's longest.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which sequences.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file with scheme and rules.")
 @click.option(
@@ -104,7 +106,7 @@ def command(
     method: str | None,
     calib: str | None,
     samples: int,
-    length: int,
+    length: int | None,
     seed: int,
     recipe_file: Path | None,
     set_: tuple[str, ...],
@@ -124,6 +126,10 @@ def command(
     spicerack quantize MODEL -o out --scheme w4g32z --set '**.down_proj=w8' --skip 'model.layers.0.**'
     spicerack quantize MODEL -o out --scheme w3g64 --calib text.jsonl
     """
+    if calib is None:
+        for name in ("samples", "length", "seed"):
+            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
     recipe = _recipe(recipe_file, scheme, range_, method, _rules(ctx, set_, skip))
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -162,7 +168,7 @@ def command(
     _report(result, job.source.folder, console)
 
 
-def _calibration(job: Job, source: str, samples: int, length: int, seed: int) -> Calibration:
+def _calibration(job: Job, source: str, samples: int, length: int | None, seed: int) -> Calibration:
     from spicerack import calibration, calibration_generation, hf, tokenizing
     from spicerack.evaluation_folder import kind
     from spicerack.loading import load
@@ -170,8 +176,10 @@ def _calibration(job: Job, source: str, samples: int, length: int, seed: int) ->
     folder = job.source.folder
     config, _ = hf.config_and_class(job.source.config, folder)
     tokenizer = tokenizing.read(folder, config)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or length
-    length = min(length, longest)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if length is not None and longest is not None and length > longest:
+        raise UsageError(f"--length {length}: the model has {longest} positions", f"use --length {longest} or less")
+    length = length or min(_LENGTH, longest or _LENGTH)
     if source == "none":
         return calibration_generation.from_model(load(folder), tokenizer, samples=samples, length=length, seed=seed)
     what = kind(job.source.config, folder)
