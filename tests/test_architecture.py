@@ -13,10 +13,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "spicerack"
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "registry", "models"}),
     frozenset({"scheme", "schemes"}),
-    frozenset({"levels", "search", "qtensor", "solved", "codec", "bits", "packed", "recipe", "native", "engines"}),
+    frozenset(
+        {"levels", "search", "qtensor", "solved", "codec", "bits", "packed", "method", "recipe", "native", "engines"}
+    ),
     frozenset({"checkpoint", "census", "architecture"}),
     frozenset({"format", "formats", "kernel", "panels", "kernels"}),
-    frozenset({"nn", "blocks", "stats", "observers"}),
+    frozenset({"nn", "blocks", "folding", "stats", "observers"}),
     frozenset({"algorithms"}),
     frozenset(
         {

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import spicerack
-from spicerack import calibrating, calibration, evaluation_lm, evaluation_text
+from spicerack import calibrating, calibrating_block, calibration, evaluation_lm, evaluation_text, method
 from spicerack.algorithms import gptq, signround
 from spicerack.calibrating import Finished
 from spicerack.calibration import Calibration
@@ -26,6 +26,7 @@ from spicerack.job import prepare
 from spicerack.quantization import calibrated, execute
 from spicerack.recipe import Recipe
 from spicerack.scheme import parse
+from spicerack.solved import Solved
 
 
 def text(count: int = 12, length: int = 24, padded: bool = False, vocabulary: int = 99) -> Calibration:
@@ -57,7 +58,7 @@ def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Ten
 
     def keep(w: torch.Tensor, start: Any, gram: torch.Tensor, shift: torch.Tensor | None = None) -> Any:
         seen.append((gram, shift))
-        return calibrating.Solved(start)
+        return Solved(start)
 
     monkeypatch.setattr(gptq, "solve", keep)
     return seen
@@ -81,7 +82,7 @@ def test_statistics_are_those_of_what_flows_behind_quantized_layers(
     family: str, padded: bool, tmp_path: Path, grams: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With float scales, the result itself is the model in which each layer saw what it was solved for."""
-    monkeypatch.setattr(calibrating, "_TOKENS", 100)  # several chunks
+    monkeypatch.setattr(calibrating_block, "_TOKENS", 100)  # several chunks
     source, given = saved(family, tmp_path / "float"), text(padded=padded)
     events: list[Finished] = []
     job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
@@ -133,7 +134,7 @@ def test_layers_that_only_some_of_the_text_reaches(
     def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
         return mlp.down_proj(mlp.up_proj(x) if len(x) == 1 else mlp.gate_proj(x))  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(calibrating, "_TOKENS", 4 * 24)
+    monkeypatch.setattr(calibrating_block, "_TOKENS", 4 * 24)
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     source, seen = saved("llama", tmp_path / "float"), []
     job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
@@ -220,7 +221,7 @@ def test_what_needs_text_and_what_takes_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="in memory"):
         spicerack.quantize(families.build("llama"), "w4g16", method="gptq")
     with pytest.raises(RecipeError, match="unknown method"):
-        spicerack.quantize(source, "w4g16", output=tmp_path / "out", method="gtpq")  # type: ignore[call-overload]
+        spicerack.quantize(source, "w4g16", output=tmp_path / "out", method="gtpq")
 
 
 def test_from_the_command_line(llama_folder: LlamaFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,7 +284,7 @@ def test_signround_in_the_loop(family: str, tmp_path: Path, monkeypatch: pytest.
     source, given = saved(family, tmp_path / "float"), text(count=20, padded=family == "bert")
     seen: dict[str, list[float]] = {"rtn": [], "signround": []}
     for name, errors in seen.items():
-        job = prepare(source, calibrated(dataclasses.replace(Recipe(parse("w2g16")), method=name), True))  # type: ignore[arg-type]
+        job = prepare(source, calibrated(dataclasses.replace(Recipe(parse("w2g16")), method=method.parse(name)), True))
         execute(job, tmp_path / name, calibration=given, finished=lambda f, errors=errors: errors.append(f.error))
     assert all(a < b for a, b in zip(seen["signround"], seen["rtn"], strict=True))
     assert not same_files(tmp_path / "rtn", tmp_path / "signround")

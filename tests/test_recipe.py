@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spicerack import method
 from spicerack.errors import RecipeError, SchemeError
 from spicerack.recipe import Recipe, read, resolve, rule, skip
 from spicerack.scheme import parse
@@ -113,7 +114,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     path.write_text("scheme: w4g128\nrange: absmax\nrules:\n  - '**.down_proj': w8\n  - lm_head: skip\n")
     recipe = read(path)
     assert recipe == Recipe(parse("w4g128"), "absmax", (rule("**.down_proj=w8"), skip("lm_head")))
-    for one in (recipe, dataclasses.replace(recipe, method="gptq")):
+    for one in (recipe, dataclasses.replace(recipe, method=method.parse("awq+gptq"))):
         path.write_text(yaml.safe_dump(one.as_dict()))
         assert read(path) == one
 

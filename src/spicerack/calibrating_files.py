@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,26 +18,35 @@ from spicerack.format import Planned
 from spicerack.qtensor import QTensor
 from spicerack.solved import Solved
 
+_CHANGED = "float"
+
 
 class Solutions:
-    """The solved layers in `folder`, by tensor; those of no block are not there."""
+    """The solved layers in `folder`, by tensor, and the float tensors that were changed along with them."""
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
-        self._notes: dict[str, list[str]] = {}
+        self._layers: dict[str, dict[str, Any]] = {}
         for file in sorted(folder.glob("block-*.safetensors")):
-            for tensor, events in _metadata(file)["layers"].items():
-                self._files[tensor], self._notes[tensor] = file, events
+            facts = _metadata(file)
+            self._layers |= facts["layers"]
+            self._files |= dict.fromkeys([*facts["layers"], *facts["changed"]], file)
 
     def __contains__(self, tensor: str) -> bool:
-        return tensor in self._files
+        return tensor in self._layers
 
     def __bool__(self) -> bool:
-        return bool(self._files)
+        return bool(self._layers)
 
     def events(self, tensor: str) -> list[str]:
         """What happened while it was solved."""
-        return self._notes[tensor]
+        found: list[str] = self._layers[tensor]["events"]
+        return found
+
+    def error(self, tensor: str) -> float:
+        """||decoded - w|| / ||w|| against the weight that was rounded."""
+        found: float = self._layers[tensor]["error"]
+        return found
 
     def read(self, tensor: str, planned: Planned) -> QTensor:
         """As it was solved, output rows first."""
@@ -44,6 +54,14 @@ class Solutions:
             names = [name for name in file.offset_keys() if name.startswith(tensor + "/")]
             parts = {name.removeprefix(tensor + "/"): file.get_tensor(name) for name in names}
         return packed.unpack(planned.scheme, planned.shape, parts)
+
+    def changed(self, tensor: str) -> torch.Tensor | None:
+        """What a tensor that stays in float is now; None if it is as it was."""
+        if tensor not in self._files:
+            return None
+        with safe_open(self._files[tensor], framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(f"{tensor}/{_CHANGED}")
+        return found
 
 
 class States:
@@ -86,10 +104,23 @@ def is_done(folder: Path, block: int) -> bool:
     return _file(folder, block).exists()
 
 
-def commit(folder: Path, block: int, solved: Mapping[str, Solved], error: float) -> None:
-    """The block's file appears whole or not at all. solved: by tensor. error: of the block's output."""
+def commit(
+    folder: Path,
+    block: int,
+    solved: Mapping[str, Solved],
+    losses: Mapping[str, float],
+    changed: Mapping[str, torch.Tensor],
+    error: float,
+) -> None:
+    """The block's file appears whole or not at all.
+
+    solved, losses: by tensor, the layers and their relative errors. changed: float tensors as they are now. error: of
+    the block's output.
+    """
     tensors = {f"{t}/{name}": part.contiguous() for t, s in solved.items() for name, part in packed.pack(s.q).items()}
-    facts = {"layers": {tensor: list(s.events) for tensor, s in solved.items()}, "error": error}
+    tensors |= {f"{tensor}/{_CHANGED}": value.contiguous() for tensor, value in changed.items()}
+    layers = {tensor: {"events": list(s.events), "error": losses[tensor]} for tensor, s in solved.items()}
+    facts = {"layers": layers, "changed": list(changed), "error": error}
     path = _file(folder, block)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, {"spicerack": json.dumps(facts)})
@@ -107,7 +138,7 @@ def _file(folder: Path, block: int) -> Path:
     return folder / f"block-{block:05d}.safetensors"
 
 
-def _metadata(path: Path) -> dict[str, dict[str, list[str]]]:
+def _metadata(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
-        found: dict[str, dict[str, list[str]]] = json.loads(file.metadata()["spicerack"])
+        found: dict[str, Any] = json.loads(file.metadata()["spicerack"])
     return found

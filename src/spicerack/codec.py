@@ -50,12 +50,15 @@ def encode(
     range_: Range = "opt",
     importance: torch.Tensor | None = None,
     name: str = "weight",
+    source: torch.dtype | None = None,
 ) -> QTensor:
     """Quantize w [..., N, K] (any float type). Raises ShapeError, and WeightError naming tensor, place and value.
 
     importance: [K] or of w's shape, not negative: how much an error in each weight matters (mean square of its input).
+    source: the type that decides that of scales; w's own if None.
     """
     shape = tuple(w.shape)
+    source = source or w.dtype
     scheme.check_shape(name, shape)
     check_finite(w.float(), name)
     block = scheme.block_shape(*shape[-2:])
@@ -65,14 +68,14 @@ def encode(
     min_: Scale | None = None
     if scheme.min is not None:
         lowest = x.amin(1).clamp(max=0).reshape(grid)
-        min_, stored_min = _encode_part(lowest, scheme.min, range_, w.dtype, name)
+        min_, stored_min = _encode_part(lowest, scheme.min, range_, source, name)
         x = x - stored_min[:, None]
-    search_type = torch.float32 if isinstance(scheme.scale, Scheme) else dtype_of(scheme.scale, w.dtype)
+    search_type = torch.float32 if isinstance(scheme.scale, Scheme) else dtype_of(scheme.scale, source)
     found, zero = search(TensorBlocks(x, scheme, a), scheme, search_type, range_)
     found = found.reshape(grid)
     if not scale_fits(found):
         found = check_scale(x.abs().amax(1).reshape(grid), found, search_type, name)
-    scale, found = _encode_part(found, scheme.scale, range_, w.dtype, name)
+    scale, found = _encode_part(found, scheme.scale, range_, source, name)
     inverse = torch.where(found == 0, 0, 1 / found)[:, None]
     codes = nearest(x * inverse, scheme.levels, zero[:, None])
     signed = isinstance(scheme.levels, IntLevels) and scheme.levels.lo < 0

@@ -17,6 +17,7 @@ from typing import Any, overload
 import torch
 
 from spicerack import calibrating
+from spicerack import method as methods
 from spicerack.algorithms import rtn
 from spicerack.calibrating import Finished
 from spicerack.calibrating_files import Solutions, clear
@@ -25,7 +26,8 @@ from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter
 from spicerack.errors import RecipeError, UsageError
 from spicerack.job import Action, Job, prepare
 from spicerack.kernel import Compute
-from spicerack.recipe import Method, Range, Recipe, Rule, check_method, check_range, rule
+from spicerack.method import Method
+from spicerack.recipe import Range, Recipe, Rule, check_range, rule
 from spicerack.scheme import Scheme, parse
 from spicerack.swap import quantize_module
 
@@ -50,7 +52,7 @@ def quantize(
     *,
     output: str | Path,
     range_: Range | None = ...,
-    method: Method | None = ...,
+    method: str | Method | None = ...,
     calibration: Calibration | None = ...,
     rules: Iterable[str | Rule] = ...,
     threads: int | None = ...,
@@ -63,7 +65,7 @@ def quantize(
     *,
     output: str | Path | None = None,
     range_: Range | None = None,
-    method: Method | None = None,
+    method: str | Method | None = None,
     calibration: Calibration | None = None,
     rules: Iterable[str | Rule] = (),
     compute: Compute | None = None,
@@ -73,18 +75,19 @@ def quantize(
 ) -> torch.nn.Module | dict[str, Any]:
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a summary of it.
 
-    scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; method: "rtn", "gptq"
-    or "signround"; both win over the Recipe's. calibration: what flows through a folder's model, of `calibration.read`.
+    scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; method: a chain
+    such as "gptq" or "awq+gptq"; both win over the Recipe's. calibration: what flows through a folder's model, of
+    `calibration.read`.
     rules: "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's. threads, shard_bytes, progress
     (called with the bytes of each source tensor as it is done): for folders. compute: as in `load`, for modules.
     Raises the errors of `errors.py`.
     """
     what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
-    method = check_method(method) if method is not None else what.method
-    what = dataclasses.replace(what, range_=check_range(range_ or what.range_), method=method)
+    chain = methods.parse(method) if isinstance(method, str) else method or what.method
+    what = dataclasses.replace(what, range_=check_range(range_ or what.range_), method=chain)
     what = what.then(rule(r) if isinstance(r, str) else r for r in rules)
     if isinstance(model, torch.nn.Module):
-        if calibration is not None or what.method not in (None, "rtn"):
+        if calibration is not None or (what.method is not None and what.method.needs_text):
             raise UsageError("a module in memory is not calibrated", "save it as a folder, and quantize that")
         if any(option is not None for option in (output, threads, shard_bytes, progress)):
             raise UsageError(
@@ -102,8 +105,8 @@ def quantize(
 
 def calibrated(what: Recipe, with_text: bool) -> Recipe:
     """The recipe with its method decided. Raises RecipeError if that needs a calibration text and there is none."""
-    method = what.method or ("gptq" if with_text else "rtn")
-    if method != "rtn" and not with_text:
+    method = what.method or methods.auto(what.scheme, with_text)
+    if method.needs_text and not with_text:
         raise RecipeError(f"{method} needs calibration text", "pass --calib FILE (calibration=...), or --method rtn")
     return dataclasses.replace(what, method=method)
 
@@ -160,18 +163,21 @@ def _one(job: Job, action: Action, out: ShardWriter, solved: Solutions, threads:
     name = action.info.name
     w = job.source.read(name)
     if action.planned is None:
-        out.write(name, w)
-        return _entry(action, action.info.nbytes)
+        changed = solved.changed(name)
+        out.write(name, w if changed is None else changed)
+        moved = () if changed is None else ("divided by factors that the layers behind it have now",)
+        return _entry(action, action.info.nbytes, events=moved)
     p = action.planned
     w = w.transpose(-1, -2).contiguous() if p.transposed else w
     events: list[str] = []
     if name in solved:
-        q, events = solved.read(name, p), solved.events(name)
+        q, events, error = solved.read(name, p), solved.events(name), solved.error(name)
     else:
         q = rtn.solve(w, p.scheme, range_=job.recipe.range_, name=name, threads=threads)
+        error = rtn.relative_error(w, q, threads=threads)
     for key, tensor in job.format.encode(p, q).items():
         out.write(key, tensor)
-    return _entry(action, sum(slot.nbytes for slot in action.slots), rtn.relative_error(w, q, threads=threads), events)
+    return _entry(action, sum(slot.nbytes for slot in action.slots), error, events)
 
 
 def _entry(action: Action, bytes_after: int, error: float | None = None, events: Iterable[str] = ()) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from spicerack import method
 from spicerack.errors import RecipeError
+from spicerack.method import Method
 from spicerack.scheme import Scheme, parse
 
 Range = Literal["absmax", "opt"]
 RANGES: tuple[Range, ...] = ("opt", "absmax")
-Method = Literal["rtn", "gptq", "signround"]
-METHODS: tuple[Method, ...] = ("rtn", "gptq", "signround")
 SKIP = "skip"
 BY_DEFAULT = frozenset({"linear", "conv1d", "experts"})
 ON_REQUEST = frozenset({"embedding", "head", "router"})
@@ -57,8 +57,7 @@ class Rule:
 class Recipe:
     """The scheme of all linear layers, the exceptions, and how ranges and codes are chosen.
 
-    method: "rtn" rounds to nearest; "gptq" and "signround" need calibration text. None: gptq where there is such a
-    text, else rtn.
+    method: None is the best measured for the scheme where there is calibration text, else rtn.
     """
 
     scheme: Scheme
@@ -69,7 +68,7 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """What is printed and stored; `read` of its YAML gives the recipe back."""
         rules = [{rule.pattern: rule.scheme.name if rule.scheme else SKIP} for rule in self.rules]
-        method = {} if self.method is None else {"method": self.method}
+        method = {} if self.method is None else {"method": str(self.method)}
         return {"scheme": self.scheme.name, **method, "range": self.range_, "rules": rules}
 
     def then(self, rules: Iterable[Rule]) -> Recipe:
@@ -77,7 +76,9 @@ class Recipe:
         return dataclasses.replace(self, rules=(*self.rules, *rules))
 
     def __str__(self) -> str:
-        return " ".join([self.scheme.name, *filter(None, [self.method]), f"range={self.range_}", *map(str, self.rules)])
+        return " ".join(
+            [self.scheme.name, *map(str, filter(None, [self.method])), f"range={self.range_}", *map(str, self.rules)]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +152,8 @@ def read(path: Path) -> Recipe:
         if not isinstance(pair[0], str) or not isinstance(pair[1], str):
             raise RecipeError(f"recipe {path}: rule {item!r} is not 'pattern: scheme'", "one pattern per list entry")
         parsed.append(_rule(*pair))
-    method = check_method(str(data["method"])) if "method" in data else None
-    return Recipe(parse(data["scheme"]), check_range(str(data.get("range", "opt"))), tuple(parsed), method)
+    how = method.parse(str(data["method"])) if "method" in data else None
+    return Recipe(parse(data["scheme"]), check_range(str(data.get("range", "opt"))), tuple(parsed), how)
 
 
 def check_range(text: str) -> Range:
@@ -161,14 +162,6 @@ def check_range(text: str) -> Range:
         if text == known:
             return known
     raise RecipeError(f"unknown range {text!r}", f"one of {', '.join(RANGES)}")
-
-
-def check_method(text: str) -> Method:
-    """`text` as a method. Raises RecipeError."""
-    for known in METHODS:
-        if text == known:
-            return known
-    raise RecipeError(f"unknown method {text!r}", f"one of {', '.join(METHODS)}")
 
 
 def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, Decision]:

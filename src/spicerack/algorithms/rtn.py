@@ -25,20 +25,22 @@ def solve(
     range_: Range = "opt",
     name: str = "weight",
     importance: torch.Tensor | None = None,
+    source: torch.dtype | None = None,
     threads: int = 1,
 ) -> QTensor:
     """Quantize w [..., N, K]. Raises ShapeError, and WeightError naming tensor, place and value.
 
-    importance: [K] or of w's shape, not negative: how much an error in each weight matters.
+    importance: [K] or of w's shape, not negative: how much an error in each weight matters. source: the type that
+    decides that of scales; w's own if None.
     """
     shape = tuple(w.shape)
     scheme.check_shape(name, shape)
     if not _native_fits(w, scheme, importance):
-        return codec.encode(w, scheme, range_=range_, importance=importance, name=name)
+        return codec.encode(w, scheme, range_=range_, importance=importance, name=name, source=source)
     grid, size = _grid(shape, scheme)
     blocks = w.detach().contiguous().reshape(-1, size)
     assert isinstance(scheme.scale, str)
-    dtype = dtype_of(scheme.scale, w.dtype)
+    dtype = dtype_of(scheme.scale, source or w.dtype)
     codes: torch.Tensor | None = None
     if size > PIECE:
         codec.check_finite(w, name)

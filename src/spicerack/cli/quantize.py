@@ -54,6 +54,7 @@ def _rules(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> 
 
 
 def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: str | None, rules: list[Rule]) -> Recipe:
+    from spicerack import method as methods
     from spicerack import recipe
     from spicerack.scheme import parse
 
@@ -69,7 +70,7 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: s
     if range_ is not None:
         made = dataclasses.replace(made, range_=recipe.check_range(range_))
     if method is not None:
-        made = dataclasses.replace(made, method=None if method == "auto" else recipe.check_method(method))
+        made = dataclasses.replace(made, method=None if method == "auto" else methods.parse(method))
     return made.then(rules)
 
 
@@ -79,7 +80,9 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: s
 @click.option("--scheme", help="Numbers of all linear layers: w8, w4g128, w4g32z, w2g32h, nf4 ...")
 @click.option("--range", "range_", metavar="opt|absmax", help="How scales are chosen. Default: opt, the least error.")
 @click.option(
-    "--method", metavar="auto|rtn|gptq|signround", help="How codes are chosen. Default: auto, gptq with --calib."
+    "--method",
+    metavar="CHAIN",
+    help="How codes are chosen: rtn, gptq, signround, or transforms before one: awq+gptq, smoothquant. Default: auto.",
 )
 @click.option("--calib", metavar="TEXT", help="Text to run the model on: file, folder, dataset; none: its own.")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")

@@ -1,0 +1,207 @@
+"""`Work`: the block that is being calibrated, in float32, next to a float copy of it, and what flows through both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
+
+from spicerack import blocks, codec
+from spicerack.algorithms import rtn
+from spicerack.architecture import destinations
+from spicerack.blocks import Arguments, Stack
+from spicerack.calibrating_files import States
+from spicerack.calibration import Calibration
+from spicerack.errors import ActivationError
+from spicerack.format import Planned
+from spicerack.job import Action, Job
+from spicerack.kernels.reference import quantize_tokens
+from spicerack.qtensor import QTensor
+from spicerack.stats import Accumulator, Need, Stats
+
+_TOKENS = 8192
+"""Of a chunk: what runs through a block at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A quantized layer of a block: its path in there, and the source tensor's name and plan."""
+
+    path: str
+    tensor: str
+    planned: Planned
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """What a block has of the model's tensors: layers to quantize, and by path the names of the other parameters."""
+
+    layers: tuple[Layer, ...]
+    others: Mapping[str, str]
+
+
+class Rounding:
+    """The hook that rounds a layer's inputs to int8 per token, as its kernel will; gradients pass straight through.
+
+    factors: [K], what they are divided by before and multiplied by after; None: nothing.
+    """
+
+    factors: torch.Tensor | None = None
+
+    def __call__(self, _layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x = inputs[0]
+        codes, scale = quantize_tokens((x if self.factors is None else x / self.factors).detach())
+        rounded = codes * scale if self.factors is None else codes * scale * self.factors
+        return (x + (rounded - x).detach(), *inputs[1:])
+
+
+class Work:
+    """Block `index` in float32: `block`, whose layers are replaced by their decoded codes, and `exact`, which stays."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        index: int,
+        inside: Inside,
+        calibration: Calibration,
+        states: States,
+        job: Job,
+        threads: int,
+    ) -> None:
+        self.stack, self.index, self.calibration, self.states = stack, index, calibration, states
+        self.layers, self.others = inside.layers, inside.others
+        self.job, self.threads = job, threads
+        original = stack.blocks[index]
+        self.types = {path: parameter.dtype for path, parameter in original.named_parameters()}
+        self.exact = copy.deepcopy(original).float().requires_grad_(False)
+        self.block = copy.deepcopy(self.exact)
+        self.roundings: dict[str, Rounding] = {}
+        for layer in self.layers:
+            if layer.planned.scheme.activations is not None:
+                self.roundings[layer.path] = Rounding()
+                self.block.get_submodule(layer.path).register_forward_pre_hook(self.roundings[layer.path])
+
+    @property
+    def name(self) -> str:
+        """The block's path in the model."""
+        return self.stack.name(self.index)
+
+    def calls(self) -> Iterator[tuple[dict[str, torch.Tensor], Arguments]]:
+        """Each chunk with the block's arguments, in float32."""
+        return map(self.call, chunks(self.calibration))
+
+    def call(self, some: slice | Sequence[int]) -> tuple[dict[str, torch.Tensor], Arguments]:
+        """The same of some sequences."""
+        chunk = inputs(self.calibration, some)
+        arguments = self.stack.calls(chunk)[1][self.index]
+        return chunk, Arguments(_to_float(arguments.positional), _to_float(arguments.named))
+
+    def run(self, block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """The block's result, hidden states [B, L, H]."""
+        return self.stack.run(block, hidden, arguments)
+
+    def input(
+        self, block: nn.Module, path: str, hidden: torch.Tensor, arguments: Arguments, chunk: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """[tokens, K], what a layer is called with, none where it is not called."""
+        x = blocks.input_of(path, self.stack, block, hidden, arguments)
+        return hidden.new_empty((0, self.columns(path))) if x is None else tokens(x, chunk)
+
+    def columns(self, path: str) -> int:
+        """Of the layer's input."""
+        shape = self.block.get_parameter(f"{path}.weight").shape
+        return shape[0] if isinstance(self.block.get_submodule(path), Conv1D) else shape[1]
+
+    def stats(self, path: str, needs: Sequence[Need]) -> Stats:
+        """Of what the layer gets now, over the whole text. Raises ActivationError."""
+        seen = Accumulator(needs, self.columns(path))
+        for number, (chunk, arguments) in enumerate(self.calls()):
+            hidden, _ = self.states.read(self.index, number)
+            self.add(seen, path, number, self.input(self.block, path, hidden, arguments, chunk))
+        return seen.result()
+
+    def add(self, seen: Accumulator, path: str, chunk: int, x: torch.Tensor) -> None:
+        """Take in what a layer gets. Raises ActivationError naming it."""
+        try:
+            seen.add(x)
+        except ActivationError as error:
+            raise ActivationError(f"{self.name}.{path}, chunk {chunk}: {error.message}", error.hint) from error
+
+    def start(self, layer: Layer, importance: torch.Tensor | None, w: torch.Tensor | None = None) -> QTensor:
+        """Rounded to nearest: the layer's weight, or `w` in its place."""
+        importance = importance if importance is not None and bool(importance.any()) else None
+        return rtn.solve(
+            self.weight(layer) if w is None else w, layer.planned.scheme, range_=self.job.recipe.range_,
+            name=layer.tensor, importance=importance, source=layer.planned.source_dtype, threads=self.threads,
+        )  # fmt: skip
+
+    def weight(self, layer: Layer) -> torch.Tensor:
+        """float32 [N, K], not quantized."""
+        weight = self.exact.get_parameter(f"{layer.path}.weight").detach()
+        return weight.t().contiguous() if layer.planned.transposed else weight
+
+    def put(self, layer: Layer, w: QTensor | torch.Tensor) -> None:
+        """In place of the layer's weight, [N, K]."""
+        decoded = codec.decode(w) if isinstance(w, QTensor) else w
+        weight = self.block.get_parameter(f"{layer.path}.weight")
+        weight.copy_(decoded.t() if layer.planned.transposed else decoded)
+
+
+def inside(stack: Stack, job: Job) -> list[Inside]:
+    """For each block what is in it. Tensors that transformers changes on loading, beyond renaming, are left out."""
+    actions: dict[str, Action] = {a.info.name: a for a in job.actions}
+    names = {
+        place.parameter: tensor
+        for tensor, place in destinations(stack.model, actions).items()
+        if not place.operations
+    }  # fmt: skip
+    found = []
+    for i, block in enumerate(stack.blocks):
+        layers, others = [], {}
+        linear = {f"{path}.weight": path for path in blocks.layers(block)}
+        for path, _ in block.named_parameters():
+            tensor = names.get(f"{stack.name(i)}.{path}")
+            planned = None if tensor is None else actions[tensor].planned
+            if tensor is not None and planned is None:
+                others[path] = tensor
+            elif tensor is not None and planned is not None and path in linear:
+                layers.append(Layer(linear[path], tensor, planned))
+        found.append(Inside(tuple(layers), others))
+    return found
+
+
+def sequences(calibration: Calibration) -> int:
+    """Of a chunk."""
+    return max(_TOKENS // calibration.ids.shape[1], 1)
+
+
+def chunks(calibration: Calibration) -> Iterator[slice]:
+    """A few sequences at a time."""
+    rows = sequences(calibration)
+    return (slice(first, first + rows) for first in range(0, len(calibration.ids), rows))
+
+
+def inputs(calibration: Calibration, some: slice | Sequence[int]) -> dict[str, torch.Tensor]:
+    """What the model is called with."""
+    some = some if isinstance(some, slice) else list(some)
+    chunk = {"input_ids": calibration.ids[some]}
+    if calibration.mask is not None:
+        chunk["attention_mask"] = calibration.mask[some].long()
+    return chunk
+
+
+def tokens(x: torch.Tensor, chunk: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[tokens, K] without padding; layers that see other rows than tokens, such as experts, have none to drop."""
+    rows = x.reshape(-1, x.shape[-1])
+    mask = chunk.get("attention_mask")
+    return rows if mask is None or mask.numel() != len(rows) else rows[mask.reshape(-1).bool()]
+
+
+def _to_float(arguments: Any) -> Any:
+    return tree_map(lambda v: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, arguments)

@@ -1,0 +1,116 @@
+"""Transforms of a block before its layers are solved: factors are tried, and the ones with which the block does best
+are moved into what makes the layers' inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from spicerack import folding
+from spicerack.algorithms import awq, smoothquant
+from spicerack.calibrating_block import Layer, Work, tokens
+from spicerack.folding import Site
+from spicerack.stats import Stats
+
+_TRANSFORMS = {"awq": awq, "smoothquant": smoothquant}
+_TOKENS = 2048
+"""On which candidates are judged, in sequences spread over the text."""
+_SAME = 1e-3
+"""How far a block's output may be off, relatively, once factors are moved: float32 arithmetic, and gains as stored."""
+
+
+@dataclass
+class Changes:
+    """tensors: parameters beside the layers, by tensor, as they are stored now. events: what happened."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+
+
+def transform(work: Work) -> Changes:
+    """Apply the recipe's transforms, in order, to both copies of the block."""
+    changes = Changes()
+    method = work.job.recipe.method
+    if method is None or not method.transforms:
+        return changes
+    layers = {layer.path: layer for layer in work.layers}
+    sites = list(folding.sites(work.exact, work.stack.model.config, layers))
+    if not sites:
+        changes.events.append(f"{'+'.join(method.transforms)}: no place to move factors to is known")
+    judge = _Judge(work) if sites else None
+    for name in method.transforms:
+        for site in sites:
+            assert judge is not None
+            _one(work, name, site, [layers[reader] for reader in site.readers], judge, changes)
+    return changes
+
+
+def _one(work: Work, name: str, site: Site, layers: Sequence[Layer], judge: _Judge, changes: Changes) -> None:
+    plugin = _TRANSFORMS[name]
+    seen = work.stats(layers[0].path, ("second_moment", *plugin.NEEDS))
+    if not seen.tokens:
+        return
+    largest = torch.stack([work.weight(layer).abs().amax(0) for layer in layers]).amax(0)
+    ones = torch.ones(work.columns(layers[0].path))
+    best, least = None, judge.loss(layers, ones, seen)
+    for candidate in plugin.candidates(seen, largest):
+        factors = site.tied(candidate)
+        loss = judge.loss(layers, factors, seen)
+        if loss < least:
+            best, least = factors, loss
+    if best is not None and not _moved(work, site, best, judge, changes):
+        changes.events.append(f"{name}: {site.source} left as it is, moving factors there would change the block")
+
+
+def _moved(work: Work, site: Site, factors: torch.Tensor, judge: _Judge, changes: Changes) -> bool:
+    """Move them, unless that changes what the block computes."""
+    before = {path: value.clone() for path, value in work.exact.named_parameters()}
+    dtype = work.types[f"{site.source}.weight"]
+    _, changed = folding.move(work.exact, site, factors, dtype)
+    if not set(changed) <= set(work.others) or judge.difference() > _SAME:
+        for path, value in work.exact.named_parameters():
+            value.copy_(before[path])
+        return False
+    for path, value in work.exact.named_parameters():
+        work.block.get_parameter(path).copy_(value)
+    changes.tensors |= {work.others[path]: work.exact.get_parameter(path).to(work.types[path]) for path in changed}
+    return True
+
+
+class _Judge:
+    """What the block makes of a few sequences as they reach it: before anything is quantized, and with candidates."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        count, length = work.calibration.ids.shape
+        numbers = range(0, count, max(count * length // _TOKENS, 1))
+        self.chunk, self.arguments = work.call(numbers)
+        self.hidden = work.states.sequences(work.index, numbers)[0]
+        self.wanted = self._run(work.exact)
+
+    def _run(self, block: torch.nn.Module) -> torch.Tensor:
+        return tokens(self.work.run(block, self.hidden, self.arguments), self.chunk)
+
+    def difference(self) -> float:
+        """||out - wanted|| / ||wanted|| of the exact block, as it is now."""
+        return float((self._run(self.work.exact) - self.wanted).norm() / self.wanted.norm().clamp(min=1e-30))
+
+    def loss(self, layers: Sequence[Layer], factors: torch.Tensor, seen: Stats) -> float:
+        """Squared error of the output with these layers, and their activations, rounded behind `factors`."""
+        work = self.work
+        assert seen.second_moment is not None
+        for layer in layers:
+            q = work.start(layer, seen.second_moment / factors.square(), work.weight(layer) * factors)
+            work.put(layer, q)
+            weight = work.block.get_parameter(f"{layer.path}.weight")
+            weight.div_(factors[:, None] if layer.planned.transposed else factors)
+            if layer.path in work.roundings:
+                work.roundings[layer.path].factors = factors
+        error = self._run(work.block) - self.wanted
+        for layer in layers:
+            work.put(layer, work.weight(layer))
+            if layer.path in work.roundings:
+                work.roundings[layer.path].factors = None
+        return float(error.square().sum(dtype=torch.float64))

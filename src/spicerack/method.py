@@ -1,0 +1,54 @@
+"""How codes are chosen: a chain of transforms of the float model, then one solver. `awq+gptq`, `smoothquant`, `rtn`.
+
+Transforms leave what the model computes as it is and make it easier to round; a chain without a solver ends in rtn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spicerack.errors import RecipeError
+from spicerack.scheme import Scheme
+
+TRANSFORMS = ("smoothquant", "awq")
+SOLVERS = ("rtn", "gptq", "signround")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """transforms: in the order in which they are applied."""
+
+    transforms: tuple[str, ...] = ()
+    solver: str = "rtn"
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it looks at what flows through the model."""
+        return bool(self.transforms) or self.solver != "rtn"
+
+    def __str__(self) -> str:
+        return "+".join((*self.transforms, self.solver))
+
+
+def parse(text: str) -> Method:
+    """`awq+gptq` -> Method. Raises RecipeError."""
+    *before, last = text.split("+")
+    transforms, solver = ((*before, last), "rtn") if last in TRANSFORMS else (tuple(before), last)
+    known = f"transforms are {', '.join(TRANSFORMS)}; solvers {', '.join(SOLVERS)}"
+    for name in transforms:
+        if name in SOLVERS:
+            raise RecipeError(f"method {text!r}: the solver {name} comes last, and only one", known)
+        if name not in TRANSFORMS:
+            raise RecipeError(f"unknown method {name!r}", known)
+    if solver not in SOLVERS:
+        raise RecipeError(f"unknown method {solver!r}", known)
+    if len(set(transforms)) < len(transforms):
+        raise RecipeError(f"method {text!r} has a transform twice", known)
+    return Method(transforms, solver)
+
+
+def auto(scheme: Scheme, with_text: bool) -> Method:
+    """The best measured for the scheme (docs/quality.md); without text, round to nearest."""
+    if not with_text:
+        return Method()
+    return Method(("smoothquant",) if scheme.activations else (), "gptq")
