@@ -274,3 +274,19 @@ def test_zeros_stay_zeros() -> None:
     for name in ("w8", "w4g32z", "w2g32", "ternary", "nf4", "mxfp4", "nvfp4", "q4_k", "fp8"):
         w = torch.zeros(2, 256)
         assert torch.equal(codec.decode(codec.encode(w, parse(name))), w)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ternary_is_the_optimum_of_all_codes(weighted: bool) -> None:
+    """Brute force over 3^8 codes, each with its least-squares scale. Nothing is lost by storing float32 scales."""
+    scheme = Scheme("t", IntLevels(-1, 1), scale="float32")
+    generator = torch.Generator().manual_seed(3)
+    w = torch.randn(20, 8, generator=generator) ** 3
+    w[3] = 0
+    a = torch.rand(8, generator=generator) ** 2 if weighted else torch.ones(8)
+    q = codec.encode(w, scheme, importance=a)
+    codes = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=8)), dtype=torch.float64)
+    scale = (codes * a) @ w.double().t() / ((codes.square() * a).sum(1, keepdim=True)).clamp(min=1e-30)
+    errors = ((scale[..., None] * codes[:, None] - w.double()).square() * a).sum(-1).amin(0)
+    found = ((codec.decode(q) - w).double().square() * a).sum(-1)
+    torch.testing.assert_close(found, errors, rtol=1e-5, atol=1e-12)

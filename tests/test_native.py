@@ -130,8 +130,9 @@ def test_every_16_bit_number_and_its_neighbours(dtype: torch.dtype, isa: str) ->
 
 @pytest.mark.parametrize("name", ["w4t", "w2tz", "ternary", "w3th"])
 @pytest.mark.parametrize("size", [PIECE, PIECE + 1, 2 * PIECE + 1000])
-def test_long_blocks(name: str, size: int) -> None:
-    w = weights(2, 1, size, seed=3, dtype=torch.bfloat16)  # two experts, one scale each
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_blocks(name: str, size: int, dtype: torch.dtype) -> None:
+    w = weights(2, 1, size, seed=3, dtype=dtype)  # two experts, one scale each
     assert same(codec.encode(w, parse(name)), rtn.solve(w, parse(name), threads=2))
 
 

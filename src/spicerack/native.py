@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from spicerack import _native
 from spicerack.scheme import IntLevels, Scheme
-from spicerack.search import FINE, PIECE, REFINEMENTS, Fit, Range, coarse_factors, ordered_sum, shifts
+from spicerack.search import FINE, PIECE, REFINEMENTS, Fit, Range, best_prefix, coarse_factors, ordered_sum, shifts
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 ISAS: tuple[str, ...] = tuple(_native.instruction_sets())
@@ -169,6 +170,9 @@ class LongBlocks:
         error, xv, vv, x, v = sums.unbind(1)
         return Fit(scale, zero, torch.where(usable, error, torch.inf), xv, vv, x, v)
 
+    def ternary(self) -> torch.Tensor:
+        return torch.cat([_ternary(block) for block in self.w])
+
     def _sums(self, block: torch.Tensor, scale: float, zero: float) -> torch.Tensor:
         whole = len(block) // PIECE
         pieces, rest = block[: whole * PIECE].view(whole, PIECE), block[whole * PIECE :].view(1, -1)
@@ -182,6 +186,18 @@ class LongBlocks:
         if rest.numel():
             _native.judge(rest, levels, scale, zero, out[whole:], self.isa)
         return ordered_sum(list(out))
+
+
+def _ternary(block: torch.Tensor) -> torch.Tensor:
+    """`TensorBlocks.ternary` of one long block [B], in 8 bytes a weight at most. -> [1]."""
+    if block.dtype == torch.float32:
+        size = torch.from_numpy(np.sort(block.abs().numpy())).flip(0)[None]
+        return best_prefix(size)
+    counts = torch.zeros(1 << 15, dtype=torch.int64)  # 16-bit floats: there are not more magnitudes than that
+    for piece in block.split(PIECE):
+        counts += torch.bincount(piece.view(torch.int16).to(torch.int32) & 0x7FFF, minlength=len(counts))
+    found = counts.nonzero()[:, 0].flip(0)
+    return best_prefix(found.to(torch.int16).view(block.dtype).float()[None], counts[found][None])
 
 
 def pack(codes: torch.Tensor, bits: int, *, offset: int = 0, threads: int = 1) -> torch.Tensor:

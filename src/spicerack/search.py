@@ -10,6 +10,9 @@ then a few percent up and down from the best; then least squares with the codes 
 Every candidate is rounded to the type it will be stored in before it is judged, so `opt` is never worse than `absmax`,
 and what is judged is what is shipped.
 
+Of the levels -1, 0, 1 the least error is known: whatever the scale, the weights that are not 0 are those of largest
+magnitude, so `opt` takes the k for which (sum a |x|)^2 / sum a over the k largest is greatest, and s is their mean.
+
 Arithmetic is float32, unfused. Sums fold runs of 16 neighbours in pairs in float32, add the runs of a piece of 2^16
 elements in turn in float64, and then the pieces: an order that vector code of any width can follow bit for bit.
 """
@@ -73,6 +76,9 @@ class Blocks(Protocol):
     def weight(self) -> torch.Tensor:
         """Total importance of each block, float64 [M]; its size, if all weights matter the same."""
 
+    def ternary(self) -> torch.Tensor:
+        """The scale with the least error for levels -1, 0, 1, float32 [M]; 0 for blocks of zeros."""
+
 
 def search(
     blocks: Blocks, scheme: Scheme, dtype: torch.dtype, range_: Range = "opt"
@@ -87,6 +93,9 @@ def search(
     if range_ == "absmax":
         return scale, zero
     best = blocks.judge(scale, zero)
+    if is_ternary(scheme):
+        best = best.better(blocks.judge(store(blocks.ternary(), dtype), zero))
+        return torch.where(raw == 0, scale, best.scale), zero
     for factor in coarse_factors(scheme):
         candidate = store(raw * torch.tensor(factor), dtype)
         base = _zero_for(centre, candidate, scheme)
@@ -101,6 +110,11 @@ def search(
         best = best.better(blocks.judge(*_refined(best, scheme, total, dtype)))
     final = (raw == 0) | torch.isinf(scale)  # nothing to search, or to be refused: clipping would hide it
     return torch.where(final, scale, best.scale), torch.where(final, zero, best.zero)
+
+
+def is_ternary(scheme: Scheme) -> bool:
+    """Whether the levels are -1, 0 and 1."""
+    return scheme.levels == IntLevels(-1, 1) and not scheme.zero
 
 
 def coarse_factors(scheme: Scheme) -> tuple[float, ...]:
@@ -197,6 +211,25 @@ class TensorBlocks:
         error, xv, vv, *line_sums = (ordered_sum(sums) for sums in zip(*pieces, strict=True))
         x_sum, v_sum = line_sums or (xv, vv)
         return Fit(scale, zero, torch.where(usable, error, torch.inf), xv, vv, x_sum, v_sum)
+
+    def ternary(self) -> torch.Tensor:
+        size, order = self.x.abs().sort(dim=1, descending=True)
+        a = None if self.importance is None else self.importance.gather(1, order)
+        return best_prefix(size, a)
+
+
+def best_prefix(size: torch.Tensor, a: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [M]: of magnitudes [M, B] that fall, the mean of those in the best prefix. a: importances, or counts."""
+    best, mean, total, weight = (torch.zeros((len(size), 1), dtype=torch.float64, device=size.device) for _ in range(4))
+    for start in range(0, size.shape[1], PIECE):
+        some = size[:, start : start + PIECE].double()
+        share = torch.ones_like(some) if a is None else a[:, start : start + PIECE].double()
+        sums, weights = total + (some * share).cumsum(1), weight + share.cumsum(1)
+        gain = sums.square() / weights.clamp(min=1e-300)
+        found, which = gain.max(1, keepdim=True)
+        mean = torch.where(found > best, sums.gather(1, which) / weights.gather(1, which).clamp(min=1e-300), mean)
+        best, total, weight = torch.maximum(best, found), sums[:, -1:], weights[:, -1:]
+    return mean[:, 0].float()
 
 
 def piece_sum(terms: torch.Tensor) -> torch.Tensor:

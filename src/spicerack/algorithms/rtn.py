@@ -15,7 +15,7 @@ from spicerack import codec, native
 from spicerack.levels import dtype_of
 from spicerack.qtensor import QTensor
 from spicerack.scheme import IntLevels, Scheme
-from spicerack.search import PIECE, Range, search
+from spicerack.search import PIECE, Range, is_ternary, search
 
 
 def solve(
@@ -87,13 +87,14 @@ def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
 
 
 def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None) -> bool:
-    """Signed integers in contiguous blocks on the CPU; long blocks only without importance."""
+    """Signed integers in contiguous blocks on the CPU; long blocks only without importance, ternary ones only long."""
     signed = isinstance(scheme.levels, IntLevels) and scheme.levels.lo < 0
     plain = scheme.min is None and scheme.scale in ("source", "float16", "bfloat16", "float32")
     rows, columns = scheme.block_shape(*w.shape[-2:])
     contiguous = rows == 1 or columns == w.shape[-1]
-    short = rows * columns <= PIECE or importance is None
-    return signed and plain and contiguous and short and w.dtype in native.TYPES and w.device.type == "cpu"
+    short = rows * columns <= PIECE
+    searched = not is_ternary(scheme) if short else importance is None
+    return signed and plain and contiguous and searched and w.dtype in native.TYPES and w.device.type == "cpu"
 
 
 def _grid(shape: tuple[int, ...], scheme: Scheme) -> tuple[tuple[int, ...], int]:
