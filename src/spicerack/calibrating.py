@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from spicerack import blocks
-from spicerack.algorithms import gptq, rtn, signround
+from spicerack.algorithms import gptq, hqq, rtn, signround
 from spicerack.calibrating_block import Layer, Work, chunks, inputs, inside, sequences, tokens
 from spicerack.calibrating_files import States, commit, is_done
 from spicerack.calibrating_transforms import Changes, transform
@@ -205,8 +205,14 @@ def _moments(work: Work, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def _layer(work: Work, layer: Layer, gram: torch.Tensor, shift: torch.Tensor | None) -> Solved:
     start = work.start(layer, gram.diagonal().float())
-    solved = Solved(start)
-    if _solver(work) == "gptq" and gptq.fits(layer.planned.scheme):
-        solved = gptq.solve(work.weight(layer), start, gram, shift)
+    solver, w = _solver(work), work.weight(layer)
+    if solver == "hqq":
+        solved = hqq.solve(w, start)
+    elif solver == "gptq" and gptq.fits(layer.planned.scheme):
+        solved = gptq.solve(w, start, gram, shift)
+    elif solver == "gptq" or (solver == "signround" and not signround.fits(layer.planned.scheme)):
+        solved = Solved(start, (f"{solver} cannot do {layer.planned.scheme}: rounded to nearest",))
+    else:
+        solved = Solved(start)
     work.put(layer, solved.q)
     return solved

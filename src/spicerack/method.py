@@ -11,7 +11,8 @@ from spicerack.errors import RecipeError
 from spicerack.scheme import Scheme
 
 TRANSFORMS = ("smoothquant", "awq")
-SOLVERS = ("rtn", "gptq", "signround")
+SOLVERS = ("rtn", "hqq", "gptq", "signround")
+_DATA_FREE = ("rtn", "hqq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Method:
     @property
     def needs_text(self) -> bool:
         """Whether it looks at what flows through the model."""
-        return bool(self.transforms) or self.solver != "rtn"
+        return bool(self.transforms) or self.solver not in _DATA_FREE
 
     def __str__(self) -> str:
         return "+".join((*self.transforms, self.solver))

@@ -18,7 +18,7 @@ import torch
 
 from spicerack import calibrating
 from spicerack import method as methods
-from spicerack.algorithms import rtn
+from spicerack.algorithms import hqq, rtn
 from spicerack.calibrating import Finished
 from spicerack.calibrating_files import Solutions, clear
 from spicerack.calibration import Calibration
@@ -174,6 +174,9 @@ def _one(job: Job, action: Action, out: ShardWriter, solved: Solutions, threads:
         q, events, error = solved.read(name, p), solved.events(name), solved.error(name)
     else:
         q = rtn.solve(w, p.scheme, range_=job.recipe.range_, name=name, threads=threads)
+        if job.recipe.method is not None and job.recipe.method.solver == "hqq":
+            found = hqq.solve(w, q)
+            q, events = found.q, list(found.events)
         error = rtn.relative_error(w, q, threads=threads)
     for key, tensor in job.format.encode(p, q).items():
         out.write(key, tensor)
