@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "spicerack"
 
 # Lowest first. A module may import from its own floor and from those below it.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "registry", "models"}),
+    frozenset({"errors", "registry", "models", "memory", "ranks"}),
     frozenset({"scheme", "schemes"}),
     frozenset(
         {"levels", "search", "qtensor", "solved", "codec", "bits", "packed", "method", "recipe", "native", "engines"}

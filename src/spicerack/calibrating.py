@@ -9,6 +9,9 @@ those that share an input together:
     then the block runs once more, and what comes out is what the next block gets
 
 A block is finished when its file is there, so that a run that is killed continues with the block that it was at.
+
+Several ranks share the chunks of hidden states, and the layers of a group once its statistics are added up; each solved
+layer is a file that the others read. What follows from all of the text alone (order, transforms) each finds for itself.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ from spicerack.calibrating_transforms import Changes, transform
 from spicerack.calibration import Calibration
 from spicerack.job import Job
 from spicerack.loading import load
+from spicerack.memory import peak_rss_bytes
+from spicerack.qtensor import QTensor
+from spicerack.ranks import ALONE, Ranks
 from spicerack.solved import Solved
 from spicerack.stats import Accumulator
 
@@ -36,8 +42,9 @@ from spicerack.stats import Accumulator
 class Finished:
     """One block: its path, number and how many there are; bits a weight with scales; seconds.
 
-    error: ||out - out_float|| / ||out_float|| of its hidden states, against the float model's, earlier blocks included.
-    events: what happened to which layer.
+    error: ||out - out_float|| / ||out_float|| of its hidden states, against the float model's, earlier blocks included;
+    rounded: the same, were its layers only rounded to nearest. peak_rss_bytes: of the process so far. events: what
+    happened to which layer.
     """
 
     block: str
@@ -45,8 +52,10 @@ class Finished:
     count: int
     layers: int
     bits: float
+    rounded: float
     error: float
     seconds: float
+    peak_rss_bytes: int
     events: tuple[str, ...]
 
 
@@ -57,11 +66,14 @@ def run(
     folder: Path,
     *,
     threads: int,
+    ranks: Ranks = ALONE,
     finished: Callable[[Finished], None] = lambda _: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Solve all layers that lie in blocks, into `folder`: one file for each block. Continues what is there.
 
-    Raises UsageError for an architecture without blocks, ActivationError naming block, layer and token.
+    finished: called with each block. stopping: asked behind each, whether to raise KeyboardInterrupt there. Raises
+    UsageError for an architecture without blocks, ActivationError naming block, layer and token.
     """
     folder.mkdir(exist_ok=True)
     model = load(job.source.folder)
@@ -70,23 +82,29 @@ def run(
     states = States(folder, sequences(calibration))
     first = next((i for i in range(len(stack.blocks)) if not is_done(folder, i)), len(stack.blocks))
     if first == 0:
-        for number, some in enumerate(chunks(calibration)):
+        for number, some in chunks(calibration, ranks):
             hidden, _ = stack.calls(inputs(calibration, some))
             states.write(0, number, hidden.float(), hidden.float())
+    ranks.wait()
     for i in range(first, len(stack.blocks)):
-        finished(_finish(Work(stack, i, contents[i], calibration, states, job, threads), folder))
+        finished(_finish(Work(stack, i, contents[i], calibration, states, job, ranks, threads), folder))
+        if bool(ranks.largest(torch.tensor(stopping()))):
+            raise KeyboardInterrupt
 
 
 def _finish(work: Work, folder: Path) -> Finished:
     """One block, committed."""
     begin = time.time()
     changes = transform(work)
-    solved = _solve(work)
-    error = _advance(work)
-    losses = {x.tensor: rtn.relative_error(work.weight(x), solved[x.tensor].q, threads=work.threads)
-              for x in work.layers}  # fmt: skip
-    commit(folder, work.index, solved, losses, changes.tensors, error)
-    work.states.drop(work.index)
+    starts, solved = _solve(work)
+    rounded = _error(work, starts)
+    error = _error(work, {tensor: one.q for tensor, one in solved.items()}, advance=True)
+    if work.ranks.first:
+        losses = {x.tensor: rtn.relative_error(work.weight(x), solved[x.tensor].q, threads=work.threads)
+                  for x in work.layers}  # fmt: skip
+        commit(folder, work.index, solved, losses, changes.tensors, error)
+        work.states.drop(work.index)
+    work.ranks.wait()
     weights = sum(s.q.codes.numel() for s in solved.values())
     return Finished(
         block=work.name,
@@ -94,8 +112,10 @@ def _finish(work: Work, folder: Path) -> Finished:
         count=len(work.stack.blocks),
         layers=len(solved),
         bits=sum(s.q.stored_bits for s in solved.values()) / weights if weights else 0.0,
+        rounded=rounded,
         error=error,
         seconds=time.time() - begin,
+        peak_rss_bytes=peak_rss_bytes(),
         events=tuple(_events(work, solved, changes)),
     )
 
@@ -106,22 +126,32 @@ def _events(work: Work, solved: Mapping[str, Solved], changes: Changes) -> Itera
         yield from (f"{layer.path}: {event}" for event in solved[layer.tensor].events)
 
 
-def _solve(work: Work) -> dict[str, Solved]:
-    """Tensor -> its solution; all layers of the block hold what was decoded from it."""
+def _solve(work: Work) -> tuple[dict[str, QTensor], dict[str, Solved]]:
+    """Tensor -> how it is rounded to nearest, and its solution; all layers of the block hold what that decodes to."""
     by_path = {layer.path: layer for layer in work.layers}
+    starts: dict[str, QTensor] = {}
     solved: dict[str, Solved] = {}
     for group in _groups(work):
         gram, shift = _moments(work, group[0])
+        costs = {path: float(work.weight(by_path[path]).numel()) for path in group}
+        for path, rank in work.ranks.shares(costs).items():
+            if rank == work.ranks.rank:
+                work.hand_over(by_path[path], *_layer(work, by_path[path], gram, shift))
+        work.ranks.wait()
         for path in group:
-            solved[by_path[path].tensor] = _layer(work, by_path[path], gram, shift)
+            tensor = by_path[path].tensor
+            starts[tensor], solved[tensor] = work.take(by_path[path])
+            work.put(by_path[path], solved[tensor].q)
     for layer in work.layers:
         if layer.tensor not in solved:
-            start = work.start(layer, None)
-            solved[layer.tensor] = Solved(start, ("not reached by the calibration text: rounded to nearest",))
-            work.put(layer, start)
+            starts[layer.tensor] = work.start(layer, None)
+            solved[layer.tensor] = Solved(
+                starts[layer.tensor], ("not reached by the calibration text: rounded to nearest",)
+            )
+            work.put(layer, starts[layer.tensor])
     if _solver(work) == "signround":
         solved |= _tuned(work, {t: s for t, s in solved.items() if signround.fits(s.q.scheme)})
-    return solved
+    return starts, solved
 
 
 def _solver(work: Work) -> str:
@@ -132,9 +162,10 @@ def _solver(work: Work) -> str:
 
 def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
     """Rounding learned by the block's output, from `solved` on; all layers hold it."""
-    for number, (_, arguments) in enumerate(work.calls()):
+    for number, _, arguments in work.calls():
         exact = work.run(work.exact, work.states.read(work.index, number)[1], arguments)
-        work.states.write(work.index + 1, number, exact, exact)  # until `_advance` knows better
+        work.states.write(work.index + 1, number, exact, exact)  # until `_error` knows better
+    work.ranks.wait()
 
     def forward(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         chunk, arguments = work.call(numbers)
@@ -148,31 +179,36 @@ def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
         tensor: signround.Layer(modules[by_tensor[tensor].path], work.weight(by_tensor[tensor]), one.q)
         for tensor, one in solved.items()
     }
-    found = signround.solve(layers, forward, len(work.calibration.ids))
-    for tensor, one in found.items():
-        work.put(by_tensor[tensor], one.q)
-    return {tensor: Solved(one.q, (*solved[tensor].events, *one.events)) for tensor, one in found.items()}
+    if work.ranks.first:  # every step needs the one before: nothing is shared but the result
+        for tensor, one in signround.solve(layers, forward, len(work.calibration.ids)).items():
+            events = (*solved[tensor].events, *one.events)
+            work.hand_over(by_tensor[tensor], solved[tensor].q, Solved(one.q, events))
+    work.ranks.wait()
+    return {tensor: work.take(by_tensor[tensor])[1] for tensor in solved}
 
 
-def _advance(work: Work) -> float:
-    """Hidden states for the next block -> their relative error."""
-    wrong = total = 0.0
-    for number, (chunk, arguments) in enumerate(work.calls()):
+def _error(work: Work, weights: Mapping[str, QTensor], *, advance: bool = False) -> float:
+    """Of what the block makes with these weights, by tensor, relative; they stay. advance: it is for the next block."""
+    for layer in work.layers:
+        work.put(layer, weights[layer.tensor])
+    sums = torch.zeros(2, dtype=torch.float64)
+    for number, chunk, arguments in work.calls():
         quantized, exact = work.states.read(work.index, number)
         quantized = work.run(work.block, quantized, arguments)
         exact = work.run(work.exact, exact, arguments)
         seen = tokens(exact, chunk)
-        wrong += float((tokens(quantized, chunk) - seen).square().sum(dtype=torch.float64))
-        total += float(seen.square().sum(dtype=torch.float64))
-        if work.index + 1 < len(work.stack.blocks):
+        sums[0] += (tokens(quantized, chunk) - seen).square().sum(dtype=torch.float64)
+        sums[1] += seen.square().sum(dtype=torch.float64)
+        if advance and work.index + 1 < len(work.stack.blocks):
             work.states.write(work.index + 1, number, quantized, exact)
-    return (wrong / total) ** 0.5 if total else 0.0
+    wrong, total = work.ranks.total(sums).tolist()
+    return float((wrong / total) ** 0.5) if total else 0.0
 
 
 def _groups(work: Work) -> Iterator[tuple[str, ...]]:
     """Paths of layers in the order of their calls, those with one input together; each once."""
     missing = {layer.path for layer in work.layers}
-    for number, (_, arguments) in enumerate(work.calls()):
+    for number, _, arguments in work.calls(ALONE):
         if not missing:
             return
         seen: list[tuple[str, torch.Tensor]] = []
@@ -190,7 +226,7 @@ def _moments(work: Work, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     seen = Accumulator(["gram"], work.columns(path))
     shift = torch.zeros((seen.columns, seen.columns), dtype=torch.float64)
     comparable = True
-    for number, (chunk, arguments) in enumerate(work.calls()):
+    for number, chunk, arguments in work.calls():
         quantized, exact = work.states.read(work.index, number)
         x = work.input(work.block, path, quantized, arguments, chunk)
         before = work.input(work.exact, path, exact, arguments, chunk)
@@ -198,12 +234,15 @@ def _moments(work: Work, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         work.add(seen, path, number, x)
         if comparable:
             shift += (before - x).t() @ x
-    found = seen.result()
+    found = work.result(seen)
+    shift = work.ranks.total(shift)
+    apart = bool(work.ranks.largest(torch.tensor(not comparable)))
     assert found.gram is not None
-    return found.gram.double(), shift / found.tokens if comparable and found.tokens else None
+    return found.gram.double(), None if apart or not found.tokens else shift / found.tokens
 
 
-def _layer(work: Work, layer: Layer, gram: torch.Tensor, shift: torch.Tensor | None) -> Solved:
+def _layer(work: Work, layer: Layer, gram: torch.Tensor, shift: torch.Tensor | None) -> tuple[QTensor, Solved]:
+    """Rounded to nearest, and solved."""
     start = work.start(layer, gram.diagonal().float())
     solver, w = _solver(work), work.weight(layer)
     if solver == "hqq":
@@ -214,5 +253,4 @@ def _layer(work: Work, layer: Layer, gram: torch.Tensor, shift: torch.Tensor | N
         solved = Solved(start, (f"{solver} cannot do {layer.planned.scheme}: rounded to nearest",))
     else:
         solved = Solved(start)
-    work.put(layer, solved.q)
-    return solved
+    return start, solved

@@ -23,6 +23,8 @@ from spicerack.format import Planned
 from spicerack.job import Action, Job
 from spicerack.kernels.reference import quantize_tokens
 from spicerack.qtensor import QTensor
+from spicerack.ranks import Ranks
+from spicerack.solved import Solved
 from spicerack.stats import Accumulator, Need, Stats
 
 _TOKENS = 8192
@@ -72,15 +74,17 @@ class Work:
         calibration: Calibration,
         states: States,
         job: Job,
+        ranks: Ranks,
         threads: int,
     ) -> None:
         self.stack, self.index, self.calibration, self.states = stack, index, calibration, states
         self.layers, self.others = inside.layers, inside.others
-        self.job, self.threads = job, threads
+        self.job, self.ranks, self.threads = job, ranks, threads
         original = stack.blocks[index]
         self.types = {path: parameter.dtype for path, parameter in original.named_parameters()}
         self.exact = copy.deepcopy(original).float().requires_grad_(False)
         self.block = copy.deepcopy(self.exact)
+        self._here: dict[str, tuple[QTensor, Solved]] = {}
         self.roundings: dict[str, Rounding] = {}
         for layer in self.layers:
             if layer.planned.scheme.activations is not None:
@@ -92,9 +96,10 @@ class Work:
         """The block's path in the model."""
         return self.stack.name(self.index)
 
-    def calls(self) -> Iterator[tuple[dict[str, torch.Tensor], Arguments]]:
-        """Each chunk with the block's arguments, in float32."""
-        return map(self.call, chunks(self.calibration))
+    def calls(self, ranks: Ranks | None = None) -> Iterator[tuple[int, dict[str, torch.Tensor], Arguments]]:
+        """This rank's chunks, by number, each with the block's arguments in float32. ranks: ALONE gives all of them."""
+        for number, some in chunks(self.calibration, ranks or self.ranks):
+            yield number, *self.call(some)
 
     def call(self, some: slice | Sequence[int]) -> tuple[dict[str, torch.Tensor], Arguments]:
         """The same of some sequences."""
@@ -121,9 +126,15 @@ class Work:
     def stats(self, path: str, needs: Sequence[Need]) -> Stats:
         """Of what the layer gets now, over the whole text. Raises ActivationError."""
         seen = Accumulator(needs, self.columns(path))
-        for number, (chunk, arguments) in enumerate(self.calls()):
+        for number, chunk, arguments in self.calls():
             hidden, _ = self.states.read(self.index, number)
             self.add(seen, path, number, self.input(self.block, path, hidden, arguments, chunk))
+        return self.result(seen)
+
+    def result(self, seen: Accumulator) -> Stats:
+        """Of what all ranks saw."""
+        for value, reduction in seen.state():
+            value.copy_(self.ranks.total(value) if reduction == "sum" else self.ranks.largest(value))
         return seen.result()
 
     def add(self, seen: Accumulator, path: str, chunk: int, x: torch.Tensor) -> None:
@@ -145,6 +156,16 @@ class Work:
         """float32 [N, K], not quantized."""
         weight = self.exact.get_parameter(f"{layer.path}.weight").detach()
         return weight.t().contiguous() if layer.planned.transposed else weight
+
+    def hand_over(self, layer: Layer, start: QTensor, solved: Solved) -> None:
+        """To all ranks: how the layer is rounded to nearest, and its solution."""
+        self._here[layer.path] = start, solved
+        if self.ranks.count > 1:
+            self.states.write_part(layer.path, start, solved)
+
+    def take(self, layer: Layer) -> tuple[QTensor, Solved]:
+        """What some rank has handed over, once."""
+        return self._here.pop(layer.path, None) or self.states.read_part(layer.path, layer.planned)
 
     def put(self, layer: Layer, w: QTensor | torch.Tensor) -> None:
         """In place of the layer's weight, [N, K]."""
@@ -181,10 +202,11 @@ def sequences(calibration: Calibration) -> int:
     return max(_TOKENS // calibration.ids.shape[1], 1)
 
 
-def chunks(calibration: Calibration) -> Iterator[slice]:
-    """A few sequences at a time."""
+def chunks(calibration: Calibration, ranks: Ranks) -> Iterator[tuple[int, slice]]:
+    """A few sequences at a time, those that are this rank's, by number."""
     rows = sequences(calibration)
-    return (slice(first, first + rows) for first in range(0, len(calibration.ids), rows))
+    count = -(-len(calibration.ids) // rows)
+    return ((number, slice(number * rows, (number + 1) * rows)) for number in range(ranks.rank, count, ranks.count))
 
 
 def inputs(calibration: Calibration, some: slice | Sequence[int]) -> dict[str, torch.Tensor]:

@@ -93,10 +93,33 @@ class States:
                     parts.append(file.get_slice(name)[number % self.rows : number % self.rows + 1])
         return torch.cat(found[0]), torch.cat(found[1])
 
+    def write_part(self, path: str, start: QTensor, solved: Solved) -> None:
+        """A layer of the present block, for the other ranks."""
+        tensors = {
+            f"{kind}/{name}": part.contiguous().clone()  # a scale may be both's
+            for kind, q in (("start", start), ("solved", solved.q))
+            for name, part in packed.pack(q).items()
+        }
+        save_file(tensors, self.folder / f"part-{path}.safetensors", {"spicerack": json.dumps(solved.events)})
+
+    def read_part(self, path: str, planned: Planned) -> tuple[QTensor, Solved]:
+        """The same again."""
+        with safe_open(self.folder / f"part-{path}.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+            events = json.loads(file.metadata()["spicerack"])
+        start, solved = (
+            packed.unpack(planned.scheme, planned.shape, {
+                name.removeprefix(kind): part for name, part in tensors.items() if name.startswith(kind)
+            })
+            for kind in ("start/", "solved/")
+        )  # fmt: skip
+        return start, Solved(solved, tuple(events))
+
     def drop(self, block: int) -> None:
         """Those of a block that is finished."""
-        for path in self.folder.glob(f"states-{block:05d}-*.safetensors"):
-            path.unlink()
+        for pattern in (f"states-{block:05d}-*.safetensors", "part-*.safetensors"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
 
 def is_done(folder: Path, block: int) -> bool:

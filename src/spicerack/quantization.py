@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -22,11 +21,13 @@ from spicerack.algorithms import hqq, rtn
 from spicerack.calibrating import Finished
 from spicerack.calibrating_files import Solutions, clear
 from spicerack.calibration import Calibration
-from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer
+from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer, partial_folder
 from spicerack.errors import RecipeError, UsageError
 from spicerack.job import Action, Job, prepare
 from spicerack.kernel import Compute
+from spicerack.memory import peak_rss_bytes
 from spicerack.method import Method
+from spicerack.ranks import ALONE, Ranks
 from spicerack.recipe import Range, Recipe, Rule, check_range, rule
 from spicerack.scheme import Scheme, parse
 from spicerack.swap import quantize_module
@@ -118,24 +119,43 @@ def execute(
     calibration: Calibration | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
     finished: Callable[[Finished], None] = lambda _: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Write what `job` decided -> the summary that the command line prints.
 
-    finished: called with each block that is calibrated. Raises WeightError (tensor, place, value), ActivationError (the
-    same of what flows) and OutputError; whatever was finished stays and the same call continues.
+    finished: called with each block that is calibrated; stopping: asked behind each, whether to raise KeyboardInterrupt
+    there. ranks: processes that calibrate together; the first of them writes, the others return an empty summary.
+    Raises WeightError (tensor, place, value), ActivationError (the same of what flows) and OutputError; whatever was
+    finished stays and the same call continues.
     """
     started = time.time()
-    threads = threads or os.cpu_count() or 1
+    threads = threads or max((os.cpu_count() or 1) // ranks.count, 1)
+
+    def calibrate() -> None:
+        assert calibration is not None
+        calibrating.run(
+            job, calibration, partial_folder(output) / _BLOCKS, threads=threads, ranks=ranks, finished=finished,
+            stopping=stopping,
+        )  # fmt: skip
+
+    if not ranks.first:
+        if bool(ranks.largest(torch.tensor(False))):
+            calibrate()
+        return {}
     identity = job.identity()
     if calibration is not None:
         identity |= {"calibration": {"text": calibration.sha256, "tokens": calibration.fingerprint}}
+    if ranks.count > 1:
+        identity |= {"ranks": ranks.count}
     side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
     writer = Writer(output, job.shards, identity, side_bytes)
     solved = Solutions(writer.partial / _BLOCKS)
     resumed = writer.resumed or bool(solved)
-    if calibration is not None and next(writer.pending(), None) is not None:
-        calibrating.run(job, calibration, writer.partial / _BLOCKS, threads=threads, finished=finished)
+    needed = calibration is not None and next(writer.pending(), None) is not None
+    if bool(ranks.largest(torch.tensor(needed))):
+        calibrate()
         solved = Solutions(writer.partial / _BLOCKS)
     by_source = {action.info.name: action for action in job.actions}
     done = progress or (lambda _: None)
@@ -235,19 +255,6 @@ def by_layer_type(output: Path) -> list[dict[str, Any]]:
         }
         for (layers, numbers), row in rows.items()
     ]
-
-
-def peak_rss_bytes() -> int:
-    """The process's largest resident memory so far, shared pages included.
-
-    getrusage is the second choice: on Linux its figure begins with the memory of the process that started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _run(job: Job, result: dict[str, Any]) -> bytes:

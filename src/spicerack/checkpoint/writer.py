@@ -42,6 +42,11 @@ _PROGRESS = "progress.json"  # OUT.partial: whose it is
 _LOCK = ".lock"  # OUT.partial: held by the process that writes there
 
 
+def partial_folder(output: Path) -> Path:
+    """Where `output` lies until it is whole."""
+    return output.with_name(output.name + ".partial")
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A tensor that will be written: name, safetensors dtype, shape."""
@@ -101,7 +106,7 @@ class Writer:
 
     def __init__(self, output: Path, shards: Sequence[Shard], identity: Mapping[str, Any], side_bytes: int = 0) -> None:
         self.output = output
-        self.partial = output.with_name(output.name + ".partial")
+        self.partial = partial_folder(output)
         self.shards = tuple(shards)
         self._begin(dict(identity), side_bytes)
 

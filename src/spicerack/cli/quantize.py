@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from spicerack.calibrating import Finished
     from spicerack.calibration import Calibration
     from spicerack.job import Job
+    from spicerack.ranks import Ranks
     from spicerack.recipe import Recipe, Rule
 
 _ORDER = "spicerack.rule_order"
@@ -139,7 +144,9 @@ def command(
     from spicerack.job import prepare
     from spicerack.quantization import calibrated, execute
 
-    console = _output.console(as_json)
+    ranks = _ranks()
+    console = _output.console(as_json or not ranks.first)
+    console.quiet = not ranks.first
     job = prepare(model, calibrated(recipe, calib is not None), shard_bytes=shard_bytes)
     calibration = None if calib is None else _calibration(job, calib, samples, length, seed)
     _announce(job, calibration, console)
@@ -154,21 +161,51 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:
+    with Progress(*columns, console=_output.console(as_json=True), transient=True, disable=not ranks.first) as bar:
         task = bar.add_task("quantizing", total=job.bytes_before)
 
         def finished(block: Finished) -> None:
-            bar.console.print(_line(block), soft_wrap=True, highlight=False)
+            if ranks.first:
+                bar.console.print(_line(block), soft_wrap=True, highlight=False)
             bar.update(task, description=f"block {block.number + 1} of {block.count}")
 
-        result = execute(
-            job, output, calibration=calibration, threads=threads, finished=finished,
-            progress=lambda nbytes: bar.advance(task, nbytes),
-        )  # fmt: skip
+        with _interrupt(bar.console, gently=calibration is not None) as stopping:
+            result = execute(
+                job, output, calibration=calibration, threads=threads, ranks=ranks, finished=finished,
+                stopping=stopping, progress=lambda nbytes: bar.advance(task, nbytes),
+            )  # fmt: skip
+    if not ranks.first:
+        return
     if as_json:
         _output.emit(result)
         return
     _report(result, job.source.folder, console)
+
+
+@contextmanager
+def _interrupt(console: Console, *, gently: bool) -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl+C only asks to stop behind the present block, the second interrupts. -> whether asked."""
+    asked: list[bool] = []
+
+    def ask(_signal: int, _frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        console.print("stopping behind this block; once more: at once")
+
+    before = signal.signal(signal.SIGINT, ask) if gently else None
+    try:
+        yield lambda: bool(asked)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def _ranks() -> Ranks:
+    """Among the processes of torchrun, if it started this one."""
+    from spicerack.ranks import ALONE, join
+
+    return join() if "TORCHELASTIC_RUN_ID" in os.environ else ALONE
 
 
 def _calibration(job: Job, source: str, samples: int, length: int | None, seed: int) -> Calibration:
@@ -195,8 +232,8 @@ def _line(block: Finished) -> str:
 
     events = "".join(f"\n  [yellow]note[/yellow] {escape(event)}" for event in block.events)
     return (
-        f"{block.block}: {block.layers} layers, {block.bits:.2f} bits, output off by {block.error:.2%}, "
-        f"{block.seconds:.1f} s{events}"
+        f"{block.block}: {block.layers} layers, {block.bits:.2f} bits, output off by {block.error:.2%} "
+        f"(to nearest {block.rounded:.2%}), {block.seconds:.1f} s, peak {_output.size(block.peak_rss_bytes)}{events}"
     )
 
 
