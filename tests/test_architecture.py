@@ -23,6 +23,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "hf",
+            "rotating",
             "placing",
             "loading",
             "job",

@@ -34,6 +34,7 @@ from spicerack.loading import load
 from spicerack.memory import peak_rss_bytes
 from spicerack.qtensor import QTensor
 from spicerack.ranks import ALONE, Ranks
+from spicerack.rotating import Rotated
 from spicerack.solved import Solved
 from spicerack.stats import Accumulator
 
@@ -84,6 +85,7 @@ def run(
     if first == 0:
         for number, some in chunks(calibration, ranks):
             hidden, _ = stack.calls(inputs(calibration, some))
+            hidden = job.source.turn(hidden) if isinstance(job.source, Rotated) else hidden
             states.write(0, number, hidden.float(), hidden.float())
     ranks.wait()
     for i in range(first, len(stack.blocks)):

@@ -24,6 +24,7 @@ from spicerack.job import Action, Job
 from spicerack.kernels.reference import quantize_tokens
 from spicerack.qtensor import QTensor
 from spicerack.ranks import Ranks
+from spicerack.rotating import Rotated
 from spicerack.solved import Solved
 from spicerack.stats import Accumulator, Need, Stats
 
@@ -83,6 +84,11 @@ class Work:
         original = stack.blocks[index]
         self.types = {path: parameter.dtype for path, parameter in original.named_parameters()}
         self.exact = copy.deepcopy(original).float().requires_grad_(False)
+        if isinstance(job.source, Rotated):  # the model that runs is the original; nothing else is in the block
+            names = {f"{layer.path}.weight": layer.tensor for layer in self.layers} | dict(self.others)
+            for path, tensor in names.items():
+                with torch.no_grad():
+                    self.exact.get_parameter(path).copy_(job.source.read(tensor))
         self.block = copy.deepcopy(self.exact)
         self._here: dict[str, tuple[QTensor, Solved]] = {}
         self.roundings: dict[str, Rounding] = {}

@@ -33,14 +33,15 @@ def transform(work: Work) -> Changes:
     """Apply the recipe's transforms, in order, to both copies of the block."""
     changes = Changes()
     method = work.job.recipe.method
-    if method is None or not method.transforms:
+    names = [name for name in method.transforms if name in _TRANSFORMS] if method is not None else []
+    if not names:
         return changes
     layers = {layer.path: layer for layer in work.layers}
     sites = list(folding.sites(work.exact, work.stack.model.config, layers))
     if not sites:
-        changes.events.append(f"{'+'.join(method.transforms)}: no place to move factors to is known")
+        changes.events.append(f"{'+'.join(names)}: no place to move factors to is known")
     judge = _Judge(work) if sites else None
-    for name in method.transforms:
+    for name in names:
         for site in sites:
             assert judge is not None
             _one(work, name, site, [layers[reader] for reader in site.readers], judge, changes)

@@ -16,6 +16,7 @@ from spicerack.checkpoint.writer import SHARD_BYTES, Shard, Slot, Unit, plan_sha
 from spicerack.errors import CheckpointError, SchemeError, ShapeError
 from spicerack.format import Format, Planned
 from spicerack.recipe import Decision, Recipe
+from spicerack.rotating import rotate
 
 SOURCE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CLASSES = {"linear": "Linear", "head": "Linear", "router": "Linear", "embedding": "Embedding", "conv1d": "Conv1D"}
@@ -96,6 +97,8 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
         raise CheckpointError(
             f"{source.folder} is quantized already", "start from the float model: every rounding adds up"
         )
+    if what.method is not None and what.method.rotates:
+        source = rotate(source)
     seen = census.take(source)
     entries = seen.entries
     tied = {_module(alias): _module(owner) for alias, owner in seen.tied.items()}

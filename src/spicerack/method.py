@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from spicerack.errors import RecipeError
 from spicerack.scheme import Scheme
 
-TRANSFORMS = ("smoothquant", "awq")
+TRANSFORMS = ("hadamard", "smoothquant", "awq")
 SOLVERS = ("rtn", "hqq", "gptq", "signround")
-_DATA_FREE = ("rtn", "hqq")
+_DATA_FREE = ("hadamard", "rtn", "hqq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,12 @@ class Method:
     @property
     def needs_text(self) -> bool:
         """Whether it looks at what flows through the model."""
-        return bool(self.transforms) or self.solver not in _DATA_FREE
+        return not {*self.transforms, self.solver} <= set(_DATA_FREE)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the residual stream is rotated, before all else."""
+        return "hadamard" in self.transforms
 
     def __str__(self) -> str:
         return "+".join((*self.transforms, self.solver))
@@ -43,6 +48,8 @@ def parse(text: str) -> Method:
             raise RecipeError(f"unknown method {name!r}", known)
     if solver not in SOLVERS:
         raise RecipeError(f"unknown method {solver!r}", known)
+    if "hadamard" in transforms[1:]:
+        raise RecipeError(f"method {text!r}: hadamard rotates the whole model, and comes first", known)
     if len(set(transforms)) < len(transforms):
         raise RecipeError(f"method {text!r} has a transform twice", known)
     return Method(transforms, solver)
