@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spicerack import codec
+from spicerack import codec, search
 from spicerack.errors import ShapeError, WeightError
 from spicerack.scheme import IntLevels, Scheme, parse
 
@@ -256,6 +256,10 @@ def test_a_scale_that_would_be_infinite_is_refused() -> None:
     ):
         codec.encode(w, parse("w2g32h"), name="up")
     codec.encode(w.bfloat16(), parse("w2g32h"))
+    w = torch.full((4, 64), 6e4)
+    w[2, 40] = 1e5
+    with pytest.raises(WeightError, match=r"up: block \[0, 0\] with weights up to 1e\+05 needs a scale above"):
+        codec.encode(w, parse("ternary"), name="up")  # though the mean of all would fit
 
 
 def test_a_scale_that_would_be_zero_is_refused_unless_the_block_is_negligible() -> None:
@@ -290,3 +294,30 @@ def test_ternary_is_the_optimum_of_all_codes(weighted: bool) -> None:
     errors = ((scale[..., None] * codes[:, None] - w.double()).square() * a).sum(-1).amin(0)
     found = ((codec.decode(q) - w).double().square() * a).sum(-1)
     torch.testing.assert_close(found, errors, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [(1, None), (1, 32), (None, None)])
+def test_ternary_blocks_are_sorted_some_at_a_time(
+    block: tuple[int | None, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = Scheme("t", IntLevels(-1, 1), block=block)
+    w, a = gaussian(16, 96), torch.rand(16, 96, generator=torch.Generator().manual_seed(5))
+    for importance in (None, a):
+        at_once = codec.encode(w, scheme, importance=importance)
+        with monkeypatch.context() as patch:
+            patch.setattr(search, "SORTED", 70)  # less than a row, two groups
+            in_turn = codec.encode(w, scheme, importance=importance)
+        assert torch.equal(at_once.codes, in_turn.codes) and torch.equal(at_once.scale, in_turn.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_stored_ternary_scale_beside_the_chosen_one_is_better(dtype: torch.dtype) -> None:
+    scheme = Scheme("t", IntLevels(-1, 1), block=(1, None))
+    w = (gaussian(8, 4096) ** 3).to(dtype)
+    q = codec.encode(w, scheme)
+    assert isinstance(q.scale, torch.Tensor) and q.scale.dtype == dtype
+    least = (codec.decode(q) - w.float()).double().square().sum(1)
+    for step in (-1, 1):
+        beside = (q.scale.view(torch.int16) + step).view(dtype).float()
+        v = codec.nearest(w.float() / beside, scheme.levels)
+        assert bool(((beside * v - w.float()).double().square().sum(1) >= least).all())

@@ -41,6 +41,8 @@ SHIFTS: tuple[float, ...] = (-1.0, 0.0, 1.0)
 REFINEMENTS = 2
 RUN = 16
 PIECE = 1 << 16
+SORTED = 1 << 20
+"""Weights that are sorted at once, in whole blocks: order and sums take far more memory than the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +95,10 @@ def search(
     if range_ == "absmax":
         return scale, zero
     best = blocks.judge(scale, zero)
+    final = (raw == 0) | torch.isinf(scale)  # nothing to search, or to be refused: clipping would hide it
     if is_ternary(scheme):
         best = best.better(blocks.judge(store(blocks.ternary(), dtype), zero))
-        return torch.where(raw == 0, scale, best.scale), zero
+        return torch.where(final, scale, best.scale), zero
     for factor in coarse_factors(scheme):
         candidate = store(raw * torch.tensor(factor), dtype)
         base = _zero_for(centre, candidate, scheme)
@@ -108,7 +111,6 @@ def search(
     total = blocks.weight()
     for _ in range(REFINEMENTS):
         best = best.better(blocks.judge(*_refined(best, scheme, total, dtype)))
-    final = (raw == 0) | torch.isinf(scale)  # nothing to search, or to be refused: clipping would hide it
     return torch.where(final, scale, best.scale), torch.where(final, zero, best.zero)
 
 
@@ -213,8 +215,12 @@ class TensorBlocks:
         return Fit(scale, zero, torch.where(usable, error, torch.inf), xv, vv, x_sum, v_sum)
 
     def ternary(self) -> torch.Tensor:
-        size, order = self.x.abs().sort(dim=1, descending=True)
-        a = None if self.importance is None else self.importance.gather(1, order)
+        step = max(SORTED // self.x.shape[1], 1)
+        return torch.cat([self._ternary(slice(first, first + step)) for first in range(0, len(self.x), step)])
+
+    def _ternary(self, some: slice) -> torch.Tensor:
+        size, order = self.x[some].abs().sort(dim=1, descending=True)
+        a = None if self.importance is None else self.importance[some].gather(1, order)
         return best_prefix(size, a)
 
 
