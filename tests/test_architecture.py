@@ -24,6 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "hf",
             "rotating",
+            "caching",
             "placing",
             "loading",
             "job",

@@ -15,10 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from spicerack import format, hf
 from spicerack.architecture import Destination, destinations
+from spicerack.caching import use_quantized_cache
 from spicerack.checkpoint.reader import Checkpoint
-from spicerack.errors import CheckpointError, LoadError
+from spicerack.errors import CheckpointError, LoadError, UsageError
 from spicerack.format import Format, Planned
 from spicerack.kernel import Compute
+from spicerack.nn.cache_blocks import CacheScheme
 from spicerack.nn.fused import fuse
 from spicerack.placing import Expert, fill, float_names, make_slot, make_stack_slot, read_floats
 
@@ -32,6 +34,7 @@ def load(
     device: str | torch.device = ...,
     compute: Compute | None = ...,
     dtype: torch.dtype | None = ...,
+    cache: int | None = ...,
     trust_remote_code: bool = ...,
 ) -> PreTrainedModel: ...
 @overload
@@ -49,17 +52,24 @@ def load(
     device: str | torch.device = "cpu",
     compute: Compute | None = None,
     dtype: torch.dtype | None = None,
+    cache: int | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model in `folder` (or at a hub id), in eval mode on `device`.
 
     Quantized layers become `QLinear`, `QEmbedding` and `QStack`, whose weights stay packed in memory; float folders
     load as they are. compute: "int8" rounds activations on the fly, in blocks of 32, "float" does not; None is int8 on
-    processors with vector instructions for it. dtype: of the float parameters; None keeps the stored one. into: your
-    own module, for folders written by `spicerack.save`; it is changed in place and returned.
+    processors with vector instructions for it. dtype: of the float parameters; None keeps the stored one. cache: bits,
+    8 or 4, that keys and values of attention are kept in while generating; None keeps them as they are. into: your own
+    module, for folders written by `spicerack.save`; it is changed in place and returned.
 
-    Raises CheckpointError, LoadError (the tensors do not fit the model, named) and UntrustedCodeError.
+    Raises CheckpointError, LoadError (the tensors do not fit the model, named), UntrustedCodeError, and for `cache`
+    SchemeError (other widths) and UsageError (a model without such a cache).
     """
+    if cache is not None:
+        CacheScheme(cache)  # before weights are read
+        if into is not None:
+            raise UsageError("cache is for transformers models, and into is a module of your own", "leave one out")
     checkpoint = Checkpoint.open(folder)
     fmt = format.of_folder(checkpoint)
     plan = fmt.plan(checkpoint) if fmt is not None else {}
@@ -84,6 +94,8 @@ def load(
     if fmt is not None:
         fill(model, checkpoint, fmt, device, compute)
         fuse(model)
+    if cache is not None:
+        use_quantized_cache(model, cache)
     return model
 
 

@@ -1,0 +1,135 @@
+"""Keys or values of attention as packed codes: x = low + scale * code, in blocks of 32 tokens.
+
+Keys share scale and low per channel, over the tokens of a block: some channels are large at every token. Values have them
+per token, over some channels. (KIVI, Liu et al. 2024, arXiv:2402.02750.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from spicerack.errors import ActivationError, SchemeError
+
+TOKENS = 32
+"""Of a block."""
+BITS = (8, 4)
+Share = Literal["channel", "token"]
+"""What has a scale of its own: a channel (over the tokens of a block), or a token (over a group of channels)."""
+
+_HALF_UNIT = 2.0**-11
+"""The most that rounding to float16 changes a number, relative to it; below 2^-14, by 2^-25 at most."""
+_LEAST = 2.0**-24
+
+
+@dataclass(frozen=True, slots=True)
+class CacheScheme:
+    """How a cache is stored.
+
+    bits: 8 or 4. group: channels of a token that share a scale where `Share` is "token"; the head's width if that is
+    no multiple. residual: the last tokens, never packed; up to 31 more wait until they fill a block. Raises SchemeError.
+    """
+
+    bits: int
+    group: int = 32
+    residual: int = 32
+    keys: Share = "channel"
+    values: Share = "token"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or isinstance(self.bits, bool):
+            raise SchemeError(f"a cache of {self.bits} bits", "use 8 or 4")
+        if self.group < 1 or self.residual < 0:
+            raise SchemeError(f"group {self.group}, residual {self.residual}", "use at least 1 and 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """n blocks of T = 32 tokens, B sequences, H heads of width D; two 4-bit codes share a byte.
+
+    codes uint8 [B, H, n, T * bits / 8, D]: token t is in the low half of byte t, token t + T / 2 in the high half.
+    scale, low float16: [B, H, n, 1, D / g, g] per channel, [B, H, n, T, D / g, 1] per token.
+    """
+
+    bits: int
+    codes: torch.Tensor
+    scale: torch.Tensor
+    low: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """n * T."""
+        return int(self.codes.shape[2]) * TOKENS
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Blocks:
+        """`change` applied to each tensor; it must leave the last three axes alone."""
+        return Blocks(self.bits, change(self.codes), change(self.scale), change(self.low))
+
+    def blocks(self, first: int, last: int) -> Blocks:
+        """Some of the blocks, in memory of their own."""
+        return self.map(lambda t: t[:, :, first:last].clone())
+
+    def append(self, later: Blocks) -> Blocks:
+        """These and `later` ones."""
+        pairs = ((self.codes, later.codes), (self.scale, later.scale), (self.low, later.low))
+        return Blocks(self.bits, *(torch.cat(pair, dim=2) for pair in pairs))
+
+    def decode(self, out: torch.Tensor) -> None:
+        """Write the numbers to `out` [B, H, n * T, D], computed in float32 and rounded to its type."""
+        groups = self.scale.shape[4]
+        out = out.unflatten(2, (-1, TOKENS)).unflatten(-1, (groups, -1))
+        codes = self.codes.unflatten(-1, (groups, -1))
+        scale, low = self.scale.float(), self.low.float()
+        if self.bits == 8:
+            _affine(codes, scale, low, out)
+            return
+        half = TOKENS // 2
+        per_token = scale.shape[3] == TOKENS
+        for part, nibbles in enumerate((codes & 15, codes >> 4)):
+            rows = slice(part * half, part * half + half)
+            some = rows if per_token else slice(None)
+            _affine(nibbles, scale[:, :, :, some], low[:, :, :, some], out[:, :, :, rows])
+
+
+def _affine(codes: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, out: torch.Tensor) -> None:
+    if out.dtype == torch.float32:
+        torch.addcmul(low, codes.float(), scale, out=out) if not out.requires_grad else out.copy_(low + codes * scale)
+    else:
+        out.copy_(torch.addcmul(low, codes.float(), scale))
+
+
+@torch.no_grad()
+def encode(x: torch.Tensor, scheme: CacheScheme, share: Share) -> Blocks:
+    """x [B, H, n * 32, D] -> Blocks, with |x - decoded| <= scale / 2 for each number, before it is rounded to a type.
+
+    low and scale are chosen as stored: low, rounded to float16, is not above the least number, and low + scale *
+    (2^bits - 1) not below the greatest. Raises ActivationError if a number is not finite or beyond float16.
+    """
+    levels = 2**scheme.bits - 1
+    width = x.shape[-1]
+    group = scheme.group if width % scheme.group == 0 else width
+    x = x.float().unflatten(2, (-1, TOKENS)).unflatten(-1, (-1, group))
+    least, most = torch.aminmax(x, dim=3 if share == "channel" else 5, keepdim=True)
+    low = (least - (least.abs() * _HALF_UNIT).clamp_min(_LEAST)).half()
+    scale = ((most - low) * ((1 + _HALF_UNIT) / levels) + _LEAST / 2).half()
+    if not bool(low.isfinite().all() and scale.isfinite().all()):
+        raise ActivationError(
+            f"keys or values between {float(x.min()):g} and {float(x.max()):g} do not fit a quantized cache",
+            "their scales are float16: load the model without cache",
+        )
+    codes = ((x - low) / scale.float()).round_().clamp_(0, levels).to(torch.uint8).flatten(-2)
+    if scheme.bits == 4:
+        first, second = codes.split(TOKENS // 2, dim=3)
+        codes = first | (second << 4)
+    return Blocks(scheme.bits, codes, scale, low)
+
+
+def packed_bytes(scheme: CacheScheme, tokens: int, width: int, share: Share) -> int:
+    """Bytes that `tokens` packed tokens (a multiple of 32) of one head take: codes, and two float16 for each group."""
+    group = scheme.group if width % scheme.group == 0 else width
+    groups = tokens // TOKENS * width if share == "channel" else tokens * math.ceil(width / group)
+    return tokens * width * scheme.bits // 8 + 4 * groups
