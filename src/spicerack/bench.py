@@ -24,13 +24,15 @@ from spicerack.evaluation_folder import kind, positions
 from spicerack.evaluation_logits import computes_some
 from spicerack.hf import CACHES
 from spicerack.loading import load
+from spicerack.nn.cache import nbytes
 
 Progress = Callable[[str, float], None]
 Sample = dict[str, float]
-"""Speeds of one turn: figure -> items per second."""
+"""One turn: figure -> items per second, and for decoders the bytes of the cache."""
 
 PREFILL, DECODE, REPEATS, BATCH, LENGTH = 512, 64, 5, 32, 64
 _SEED = 0
+_SPEED = "_per_s"
 
 
 def bench(
@@ -44,6 +46,7 @@ def bench(
     threads: int | None = None,
     device: str = "cpu",
     float32: bool = False,
+    cache: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -51,20 +54,21 @@ def bench(
 
     A row: name, compute, bytes_on_disk (weight files), resident_bytes (what the parameters and buffers hold in memory
     after a run), and for decoders prefill_tokens_per_s and decode_tokens_per_s, for encoders items_per_s (sequences),
-    each a median with `_min` and `_max` beside it. speedup: the quantized model's decode_tokens_per_s (items_per_s)
-    over the original's. prefill: None is 512, or what the model has room for. float32: time the original in float32,
-    too. Raises UsageError, CheckpointError, LoadError.
+    each a median with `_min` and `_max` beside it; decoders have cache_bytes, too: keys and values at the end of a run.
+    speedup: the quantized model's decode_tokens_per_s (items_per_s) over the original's. prefill: None is 512, or what
+    the model has room for. float32: time the original in float32, too. cache: bits of the quantized model's key-value
+    cache, as in `load`; the original's stays as it is. Raises UsageError, CheckpointError, LoadError.
     """
     out, source = files.locate(folder), files.locate(against)
     config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)
     what = kind(config, source)
     report = progress or (lambda _what, _share: None)
 
-    def open_model(where: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return load(where, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    def open_model(where: Path, dtype: torch.dtype | None = None, cache: int | None = None) -> PreTrainedModel:
+        return load(where, device=device, dtype=dtype, cache=cache, trust_remote_code=trust_remote_code)
 
     report("loading", 0.0)
-    models = {"original": open_model(source), "quantized": open_model(out)}
+    models = {"original": open_model(source), "quantized": open_model(out, cache=cache)}
     if float32 and models["original"].dtype != torch.float32:
         models["original, float32"] = open_model(source, torch.float32)
     folders = {name: out if name == "quantized" else source for name in models}
@@ -87,16 +91,18 @@ def bench(
             **speeds[name],
             "bytes_on_disk": bytes_on_disk(folders[name]),
             "resident_bytes": resident_bytes(model),
+            **{key: int(samples[name][0][key]) for key in ("cache_bytes",) if key in samples[name][0]},
         }
         for name, model in models.items()
     ]
-    figures = list(samples["original"][0])
+    figures = [key for key in samples["original"][0] if key.endswith(_SPEED)]
     ratios = {figure: speeds["quantized"][figure] / speeds["original"][figure] for figure in figures}
     return {
         "rows": rows,
         "speedup": ratios[figures[-1]],
         **({"speedup_prefill": ratios[figures[0]]} if what == "decoder" else {}),
         **work,
+        **({"cache": cache} if cache is not None else {}),
         "repeats": repeats,
         "threads": used,
         "device": device,
@@ -149,6 +155,7 @@ def _decoder_turn(model: PreTrainedModel, *, prefill: int, decode: int) -> Sampl
     return {
         "prefill_tokens_per_s": prefill / (middle - begin),
         "decode_tokens_per_s": decode / (end - middle),
+        "cache_bytes": nbytes(cache[name]),
     }
 
 
@@ -177,7 +184,7 @@ def _now(model: PreTrainedModel) -> float:
 
 def _speeds(samples: list[Sample]) -> dict[str, float]:
     speeds: dict[str, float] = {}
-    for key in samples[0]:
+    for key in (key for key in samples[0] if key.endswith(_SPEED)):
         values = [sample[key] for sample in samples]
         speeds |= {key: median(values), f"{key}_min": min(values), f"{key}_max": max(values)}
     return speeds

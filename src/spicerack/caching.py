@@ -69,7 +69,8 @@ def use_quantized_cache(model: PreTrainedModel, bits: int) -> None:
     if model.config.is_encoder_decoder or not model.can_generate():
         what = "is an encoder-decoder model" if model.config.is_encoder_decoder else "does not generate text"
         raise UsageError(f"{name} {what}: there is no cache to quantize", "only decoders have one; load without cache")
-    decoder = model.get_decoder()
+    typed: Any = model
+    decoder: nn.Module = typed.get_decoder()
     parameters = tuple(inspect.signature(decoder.forward).parameters)
     names = [cache for cache in CACHES if cache in parameters]
     if not names:

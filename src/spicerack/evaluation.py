@@ -34,6 +34,8 @@ HELDOUT = "heldout.txt"
 FLOOR_TOKENS = 8192
 """The noise floor is measured on the beginning of the text: it varies little, and bfloat16 is slow on many CPUs."""
 UNKNOWN_LIMIT = 0.01
+CACHE_STEP = 16
+"""Tokens that are read at once where the cache counts: about 32 of those before them are in float, as in generating."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Evaluation:
 
     compute: the kernel and type that the quantized model ran with. noise_floor: the reference in bfloat16 against
     itself in float32, as mean KL in nats per token (decoders) or mean cosine (encoders): what a plain cast costs.
+    cache: bits of the quantized model's cache, None where it was not used.
     """
 
     kind: Kind
@@ -49,11 +52,14 @@ class Evaluation:
     text: str
     figures: Comparison | EncoderComparison
     noise_floor: float
+    cache: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON, under the names of the command line's contract."""
         floor = "kl_noise_floor" if self.kind == "decoder" else "cosine_noise_floor"
-        return {"compute": self.compute, "text": self.text, **self.figures.as_dict(), floor: self.noise_floor}
+        cache = {} if self.cache is None else {"cache": self.cache}
+        figures = self.figures.as_dict()
+        return {"compute": self.compute, **cache, "text": self.text, **figures, floor: self.noise_floor}
 
 
 def evaluate(
@@ -65,6 +71,7 @@ def evaluate(
     max_tokens: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    cache: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -72,8 +79,9 @@ def evaluate(
 
     text: a file; None is `heldout.txt` in the model's folder, or for encoders the built-in sentences. window: tokens
     that are read together, None is 512 or the model's longest; longer sentences are cut there. max_tokens: None is the
-    whole text. dtype: float type that `folder` computes in; None is its own, which is what ships. Raises TextError,
-    UsageError, CheckpointError, LoadError.
+    whole text. dtype: float type that `folder` computes in; None is its own, which is what ships. cache: bits of its
+    key-value cache, as in `load`; it then reads 16 tokens at a time, and the earlier ones through that cache. Raises
+    TextError, UsageError, CheckpointError, LoadError.
     """
     return measure(
         folder,
@@ -83,6 +91,7 @@ def evaluate(
         max_tokens=max_tokens,
         device=device,
         dtype=dtype,
+        cache=cache,
         trust_remote_code=trust_remote_code,
         progress=progress,
     ).as_dict()
@@ -97,6 +106,7 @@ def measure(
     max_tokens: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    cache: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -109,19 +119,22 @@ def measure(
         warnings.warn(f"{path} is what {out} was calibrated with: use another text, this one flatters", stacklevel=2)
     report = progress or (lambda _doing, _share: None)
 
-    def open_model(where: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    def open_model(where: Path, dtype: torch.dtype | None, cache: int | None = None) -> PreTrainedModel:
         report("loading", 0.0)
-        return load(where, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return load(where, device=device, dtype=dtype, cache=cache, trust_remote_code=trust_remote_code)
 
     reference = open_model(source, torch.float32)
     length = evaluation_folder.window(window, reference, source)
 
-    def compare(other: PreTrainedModel, most: int | None, doing: str) -> Comparison | EncoderComparison:
+    def compare(
+        other: PreTrainedModel, most: int | None, doing: str, step: int | None = None
+    ) -> Comparison | EncoderComparison:
         def share(done: float) -> None:
             report(doing, done)
 
         if path is not None and kind == "decoder":
-            return evaluation_lm.compare(reference, other, windows(path, tokenizer, length, most), progress=share)
+            texts = windows(path, tokenizer, length, most)
+            return evaluation_lm.compare(reference, other, texts, progress=share, step=step)
         return _compare_encoders(reference, other, tokenizer, path, source, length, most, share)
 
     beginning = max(FLOOR_TOKENS, length)
@@ -130,13 +143,13 @@ def measure(
         beginning if max_tokens is None else min(beginning, max_tokens),
         "noise floor",
     )
-    quantized = open_model(out, dtype)
-    figures = compare(quantized, max_tokens, "evaluating")
+    quantized = open_model(out, dtype, cache)
+    figures = compare(quantized, max_tokens, "evaluating", None if cache is None else CACHE_STEP)
     if figures.unknown_share > UNKNOWN_LIMIT:
         unknown = f"{figures.unknown_share:.1%} of the text's tokens are unknown to the tokenizer"
         warnings.warn(f"{unknown}: is it in a language that the model knows?", stacklevel=2)
     name = "built-in sentences" if path is None else path.name
-    return Evaluation(kind, compute(quantized), name, figures, floor.mean)
+    return Evaluation(kind, compute(quantized), name, figures, floor.mean, cache)
 
 
 def compute(model: PreTrainedModel) -> str:

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spicerack.errors import SpicerackError, TextError, UsageError
-from spicerack.evaluation_logits import chunk_positions, logits
+from spicerack.evaluation_logits import chunk_positions, logits, logits_through_cache
 from spicerack.evaluation_statistics import Interval, mean_interval
 from spicerack.evaluation_text import Window
 
@@ -86,12 +86,14 @@ def compare(
     *,
     progress: Progress | None = None,
     positions: int | None = None,
+    step: int | None = None,
 ) -> Comparison:
     """Run both models over `windows`, all of the same length.
 
-    positions: how many positions' logits are held at once; None: what the vocabulary allows. Raises TextError without
-    a window, UsageError if a vocabulary does not fit the text or the other model's, SpicerackError if a model's logits
-    are not finite.
+    positions: how many positions' logits are held at once; None: what the vocabulary allows. step: `other` reads so
+    many tokens at a time, through its cache; None: a window at once, without. Raises TextError without a window,
+    UsageError if a vocabulary does not fit the text or the other model's, SpicerackError if a model's logits are not
+    finite.
     """
     rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     digest = hashlib.sha256()
@@ -102,7 +104,7 @@ def compare(
         _check_ids(reference, window.ids)
         digest.update(window.ids.numpy().tobytes())
         unknown += window.unknown
-        row = _window(reference, other, ids, positions or _positions(reference))
+        row = _window(reference, other, ids, positions or _positions(reference), step)
         for name, nll in (("reference", row[2]), ("quantized", row[1]), ("quantized", row[0])):
             if not bool(nll.isfinite().all()):
                 raise SpicerackError(
@@ -153,13 +155,18 @@ def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 @torch.no_grad()
 def _window(
-    reference: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor, positions: int
+    reference: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor, positions: int, step: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """kl, nll, nll_reference (float64 [L - 1]) and agreement (bool [L - 1]) of one window `ids` [1, L]."""
     following = ids[0, 1:]
     parts = []
     begin = 0
-    pairs = zip(*(logits(model, ids.to(model.device), positions) for model in (reference, other)), strict=True)
+    theirs_ids = ids.to(other.device)
+    pairs = zip(
+        logits(reference, ids.to(reference.device), positions),
+        logits_through_cache(other, theirs_ids, positions, step) if step else logits(other, theirs_ids, positions),
+        strict=True,
+    )
     for ours, theirs in pairs:
         if ours.shape != theirs.shape:
             raise UsageError(

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from spicerack.hf import CACHES
+
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at once, in elements: 64 MiB each time they are held in float64."""
 
@@ -45,6 +47,21 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, positions: int) -> Iterato
         with _answering(model.base_model, outputs[0]):
             chunk = model(input_ids=ids, use_cache=False, logits_to_keep=group).logits
         yield chunk
+
+
+def logits_through_cache(
+    model: PreTrainedModel, ids: torch.Tensor, positions: int, step: int
+) -> Iterator[torch.Tensor]:
+    """As `logits`, reading `step` tokens at a time, so that each step sees the earlier ones through the cache."""
+    cache: dict[str, Any] = {}
+    for group in ids.split(positions, dim=1):
+        parts = []
+        for part in group.split(step, dim=1):
+            output = model(input_ids=part, use_cache=True, **cache)
+            name = next(name for name in CACHES if name in output)
+            cache = {name: output[name]}
+            parts.append(output.logits)
+        yield torch.cat(parts, dim=1)
 
 
 def computes_some(model: PreTrainedModel) -> bool:

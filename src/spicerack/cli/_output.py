@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to standard output.")
+cache_option = click.option(
+    "--cache", type=int, metavar="8|4", help="Bits that keys and values of attention are kept in. Default: as computed."
+)
 model_argument = click.argument("model", metavar="MODEL")
 
 

@@ -28,6 +28,7 @@ _LABELS = {
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: as torch chooses.")
 @click.option("--device", default="cpu", show_default=True, help="Where the models run: cpu, cuda ...")
 @click.option("--float32", is_flag=True, help="Also time the original in float32: bfloat16 is slow on many CPUs.")
+@_output.cache_option
 @click.option("--trust-remote-code", is_flag=True, help="Run code that came with the model.")
 @_output.json_option
 def command(
@@ -40,6 +41,7 @@ def command(
     threads: int | None,
     device: str,
     float32: bool,
+    cache: int | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -67,6 +69,7 @@ def command(
             threads=threads,
             device=device,
             float32=float32,
+            cache=cache,
             trust_remote_code=trust_remote_code,
             progress=lambda doing, share: bar.update(task, description=doing, completed=share),
         )
@@ -87,6 +90,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
     table.add_row("computed with", *(row["compute"] for row in rows))
     table.add_row("on disk", *(_output.size(row["bytes_on_disk"]) for row in rows))
     table.add_row("in memory", *(_output.size(row["resident_bytes"]) for row in rows))
+    if "cache_bytes" in rows[0]:
+        table.add_row("its cache", *(_output.size(row["cache_bytes"]) for row in rows))
     for key, label in _LABELS.items():
         if key in rows[0]:
             table.add_row(label, *(f"{row[key]:,.4g}" for row in rows))

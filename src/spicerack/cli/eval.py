@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--window", type=click.IntRange(min=2), help="Tokens read together. Default: 512, or the most.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after so many tokens.")
 @click.option("--device", default="cpu", show_default=True, help="Where both models run: cpu, cuda ...")
+@_output.cache_option
 @click.option("--trust-remote-code", is_flag=True, help="Run code that came with the model.")
 @_output.json_option
 def command(
@@ -30,6 +31,7 @@ def command(
     window: int | None,
     max_tokens: int | None,
     device: str,
+    cache: int | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -55,6 +57,7 @@ def command(
             window=window,
             max_tokens=max_tokens,
             device=device,
+            cache=cache,
             trust_remote_code=trust_remote_code,
             progress=lambda doing, share: bar.update(task, description=doing, completed=share),
         )
@@ -109,7 +112,8 @@ def _table(console: Console, figures: dict[str, Any], title: str, rows: list[tup
     from rich.markup import escape
     from rich.table import Table
 
-    console.print(f"[bold]{escape(figures['text'])}[/bold]: {title}; computed with {figures['compute']}")
+    cache = f", cache of {figures['cache']} bits" if "cache" in figures else ""
+    console.print(f"[bold]{escape(figures['text'])}[/bold]: {title}; computed with {figures['compute']}{cache}")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", style="bold", no_wrap=True)

@@ -2,13 +2,13 @@
 
     model.generate(ids, cache=QuantizedCache(model.config, bits=4))
 
-The last tokens stay in float; whole blocks of older ones are packed (`cache_blocks`). What a layer gives to attention is
-decoded each time, for one layer at a time, and new tokens reach it as they are.
+The last tokens stay in float; whole blocks of older ones are packed (`cache_blocks`). What a layer gives to attention
+is decoded each time, for one layer at a time, and new tokens reach it as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class QuantizedLayer(DynamicLayer):
     values: torch.Tensor
 
     def __init__(self, scheme: CacheScheme) -> None:
-        super().__init__()
+        DynamicLayer.__init__(self)
         self.scheme = scheme
         self.packed: tuple[Blocks, Blocks] | None = None
 
@@ -81,14 +81,6 @@ class QuantizedLayer(DynamicLayer):
         if not self.is_initialized:
             return 0
         return int(self.keys.shape[2]) + (self.packed[0].tokens if self.packed is not None else 0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that the layer keeps between two calls."""
-        tensors = [self.keys, self.values] if self.is_initialized else []
-        for blocks in self.packed or ():
-            tensors += [blocks.codes, blocks.scale, blocks.low]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def get_seq_length(self) -> int:
         """Tokens that the layer has seen."""
@@ -242,18 +234,29 @@ def layers_for(config: PreTrainedConfig, scheme: CacheScheme) -> list[Any]:
                 f"{config.model_type}: layer {number} keeps a {type(layer).__name__}, not keys and values alone",
                 "load it without cache",
             )
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, QuantizedSlidingLayer)]
+    if windows and max(windows) < scheme.residual + TOKENS and not any(type(x) is QuantizedLayer for x in layers):
+        raise UsageError(
+            f"{config.model_type}: in its window of {max(windows)} tokens no block would ever be packed",
+            f"{scheme.residual} stay in float and blocks have {TOKENS}: load it without cache",
+        )
     return layers
 
 
 def nbytes(cache: Cache) -> int:
-    """Bytes of memory that any cache, quantized or not, keeps in keys and values; storages count whole."""
-    total = 0
-    for layer in cache.layers:
-        if isinstance(layer, QuantizedLayer):
-            total += layer.nbytes
-        elif layer.is_initialized:
-            total += sum(t.untyped_storage().nbytes() for t in (layer.keys, layer.values) if t is not None)
-    return total
+    """Bytes of memory that any cache, quantized or not, keeps between two calls; storages count whole."""
+    tensors = [t for layer in cache.layers for t in _tensors(vars(layer)) if t.dim()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _tensors(held: object) -> Iterator[torch.Tensor]:
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, Blocks):
+        yield from (held.codes, held.scale, held.low)
+    elif isinstance(held, (dict, list, tuple)):
+        for part in held.values() if isinstance(held, dict) else held:
+            yield from _tensors(part)
 
 
 def _joined(blocks: Blocks, tail: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Keys or values of attention as packed codes: x = low + scale * code, in blocks of 32 tokens.
 
-Keys share scale and low per channel, over the tokens of a block: some channels are large at every token. Values have them
-per token, over some channels. (KIVI, Liu et al. 2024, arXiv:2402.02750.)
+Keys have a scale and a low per channel, over the tokens of a block: some channels are large at every token. Values have
+them per token, over some channels. (KIVI, Liu et al. 2024, arXiv:2402.02750.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class CacheScheme:
     """How a cache is stored.
 
     bits: 8 or 4. group: channels of a token that share a scale where `Share` is "token"; the head's width if that is
-    no multiple. residual: the last tokens, never packed; up to 31 more wait until they fill a block. Raises SchemeError.
+    no multiple of it. residual: the last tokens, never packed; up to 31 more wait until they fill a block.
+    Raises SchemeError.
     """
 
     bits: int
@@ -107,7 +108,8 @@ def encode(x: torch.Tensor, scheme: CacheScheme, share: Share) -> Blocks:
     """x [B, H, n * 32, D] -> Blocks, with |x - decoded| <= scale / 2 for each number, before it is rounded to a type.
 
     low and scale are chosen as stored: low, rounded to float16, is not above the least number, and low + scale *
-    (2^bits - 1) not below the greatest. Raises ActivationError if a number is not finite or beyond float16.
+    (2^bits - 1) not below the greatest. Raises ActivationError if a number is not finite, or low or scale do not fit
+    float16.
     """
     levels = 2**scheme.bits - 1
     width = x.shape[-1]

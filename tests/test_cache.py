@@ -1,0 +1,463 @@
+"""The quantized cache: its error in closed form, its bytes by formula, and in models beside transformers' float one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+import spicerack
+from spicerack import bench
+from spicerack.caching import use_quantized_cache
+from spicerack.cli import _output, cli
+from spicerack.errors import ActivationError, SchemeError, ShapeError, UsageError
+from spicerack.evaluation import evaluate
+from spicerack.nn import cache_blocks
+from spicerack.nn.cache import QuantizedCache, QuantizedLayer, QuantizedSlidingLayer, nbytes
+from spicerack.nn.cache_blocks import TOKENS, CacheScheme, Share, encode, packed_bytes
+
+SHARES: tuple[Share, ...] = ("channel", "token")
+
+
+def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([8, 4]), share=st.sampled_from(SHARES), blocks=st.integers(1, 3), heads=st.integers(1, 2),
+    width=st.sampled_from([1, 5, 16, 32, 64]), offset=st.sampled_from([0.0, 1.0, -300.0, 1000.0]),
+    spread=st.sampled_from([0.0, 1e-7, 1e-3, 1.0, 50.0]), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)  # fmt: skip
+def test_no_number_moves_by_more_than_half_a_step(
+    bits: int, share: Share, blocks: int, heads: int, width: int, offset: float, spread: float, seed: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    x = (values(2, heads, blocks * TOKENS, width, seed=seed) * spread + offset).to(dtype)
+    packed = encode(x, CacheScheme(bits, group=16), share)
+    out = torch.empty_like(x, dtype=torch.float32)
+    packed.decode(out)
+    step = packed.scale.float().expand(
+        2, heads, blocks, TOKENS, -1, -1 if share == "channel" else width // packed.low.shape[4]
+    )
+    error = (out.double() - x.double()).abs()
+    rounding = torch.finfo(torch.float32).eps * (x.double().abs() + 1e-3)  # of the float32 arithmetic itself
+    assert (error <= step.reshape(x.shape).double() / 2 + rounding).all()
+    # The step is as small as it can be: range / levels, beyond what float16 adds to low and to itself.
+    full = x.float().unflatten(2, (-1, TOKENS)).unflatten(-1, (packed.scale.shape[4], -1))
+    low, high = torch.aminmax(full, dim=3 if share == "channel" else 5, keepdim=True)
+    most = (high - low + 2**-10 * low.abs() + 2**-23) * (1 + 2**-9) / (2**bits - 1) + 2**-23
+    assert (packed.scale.float() <= most).all()
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_four_bit_codes_are_where_the_layout_says(share: Share) -> None:
+    x = values(1, 2, 2 * TOKENS, 32)
+    packed = encode(x, CacheScheme(4), share)
+    assert packed.codes.shape == (1, 2, 2, TOKENS // 2, 32) and packed.codes.dtype == torch.uint8
+    codes = torch.cat((packed.codes & 15, packed.codes >> 4), dim=3).unsqueeze(4)
+    exact = packed.low.double() + packed.scale.double() * codes
+    out = torch.empty_like(x)
+    packed.decode(out)
+    assert torch.allclose(out.double(), exact.reshape(x.shape), rtol=0, atol=1e-6)
+    assert codes.unique().tolist() == list(range(16)), "every level is used"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("width", [20, 64])
+def test_bytes_are_those_of_the_formula(bits: int, share: Share, width: int) -> None:
+    scheme = CacheScheme(bits, group=32)
+    packed = encode(values(2, 3, 64, width), scheme, share)
+    held = packed.codes.nbytes + packed.scale.nbytes + packed.low.nbytes
+    assert held == 6 * packed_bytes(scheme, 64, width, share)
+    groups = {("channel", 20): 40, ("channel", 64): 128, ("token", 20): 64, ("token", 64): 128}[share, width]
+    assert packed_bytes(scheme, 64, width, share) == 64 * width * bits // 8 + 4 * groups
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -1e5, 3e38])
+def test_what_float16_cannot_hold_is_refused(bad: float) -> None:
+    x = values(1, 1, TOKENS, 16)
+    x[0, 0, 3, 5] = bad
+    for share in SHARES:
+        with pytest.raises(ActivationError, match="do not fit a quantized cache"):
+            encode(x, CacheScheme(8), share)
+
+
+@pytest.mark.parametrize("bits", [3, 2, 16, 0, True])
+def test_other_widths_are_refused(bits: int, llama_folder: Callable[..., Path]) -> None:
+    with pytest.raises(SchemeError, match="use 8 or 4"):
+        QuantizedCache(llama().config, bits)
+    with pytest.raises(SchemeError, match="use 8 or 4"):
+        spicerack.load("there is no such folder, and it does not matter", cache=bits)
+
+
+# ---- layers, beside transformers' own --------------------------------------------------------------------------------
+
+
+def layer(bits: int = 8, window: int | None = None, residual: int = 32) -> QuantizedLayer:
+    scheme = CacheScheme(bits, residual=residual)
+    return QuantizedLayer(scheme) if window is None else QuantizedSlidingLayer(scheme, window)
+
+
+def fed(
+    cache: Any, steps: list[int], width: int = 16, seed: int = 0, batch: int = 2
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gives tokens in these steps -> last keys and values from `update`, and all keys that went in."""
+    keys = values(batch, 2, sum(steps), width, seed=seed)
+    for part in keys.split(steps, dim=2):
+        out = cache.update(part, -part)
+    return out[0], out[1], keys
+
+
+def near(got: torch.Tensor, want: torch.Tensor, bits: int) -> bool:
+    """Within half a step of a range below 10 (normal numbers), and what float16 adds."""
+    return got.shape == want.shape and bool((got - want).abs().max() <= 0.5 * 10 / (2**bits - 1) + 0.01)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("steps", [[1] * 120, [100, 1, 1, 40], [7, 31, 33, 64, 1], [200]])
+def test_a_layer_gives_back_what_it_was_given(bits: int, steps: list[int]) -> None:
+    cache = layer(bits)
+    keys, out, given = fed(cache, steps)
+    assert near(keys, given, bits) and near(out, -given, bits)
+    total, new = sum(steps), steps[-1]
+    assert cache.get_seq_length() == total and cache.get_mask_sizes(5) == (total + 5, 0)
+    assert torch.equal(keys[:, :, -max(new, 32) :], given[:, :, -max(new, 32) :]), (
+        "new tokens and the last 32 are float"
+    )
+    if len(steps) > 1:
+        assert not torch.equal(keys, given), "older ones are not"
+    packed = (total - 32) // TOKENS * TOKENS
+    assert cache.keys.shape[2] == total - packed and 32 <= cache.keys.shape[2] < 64
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [10, 63, 64, 400])
+def test_memory_shrinks_as_the_formula_says(bits: int, tokens: int) -> None:
+    cache = QuantizedCache(llama().config, bits)
+    scheme = cache.scheme
+    for number in range(2):
+        cache.update(*[values(3, 2, tokens, 16, dtype=torch.bfloat16)] * 2, number)
+    packed = max(tokens - 32, 0) // TOKENS * TOKENS
+    each = packed_bytes(scheme, packed, 16, "channel") + packed_bytes(scheme, packed, 16, "token")
+    assert cache.nbytes == nbytes(cache) == 2 * 3 * 2 * (each + 2 * (tokens - packed) * 16 * 2)
+    plain = DynamicCache(config=llama().config)
+    for number in range(2):
+        plain.update(*[values(3, 2, tokens, 16, dtype=torch.bfloat16).clone() for _ in range(2)], number)
+    assert nbytes(plain) == 2 * 2 * 3 * 2 * tokens * 16 * 2
+
+
+def test_batches_are_reordered_repeated_and_selected() -> None:
+    cache = layer()
+    before = fed(cache, [50, 70], batch=3)[2]
+    held = [t.clone() for t in cache._decoded()]
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    assert all(torch.equal(a, b[order]) for a, b in zip(cache._decoded(), held, strict=True))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 5]))
+    assert all(torch.equal(a, b[[2, 0]]) for a, b in zip(cache._decoded(), held, strict=True))
+    assert near(cache._decoded()[0], before[[2, 0]], 8)
+
+
+@pytest.mark.parametrize("remove", [0, 1, 20, 40, 41, 56, 57, 100, 119, 120])
+def test_crop_leaves_the_tokens_before(remove: int) -> None:
+    cache = layer()
+    given = fed(cache, [100, 20])[2]
+    held = cache._decoded()[0].clone()
+    cache.crop(-remove)
+    left = 120 - remove
+    assert cache.get_seq_length() == left and torch.equal(cache._decoded()[0], held[:, :, :left])
+    more = values(2, 2, 70, 16, seed=5)
+    keys = cache.update(more, more)[0]
+    assert near(keys, torch.cat((given[:, :, :left], more), dim=2), 8)
+    assert cache.packed is not None
+    packed, floats = cache.packed[0].tokens, cache.keys.shape[2]
+    each = packed_bytes(cache.scheme, packed, 16, "channel") + packed_bytes(cache.scheme, packed, 16, "token")
+    assert packed + floats == left + 70 and floats >= 32
+    assert nbytes(Cache(layers=[cache])) == 2 * 2 * (each + 2 * floats * 16 * 4), "nothing that was cut is kept"
+
+
+def test_crop_refuses_what_it_cannot_do_and_reset_empties() -> None:
+    cache = layer()
+    fed(cache, [100])
+    for wrong in (1, -101):
+        with pytest.raises(UsageError, match="minus the tokens"):
+            cache.crop(wrong)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.packed is None
+    assert fed(cache, [5])[0].shape[2] == 5
+    with pytest.raises(ShapeError, match=r"\[B, H, n, D\]"):
+        layer().update(values(2, 3), values(2, 3))
+
+
+@pytest.mark.parametrize("window", [2, 20, 40, 100])
+@pytest.mark.parametrize("steps", [[1] * 90, [150, 1, 1, 60, 1], [30, 10, 100, 7]])
+def test_sliding_layers_return_what_transformers_own_do(window: int, steps: list[int]) -> None:
+    ours, theirs = layer(8, window, residual=8), DynamicSlidingWindowLayer(window)
+    for number, part in enumerate(values(2, 2, sum(steps), 16).split(steps, dim=2)):
+        assert ours.get_mask_sizes(part.shape[2]) == theirs.get_mask_sizes(part.shape[2])
+        for got, want in zip(ours.update(part, -part), theirs.update(part, -part), strict=True):
+            assert near(got, want, 8), number
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.stored < window + TOKENS + 8 + TOKENS, "old blocks are dropped"
+
+
+def test_sliding_layers_roll_back_while_they_record() -> None:
+    cache = layer(8, 20, residual=8)
+    fed(cache, [60])
+    with pytest.raises(UsageError, match="activate_past_recording"):
+        cache.crop(-40)
+    assert isinstance(cache, QuantizedSlidingLayer)
+    cache.activate_past_recording()
+    held = cache._decoded()[0][:, :, -19:].clone()
+    more = values(2, 2, 45, 16, seed=3)
+    cache.update(more, more)
+    cache.crop(-45)
+    assert cache.get_seq_length() == 60
+    assert near(cache._decoded()[0][:, :, -19:], held, 8)
+
+
+# ---- in models -------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, initializer_range=0.2)).eval()
+
+
+def mistral() -> MistralForCausalLM:
+    torch.manual_seed(0)
+    config = MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=100, initializer_range=0.2)
+    return MistralForCausalLM(config).eval()
+
+
+def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def stepwise(
+    model: PreTrainedModel, tokens: torch.Tensor, cache: Any, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits of a prompt of 80 tokens, then one at a time."""
+    parts = []
+    for begin, end in ((0, 80), *((i, i + 1) for i in range(80, tokens.shape[1]))):
+        masks = {} if mask is None else {"attention_mask": mask[:, :end]}
+        output = model(input_ids=tokens[:, begin:end], cache=cache, use_cache=True, **masks)
+        cache = output.cache
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1)
+
+
+def kl(want: torch.Tensor, got: torch.Tensor) -> float:
+    p, q = want.double().log_softmax(-1), got.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("make", [llama, mistral])
+@pytest.mark.parametrize(("bits", "least", "most"), [(8, 1e-9, 2e-4), (4, 1e-6, 0.05)])
+def test_predictions_stay_near(make: Callable[[], PreTrainedModel], bits: int, least: float, most: float) -> None:
+    """A left-padded batch; and nothing changes before a token is packed."""
+    model, tokens = make(), ids(2, 130)
+    mask = torch.ones_like(tokens)
+    mask[1, :30] = 0
+    want = stepwise(model, tokens, DynamicCache(config=model.config), mask)
+    got = stepwise(model, tokens, QuantizedCache(model.config, bits), mask)
+    assert torch.equal(want[0, :80], got[0, :80]), "the prompt itself is computed in float"
+    assert least < kl(want[0, 80:], got[0, 80:]) < most
+    assert least < kl(want[1, 80:], got[1, 80:]) < most
+
+
+def test_greedy_text_is_the_float_caches_while_its_margins_are_clear() -> None:
+    model: Any = llama()
+    ours: Any = copy.deepcopy(model)
+    use_quantized_cache(ours, 8)
+    prompt = ids(2, 90, seed=1)
+    how = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    want = model.generate(prompt, **how, output_logits=True, return_dict_in_generate=True)
+    got = ours.generate(prompt, **how)
+    assert torch.equal(got, model.generate(prompt, cache=QuantizedCache(model.config, 8), **how))
+    best = torch.stack(want.logits, dim=1).topk(2).values
+    clear = (best[..., 0] - best[..., 1] > 0.1).long().cumprod(1)  # 8 bits move a logit of this model by about 0.01
+    assert clear.sum() > 15
+    assert torch.equal(got[:, 90:] * clear, want.sequences[:, 90:] * clear)
+
+
+@pytest.mark.parametrize(("residual", "most"), [(1000, 0.0), (0, 0.02)])
+def test_beam_search_takes_the_caches_along(residual: int, most: float) -> None:
+    """Score of the best beams: that of the float cache to the bit as long as nothing is packed, and near it after."""
+    model: Any = llama()
+    cache = QuantizedCache(model.config, scheme=CacheScheme(8, residual=residual))
+    how: dict[str, Any] = {"max_new_tokens": 40, "num_beams": 4, "do_sample": False, "pad_token_id": 0}
+    how |= {"return_dict_in_generate": True, "output_scores": True}
+    prompt = ids(2, 40, seed=1)
+    want = model.generate(prompt, **how).sequences_scores
+    got = model.generate(prompt, cache=cache, **how).sequences_scores
+    assert (want - got).abs().max() <= most
+    assert (cache.layers[0].packed is None) == (residual == 1000)
+
+
+@pytest.mark.parametrize("how", ["generate", "forward", "decoder", "positional", "empty cache"])
+def test_the_model_uses_it_by_itself(how: str) -> None:
+    model: Any = llama()
+    use_quantized_cache(model, 4)
+    prompt = ids(1, 100)
+    if how == "generate":
+        cache = model.generate(
+            prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, pad_token_id=0
+        ).cache
+    elif how == "forward":
+        cache = model(prompt).cache
+    elif how == "decoder":
+        cache = model.model(input_ids=prompt).cache
+    elif how == "positional":
+        cache = model.model(prompt, torch.ones_like(prompt), None, DynamicCache(config=model.config)).cache
+    else:
+        given = DynamicCache()
+        cache = model(input_ids=prompt, cache=given).cache
+        assert cache is given
+    assert all(isinstance(part, QuantizedLayer) and part.scheme.bits == 4 for part in cache.layers)
+    assert cache.layers[0].packed is not None
+    assert cache.get_seq_length() == (104 if how == "generate" else 100)
+    assert model(input_ids=prompt, use_cache=False).cache is None
+    again = copy.deepcopy(model)(input_ids=prompt)
+    assert isinstance(again.cache, QuantizedCache) and again.cache is not cache
+
+
+def test_a_cache_of_another_kind_is_refused() -> None:
+    model: Any = llama()
+    prompt = ids(1, 10)
+    filled = model(input_ids=prompt).cache
+    use_quantized_cache(model, 8)
+    with pytest.raises(UsageError, match="DynamicCache with tokens in float"):
+        model(input_ids=prompt, cache=filled)
+    with pytest.raises(UsageError, match="StaticCache"):
+        model(input_ids=prompt, cache=StaticCache(config=model.config, max_cache_len=32))
+    mine = QuantizedCache(model.config, 4)
+    assert model(input_ids=prompt, cache=mine).cache is mine
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (lambda: BertModel(BertConfig(**SMALL)), "BertModel does not generate text"),
+        (lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)), "LinearAttention"),
+        (
+            lambda: BartForConditionalGeneration(BartConfig(**families.SEQ2SEQ, max_position_embeddings=64)),
+            "encoder-decoder",
+        ),
+    ],
+)
+def test_models_without_such_a_cache_are_refused(model: Callable[[], PreTrainedModel], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        use_quantized_cache(model(), 8)
+
+
+def test_windows_too_short_to_be_packed_are_refused() -> None:
+    config = MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=63)
+    with pytest.raises(UsageError, match="window of 63 tokens"):
+        QuantizedCache(config, 8)
+    config.sliding_window = 64
+    cache = QuantizedCache(config, 8)
+    fed(cache.layers[0], [50, *[1] * 14])
+    assert cache.layers[0].packed is not None
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gemma2", "gpt2", "gpt_neox", "opt", "deepseek_v3", "rwkv"])
+@torch.no_grad()
+def test_families(family: str) -> None:
+    """Any head width, with sliding windows or without: near the float cache's, or refused by name."""
+    config, given_settings, model_class = families.FAMILIES[family]
+    torch.manual_seed(0)
+    model = families.vars_of(model_class)(families.vars_of(config)(**given_settings)).eval()
+    if family == "rwkv":
+        with pytest.raises(UsageError, match="takes no cache"):
+            use_quantized_cache(model, 8)
+        return
+    tokens = torch.arange(3, 61)[None]
+    cache = model(input_ids=tokens[:, :50], use_cache=True).cache
+    want = model(input_ids=tokens[:, 50:], cache=cache).logits
+    use_quantized_cache(model, 8)
+    cache = model(input_ids=tokens[:, :50], use_cache=True).cache
+    cache = copy.deepcopy(cache)
+    for part in cache.layers:  # the test is short: pack more than the default would
+        part.scheme = CacheScheme(8, residual=0)
+        part._pack()
+    got = model(input_ids=tokens[:, 50:], cache=cache).logits
+    assert 0 < kl(want, got) < 1e-5
+
+
+# ---- from folders, and on the command line ---------------------------------------------------------------------------
+
+
+def test_load_generate_eval_and_bench(llama_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = llama_folder()
+    spicerack.quantize(folder, "w8", output=tmp_path / "out")
+    model: Any = spicerack.load(tmp_path / "out", cache=4)
+    assert model(input_ids=torch.arange(100)[None]).cache.layers[1].packed is not None
+    run = CliRunner().invoke(
+        cli, ["generate", str(folder), "x" * 90, "--cache", "8", "--max-new-tokens", "5", "--json"]
+    )
+    assert run.exit_code == 0 and json.loads(run.stdout)["tokens"] >= 1
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x): return x + 1\n" * 20)
+    losses = {
+        bits: evaluate(tmp_path / "out", against=folder, text=text, window=128, cache=bits, dtype=torch.float32)
+        for bits in (None, 8, 4)
+    }
+    assert losses[4]["cache"] == 4 and "cache" not in losses[None]
+    assert losses[4]["kl_mean"] > losses[None]["kl_mean"] and losses[8]["kl_mean"] < losses[4]["kl_mean"]
+    figures = bench.bench(tmp_path / "out", against=folder, prefill=96, decode=4, repeats=1, cache=4)
+    original, small = figures["rows"]
+    assert original["cache_bytes"] == 2 * 2 * 2 * 100 * 16 * 4 and figures["cache"] == 4
+    assert small["cache_bytes"] < original["cache_bytes"]
+
+
+def test_folders_and_options_that_do_not_fit(tmp_path: Path, capsys: Any, llama_folder: Callable[..., Path]) -> None:
+    BertModel(BertConfig(**SMALL)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UsageError, match="no cache to quantize"):
+        spicerack.load(tmp_path / "bert", cache=8)
+    with pytest.raises(UsageError, match="module of your own"):
+        spicerack.load(tmp_path / "bert", into=torch.nn.Linear(1, 1), cache=8)  # type: ignore[call-overload]
+    assert _output.run(cli, ["generate", str(llama_folder()), "x", "--cache", "3"]) == 2
+    assert "use 8 or 4" in capsys.readouterr().err
+
+
+def test_the_blocks_are_as_the_docs_say() -> None:
+    assert cache_blocks.TOKENS == 32 and CacheScheme(4) == CacheScheme(4, 32, 32, "channel", "token")
