@@ -105,7 +105,8 @@ def _affine(codes: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, out: to
 
 @torch.no_grad()
 def encode(x: torch.Tensor, scheme: CacheScheme, share: Share) -> Blocks:
-    """x [B, H, n * 32, D] -> Blocks, with |x - decoded| <= scale / 2 for each number, before it is rounded to a type.
+    """x [B, H, n * 32, D] -> Blocks, with |x - decoded| <= scale / 2 for each number, but for the rounding of float32
+    and of the type that is decoded to.
 
     low and scale are chosen as stored: low, rounded to float16, is not above the least number, and low + scale *
     (2^bits - 1) not below the greatest. Raises ActivationError if a number is not finite, or low or scale do not fit
