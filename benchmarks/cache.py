@@ -89,16 +89,23 @@ def turn(model: PreTrainedModel, make: MakeCache, ids: torch.Tensor) -> dict[str
 
 
 @click.command(help=__doc__)
-@click.option("--max-windows", type=int, default=24, show_default=True, help=f"Of {WINDOW} tokens.")
+@click.option("--max-windows", type=int, default=24, show_default=True, help=f"Of {WINDOW} tokens; 0: no losses.")
 @click.option("--step", type=int, default=16, show_default=True, help="Tokens at once, behind the first half.")
-@click.option("--rounds", type=int, default=9, show_default=True, help="Turns of each cache, for the speed.")
+@click.option("--rounds", type=int, default=9, show_default=True, help="Turns of each cache; 0: no speed.")
 @click.option("--scheme", default="w8", show_default=True, help="Of the weights, where speed is measured.")
 def main(max_windows: int, step: int, rounds: int, scheme: str) -> None:
     folder = language_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = [w.ids for w in windows(folder / "heldout.txt", tokenizer, WINDOW, max_windows * WINDOW)]
+    text = [w.ids[None] for w in windows(folder / "heldout.txt", tokenizer, WINDOW, max(max_windows, 1) * WINDOW)]
+    if max_windows:
+        _losses(folder, text, step)
+    if rounds:
+        _speed(folder, scheme, text[0][:, :CONTEXT], rounds)
+
+
+def _losses(folder: Path, text: list[torch.Tensor], step: int) -> None:
     model = spicerack.load(folder, dtype=torch.float32)
-    rows = [losses(model, ids[None], step) for ids in text]
+    rows = [losses(model, ids, step) for ids in text]
     click.echo(f"{len(text)} windows of {WINDOW} tokens, the second half in steps of {step}\n")
     click.echo("| bits | KL, nats | more than plain 4 bits, 95 % interval | same top token |\n|---|---|---|---|")
     kls = {name: torch.tensor([row[name][0] for row in rows], dtype=torch.float64) for name in SCHEMES}
@@ -107,8 +114,6 @@ def main(max_windows: int, step: int, rounds: int, scheme: str) -> None:
         same = sum(row[name][1] for row in rows) / len(rows)
         interval = "" if name in "84" or more.lo is None else f"{more.lo:+.6f} to {more.hi:+.6f}"
         click.echo(f"| {name} | {float(kl.mean()):.6f} | {interval} | {same:.2%} |")
-    if rounds:
-        _speed(folder, scheme, text[0][None, :CONTEXT], rounds)
 
 
 def _speed(folder: Path, scheme: str, ids: torch.Tensor, rounds: int) -> None:
