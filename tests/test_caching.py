@@ -230,6 +230,8 @@ def test_folders_and_options_that_do_not_fit(tmp_path: Path, capsys: Any, llama_
     BertModel(BertConfig(**SMALL)).save_pretrained(tmp_path / "bert")
     with pytest.raises(UsageError, match="no cache to quantize"):
         spicerack.load(tmp_path / "bert", cache=8)
+    with pytest.raises(UsageError, match="an encoder: it has no cache"):
+        evaluate(tmp_path / "bert", against=tmp_path / "bert", cache=8)
     with pytest.raises(UsageError, match="module of your own"):
         spicerack.load(tmp_path / "bert", into=torch.nn.Linear(1, 1), cache=8)  # type: ignore[call-overload]
     assert _output.run(cli, ["generate", str(llama_folder()), "x", "--cache", "3"]) == 2

@@ -25,6 +25,7 @@ from spicerack.evaluation_lm import Comparison
 from spicerack.evaluation_sentences import SENTENCES
 from spicerack.evaluation_text import sentences, windows
 from spicerack.loading import load
+from spicerack.nn.cache_blocks import CacheScheme
 from spicerack.nn.packed import PackedWeight
 
 Progress = Callable[[str, float], None]
@@ -113,6 +114,10 @@ def measure(
     """As `evaluate`, keeping the figures of every window: `evaluation_lm.paired_difference` compares two of these."""
     out, source = locate(folder), locate(against)
     kind = evaluation_folder.kind(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
+    if cache is not None:
+        CacheScheme(cache)  # what is wrong is said before the long part
+        if kind == "encoder":
+            raise UsageError(f"{source} is an encoder: it has no cache to quantize", "leave the cache out")
     tokenizer = evaluation_folder.tokenizer(out, source, trust_remote_code)
     path = _text(kind, text, out, source)
     if path is not None and _sha256(path) == _calibrated_with(out):
