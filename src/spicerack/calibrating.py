@@ -249,9 +249,9 @@ def _layer(work: Work, layer: Layer, gram: torch.Tensor, shift: torch.Tensor | N
     solver, w = _solver(work), work.weight(layer)
     if solver == "hqq":
         solved = hqq.solve(w, start)
-    elif solver == "gptq" and gptq.fits(layer.planned.scheme):
+    elif solver != "rtn" and gptq.fits(layer.planned.scheme):  # signround goes on from there
         solved = gptq.solve(w, start, gram, shift)
-    elif solver == "gptq" or (solver == "signround" and not signround.fits(layer.planned.scheme)):
+    elif solver != "rtn":
         solved = Solved(start, (f"{solver} cannot do {layer.planned.scheme}: rounded to nearest",))
     else:
         solved = Solved(start)

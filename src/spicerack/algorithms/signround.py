@@ -3,6 +3,7 @@
     q = clip(round(w / s + v) + z),  |v| <= 1/2,    s = stored(s_0 a),  1/2 <= a <= 3/2
     minimise  || block_q(x) - y ||^2   by   v -= eta sign(dL/dv),  a -= eta sign(dL/da),    eta from 1/T down to 0
 
+w are the weights, moved as little as it takes to be rounded to the codes of `start`, where another solver chose those.
 x are hidden states behind quantized blocks, y what the float block made of the float model's. Rounding and storing pass
 gradients straight through, clipping stops them. The best of some steps is kept, the first (nothing learned: `start`)
 among them, judged on the same sequences each time (Cheng et al. 2023, arXiv:2309.05516).
@@ -30,6 +31,9 @@ BATCH = 8
 """Sequences of a step."""
 _LOOKS = 10
 """How often the loss over the judging sequences is taken, after the first time."""
+
+_CELL = 0.499
+"""How far from a code a weight may be that is rounded to it."""
 
 Forward = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
 """Numbers of sequences -> (the block's output now, what it should be), both [rows, H] without padding."""
@@ -86,8 +90,10 @@ class _Learned:
         q = layer.start
         assert isinstance(q.scale, torch.Tensor)
         self.start, self.levels, self.dtype = q, q.scheme.levels, q.scale.dtype
-        self.weight, self.scale = layer.weight.detach().float(), q.scale.float()
+        self.scale = q.scale.float()
         self.zero = torch.zeros((1, 1)) if q.zero is None else q.zero.float()
+        self.weight = layer.weight.detach().float()
+        self.weight = self._rounding_to(q.codes.float())
         self.v = torch.zeros_like(self.weight, requires_grad=True)
         self.a = torch.ones_like(self.scale, requires_grad=True)
         self.best: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -95,6 +101,22 @@ class _Learned:
     def _by_column(self, grid: torch.Tensor) -> torch.Tensor:
         n, k = self.weight.shape
         return grid.repeat_interleave(k // grid.shape[1], dim=1).expand(n, k)
+
+    def _shift(self) -> torch.Tensor | float:
+        """From w / s to codes."""
+        assert isinstance(self.levels, IntLevels)
+        return -0.5 if self.levels.half else self._by_column(self.zero)
+
+    def _rounding_to(self, codes: torch.Tensor) -> torch.Tensor:
+        """The weights, moved as little as it takes for them to be rounded to these codes."""
+        assert isinstance(self.levels, IntLevels)
+        scale, shift = self._by_column(self.scale), self._shift()
+        u = self.weight / scale + shift
+        low = torch.where(codes == self.levels.lo, -torch.inf, codes - _CELL)
+        high = torch.where(codes == self.levels.hi, torch.inf, codes + _CELL)
+        inside = torch.minimum(torch.maximum(u, low), high)
+        same = torch.round(u).clamp(self.levels.lo, self.levels.hi) == codes
+        return torch.where(same, self.weight, (inside - shift) * scale)
 
     def _scale(self) -> torch.Tensor:
         """As stored; at first exactly what `start` has."""
@@ -105,8 +127,7 @@ class _Learned:
     def _codes(self, scale: torch.Tensor) -> torch.Tensor:
         """Floats; rounded ones, whose gradient is that of what was rounded."""
         assert isinstance(self.levels, IntLevels)
-        shift = -0.5 if self.levels.half else self._by_column(self.zero)
-        u = self.weight / self._by_column(scale) + self.v + shift
+        u = self.weight / self._by_column(scale) + self.v + self._shift()
         return (u + (torch.round(u) - u).detach()).clamp(self.levels.lo, self.levels.hi)
 
     def decoded(self) -> torch.Tensor:
