@@ -20,17 +20,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
-THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """ids: calibration tokens, int64 [samples, length]."""
+    """ids: calibration tokens, int64 [samples, length]. beside: a file for what a peer derives from them."""
 
     model: Path
     ids: torch.Tensor
     spec: str
     output: Path
+    beside: Path
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights to quantize by their names, float32 [N, K]."""
@@ -49,9 +49,8 @@ def job() -> Job:
     if len(sys.argv) != 5:
         raise SystemExit("give MODEL_FOLDER TOKENS.safetensors SPEC OUT_FOLDER")
     model, tokens, spec, output = sys.argv[1:]
-    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    return Job(Path(model), load_file(tokens)["input_ids"], spec, Path(output))
+    return Job(Path(model), load_file(tokens)["input_ids"], spec, Path(output), Path(f"{tokens}.derived"))
 
 
 def finish(

@@ -16,13 +16,21 @@ import exchange
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 _BATCH = 8
+SECONDS = "seconds"
 
 
 def importances(given: exchange.Job) -> dict[str, torch.Tensor]:
-    """Mean square of each input column over all tokens, float32 [K] by the name of the weight, in the float model."""
+    """Mean square of each input column over all tokens, float32 [K] by the name of the weight, in the float model.
+
+    They lie beside the tokens for the next spec. `SECONDS` among them is how long they took.
+    """
+    if given.beside.is_file():
+        return load_file(given.beside)
+    begin = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     sums: dict[str, torch.Tensor] = {}
 
@@ -36,7 +44,10 @@ def importances(given: exchange.Job) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for batch in given.ids.split(_BATCH):
             model(batch)
-    return {name: (total / given.ids.numel()).float() for name, total in sums.items()}
+    found = {name: (total / given.ids.numel()).float() for name, total in sums.items()}
+    found[SECONDS] = torch.tensor(time.perf_counter() - begin)
+    save_file(found, given.beside)
+    return found
 
 
 def library() -> ctypes.CDLL:
@@ -67,8 +78,8 @@ def main() -> None:
             raise SystemExit(f"{given.spec} has blocks of {block}, and {name} has {weight.shape[1]} columns")
     ggml = library()
     floats = ctypes.POINTER(ctypes.c_float)
-    begin = time.perf_counter()
     important = importances(given)
+    begin = time.perf_counter()
     decoded = {}
     for name, weight in weights.items():
         rows, columns = weight.shape
@@ -82,7 +93,7 @@ def main() -> None:
         if written != packed.nbytes:
             raise SystemExit(f"{name}: {written} bytes where {packed.nbytes} were expected")
         decoded[name] = torch.from_numpy(np.array(gguf.quants.dequantize(packed, type_), dtype=np.float32))
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin + float(important[SECONDS])
     exchange.finish(
         given, decoded, "xllamacpp", bits=size * 8 / block, seconds=seconds, notes="one type, importance matrix"
     )

@@ -28,8 +28,9 @@ import spicerack
 from spicerack import calibration
 from spicerack.calibration import Calibration
 from spicerack.demo import language_model
-from spicerack.evaluation import measure
-from spicerack.evaluation_lm import Comparison
+from spicerack.evaluation_lm import compare
+from spicerack.evaluation_text import windows
+from spicerack.loading import load
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -37,19 +38,30 @@ import machine  # noqa: E402
 
 RESULTS = HERE.parent / "results" / "peers.json"
 TORCH = "torch==2.13.0"
-THREADS = 2
+WINDOW = 512
 Row = dict[str, Any]
 
 
 class Peer(NamedTuple):
-    """Pinned packages, specs, and what its processes need in their environment."""
+    """Pinned packages, and specs as its script reads them."""
 
     packages: tuple[str, ...]
     specs: tuple[str, ...]
-    environment: dict[str, str] = {}  # noqa: RUF012
 
 
 PEERS = {
+    "hqq": Peer(
+        ("hqq==0.2.8.post1", "transformers==5.24.0", "safetensors==0.8.0"),
+        tuple(f"{spec}{axis}" for spec in ("w4g64", "w3g64", "w2g32") for axis in ("", ",axis0")),
+    ),
+    "autoround": Peer(
+        ("auto-round==0.16.1", "transformers==5.24.0", "safetensors==0.8.0"),
+        tuple(f"{spec}{words}" for words in ("", ",asym") for spec in ("w2g32", "w4g64", "w3g64")),
+    ),
+    "gptqmodel": Peer(
+        ("gptqmodel==7.6.0",),
+        tuple(f"{spec}{words}" for spec in ("w4g64", "w3g64", "w2g32") for words in ("", ",asym", ",asym,mse")),
+    ),
     "kquants": Peer(
         ("xllamacpp==2026.10.11549", "gguf==0.19.0", "transformers==5.24.0", "safetensors==0.8.0"),
         (
@@ -72,17 +84,18 @@ def python_of(name: str, venvs: Path) -> Path:
         pip = [python, "-m", "pip", "install", "--quiet"]
         # torch first and alone, so that nothing that depends on it pulls another build
         subprocess.run([*pip, TORCH], check=True)
-        subprocess.run([*pip, TORCH, *packages], check=True, env=os.environ | PEERS[name].environment)
+        subprocess.run([*pip, TORCH, *packages], check=True)
         done.write_text(wanted)
     return python
 
 
-def run(name: str, spec: str, venvs: Path, tokens: Path, output: Path) -> Row:
+def run(name: str, spec: str, venvs: Path, tokens: Path, output: Path, threads: int) -> Row:
     """One peer's script -> the line that it prints. Raises CalledProcessError with what it wrote, if it failed."""
     command = [python_of(name, venvs), HERE / f"{name}_peer.py", language_model(), tokens, spec, output]
-    limits = {"OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS), "CUDA_VISIBLE_DEVICES": ""}
+    # threads that wait give way: on a busy machine they would hold up those they wait for
+    limits = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | limits | PEERS[name].environment,
+        command, check=True, capture_output=True, text=True, env=os.environ | limits,
         cwd=output.parent,
     )  # fmt: skip
     found: Row = json.loads(done.stdout.strip().splitlines()[-1])
@@ -101,10 +114,12 @@ def ours(spec: str, text: Calibration, output: Path) -> Row:
 
 
 def judged(row: Row, folder: Path, max_tokens: int) -> Row:
-    """`row` with the figures of its folder."""
-    figures = measure(folder, against=language_model(), max_tokens=max_tokens, dtype=torch.float32).figures
-    assert isinstance(figures, Comparison)
-    known = figures.as_dict()
+    """`row` with the figures of its folder: those of `evaluation.measure`, without its noise floor, which takes longest."""
+    reference, other = (load(where, dtype=torch.float32) for where in (language_model(), folder))
+    text = windows(
+        language_model() / "heldout.txt", AutoTokenizer.from_pretrained(language_model()), WINDOW, max_tokens
+    )
+    known = compare(reference, other, text).as_dict()
     kept = ("tokens", "kl_mean", "kl_mean_ci95", "top1_agreement", "perplexity", "perplexity_reference")
     return row | {key: known[key] for key in kept}
 
@@ -118,24 +133,36 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def keep(path: Path, about: Row, row: Row) -> None:
+    """Put `row` into the file in place of an earlier one of the same peer and spec."""
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    others = [known for known in rows if (known["by"], known["spec"]) != (row["by"], row["spec"])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about | {"rows": [*others, row]}, indent=1) + "\n")
+
+
 @click.command(help=__doc__)
 @click.option("--venvs", type=click.Path(path_type=Path), required=True, help="Where the peers are installed.")
 @click.option("--only", multiple=True, help="PEER:SPEC patterns, such as 'hqq:*' or 'spicerack:w4*'; default: all.")
 @click.option("--max-tokens", type=int, default=24_576, show_default=True, help="Of the held-out text.")
 @click.option("--samples", type=int, default=128, show_default=True)
 @click.option("--length", type=int, default=512, show_default=True)
+@click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default="results/peers.json")
-def main(venvs: Path, only: Sequence[str], max_tokens: int, samples: int, length: int, output: Path) -> None:
-    torch.set_num_threads(THREADS)
+def main(
+    venvs: Path, only: Sequence[str], max_tokens: int, samples: int, length: int, threads: int, output: Path
+) -> None:
+    torch.set_num_threads(threads)
     venvs = venvs.absolute()
-    asked = [("spicerack", spec) for spec in OURS] + [(name, spec) for name, peer in PEERS.items() for spec in peer.specs]
+    asked = [("spicerack", spec) for spec in OURS] + [
+        (name, spec) for name, peer in PEERS.items() for spec in peer.specs
+    ]
     asked = [pair for pair in asked if not only or any(fnmatch(":".join(pair), pattern) for pattern in only)]
     text = calibration.read(
         language_model() / "calibration.txt", AutoTokenizer.from_pretrained(language_model()), samples=samples,
         length=length, seed=0,
     )  # fmt: skip
-    result: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {"rows": []}
-    result |= {"machine": machine.describe(THREADS), "calibration_tokens": text.ids.numel()}
+    about = {"machine": machine.describe(threads), "calibration_tokens": text.ids.numel()}
     failed = []
     with TemporaryDirectory() as work:
         tokens = Path(work) / "tokens.safetensors"
@@ -146,17 +173,15 @@ def main(venvs: Path, only: Sequence[str], max_tokens: int, samples: int, length
                 if name == "spicerack":
                     row = ours(spec, text, folder)
                 else:
-                    row = run(name, spec, venvs, tokens, folder)
+                    row = run(name, spec, venvs, tokens, folder, threads)
             except subprocess.CalledProcessError as error:
                 failed.append(f"{name} {spec}: {(error.stderr or str(error)).strip()[-2000:]}")
                 continue
             row = {"by": name} | judged(row, folder, max_tokens)
             click.echo(f"{name} {spec}: KL {row['kl_mean']:.5f}, {row['seconds']:.0f} s", err=True)
-            others = [known for known in result["rows"] if (known["by"], known["spec"]) != (name, spec)]
-            result["rows"] = [*others, row]
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(result, indent=1) + "\n")
-    click.echo(table(result["rows"]))
+            keep(output, about, row)
+    if output.is_file():
+        click.echo(table(json.loads(output.read_text())["rows"]))
     for what in failed:
         click.echo(f"\nfailed: {what}", err=True)
     if failed:
