@@ -1,7 +1,7 @@
 """GPTQModel: GPTQ at its defaults (group-aware reordering, damping .05), symmetric as by default; computed in float32.
 
-`,asym` has zero points, `,mse` searches the ranges (`mse=2.0`, which its README does not turn on), `,desc` orders columns
-by activation (`desc_act`) in place of the reordering. What is decoded is the folder that it saves.
+`,asym` has zero points, `,mse` searches the ranges (`mse=2.0`, which its README does not turn on), `,desc` orders
+columns by activation (`desc_act`) in place of the reordering. What is decoded is the folder that it saves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""HQQ: its solver at its own settings (`optimize=True`), scales and zero points as float16, which is how it stores them.
+"""HQQ: its solver at its own settings (`optimize=True`), scales and zero points stored as float16.
 
-It looks at the weights only. `w4g64` groups along a row (axis 1, which its fast kernels need); `w4g64,axis0` is what its
-README calls the better one.
+It looks at the weights only. `w4g64` groups along a row (axis 1, where its README tells to start); `w4g64,axis0` groups
+across rows, which its fast kernels cannot read.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import time
 
 import exchange
 import torch
-from hqq.core.quantize import Quantizer
+from hqq.core.quantize import BaseQuantizeConfig, Quantizer
 
 
 def main() -> None:
     given = exchange.job()
     bits, group, words = given.integers()
     axis = 0 if "axis0" in words else 1
+    settings = BaseQuantizeConfig(nbits=bits, group_size=group, axis=axis)
     decoded = {}
     stored = weights = 0
     begin = time.perf_counter()
     for name, weight in given.weights().items():
-        codes, meta = Quantizer.quantize(weight, nbits=bits, group_size=group, optimize=True, axis=axis, device="cpu")
+        codes, meta = Quantizer.quantize(weight, **settings["weight_quant_params"], device="cpu")
         for key in ("scale", "zero"):
             half = meta[key].half()
             stored += half.nbytes

@@ -114,7 +114,7 @@ def ours(spec: str, text: Calibration, output: Path) -> Row:
 
 
 def judged(row: Row, folder: Path, max_tokens: int) -> Row:
-    """`row` with the figures of its folder: those of `evaluation.measure`, without its noise floor, which takes longest."""
+    """`row` with the figures of its folder: those of `evaluation.measure`, without its noise floor, which is slow."""
     reference, other = (load(where, dtype=torch.float32) for where in (language_model(), folder))
     text = windows(
         language_model() / "heldout.txt", AutoTokenizer.from_pretrained(language_model()), WINDOW, max_tokens
