@@ -56,7 +56,7 @@ PEERS = {
     ),
     "autoround": Peer(
         ("auto-round==0.16.1", "transformers==5.24.0", "safetensors==0.8.0"),
-        tuple(f"{spec}{words}" for words in ("", ",asym") for spec in ("w2g32", "w4g64", "w3g64")),
+        tuple(f"{spec}{words}" for words in ("", ",light", ",asym") for spec in ("w2g32", "w4g64", "w3g64")),
     ),
     "gptqmodel": Peer(
         ("gptqmodel==7.6.0",),
