@@ -69,7 +69,7 @@ PEERS = {
         ),
     ),
 }  # fmt: skip
-OURS = {"w4g64": "gptq", "w4g32z": "gptq", "w3g64": "gptq", "w2g32": "gptq", "w2g32h": "gptq"}
+OURS = {"w4g64": "gptq", "w4g32z": "gptq", "w3g64": "gptq", "w2g32": "gptq", "w2g32z": "gptq", "w2g32h": "gptq"}
 
 
 def python_of(name: str, venvs: Path) -> Path:
@@ -81,7 +81,7 @@ def python_of(name: str, venvs: Path) -> Path:
     if not done.is_file() or done.read_text() != wanted:
         click.echo(f"{name}: installing {', '.join(packages)}", err=True)
         venv.create(folder, with_pip=True, clear=True)
-        pip = [python, "-m", "pip", "install", "--quiet"]
+        pip = [str(python), "-m", "pip", "install", "--quiet"]
         # torch first and alone, so that nothing that depends on it pulls another build
         subprocess.run([*pip, TORCH], check=True)
         subprocess.run([*pip, TORCH, *packages], check=True)
@@ -91,7 +91,8 @@ def python_of(name: str, venvs: Path) -> Path:
 
 def run(name: str, spec: str, venvs: Path, tokens: Path, output: Path, threads: int) -> Row:
     """One peer's script -> the line that it prints. Raises CalledProcessError with what it wrote, if it failed."""
-    command = [python_of(name, venvs), HERE / f"{name}_peer.py", language_model(), tokens, spec, output]
+    script = HERE / f"{name}_peer.py"
+    command = [str(part) for part in (python_of(name, venvs), script, language_model(), tokens, spec, output)]
     # threads that wait give way: on a busy machine they would hold up those they wait for
     limits = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
