@@ -130,3 +130,40 @@ def test_bad_yaml_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(RecipeError):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "chosen"),
+    [
+        ("w4g64", "gptq"),
+        ("w2g32", "signround"),
+        ("w2g32h", "signround"),
+        ("ternary", "gptq"),
+        ("w8a8", "smoothquant+gptq"),
+    ],
+)
+def test_auto_is_what_was_measured_best(scheme: str, chosen: str) -> None:
+    assert str(method.auto(parse(scheme), with_text=True)) == chosen
+    assert str(method.auto(parse(scheme), with_text=False)) == "rtn"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("gptq+awq", "gptq comes last"),
+        ("awq+awq+gptq", "twice"),
+        ("best", "unknown method 'best'"),
+        ("awq+best", "unknown method 'best'"),
+        ("awq+", "unknown method ''"),
+        ("rtn+gptq", "rtn comes last"),
+    ],
+)
+def test_chains_that_are_none_are_refused(text: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        method.parse(text)
+
+
+def test_chains_without_a_solver_end_in_rtn() -> None:
+    assert str(method.parse("smoothquant+awq")) == "smoothquant+awq+rtn"
+    assert method.parse("awq").needs_text and method.parse("gptq").needs_text
+    assert not method.parse("hqq").needs_text and not method.parse("hadamard").needs_text

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spicerack.errors import RecipeError
-from spicerack.scheme import Scheme
+from spicerack.scheme import IntLevels, Scheme
 
 TRANSFORMS = ("hadamard", "smoothquant", "awq")
 SOLVERS = ("rtn", "hqq", "gptq", "signround")
@@ -59,4 +59,5 @@ def auto(scheme: Scheme, with_text: bool) -> Method:
     """The best measured for the scheme (docs/quality.md); without text, round to nearest."""
     if not with_text:
         return Method()
-    return Method(("smoothquant",) if scheme.activations else (), "gptq")
+    four_levels = isinstance(scheme.levels, IntLevels) and scheme.levels.hi - scheme.levels.lo == 3
+    return Method(("smoothquant",) if scheme.activations else (), "signround" if four_levels else "gptq")
