@@ -230,10 +230,11 @@ def _line(block: Finished) -> str:
     """What is printed of a block."""
     from rich.markup import escape
 
+    plain = f" (rounded to nearest {block.rounded:.2%})" if block.rounded != block.error else ""
     events = "".join(f"\n  [yellow]note[/yellow] {escape(event)}" for event in block.events)
     return (
-        f"{block.block}: {block.layers} layers, {block.bits:.2f} bits, output off by {block.error:.2%} "
-        f"(to nearest {block.rounded:.2%}), {block.seconds:.1f} s, peak {_output.size(block.peak_rss_bytes)}{events}"
+        f"{block.block}: {block.layers} layers, {block.bits:.2f} bits, output off by {block.error:.2%}"
+        f"{plain}, {block.seconds:.1f} s, peak {_output.size(block.peak_rss_bytes)}{events}"
     )
 
 
