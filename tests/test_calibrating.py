@@ -218,8 +218,9 @@ def test_what_needs_text_and_what_takes_none(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "float")
     with pytest.raises(RecipeError, match="gptq needs calibration text"):
         spicerack.quantize(source, "w4g16", output=tmp_path / "out", method="gptq")
-    with pytest.raises(UsageError, match="in memory"):
-        spicerack.quantize(families.build("llama"), "w4g16", method="gptq")
+    for method_ in ("gptq", "hqq", "hadamard"):
+        with pytest.raises(UsageError, match="in memory"):
+            spicerack.quantize(families.build("llama"), "w4g16", method=method_)
     with pytest.raises(RecipeError, match="unknown method"):
         spicerack.quantize(source, "w4g16", output=tmp_path / "out", method="gtpq")
 

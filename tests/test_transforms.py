@@ -58,6 +58,13 @@ def run(source: Path, out: Path, scheme: str, how: str) -> list[Finished]:
     return seen
 
 
+def events(folder: Path, tensor: str) -> list[str]:
+    """Of a tensor in the ledger."""
+    ledger = json.loads((folder / "spicerack.json").read_text())
+    found: list[str] = next(entry["events"] for entry in ledger["tensors"] if entry["tensor"] == tensor)
+    return found
+
+
 @pytest.mark.parametrize(("scheme", "name", "share"), [("w8a8", "smoothquant", 0.7), ("w3g16", "awq", 0.9)])
 def test_outliers_are_moved(scheme: str, name: str, share: float, uneven: Path, tmp_path: Path) -> None:
     run(uneven, tmp_path / "plain", scheme, "rtn")
@@ -91,6 +98,8 @@ def test_a_wrong_fold_is_undone(uneven: Path, tmp_path: Path, monkeypatch: pytes
     said = ("smoothquant: input_layernorm left as it is, moving factors there would change the block",)
     assert seen[0].events == said
     assert all(block.events in (said, ()) for block in seen)  # () where no factors were better than none
+    assert events(tmp_path / "out", "model.layers.0.self_attn.q_proj.weight") == list(said)
+    assert events(tmp_path / "out", "model.layers.0.self_attn.v_proj.weight") == []
     run(uneven, tmp_path / "plain", "w8a8", "rtn")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "plain" / "model.safetensors"
@@ -101,6 +110,9 @@ def test_families_without_folds_say_so(tmp_path: Path) -> None:
     families.build("gpt_neo").save_pretrained(tmp_path / "model")
     for block in run(tmp_path / "model", tmp_path / "out", "w4g16", "awq+gptq"):
         assert block.events[0] == "awq: no place to move factors to is known"
+    ledger = json.loads((tmp_path / "out" / "spicerack.json").read_text())
+    rounded = [entry for entry in ledger["tensors"] if entry["action"] == "quantize"]
+    assert all(entry["events"][0] == "awq: no place to move factors to is known" for entry in rounded)
     assert off(tmp_path / "out", tmp_path / "model") < 0.2
 
 

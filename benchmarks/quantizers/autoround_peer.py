@@ -1,7 +1,6 @@
 """AutoRound: its default recipe (200 steps a block, batches of 8), symmetric as by default; computed in float32.
 
-`,asym` has zero points; `,best` and `,light` are its recipes of 1000 and of 50 steps, on the same text; `,ext` is
-its experimental extension (`enable_alg_ext`).
+`,asym` has zero points; `,light` is its recipe of 50 steps, on the same text.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _BATCH = 8
-_RECIPES = {"best": (1000, None), "light": (50, 5e-3)}
-"""Steps, and the rate of learning where it is not 1 / steps."""
 _PARTS = ("qweight", "qzeros", "scales")
 
 
@@ -28,12 +25,12 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     # with a mask: without, it takes the end tokens in the text for padding
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in given.ids.split(_BATCH)]
-    steps, rate = next((_RECIPES[word] for word in words if word in _RECIPES), (200, None))
+    steps, rate = (50, 5e-3) if "light" in words else (200, None)  # None: 1 / steps
     begin = time.perf_counter()
     rounding = AutoRound(
         model, AutoTokenizer.from_pretrained(given.model), bits=bits, group_size=group, sym="asym" not in words,
         iters=steps, lr=rate, nsamples=len(given.ids), seqlen=given.ids.shape[1], batch_size=_BATCH, dataset=batches,
-        device_map="cpu", amp=False, enable_torch_compile=False, enable_alg_ext="ext" in words, low_cpu_mem_usage=False,
+        device_map="cpu", amp=False, enable_torch_compile=False, low_cpu_mem_usage=False,
     )  # fmt: skip
     made, _ = rounding.quantize()
     seconds = time.perf_counter() - begin

@@ -37,10 +37,10 @@ class Job:
         return {name: weight.float() for name, weight in _tensors(self.model).items() if _quantized(name)}
 
     def integers(self) -> tuple[int, int, frozenset[str]]:
-        """`w4g64sym,best` -> bits 4, columns of a group 64, and the words after them {"sym", "best"}."""
+        """`w4g64,asym,mse` -> bits 4, columns of a group 64, and the words after them {"asym", "mse"}."""
         found = re.fullmatch(r"w(\d)g(\d+)((?:,\w+)*)", self.spec)
         if found is None:
-            raise SystemExit(f"{self.spec} is not like w4g64 or w4g64,sym")
+            raise SystemExit(f"{self.spec} is not like w4g64 or w4g64,asym")
         return int(found[1]), int(found[2]), frozenset(found[3].split(",")) - {""}
 
 

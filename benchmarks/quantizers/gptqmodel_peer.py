@@ -1,7 +1,7 @@
 """GPTQModel: GPTQ at its defaults (group-aware reordering, damping .05), symmetric as by default; computed in float32.
 
-`,asym` has zero points, `,mse` searches the ranges (`mse=2.0`, which its README does not turn on), `,desc` orders
-columns by activation (`desc_act`) in place of the reordering. What is decoded is the folder that it saves.
+`,asym` has zero points, `,mse` searches the ranges (`mse=2.0`, which its README does not turn on). What is decoded is
+the folder that it saves.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ def codes(words: torch.Tensor, bits: int) -> torch.Tensor:
 def main() -> None:
     given = exchange.job()
     bits, group, words = given.integers()
-    ordering = {"desc_act": True, "act_group_aware": False} if "desc" in words else {}
     # v2 stores zero points as they are; the older layout stores them less one, and loses 0
     config = QuantizeConfig(
         bits=bits, group_size=group, sym="asym" not in words, mse=2.0 if "mse" in words else 0.0, format="gptq_v2",
-        device="cpu", **ordering,
+        device="cpu",
     )  # fmt: skip
     model = GPTQModel.load(str(given.model), config, dtype=torch.float32)
     text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in given.ids.split(1)]

@@ -104,7 +104,8 @@ def _finish(work: Work, folder: Path) -> Finished:
     if work.ranks.first:
         losses = {x.tensor: rtn.relative_error(work.weight(x), solved[x.tensor].q, threads=work.threads)
                   for x in work.layers}  # fmt: skip
-        commit(folder, work.index, solved, losses, changes.tensors, error)
+        told = {tensor: Solved(one.q, (*changes.of(tensor), *one.events)) for tensor, one in solved.items()}
+        commit(folder, work.index, told, losses, changes.tensors, error)
         work.states.drop(work.index)
     work.ranks.wait()
     weights = sum(s.q.codes.numel() for s in solved.values())

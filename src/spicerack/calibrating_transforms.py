@@ -23,10 +23,15 @@ _SAME = 1e-3
 
 @dataclass
 class Changes:
-    """tensors: parameters beside the layers, by tensor, as they are stored now. events: what happened."""
+    """tensors: parameters beside the layers, by tensor, as they are stored now. events: what happened -> to which
+    layers, as tensors."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    events: list[str] = field(default_factory=list)
+    events: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def of(self, tensor: str) -> tuple[str, ...]:
+        """What happened to a layer."""
+        return tuple(event for event, tensors in self.events.items() if tensor in tensors)
 
 
 def transform(work: Work) -> Changes:
@@ -39,11 +44,13 @@ def transform(work: Work) -> Changes:
     layers = {layer.path: layer for layer in work.layers}
     sites = list(folding.sites(work.exact, work.stack.model.config, layers))
     if not sites:
-        changes.events.append(f"{'+'.join(names)}: no place to move factors to is known")
-    judge = _Judge(work) if sites else None
+        changes.events[f"{'+'.join(names)}: no place to move factors to is known"] = tuple(
+            x.tensor for x in work.layers
+        )
+        return changes
+    judge = _Judge(work)
     for name in names:
         for site in sites:
-            assert judge is not None
             _one(work, name, site, [layers[reader] for reader in site.readers], judge, changes)
     return changes
 
@@ -62,20 +69,22 @@ def _one(work: Work, name: str, site: Site, layers: Sequence[Layer], judge: _Jud
         if loss < least:
             best, least = factors, loss
     if best is not None and not _moved(work, site, best, judge, changes):
-        changes.events.append(f"{name}: {site.source} left as it is, moving factors there would change the block")
+        event = f"{name}: {site.source} left as it is, moving factors there would change the block"
+        changes.events[event] = tuple(layer.tensor for layer in layers)
 
 
 def _moved(work: Work, site: Site, factors: torch.Tensor, judge: _Judge, changes: Changes) -> bool:
     """Move them, unless that changes what the block computes."""
-    before = {path: value.clone() for path, value in work.exact.named_parameters()}
+    touched = {f"{site.source}.bias", *(f"{path}.weight" for path in (site.source, *site.readers))}
+    before = {path: value.clone() for path, value in work.exact.named_parameters() if path in touched}
     dtype = work.types[f"{site.source}.weight"]
     _, changed = folding.move(work.exact, site, factors, dtype)
     if not set(changed) <= set(work.others) or judge.difference() > _SAME:
-        for path, value in work.exact.named_parameters():
-            value.copy_(before[path])
+        for path, value in before.items():
+            work.exact.get_parameter(path).copy_(value)
         return False
-    for path, value in work.exact.named_parameters():
-        work.block.get_parameter(path).copy_(value)
+    for path in before:
+        work.block.get_parameter(path).copy_(work.exact.get_parameter(path))
     changes.tensors |= {work.others[path]: work.exact.get_parameter(path).to(work.types[path]) for path in changed}
     return True
 

@@ -77,10 +77,10 @@ def quantize(
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a summary of it.
 
     scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; method: a chain
-    such as "gptq" or "awq+gptq"; both win over the Recipe's. calibration: what flows through a folder's model, of
-    `calibration.read`.
-    rules: "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's. threads, shard_bytes, progress
-    (called with the bytes of each source tensor as it is done): for folders. compute: as in `load`, for modules.
+    such as "gptq" or "awq+gptq", for folders; both win over the Recipe's. calibration: what flows through a folder's
+    model, of `calibration.read`. rules: "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's.
+    threads, shard_bytes, progress (called with the bytes of each source tensor as it is done): for folders. compute: as
+    in `load`, for modules.
     Raises the errors of `errors.py`.
     """
     what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
@@ -88,8 +88,8 @@ def quantize(
     what = dataclasses.replace(what, range_=check_range(range_ or what.range_), method=chain)
     what = what.then(rule(r) if isinstance(r, str) else r for r in rules)
     if isinstance(model, torch.nn.Module):
-        if calibration is not None or (what.method is not None and what.method.needs_text):
-            raise UsageError("a module in memory is not calibrated", "save it as a folder, and quantize that")
+        if calibration is not None or what.method not in (None, Method()):
+            raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
         if any(option is not None for option in (output, threads, shard_bytes, progress)):
             raise UsageError(
                 "output, threads, shard_bytes and progress are for folders; a module is quantized in memory",

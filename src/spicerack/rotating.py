@@ -26,7 +26,6 @@ class Rotated(Checkpoint):
     base: Checkpoint | None = None
     parts: dict[str, tuple[str, str]] = field(default_factory=dict)
     embedding: str = ""
-    seed: int = 0
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, rotated, in its stored type."""
@@ -39,12 +38,12 @@ class Rotated(Checkpoint):
         if kind == "norm":
             return torch.ones_like(w)
         if kind == "writer":
-            turned = hadamard.rotate(w.float() if parameter == "bias" else w.float().t(), self.seed)
+            turned = hadamard.rotate(w.float() if parameter == "bias" else w.float().t())
             return (turned if parameter == "bias" else turned.t()).to(w.dtype).contiguous()
         if parameter == "bias":
             return w
         gain = self.base.read(f"{norm}.weight").float() if norm else 1.0
-        return hadamard.rotate(w.float() * gain, self.seed).to(w.dtype)
+        return hadamard.rotate(w.float() * gain).to(w.dtype)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.read(name)[start:stop]
@@ -56,10 +55,10 @@ class Rotated(Checkpoint):
 
     def turn(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states of the original, rotated."""
-        return hadamard.rotate(hidden, self.seed)
+        return hadamard.rotate(hidden)
 
 
-def rotate(base: Checkpoint, seed: int = 0) -> Rotated:
+def rotate(base: Checkpoint) -> Rotated:
     """`base` with its residual stream rotated. Raises RecipeError for families whose stream is not known."""
     family = base.config.get("model_type")
     found = RESIDUAL.get(family) if isinstance(family, str) else None
@@ -78,7 +77,7 @@ def rotate(base: Checkpoint, seed: int = 0) -> Rotated:
     config["tie_word_embeddings"] = False
     return Rotated(
         base.folder, config, tensors, base.shards, base.side_files, base.notes,
-        base=base, parts=parts, embedding=embedding, seed=seed,
+        base=base, parts=parts, embedding=embedding,
     )  # fmt: skip
 
 
