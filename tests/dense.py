@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from spicerack import codec, format
 from spicerack.checkpoint.reader import Checkpoint
+from spicerack.checkpoint.writer import LEDGER
 from spicerack.nn import attention
 
 
@@ -20,11 +21,12 @@ def decoded_folder(quantized: Path, destination: Path) -> Path:
     checkpoint = Checkpoint.open(quantized)
     fmt = format.of_folder(checkpoint)
     assert fmt is not None
+    ledger = json.loads((quantized / LEDGER).read_text())["tensors"]
+    names = {entry["tensor"].removesuffix(".weight"): entry["tensor"] for entry in ledger}
     tensors = {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
     for planned in fmt.plan(checkpoint).values():
         parts = {name: tensors.pop(name) for name in fmt.layout(planned)}
-        name = planned.module if planned.role == "experts" else f"{planned.module}.weight"
-        tensors[name] = codec.decode(fmt.decode(planned, parts), planned.source_dtype).contiguous()
+        tensors[names[planned.module]] = codec.decode(fmt.decode(planned, parts), planned.source_dtype).contiguous()
     shutil.copytree(quantized, destination, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
     (destination / "config.json").write_text(json.dumps(fmt.float_config(checkpoint.config)))
     save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})

@@ -48,7 +48,7 @@ def test_agrees_with_the_model(family: str, tmp_path: Path) -> None:
         elif entry.role in CLASSES:
             assert kind == CLASSES[entry.role], where
         elif entry.role == "experts":
-            assert kind == "experts", where
+            assert "expert" in kind.lower(), where  # DbrxExpertGLU: by a code that needs them whole
         else:
             assert kind not in replaceable, where
 

@@ -20,7 +20,7 @@ import spicerack
 from spicerack import codec, format
 from spicerack.errors import CheckpointError, LoadError, UntrustedCodeError
 from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.experts import FloatWeight, QStack
+from spicerack.nn.experts import ExpertStack
 from spicerack.nn.linear import QLinear
 from spicerack.nn.packed import PackedWeight
 from spicerack.placing import Slot, StackSlot
@@ -33,8 +33,17 @@ SCHEMES = ["w8", "w6", "w4g32", "w4g32z", "w3g64", "w2g32h", "w2g32z", "w8t", "w
 
 
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
-    kinds = (QLinear, QEmbedding, QStack)
-    return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
+    """Those of a stack of experts are in the stack."""
+    kinds = (QLinear, QEmbedding, ExpertStack)
+    found = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
+    stacks = tuple(f"{name}." for name, m in found.items() if isinstance(m, ExpertStack))
+    return {name: m for name, m in found.items() if not name.startswith(stacks)}
+
+
+def decoded(stack: ExpertStack) -> torch.Tensor:
+    """The parameter that it stands for."""
+    experts = [torch.cat([part.weight for part in stack.parts(e)]) for e in range(len(stack))]
+    return torch.stack([expert.t() if stack.transposed else expert for expert in experts])
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -48,16 +57,15 @@ def assert_same_model(model: PreTrainedModel, dense: PreTrainedModel) -> None:
     """Every parameter, packed or not, and every buffer, persistent or not."""
     layers = packed_layers(model)
     for name, layer in layers.items():
-        if isinstance(layer, QStack):
-            whole = dense.get_parameter(name)
-            assert len(layer) == len(whole) and all(torch.equal(layer[i], whole[i]) for i in range(len(whole))), name
+        if isinstance(layer, ExpertStack):
+            assert torch.equal(decoded(layer), dense.get_parameter(name)), name
         else:
             assert torch.equal(layer.weight, dense.get_submodule(name).weight), name
     modules = model.named_modules(remove_duplicate=False)
-    inside = tuple(f"{name}." for name, module in modules if isinstance(module, (PackedWeight, FloatWeight)))
+    inside = tuple(f"{name}." for name, module in modules if isinstance(module, (PackedWeight, ExpertStack)))
     rest = {name: tensor for name, tensor in tensors_of(model).items() if not name.startswith(inside)}
     theirs = tensors_of(dense)
-    packed = {name if isinstance(layer, QStack) else f"{name}.weight" for name, layer in layers.items()}
+    packed = {name if isinstance(layer, ExpertStack) else f"{name}.weight" for name, layer in layers.items()}
     assert rest.keys() == theirs.keys() - packed
     for name, tensor in rest.items():
         assert torch.equal(tensor, theirs[name]) and tensor.dtype == theirs[name].dtype, name
@@ -116,6 +124,15 @@ def test_a_tied_float_embedding_stays_tied(llama_folder, tmp_path: Path) -> None
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4", "granitemoe", "jetmoe", "mixtral", "deepseek_v3"])
+def test_experts_run_packed(family: str, tmp_path: Path) -> None:
+    """None of a mixture's expert matrices stays in float, in one tensor or in many."""
+    families.build(family).save_pretrained(tmp_path / "model")
+    spicerack.quantize(tmp_path / "model", "w4g8", output=tmp_path / "out")
+    stacks = [m for m in spicerack.load(tmp_path / "out").modules() if isinstance(m, ExpertStack)]
+    assert stacks and all(isinstance(part, QLinear) for s in stacks for e in range(len(s)) for part in s.parts(e))
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_of_one_stack_may_differ(family: str, tmp_path: Path) -> None:
     made = families.build(family)
@@ -127,9 +144,9 @@ def test_experts_of_one_stack_may_differ(family: str, tmp_path: Path) -> None:
     dense = decoded_model(type(made), tmp_path / "out", tmp_path / "dense")
     assert_same_model(model, dense)
     assert torch.allclose(logits(model, IDS), logits(dense, IDS), atol=1e-5)
-    stacks = [m for m in packed_layers(model).values() if isinstance(m, QStack)]
+    stacks = [m for m in packed_layers(model).values() if isinstance(m, ExpertStack)]
     assert {m.scheme.name for s in stacks for m in s.modules() if isinstance(m, PackedWeight)} == {"w8", "w4g8"}
-    assert any(isinstance(m, FloatWeight) for s in stacks for m in s.modules())
+    assert any(isinstance(m, torch.nn.Linear) for s in stacks for m in s.modules())
 
 
 def test_generation_equals_the_dense_models(llama_folder, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spicerack import codec
 from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.experts import QStack
+from spicerack.nn.experts import unstack
 from spicerack.nn.linear import QLinear
 from spicerack.nn.packed import PackedWeight
 from spicerack.qtensor import QTensor
@@ -102,11 +102,38 @@ def test_memory_is_what_the_scheme_says() -> None:
     assert PackedWeight(quantized("w4g32", 64, 256)).nbytes == parse("w4g32").stored_bits((64, 256)) // 8
 
 
-def test_experts_are_decoded_one_at_a_time() -> None:
-    gate, up = ([quantized("w4g32", 32, 64) for _ in range(3)] for _ in range(2))
-    stack = QStack([[PackedWeight(g), PackedWeight(u)] for g, u in zip(gate, up, strict=True)])
-    assert torch.equal(stack[torch.tensor(1)], torch.cat([codec.decode(gate[1]), codec.decode(up[1])]))
-    assert len(stack) == 3
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_multiply_as_their_parameter_does(transposed: bool) -> None:
+    """linear(x, p[e]), x @ p[e] and bmm(x, p), as families write it, before and after the parameter is taken apart."""
+    owner = nn.Module()
+    owner.experts = nn.Parameter(torch.randn(3, 8, 20) if transposed else torch.randn(3, 20, 8))
+    x, bias, e = torch.randn(3, 5, 8), torch.randn(20), torch.tensor(1)
+    functional = nn.functional.linear
+
+    def results() -> list[torch.Tensor]:
+        p = owner.experts
+        if transposed:
+            return [x[1] @ p[e], torch.matmul(x[1], p[e]), torch.bmm(x, p)]
+        return [functional(x[1], p[e]), functional(x[1], p[e], bias), functional(x[1], p[e], bias=bias)]
+
+    wanted, shape = results(), owner.experts.shape
+    stack = unstack(owner, "experts", (12, 8), transposed=transposed)
+    assert owner.experts is stack and stack.shape == shape and len(stack) == 3
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results(), wanted, strict=True))
+    seen: list[torch.Tensor] = []
+    stack.parts(1)[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    results()
+    assert len(seen) == 3 and torch.equal(seen[0], x[1])
+
+
+def test_what_a_stack_of_experts_cannot_answer_is_an_error() -> None:
+    owner = nn.Module()
+    owner.experts = nn.Parameter(torch.randn(3, 20, 8))
+    stack = unstack(owner, "experts", (20,), transposed=False)
+    with pytest.raises(TypeError):
+        torch.randn(5, 20) @ stack[0]
+    with pytest.raises(TypeError):
+        torch.bmm(torch.randn(3, 5, 20), stack)
 
 
 def test_a_lora_adapter_trains_on_a_packed_layer() -> None:

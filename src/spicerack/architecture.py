@@ -6,6 +6,7 @@ that nothing is allocated, and from classes inside transformers only: code that 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +94,14 @@ class Destination:
     operations  what transformers does to it beyond renaming, as class names; empty if nothing
     part        which of the parts that are put together: 0 for gate, 1 for up ...
     stacked     one expert's matrix: the experts are stacked, and the parts of each concatenated by rows
+    expert      its number, if stacked
     """
 
     parameter: str
     operations: tuple[str, ...] = ()
     part: int = 0
     stacked: bool = False
+    expert: int = 0
 
 
 def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, Destination]:
@@ -125,7 +128,9 @@ def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, De
         operations = tuple(type(operation).__name__ for operation in converter.operations)
         axes = [vars(operation).get("dim") for operation in converter.operations]
         stacked = (operations, axes) in ((("MergeModulelist",), [0]), (("MergeModulelist", "Concatenate"), [0, 1]))
-        found[tensor] = Destination(target, operations, converter.source_patterns.index(pattern), stacked)
+        expert = re.search(r"\d+", tensor.rpartition("experts")[2]) if stacked else None
+        part = converter.source_patterns.index(pattern)
+        found[tensor] = Destination(target, operations, part, stacked, int(expert[0]) if expert else 0)
     return found
 
 
@@ -139,9 +144,7 @@ def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[
         reached.add(destination.parameter)
         owner, _, parameter = destination.parameter.rpartition(".")
         kind = _kind(modules[owner], parameter, state[destination.parameter].ndim)
-        indexed = "is_transposed" in vars(modules[owner])  # its eager loop takes one expert's matrix at a time
-        runs_packed = kind == "experts" and indexed and (not destination.operations or destination.stacked)
-        if destination.operations and not runs_packed:
+        if destination.operations and not (kind == "experts" and destination.stacked):
             kind = f"{kind} via {', '.join(destination.operations)}"
         found[tensor.removesuffix(".weight")] = kind
     for target in state.keys() - reached:  # tied, or missing and made anew by transformers
@@ -154,7 +157,9 @@ def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[
 def _kind(module: nn.Module, parameter: str, axes: int) -> str:
     name = type(module).__name__
     if "Expert" in name and axes > 1 and not parameter.endswith("bias"):
-        return "experts"
+        # decorated by transformers, there is an eager loop that takes one expert's matrix at a time
+        one_by_one = "is_transposed" in vars(module) or name in names.EXPERTS_ONE_BY_ONE
+        return "experts" if one_by_one else name
     if name in names.PLAIN_LINEAR:
         return "Linear"
     return name if parameter == "weight" else f"{name}.{parameter}"

@@ -22,8 +22,6 @@ from spicerack.scheme import Scheme, parse
 COMMON_SCHEMES = ("w8", "w4g128", "w4g32z", "w3g64", "w2g32z")
 FLOATS = ("F32", "F16", "BF16")
 """Stored types that are quantized."""
-ROLES = BY_DEFAULT - {"experts"}
-"""Roles that are quantized by default; fused 3-D experts stay in float so far."""
 _MAX_LEDGER_BYTES = 256 << 20
 
 
@@ -166,7 +164,7 @@ def estimate(seen: Census, scheme: Scheme) -> Estimate:
     for name, entry in seen.entries.items():
         if name in seen.tied:
             continue
-        if entry.role not in ROLES or entry.info.dtype not in FLOATS:
+        if not is_quantized(entry):
             rest += entry.info.nbytes
             continue
         shape = entry.matrix_shape
@@ -188,6 +186,12 @@ def estimate(seen: Census, scheme: Scheme) -> Estimate:
         bits_per_weight_total=8 * nbytes / max(seen.parameters, 1),
         indivisible=tuple(Indivisible(pattern, count, remedy) for (pattern, remedy), count in misfits.items()),
     )
+
+
+def is_quantized(entry: Entry) -> bool:
+    """By default. Of experts in one tensor those are that have an axis for them, whatever the family's code does."""
+    whole = entry.role == "experts" and len(entry.info.shape) != 3
+    return entry.role in BY_DEFAULT and not whole and entry.info.dtype in FLOATS
 
 
 def pattern_of(module: str) -> str:

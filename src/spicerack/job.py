@@ -19,7 +19,10 @@ from spicerack.recipe import Decision, Recipe
 from spicerack.rotating import rotate
 
 SOURCE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CLASSES = {"linear": "Linear", "head": "Linear", "router": "Linear", "embedding": "Embedding", "conv1d": "Conv1D"}
+_CLASSES = {
+    "linear": "Linear", "head": "Linear", "router": "Linear", "embedding": "Embedding", "conv1d": "Conv1D",
+    "experts": "experts",
+}  # fmt: skip
 _LISTED = 8
 
 
@@ -140,10 +143,10 @@ def _notes(
     yield from source.notes
     if modules is None:
         yield "transformers does not know this architecture: what each tensor is was told from names alone"
-    fused = [entry for entry in seen.entries.values() if entry.role == "experts"]
-    if fused:
-        share = sum(entry.info.nbytes for entry in fused) / seen.nbytes
-        yield f"{len(fused)} fused expert tensors ({share:.0%} of the model) stay in float so far"
+    left = [entry for entry in seen.entries.values() if entry.role == "experts" and not _runs_packed(entry, modules)]
+    if left:
+        share = sum(entry.info.nbytes for entry in left) / seen.nbytes
+        yield f"{len(left)} fused expert tensors ({share:.0%} of the model) stay in float: their code needs them whole"
     yield from format.portability(plan, seen.shared_inputs)
 
 
@@ -157,8 +160,8 @@ def _checked(decision: Decision, entry: census.Entry, modules: Mapping[str, str]
         return decision if not alias else Decision(None, "tied")
     if entry.info.dtype not in SOURCE_TYPES:
         return Decision(None, f"{entry.info.dtype} tensors are copied as they are")
-    if entry.role == "experts":
-        return Decision(None, "fused 3-D experts stay in float so far")
+    if entry.role == "experts" and not _runs_packed(entry, modules):
+        return Decision(None, "the architecture's code needs its experts whole")
     kind = modules.get(entry.module) if modules is not None else _CLASSES[entry.role]
     if kind != _CLASSES[entry.role] and kind != "experts":
         return Decision(None, f"the architecture has {kind or 'no module'} there, not {_CLASSES[entry.role]}")
@@ -167,6 +170,11 @@ def _checked(decision: Decision, entry: census.Entry, modules: Mapping[str, str]
     if decision.scheme.activations == "static":
         raise SchemeError(f"{decision.scheme}: static activation scales need calibration", "use a8: dynamic, per token")
     return decision
+
+
+def _runs_packed(entry: census.Entry, modules: Mapping[str, str] | None) -> bool:
+    """Whether a tensor of all experts is multiplied by one expert at a time."""
+    return modules is not None and modules.get(entry.module) == "experts" and len(entry.info.shape) == 3
 
 
 def _plan(entry: census.Entry, decision: Decision) -> Planned:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,11 +56,12 @@ def load(
 ) -> nn.Module:
     """The model in `folder` (or at a hub id), in eval mode on `device`.
 
-    Quantized layers become `QLinear`, `QEmbedding` and `QStack`, whose weights stay packed in memory; float folders
-    load as they are. compute: "int8" rounds activations on the fly, in blocks of 32, "float" does not; None is int8 on
-    processors with vector instructions for it. dtype: of the float parameters; None keeps the stored one. cache: bits,
-    8 or 4, that keys and values of attention are kept in while generating; None keeps them as they are. into: your own
-    module, for folders written by `spicerack.save`; it is changed in place and returned.
+    Quantized layers become `QLinear` and `QEmbedding`, whose weights stay packed in memory, a mixture's experts an
+    `ExpertStack` of them; float folders load as they are. compute: "int8" rounds activations on the fly, in blocks of
+    32, "float" does not; None is int8 on processors with vector instructions for it. dtype: of the float parameters;
+    None keeps the stored one. cache: bits, 8 or 4, that keys and values of attention are kept in while generating; None
+    keeps them as they are. into: your own module, for folders written by `spicerack.save`; it is changed in place and
+    returned.
 
     Raises CheckpointError, LoadError (the tensors do not fit the model, named), UntrustedCodeError, and for `cache`
     SchemeError (other widths) and UsageError (a model without such a cache).
@@ -106,24 +106,35 @@ def _few(names: list[str]) -> str:
 def _make_slots(model: PreTrainedModel, plan: Mapping[str, Planned], floats: Sequence[str]) -> list[str]:
     """Slots for the whole plan -> float tensors that are experts in a stack with packed ones."""
     sources: dict[str, Planned | str] = {name: name for name in floats}
-    sources |= {p.module if p.role == "experts" else f"{p.module}.weight": p for p in plan.values()}
+    sources |= {f"{p.module}.weight": p for p in plan.values()}
+    sources |= {p.module: p for p in plan.values() if p.role == "experts"}  # named in either way
     places = destinations(model, sources)
     layers: dict[str, Planned] = {}
+    whole: dict[str, Planned] = {}
     stacks: dict[str, list[tuple[str, Destination]]] = {}
     for name, planned in sources.items():
         place = places.get(name)
         if place is not None and place.stacked:
             stacks.setdefault(place.parameter, []).append((name, place))
+        elif isinstance(planned, Planned) and planned.role == "experts":
+            if place is not None:
+                whole[_parameter_of(planned, place, model)] = planned
         elif isinstance(planned, Planned):
             layers[_parameter_of(planned, place, model)] = planned
     _tie(model, layers, {places[name].parameter for name in floats if name in places})
     for parameter, planned in layers.items():
         make_slot(model, parameter.removesuffix(".weight"), planned)
+    for parameter, planned in whole.items():
+        parts = [[Expert(planned, number)] for number in range(planned.shape[0])]
+        make_stack_slot(model, parameter, parts, transposed=planned.transposed)
+    lost = {p.module for p in plan.values() if p.role == "experts"} - {p.module for p in whole.values()}
+    if lost:
+        _parameter_of(plan[min(lost)], None, model)
     withheld = []
-    for parameter, parts in stacks.items():
-        if any(isinstance(sources[name], Planned) for name, _ in parts):
-            make_stack_slot(model, parameter, _by_expert(parts, sources))
-            withheld += [name for name, _ in parts if name in floats]
+    for parameter, some in stacks.items():
+        if any(isinstance(sources[name], Planned) for name, _ in some):
+            make_stack_slot(model, parameter, _by_expert(some, sources), transposed=False)
+            withheld += [name for name, _ in some if name in floats]
     return withheld
 
 
@@ -156,10 +167,9 @@ def _tie(model: PreTrainedModel, layers: dict[str, Planned], stored: set[str]) -
 
 def _by_expert(parts: Iterable[tuple[str, Destination]], sources: Mapping[str, Planned | str]) -> list[list[Expert]]:
     """[expert][part], from tensors named by the expert's number."""
-    experts: dict[tuple[int, ...], dict[int, Expert]] = {}
+    experts: dict[int, dict[int, Expert]] = {}
     for name, place in parts:
-        number = tuple(int(digits) for digits in re.findall(r"\d+", name.rpartition("experts")[2])[:1])
-        experts.setdefault(number, {})[place.part] = Expert(sources[name])
+        experts.setdefault(place.expert, {})[place.part] = Expert(sources[name])
     return [[found[part] for part in sorted(found)] for _, found in sorted(experts.items())]
 
 

@@ -17,17 +17,19 @@ from spicerack.errors import LoadError
 from spicerack.format import Format, Planned
 from spicerack.kernel import Compute
 from spicerack.models import names
+from spicerack.nn import experts
 from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.experts import FloatWeight, QStack
+from spicerack.nn.experts import ExpertStack
 from spicerack.nn.linear import QLinear
 from spicerack.nn.packed import PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One matrix in a stack of experts: packed, or the name of a float tensor."""
+    """One matrix in a stack of experts: packed, or the name of a float tensor. number: in a tensor of all experts."""
 
     source: Planned | str
+    number: int | None = None
 
 
 class Slot(nn.Module):
@@ -49,9 +51,9 @@ class Slot(nn.Module):
 class StackSlot(nn.Module):
     """Where a stack of experts will be: experts[e] are the matrices of expert e, in order."""
 
-    def __init__(self, experts: list[list[Expert]], dtype: torch.dtype) -> None:
+    def __init__(self, experts: list[list[Expert]], parameter: nn.Parameter, transposed: bool) -> None:
         super().__init__()
-        self.experts, self.dtype = experts, dtype
+        self.experts, self.shape, self.dtype, self.transposed = experts, parameter.shape, parameter.dtype, transposed
         vars(self)["_is_hf_initialized"] = True
 
 
@@ -77,18 +79,14 @@ def make_slot(model: nn.Module, name: str, planned: Planned) -> None:
     model.set_submodule(name, Slot(layer, planned))
 
 
-def make_stack_slot(model: nn.Module, parameter: str, experts: list[list[Expert]]) -> None:
+def make_stack_slot(model: nn.Module, parameter: str, parts: list[list[Expert]], *, transposed: bool) -> None:
     """Replace a 3-D parameter by a slot. Raises LoadError unless whole experts fill it."""
     owner_name, _, attribute = parameter.rpartition(".")
     owner = model.get_submodule(owner_name)
-    shape, dtype = owner.get_parameter(attribute).shape, owner.get_parameter(attribute).dtype
-    if len(experts) != shape[0] or len({len(parts) for parts in experts}) != 1:
-        raise LoadError(f"{parameter}: {shape[0]} experts, {len(experts)} in the folder", "the folder is incomplete")
-    owner_config = vars(owner).get("config")
-    if owner_config is not None:
-        owner_config._experts_implementation = "eager"  # the loop that takes one expert at a time
-    delattr(owner, attribute)
-    owner.add_module(attribute, StackSlot(experts, dtype))
+    old = owner.get_parameter(attribute)
+    if len(parts) != old.shape[0] or len({len(some) for some in parts}) != 1:
+        raise LoadError(f"{parameter}: {old.shape[0]} experts, {len(parts)} in the folder", "the folder is incomplete")
+    experts.put(owner, attribute, StackSlot(parts, old, transposed))
     vars(owner)["_is_hf_initialized"] = True  # its initializer would look for the parameter
 
 
@@ -96,18 +94,20 @@ def fill(
     model: nn.Module, checkpoint: Checkpoint, fmt: Format, device: str | torch.device, compute: Compute | None = None
 ) -> None:
     """Put the packed layers into all slots of `model`; what is tied shares one PackedWeight."""
-    done: dict[str, PackedWeight] = {}
+    done: dict[tuple[str, int | None], PackedWeight] = {}
 
-    def packed(planned: Planned, dtype: torch.dtype) -> PackedWeight:
-        if planned.module not in done:
+    def packed(planned: Planned, dtype: torch.dtype, number: int | None = None) -> PackedWeight:
+        if (planned.module, number) not in done:
             tensors = {name: checkpoint.read(name) for name in fmt.layout(planned)}
-            done[planned.module] = PackedWeight(fmt.decode(planned, tensors), dtype, device, compute)
-        return done[planned.module]
+            q = fmt.decode(planned, tensors)
+            for which, matrix in [(None, q)] if number is None else enumerate(q.matrices()):
+                done[planned.module, which] = PackedWeight(matrix, dtype, device, compute)
+        return done[planned.module, number]
 
-    def part(expert: Expert, dtype: torch.dtype) -> PackedWeight | FloatWeight:
+    def layer(expert: Expert, dtype: torch.dtype) -> nn.Module:
         if isinstance(expert.source, Planned):
-            return packed(expert.source, dtype)
-        return FloatWeight(checkpoint.read(expert.source).to(device, dtype, copy=True))
+            return QLinear(packed(expert.source, dtype, expert.number))
+        return experts.linear(checkpoint.read(expert.source).to(device, dtype, copy=True))
 
     for name, slot in list(model.named_modules(remove_duplicate=False)):
         if isinstance(slot, Slot) and slot.is_embedding:
@@ -117,7 +117,8 @@ def fill(
         elif isinstance(slot, Slot):
             model.set_submodule(name, QLinear(packed(slot.planned, slot.dtype), slot.bias).train(slot.training))
         elif isinstance(slot, StackSlot):
-            model.set_submodule(name, QStack([[part(e, slot.dtype) for e in parts] for parts in slot.experts]))
+            layers = [[layer(one, slot.dtype) for one in parts] for parts in slot.experts]
+            model.set_submodule(name, ExpertStack(layers, slot.shape, transposed=slot.transposed))
 
 
 def float_names(checkpoint: Checkpoint, fmt: Format | None, plan: Mapping[str, Planned]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +53,29 @@ class QTensor:
         *leading, rows, columns = self.codes.shape
         block_rows, block_columns = self.scheme.block_shape(rows, columns)
         return (*leading, rows // block_rows, columns // block_columns)
+
+    def matrices(self) -> list[QTensor]:
+        """[E, N, K] -> E of [N, K]."""
+
+        def split(part: Any) -> list[Any]:
+            if part is None:
+                return [None] * len(self.codes)
+            return part.matrices() if isinstance(part, QTensor) else list(part)
+
+        parts = zip(self.codes, split(self.scale), split(self.zero), split(self.min), strict=True)
+        return [QTensor(self.scheme, *matrix) for matrix in parts]
+
+    @classmethod
+    def stack(cls, matrices: Sequence[QTensor], *, transposed: bool = False) -> QTensor:
+        """Inverse of `matrices`."""
+
+        def joined(parts: Sequence[Any]) -> Any:
+            return cls.stack(parts) if isinstance(parts[0], QTensor) else torch.stack(list(parts))
+
+        first = matrices[0]
+        names = [name for name in ("codes", "scale", "zero", "min") if getattr(first, name) is not None]
+        found = {name: joined([getattr(matrix, name) for matrix in matrices]) for name in names}
+        return cls(first.scheme, **found, transposed=transposed)
 
     @property
     def stored_bits(self) -> int:

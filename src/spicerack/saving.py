@@ -19,6 +19,7 @@ from spicerack.errors import LoadError, OutputError, UsageError
 from spicerack.format import Planned
 from spicerack.levels import dtype_of
 from spicerack.nn.embedding import QEmbedding
+from spicerack.nn.experts import ExpertStack
 from spicerack.nn.linear import QLinear
 from spicerack.nn.packed import PackedWeight
 from spicerack.qtensor import QTensor
@@ -91,9 +92,8 @@ def _quantized_layers(module: nn.Module) -> dict[str, QLinear | QEmbedding]:
     layers = {path: layer for path, layer in modules.items() if isinstance(layer, (QLinear, QEmbedding))}
     if "" in layers:
         raise UsageError("a layer on its own has no name to be stored under", "save nn.Sequential(layer)")
-    known = {id(layer.packed) for layer in layers.values()}
-    for path, weight in modules.items():
-        if isinstance(weight, PackedWeight) and id(weight) not in known:
+    for path, part in modules.items():
+        if isinstance(part, ExpertStack):
             raise UsageError(f"{path}: packed experts are not saved yet", "copy the folder that they were loaded from")
     if not layers:
         raise UsageError(

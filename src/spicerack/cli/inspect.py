@@ -114,8 +114,7 @@ def _show(report: Report, console: Console) -> None:
     if report.estimates:
         console.print()
         console.print(_sizes(report))
-        fused = any(row.role == "experts" for row in report.rows)
-        console.print(_REST + " So do fused experts, so far." * fused)
+        console.print(_REST)
         for line in _misfits(report.estimates):
             console.print(escape(line), style="yellow")
 

@@ -63,6 +63,10 @@ DBRX_EXPERTS = frozenset({"w1", "v1", "w2"})
 """Parents of fused expert tensors [experts, out, in]; and fused tensors that have no such parent (Granite, JetMoE).
 DBRX stacks its experts along the rows: [experts * inner, hidden], of which w2 is stored [in, out]."""
 
+EXPERTS_ONE_BY_ONE = frozenset({"JetMoeParallelExperts", "Llama4TextExperts"})
+"""Classes of modules whose own code multiplies as `nn.experts.ExpertStack` can answer, beside those that transformers
+decorates as having an eager loop."""
+
 EXPERTS_IN_OUT = frozenset({
     "gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter", "qwen3_vl_moe",
     "qwen3_vl_moe_text",

@@ -1,43 +1,113 @@
-"""`QStack`: the experts of a mixture, packed, where transformers keeps one 3-D parameter."""
+"""`ExpertStack`: the experts of a mixture as layers of their own, where transformers keeps one 3-D parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from spicerack.nn.packed import PackedWeight
 
+class ExpertStack(nn.Module):
+    """Stands for a parameter [E, N, K], or [E, K, N] if transposed, in the code of a family.
 
-class FloatWeight(nn.Module):
-    """An expert's matrix that stayed in float."""
+    That code multiplies by one expert's matrix at a time, `linear(x, stack[e])` or `x @ stack[e]`, or by all at once,
+    `bmm(x, stack)`; torch hands these calls to the operands (`__torch_function__`), and here the layers answer them:
+    layer `e.p` of the stack, part p of expert e, with hooks and packed weights like any other.
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def decode(self) -> torch.Tensor:
-        """The matrix itself."""
-        return self.weight
-
-
-class QStack(nn.Module):
-    """Stands for a parameter [E, N, K] in transformers' eager loop over experts, which takes one of them at a time.
-
-    experts: for each expert the matrices whose rows make up its [N, K] in order, such as gate and up.
+    experts: for each expert the layers [N_p, K] whose outputs, side by side, are its own, such as gate and up.
     """
 
-    def __init__(self, experts: Sequence[Sequence[PackedWeight | FloatWeight]]) -> None:
+    def __init__(self, experts: Sequence[Sequence[nn.Module]], shape: Sequence[int], *, transposed: bool) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(nn.ModuleList(parts) for parts in experts)
+        self.shape, self.transposed = torch.Size(shape), transposed
+        for number, parts in enumerate(experts):
+            self.add_module(str(number), nn.ModuleList(parts))
 
     def __len__(self) -> int:
-        return len(self.experts)
+        return self.shape[0]
 
-    def __getitem__(self, index: int | torch.Tensor) -> torch.Tensor:
-        """[N, K]: one expert's matrix, decoded."""
-        parts = self.experts[int(index)]
-        assert isinstance(parts, nn.ModuleList)
-        decoded = [part.decode() for part in parts if isinstance(part, (PackedWeight, FloatWeight))]
-        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
+    def __getitem__(self, index: int | torch.Tensor) -> Matrix:
+        """One expert's matrix."""
+        return Matrix(self, int(index))
+
+    def parts(self, expert: int) -> list[nn.Module]:
+        """The layers of one expert, in order."""
+        return list(self.get_submodule(str(expert)).children())
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.bmm and len(args) == 2 and isinstance(args[1], cls) and args[1].transposed:
+            x, stack = args
+            return torch.stack([x[expert] @ stack[expert] for expert in range(len(stack))])
+        return NotImplemented
+
+    def extra_repr(self) -> str:
+        return f"shape={list(self.shape)}, transposed={self.transposed}"
+
+
+class Matrix:
+    """Expert `index` of a stack, as an operand: [N, K] of `linear`, [K, N] on the right of `@` if transposed."""
+
+    def __init__(self, stack: ExpertStack, index: int) -> None:
+        self.stack, self.index = stack, index
+
+    @property
+    def shape(self) -> torch.Size:
+        """As of the parameter's slice."""
+        return self.stack.shape[1:]
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
+        outputs = [part(x) for part in self.stack.parts(self.index)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if len(args) < 2 or not isinstance(args[0], torch.Tensor) or not isinstance(args[1], cls):
+            return NotImplemented
+        x, matrix = args[:2]
+        if function is nn.functional.linear and not matrix.stack.transposed:
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            y = matrix.multiply(x)
+            return y if bias is None else y + bias
+        if function in (torch.Tensor.matmul, torch.matmul) and matrix.stack.transposed:
+            return matrix.multiply(x)
+        return NotImplemented
+
+
+def unstack(module: nn.Module, path: str, rows: Sequence[int], *, transposed: bool) -> ExpertStack:
+    """Replace the parameter `path` [E, N, K] ([E, K, N] if transposed) of `module` by linear layers with its values.
+
+    rows: of each part of an expert; they add up to N.
+    """
+    parameter = module.get_parameter(path)
+    experts = []
+    for matrix in parameter.detach():
+        parts = (matrix.t() if transposed else matrix).split(list(rows))
+        experts.append([linear(part) for part in parts])
+    owner, _, attribute = path.rpartition(".")
+    stack = ExpertStack(experts, parameter.shape, transposed=transposed)
+    put(module.get_submodule(owner), attribute, stack)
+    return stack
+
+
+def put(owner: nn.Module, attribute: str, stack: nn.Module) -> None:
+    """`stack` in place of the parameter; the owner multiplies by one expert at a time from now on."""
+    config = vars(owner).get("config")
+    if config is not None:
+        config._experts_implementation = "eager"
+    delattr(owner, attribute)
+    owner.add_module(attribute, stack)
+
+
+def linear(weight: torch.Tensor) -> nn.Linear:
+    """The layer with this weight [N, K], and no bias; it is not trained."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    return layer
