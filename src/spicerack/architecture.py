@@ -134,6 +134,13 @@ def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, De
     return found
 
 
+def is_stack(model: PreTrainedModel, place: Destination) -> bool:
+    """Whether an unchanged tensor is one of all experts, whose code takes one matrix at a time."""
+    owner, _, parameter = place.parameter.rpartition(".")
+    axes = model.get_parameter_or_buffer(place.parameter).ndim
+    return axes == 3 and not place.operations and _kind(model.get_submodule(owner), parameter, axes) == "experts"
+
+
 def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
     """The class of the module that reads each tensor."""
     state = model.state_dict()

@@ -122,19 +122,42 @@ def watched(block: nn.Module, paths: Sequence[str], look: Callable[[tuple[str, t
             hook.remove()
 
 
-def input_of(
-    path: str, stack: Stack, block: nn.Module, hidden: torch.Tensor, arguments: Arguments
-) -> torch.Tensor | None:
-    """What a layer of `block` is called with; nothing behind it is computed. None where it is not called at all."""
-    found: list[torch.Tensor] = []
+def inputs_of(
+    paths: Sequence[str], stack: Stack, block: nn.Module, hidden: torch.Tensor, arguments: Arguments
+) -> dict[str, torch.Tensor]:
+    """What layers of `block` are called with, first; nothing behind the last of them is computed.
+
+    Those that are not called at all are left out.
+    """
+    found: dict[str, torch.Tensor] = {}
 
     def look(call: tuple[str, torch.Tensor]) -> None:
-        found.append(call[1])
+        found.setdefault(*call)
+        if len(found) == len(paths):
+            raise _EnoughError
+
+    with watched(block, paths, look), suppress(_EnoughError):
+        stack.run(block, hidden, arguments)
+    return found
+
+
+def arguments_of(
+    path: str, stack: Stack, block: nn.Module, hidden: torch.Tensor, arguments: Arguments
+) -> tuple[Any, ...]:
+    """What a module in `block` is called with, keywords behind the rest; nothing is computed from there on."""
+    found: list[Any] = []
+
+    def look(_: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        found.extend((*positional, *named.values()))
         raise _EnoughError
 
-    with watched(block, [path], look), suppress(_EnoughError):
-        stack.run(block, hidden, arguments)
-    return found[0] if found else None
+    hook = block.get_submodule(path).register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with suppress(_EnoughError):
+            stack.run(block, hidden, arguments)
+    finally:
+        hook.remove()
+    return tuple(found)
 
 
 class _EnoughError(Exception):

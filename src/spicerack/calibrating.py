@@ -27,16 +27,16 @@ from spicerack import blocks
 from spicerack.algorithms import gptq, hqq, rtn, signround
 from spicerack.calibrating_block import Layer, Work, chunks, inputs, inside, sequences, tokens
 from spicerack.calibrating_files import States, commit, is_done
+from spicerack.calibrating_inputs import Moments, moments, rounds, stages
 from spicerack.calibrating_transforms import Changes, transform
 from spicerack.calibration import Calibration
 from spicerack.job import Job
-from spicerack.loading import load
+from spicerack.loading import load_apart
 from spicerack.memory import peak_rss_bytes
 from spicerack.qtensor import QTensor
 from spicerack.ranks import ALONE, Ranks
 from spicerack.rotating import Rotated
 from spicerack.solved import Solved
-from spicerack.stats import Accumulator
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ def run(
     UsageError for an architecture without blocks, ActivationError naming block, layer and token.
     """
     folder.mkdir(exist_ok=True)
-    model = load(job.source.folder)
+    model, experts = load_apart(job.source.folder)
     stack = blocks.find(model)
-    contents = inside(stack, job)
+    contents = inside(stack, experts, job)
     states = States(folder, sequences(calibration))
     first = next((i for i in range(len(stack.blocks)) if not is_done(folder, i)), len(stack.blocks))
     if first == 0:
@@ -102,7 +102,7 @@ def _finish(work: Work, folder: Path) -> Finished:
     rounded = _error(work, starts)
     error = _error(work, {tensor: one.q for tensor, one in solved.items()}, advance=True)
     if work.ranks.first:
-        losses = {x.tensor: rtn.relative_error(work.weight(x), solved[x.tensor].q, threads=work.threads)
+        losses = {x.key: rtn.relative_error(work.weight(x), solved[x.key].q, threads=work.threads)
                   for x in work.layers}  # fmt: skip
         told = {tensor: Solved(one.q, (*changes.of(tensor), *one.events)) for tensor, one in solved.items()}
         commit(folder, work.index, told, losses, changes.tensors, error)
@@ -126,7 +126,7 @@ def _finish(work: Work, folder: Path) -> Finished:
 def _events(work: Work, solved: Mapping[str, Solved], changes: Changes) -> Iterator[str]:
     yield from changes.events
     for layer in work.layers:
-        yield from (f"{layer.path}: {event}" for event in solved[layer.tensor].events)
+        yield from (f"{layer.path}: {event}" for event in solved[layer.key].events)
 
 
 def _solve(work: Work) -> tuple[dict[str, QTensor], dict[str, Solved]]:
@@ -134,24 +134,22 @@ def _solve(work: Work) -> tuple[dict[str, QTensor], dict[str, Solved]]:
     by_path = {layer.path: layer for layer in work.layers}
     starts: dict[str, QTensor] = {}
     solved: dict[str, Solved] = {}
-    for group in _groups(work):
-        gram, shift = _moments(work, group[0])
-        costs = {path: float(work.weight(by_path[path]).numel()) for path in group}
+    for groups in (part for stage in stages(work) for part in rounds(work, stage)):
+        seen = moments(work, groups)
+        given = {path: seen[group] for group in groups for path in group}
+        costs = {path: float(work.weight(by_path[path]).numel()) for path in given}
         for path, rank in work.ranks.shares(costs).items():
             if rank == work.ranks.rank:
-                work.hand_over(by_path[path], *_layer(work, by_path[path], gram, shift))
+                work.hand_over(by_path[path], *_layer(work, by_path[path], given[path]))
         work.ranks.wait()
-        for path in group:
-            tensor = by_path[path].tensor
-            starts[tensor], solved[tensor] = work.take(by_path[path])
-            work.put(by_path[path], solved[tensor].q)
+        for layer in map(by_path.__getitem__, given):
+            starts[layer.key], solved[layer.key] = work.take(layer)
+            work.put(layer, solved[layer.key].q)
     for layer in work.layers:
-        if layer.tensor not in solved:
-            starts[layer.tensor] = work.start(layer, None)
-            solved[layer.tensor] = Solved(
-                starts[layer.tensor], ("not reached by the calibration text: rounded to nearest",)
-            )
-            work.put(layer, starts[layer.tensor])
+        if layer.key not in solved:
+            starts[layer.key] = work.start(layer, None)
+            solved[layer.key] = Solved(starts[layer.key], ("not reached by the calibration text: rounded to nearest",))
+            work.put(layer, starts[layer.key])
     if _solver(work) == "signround":
         solved |= _tuned(work, {t: s for t, s in solved.items() if signround.fits(s.q.scheme)})
     return starts, solved
@@ -176,7 +174,7 @@ def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
         wanted = work.states.sequences(work.index + 1, numbers)[1]
         return tokens(work.run(work.block, x, arguments), chunk), tokens(wanted, chunk)
 
-    by_tensor = {layer.tensor: layer for layer in work.layers}
+    by_tensor = {layer.key: layer for layer in work.layers}
     modules = blocks.layers(work.block)
     layers = {
         tensor: signround.Layer(modules[by_tensor[tensor].path], work.weight(by_tensor[tensor]), one.q)
@@ -193,7 +191,7 @@ def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
 def _error(work: Work, weights: Mapping[str, QTensor], *, advance: bool = False) -> float:
     """Of what the block makes with these weights, by tensor, relative; they stay. advance: it is for the next block."""
     for layer in work.layers:
-        work.put(layer, weights[layer.tensor])
+        work.put(layer, weights[layer.key])
     sums = torch.zeros(2, dtype=torch.float64)
     for number, chunk, arguments in work.calls():
         quantized, exact = work.states.read(work.index, number)
@@ -208,52 +206,16 @@ def _error(work: Work, weights: Mapping[str, QTensor], *, advance: bool = False)
     return float((wrong / total) ** 0.5) if total else 0.0
 
 
-def _groups(work: Work) -> Iterator[tuple[str, ...]]:
-    """Paths of layers in the order of their calls, those with one input together; each once."""
-    missing = {layer.path for layer in work.layers}
-    for number, _, arguments in work.calls(ALONE):
-        if not missing:
-            return
-        seen: list[tuple[str, torch.Tensor]] = []
-        with blocks.watched(work.exact, sorted(missing), seen.append):
-            work.run(work.exact, work.states.read(work.index, number)[1], arguments)
-        missing -= {path for path, _ in seen}
-        yield from blocks.shared_inputs(seen)
-
-
-def _moments(work: Work, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """mean x x^T and mean (x' - x) x^T, float64 [K, K]: x what the layer gets now, x' in the float model.
-
-    None for the second where the float model calls the layer with other rows, so that nothing can be compared.
-    """
-    seen = Accumulator(["gram"], work.columns(path))
-    shift = torch.zeros((seen.columns, seen.columns), dtype=torch.float64)
-    comparable = True
-    for number, chunk, arguments in work.calls():
-        quantized, exact = work.states.read(work.index, number)
-        x = work.input(work.block, path, quantized, arguments, chunk)
-        before = work.input(work.exact, path, exact, arguments, chunk)
-        comparable &= x.shape == before.shape
-        work.add(seen, path, number, x)
-        if comparable:
-            shift += (before - x).t() @ x
-    found = work.result(seen)
-    shift = work.ranks.total(shift)
-    apart = bool(work.ranks.largest(torch.tensor(not comparable)))
-    assert found.gram is not None
-    return found.gram.double(), None if apart or not found.tokens else shift / found.tokens
-
-
-def _layer(work: Work, layer: Layer, gram: torch.Tensor, shift: torch.Tensor | None) -> tuple[QTensor, Solved]:
+def _layer(work: Work, layer: Layer, seen: Moments) -> tuple[QTensor, Solved]:
     """Rounded to nearest, and solved."""
-    start = work.start(layer, gram.diagonal().float())
+    start = work.start(layer, seen.importance)
     solver, w = _solver(work), work.weight(layer)
     if solver == "hqq":
         solved = hqq.solve(w, start)
-    elif solver != "rtn" and gptq.fits(layer.planned.scheme):  # signround goes on from there
-        solved = gptq.solve(w, start, gram, shift)
-    elif solver != "rtn":
-        solved = Solved(start, (f"{solver} cannot do {layer.planned.scheme}: rounded to nearest",))
-    else:
+    elif solver == "rtn" or seen.gram is None:
         solved = Solved(start)
-    return start, solved
+    elif gptq.fits(layer.planned.scheme):  # signround goes on from there
+        solved = gptq.solve(w, start, seen.gram, seen.shift)
+    else:
+        solved = Solved(start, (f"{solver} cannot do {layer.planned.scheme}: rounded to nearest",))
+    return start, Solved(solved.q, (*seen.events, *solved.events))

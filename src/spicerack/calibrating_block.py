@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,15 @@ from spicerack import blocks, codec
 from spicerack.algorithms import rtn
 from spicerack.architecture import destinations
 from spicerack.blocks import Arguments, Stack
-from spicerack.calibrating_files import States
+from spicerack.calibrating_files import States, solution_name
 from spicerack.calibration import Calibration
 from spicerack.errors import ActivationError
 from spicerack.format import Planned
 from spicerack.job import Action, Job
 from spicerack.kernels.reference import quantize_tokens
+from spicerack.placing import Expert
 from spicerack.qtensor import QTensor
-from spicerack.ranks import Ranks
+from spicerack.ranks import ALONE, Ranks
 from spicerack.rotating import Rotated
 from spicerack.solved import Solved
 from spicerack.stats import Accumulator, Need, Stats
@@ -34,11 +36,26 @@ _TOKENS = 8192
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A quantized layer of a block: its path in there, and the source tensor's name and plan."""
+    """A quantized layer of a block: its path in there, and the source tensor's name and the matrix's plan.
+
+    stack: path of the stack that it is in, if it is an expert's. number: in a tensor of all experts.
+    """
 
     path: str
     tensor: str
     planned: Planned
+    stack: str = ""
+    number: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What it is called among solutions."""
+        return solution_name(self.tensor, self.number)
+
+    @property
+    def expert(self) -> str:
+        """Its number in the stack."""
+        return self.path.removeprefix(self.stack).split(".")[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +134,58 @@ class Work:
         """The block's result, hidden states [B, L, H]."""
         return self.stack.run(block, hidden, arguments)
 
+    def inputs(
+        self,
+        block: nn.Module,
+        paths: Sequence[str],
+        hidden: torch.Tensor,
+        arguments: Arguments,
+        chunk: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """For each layer that is called [tokens, K], what it is called with."""
+        found = blocks.inputs_of(paths, self.stack, block, hidden, arguments)
+        return {path: tokens(x, chunk) for path, x in found.items()}
+
+    def routed(
+        self,
+        layers: Mapping[Layer, int],
+        hidden: torch.Tensor,
+        arguments: Arguments,
+        chunk: Mapping[str, torch.Tensor],
+    ) -> dict[Layer, torch.Tensor]:
+        """For layers of experts of one stack [count, K], what each would get, were the first tokens all sent to it.
+
+        layers: with their counts. Empty where the owner of the stack is not called with hidden states [T, H], the
+        experts of each token [T, E'] and their weights.
+        """
+        owner = next(iter(layers)).stack.rpartition(".")[0]
+        given = blocks.arguments_of(owner, self.stack, self.block, hidden, arguments)
+        if len(given) != 3 or not all(isinstance(x, torch.Tensor) and x.ndim == 2 for x in given):
+            return {}
+        x, chosen, weights = given
+        if chosen.is_floating_point() or not weights.is_floating_point() or not len(x) == len(chosen) == len(weights):
+            return {}
+        module = self.block.get_submodule(owner)
+        found = {}
+        for layer, count in layers.items():
+            some = tokens(x, chunk)[:count]
+            choice = torch.full((len(some), 1), int(layer.expert), dtype=chosen.dtype)
+            called = Arguments((choice, weights.new_ones(len(some), 1)), {})
+            path = layer.path.removeprefix(f"{owner}.")
+            found[layer] = blocks.inputs_of([path], self.stack, module, some, called)[path]
+        return found
+
+    @property
+    def chunk_count(self) -> int:
+        """Of all ranks."""
+        return len(list(chunks(self.calibration, ALONE)))
+
     def input(
         self, block: nn.Module, path: str, hidden: torch.Tensor, arguments: Arguments, chunk: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """[tokens, K], what a layer is called with, none where it is not called."""
-        x = blocks.input_of(path, self.stack, block, hidden, arguments)
-        return hidden.new_empty((0, self.columns(path))) if x is None else tokens(x, chunk)
+        found = self.inputs(block, [path], hidden, arguments, chunk)
+        return found.get(path, hidden.new_empty((0, self.columns(path))))
 
     def columns(self, path: str) -> int:
         """Of the layer's input."""
@@ -180,8 +243,11 @@ class Work:
         weight.copy_(decoded.t() if layer.planned.transposed else decoded)
 
 
-def inside(stack: Stack, job: Job) -> list[Inside]:
-    """For each block what is in it. Tensors that transformers changes on loading, beyond renaming, are left out."""
+def inside(stack: Stack, experts: Mapping[str, Expert], job: Job) -> list[Inside]:
+    """For each block what is in it. Tensors that transformers changes on loading, beyond renaming, are left out.
+
+    experts: of `load_apart`.
+    """
     actions: dict[str, Action] = {a.info.name: a for a in job.actions}
     names = {
         place.parameter: tensor
@@ -192,6 +258,15 @@ def inside(stack: Stack, job: Job) -> list[Inside]:
     for i, block in enumerate(stack.blocks):
         layers, others = [], {}
         linear = {f"{path}.weight": path for path in blocks.layers(block)}
+        for path in linear.values():
+            expert = experts.get(f"{stack.name(i)}.{path}")
+            if expert is not None and isinstance(expert.source, str):
+                planned = actions[expert.source].planned
+                of = path.rsplit(".", 2)[0]
+                if planned is not None and expert.number is not None:
+                    planned = dataclasses.replace(planned, shape=planned.shape[1:], transposed=False)
+                if planned is not None:
+                    layers.append(Layer(path, expert.source, planned, of, expert.number))
         for path, _ in block.named_parameters():
             tensor = names.get(f"{stack.name(i)}.{path}")
             planned = None if tensor is None else actions[tensor].planned

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,13 +18,17 @@ from safetensors.torch import load_file, save_file
 from spicerack import packed
 from spicerack.format import Planned
 from spicerack.qtensor import QTensor
+from spicerack.scheme import Scheme
 from spicerack.solved import Solved
 
 _CHANGED = "float"
 
 
 class Solutions:
-    """The solved layers in `folder`, by tensor, and the float tensors that were changed along with them."""
+    """The solved layers in `folder`, by tensor, and the float tensors that were changed along with them.
+
+    A tensor of all experts is here once each of its matrices is.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Path] = {}
@@ -33,27 +39,39 @@ class Solutions:
             self._files |= dict.fromkeys([*facts["layers"], *facts["changed"]], file)
 
     def __contains__(self, tensor: str) -> bool:
-        return tensor in self._layers
+        return bool(self._of(tensor))
 
     def __bool__(self) -> bool:
         return bool(self._layers)
 
+    def _of(self, tensor: str) -> dict[str, str]:
+        """Name of each of its solutions -> what an event of it begins with."""
+        if tensor in self._layers:
+            return {tensor: ""}
+        numbers = itertools.takewhile(lambda n: solution_name(tensor, n) in self._layers, itertools.count())
+        return {solution_name(tensor, number): f"expert {number}: " for number in numbers}
+
     def events(self, tensor: str) -> list[str]:
         """What happened while it was solved."""
-        found: list[str] = self._layers[tensor]["events"]
-        return found
+        return [prefix + event for name, prefix in self._of(tensor).items() for event in self._layers[name]["events"]]
 
     def error(self, tensor: str) -> float:
-        """||decoded - w|| / ||w|| against the weight that was rounded."""
-        found: float = self._layers[tensor]["error"]
-        return found
+        """||decoded - w|| / ||w|| against the weight that was rounded; of experts the root mean square."""
+        errors = [self._layers[name]["error"] for name in self._of(tensor)]
+        return errors[0] if len(errors) == 1 else float(f"{math.hypot(*errors) / math.sqrt(len(errors)):.4g}")
 
     def read(self, tensor: str, planned: Planned) -> QTensor:
         """As it was solved, output rows first."""
-        with safe_open(self._files[tensor], framework="pt") as file:
-            names = [name for name in file.offset_keys() if name.startswith(tensor + "/")]
-            parts = {name.removeprefix(tensor + "/"): file.get_tensor(name) for name in names}
-        return packed.unpack(planned.scheme, planned.shape, parts)
+        if tensor in self._layers:
+            return self._read(tensor, planned.scheme, planned.shape)
+        matrices = [self._read(name, planned.scheme, planned.shape[1:]) for name in self._of(tensor)]
+        return QTensor.stack(matrices)
+
+    def _read(self, name: str, scheme: Scheme, shape: tuple[int, ...]) -> QTensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            names = [key for key in file.offset_keys() if key.startswith(name + "/")]
+            parts = {key.removeprefix(name + "/"): file.get_tensor(key) for key in names}
+        return packed.unpack(scheme, shape, parts)
 
     def changed(self, tensor: str) -> torch.Tensor | None:
         """What a tensor that stays in float is now; None if it is as it was."""
@@ -62,6 +80,11 @@ class Solutions:
         with safe_open(self._files[tensor], framework="pt") as file:
             found: torch.Tensor = file.get_tensor(f"{tensor}/{_CHANGED}")
         return found
+
+
+def solution_name(tensor: str, number: int | None) -> str:
+    """number: of the expert, in a tensor of all of them."""
+    return tensor if number is None else f"{tensor}[{number}]"
 
 
 class States:

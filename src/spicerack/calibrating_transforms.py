@@ -44,9 +44,7 @@ def transform(work: Work) -> Changes:
     layers = {layer.path: layer for layer in work.layers}
     sites = list(folding.sites(work.exact, work.stack.model.config, layers))
     if not sites:
-        changes.events[f"{'+'.join(names)}: no place to move factors to is known"] = tuple(
-            x.tensor for x in work.layers
-        )
+        changes.events[f"{'+'.join(names)}: no place to move factors to is known"] = tuple(x.key for x in work.layers)
         return changes
     judge = _Judge(work)
     for name in names:
@@ -70,7 +68,7 @@ def _one(work: Work, name: str, site: Site, layers: Sequence[Layer], judge: _Jud
             best, least = factors, loss
     if best is not None and not _moved(work, site, best, judge, changes):
         event = f"{name}: {site.source} left as it is, moving factors there would change the block"
-        changes.events[event] = tuple(layer.tensor for layer in layers)
+        changes.events[event] = tuple(layer.key for layer in layers)
 
 
 def _moved(work: Work, site: Site, factors: torch.Tensor, judge: _Judge, changes: Changes) -> bool:

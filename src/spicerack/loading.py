@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeGuard, TypeVar, overload
 
@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spicerack import format, hf
-from spicerack.architecture import Destination, destinations
+from spicerack import census, format, hf
+from spicerack.architecture import Destination, destinations, is_stack
 from spicerack.caching import use_quantized_cache
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.errors import CheckpointError, LoadError, UsageError
@@ -21,7 +21,15 @@ from spicerack.format import Format, Planned
 from spicerack.kernel import Compute
 from spicerack.nn.cache_blocks import CacheScheme
 from spicerack.nn.fused import fuse
-from spicerack.placing import Expert, fill, float_names, make_slot, make_stack_slot, read_floats
+from spicerack.placing import (
+    Expert,
+    experts_in_slots,
+    fill,
+    float_names,
+    make_slot,
+    make_stack_slot,
+    read_floats,
+)  # fmt: skip
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -75,42 +83,86 @@ def load(
     plan = fmt.plan(checkpoint) if fmt is not None else {}
     if into is not None:
         return _into(into, checkpoint, fmt, plan, device, compute)
-    config = fmt.float_config(checkpoint.config) if fmt is not None else checkpoint.config
-    if not config:
-        raise CheckpointError(f"{checkpoint.folder} holds a plain module", "pass it: load(folder, into=module)")
-    built, model_class = hf.config_and_class(config, checkpoint.folder, trust_remote_code=trust_remote_code)
-    tensors = read_floats(checkpoint, float_names(checkpoint, fmt, plan))
-
-    def prepare(model: PreTrainedModel) -> None:
-        for name in _make_slots(model, plan, list(tensors)):
-            del tensors[name]
-
-    model, unused = hf.build(
-        model_class, built, tensors, checkpoint.folder, dtype=dtype, prepare=prepare if plan else None
-    )
-    if unused:
-        warnings.warn(f"{checkpoint.folder}: {model_class.__name__} has no use for {_few(unused)}", stacklevel=2)
+    model, floats = _with_slots(checkpoint, fmt, plan, dtype, trust_remote_code=trust_remote_code)
     nn.Module.to(model, device)
     if fmt is not None:
-        fill(model, checkpoint, fmt, device, compute)
+        fill(model, checkpoint, fmt, floats, device, compute)
         fuse(model)
     if cache is not None:
         use_quantized_cache(model, cache)
     return model
 
 
+def load_apart(folder: str | Path) -> tuple[PreTrainedModel, dict[str, Expert]]:
+    """The float model in `folder`, mapped from its files, all experts of mixtures as an `ExpertStack` of linear layers;
+    and for these layers, by path, what they are in the folder.
+
+    Merged into one parameter, as transformers has them, experts would have to be copied. Raises as `load` does.
+    """
+    checkpoint = Checkpoint.open(folder)
+    model, floats = _with_slots(checkpoint, None, {}, None, apart=True)
+    found = experts_in_slots(model)
+    fill(model, checkpoint, None, floats, "cpu")
+    return model, found
+
+
+def _with_slots(
+    checkpoint: Checkpoint,
+    fmt: Format | None,
+    plan: Mapping[str, Planned],
+    dtype: torch.dtype | None,
+    *,
+    apart: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The model with slots for what `fill` will put there, and the float tensors that are for these.
+
+    apart: slots for stacks of experts whether any of them is packed or not.
+    """
+    config = fmt.float_config(checkpoint.config) if fmt is not None else checkpoint.config
+    if not config:
+        raise CheckpointError(f"{checkpoint.folder} holds a plain module", "pass it: load(folder, into=module)")
+    built, model_class = hf.config_and_class(config, checkpoint.folder, trust_remote_code=trust_remote_code)
+    tensors = read_floats(checkpoint, float_names(checkpoint, fmt, plan))
+
+    withheld: dict[str, torch.Tensor] = {}
+
+    def prepare(model: PreTrainedModel) -> None:
+        floats = _transposed(checkpoint, tensors) if apart else dict.fromkeys(tensors, False)
+        for name in _make_slots(model, plan, floats, apart):
+            withheld[name] = tensors.pop(name)
+
+    model, unused = hf.build(
+        model_class, built, tensors, checkpoint.folder, dtype=dtype, prepare=prepare if plan or apart else None
+    )
+    if unused:
+        warnings.warn(f"{checkpoint.folder}: {model_class.__name__} has no use for {_few(unused)}", stacklevel=2)
+    return model, withheld
+
+
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
 
 
-def _make_slots(model: PreTrainedModel, plan: Mapping[str, Planned], floats: Sequence[str]) -> list[str]:
-    """Slots for the whole plan -> float tensors that are experts in a stack with packed ones."""
+def _transposed(checkpoint: Checkpoint, floats: Iterable[str]) -> dict[str, bool]:
+    """Float tensor -> whether it is stored [..., K, N]."""
+    entries = census.take(checkpoint).entries
+    return {name: entries[name].transposed for name in floats}
+
+
+def _make_slots(
+    model: PreTrainedModel, plan: Mapping[str, Planned], floats: Mapping[str, bool], apart: bool
+) -> list[str]:
+    """Slots for the whole plan -> float tensors that are experts in a stack with packed ones, or in any if apart.
+
+    floats: tensor -> whether it is stored [..., K, N].
+    """
     sources: dict[str, Planned | str] = {name: name for name in floats}
     sources |= {f"{p.module}.weight": p for p in plan.values()}
     sources |= {p.module: p for p in plan.values() if p.role == "experts"}  # named in either way
     places = destinations(model, sources)
     layers: dict[str, Planned] = {}
-    whole: dict[str, Planned] = {}
+    whole: dict[str, Planned | str] = {}
     stacks: dict[str, list[tuple[str, Destination]]] = {}
     for name, planned in sources.items():
         place = places.get(name)
@@ -121,18 +173,22 @@ def _make_slots(model: PreTrainedModel, plan: Mapping[str, Planned], floats: Seq
                 whole[_parameter_of(planned, place, model)] = planned
         elif isinstance(planned, Planned):
             layers[_parameter_of(planned, place, model)] = planned
+        elif apart and place is not None and is_stack(model, place):
+            whole[place.parameter] = planned
     _tie(model, layers, {places[name].parameter for name in floats if name in places})
     for parameter, planned in layers.items():
         make_slot(model, parameter.removesuffix(".weight"), planned)
-    for parameter, planned in whole.items():
-        parts = [[Expert(planned, number)] for number in range(planned.shape[0])]
-        make_stack_slot(model, parameter, parts, transposed=planned.transposed)
-    lost = {p.module for p in plan.values() if p.role == "experts"} - {p.module for p in whole.values()}
+    lost = {p.module: p for p in plan.values() if p.role == "experts" and p not in whole.values()}
     if lost:
-        _parameter_of(plan[min(lost)], None, model)
+        _parameter_of(lost[min(lost)], None, model)
     withheld = []
+    for parameter, source in whole.items():
+        transposed = source.transposed if isinstance(source, Planned) else floats[source]
+        parts = [[Expert(source, number)] for number in range(model.get_parameter(parameter).shape[0])]
+        make_stack_slot(model, parameter, parts, transposed=transposed)
+        withheld += [source] if isinstance(source, str) else []
     for parameter, some in stacks.items():
-        if any(isinstance(sources[name], Planned) for name, _ in some):
+        if apart or any(isinstance(sources[name], Planned) for name, _ in some):
             make_stack_slot(model, parameter, _by_expert(some, sources), transposed=False)
             withheld += [name for name, _ in some if name in floats]
     return withheld
@@ -206,7 +262,7 @@ def _into(
         raise LoadError(f"{checkpoint.folder}: {error}", "build the module as it was when it was saved") from error
     module.to(device)
     if fmt is not None:
-        fill(module, checkpoint, fmt, device, compute)
+        fill(module, checkpoint, fmt, {}, device, compute)
         fuse(module)
     return module
 

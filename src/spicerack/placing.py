@@ -91,12 +91,18 @@ def make_stack_slot(model: nn.Module, parameter: str, parts: list[list[Expert]],
 
 
 def fill(
-    model: nn.Module, checkpoint: Checkpoint, fmt: Format, device: str | torch.device, compute: Compute | None = None
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    fmt: Format | None,
+    floats: Mapping[str, torch.Tensor],
+    device: str | torch.device,
+    compute: Compute | None = None,
 ) -> None:
-    """Put the packed layers into all slots of `model`; what is tied shares one PackedWeight."""
+    """Put the packed layers into all slots of `model`; what is tied shares one PackedWeight. floats: of experts."""
     done: dict[tuple[str, int | None], PackedWeight] = {}
 
     def packed(planned: Planned, dtype: torch.dtype, number: int | None = None) -> PackedWeight:
+        assert fmt is not None, "slots of packed layers come from a folder that has them"
         if (planned.module, number) not in done:
             tensors = {name: checkpoint.read(name) for name in fmt.layout(planned)}
             q = fmt.decode(planned, tensors)
@@ -104,10 +110,12 @@ def fill(
                 done[planned.module, which] = PackedWeight(matrix, dtype, device, compute)
         return done[planned.module, number]
 
-    def layer(expert: Expert, dtype: torch.dtype) -> nn.Module:
+    def layer(expert: Expert, slot: StackSlot) -> nn.Module:
         if isinstance(expert.source, Planned):
-            return QLinear(packed(expert.source, dtype, expert.number))
-        return experts.linear(checkpoint.read(expert.source).to(device, dtype, copy=True))
+            return QLinear(packed(expert.source, slot.dtype, expert.number))
+        weight = floats[expert.source]
+        weight = weight if expert.number is None else weight[expert.number]
+        return experts.linear((weight.t() if slot.transposed else weight).to(device, slot.dtype))
 
     for name, slot in list(model.named_modules(remove_duplicate=False)):
         if isinstance(slot, Slot) and slot.is_embedding:
@@ -117,8 +125,17 @@ def fill(
         elif isinstance(slot, Slot):
             model.set_submodule(name, QLinear(packed(slot.planned, slot.dtype), slot.bias).train(slot.training))
         elif isinstance(slot, StackSlot):
-            layers = [[layer(one, slot.dtype) for one in parts] for parts in slot.experts]
+            layers = [[layer(one, slot) for one in parts] for parts in slot.experts]
             model.set_submodule(name, ExpertStack(layers, slot.shape, transposed=slot.transposed))
+
+
+def experts_in_slots(model: nn.Module) -> dict[str, Expert]:
+    """Path of the layer that an expert's matrix will be -> what will be in it."""
+    return {
+        f"{name}.{number}.{place}": expert
+        for name, slot in model.named_modules() if isinstance(slot, StackSlot)
+        for number, parts in enumerate(slot.experts) for place, expert in enumerate(parts)
+    }  # fmt: skip
 
 
 def float_names(checkpoint: Checkpoint, fmt: Format | None, plan: Mapping[str, Planned]) -> list[str]:

@@ -109,5 +109,5 @@ def put(owner: nn.Module, attribute: str, stack: nn.Module) -> None:
 def linear(weight: torch.Tensor) -> nn.Linear:
     """The layer with this weight [N, K], and no bias; it is not trained."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
