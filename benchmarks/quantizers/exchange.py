@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,13 +55,27 @@ def job() -> Job:
     return Job(Path(model), load_file(tokens)["input_ids"], spec, Path(output), Path(f"{tokens}.derived"))
 
 
-def finish(
-    given: Job, weights: dict[str, torch.Tensor], package: str, *, bits: float, seconds: float, notes: str
-) -> None:
-    """Write the folder and print the line. weights: decoded, by the names of `Job.weights`.
+def peak_rss_bytes() -> int:
+    """The process's largest resident memory so far; on Linux without what it inherited from the one that started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
-    bits: of a weight, with all that the peer stores beside the codes. seconds: without loading and writing.
-    """
+
+def tell(given: Job, package: str, *, bits: float, seconds: float, notes: str, **more: Any) -> None:
+    """Print the line. bits: of a weight, with all that the peer stores beside the codes."""
+    line = {"peer": package, "version": metadata.version(package), "spec": given.spec, "bits": round(bits, 4)}
+    print("\n" + json.dumps(line | {"seconds": round(seconds, 2), "notes": notes} | more), flush=True)
+
+
+def finish(
+    given: Job, weights: dict[str, torch.Tensor], package: str, *, bits: float, seconds: float, notes: str, **more: Any
+) -> None:
+    """Write the folder, and `tell`. weights: decoded, by the names of `Job.weights`. seconds: without loading and
+    writing."""
     tensors = _tensors(given.model)
     expected = {name for name in tensors if _quantized(name)}
     if weights.keys() != expected:
@@ -74,8 +90,7 @@ def finish(
     (given.output / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     for path in given.model.glob("*token*.json"):
         shutil.copy(path, given.output)
-    line = {"peer": package, "version": metadata.version(package), "spec": given.spec, "bits": round(bits, 4)}
-    print("\n" + json.dumps(line | {"seconds": round(seconds, 2), "notes": notes}), flush=True)
+    tell(given, package, bits=bits, seconds=seconds, notes=notes, **more)
 
 
 def _tensors(model: Path) -> dict[str, torch.Tensor]:

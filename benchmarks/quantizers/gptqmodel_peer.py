@@ -1,7 +1,7 @@
 """GPTQModel: GPTQ at its defaults (group-aware reordering, damping .05), symmetric as by default; computed in float32.
 
-`,asym` has zero points, `,mse` searches the ranges (`mse=2.0`, which its README does not turn on). What is decoded is
-the folder that it saves.
+`,asym` has zero points, `,mse` searches the ranges (`mse=2.0`, which its README does not turn on), `,bf16` computes in
+bfloat16. What is decoded is the folder that it saves.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def main() -> None:
         bits=bits, group_size=group, sym="asym" not in words, mse=2.0 if "mse" in words else 0.0, format="gptq_v2",
         device="cpu",
     )  # fmt: skip
-    model = GPTQModel.load(str(given.model), config, dtype=torch.float32)
+    model = GPTQModel.load(str(given.model), config, dtype=torch.bfloat16 if "bf16" in words else torch.float32)
     text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in given.ids.split(1)]
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     model.quantize(text, batch_size=1)
-    seconds = time.perf_counter() - begin
+    seconds, used, peak = time.perf_counter() - begin, time.process_time() - used, exchange.peak_rss_bytes()
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
         stored = {k: v for path in Path(folder).rglob("*.safetensors") for k, v in load_file(path).items()}
@@ -61,6 +61,7 @@ def main() -> None:
         decoded[name] = (scales[groups] * (q - zeros[groups])).T
     exchange.finish(
         given, decoded, "gptqmodel", bits=packed * 8 / weights, seconds=seconds,
+        cpu_seconds=round(used, 2), peak_rss_bytes=peak,
         notes=f"{'asymmetric' if 'asym' in words else 'symmetric'}, scales {'/'.join(types)}; bits without g_idx",
     )  # fmt: skip
 
