@@ -1,10 +1,11 @@
 """GPTQ: codes column by column, each error made good by the columns behind it (Frantar et al. 2022, arXiv:2210.17323).
 
-    minimise  tr((Q - W) H (Q - W)^T),    H = mean x x^T,    H^-1 = R^T R with R upper triangular
-    column i: q_i = nearest code to w_i;  e = (w_i - q_i) / R_ii;  w_j -= e R_ij for all j > i
+    minimise  tr((Q - W) H (Q - W)^T),    H = mean x x^T = U U^T with U upper triangular
+    column j: q_j = nearest code to  w_j + sum_i<j (w_i - q_i) U_ij / U_jj
 
-Columns go by falling H_ii within their group, and groups by their largest, so that groups stay contiguous. Scales and
-zero points are those of `start`; afterwards each row's scales are fitted once more, with the codes as they are:
+which gives what updates by H^-1 give, without inverting H (Chee et al. 2023, arXiv:2307.13304). Columns go by falling
+H_ii within their group, and groups by their largest, so that groups stay contiguous. Scales and zero points are those
+of `start`; afterwards each row's scales are fitted once more, with the codes as they are:
 
     (D H D^T) s = D H w^T,    row g of D: the row's levels in group g, else zeros
 
@@ -30,8 +31,8 @@ BETA = 0.5
 _BLOCK = 128
 _DOUBLE = 4096
 """Columns up to which H is factored in float64."""
-_CHUNK = 1 << 25
-"""Values in memory at once while scales are fitted."""
+_ROWS, _COLUMNS = 512, 1024
+"""In memory at once, while losses are taken and scales are fitted."""
 
 
 def fits(scheme: Scheme) -> bool:
@@ -56,40 +57,51 @@ def solve(
     if bool(dead.any()):
         events.append(f"{int(dead.sum())} input columns are always 0")
         gram = gram + torch.diag(dead.to(gram.dtype))
-    damping, lower = _factor(gram)
-    if lower is None:
+    order = _order(gram.diagonal(), start.scheme.block_shape(*w.shape)[1])
+    damping, upper = _factor(gram, order)
+    if upper is None:
         return Solved(start, (*events, "inputs are not positive definite: kept round-to-nearest"))
     if damping > DAMPING[0]:
         events.append(f"damping raised to {damping:g}")
-    inverse = torch.cholesky_inverse(lower)
     target = w.float()
     if shift is not None:
-        target = target + (beta * (w.to(gram.dtype) @ shift.to(gram.dtype)) @ inverse).float()
-    order = _order(gram.diagonal(), start.scheme.block_shape(*w.shape)[1])
-    factor = torch.linalg.cholesky(inverse[order][:, order], upper=True).float()
-    del inverse, lower
-    if not bool(torch.isfinite(factor).all()):
-        return Solved(start, (*events, "inputs are not positive definite: kept round-to-nearest"))
-    codes = _walk(target, start, factor, order)
-    h = gram.float()
-    best = _least(start, dataclasses.replace(start, codes=codes), target, h)
-    return Solved(_fitted(best, target, h), tuple(events))
+        target = target + beta * _divided(target @ shift.float(), upper, order)
+    codes = _walk(target, start, upper, order)
+    del upper
+    return Solved(_fitted(start, codes, target, gram.float()), tuple(events))
 
 
-def objective(q: QTensor, target: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """float64 [N]: (q - target) H (q - target)^T of every row."""
-    error = _decoded(q) - target
-    return ((error @ gram.to(error.dtype)) * error).sum(1, dtype=torch.float64)
+def objective(error: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """float64 [N]: e H e^T of every row of `error` [N, K], for a symmetric H [K, K] of its type."""
+    total = torch.zeros(len(error), dtype=torch.float64, device=error.device)
+    for first in range(0, error.shape[1], _COLUMNS):
+        rest, width = error[:, first:], min(_COLUMNS, error.shape[1] - first)
+        products = (rest[:, :width] @ gram[first : first + width, first:]).mul_(rest)
+        total += 2 * products.sum(1, dtype=torch.float64) - products[:, :width].sum(1, dtype=torch.float64)
+    return total
 
 
-def _factor(gram: torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    """The damping that it took, and L with L L^T = H + damping * mean(diag H)."""
+def _factor(gram: torch.Tensor, order: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+    """The damping that it took, and U, float32, with U U^T = H + damping * mean(diag H), columns of H by `order`."""
     mean = gram.diagonal().mean()
+    backwards = order.flip(0)
+    h = gram[backwards][:, backwards]
     for damping in DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(gram + torch.diag((damping * mean).expand(len(gram))))
+        damped = h.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            return damping, lower
+            upper = lower.flip(0, 1).float()
+            return damping, upper if bool(torch.isfinite(upper).all()) else None
     return DAMPING[-1], None
+
+
+def _divided(x: torch.Tensor, upper: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """x [N, K] times H^-1."""
+    half = torch.linalg.solve_triangular(upper.t(), x[:, order], upper=False, left=False)
+    found = torch.empty_like(x)
+    found[:, order] = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+    return found
 
 
 def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:
@@ -99,71 +111,119 @@ def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:
     return (within + torch.arange(0, len(diagonal), group, device=diagonal.device)[:, None])[groups].reshape(-1)
 
 
-def _walk(target: torch.Tensor, start: QTensor, factor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Codes like start's. Blocks of columns: what follows a block is corrected once, behind it."""
+def _walk(target: torch.Tensor, start: QTensor, upper: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Codes like start's. Blocks of columns: what is before a block is made good in all of it at once."""
     n, k = target.shape
-    left = target.t()[order].contiguous()  # [K, N]: a column of W in one piece
-    scale, zero = (_by_column(part, n, k)[:, order].t() for part in (_scale(start), _zero(start)))
-    inverse = torch.where(scale == 0, 0.0, 1 / scale).contiguous()
+    left = target.t()[order].contiguous()  # [K, N]: a column of W in one piece; behind the walk, what is wrong with it
+    scale, zero = (part.t().contiguous() for part in (_scale(start), _zero(start)))  # [groups or 1, N or 1]
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    wide, levels = k // len(scale), start.scheme.levels
+    groups = (order // wide).tolist()
     codes = torch.empty((k, n), dtype=start.codes.dtype, device=target.device)
     for first in range(0, k, _BLOCK):
         last = min(first + _BLOCK, k)
-        errors = torch.empty((last - first, n), device=target.device)
+        factors = (upper[:last, first:last] / upper.diagonal()[first:last]).t().contiguous()
+        wanted = left[first:last].addmm(factors[:, :first], left[:first])
         for i in range(first, last):
-            code = nearest(left[i] * inverse[i], start.scheme.levels, zero[i])
+            g = groups[i]
+            offset = zero[g % len(zero)]
+            now = wanted[i - first].addmv_(left[first:i].t(), factors[i - first, first:i])
+            code = nearest(now * inverse[g], levels, offset)
             codes[i] = code
-            error = (left[i] - scale[i] * level_values(code, start.scheme.levels, zero[i])) / factor[i, i]
-            errors[i - first] = error
-            left[i + 1 : last].addr_(factor[i, i + 1 : last], error, alpha=-1)
-        left[last:].addmm_(factor[first:last, last:].t(), errors, alpha=-1)
+            left[i].sub_(scale[g] * level_values(code, levels, offset))
     found = torch.empty_like(codes)
     found[order] = codes
     return found.t().contiguous()
 
 
-def _least(a: QTensor, b: QTensor, target: torch.Tensor, gram: torch.Tensor) -> QTensor:
-    """Row by row the better of two with the same scales."""
-    better = objective(b, target, gram) < objective(a, target, gram)
-    return dataclasses.replace(a, codes=torch.where(better[:, None], b.codes, a.codes))
+def _fitted(start: QTensor, codes: torch.Tensor, target: torch.Tensor, gram: torch.Tensor) -> QTensor:
+    """Row by row `codes` or start's, with which it has less error, and for those least-squares scales, as stored, for
+    the rows (or the tensor) that they make better.
+
+    Scales s + d have  d P d - 2 d r  more loss, P = D H D^T and r = D H (target - decoded).
+    """
+    n, k = codes.shape
+    _, group = start.scheme.block_shape(n, k)
+    assert isinstance(start.scale, torch.Tensor)
+    one = len(start.scale) != n
+    total = torch.zeros((1, k // group, k // group)).double(), torch.zeros((1, k // group)).double()
+    chosen, scales = [], []
+    for first in range(0, n, _ROWS):
+        some = slice(first, first + _ROWS)
+        q, pulls = _better(_rows(start, some), codes[some], target[some], gram)
+        levels = _levels(q)
+        products = _products(levels, gram, group)
+        wanted = pulls.mul_(levels).view(len(levels), -1, group).sum(-1, dtype=torch.float64)
+        chosen.append(q.codes)
+        if one:
+            total = total[0] + products.sum(0, keepdim=True), total[1] + wanted.sum(0, keepdim=True)
+        else:
+            scales.append(_rescaled(_scale(q), products, wanted, start.scale.dtype))
+    scale = _rescaled(_scale(start), *total, start.scale.dtype) if one else torch.cat(scales)
+    return dataclasses.replace(start, codes=torch.cat(chosen), scale=scale)
 
 
-def _fitted(q: QTensor, target: torch.Tensor, gram: torch.Tensor) -> QTensor:
-    """Least-squares scales, as stored, for the rows (or the tensor) that they make better."""
-    n, k = target.shape
-    _, group = q.scheme.block_shape(n, k)
-    groups = k // group
-    assert isinstance(q.scale, torch.Tensor)
-    levels = level_values(q.codes, q.scheme.levels, _by_column(_zero(q), n, k))
-    by_group = gram.view(groups, group, k)
-    products = torch.empty((n, groups, groups), dtype=torch.float64, device=target.device)
-    step = max(_CHUNK // (groups * k), 1)
-    for first in range(0, n, step):
-        some = levels[first : first + step]
-        spread = torch.einsum("ngi,gij->ngj", some.view(-1, groups, group), by_group)
-        products[first : first + step] = (spread * some[:, None]).view(-1, groups, groups, group).sum(-1)
-    wanted = ((target @ gram) * levels).view(n, groups, group).sum(-1, dtype=torch.float64)
-    old = _scale(q).expand(n, groups).double()
-    if len(q.scale) != n:
-        products, wanted, old = products.sum(0, keepdim=True), wanted.sum(0, keepdim=True), old[:1]
+def _better(
+    start: QTensor, codes: torch.Tensor, target: torch.Tensor, gram: torch.Tensor
+) -> tuple[QTensor, torch.Tensor]:
+    """Row by row the better of start's codes and `codes`; and (target - decoded) H, float32 [N, K]."""
+    found = dataclasses.replace(start, codes=codes)
+    error = target - _decoded(found)
+    pulls = error @ gram
+    losses = (pulls * error).sum(1, dtype=torch.float64)
+    plain = target - _decoded(start)
+    worse = (losses >= objective(plain, gram)).nonzero().squeeze(1)
+    if len(worse):
+        pulls[worse] = plain[worse] @ gram
+        found = dataclasses.replace(start, codes=codes.index_copy(0, worse, start.codes[worse]))
+    return found, pulls
+
+
+def _products(levels: torch.Tensor, gram: torch.Tensor, group: int) -> torch.Tensor:
+    """P = D H D^T, float64 [N, groups, groups], for levels [N, K]."""
+    n, k = levels.shape
+    found = torch.empty((n, k // group, k // group), dtype=torch.float64, device=levels.device)
+    width = max(_COLUMNS // group, 1) * group
+    for first in range(0, k, group):
+        for left in range(first, k, width):  # H is symmetric, and so is P
+            some = levels[:, left : left + width]
+            spread = (levels[:, first : first + group] @ gram[first : first + group, left : left + width]).mul_(some)
+            sums = spread.view(n, -1, group).sum(-1).double()
+            g, h = first // group, left // group
+            found[:, g, h : h + sums.shape[1]] = sums
+            found[:, h : h + sums.shape[1], g] = sums
+    return found
+
+
+def _rescaled(old: torch.Tensor, products: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales [N, groups] in `dtype`: the least-squares ones, or the old ones where those are as good."""
+    old = old.double()
     diagonal = products.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0  # a group of zeros may have any scale
     ridge = 1e-9 * diagonal.mean(1, keepdim=True) + empty.double()
     solved, failed = torch.linalg.solve_ex(products + torch.diag_embed(ridge), wanted)
-    stored = store(solved.float(), q.scale.dtype).double()
-    stored = torch.where(empty, old, stored)
-
-    def loss(s: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("ng,ngh,nh->n", s, products, s) - 2 * (wanted * s).sum(1)
-
+    stored = torch.where(empty, old, store((old + solved).float(), dtype).double())
+    step = stored - old
+    loss = torch.einsum("ng,ngh,nh->n", step, products, step) - 2 * (wanted * step).sum(1)
     usable = ((stored != 0) & torch.isfinite(stored)).all(1) & (failed == 0)
-    better = usable & (loss(stored) < loss(old))
-    scale = torch.where(better[:, None], stored, old).to(q.scale.dtype)
-    return dataclasses.replace(q, scale=scale.contiguous())
+    return torch.where((usable & (loss < 0))[:, None], stored, old).to(dtype)
+
+
+def _rows(q: QTensor, some: slice) -> QTensor:
+    """Of q, whose scale may be the tensor's."""
+    assert isinstance(q.scale, torch.Tensor)
+    scale = q.scale[some] if len(q.scale) > 1 else q.scale
+    zero = q.zero[some] if q.zero is not None and len(q.zero) > 1 else q.zero
+    return dataclasses.replace(q, codes=q.codes[some], scale=scale, zero=zero)
+
+
+def _levels(q: QTensor) -> torch.Tensor:
+    """float32 [N, K]: level[code] - zero."""
+    return level_values(q.codes, q.scheme.levels, _by_column(_zero(q), *q.codes.shape))
 
 
 def _decoded(q: QTensor) -> torch.Tensor:
-    n, k = q.shape
-    return _by_column(_scale(q), n, k) * level_values(q.codes, q.scheme.levels, _by_column(_zero(q), n, k))
+    return _levels(q) * _by_column(_scale(q), *q.codes.shape)
 
 
 def _scale(q: QTensor) -> torch.Tensor:
