@@ -57,7 +57,7 @@ def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Ten
     seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def keep(w: torch.Tensor, start: Any, gram: torch.Tensor, shift: torch.Tensor | None = None) -> Any:
-        seen.append((gram, shift))
+        seen.append((gram.double(), None if shift is None else shift.double()))
         return Solved(start)
 
     monkeypatch.setattr(gptq, "solve", keep)

@@ -193,3 +193,11 @@ def test_any_shape(scheme: str, n: int, groups: int, seed: int, dtype: torch.dty
     assert loss(q, w, gram).sum() <= loss(start, w, gram).sum() * (1 + 1e-4)
     again = gptq.solve(w, start, gram).q
     assert torch.equal(again.codes, q.codes) and torch.equal(again.scale, q.scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 100])
+def test_reversing_in_pieces(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_PIECE", 4)
+    x = torch.arange(float(count))
+    gptq._reverse(x)
+    assert x.tolist() == list(map(float, reversed(range(count))))

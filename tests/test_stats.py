@@ -53,7 +53,9 @@ def test_statistics_are_those_of_all_tokens(dtype: torch.dtype) -> None:
         value = getattr(found, need)
         assert value.dtype == torch.float32
         scale = np.sqrt(np.outer(right["second_moment"], right["second_moment"])) if need == "gram" else right[need]
-        assert (np.abs(value.double().numpy() - right[need]) <= 1e-6 * scale).all(), need
+        assert (np.abs(value.double().numpy() - right[need]) <= 4e-6 * scale).all(), (
+            need
+        )  # float32 sums of up to 1024 products
 
 
 def test_integers_are_exact_however_they_are_cut() -> None:
@@ -173,3 +175,15 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         accumulator.add(torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"mask is \[3\]"):
         accumulator.add(torch.ones(2, 4), torch.ones(3))
+
+
+def test_wide_grams_are_summed_in_float32_and_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = gaussian(1, 3000, 40)
+    narrow = collect([x])
+    monkeypatch.setattr(stats, "WIDE", 39)
+    wide = Accumulator(["gram"], 40)
+    wide.add(x)
+    assert wide.totals["gram"].dtype == torch.float32
+    found = wide.result().gram
+    assert found is not None and narrow.gram is not None and torch.equal(found, found.T)
+    assert torch.allclose(found, narrow.gram, rtol=1e-5, atol=1e-5)

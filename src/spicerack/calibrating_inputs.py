@@ -16,7 +16,7 @@ import torch
 from spicerack import blocks
 from spicerack.calibrating_block import Work
 from spicerack.ranks import ALONE
-from spicerack.stats import Accumulator
+from spicerack.stats import CHUNK, Accumulator, add_product, products
 
 Group = tuple[str, ...]
 """Paths of layers that share an input."""
@@ -29,7 +29,7 @@ _BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """mean x x^T, and mean (x' - x) x^T, float64 [K, K]: x what a layer gets now, x' in the float model.
+    """mean x x^T, and mean (x' - x) x^T, [K, K]: x what a layer gets now, x' in the float model.
 
     shift: None where the float model calls the layer with other rows, so that nothing can be compared. gram: None where
     there are too few tokens; importance, [K], is then what is known of the columns. events: what was done about that.
@@ -93,7 +93,7 @@ def moments(work: Work, groups: Sequence[Group]) -> dict[Group, Moments]:
 
 def _of_layers(work: Work, path: str) -> Moments:
     seen = Accumulator(["gram"], work.columns(path))
-    shift = torch.zeros((seen.columns, seen.columns), dtype=torch.float64)
+    shift = products(seen.columns)
     comparable = True
     for number, chunk, arguments in work.calls():
         quantized, exact = work.states.read(work.index, number)
@@ -102,13 +102,13 @@ def _of_layers(work: Work, path: str) -> Moments:
         comparable &= x.shape == before.shape
         work.add(seen, path, number, x)
         if comparable:
-            shift += (before - x).t() @ x
+            for now, moved in zip(x.split(CHUNK), (before - x).split(CHUNK), strict=True):
+                add_product(shift, moved, now)
     found = work.result(seen)
     shift = work.ranks.total(shift)
     apart = bool(work.ranks.largest(torch.tensor(not comparable)))
     assert found.gram is not None
-    gram = found.gram.double()
-    return Moments(gram, None if apart or not found.tokens else shift / found.tokens, gram.diagonal().float())
+    return Moments(found.gram, None if apart or not found.tokens else shift.div_(found.tokens), found.gram.diagonal())
 
 
 def _of_experts(work: Work, groups: Sequence[Group]) -> dict[Group, Moments]:
@@ -141,10 +141,10 @@ def _expert(
 ) -> Moments:
     assert gram is not None
     if path not in few:
-        return Moments(gram.double(), None, gram.diagonal())
+        return Moments(gram, None, gram.diagonal())
     if shown[path]:
         event = f"{counts[path]} tokens of its own: solved with {shown[path]} more that were sent elsewhere"
-        return Moments(gram.double(), None, gram.diagonal(), (event,))
+        return Moments(gram, None, gram.diagonal(), (event,))
     event = f"{counts[path]} tokens: rounded to nearest, weighted by what all experts get"
     return Moments(None, None, pooled, (event,))
 

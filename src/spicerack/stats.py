@@ -6,7 +6,8 @@
     absmean         mean of |x_j|                      [K]
 
 Products inside a chunk of tokens are float32, sums over chunks float64, so that the result hardly depends on how the
-tokens are cut into batches; it does not at all while the products and their sums are integers below 2^24.
+tokens are cut into batches; it does not at all while the products and their sums are integers below 2^24. The sum of
+products x x^T is float32 above 8192 columns, where memory is what counts.
 """
 
 from __future__ import annotations
@@ -24,23 +25,25 @@ Reduction = Literal["sum", "max"]
 
 CHUNK = 1024
 """Tokens whose products are summed in float32."""
+WIDE = 8192
+"""Columns above which the gram is summed in float32."""
 LARGEST = 2.0**57
 """Magnitudes above overflow float32 when a chunk of them is squared and summed: 2^10 * (2^57)^2 = 2^124."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """fold: a chunk float32 [T, K] -> its share of the total; reduction: how shares make the total."""
+    """fold: adds to the total, or takes into it, a chunk float32 [T, K]; reduction: how totals make one."""
 
-    fold: Callable[[torch.Tensor], torch.Tensor]
+    fold: Callable[[torch.Tensor, torch.Tensor], object]
     reduction: Reduction
 
 
 _KINDS: dict[Need, _Kind] = {
-    "gram": _Kind(lambda x: x.T @ x, "sum"),
-    "second_moment": _Kind(lambda x: x.double().square_().sum(0), "sum"),
-    "absmax": _Kind(lambda x: x.abs().amax(0), "max"),
-    "absmean": _Kind(lambda x: x.abs().sum(0, dtype=torch.float64), "sum"),
+    "gram": _Kind(lambda total, x: add_product(total, x, x), "sum"),
+    "second_moment": _Kind(lambda total, x: total.add_(x.double().square_().sum(0)), "sum"),
+    "absmax": _Kind(lambda total, x: torch.maximum(total, x.abs().amax(0).double(), out=total), "max"),
+    "absmean": _Kind(lambda total, x: total.add_(x.abs().sum(0, dtype=torch.float64)), "sum"),
 }
 NEEDS: tuple[Need, ...] = tuple(_KINDS)
 
@@ -66,10 +69,10 @@ class Accumulator:
         self.columns = columns
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.totals: dict[Need, torch.Tensor] = {
-            need: torch.zeros((columns, columns) if need == "gram" else (columns,), dtype=torch.float64, device=device)
-            for need in NEEDS
-            if need in needs
+            need: torch.zeros(columns, dtype=torch.float64, device=device) for need in NEEDS if need in needs
         }
+        if "gram" in self.totals:
+            self.totals["gram"] = products(columns, device)
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Take in x [..., K] of any float type; mask [...]: 0 where a token is padding.
@@ -82,7 +85,7 @@ class Accumulator:
         for chunk in rows.split(CHUNK) if len(rows) else ():
             moved = chunk.to(self.count.device, torch.float32)
             for need, total in self.totals.items():
-                _reduce(total, _KINDS[need].fold(moved), _KINDS[need].reduction)
+                _KINDS[need].fold(total, moved)
         self.count += len(rows)
 
     def merge(self, other: Accumulator) -> None:
@@ -99,13 +102,39 @@ class Accumulator:
             yield total, _KINDS[need].reduction
 
     def result(self) -> Stats:
-        """Means and maxima of all that was added."""
+        """Means and maxima of all that was added, and the end of this: the totals may be theirs now."""
         count = int(self.count)
         found: dict[Need, torch.Tensor] = {}
-        for need, total in self.totals.items():
-            mean = (total if _KINDS[need].reduction == "max" else total / max(count, 1)).float()
-            found[need] = (mean + mean.T) / 2 if need == "gram" else mean
+        for need in list(self.totals):
+            total = self.totals.pop(need)
+            if _KINDS[need].reduction == "sum":
+                total.div_(max(count, 1))
+            found[need] = _symmetric(total).float() if need == "gram" else total.float()
         return Stats(count, **found)
+
+
+def products(columns: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Zeros [K, K] to add products of chunks to."""
+    dtype = torch.float64 if columns <= WIDE else torch.float32
+    return torch.zeros((columns, columns), dtype=dtype, device=device)
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total [K, K] += a^T b, for a few rows of float32 [T, K]."""
+    if total.dtype == torch.float32:
+        total.addmm_(a.T, b)
+    else:
+        total += a.T @ b
+
+
+def _symmetric(x: torch.Tensor) -> torch.Tensor:
+    """(x + x^T) / 2, in place."""
+    for first in range(0, len(x), CHUNK):
+        some = slice(first, first + CHUNK)
+        mean = (x[some, first:] + x[first:, some].T) / 2
+        x[some, first:] = mean
+        x[first:, some] = mean.T
+    return x
 
 
 def tokens(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

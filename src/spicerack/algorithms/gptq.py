@@ -31,8 +31,8 @@ BETA = 0.5
 _BLOCK = 128
 _DOUBLE = 4096
 """Columns up to which H is factored in float64."""
-_ROWS, _COLUMNS = 512, 1024
-"""In memory at once, while losses are taken and scales are fitted."""
+_ROWS, _COLUMNS, _PIECE = 512, 1024, 1 << 24
+"""In memory at once: rows and columns while losses are taken and scales are fitted, values while a matrix is turned."""
 
 
 def fits(scheme: Scheme) -> bool:
@@ -50,13 +50,12 @@ def solve(
     factored. The scheme must be one that `fits`.
     """
     gram = gram.double() if w.shape[1] <= _DOUBLE else gram.float()
-    if not bool(torch.isfinite(gram).all()):
+    if not bool(torch.isfinite(torch.stack([gram.amin(), gram.amax()])).all()):
         return Solved(start, ("inputs are not finite: kept round-to-nearest",))
     events = []
-    dead = gram.diagonal() == 0
-    if bool(dead.any()):
-        events.append(f"{int(dead.sum())} input columns are always 0")
-        gram = gram + torch.diag(dead.to(gram.dtype))
+    dead = int((gram.diagonal() == 0).sum())
+    if dead:
+        events.append(f"{dead} input columns are always 0")
     order = _order(gram.diagonal(), start.scheme.block_shape(*w.shape)[1])
     damping, upper = _factor(gram, order)
     if upper is None:
@@ -82,18 +81,35 @@ def objective(error: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def _factor(gram: torch.Tensor, order: torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    """The damping that it took, and U, float32, with U U^T = H + damping * mean(diag H), columns of H by `order`."""
+    """The damping that it took, and U, float32, with U U^T = H + damping * mean(diag H), columns of H by `order`.
+
+    Columns that are always 0 have 1 on H's diagonal. There is one matrix in memory beside H.
+    """
     mean = gram.diagonal().mean()
     backwards = order.flip(0)
-    h = gram[backwards][:, backwards]
+    diagonal = gram.diagonal()[backwards]
+    h, failed = torch.empty_like(gram), torch.empty((), dtype=torch.int32, device=gram.device)
     for damping in DAMPING:
-        damped = h.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        for rows, some in zip(h.split(_ROWS), backwards.split(_ROWS), strict=True):
+            torch.index_select(gram[some], 1, backwards, out=rows)
+        h.diagonal().add_(damping * mean + (diagonal == 0).to(h.dtype))
+        torch.linalg.cholesky_ex(h, out=(h, failed))  # in place
         if not int(failed):
-            upper = lower.flip(0, 1).float()
-            return damping, upper if bool(torch.isfinite(upper).all()) else None
+            _reverse(h.view(-1))
+            upper = h.float()
+            return damping, upper if bool(torch.isfinite(torch.stack([upper.amin(), upper.amax()])).all()) else None
     return DAMPING[-1], None
+
+
+def _reverse(x: torch.Tensor) -> None:
+    """x [n], last value first, in place."""
+    half = len(x) // 2
+    for first in range(0, half, _PIECE):
+        size = min(_PIECE, half - first)
+        head, tail = x[first : first + size], x[len(x) - first - size : len(x) - first]
+        kept = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(kept)
 
 
 def _divided(x: torch.Tensor, upper: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
