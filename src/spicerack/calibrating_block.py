@@ -1,10 +1,9 @@
-"""`Work`: the block that is being calibrated, in float32, next to a float copy of it, and what flows through both."""
+"""`Work`: the block that is being calibrated next to a float copy of it, and what flows through both, in float32."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,12 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from spicerack import blocks, codec
+from spicerack import blocks
 from spicerack.algorithms import rtn
 from spicerack.architecture import destinations
 from spicerack.blocks import Arguments, Stack
 from spicerack.calibrating_files import States, solution_name
+from spicerack.calibrating_weights import float_copy
 from spicerack.calibration import Calibration
 from spicerack.errors import ActivationError
 from spicerack.format import Planned
@@ -82,7 +82,7 @@ class Rounding:
 
 
 class Work:
-    """Block `index` in float32: `block`, whose layers are replaced by their decoded codes, and `exact`, which stays."""
+    """Block `index`: `block`, whose layers get their codes in the end, and `exact`, which stays."""
 
     def __init__(
         self,
@@ -100,19 +100,27 @@ class Work:
         self.job, self.ranks, self.threads = job, ranks, threads
         original = stack.blocks[index]
         self.types = {path: parameter.dtype for path, parameter in original.named_parameters()}
-        self.exact = copy.deepcopy(original).float().requires_grad_(False)
+        self.exact, self._exact = float_copy(original)
+        self.block, self._block = float_copy(original)
         if isinstance(job.source, Rotated):  # the model that runs is the original; nothing else is in the block
             names = {f"{layer.path}.weight": layer.tensor for layer in self.layers} | dict(self.others)
             for path, tensor in names.items():
-                with torch.no_grad():
-                    self.exact.get_parameter(path).copy_(job.source.read(tensor))
-        self.block = copy.deepcopy(self.exact)
+                self._exact_is(path, job.source.read(tensor))
         self._here: dict[str, tuple[QTensor, Solved]] = {}
         self.roundings: dict[str, Rounding] = {}
         for layer in self.layers:
             if layer.planned.scheme.activations is not None:
                 self.roundings[layer.path] = Rounding()
                 self.block.get_submodule(layer.path).register_forward_pre_hook(self.roundings[layer.path])
+
+    def _exact_is(self, path: str, value: torch.Tensor) -> None:
+        layer = path.removesuffix(".weight")
+        if layer in self._exact and path != layer:
+            self._exact[layer].source = value
+        else:
+            with torch.no_grad():
+                self.exact.get_parameter(path).copy_(value)
+        self.follow(path)
 
     @property
     def name(self) -> str:
@@ -223,7 +231,7 @@ class Work:
 
     def weight(self, layer: Layer) -> torch.Tensor:
         """float32 [N, K], not quantized."""
-        weight = self.exact.get_parameter(f"{layer.path}.weight").detach()
+        weight = self._exact[layer.path].weight()
         return weight.t().contiguous() if layer.planned.transposed else weight
 
     def hand_over(self, layer: Layer, start: QTensor, solved: Solved) -> None:
@@ -238,9 +246,22 @@ class Work:
 
     def put(self, layer: Layer, w: QTensor | torch.Tensor) -> None:
         """In place of the layer's weight, [N, K]."""
-        decoded = codec.decode(w) if isinstance(w, QTensor) else w
-        weight = self.block.get_parameter(f"{layer.path}.weight")
-        weight.copy_(decoded.t() if layer.planned.transposed else decoded)
+        transposed = layer.planned.transposed and not isinstance(w, QTensor)
+        self._block[layer.path].source = w.t() if transposed and isinstance(w, torch.Tensor) else w
+
+    def follow(self, path: str) -> None:
+        """A parameter of the block is again what it is in the exact one."""
+        layer = path.removesuffix(".weight")
+        if layer in self._block and path != layer:
+            self._block[layer].source = self._exact[layer].source
+        else:
+            self.block.get_parameter(path).copy_(self.exact.get_parameter(path))
+
+    def own(self, paths: Collection[str]) -> None:
+        """These parameters of the exact block will be written to: they are float32 and its own from now on."""
+        for path, layer in self._exact.items():
+            if f"{path}.weight" in paths:
+                layer.own()
 
 
 def inside(stack: Stack, experts: Mapping[str, Expert], job: Job) -> list[Inside]:

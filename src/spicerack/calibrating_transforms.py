@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from spicerack import folding
+from spicerack import codec, folding
 from spicerack.algorithms import awq, smoothquant
 from spicerack.calibrating_block import Layer, Work, tokens
 from spicerack.folding import Site
@@ -74,6 +74,7 @@ def _one(work: Work, name: str, site: Site, layers: Sequence[Layer], judge: _Jud
 def _moved(work: Work, site: Site, factors: torch.Tensor, judge: _Judge, changes: Changes) -> bool:
     """Move them, unless that changes what the block computes."""
     touched = {f"{site.source}.bias", *(f"{path}.weight" for path in (site.source, *site.readers))}
+    work.own(touched)
     before = {path: value.clone() for path, value in work.exact.named_parameters() if path in touched}
     dtype = work.types[f"{site.source}.weight"]
     _, changed = folding.move(work.exact, site, factors, dtype)
@@ -82,7 +83,7 @@ def _moved(work: Work, site: Site, factors: torch.Tensor, judge: _Judge, changes
             work.exact.get_parameter(path).copy_(value)
         return False
     for path in before:
-        work.block.get_parameter(path).copy_(work.exact.get_parameter(path))
+        work.follow(path)
     changes.tensors |= {work.others[path]: work.exact.get_parameter(path).to(work.types[path]) for path in changed}
     return True
 
@@ -111,14 +112,12 @@ class _Judge:
         assert seen.second_moment is not None
         for layer in layers:
             q = work.start(layer, seen.second_moment / factors.square(), work.weight(layer) * factors)
-            work.put(layer, q)
-            weight = work.block.get_parameter(f"{layer.path}.weight")
-            weight.div_(factors[:, None] if layer.planned.transposed else factors)
+            work.put(layer, codec.decode(q) / factors)
             if layer.path in work.roundings:
                 work.roundings[layer.path].factors = factors
         error = self._run(work.block) - self.wanted
         for layer in layers:
-            work.put(layer, work.weight(layer))
+            work.follow(f"{layer.path}.weight")
             if layer.path in work.roundings:
                 work.roundings[layer.path].factors = None
         return float(error.square().sum(dtype=torch.float64))
