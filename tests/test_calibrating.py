@@ -52,12 +52,12 @@ def same_files(a: Path, b: Path) -> bool:
 
 
 @pytest.fixture
-def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """What GPTQ was given for each matrix, in order; it changes nothing, so that all layers are rounded to nearest."""
-    seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Gram, pull and weight that GPTQ was given, in order; it changes nothing: all layers are rounded to nearest."""
+    seen: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
 
-    def keep(w: torch.Tensor, start: Any, gram: torch.Tensor, shift: torch.Tensor | None = None) -> Any:
-        seen.append((gram.double(), None if shift is None else shift.double()))
+    def keep(w: torch.Tensor, start: Any, gram: torch.Tensor, pull: torch.Tensor | None = None) -> Any:
+        seen.append((gram.double(), None if pull is None else pull.double(), w.double()))
         return Solved(start)
 
     monkeypatch.setattr(gptq, "solve", keep)
@@ -95,10 +95,10 @@ def test_statistics_are_those_of_what_flows_behind_quantized_layers(
     now, then = inputs_of(small, inside, given), inputs_of(exact, inside, given)
     expected = {name: (x.t() @ x / len(x), (then[name] - x).t() @ x / len(x)) for name, x in now.items()}
     assert len(grams) == len(inside) and [e.count for e in events] == [2, 2]
-    for gram, shift in grams:
+    for gram, pull, w in grams:
         assert any(
             want.shape == gram.shape and torch.allclose(gram, want, rtol=1e-4, atol=1e-5)
-            and torch.allclose(shift, moved, rtol=1e-3, atol=1e-4)
+            and torch.allclose(pull, w @ moved, rtol=1e-3, atol=1e-4)
             for want, moved in expected.values()
         )  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_layers_that_only_some_of_the_text_reaches(
     source, seen = saved("llama", tmp_path / "float"), []
     job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
     execute(job, tmp_path / "out", calibration=text(count=13), finished=seen.append)
-    assert len(grams) == 14 and all(bool(gram.any()) and shift is not None for gram, shift in grams)
+    assert len(grams) == 14 and all(bool(gram.any()) and pull is not None for gram, pull, _ in grams)
     assert not any(finished.events for finished in seen)
 
 

@@ -82,8 +82,8 @@ def test_statistics_of_experts_are_those_of_their_tokens(
         if len(x) < calibrating_inputs.FEW * x.shape[1]:
             continue
         want = x.t() @ x / len(x)
-        assert any(g.shape == want.shape and torch.allclose(g, want, rtol=1e-4, atol=1e-6) for g, _ in grams), name
-    experts = [shift for gram, shift in grams if shift is None]
+        assert any(g.shape == want.shape and torch.allclose(g, want, rtol=1e-4, atol=1e-6) for g, _, _ in grams), name
+    experts = [pull for _, pull, _ in grams if pull is None]
     assert len(experts) >= 16
 
 
@@ -104,7 +104,7 @@ def test_an_expert_without_tokens_is_shown_others(family: str, tmp_path: Path, g
         small(input_ids=text(count=40).ids)
     x = seen[0][:32]
     want = x.t() @ x / 32
-    assert any(g.shape == want.shape and torch.allclose(g, want, rtol=1e-4, atol=1e-6) for g, _ in grams)
+    assert any(g.shape == want.shape and torch.allclose(g, want, rtol=1e-4, atol=1e-6) for g, _, _ in grams)
     ledger = json.loads((tmp_path / "out" / "spicerack.json").read_text())["tensors"]
     assert any("0 tokens of its own" in event for entry in ledger for event in entry["events"])
 

@@ -145,7 +145,7 @@ def test_the_shift_is_the_least_squares_target() -> None:
         least = (target @ x.t() - w @ float_x.t()).square().mean(1).sum()
         assert torch.isclose(direct - least, ((q - target) @ gram * (q - target)).sum())
     start = rtn.solve(w.float(), parse("w4"), range_="absmax")
-    with_shift = gptq.solve(w.float(), start, gram, shift, beta=1.0).q
+    with_shift = gptq.solve(w.float(), start, gram, w.float() @ shift.float(), beta=1.0).q
     without = gptq.solve(w.float(), start, gram).q
 
     def output_error(q: QTensor) -> float:

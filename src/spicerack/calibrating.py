@@ -138,9 +138,12 @@ def _solve(work: Work) -> tuple[dict[str, QTensor], dict[str, Solved]]:
         seen = moments(work, groups)
         given = {path: seen[group] for group in groups for path in group}
         costs = {path: float(work.weight(by_path[path]).numel()) for path in given}
-        for path, rank in work.ranks.shares(costs).items():
-            if rank == work.ranks.rank:
-                work.hand_over(by_path[path], *_layer(work, by_path[path], given[path]))
+        mine = [by_path[path] for path, rank in work.ranks.shares(costs).items() if rank == work.ranks.rank]
+        pulls = {layer.path: given[layer.path].pull(work.weight(layer)) for layer in mine}
+        for one in seen.values():
+            one.shift = None  # as large as what solving needs, which comes now
+        for layer in mine:
+            work.hand_over(layer, *_layer(work, layer, given[layer.path], pulls.pop(layer.path)))
         work.ranks.wait()
         for layer in map(by_path.__getitem__, given):
             starts[layer.key], solved[layer.key] = work.take(layer)
@@ -206,7 +209,7 @@ def _error(work: Work, weights: Mapping[str, QTensor], *, advance: bool = False)
     return float((wrong / total) ** 0.5) if total else 0.0
 
 
-def _layer(work: Work, layer: Layer, seen: Moments) -> tuple[QTensor, Solved]:
+def _layer(work: Work, layer: Layer, seen: Moments, pull: torch.Tensor | None) -> tuple[QTensor, Solved]:
     """Rounded to nearest, and solved."""
     start = work.start(layer, seen.importance)
     solver, w = _solver(work), work.weight(layer)
@@ -215,7 +218,7 @@ def _layer(work: Work, layer: Layer, seen: Moments) -> tuple[QTensor, Solved]:
     elif solver == "rtn" or seen.gram is None:
         solved = Solved(start)
     elif gptq.fits(layer.planned.scheme):  # signround goes on from there
-        solved = gptq.solve(w, start, seen.gram, seen.shift)
+        solved = gptq.solve(w, start, seen.gram, pull)
     else:
         solved = Solved(start, (f"{solver} cannot do {layer.planned.scheme}: rounded to nearest",))
     return start, Solved(solved.q, (*seen.events, *solved.events))

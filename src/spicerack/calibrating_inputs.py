@@ -27,7 +27,7 @@ _BYTES = 2 << 30
 """Of statistics at once, unless one group's are more."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Moments:
     """mean x x^T, and mean (x' - x) x^T, [K, K]: x what a layer gets now, x' in the float model.
 
@@ -39,6 +39,10 @@ class Moments:
     shift: torch.Tensor | None
     importance: torch.Tensor
     events: tuple[str, ...] = ()
+
+    def pull(self, w: torch.Tensor) -> torch.Tensor | None:
+        """W shift, float32 [N, K], for a weight W [N, K]."""
+        return None if self.shift is None else w @ self.shift.to(w.dtype)
 
 
 def stages(work: Work) -> list[list[Group]]:

@@ -9,7 +9,7 @@ of `start`; afterwards each row's scales are fitted once more, with the codes as
 
     (D H D^T) s = D H w^T,    row g of D: the row's levels in group g, else zeros
 
-With `shift`, C = mean (x' - x) x^T for the inputs x' of the float model and x behind quantized layers, the target is
+With a pull W C, C = mean (x' - x) x^T for the inputs x' of the float model and x behind quantized layers, the target is
 the least-squares solution of Q x = W x':  W + beta W C H^-1.
 """
 
@@ -27,7 +27,7 @@ from spicerack.solved import Solved
 DAMPING = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the mean of H's diagonal that are added to it, until H is positive definite."""
 BETA = 0.5
-"""Of the shift: all of it overfits small calibration sets."""
+"""Of the pull: all of it overfits small calibration sets."""
 _BLOCK = 128
 _DOUBLE = 4096
 """Columns up to which H is factored in float64."""
@@ -41,12 +41,12 @@ def fits(scheme: Scheme) -> bool:
 
 
 def solve(
-    w: torch.Tensor, start: QTensor, gram: torch.Tensor, shift: torch.Tensor | None = None, *, beta: float = BETA
+    w: torch.Tensor, start: QTensor, gram: torch.Tensor, pull: torch.Tensor | None = None, *, beta: float = BETA
 ) -> Solved:
     """w [N, K], rounded to `start` -> codes and scales with less error in the output; no row gets worse, but for
     rows that share one scale of the tensor, which together do not.
 
-    gram, shift: H and C, float [K, K]. `start` itself, with an event that says why, if H is not finite or cannot be
+    gram: H, float [K, K]; pull: W C, float32 [N, K], which is overwritten. `start` itself, with an event that says why, if H is not finite or cannot be
     factored. The scheme must be one that `fits`.
     """
     gram = gram.double() if w.shape[1] <= _DOUBLE else gram.float()
@@ -63,8 +63,10 @@ def solve(
     if damping > DAMPING[0]:
         events.append(f"damping raised to {damping:g}")
     target = w.float()
-    if shift is not None:
-        target = target + beta * _divided(target @ shift.float(), upper, order)
+    if pull is not None:
+        for rows, some in zip(pull.split(_ROWS), target.split(_ROWS), strict=True):
+            rows.copy_(some + beta * _divided(rows, upper, order))
+        target = pull
     codes = _walk(target, start, upper, order)
     del upper
     return Solved(_fitted(start, codes, target, gram.float()), tuple(events))
