@@ -9,6 +9,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <stdexcept>
 
 #include "kernels/kernel.h"
@@ -158,8 +159,9 @@ void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int sca
 
 constexpr int MOST_PRODUCTS = 16;
 
+// scale: address of the float that a code of x counts for where activations are fixed, else 0.
 // products: for each (matrix, address of its bias or 0, of y, whether GELU follows).
-void linear(int index, uintptr_t x, int type, int64_t m, int activations, const nb::list& products) {
+void linear(int index, uintptr_t x, int type, int64_t m, int activations, uintptr_t scale, const nb::list& products) {
     Product all[MOST_PRODUCTS];
     const int count = int(products.size());
     require(count >= 1 && count <= MOST_PRODUCTS, "1 to 16 matrices share an input");
@@ -170,10 +172,14 @@ void linear(int index, uintptr_t x, int type, int64_t m, int activations, const 
         require(all[i].y && all[i].weights.k == all[0].weights.k, "products share K and have somewhere to go");
         require((all[i].weights.bits == TRITS) == (all[0].weights.bits == TRITS), "trits share no input with other codes");
     }
-    require(x && m >= 0 && type >= 0 && type <= 2 && activations >= 0 && activations <= 2, "not an input");
+    require(x && m >= 0 && type >= 0 && type <= 2 && activations >= 0 && activations <= 3, "not an input");
+    const bool given = Activations(activations) == Activations::fixed;
+    require(given == (scale != 0), "fixed activations have a scale, others find theirs");
+    const float fixed = given ? *(const float*)scale : 0.0f;
+    require(!given || (fixed > 0 && std::isfinite(fixed)), "the scale of activations is finite and above 0");
     const Engine& e = engine(index);
     nb::gil_scoped_release unlocked;
-    e.linear({(const void*)x, Float(type), m, Activations(activations), 0.0f, all, count, team_size()});
+    e.linear({(const void*)x, Float(type), m, Activations(activations), fixed, all, count, team_size()});
 }
 
 // Address and steps (batch, head, row) of a tensor.
@@ -289,7 +295,8 @@ NB_MODULE(_native, m) {
         for (const Engine& e : engines()) names.push_back(e.isa);
         return names;
     });
-    m.def("linear", &spicerack::linear, "engine"_a, "x"_a, "type"_a, "m"_a, "activations"_a, "products"_a);
+    m.def("linear", &spicerack::linear, "engine"_a, "x"_a, "type"_a, "m"_a, "activations"_a, "scale"_a,
+          "products"_a);
     m.def("attention", &spicerack::attention, "engine"_a, "type"_a, "q"_a, "k"_a, "v"_a, "mask"_a, "y"_a, "sizes"_a,
           "causal"_a, "scale"_a);
     m.def("rows", &spicerack::rows, "matrix"_a, "which"_a, "out"_a);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ from spicerack.qtensor import QTensor
 from spicerack.scheme import IntLevels, Scheme, TableLevels, float_levels, parse
 
 CT, OWN = format.get("compressed_tensors"), format.get("spicerack")
-CT_SCHEMES = [f"w{bits}{g}{z}" for bits in range(2, 9) for g in ("", "g32") for z in ("", "z")] + ["w8a8"]
+CT_SCHEMES = [f"w{bits}{g}{z}" for bits in range(2, 9) for g in ("", "g32") for z in ("", "z")]
+CT_SCHEMES += ["w8a8", "w8a8s"]
 E4M3 = Scheme("e4m3", float_levels(4, 3, max_value=448.0), block=(None, None), scale="float32")
 NVFP4_LIKE = Scheme("nvfp4_like", float_levels(2, 1), block=(1, 16), scale=E4M3)
 Q4K_PART = Scheme("q4k_part", IntLevels(0, 63), block=(1, 8), scale="float16")
@@ -26,11 +29,16 @@ Q4K_LIKE = Scheme(
     "q4k_like", IntLevels(0, 15), block=(1, 32), scale=Q4K_PART, min=Scheme("m", IntLevels(-63, 0), (1, 8))
 )
 BLOCKS = Scheme("blocks", TableLevels((-1.0, 0.0, 1.0)), block=(8, 16), scale="float32")
-EVERY = [*map(parse, [*CT_SCHEMES, "w2h", "w2g32h", "w8t", "w4t", "w3g64a8"]), NVFP4_LIKE, Q4K_LIKE, BLOCKS]
+EVERY = [
+    *map(parse, [*CT_SCHEMES, "w2h", "w2g32h", "w8t", "w4t", "w3g64a8", "w4g32za8s"]),
+    NVFP4_LIKE,
+    Q4K_LIKE,
+    BLOCKS,
+]
 
 
 def same(a: QTensor, b: QTensor) -> bool:
-    parts = [(a.codes, b.codes), (a.zero, b.zero), (a.scale, b.scale), (a.min, b.min)]
+    parts = [(a.codes, b.codes), (a.zero, b.zero), (a.scale, b.scale), (a.min, b.min), (a.input_scale, b.input_scale)]
     for x, y in parts:
         if isinstance(x, QTensor) and isinstance(y, QTensor):
             if not same(x, y):
@@ -44,6 +52,11 @@ def random_weight(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
+def encoded(w: torch.Tensor, scheme: Scheme) -> QTensor:
+    q = codec.encode(w, scheme, range_="absmax")
+    return dataclasses.replace(q, input_scale=torch.tensor([0.02])) if scheme.activations == "static" else q
+
+
 def matches_layout(layout: format.Layout, tensors: dict[str, torch.Tensor]) -> bool:
     found = {name: (safetensors_dtype(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
     return list(found.items()) == list(layout.items())
@@ -55,7 +68,7 @@ def matches_layout(layout: format.Layout, tensors: dict[str, torch.Tensor]) -> b
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CT_SCHEMES)
 def test_compressed_tensors_there_and_back(name: str, dtype: torch.dtype) -> None:
-    q = codec.encode(random_weight(5, 96, dtype=dtype), parse(name), range_="absmax")
+    q = encoded(random_weight(5, 96, dtype=dtype), parse(name))
     planned = Planned("a.b", parse(name), (5, 96), source_dtype=dtype)
     tensors = CT.encode(planned, q)
     assert matches_layout(CT.layout(planned), tensors)
@@ -65,8 +78,10 @@ def test_compressed_tensors_there_and_back(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("shape", [(8, 256), (3, 8, 256)])
 @pytest.mark.parametrize("scheme", EVERY, ids=str)
 def test_the_container_holds_every_scheme(scheme: Scheme, shape: tuple[int, ...]) -> None:
-    q = codec.encode(random_weight(*shape), scheme, range_="absmax")
+    q = encoded(random_weight(*shape), scheme)
     planned = Planned("a.b", scheme, shape, "experts" if len(shape) == 3 else "linear")
+    if not scheme.zero and isinstance(scheme.scale, str):  # the others' rows do not fill whole words
+        assert scheme.stored_bits(shape) == 8 * sum(t.nbytes for t in packed.pack(q).values())
     tensors = OWN.encode(planned, q)
     assert matches_layout(OWN.layout(planned), tensors)
     assert same(OWN.decode(planned, tensors), q)
@@ -113,6 +128,10 @@ def test_golden_bytes_of_compressed_tensors() -> None:
     }
     q = QTensor(parse("w8a8"), torch.tensor([[-128, 127]], dtype=torch.int8), torch.ones(1, 1, dtype=torch.float16))
     tensors = CT.encode(Planned("p", q.scheme, (1, 2)), q)
+    assert {n: t.tolist() for n, t in tensors.items()} == {"p.weight": [[-128, 127]], "p.weight_scale": [[1.0]]}
+    static = dataclasses.replace(q, scheme=parse("w8a8s"), input_scale=torch.tensor([0.25]))
+    tensors = CT.encode(Planned("p", static.scheme, (1, 2)), static)
+    assert tensors.pop("p.input_scale").numpy().tobytes() == b"\0\0\x80\x3e"
     assert {n: t.tolist() for n, t in tensors.items()} == {"p.weight": [[-128, 127]], "p.weight_scale": [[1.0]]}
 
 
@@ -276,13 +295,13 @@ def test_splitting_what_vllm_fuses_is_said() -> None:
 def folder_of(tmp_path: Path, fmt: format.Format, *planned: Planned) -> Path:
     tensors: dict[str, torch.Tensor] = {"norm.weight": torch.ones(4)}
     for p in planned:
-        tensors |= fmt.encode(p, codec.encode(random_weight(*p.shape, dtype=p.source_dtype), p.scheme, range_="absmax"))
+        tensors |= fmt.encode(p, encoded(random_weight(*p.shape, dtype=p.source_dtype), p.scheme))
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(fmt.config({"model_type": "llama"}, plan_of(*planned), [])))
     return tmp_path
 
 
-@pytest.mark.parametrize("names", [[name] for name in CT_SCHEMES] + [["w4g32", "w3g32z", "w8a8", "w8"]])
+@pytest.mark.parametrize("names", [[name] for name in CT_SCHEMES] + [["w4g32", "w3g32z", "w8a8", "w8a8s", "w8"]])
 def test_a_plan_is_read_back_from_the_tensors(tmp_path: Path, names: list[str]) -> None:
     planned = [Planned(f"layers.{i}", parse(n), (9, 64), source_dtype=torch.bfloat16) for i, n in enumerate(names)]
     for i, fmt in enumerate((CT, OWN)):
@@ -318,6 +337,30 @@ def test_a_config_that_does_not_fit_its_tensors_is_refused(tmp_path: Path, old: 
     checkpoint = edit(folder_of(tmp_path, CT, Planned("layers.0", parse("w4g32"), (9, 64))), old, new)
     with pytest.raises(CheckpointError):
         CT.plan(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"dynamic": false}', '"dynamic": true}'),
+        ('"strategy": "tensor"', '"strategy": "token"'),
+        ('"strategy": "tensor"', '"strategy": "channel"'),
+        ('"symmetric": true, "group_size": null, "observer": null', '"symmetric": false'),
+    ],
+)
+def test_other_activations_than_the_tensors_have_are_refused(tmp_path: Path, old: str, new: str) -> None:
+    checkpoint = edit(folder_of(tmp_path, CT, Planned("layers.0", parse("w8a8s"), (9, 64))), old, new)
+    with pytest.raises(CheckpointError):
+        CT.plan(checkpoint)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, math.nan, math.inf])
+@pytest.mark.parametrize("fmt", [CT, OWN], ids=lambda fmt: fmt.name)
+def test_a_scale_of_activations_that_is_none_is_refused(fmt: format.Format, value: float) -> None:
+    planned = Planned("a.b", parse("w8a8s"), (16, 32))
+    tensors = fmt.encode(planned, encoded(random_weight(16, 32), planned.scheme))
+    with pytest.raises(CheckpointError, match=r"a\.b: a scale of activations of"):
+        fmt.decode(planned, {**tensors, "a.b.input_scale": torch.tensor([value])})
 
 
 @pytest.mark.parametrize(

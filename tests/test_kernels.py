@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +31,9 @@ NAMES = [
     "w4a8",
     "w4g32a8",
     "w2ha8",
+    "w8a8s",
+    "w4g32a8s",
+    "w3za8s",
     "ternary",
     "ternarya8",
 ]
@@ -45,8 +50,12 @@ FITTING = [
 ]
 
 
+INPUT_SCALE = torch.tensor([0.0123])  # 127 of it are 1.56: a normal input is beyond that once in eight times
+
+
 def quantized(scheme: Scheme, n: int = 24, k: int = 192) -> QTensor:
-    return codec.encode(torch.randn(n, k, generator=torch.Generator().manual_seed(1)), scheme, range_="absmax")
+    q = codec.encode(torch.randn(n, k, generator=torch.Generator().manual_seed(1)), scheme, range_="absmax")
+    return dataclasses.replace(q, input_scale=INPUT_SCALE) if scheme.activations == "static" else q
 
 
 def run(row: kernel.Kernel, x: torch.Tensor, q: QTensor) -> torch.Tensor:
@@ -59,8 +68,10 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def activations(x: torch.Tensor, q: QTensor, row: kernel.Kernel) -> torch.Tensor:
-    """float64 x as the row multiplies it: int8 with a scale for a token (a8) or for 32 columns, or as it is."""
+    """float64 x as the row multiplies it: int8 with a scale for a token (a8), given (a8s), for 32 columns; or as is."""
     x = x.float()
+    if q.input_scale is not None:
+        return torch.round(x / q.input_scale).clamp(-127, 127).double() * q.input_scale.double()
     if q.scheme.activations is None and row.compute == "float":
         return x.double()
     blocks = x.unflatten(-1, (-1, 32)) if q.scheme.activations is None else x[..., None, :]
@@ -80,6 +91,7 @@ def test_unpack_is_the_inverse_of_pack(name: str, scheme: Scheme) -> None:
     row, q = kernel.get(name), quantized(scheme)
     back = row.unpack(scheme, (24, 192), row.pack(q))
     assert torch.equal(back.codes, q.codes) and torch.equal(codec.decode(back), codec.decode(q))
+    assert back.input_scale is q.input_scale is None or torch.equal(back.input_scale, INPUT_SCALE)
     assert torch.equal(row.rows(scheme, (24, 192), row.pack(q), slice(None)), codec.decode(q))
 
 
@@ -121,6 +133,25 @@ def test_tokens_of_zeros_and_of_one_outlier() -> None:
     assert math.isfinite(float(codes[2].sum()))
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in KERNELS if kernel.get(n).fits(parse("w8a8s"), (64, 64), torch.float32, CPU) is None]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_static_codes_are_nearest_of_the_quotient_half_to_even(name: str, dtype: torch.dtype) -> None:
+    """A unit matrix shows the codes themselves: halves, their neighbours, what is clipped, by brute force."""
+    scale = 0.05078125  # of a few bits: halves of codes times it are numbers of every type
+    halves = torch.arange(-130.5, 131.0) * scale
+    near = torch.cat([halves, *(torch.nextafter(halves, torch.tensor(end)) for end in (-9.0, 9.0))]).to(dtype)
+    many = torch.cat([near, torch.tensor([1e4, -1e4, 0.0], dtype=dtype), inputs(6, 64, dtype=dtype).flatten() * 5])
+    x = torch.nn.functional.pad(many, (0, -len(many) % 64)).view(-1, 64)
+    codes = (64 * torch.eye(64)).to(torch.int8)
+    unit = torch.full((64, 1), 2.0**-6, dtype=torch.float16)
+    q = QTensor(parse("w8a8s"), codes, unit, input_scale=torch.tensor([scale]))
+    expected = [max(-127, min(127, round(float(np.float32(v) / np.float32(scale))))) for v in x.flatten().tolist()]
+    found = torch.round(run(kernel.get(name), x, q).float() / scale)  # y is of x's type
+    assert torch.equal(found.flatten(), torch.tensor(expected, dtype=torch.float32))
+
+
 @pytest.mark.parametrize(("name", "scheme"), FITTING)
 def test_gradients_with_respect_to_inputs_are_the_dense_ones(name: str, scheme: Scheme, monkeypatch) -> None:
     monkeypatch.setattr(reference, "CHUNK", 192 * 10)
@@ -134,8 +165,8 @@ def test_gradients_with_respect_to_inputs_are_the_dense_ones(name: str, scheme: 
 def test_pick_says_why_it_passed_a_row_over() -> None:
     choice = kernel.pick(parse("w4g32"), (64, 64), torch.float32, CPU)
     assert choice.kernel.name in KERNELS and choice.kernel.name not in choice.passed_over
-    with pytest.raises(SchemeError, match="reference: static activation scales"):
-        kernel.pick(parse("w8a8s"), (64, 64), torch.float32, CPU)
+    with pytest.raises(SchemeError, match=r"reference: x would be torch\.int32"):
+        kernel.pick(parse("w8"), (64, 64), torch.int32, CPU)
 
 
 @pytest.mark.parametrize("scheme", ["w4g32", "w8", "w2g32z"])

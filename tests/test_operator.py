@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from spicerack.nn.linear import QLinear
 from spicerack.qtensor import QTensor
 from spicerack.scheme import parse
 
-SCHEMES = ["w8", "w4g32z", "w3g64", "w2g32h", "w8a8"]
+SCHEMES = ["w8", "w4g32z", "w3g64", "w2g32h", "w8a8", "w4g32za8s"]
 N, K = 24, 64
 
 
@@ -27,7 +28,8 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def quantized(scheme: str, n: int = N, k: int = K, seed: int = 1) -> QTensor:
-    return codec.encode(values(n, k, seed=seed), parse(scheme), range_="absmax")
+    q = codec.encode(values(n, k, seed=seed), parse(scheme), range_="absmax")
+    return dataclasses.replace(q, input_scale=torch.tensor([0.02])) if scheme.endswith("s") else q
 
 
 def layer(
@@ -67,7 +69,8 @@ def test_schema_shapes_and_gradients_are_what_torch_expects(scheme: str, compute
     matrix = layer(scheme, compute=compute).packed.prepared()
     for grad, bias in ((False, None), (True, values(N).to(dtype).requires_grad_())):
         x = values(2, 3, K).to(dtype).requires_grad_(grad)
-        arguments = (x, matrix.codes, matrix.scale, matrix.zero, bias, *matrix.spec, 0, matrix.activations)
+        tensors = (matrix.codes, matrix.scale, matrix.zero, bias, matrix.input_scale)
+        arguments = (x, *tensors, *matrix.spec, 0, matrix.activations)
         torch.library.opcheck(engines.OPERATOR, arguments)
         grad_y = values(2, 3, N).to(dtype).requires_grad_(grad)
         torch.library.opcheck(engines.TRANSPOSED, (grad_y, matrix.codes, matrix.scale, matrix.zero, *matrix.spec))
@@ -79,7 +82,7 @@ def test_every_way_through_the_dispatcher_gives_the_same_bits() -> None:
     assert bias is not None
 
     def operator(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return engines.OPERATOR(x, m.codes, m.scale, m.zero, bias, *m.spec, 0, m.activations)
+        return engines.OPERATOR(x, m.codes, m.scale, m.zero, bias, None, *m.spec, 0, m.activations)
 
     expected = engines.multiply(x, (m,), (bias,), 0)[0]
     assert torch.equal(operator(x, bias), expected) and operator(x, bias).requires_grad
@@ -217,10 +220,20 @@ def test_tensors_that_do_not_make_the_matrix_are_refused() -> None:
         (m.codes.transpose(0, 1), m.scale, m.zero),
     ):
         with pytest.raises(ShapeError, match=rf"\[{N}, {K}\] matrix of 4 bits"):
-            engines.OPERATOR(x, codes, scale, zero, None, *m.spec, 0, m.activations)
+            engines.OPERATOR(x, codes, scale, zero, None, None, *m.spec, 0, m.activations)
 
 
-@pytest.mark.parametrize("scheme", ["w4g32z", "w8a8"])
+def test_a_static_scale_that_is_none_is_refused() -> None:
+    m, x = layer("w8a8s").packed.prepared(), values(2, K)
+    for fixed in (None, torch.tensor([0.02], dtype=torch.float64), torch.tensor([0.02, 0.02])):
+        with pytest.raises(ShapeError, match="need one float32 scale"):
+            engines.OPERATOR(x, m.codes, m.scale, m.zero, None, fixed, *m.spec, 0, m.activations)
+    for value in (0.0, -1.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="finite and above 0"):
+            engines.OPERATOR(x, m.codes, m.scale, m.zero, None, torch.tensor([value]), *m.spec, 0, m.activations)
+
+
+@pytest.mark.parametrize("scheme", ["w4g32z", "w8a8", "w8a8s"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_where_x_lies_does_not_matter(scheme: str, dtype: torch.dtype) -> None:
     small, x = layer(scheme).to(dtype), values(6, K).to(dtype)
@@ -253,7 +266,7 @@ def test_kernels_see_aligned_memory_only(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("compute", ["int8", "float"])
 @pytest.mark.parametrize("rows", [3, 40])  # the way for few rows and the one for many
-@pytest.mark.parametrize("scheme", ["w8", "w4g32z", "w2g32h", "w8a8"])
+@pytest.mark.parametrize("scheme", ["w8", "w4g32z", "w2g32h", "w8a8", "w8a8s"])
 def test_nan_and_infinities_stay_in_their_row(scheme: str, rows: int, compute: Compute) -> None:
     small, x = layer(scheme, compute=compute), values(rows, K)
     weight = small.weight

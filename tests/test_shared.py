@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spicerack
-from spicerack import engines
+from spicerack import codec, engines
 from spicerack.nn.linear import QLinear
 from spicerack.nn.shared import share_inputs
+from spicerack.scheme import parse
 
 
 class Attention(nn.Module):
@@ -107,6 +109,18 @@ def test_schemes_of_one_group_may_differ_but_not_their_activations() -> None:
     assert mixed.q_proj.shared is mixed.k_proj.shared is not None
     rounded = spicerack.quantize(Attention(), "w8", rules=["k_proj=w8a8"], compute="int8")
     assert rounded.q_proj.shared is None
+
+
+@pytest.mark.parametrize("scales", [(0.02, 0.02, 0.02), (0.02, 0.02, 0.03)])
+def test_static_activations_are_shared_where_their_scale_is(scales: tuple[float, ...], calls: list[int]) -> None:
+    model, x = Attention(), torch.randn(3, 64)
+    for name, scale in zip(("q_proj", "k_proj", "v_proj"), scales, strict=True):
+        q = codec.encode(getattr(model, name).weight.detach(), parse("w8a8s"))
+        setattr(model, name, QLinear.of(dataclasses.replace(q, input_scale=torch.tensor([scale]))))
+    share_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), alone(model, x))
+    assert (model.q_proj.shared is not None) == (len(set(scales)) == 1)
 
 
 def test_queries_of_cross_attention_stand_apart() -> None:

@@ -467,10 +467,12 @@ struct Step {
     }
 };
 
-INLINE int32_t round_block(const vf* x, float inverse, int8_t* codes) {
+// Divided, a given scale has the codes that any other reader of it finds; a scale of our own costs a product.
+template <bool DIVIDED>
+INLINE int32_t round_block(const vf* x, const Step& step, int8_t* codes) {
     vi sum{};
     for (int i = 0; i < LOADS; i++) {
-        const vf u = x[i] * inverse;
+        const vf u = DIVIDED ? x[i] / splat(step.scale) : x[i] * step.inverse;
         const vi q = round_to_int(vmin(vmax(u, splat(-LARGEST)), splat(LARGEST)));
         sum += q;
         to_bytes(q, codes + i * LANES);
@@ -485,6 +487,7 @@ void quantize_row(const Slab& s, Activations how, float fixed_scale, int64_t fir
     int8_t* codes = s.codes + first * s.blocks * BLOCK + r * BLOCK;
     float* scale = s.scale + first * s.blocks + r;
     int32_t* sums = s.sums + first * s.blocks + r;
+    const bool given = how == Activations::fixed;
     int32_t worst = 0, total = 0;
     vf x[LOADS];
     Step step(0);
@@ -495,9 +498,10 @@ void quantize_row(const Slab& s, Activations how, float fixed_scale, int64_t fir
             for (int i = 0; i < LOADS; i++) most = magnitude(x[i]) > most ? magnitude(x[i]) : most;
         }
         worst = LARGEST_OF(most);
-        float value = fixed_scale * LARGEST;
-        if (how == Activations::tokens) std::memcpy(&value, &worst, 4);
+        float value;
+        std::memcpy(&value, &worst, 4);
         step = Step(worst < INFINITE ? value : 0);
+        if (given) step.scale = fixed_scale;
         s.token[row] = step.scale;
     }
     for (int64_t b = 0; b < s.blocks; b++, codes += BLOCK * height, scale += height, sums += height) {
@@ -512,7 +516,7 @@ void quantize_row(const Slab& s, Activations how, float fixed_scale, int64_t fir
             step = Step(bits < INFINITE ? value : 0);
         }
         *scale = how == Activations::blocks ? step.scale : 1.0f;
-        *sums = round_block(x, step.inverse, codes);
+        *sums = given ? round_block<true>(x, step, codes) : round_block<false>(x, step, codes);
         total += *sums;
     }
     s.total[row] = total;

@@ -158,7 +158,7 @@ Quantized quantize(const Input& x, int64_t row, Activations how, float fixed_sca
         if (how == Activations::fixed) scale = fixed_scale;
         const float inverse = scale == 0 ? 0.0f : 1.0f / scale;
         for (int64_t k = begin; k < end; k++) {
-            const float u = float(x.at(row, k)) * inverse;
+            const float u = how == Activations::fixed ? float(x.at(row, k)) / scale : float(x.at(row, k)) * inverse;
             q.codes.push_back(std::nearbyint(std::min(std::max(u, -127.0f), 127.0f)));
             if (k % BLOCK == 0) q.scale.push_back(scale);
         }

@@ -59,6 +59,7 @@ def linear(
     type: int,
     m: int,
     activations: int,
+    scale: int,
     products: list[tuple[Matrix, int, int, bool]],
 ) -> None: ...
 def attention(

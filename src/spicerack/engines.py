@@ -32,8 +32,8 @@ PANEL, BLOCK, UNIT = 16, 32, 64
 """Rows of a panel, columns of a tile, bytes of a tile for each bit: native/kernels/kernel.h."""
 TRITS, BUNDLE, TRITS_BYTES = 1, 5, 512
 """Instead of a number of bits: ternary codes in 1.6 bits; panels that share a tile of them; bytes of such a tile."""
-FLOATS, BLOCKS, TOKENS = range(3)
-"""How activations enter: float32; int8 with a scale for 32 columns of a row, or for a row."""
+FLOATS, BLOCKS, TOKENS, FIXED = range(4)
+"""How activations enter: float32; int8 with a scale for 32 columns of a row, for a row, or one that is given."""
 MAX_EXACT_COLUMNS = 1 << 16
 """Columns whose products are summed in int32 without overflow: 255 * 127 * 2^16 < 2^31."""
 
@@ -96,8 +96,6 @@ def unfit(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: to
         return f"a scale belongs to one row or to the whole matrix, not to {rows} rows"
     if columns is not None and columns != shape[1] and columns % BLOCK:
         return f"groups are multiples of {BLOCK}, not {columns}"
-    if scheme.activations == "static":
-        return "static activation scales are not kept in folders"
     return None
 
 
@@ -107,7 +105,7 @@ def unfit(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: to
 def pack(q: QTensor, layout: Layout = "planes") -> dict[str, torch.Tensor]:
     """codes uint8 [N/16, K/32, 64 bits], scale [N/16, groups, 16] as stored, zero uint8 like scale; N, K rounded up.
 
-    Trits: codes uint8 [N/80, K/32, 512].
+    Trits: codes uint8 [N/80, K/32, 512]. input_scale as it is.
     """
     n, k = q.shape
     spec = spec_of(q.scheme, (n, k), layout)
@@ -124,6 +122,8 @@ def pack(q: QTensor, layout: Layout = "planes") -> dict[str, torch.Tensor]:
     tensors = {"codes": tiles, "scale": _to_lanes(q.scale.cpu(), n)}
     if q.zero is not None:
         tensors["zero"] = _to_lanes((q.zero.cpu().to(torch.int16) + spec.offset).to(torch.uint8), n)
+    if q.input_scale is not None:
+        tensors["input_scale"] = q.input_scale.cpu()
     return tensors
 
 
@@ -141,7 +141,8 @@ def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, layout: Lay
     if scheme.zero:
         zero = _from_lanes(tensors["zero"], n).to(torch.int16).sub_(spec.offset)
         zero = zero.to(torch.int8 if signed else torch.uint8)
-    return QTensor(scheme, codes.view(torch.int8) if signed else codes, scale, zero)
+    codes = codes.view(torch.int8) if signed else codes
+    return QTensor(scheme, codes, scale, zero, input_scale=tensors.get("input_scale"))
 
 
 def _zeros(nbytes: int) -> torch.Tensor:
@@ -191,12 +192,22 @@ def _rows(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, s
 
 
 class Matrix:
-    """Packed tensors as `pack` made them, how activations enter, and the native module's view of it all."""
+    """Packed tensors as `pack` made them, how activations enter, and the native module's view of it all.
+
+    input_scale: float32 [1], of FIXED activations.
+    """
 
     def __init__(
-        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, spec: Spec, activations: int
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        spec: Spec,
+        activations: int,
+        input_scale: torch.Tensor | None = None,
     ) -> None:
         self.codes, self.scale, self.zero, self.spec, self.activations = codes, scale, zero, spec, activations
+        self.input_scale = input_scale
         self._addresses = (0, 0, 0)
         self._native: _native.Matrix  # since its first use
 
@@ -227,6 +238,15 @@ class Matrix:
             or scale.dtype not in TYPES
         ):
             raise ShapeError(f"packed tensors do not make a [{n}, {k}] matrix of {bits} bits", "pack the weight again")
+
+    def fixed(self) -> int:
+        """Address of the scale of FIXED activations, else 0. Raises ShapeError."""
+        x = self.input_scale
+        if (x is not None) != (self.activations == FIXED) or (
+            x is not None and (x.dtype != torch.float32 or x.numel() != 1 or not x.is_cpu)
+        ):
+            raise ShapeError("static activations need one float32 scale, and others none", "pack the weight again")
+        return 0 if x is None else x.data_ptr()
 
 
 def multiply(
@@ -269,7 +289,7 @@ def multiply(
         products.append((matrix.native(), address, y.data_ptr(), gelu))
     rows = x.numel() // k
     if rows:
-        _native.linear(engine, at, kind, rows, matrices[0].activations, products)
+        _native.linear(engine, at, kind, rows, matrices[0].activations, matrices[0].fixed(), products)
     return outputs
 
 
@@ -341,8 +361,8 @@ _PLAIN = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU).add(torch._C.Dispatch
 """Dispatch keys of ordinary tensors on the CPU, with no mode that watches."""
 _LIBRARY = torch.library.Library("spicerack", "DEF")
 _LIBRARY.define(
-    "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, SymInt n, SymInt k, int group, int bits, "
-    "int offset, bool half, int engine, int activations) -> Tensor"
+    "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, Tensor? input_scale, SymInt n, SymInt k, "
+    "int group, int bits, int offset, bool half, int engine, int activations) -> Tensor"
 )
 _LIBRARY.define(
     "linear_transposed(Tensor grad, Tensor codes, Tensor scale, Tensor? zero, SymInt n, SymInt k, int group, int bits, "
@@ -356,6 +376,7 @@ def _linear(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     bias: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
     n: int,
     k: int,
     group: int,
@@ -365,12 +386,12 @@ def _linear(
     engine: int,
     activations: int,
 ) -> torch.Tensor:
-    matrix = Matrix(codes, scale, zero, Spec(n, k, group, bits, offset, half), activations)
+    matrix = Matrix(codes, scale, zero, Spec(n, k, group, bits, offset, half), activations, input_scale)
     return multiply(x, (matrix,), (bias,), engine)[0]
 
 
 def _fake(
-    x: torch.Tensor, _codes: object, _scale: object, _zero: object, _bias: object, n: int, *_: object
+    x: torch.Tensor, _codes: object, _scale: object, _zero: object, _bias: object, _fixed: object, n: int, *_: object
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
@@ -413,7 +434,7 @@ def _keep_transposed(
 
 
 def _gradients_transposed(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[object, ...]:
-    y = OPERATOR(grad, *ctx.saved_tensors, None, *ctx.spec, 0, FLOATS)  # type: ignore[attr-defined]
+    y = OPERATOR(grad, *ctx.saved_tensors, None, None, *ctx.spec, 0, FLOATS)  # type: ignore[attr-defined]
     return (y, *[None] * 9)
 
 
@@ -424,7 +445,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx, keys: torch._C.DispatchKeySet, *inputs: object
     ) -> torch.Tensor:
-        _, codes, scale, zero, bias, *numbers = inputs
+        _, codes, scale, zero, bias, _, *numbers = inputs
         ctx.save_for_backward(codes, scale, zero)  # type: ignore[arg-type]
         ctx.spec, ctx.bias = Spec(*numbers[:6]), bias is not None  # type: ignore[attr-defined, arg-type]
         return _redispatch(keys, inputs)
@@ -437,7 +458,7 @@ class _Differentiable(torch.autograd.Function):
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             for_x = TRANSPOSED(grad, codes, scale, zero, *spec)
         for_bias = grad.reshape(-1, spec.n).sum(0) if ctx.bias else None  # type: ignore[attr-defined]
-        return (None, for_x, None, None, None, for_bias, *[None] * 8)
+        return (None, for_x, None, None, None, for_bias, *[None] * 9)
 
 
 def _autograd(keys: torch._C.DispatchKeySet, *inputs: Any) -> torch.Tensor:

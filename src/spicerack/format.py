@@ -6,6 +6,7 @@ directions go through `QTensor`, so no format knows how codes were chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -110,6 +111,14 @@ def portability(plan: Plan, fused: Sequence[Sequence[str]]) -> list[str]:
     chosen = choose(plan)
     obstacles = get("compressed_tensors").obstacles(plan)
     return chosen.notes(plan, fused) + [f"the reason: {obstacle}" for obstacle in obstacles[:1]]
+
+
+def checked_input_scale(module: str, stored: torch.Tensor) -> torch.Tensor:
+    """float32 [1]: a static scale of activations as it was read. Raises CheckpointError."""
+    scale = stored.float().reshape(1)
+    if not 0 < float(scale) < math.inf:
+        raise CheckpointError(f"{module}: a scale of activations of {float(scale)}", "the folder is damaged")
+    return scale
 
 
 def of_folder(checkpoint: Checkpoint) -> Format | None:

@@ -4,6 +4,7 @@ codes           int32 words [..., N, ceil(K bits / 32)], code - lo, the stream o
 scale           [..., N/rows, K/columns] in its stored type; if quantized: scale.codes, scale.scale ...
 zero            int32 words [..., N/rows, ceil(K/columns bits / 32)], zero - lo
 min             like scale
+input_scale     float32 [1], with static activations
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def layout(scheme: Scheme, shape: tuple[int, ...], source: torch.dtype) -> Layou
             parts[name] = (dtype_of(kind, source), grid)
     if scheme.zero:
         parts["zero"] = (torch.int32, (*grid[:-1], bits.word_count(grid[-1], scheme.bits)))
+    if scheme.activations == "static":
+        parts["input_scale"] = (torch.float32, (1,))
     return parts
 
 
@@ -48,6 +51,8 @@ def pack(q: QTensor) -> dict[str, torch.Tensor]:
             tensors[name] = part
     if q.zero is not None:
         tensors["zero"] = _pack_codes(q.zero, q.scheme)
+    if q.input_scale is not None:
+        tensors["input_scale"] = q.input_scale
     return tensors
 
 
@@ -64,6 +69,7 @@ def unpack(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed:
         zero=_unpack_codes(tensors["zero"], scheme, grid[-1]) if scheme.zero else None,
         min=parts.get("min"),
         transposed=transposed,
+        input_scale=tensors.get("input_scale"),
     )
 
 

@@ -54,9 +54,10 @@ def _fits(
 def _prepare(compute: Compute, layout: Layout, scheme: Scheme, shape: Shape, tensors: Tensors) -> engines.Matrix:
     activations = engines.FLOATS
     if compute == "int8":
-        activations = engines.BLOCKS if scheme.activations is None else engines.TOKENS
+        activations = {None: engines.BLOCKS, "token": engines.TOKENS, "static": engines.FIXED}[scheme.activations]
     spec = engines.spec_of(scheme, shape, layout)
-    return engines.Matrix(tensors["codes"], tensors["scale"], tensors.get("zero"), spec, activations)
+    zero, fixed = tensors.get("zero"), tensors.get("input_scale")
+    return engines.Matrix(tensors["codes"], tensors["scale"], zero, spec, activations, fixed)
 
 
 def _run(
@@ -70,7 +71,7 @@ def _run(
         return [y.double() for y in _run(engine, x.float(), matrices, biases, gelu)]
     if type(x) is not torch.Tensor or torch.compiler.is_compiling() or _wants_gradients(x, biases):
         results = [
-            engines.OPERATOR(x, m.codes, m.scale, m.zero, bias, *m.spec, engine, m.activations)
+            engines.OPERATOR(x, m.codes, m.scale, m.zero, bias, m.input_scale, *m.spec, engine, m.activations)
             for m, bias in zip(matrices, biases, strict=True)
         ]
         return [torch.nn.functional.gelu(y) for y in results] if gelu else results

@@ -21,6 +21,8 @@ class QTensor:
     zero        int8 like scale, or None
     min         like scale, or None
     transposed  the checkpoint's tensor is the transpose, [..., K, N] (GPT-2's Conv1D)
+    input_scale float32 [1]: what a code of the layer's input counts for; only with static activations, and then None
+                until it is known
     """
 
     scheme: Scheme
@@ -29,6 +31,7 @@ class QTensor:
     zero: torch.Tensor | None = None
     min: torch.Tensor | QTensor | None = None
     transposed: bool = False
+    input_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         signed = isinstance(self.scheme.levels, IntLevels) and self.scheme.levels.lo < 0
@@ -41,6 +44,9 @@ class QTensor:
                 raise ShapeError(f"{self.scheme}: {name} has shape {list(part.shape)}, its blocks make {list(grid)}")
         if (self.zero is not None) != self.scheme.zero or (self.min is not None) != (self.scheme.min is not None):
             raise ShapeError(f"{self.scheme}: zero or min given that the scheme lacks, or the other way round")
+        x = self.input_scale
+        if x is not None and (self.scheme.activations != "static" or (x.dtype, x.shape) != (torch.float32, (1,))):
+            raise ShapeError(f"{self.scheme}: input scale {x.dtype} {list(x.shape)}, not a static scheme's float32 [1]")
 
     @property
     def shape(self) -> tuple[int, ...]:

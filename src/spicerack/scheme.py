@@ -5,12 +5,14 @@
     w8        8-bit codes, one scale per output row          w4g128    4-bit, one scale per 128 inputs of a row
     w4g32z    the same with an integer zero point            w2g32h    half-integer levels: ±1/2, ±3/2
     w8t       one scale for the whole tensor                 w8a8      activations in int8 too, one scale per token
+                                                             w8a8s     the same, one stored scale per layer
 
 Other number systems (`ternary`, `nf4`, `fp8`, `mxfp4`, `nvfp4`, `q4_k`) are one file each in `schemes/`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -133,7 +135,10 @@ class Scheme:
                 part.check_shape(f"{name} (scales)", (*shape[:-2], rows // block_rows, columns // block_columns))
 
     def stored_bits(self, shape: tuple[int, ...]) -> int:
-        """Bits that a tensor of `shape` takes: codes, scales, zero points, minima. Padding of files is not counted."""
+        """Bits that a tensor of `shape` takes: codes, scales (a static one of activations too), zero points, minima.
+
+        Padding of files is not counted.
+        """
         *leading, rows, columns = shape
         block_rows, block_columns = self.block_shape(rows, columns)
         grid = (*leading, rows // block_rows, columns // block_columns)
@@ -144,7 +149,14 @@ class Scheme:
                 total += part.stored_bits(grid)
             elif part is not None:
                 total += blocks * FLOAT_BITS[part]
-        return total
+        return total + (FLOAT_BITS["float32"] if self.activations == "static" else 0)
+
+    @property
+    def dynamic(self) -> Scheme:
+        """The same with a scale per token where this has a static one."""
+        if self.activations != "static":
+            return self
+        return dataclasses.replace(self, name=self.name.removesuffix("s"), activations="token")
 
     def __str__(self) -> str:
         return self.name

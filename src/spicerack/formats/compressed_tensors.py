@@ -6,8 +6,9 @@ Linear P [N, K], b-bit codes, groups of g inputs (a row is a group of K):
                       P.weight_scale       float [N, K/g]
                       P.weight_zero_point  I32 [ceil(N b / 32), K/g] zero + 2^(b-1), the stream along N (schemes with z)
                       P.weight_shape       I64 [2]                   N, K
-    int-quantized     P.weight             I8 [N, K]                 w8a8
+    int-quantized     P.weight             I8 [N, K]                 w8a8, w8a8s
                       P.weight_scale       float [N, 1]
+                      P.input_scale        F32 [1]                   w8a8s
 
 Reading looks at the tensors themselves, with config.json for what they cannot tell. Regular expressions in a stranger's
 config are never run.
@@ -26,7 +27,7 @@ from spicerack import bits, native
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.checkpoint.writer import safetensors_dtype
 from spicerack.errors import CheckpointError
-from spicerack.format import Layout, Plan, Planned
+from spicerack.format import Layout, Plan, Planned, checked_input_scale
 from spicerack.levels import dtype_of
 from spicerack.qtensor import QTensor
 from spicerack.scheme import IntLevels, Scheme, parse
@@ -34,14 +35,10 @@ from spicerack.scheme import IntLevels, Scheme, parse
 METHOD = "compressed-tensors"
 PACKED, INTEGER = "pack-quantized", "int-quantized"
 _SOURCES = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16}
-_ACTIVATIONS = {
-    "num_bits": 8,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "token",
-    "group_size": None,
-    "dynamic": True,
-    "observer": None,
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "observer": None}
+_ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "token": {**_INT8, "strategy": "token", "dynamic": True},
+    "static": {**_INT8, "strategy": "tensor", "dynamic": False},
 }
 _ELSEWHERE = "load it with transformers"
 _DAMAGED = "the folder is damaged, or in a variant of compressed-tensors that is not read"
@@ -63,7 +60,8 @@ class CompressedTensors:
         assert not isinstance(scheme.scale, Scheme)
         scale = (safetensors_dtype(dtype_of(scheme.scale, planned.source_dtype)), (rows, groups))
         if scheme.activations:
-            return {f"{module}.weight": ("I8", (rows, columns)), f"{module}.weight_scale": scale}
+            found: Layout = {f"{module}.weight": ("I8", (rows, columns)), f"{module}.weight_scale": scale}
+            return found if scheme.activations == "token" else {**found, f"{module}.input_scale": ("F32", (1,))}
         tensors: Layout = {f"{module}.weight_packed": ("I32", (rows, bits.word_count(columns, scheme.bits)))}
         tensors[f"{module}.weight_scale"] = scale
         if scheme.zero:
@@ -75,7 +73,8 @@ class CompressedTensors:
         assert isinstance(q.scale, torch.Tensor)
         module, scheme = planned.module, planned.scheme
         if scheme.activations:
-            return {f"{module}.weight": q.codes, f"{module}.weight_scale": q.scale}
+            found = {f"{module}.weight": q.codes, f"{module}.weight_scale": q.scale}
+            return found if q.input_scale is None else {**found, f"{module}.input_scale": q.input_scale}
         tensors = {f"{module}.weight_packed": _pack(q.codes, scheme.bits), f"{module}.weight_scale": q.scale}
         if q.zero is not None:
             tensors[f"{module}.weight_zero_point"] = _pack(q.zero.t(), scheme.bits).t().contiguous()
@@ -86,7 +85,9 @@ class CompressedTensors:
         module, scheme, (rows, columns) = planned.module, planned.scheme, planned.shape
         scale = tensors[f"{module}.weight_scale"].reshape(rows, -1)
         if scheme.activations:
-            return QTensor(scheme, tensors[f"{module}.weight"], scale)
+            fixed = tensors.get(f"{module}.input_scale")
+            fixed = None if fixed is None else checked_input_scale(module, fixed)
+            return QTensor(scheme, tensors[f"{module}.weight"], scale, input_scale=fixed)
         codes = _unpack(tensors[f"{module}.weight_packed"], scheme.bits, columns)
         zero = None
         if scheme.zero:
@@ -150,12 +151,14 @@ class CompressedTensors:
             if integer != (scheme.activations is not None) or columns % (scheme.group or columns):
                 continue
             wanted = {name: shape for name, (_, shape) in self.layout(planned).items()}
-            if scheme.zero == (f"{module}.weight_zero_point" in tensors) and all(
+            optional = {f"{module}.{part}" for part in ("weight_zero_point", "input_scale", "input_zero_point")}
+            if optional & tensors.keys() == optional & wanted.keys() and all(
                 name in tensors and tensors[name].shape == shape for name, shape in wanted.items()
             ):
                 found.append(planned)
         if len(found) != 1:
-            shapes = {n: list(tensors[n].shape) for n in tensors if n.startswith(f"{module}.weight")}
+            parts = (f"{module}.weight", f"{module}.input_")
+            shapes = {n: list(tensors[n].shape) for n in tensors if n.startswith(parts)}
             raise CheckpointError(
                 f"{checkpoint.folder}: {module} [{rows}, {columns}] fits {len(found)} schemes of config.json: {shapes}",
                 "before 0.18 compressed-tensors packed 3, 5, 6 and 7 bits differently: quantize the float model again",
@@ -212,8 +215,7 @@ def _obstacle(p: Planned) -> str | None:
         return f"half-integer levels ({scheme.name})"
     if scheme.block[0] != 1 or isinstance(scheme.scale, Scheme) or scheme.min is not None:
         return f"scales like those of {scheme.name}"
-    plain = scheme.activations == "token" and (scheme.bits, scheme.block, scheme.zero) == (8, (1, None), False)
-    if scheme.activations and not plain:
+    if scheme.activations and (scheme.bits, scheme.block, scheme.zero) != (8, (1, None), False):
         return f"activations like those of {scheme.name} here"
     return None
 
@@ -232,7 +234,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "dynamic": False,
         "observer": "minmax",
     }
-    activations = dict(_ACTIVATIONS) if scheme.activations else None
+    activations = dict(_ACTIVATIONS[scheme.activations]) if scheme.activations else None
     return {
         "targets": targets,
         "weights": weights,
@@ -299,10 +301,11 @@ def _scheme(group: Any, where: str) -> Scheme:
     activations = group.get("input_activations")
     if activations is None:
         return parse(name)
-    differs = [k for k, v in _ACTIVATIONS.items() if k not in ("group_size", "observer") and activations.get(k, v) != v]
-    if differs or name != "w8":
+    kind, suffix = ("token", "a8") if activations.get("dynamic") else ("static", "a8s")
+    wanted = _ACTIVATIONS[kind].items()
+    if name != "w8" or any(activations.get(k, v) != v for k, v in wanted if k not in ("group_size", "observer")):
         raise CheckpointError(f"{where} has activations that are not read: {activations}", _ELSEWHERE)
-    return parse("w8a8")
+    return parse(name + suffix)
 
 
 FORMAT = CompressedTensors()

@@ -24,7 +24,7 @@ from spicerack import packed
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.checkpoint.writer import safetensors_dtype
 from spicerack.errors import CheckpointError, SchemeError, ShapeError
-from spicerack.format import CONTAINER, Layout, Plan, Planned
+from spicerack.format import CONTAINER, Layout, Plan, Planned, checked_input_scale
 from spicerack.qtensor import QTensor
 from spicerack.scheme import IntLevels, Scheme, parse
 
@@ -62,6 +62,8 @@ class SpicerackFormat:
         last = (levels.lo if isinstance(levels, IntLevels) else 0) + len(levels.values) - 1
         if len(levels.values) < 1 << levels.bits and q.codes.max() > last:
             raise CheckpointError(f"{planned.module}: a code that is none of {planned.scheme}'s levels", _REMEDY)
+        if q.input_scale is not None:
+            checked_input_scale(planned.module, q.input_scale)
         return q
 
     def config(self, config: Mapping[str, Any], plan: Plan, _unquantized_linears: Sequence[str], /) -> dict[str, Any]:

@@ -6,6 +6,7 @@ at once, however large the layer, and forgets them again; the gradient with resp
     y = x W^T                                 weight-only schemes, in the type of x
     y = s (c u^T) * scale                     w8a8: s = max|x| / 127 per token, c = round(x / s), u the weight's codes;
                                               the integer product is exact, and the gradient that of y = x W^T
+                                              w8a8s: the same with the one s that is stored, c within -127 ... 127
 """
 
 from __future__ import annotations
@@ -26,11 +27,9 @@ _EXACT = 1024
 """Products of int8 with int8 that float32 sums without rounding, in any order: 1024 * 127 * 128 < 2^24."""
 
 
-def fits(scheme: Scheme, _shape: Shape, dtype: torch.dtype, _device: torch.device) -> str | None:
+def fits(_scheme: Scheme, _shape: Shape, dtype: torch.dtype, _device: torch.device) -> str | None:
     if not dtype.is_floating_point:
         return f"x would be {dtype}, not a float"
-    if scheme.activations == "static":
-        return "static activation scales are not kept in folders"
     return None
 
 
@@ -68,7 +67,11 @@ class _Product(torch.autograd.Function):
         ctx.weight = (scheme, shape, tensors)  # type: ignore[attr-defined]
         if scheme.activations is None:
             return _linear(x, scheme, shape, tensors)
-        codes, scale = quantize_tokens(x.float())
+        if scheme.activations == "static":
+            scale = tensors["input_scale"]
+            codes = quantize_fixed(x.float(), scale)
+        else:
+            codes, scale = quantize_tokens(x.float())
         if _is_integer(scheme):
             y = _integer_linear(codes, scheme, shape, tensors)
         else:
@@ -92,6 +95,11 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = x.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale == 0, 1.0, scale)
     return torch.round(x / scale).clamp(-127, 127), scale
+
+
+def quantize_fixed(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """x float32 -> integers -127..127 as float32; x ~ integers * scale, but for what lies beyond 127 * scale."""
+    return torch.round(x / scale).clamp(-127, 127)
 
 
 def _linear(x: torch.Tensor, scheme: Scheme, shape: Shape, tensors: Tensors) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -87,7 +88,7 @@ class PackedWeight(nn.Module):
     def qtensor(self) -> QTensor:
         """The codes and scales themselves: what saving and exporting need."""
         q = self.choice.kernel.unpack(self.scheme, self.shape, self.tensors)
-        return QTensor(q.scheme, q.codes, q.scale, q.zero, q.min, self.transposed)
+        return dataclasses.replace(q, transposed=self.transposed)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
         """Moves between devices, but `model.half()` and its like must not round the scales: fn sees only integers."""

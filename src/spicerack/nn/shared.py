@@ -70,4 +70,6 @@ def _is_native(layer: QLinear) -> bool:
 
 def _call(layer: QLinear) -> tuple[object, ...]:
     """What layers that run in one call have in common."""
-    return layer.packed.choice.kernel.name, layer.packed.scheme.activations, layer.in_features
+    fixed = layer.packed.tensors.get("input_scale")
+    scale = None if fixed is None else float(fixed)
+    return layer.packed.choice.kernel.name, layer.packed.scheme.activations, scale, layer.in_features
