@@ -37,24 +37,31 @@ DATA_FREE: dict[str, dict[str, Any]] = {
     "--method", "methods", multiple=True, default=("absmax", "opt", "rtn", "gptq"), show_default=True,
     help="absmax and opt: the range methods of plain rounding; else a chain, with calibration text.",
 )  # fmt: skip
+@click.option(
+    "--observer", "observers", multiple=True, help="Of static activations (a8s): each chain with each of these."
+)
 @click.option("--max-tokens", type=int, default=24_576, show_default=True, help="Of the held-out text.")
 @click.option("--samples", type=int, default=128, show_default=True)
 @click.option("--length", type=int, default=512, show_default=True)
-def main(only: Sequence[str], methods: Sequence[str], max_tokens: int, samples: int, length: int) -> None:
+def main(
+    only: Sequence[str], methods: Sequence[str], observers: Sequence[str], max_tokens: int, samples: int, length: int
+) -> None:
     model = language_model()
     text = calibration.read(
         model / "calibration.txt", AutoTokenizer.from_pretrained(model), samples=samples, length=length, seed=0
     )
     click.echo(f"Calibrated with {text.ids.numel()} tokens.\n")
-    click.echo("| scheme | bits | " + " | ".join(f"KL {name}" for name in methods) + " | same top token, the best |")
-    click.echo("|---" * (len(methods) + 3) + "|")
+    columns = [(name, observer) for name in methods for observer in observers or (None,)]
+    titles = (f"KL {name}" if observer is None else f"KL {name}, {observer}" for name, observer in columns)
+    click.echo("| scheme | bits | " + " | ".join(titles) + " | same top token, the best |")
+    click.echo("|---" * (len(columns) + 3) + "|")
     for scheme in only or SCHEMES:
         found: list[Comparison] = []
         bits = 0.0
-        for name in methods:
+        for name, observer in columns:
             with TemporaryDirectory() as work:
                 folder = Path(work) / "out"
-                options = DATA_FREE.get(name, {"method": name, "calibration": text})
+                options = DATA_FREE.get(name, {"method": name, "calibration": text, "observer": observer})
                 bits = spicerack.quantize(model, scheme, output=folder, **options)["bits_per_weight"]
                 figures = measure(folder, against=model, max_tokens=max_tokens, dtype=torch.float32).figures
                 assert isinstance(figures, Comparison)

@@ -143,10 +143,10 @@ def test_layers_that_only_some_of_the_text_reaches(
     assert not any(finished.events for finished in seen)
 
 
-@pytest.mark.parametrize("block", [0, 1])
-def test_a_killed_run_continues_to_the_same_bytes(block: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "block"), [("w4g16", 0), ("w4g16", 1), ("w4g16a8s", 0)])
+def test_a_killed_run_continues_to_the_same_bytes(scheme: str, block: int, tmp_path: Path) -> None:
     source, given = saved("llama", tmp_path / "float"), text()
-    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+    job = prepare(source, calibrated(Recipe(parse(scheme)), True))
     execute(job, tmp_path / "whole", calibration=given)
 
     class Killed(BaseException):

@@ -15,8 +15,9 @@ from scipy.stats import entropy as scipy_entropy
 from scipy.stats import norm
 
 from spicerack.errors import ActivationError
-from spicerack.observers import OBSERVERS, FromHistogram, MovingAverage, ObserverName
+from spicerack.observers import OBSERVERS, FromHistogram, MovingAverage
 from spicerack.observers_histogram import BINS, Histogram, entropy, least_divergence, least_squares, percentile
+from spicerack.recipe import ObserverName
 
 UNORDERED: tuple[ObserverName, ...] = ("minmax", "percentile", "mse", "kl")
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from dense import decoded_model, logits
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertModel, CompressedTensorsConfig, LlamaForCausalLM
 
 import spicerack
+from spicerack.calibration import Calibration
 
 pytestmark = pytest.mark.usefixtures("reference_kernel")
 
@@ -99,12 +101,46 @@ def test_w8a8_has_equal_codes_and_its_readers_own_rounding(llama_folder, tmp_pat
     assert (ours(tmp_path / "out") - found).abs().max() < 0.05 * found.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore")
+def test_w8a8s_is_rounded_by_its_reader_as_by_us(llama_folder, tmp_path: Path, dtype: torch.dtype) -> None:
+    """compressed-tensors' own forward: the stored scale, weights and codes bit for bit, but for -128, which it has."""
+    ids = torch.randint(5, 90, (4, 32), generator=torch.Generator().manual_seed(1))
+    seen = Calibration(ids, None, "of no text", 0.0, "made up")
+    out = tmp_path / "out"
+    spicerack.quantize(llama_folder(dtype=dtype), "w8a8s", output=out, calibration=seen, observer="minmax")
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    dense = decoded_model(LlamaForCausalLM, out, tmp_path / "float")
+    assert torch.equal(dequantized(out), rounded_to_scales(tmp_path, dtype))
+    stored = load_file(out / "model.safetensors")
+
+    def rounded(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (torch.clamp(torch.round(x / scale), -128, 127) * scale).to(x.dtype)
+
+    for name, layer in dense.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            scale = stored[f"{name}.input_scale"].to(dtype)
+            assert torch.equal(scale.float(), stored[f"{name}.input_scale"]), "what is stored survives their cast"
+            layer.register_forward_pre_hook(lambda _, x, s=scale: rounded(x[0], s))
+    found = logits(theirs, IDS)
+    assert theirs.model.layers[0].mlp.up_proj.input_scale.dtype == dtype
+    assert torch.allclose(found, logits(dense, IDS), atol=1e-5)
+    layer = spicerack.load(out).model.layers[1].mlp.down_proj
+    scale = layer.packed.qtensor().input_scale
+    codes = torch.randn(9, 128, generator=torch.Generator().manual_seed(0)) * 60
+    x = (codes.clamp(min=-127) * scale).to(dtype)
+    with torch.no_grad():
+        a, b = layer(x).float(), theirs.model.layers[1].mlp.down_proj(x).float()
+    assert torch.allclose(a, b, atol=(1e-6 if dtype == torch.float32 else 2e-2) * float(b.abs().max()))
+
+
 ROWS = {
     "`w4g32` and every other symmetric width, group or row": ("w4g32", []),
     "`w4g32z`: with zero points": ("w4g32z", []),
     "`w4g32` with some layers `w8`": ("w4g32", ["**.down_proj=w8"]),
     "`w4g32z` with some layers `w8`": ("w4g32z", ["**.down_proj=w8"]),
     "`w8a8`": ("w8a8", []),
+    "`w8a8s`": ("w8a8s", []),
     "a quantized embedding": ("w8", ["model.embed_tokens=w8"]),
     "`w2g32h`, `w8t`, `nf4`, `q4_k` ...": ("w2g32h", []),
 }
@@ -114,10 +150,12 @@ ROWS = {
 @pytest.mark.filterwarnings("ignore")
 def test_the_table_in_the_docs_is_measured(llama_folder, tmp_path: Path, row: str) -> None:
     scheme, rules = ROWS[row]
-    spicerack.quantize(llama_folder(dtype=torch.bfloat16), scheme, output=tmp_path / "out", rules=rules)
+    given = Calibration(IDS, None, "of no text", 0.0, "made up") if scheme == "w8a8s" else None
+    model = llama_folder(dtype=torch.bfloat16)
+    spicerack.quantize(model, scheme, output=tmp_path / "out", method="rtn", calibration=given, rules=rules)
     dense = logits(decoded_model(LlamaForCausalLM, tmp_path / "out", tmp_path / "dense"), IDS)
     found = [verdict(read, tmp_path / "out", dense) for read in (plain, dequantized, ours)]
-    if scheme == "w8a8":  # activations are rounded as well: see the test above
+    if scheme in ("w8a8", "w8a8s"):  # activations are rounded as well: see the tests above
         found = [YES if v == WRONG else v for v in found]
     line = next((text for text in DOCS.read_text().splitlines() if text.startswith(f"| {row} |")), "")
     stated = [re.match(r"\w+", cell.strip()) for cell in line.split("|")[2:5]]

@@ -17,7 +17,7 @@ from spicerack.calibration import Calibration
 from spicerack.job import prepare
 from spicerack.method import parse as method
 from spicerack.models import folds
-from spicerack.quantization import execute
+from spicerack.quantization import calibrated, execute
 from spicerack.recipe import Recipe
 from spicerack.scheme import parse
 
@@ -53,7 +53,7 @@ def off(folder: Path, source: Path, compute: str = "float") -> float:
 
 def run(source: Path, out: Path, scheme: str, how: str) -> list[Finished]:
     seen: list[Finished] = []
-    job = prepare(source, Recipe(parse(scheme), method=method(how)))
+    job = prepare(source, calibrated(Recipe(parse(scheme), method=method(how)), True))
     execute(job, out, calibration=TEXT, finished=seen.append)
     return seen
 
@@ -65,11 +65,13 @@ def events(folder: Path, tensor: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("scheme", "name", "share"), [("w8a8", "smoothquant", 0.7), ("w3g16", "awq", 0.9)])
+@pytest.mark.parametrize(
+    ("scheme", "name", "share"), [("w8a8", "smoothquant", 0.7), ("w8a8s", "smoothquant", 0.7), ("w3g16", "awq", 0.9)]
+)
 def test_outliers_are_moved(scheme: str, name: str, share: float, uneven: Path, tmp_path: Path) -> None:
     run(uneven, tmp_path / "plain", scheme, "rtn")
     run(uneven, tmp_path / "moved", scheme, name)
-    compute = "int8" if scheme.endswith("a8") else "float"
+    compute = "int8" if "a8" in scheme else "float"
     assert off(tmp_path / "moved", uneven, compute) < share * off(tmp_path / "plain", uneven, compute)
 
 
@@ -116,9 +118,10 @@ def test_families_without_folds_say_so(tmp_path: Path) -> None:
     assert off(tmp_path / "out", tmp_path / "model") < 0.2
 
 
-def test_the_loop_rounds_activations_as_kernels_do(uneven: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8s"])
+def test_the_loop_rounds_activations_as_kernels_do(scheme: str, uneven: Path, tmp_path: Path) -> None:
     """The error that the last block reports is that of the shipped model's hidden states behind it."""
-    seen = run(uneven, tmp_path / "out", "w8a8", "rtn")
+    seen = run(uneven, tmp_path / "out", scheme, "rtn")
 
     def hidden(model: torch.nn.Module) -> torch.Tensor:
         found: list[torch.Tensor] = []

@@ -40,17 +40,19 @@ def modules_of(config: Mapping[str, Any], folder: Path) -> dict[str, str] | None
 
     None if transformers does not know the architecture, or cannot build it: then names are all there is to go by.
     """
+    model = on_meta(config)
+    return None if model is None else _by_checkpoint_name(model, Checkpoint.open(folder).tensors)
+
+
+def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
+    """The model that `config` names, on the meta device; None if transformers does not know it or cannot build it."""
     try:
-        model = _build(config)
+        return _build(config)
     except _BUILD_ERRORS:  # whatever else a stranger's config can make a constructor raise
         return None
-    if model is None:
-        return None
-    return _by_checkpoint_name(model, Checkpoint.open(folder).tensors)
 
 
 def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
-    """The model that `config` names, on the meta device."""
     import torch
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel

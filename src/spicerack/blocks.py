@@ -78,7 +78,13 @@ class Stack:
 
 
 def find(model: PreTrainedModel) -> Stack:
-    """The list of blocks of one type with the most parameters. Raises UsageError where there is none that runs."""
+    """The blocks of `repeated`, with what they return. Raises UsageError where there are none that run."""
+    path, blocks = repeated(model)
+    return Stack(model, path, blocks, _results(model, blocks[0]))
+
+
+def repeated(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
+    """The list of blocks of one type with the most parameters, and its path. Raises UsageError where there is none."""
     if model.config.is_encoder_decoder:
         raise UsageError(
             f"{type(model).__name__} is an encoder-decoder model", "only decoders and encoders are calibrated so far"
@@ -92,7 +98,7 @@ def find(model: PreTrainedModel) -> Stack:
     if not lists:
         raise UsageError(f"{type(model).__name__} has no repeated blocks", "quantize it without --calib")
     path, blocks = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
-    return Stack(model, path, tuple(blocks), _results(model, blocks[0]))
+    return path, tuple(blocks)
 
 
 def layers(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:

@@ -5,7 +5,8 @@ on disk, in chunks, twice: as the float model has them, and as they are behind t
 First the block is transformed, where the method says so; then its layers are solved in the order in which they run,
 those that share an input together:
 
-    each group of layers:  H = mean x x^T over all tokens;  round to nearest, weighted by diag H;  refine;  put in place
+    each group of layers:  a scale of x, where that is static;  H = mean x x^T over all tokens;
+                           round to nearest, weighted by diag H;  refine;  put in place
     then the block runs once more, and what comes out is what the next block gets
 
 A block is finished when its file is there, so that a run that is killed continues with the block that it was at.
@@ -28,6 +29,7 @@ from spicerack.algorithms import gptq, hqq, rtn, signround
 from spicerack.calibrating_block import Layer, Work, chunks, inputs, inside, sequences, tokens
 from spicerack.calibrating_files import States, commit, is_done
 from spicerack.calibrating_inputs import Moments, moments, rounds, stages
+from spicerack.calibrating_static import observe
 from spicerack.calibrating_transforms import Changes, transform
 from spicerack.calibration import Calibration
 from spicerack.job import Job
@@ -135,6 +137,8 @@ def _solve(work: Work) -> tuple[dict[str, QTensor], dict[str, Solved]]:
     starts: dict[str, QTensor] = {}
     solved: dict[str, Solved] = {}
     for groups in (part for stage in stages(work) for part in rounds(work, stage)):
+        for group in groups:
+            observe(work, group)
         seen = moments(work, groups)
         given = {path: seen[group] for group in groups for path in group}
         costs = {path: float(work.weight(by_path[path]).numel()) for path in given}
@@ -150,6 +154,7 @@ def _solve(work: Work) -> tuple[dict[str, QTensor], dict[str, Solved]]:
             work.put(layer, solved[layer.key].q)
     for layer in work.layers:
         if layer.key not in solved:
+            observe(work, (layer.path,))
             starts[layer.key] = work.start(layer, None)
             solved[layer.key] = Solved(starts[layer.key], ("not reached by the calibration text: rounded to nearest",))
             work.put(layer, starts[layer.key])

@@ -22,7 +22,7 @@ from spicerack.calibration import Calibration
 from spicerack.errors import ActivationError
 from spicerack.format import Planned
 from spicerack.job import Action, Job
-from spicerack.kernels.reference import quantize_tokens
+from spicerack.kernels.reference import quantize_fixed, quantize_tokens
 from spicerack.placing import Expert
 from spicerack.qtensor import QTensor
 from spicerack.ranks import ALONE, Ranks
@@ -67,16 +67,27 @@ class Inside:
 
 
 class Rounding:
-    """The hook that rounds a layer's inputs to int8 per token, as its kernel will; gradients pass straight through.
+    """The hook that rounds a layer's inputs to int8, as its kernel will; gradients pass straight through.
 
-    factors: [K], what they are divided by before and multiplied by after; None: nothing.
+    static: by `scale` [1], and not at all until that is known; else per token. factors: [K], what inputs are divided by
+    before and multiplied by after; None: nothing.
     """
 
     factors: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+    def __init__(self, *, static: bool) -> None:
+        self.static = static
 
     def __call__(self, _layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if self.static and self.scale is None:
+            return inputs
         x = inputs[0]
-        codes, scale = quantize_tokens((x if self.factors is None else x / self.factors).detach())
+        scaled = (x if self.factors is None else x / self.factors).detach()
+        if self.scale is not None:
+            codes, scale = quantize_fixed(scaled, self.scale), self.scale
+        else:
+            codes, scale = quantize_tokens(scaled)
         rounded = codes * scale if self.factors is None else codes * scale * self.factors
         return (x + (rounded - x).detach(), *inputs[1:])
 
@@ -110,7 +121,7 @@ class Work:
         self.roundings: dict[str, Rounding] = {}
         for layer in self.layers:
             if layer.planned.scheme.activations is not None:
-                self.roundings[layer.path] = Rounding()
+                self.roundings[layer.path] = Rounding(static=layer.planned.scheme.activations == "static")
                 self.block.get_submodule(layer.path).register_forward_pre_hook(self.roundings[layer.path])
 
     def _exact_is(self, path: str, value: torch.Tensor) -> None:
@@ -224,10 +235,12 @@ class Work:
     def start(self, layer: Layer, importance: torch.Tensor | None, w: torch.Tensor | None = None) -> QTensor:
         """Rounded to nearest: the layer's weight, or `w` in its place."""
         importance = importance if importance is not None and bool(importance.any()) else None
-        return rtn.solve(
+        q = rtn.solve(
             self.weight(layer) if w is None else w, layer.planned.scheme, range_=self.job.recipe.range_,
             name=layer.tensor, importance=importance, source=layer.planned.source_dtype, threads=self.threads,
         )  # fmt: skip
+        rounding = self.roundings.get(layer.path)
+        return q if rounding is None else dataclasses.replace(q, input_scale=rounding.scale)
 
     def weight(self, layer: Layer) -> torch.Tensor:
         """float32 [N, K], not quantized."""

@@ -11,6 +11,7 @@ import torch
 from spicerack import codec, folding
 from spicerack.algorithms import awq, smoothquant
 from spicerack.calibrating_block import Layer, Work, tokens
+from spicerack.calibrating_static import on_trial
 from spicerack.folding import Site
 from spicerack.stats import Stats
 
@@ -60,6 +61,7 @@ def _one(work: Work, name: str, site: Site, layers: Sequence[Layer], judge: _Jud
         return
     largest = torch.stack([work.weight(layer).abs().amax(0) for layer in layers]).amax(0)
     ones = torch.ones(work.columns(layers[0].path))
+    judge.look(layers)
     best, least = None, judge.loss(layers, ones, seen)
     for candidate in plugin.candidates(seen, largest):
         factors = site.tied(candidate)
@@ -98,9 +100,18 @@ class _Judge:
         self.chunk, self.arguments = work.call(numbers)
         self.hidden = work.states.sequences(work.index, numbers)[0]
         self.wanted = self._run(work.exact)
+        self.static: list[str] = []
+        self.x = self.hidden
 
     def _run(self, block: torch.nn.Module) -> torch.Tensor:
         return tokens(self.work.run(block, self.hidden, self.arguments), self.chunk)
+
+    def look(self, layers: Sequence[Layer]) -> None:
+        """At what the static ones of these layers, which share an input, get, before they are judged."""
+        roundings = self.work.roundings
+        self.static = [layer.path for layer in layers if layer.path in roundings and roundings[layer.path].static]
+        if self.static:
+            self.x = self.work.input(self.work.block, self.static[0], self.hidden, self.arguments, self.chunk)
 
     def difference(self) -> float:
         """||out - wanted|| / ||wanted|| of the exact block, as it is now."""
@@ -110,6 +121,10 @@ class _Judge:
         """Squared error of the output with these layers, and their activations, rounded behind `factors`."""
         work = self.work
         assert seen.second_moment is not None
+        if self.static:
+            scale = on_trial(work, self.static[0], self.x / factors)
+            for path in self.static:
+                work.roundings[path].scale = scale
         for layer in layers:
             q = work.start(layer, seen.second_moment / factors.square(), work.weight(layer) * factors)
             work.put(layer, codec.decode(q) / factors)
@@ -119,5 +134,5 @@ class _Judge:
         for layer in layers:
             work.follow(f"{layer.path}.weight")
             if layer.path in work.roundings:
-                work.roundings[layer.path].factors = None
+                work.roundings[layer.path].factors = work.roundings[layer.path].scale = None
         return float(error.square().sum(dtype=torch.float64))

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from spicerack import __version__, census, format, recipe
-from spicerack.architecture import modules_of
+from spicerack import __version__, blocks, census, format, recipe
+from spicerack.architecture import destinations, modules_of, on_meta
 from spicerack.checkpoint.reader import Checkpoint, TensorInfo
 from spicerack.checkpoint.writer import SHARD_BYTES, Shard, Slot, Unit, plan_shards
 from spicerack.errors import CheckpointError, SchemeError, ShapeError
@@ -23,6 +23,7 @@ _CLASSES = {
     "linear": "Linear", "head": "Linear", "router": "Linear", "embedding": "Embedding", "conv1d": "Conv1D",
     "experts": "experts",
 }  # fmt: skip
+_OUTSIDE = "an expert, or outside of the blocks that are calibrated: a scale per token, none that is static"
 _LISTED = 8
 
 
@@ -93,7 +94,8 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
     """Decide everything for the folder (or hub id) `model`.
 
     Raises CheckpointError (not a folder we read, or quantized already), RecipeError (a rule that matches nothing),
-    SchemeError (needs calibration), ShapeError (all tensors that no whole blocks tile, at once).
+    SchemeError (an embedding with int8 activations), ShapeError (all tensors that no whole blocks tile, at once),
+    UsageError (static activations in a model without blocks to calibrate).
     """
     source = Checkpoint.open(model)
     if "quantization_config" in source.config or source.config.get("model_type") == format.CONTAINER:
@@ -107,10 +109,13 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
     tied = {_module(alias): _module(owner) for alias, owner in seen.tied.items()}
     decisions = recipe.resolve(what, {entry.module: entry.role for entry in entries.values()}, tied)
     modules = modules_of(source.config, source.folder)
+    calibrated = _calibrated(source) if what.is_static else frozenset()
     planned: dict[str, Planned] = {}
     reasons: dict[str, str] = {}
     for name, entry in entries.items():
         decision = _checked(decisions[entry.module], entry, modules, name in seen.tied)
+        if decision.scheme is not None and decision.scheme.activations == "static" and name not in calibrated:
+            decision = Decision(decision.scheme.dynamic, f"{decision.why}; {_OUTSIDE}")
         reasons[name] = decision.why
         if decision.scheme is not None:
             planned[name] = _plan(entry, decision)
@@ -129,7 +134,7 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
         recipe=what,
         format=chosen,
         actions=actions,
-        notes=tuple(_notes(source, seen, plan, modules)),
+        notes=tuple(_notes(source, seen, plan, modules, reasons)),
         config=chosen.config(dict(source.config), plan, floats),
         parameters=seen.parameters,
         shard_bytes=shard_bytes,
@@ -137,10 +142,18 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
 
 
 def _notes(
-    source: Checkpoint, seen: census.Census, plan: Mapping[str, Planned], modules: Mapping[str, str] | None
+    source: Checkpoint,
+    seen: census.Census,
+    plan: Mapping[str, Planned],
+    modules: Mapping[str, str] | None,
+    reasons: Mapping[str, str],
 ) -> Iterator[str]:
     """What a person should know before work starts."""
     yield from source.notes
+    outside = [_module(name) for name, why in reasons.items() if why.endswith(_OUTSIDE)]
+    if outside:
+        more = f" and {len(outside) - _LISTED} more" if len(outside) > _LISTED else ""
+        yield f"{', '.join(outside[:_LISTED])}{more}: {_OUTSIDE}"
     if modules is None:
         yield "transformers does not know this architecture: what each tensor is was told from names alone"
     left = [entry for entry in seen.entries.values() if entry.role == "experts" and not _runs_packed(entry, modules)]
@@ -167,14 +180,23 @@ def _checked(decision: Decision, entry: census.Entry, modules: Mapping[str, str]
         return Decision(None, f"the architecture has {kind or 'no module'} there, not {_CLASSES[entry.role]}")
     if decision.scheme.activations is not None and entry.role == "embedding":
         raise SchemeError(f"{entry.module}: an embedding has no activations to quantize", "use the scheme without a8")
-    if decision.scheme.activations == "static":
-        raise SchemeError(f"{decision.scheme}: static activation scales need calibration", "use a8: dynamic, per token")
     return decision
 
 
 def _runs_packed(entry: census.Entry, modules: Mapping[str, str] | None) -> bool:
     """Whether a tensor of all experts is multiplied by one expert at a time."""
     return modules is not None and modules.get(entry.module) == "experts" and len(entry.info.shape) == 3
+
+
+def _calibrated(source: Checkpoint) -> frozenset[str]:
+    """The tensors of linear layers that lie in the model's blocks, as they are: what calibration sees the inputs of."""
+    model = on_meta(source.config)
+    if model is None:
+        return frozenset()
+    path, stack = blocks.repeated(model)
+    inside = {f"{path}.{i}.{layer}.weight" for i, block in enumerate(stack) for layer in blocks.layers(block)}
+    places = destinations(model, source.tensors).items()
+    return frozenset(t for t, place in places if place.parameter in inside and not place.operations)
 
 
 def _plan(entry: census.Entry, decision: Decision) -> Planned:

@@ -14,23 +14,29 @@ All but the moving average see every value at once, whatever the batches. What t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from spicerack.errors import ActivationError
 from spicerack.levels import SMALLEST
 from spicerack.observers_histogram import LARGEST_CODE, Histogram, entropy, least_squares, percentile
+from spicerack.ranks import Ranks
+from spicerack.recipe import ObserverName
 from spicerack.stats import tokens
-
-ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "kl"]
 
 PERCENT = 99.999
 MOMENTUM = 0.9
 
 
 class Observer(Protocol):
-    """Sees a layer's inputs, then tells their scale."""
+    """Sees a layer's inputs, then tells their scale.
+
+    in_order: it has to see all of them, and in their order; of others, several ranks may each see some.
+    """
+
+    @property
+    def in_order(self) -> bool: ...
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Take in x [..., K]; mask [...]: 0 where a token is padding.
@@ -38,12 +44,17 @@ class Observer(Protocol):
         Raises ActivationError for a value that is not finite, with its token and column.
         """
 
+    def share(self, ranks: Ranks) -> None:
+        """Take in what the other ranks saw, unless it sees all in order."""
+
     def scale(self) -> float:
         """What a code counts for; 1 if all was zero. Raises ActivationError if there was no token."""
 
 
 class MinMax:
     """T = max |x|."""
+
+    in_order = False
 
     def __init__(self) -> None:
         self.peak: float | None = None
@@ -54,6 +65,11 @@ class MinMax:
         if rows.numel():
             self.peak = max(self.peak or 0.0, float(rows.abs().max()))
 
+    def share(self, ranks: Ranks) -> None:
+        """See `Observer`."""
+        peak = float(ranks.largest(torch.tensor(-1.0 if self.peak is None else self.peak, dtype=torch.float64)))
+        self.peak = None if peak < 0 else peak
+
     def scale(self) -> float:
         """See `Observer`."""
         return _scale(self.peak)
@@ -61,6 +77,8 @@ class MinMax:
 
 class MovingAverage:
     """T = max(-lo, hi); lo <- 0.9 lo + 0.1 min(x, 0), hi <- 0.9 hi + 0.1 max(x, 0), from those of the first batch."""
+
+    in_order = True
 
     def __init__(self) -> None:
         self.bounds: tuple[float, float] | None = None
@@ -76,6 +94,9 @@ class MovingAverage:
             lo, hi = (MOMENTUM * old + (1 - MOMENTUM) * new for old, new in zip(before, (lo, hi), strict=True))
         self.bounds = lo, hi
 
+    def share(self, _ranks: Ranks) -> None:
+        """See `Observer`."""
+
     def scale(self) -> float:
         """See `Observer`."""
         return _scale(None if self.bounds is None else max(-self.bounds[0], self.bounds[1]))
@@ -84,6 +105,8 @@ class MovingAverage:
 class FromHistogram:
     """T chosen by `criterion` from the histogram of all |x|."""
 
+    in_order = False
+
     def __init__(self, criterion: Callable[[Histogram], float]) -> None:
         self.criterion = criterion
         self.histogram = Histogram()
@@ -91,6 +114,10 @@ class FromHistogram:
     def add(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """See `Observer`."""
         self.histogram.add(x, mask)
+
+    def share(self, ranks: Ranks) -> None:
+        """See `Observer`."""
+        self.histogram.share(ranks)
 
     def scale(self) -> float:
         """See `Observer`."""

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from spicerack.ranks import Ranks
 from spicerack.stats import CHUNK, tokens
 
 Array = npt.NDArray[np.float64]
@@ -43,13 +44,22 @@ class Histogram:
         rows = tokens(x, mask)
         if not rows.numel():
             return
-        peak = float(rows.abs().max())
-        if peak > self.peak:
-            self._widen(math.ldexp(BINS**-1.0, math.frexp(peak)[1]))
-            self.peak = peak
+        self._reach(float(rows.abs().max()))
         for chunk in rows.split(CHUNK):
             bins = (chunk.double().abs_() / self.width).long().flatten()
             self.counts += torch.bincount(bins, minlength=BINS).cpu()
+
+    def share(self, ranks: Ranks) -> None:
+        """Take in the counts of the other ranks."""
+        peak = float(ranks.largest(torch.tensor(self.peak, dtype=torch.float64)))
+        self._reach(peak)
+        self.counts = ranks.total(self.counts)
+
+    def _reach(self, peak: float) -> None:
+        """Let bins be as wide as that peak asks for."""
+        if peak > self.peak:
+            self._widen(math.ldexp(BINS**-1.0, math.frexp(peak)[1]))
+            self.peak = peak
 
     def _widen(self, width: float) -> None:
         """Merge bins until they are `width` wide, never less than now."""

@@ -22,16 +22,18 @@ from spicerack.calibrating import Finished
 from spicerack.calibrating_files import Solutions, clear
 from spicerack.calibration import Calibration
 from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer, partial_folder
-from spicerack.errors import RecipeError, UsageError
+from spicerack.errors import RecipeError, SchemeError, UsageError
 from spicerack.job import Action, Job, prepare
 from spicerack.kernel import Compute
 from spicerack.memory import peak_rss_bytes
 from spicerack.method import Method
 from spicerack.ranks import ALONE, Ranks
-from spicerack.recipe import Range, Recipe, Rule, check_range, rule
+from spicerack.recipe import ObserverName, Range, Recipe, Rule, check_observer, check_range, rule
 from spicerack.scheme import Scheme, parse
 from spicerack.swap import quantize_module
 
+OBSERVER: ObserverName = "mse"
+"""The best measured (docs/quality.md)."""
 RUN = "run.json"
 _BLOCKS = "blocks"
 Progress = Callable[[int], None]
@@ -54,6 +56,7 @@ def quantize(
     output: str | Path,
     range_: Range | None = ...,
     method: str | Method | None = ...,
+    observer: str | None = ...,
     calibration: Calibration | None = ...,
     rules: Iterable[str | Rule] = ...,
     threads: int | None = ...,
@@ -67,6 +70,7 @@ def quantize(
     output: str | Path | None = None,
     range_: Range | None = None,
     method: str | Method | None = None,
+    observer: str | None = None,
     calibration: Calibration | None = None,
     rules: Iterable[str | Rule] = (),
     compute: Compute | None = None,
@@ -77,18 +81,20 @@ def quantize(
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a summary of it.
 
     scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; method: a chain
-    such as "gptq" or "awq+gptq", for folders; both win over the Recipe's. calibration: what flows through a folder's
-    model, of `calibration.read`. rules: "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's.
+    such as "gptq" or "awq+gptq", for folders; observer: of `recipe.OBSERVERS`, for static activations; all three win
+    over the Recipe's. calibration: what flows through a folder's model, of `calibration.read`. rules: "PATTERN=SCHEME"
+    or "PATTERN=skip"; later ones win, and all over the Recipe's.
     threads, shard_bytes, progress (called with the bytes of each source tensor as it is done): for folders. compute: as
     in `load`, for modules.
     Raises the errors of `errors.py`.
     """
     what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
     chain = methods.parse(method) if isinstance(method, str) else method or what.method
-    what = dataclasses.replace(what, range_=check_range(range_ or what.range_), method=chain)
+    seen_by = what.observer if observer is None else check_observer(observer)
+    what = dataclasses.replace(what, range_=check_range(range_ or what.range_), method=chain, observer=seen_by)
     what = what.then(rule(r) if isinstance(r, str) else r for r in rules)
     if isinstance(model, torch.nn.Module):
-        if calibration is not None or what.method not in (None, Method()):
+        if calibration is not None or what.method not in (None, Method()) or what.observer is not None:
             raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
         if any(option is not None for option in (output, threads, shard_bytes, progress)):
             raise UsageError(
@@ -105,11 +111,21 @@ def quantize(
 
 
 def calibrated(what: Recipe, with_text: bool) -> Recipe:
-    """The recipe with its method decided. Raises RecipeError if that needs a calibration text and there is none."""
+    """The recipe with its method and observer decided.
+
+    Raises RecipeError or SchemeError if they need a calibration text and there is none, or an observer has no use.
+    """
     method = what.method or methods.auto(what.scheme, with_text)
     if method.needs_text and not with_text:
         raise RecipeError(f"{method} needs calibration text", "pass --calib FILE (calibration=...), or --method rtn")
-    return dataclasses.replace(what, method=method)
+    if what.is_static and not with_text:
+        raise SchemeError(
+            "static activation scales (a8s) need calibration text", "pass --calib FILE (calibration=...), or use a8"
+        )
+    if what.observer is not None and not what.is_static:
+        raise RecipeError(f"observer {what.observer}: no scheme has static activations", "use a8s, such as w8a8s")
+    observer = (what.observer or OBSERVER) if what.is_static else None
+    return dataclasses.replace(what, method=method, observer=observer)
 
 
 def execute(

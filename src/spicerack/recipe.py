@@ -28,6 +28,8 @@ from spicerack.scheme import Scheme, parse
 
 Range = Literal["absmax", "opt"]
 RANGES: tuple[Range, ...] = ("opt", "absmax")
+ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "kl"]
+OBSERVERS: tuple[ObserverName, ...] = ("minmax", "moving_average", "percentile", "mse", "kl")
 SKIP = "skip"
 BY_DEFAULT = frozenset({"linear", "conv1d", "experts"})
 ON_REQUEST = frozenset({"embedding", "head", "router"})
@@ -58,27 +60,36 @@ class Recipe:
     """The scheme of all linear layers, the exceptions, and how ranges and codes are chosen.
 
     method: None is the best measured for the scheme where there is calibration text, else rtn.
+    observer: how static scales of activations are found; None is the best measured, and where there are none.
     """
 
     scheme: Scheme
     range_: Range = "opt"
     rules: tuple[Rule, ...] = ()
     method: Method | None = None
+    observer: ObserverName | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether some scheme has static activations."""
+        schemes = (self.scheme, *(r.scheme for r in self.rules))
+        return any(s is not None and s.activations == "static" for s in schemes)
 
     def as_dict(self) -> dict[str, Any]:
         """What is printed and stored; `read` of its YAML gives the recipe back."""
         rules = [{rule.pattern: rule.scheme.name if rule.scheme else SKIP} for rule in self.rules]
         method = {} if self.method is None else {"method": str(self.method)}
-        return {"scheme": self.scheme.name, **method, "range": self.range_, "rules": rules}
+        observer = {} if self.observer is None else {"observer": self.observer}
+        return {"scheme": self.scheme.name, **method, "range": self.range_, **observer, "rules": rules}
 
     def then(self, rules: Iterable[Rule]) -> Recipe:
         """This recipe with more rules, which win over the present ones."""
         return dataclasses.replace(self, rules=(*self.rules, *rules))
 
     def __str__(self) -> str:
-        return " ".join(
-            [self.scheme.name, *map(str, filter(None, [self.method])), f"range={self.range_}", *map(str, self.rules)]
-        )
+        method = [] if self.method is None else [str(self.method)]
+        observer = [] if self.observer is None else [f"observer={self.observer}"]
+        return " ".join([self.scheme.name, *method, f"range={self.range_}", *observer, *map(str, self.rules)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +133,7 @@ def _rule(pattern: str, scheme: str) -> Rule:
 
 
 def read(path: Path) -> Recipe:
-    """A YAML recipe: `scheme`, optional `method`, `range`, and `rules`, a list of maps `pattern: scheme` (or skip).
+    """A YAML recipe: `scheme`; optional `method`, `range`, `observer`; `rules`, a list of `pattern: scheme` (or skip).
 
     Raises RecipeError naming file and key.
     """
@@ -138,10 +149,11 @@ def read(path: Path) -> Recipe:
         raise RecipeError(f"recipe {path} is not YAML: {error}", "see docs/recipes.md for an example") from error
     if not isinstance(data, dict) or not isinstance(data.get("scheme"), str):
         raise RecipeError(f"recipe {path} has no 'scheme'", "begin with, say, 'scheme: w4g128'")
-    unknown = set(data) - {"scheme", "method", "range", "rules"}
+    unknown = set(data) - {"scheme", "method", "range", "observer", "rules"}
     if unknown:
         raise RecipeError(
-            f"recipe {path}: unknown key {sorted(map(str, unknown))[0]!r}", "keys are scheme, method, range, rules"
+            f"recipe {path}: unknown key {sorted(map(str, unknown))[0]!r}",
+            "keys are scheme, method, range, observer, rules",
         )
     rules = data.get("rules") or []
     if not isinstance(rules, list):
@@ -153,7 +165,8 @@ def read(path: Path) -> Recipe:
             raise RecipeError(f"recipe {path}: rule {item!r} is not 'pattern: scheme'", "one pattern per list entry")
         parsed.append(_rule(*pair))
     how = method.parse(str(data["method"])) if "method" in data else None
-    return Recipe(parse(data["scheme"]), check_range(str(data.get("range", "opt"))), tuple(parsed), how)
+    observer = check_observer(str(data["observer"])) if "observer" in data else None
+    return Recipe(parse(data["scheme"]), check_range(str(data.get("range", "opt"))), tuple(parsed), how, observer)
 
 
 def check_range(text: str) -> Range:
@@ -162,6 +175,14 @@ def check_range(text: str) -> Range:
         if text == known:
             return known
     raise RecipeError(f"unknown range {text!r}", f"one of {', '.join(RANGES)}")
+
+
+def check_observer(text: str) -> ObserverName:
+    """`text` as an observer. Raises RecipeError."""
+    for known in OBSERVERS:
+        if text == known:
+            return known
+    raise RecipeError(f"unknown observer {text!r}", f"one of {', '.join(OBSERVERS)}")
 
 
 def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, Decision]:

@@ -154,7 +154,10 @@ def _check(layers: Mapping[str, _Layer], chosen: Mapping[str, Scheme]) -> None:
         if isinstance(layer, nn.Embedding) and scheme.activations is not None:
             raise SchemeError(f"{name}: an embedding has no activations to quantize", "use the scheme without a8")
         if scheme.activations == "static":
-            raise SchemeError(f"{scheme}: static activation scales need calibration", "use a8: dynamic, per token")
+            raise SchemeError(
+                f"{name or 'the layer'}: static activation scales ({scheme}) are found by calibration, from a folder",
+                f"use {scheme.dynamic}: a scale per token; or save the model, and quantize the folder with calibration",
+            )
         if "weight" not in dict(layer.named_parameters(recurse=False)):
             raise RecipeError(
                 f"{_weight_of(name)} is computed from other parameters, by weight_norm or pruning",

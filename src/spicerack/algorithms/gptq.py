@@ -46,8 +46,8 @@ def solve(
     """w [N, K], rounded to `start` -> codes and scales with less error in the output; no row gets worse, but for
     rows that share one scale of the tensor, which together do not.
 
-    gram: H, float [K, K]; pull: W C, float32 [N, K], which is overwritten. `start` itself, with an event that says why, if H is not finite or cannot be
-    factored. The scheme must be one that `fits`.
+    gram: H, float [K, K]; pull: W C, float32 [N, K], which is overwritten. `start` itself, with an event that says why,
+    if H is not finite or cannot be factored. The scheme must be one that `fits`.
     """
     gram = gram.double() if w.shape[1] <= _DOUBLE else gram.float()
     if not bool(torch.isfinite(torch.stack([gram.amin(), gram.amax()])).all()):

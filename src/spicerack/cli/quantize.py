@@ -58,7 +58,14 @@ def _rules(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> 
     return [make[name](next(values[name])) for name in ctx.meta[_ORDER]]
 
 
-def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: str | None, rules: list[Rule]) -> Recipe:
+def _recipe(
+    path: Path | None,
+    scheme: str | None,
+    range_: str | None,
+    method: str | None,
+    observer: str | None,
+    rules: list[Rule],
+) -> Recipe:
     from spicerack import method as methods
     from spicerack import recipe
     from spicerack.scheme import parse
@@ -76,6 +83,8 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: s
         made = dataclasses.replace(made, range_=recipe.check_range(range_))
     if method is not None:
         made = dataclasses.replace(made, method=None if method == "auto" else methods.parse(method))
+    if observer is not None:
+        made = dataclasses.replace(made, observer=recipe.check_observer(observer))
     return made.then(rules)
 
 
@@ -88,6 +97,11 @@ def _recipe(path: Path | None, scheme: str | None, range_: str | None, method: s
     "--method",
     metavar="CHAIN",
     help="How codes are chosen: rtn, gptq, signround, or transforms before one: awq+gptq, smoothquant. Default: auto.",
+)
+@click.option(
+    "--observer",
+    metavar="NAME",
+    help="How static scales (a8s) are found: minmax, moving_average, percentile, mse, kl. Default: mse.",
 )
 @click.option("--calib", metavar="TEXT", help="Text to run the model on: file, folder, dataset; none: its own.")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")
@@ -112,6 +126,7 @@ def command(
     scheme: str | None,
     range_: str | None,
     method: str | None,
+    observer: str | None,
     calib: str | None,
     samples: int,
     length: int | None,
@@ -138,7 +153,7 @@ def command(
         for name in ("samples", "length", "seed"):
             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
-    recipe = _recipe(recipe_file, scheme, range_, method, _rules(ctx, set_, skip))
+    recipe = _recipe(recipe_file, scheme, range_, method, observer, _rules(ctx, set_, skip))
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from spicerack.job import prepare
