@@ -46,14 +46,14 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["awq+gptq", "signround"])
-def test_torchrun(method: str, llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "scheme"), [("awq+gptq", "w4g32a8s"), ("signround", "w4g32")])
+def test_torchrun(method: str, scheme: str, llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     source = llama_folder()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     outs = [tmp_path / name for name in ("a", "b", "alone")]
     for out, launcher in zip(outs, (launch, launch, [sys.executable]), strict=True):
         done = subprocess.run(
-            [*launcher, *command(source, out, text, "--method", method)],
+            [*launcher, *command(source, out, text, "--method", method, "--scheme", scheme)],
             capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
