@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import spicerack
-from spicerack import calibrating, calibrating_block, calibration, evaluation_lm, evaluation_text, method
+from spicerack import calibrating, calibrating_plan, calibration, evaluation_lm, evaluation_text, method
 from spicerack.algorithms import gptq, signround
 from spicerack.calibrating import Finished
 from spicerack.calibration import Calibration
@@ -82,7 +82,7 @@ def test_statistics_are_those_of_what_flows_behind_quantized_layers(
     family: str, padded: bool, tmp_path: Path, grams: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With float scales, the result itself is the model in which each layer saw what it was solved for."""
-    monkeypatch.setattr(calibrating_block, "_TOKENS", 100)  # several chunks
+    monkeypatch.setattr(calibrating_plan, "TOKENS", 100)  # several chunks
     source, given = saved(family, tmp_path / "float"), text(padded=padded)
     events: list[Finished] = []
     job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
@@ -134,7 +134,7 @@ def test_layers_that_only_some_of_the_text_reaches(
     def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
         return mlp.down_proj(mlp.up_proj(x) if len(x) == 1 else mlp.gate_proj(x))  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(calibrating_block, "_TOKENS", 4 * 24)
+    monkeypatch.setattr(calibrating_plan, "TOKENS", 4 * 24)
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     source, seen = saved("llama", tmp_path / "float"), []
     job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
@@ -197,6 +197,7 @@ def test_the_ledger_tells_text_method_and_events(tmp_path: Path) -> None:
     assert ledger["identity"]["calibration"] == {
         "text": given.sha256,
         "tokens": given.fingerprint,
+        "chunk": 8192 // 8,
     }
     assert ledger["identity"]["recipe"]["method"] == "gptq"
     events = {entry["tensor"]: entry["events"] for entry in ledger["tensors"]}

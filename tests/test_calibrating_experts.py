@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_calibrating import grams, saved, text  # noqa: F401  # the fixture
 
 import spicerack
-from spicerack import calibrating_block, calibrating_inputs
+from spicerack import calibrating_inputs, calibrating_plan
 from spicerack.algorithms import rtn
 from spicerack.calibrating import Finished
 from spicerack.job import prepare
@@ -62,8 +62,8 @@ def test_statistics_of_experts_are_those_of_their_tokens(
     grams: list[Any],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibrating_block, "_TOKENS", 100)  # several chunks
-    monkeypatch.setattr(calibrating_inputs, "_BYTES", 40_000)  # several rounds
+    monkeypatch.setattr(calibrating_plan, "TOKENS", 100)  # several chunks
+    monkeypatch.setattr(calibrating_inputs, "STATISTICS", 20_000)  # several rounds
     source = saved(family, tmp_path / "float")
     run(source, tmp_path / "out", count=40)
     small = spicerack.load(tmp_path / "out", compute="float").eval()

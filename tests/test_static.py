@@ -18,7 +18,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import spicerack
-from spicerack import calibrating_block, method
+from spicerack import calibrating_plan, method
 from spicerack.calibration import Calibration
 from spicerack.cli import _output, cli
 from spicerack.errors import ActivationError, OutputError, RecipeError, SchemeError, UsageError
@@ -79,7 +79,7 @@ def test_scales_are_of_what_flows_behind_quantized_layers(
     family: str, padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shipped model is the one in which each layer saw what its scale was found from; padding is no part of it."""
-    monkeypatch.setattr(calibrating_block, "_TOKENS", 100)  # several chunks
+    monkeypatch.setattr(calibrating_plan, "TOKENS", 100)  # several chunks
     given = text(padded=padded)
     found = scales(rounded(saved(family, tmp_path / "float"), tmp_path / "out", observer="minmax", calibration=given))
     small = spicerack.load(tmp_path / "out").eval()
@@ -107,7 +107,7 @@ def test_padding_and_chunks_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
     assert given.mask is not None
     other = Calibration(torch.where(given.mask, given.ids, 5), given.mask, "of no text", 0.0, "made up")
     first = scales(rounded(source, tmp_path / "a", observer="moving_average", calibration=given))
-    monkeypatch.setattr(calibrating_block, "_TOKENS", 50)
+    monkeypatch.setattr(calibrating_plan, "TOKENS", 50)
     forward = BertIntermediate.forward
     monkeypatch.setattr(BertIntermediate, "forward", lambda m, x: forward(m, x.flatten(0, 1)).view(*x.shape[:2], -1))
     again = scales(rounded(source, tmp_path / "b", observer="moving_average", calibration=other))

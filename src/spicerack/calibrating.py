@@ -26,12 +26,12 @@ import torch
 
 from spicerack import blocks
 from spicerack.algorithms import gptq, hqq, rtn, signround
-from spicerack.calibrating_block import Layer, Work, chunks, inputs, inside, sequences, tokens
+from spicerack.calibrating_block import Layer, Work, inside
 from spicerack.calibrating_files import States, commit, is_done
 from spicerack.calibrating_inputs import Moments, moments, rounds, stages
 from spicerack.calibrating_static import observe
+from spicerack.calibrating_text import Text, tokens
 from spicerack.calibrating_transforms import Changes, transform
-from spicerack.calibration import Calibration
 from spicerack.job import Job
 from spicerack.loading import load_apart
 from spicerack.memory import peak_rss_bytes
@@ -65,7 +65,7 @@ class Finished:
 @torch.no_grad()
 def run(
     job: Job,
-    calibration: Calibration,
+    text: Text,
     folder: Path,
     *,
     threads: int,
@@ -82,16 +82,16 @@ def run(
     model, experts = load_apart(job.source.folder)
     stack = blocks.find(model)
     contents = inside(stack, experts, job)
-    states = States(folder, sequences(calibration))
+    states = States(folder, text.rows)
     first = next((i for i in range(len(stack.blocks)) if not is_done(folder, i)), len(stack.blocks))
     if first == 0:
-        for number, some in chunks(calibration, ranks):
-            hidden, _ = stack.calls(inputs(calibration, some))
+        for number, some in text.chunks(ranks):
+            hidden, _ = stack.calls(text.inputs(some))
             hidden = job.source.turn(hidden) if isinstance(job.source, Rotated) else hidden
             states.write(0, number, hidden.float(), hidden.float())
     ranks.wait()
     for i in range(first, len(stack.blocks)):
-        finished(_finish(Work(stack, i, contents[i], calibration, states, job, ranks, threads), folder))
+        finished(_finish(Work(stack, i, contents[i], text, states, job, ranks, threads), folder))
         if bool(ranks.largest(torch.tensor(stopping()))):
             raise KeyboardInterrupt
 
@@ -189,7 +189,7 @@ def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
         for tensor, one in solved.items()
     }
     if work.ranks.first:  # every step needs the one before: nothing is shared but the result
-        for tensor, one in signround.solve(layers, forward, len(work.calibration.ids)).items():
+        for tensor, one in signround.solve(layers, forward, len(work.text.calibration.ids)).items():
             events = (*solved[tensor].events, *one.events)
             work.hand_over(by_tensor[tensor], solved[tensor].q, Solved(one.q, events))
     work.ranks.wait()

@@ -17,21 +17,18 @@ from spicerack.algorithms import rtn
 from spicerack.architecture import destinations
 from spicerack.blocks import Arguments, Stack
 from spicerack.calibrating_files import States, solution_name
+from spicerack.calibrating_text import Text, tokens
 from spicerack.calibrating_weights import float_copy
-from spicerack.calibration import Calibration
 from spicerack.errors import ActivationError
 from spicerack.format import Planned
 from spicerack.job import Action, Job
 from spicerack.kernels.reference import quantize_fixed, quantize_tokens
 from spicerack.placing import Expert
 from spicerack.qtensor import QTensor
-from spicerack.ranks import ALONE, Ranks
+from spicerack.ranks import Ranks
 from spicerack.rotating import Rotated
 from spicerack.solved import Solved
 from spicerack.stats import Accumulator, Need, Stats
-
-_TOKENS = 8192
-"""Of a chunk: what runs through a block at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +97,13 @@ class Work:
         stack: Stack,
         index: int,
         inside: Inside,
-        calibration: Calibration,
+        text: Text,
         states: States,
         job: Job,
         ranks: Ranks,
         threads: int,
     ) -> None:
-        self.stack, self.index, self.calibration, self.states = stack, index, calibration, states
+        self.stack, self.index, self.text, self.states = stack, index, text, states
         self.layers, self.others = inside.layers, inside.others
         self.job, self.ranks, self.threads = job, ranks, threads
         original = stack.blocks[index]
@@ -140,12 +137,12 @@ class Work:
 
     def calls(self, ranks: Ranks | None = None) -> Iterator[tuple[int, dict[str, torch.Tensor], Arguments]]:
         """This rank's chunks, by number, each with the block's arguments in float32. ranks: ALONE gives all of them."""
-        for number, some in chunks(self.calibration, ranks or self.ranks):
+        for number, some in self.text.chunks(ranks or self.ranks):
             yield number, *self.call(some)
 
     def call(self, some: slice | Sequence[int]) -> tuple[dict[str, torch.Tensor], Arguments]:
         """The same of some sequences."""
-        chunk = inputs(self.calibration, some)
+        chunk = self.text.inputs(some)
         arguments = self.stack.calls(chunk)[1][self.index]
         return chunk, Arguments(_to_float(arguments.positional), _to_float(arguments.named))
 
@@ -193,11 +190,6 @@ class Work:
             path = layer.path.removeprefix(f"{owner}.")
             found[layer] = blocks.inputs_of([path], self.stack, module, some, called)[path]
         return found
-
-    @property
-    def chunk_count(self) -> int:
-        """Of all ranks."""
-        return len(list(chunks(self.calibration, ALONE)))
 
     def input(
         self, block: nn.Module, path: str, hidden: torch.Tensor, arguments: Arguments, chunk: Mapping[str, torch.Tensor]
@@ -310,34 +302,6 @@ def inside(stack: Stack, experts: Mapping[str, Expert], job: Job) -> list[Inside
                 layers.append(Layer(linear[path], tensor, planned))
         found.append(Inside(tuple(layers), others))
     return found
-
-
-def sequences(calibration: Calibration) -> int:
-    """Of a chunk."""
-    return max(_TOKENS // calibration.ids.shape[1], 1)
-
-
-def chunks(calibration: Calibration, ranks: Ranks) -> Iterator[tuple[int, slice]]:
-    """A few sequences at a time, those that are this rank's, by number."""
-    rows = sequences(calibration)
-    count = -(-len(calibration.ids) // rows)
-    return ((number, slice(number * rows, (number + 1) * rows)) for number in range(ranks.rank, count, ranks.count))
-
-
-def inputs(calibration: Calibration, some: slice | Sequence[int]) -> dict[str, torch.Tensor]:
-    """What the model is called with."""
-    some = some if isinstance(some, slice) else list(some)
-    chunk = {"input_ids": calibration.ids[some]}
-    if calibration.mask is not None:
-        chunk["attention_mask"] = calibration.mask[some].long()
-    return chunk
-
-
-def tokens(x: torch.Tensor, chunk: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """[tokens, K] without padding; layers that see other rows than tokens, such as experts, have none to drop."""
-    rows = x.reshape(-1, x.shape[-1])
-    mask = chunk.get("attention_mask")
-    return rows if mask is None or mask.numel() != len(rows) else rows[mask.reshape(-1).bool()]
 
 
 def _to_float(arguments: Any) -> Any:

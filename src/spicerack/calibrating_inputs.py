@@ -15,6 +15,7 @@ import torch
 
 from spicerack import blocks
 from spicerack.calibrating_block import Work
+from spicerack.calibrating_plan import STATISTICS
 from spicerack.ranks import ALONE
 from spicerack.stats import CHUNK, Accumulator, add_product, products
 
@@ -23,8 +24,6 @@ Group = tuple[str, ...]
 
 FEW = 0.25
 """Tokens of a column below which an expert has too few."""
-_BYTES = 2 << 30
-"""Of statistics at once, unless one group's are more."""
 
 
 @dataclass(slots=True)
@@ -79,8 +78,8 @@ def rounds(work: Work, stage: Sequence[Group]) -> Iterator[list[Group]]:
     part: list[Group] = []
     nbytes = 0
     for group in stage:
-        needed = 2 * 8 * work.columns(group[0]) ** 2
-        if part and nbytes + needed > _BYTES:
+        needed = 8 * work.columns(group[0]) ** 2
+        if part and nbytes + needed > STATISTICS:
             yield part
             part, nbytes = [], 0
         part.append(group)
@@ -155,7 +154,7 @@ def _expert(
 
 def _shown(work: Work, paths: Sequence[str], seen: Mapping[str, Accumulator]) -> dict[str, int]:
     """Let these experts' layers see tokens that are sent to each of them, whatever the router says -> how many."""
-    spread = {x: -(-work.columns(x.path) // work.chunk_count) for x in work.layers if x.path in paths}
+    spread = {x: -(-work.columns(x.path) // work.text.count) for x in work.layers if x.path in paths}
     before = {path: int(seen[path].count) for path in paths}
     for number, chunk, arguments in work.calls():
         hidden, _ = work.states.read(work.index, number)

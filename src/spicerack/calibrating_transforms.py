@@ -10,8 +10,9 @@ import torch
 
 from spicerack import codec, folding
 from spicerack.algorithms import awq, smoothquant
-from spicerack.calibrating_block import Layer, Work, tokens
+from spicerack.calibrating_block import Layer, Work
 from spicerack.calibrating_static import on_trial
+from spicerack.calibrating_text import tokens
 from spicerack.folding import Site
 from spicerack.stats import Stats
 
@@ -95,7 +96,7 @@ class _Judge:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        count, length = work.calibration.ids.shape
+        count, length = work.text.calibration.ids.shape
         numbers = range(0, count, max(count * length // _TOKENS, 1))
         self.chunk, self.arguments = work.call(numbers)
         self.hidden = work.states.sequences(work.index, numbers)[0]

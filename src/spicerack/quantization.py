@@ -15,11 +15,13 @@ from typing import Any, overload
 
 import torch
 
-from spicerack import calibrating
+from spicerack import calibrating, calibrating_plan
 from spicerack import method as methods
 from spicerack.algorithms import hqq, rtn
 from spicerack.calibrating import Finished
 from spicerack.calibrating_files import Solutions, clear
+from spicerack.calibrating_plan import Plan
+from spicerack.calibrating_text import Text
 from spicerack.calibration import Calibration
 from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer, partial_folder
 from spicerack.errors import RecipeError, SchemeError, UsageError
@@ -60,6 +62,7 @@ def quantize(
     calibration: Calibration | None = ...,
     rules: Iterable[str | Rule] = ...,
     threads: int | None = ...,
+    memory: int | None = ...,
     shard_bytes: int | None = ...,
     progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
@@ -75,6 +78,7 @@ def quantize(
     rules: Iterable[str | Rule] = (),
     compute: Compute | None = None,
     threads: int | None = None,
+    memory: int | None = None,
     shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> torch.nn.Module | dict[str, Any]:
@@ -84,8 +88,8 @@ def quantize(
     such as "gptq" or "awq+gptq", for folders; observer: of `recipe.OBSERVERS`, for static activations; all three win
     over the Recipe's. calibration: what flows through a folder's model, of `calibration.read`. rules: "PATTERN=SCHEME"
     or "PATTERN=skip"; later ones win, and all over the Recipe's.
-    threads, shard_bytes, progress (called with the bytes of each source tensor as it is done): for folders. compute: as
-    in `load`, for modules.
+    threads, shard_bytes, progress (called with the bytes of each source tensor as it is done), memory (bytes that must
+    not be exceeded, pages that are mapped from files left out): for folders. compute: as in `load`, for modules.
     Raises the errors of `errors.py`.
     """
     what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
@@ -96,9 +100,9 @@ def quantize(
     if isinstance(model, torch.nn.Module):
         if calibration is not None or what.method not in (None, Method()) or what.observer is not None:
             raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
-        if any(option is not None for option in (output, threads, shard_bytes, progress)):
+        if any(option is not None for option in (output, threads, memory, shard_bytes, progress)):
             raise UsageError(
-                "output, threads, shard_bytes and progress are for folders; a module is quantized in memory",
+                "output, threads, memory, shard_bytes and progress are for folders; a module is quantized in memory",
                 "write it with spicerack.save(module, folder)",
             )
         return quantize_module(model, what, compute)
@@ -107,7 +111,7 @@ def quantize(
     if output is None:
         raise UsageError(f"no output folder for {model}", "pass output='...'")
     job = prepare(model, calibrated(what, calibration is not None), shard_bytes=shard_bytes or SHARD_BYTES)
-    return execute(job, Path(output), calibration=calibration, threads=threads, progress=progress)
+    return execute(job, Path(output), calibration=calibration, threads=threads, memory=memory, progress=progress)
 
 
 def calibrated(what: Recipe, with_text: bool) -> Recipe:
@@ -128,12 +132,18 @@ def calibrated(what: Recipe, with_text: bool) -> Recipe:
     return dataclasses.replace(what, method=method, observer=observer)
 
 
+def plan(job: Job, calibration: Calibration | None, memory: int | None) -> Plan:
+    """What will be in memory. Raises UsageError if that cannot be made to fit in `memory` bytes."""
+    return calibrating_plan.make(job, 0 if calibration is None else calibration.ids.shape[1], memory)
+
+
 def execute(
     job: Job,
     output: Path,
     *,
     calibration: Calibration | None = None,
     threads: int | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     finished: Callable[[Finished], None] = lambda _: None,
@@ -143,17 +153,19 @@ def execute(
 
     finished: called with each block that is calibrated; stopping: asked behind each, whether to raise KeyboardInterrupt
     there. ranks: processes that calibrate together; the first of them writes, the others return an empty summary.
-    Raises WeightError (tensor, place, value), ActivationError (the same of what flows) and OutputError; whatever was
-    finished stays and the same call continues.
+    memory: bytes that each process must not exceed.
+    Raises UsageError (it would), WeightError (tensor, place, value), ActivationError (the same of what flows) and
+    OutputError; whatever was finished stays and the same call continues.
     """
     started = time.time()
     threads = threads or max((os.cpu_count() or 1) // ranks.count, 1)
+    planned = plan(job, calibration, memory)
 
     def calibrate() -> None:
         assert calibration is not None
         calibrating.run(
-            job, calibration, partial_folder(output) / _BLOCKS, threads=threads, ranks=ranks, finished=finished,
-            stopping=stopping,
+            job, Text(calibration, planned.sequences), partial_folder(output) / _BLOCKS, threads=threads, ranks=ranks,
+            finished=finished, stopping=stopping,
         )  # fmt: skip
 
     if not ranks.first:
@@ -162,7 +174,8 @@ def execute(
         return {}
     identity = job.identity()
     if calibration is not None:
-        identity |= {"calibration": {"text": calibration.sha256, "tokens": calibration.fingerprint}}
+        facts = {"text": calibration.sha256, "tokens": calibration.fingerprint, "chunk": planned.sequences}
+        identity |= {"calibration": facts}
     if ranks.count > 1:
         identity |= {"ranks": ranks.count}
     side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
@@ -184,7 +197,7 @@ def execute(
                 out.entries.append(_one(job, action, out, solved, threads))
                 done(action.info.nbytes)
     result = {"output": str(output), **job.summary(), "seconds": round(time.time() - started, 3)}
-    result |= {"peak_rss_bytes": peak_rss_bytes(), "resumed": resumed}
+    result |= {"planned_peak_bytes": planned.peak_bytes, "peak_rss_bytes": peak_rss_bytes(), "resumed": resumed}
     if not writer.complete:
         ledger = {"identity": identity, "tensors": [*writer.entries(), *map(_dropped, _drops(job))]}
         files = {RUN: _run(job, result), LEDGER: _json(ledger), CONFIG: _json(job.config)}

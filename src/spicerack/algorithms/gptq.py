@@ -29,7 +29,7 @@ DAMPING = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 BETA = 0.5
 """Of the pull: all of it overfits small calibration sets."""
 _BLOCK = 128
-_DOUBLE = 4096
+DOUBLE = 4096
 """Columns up to which H is factored in float64."""
 _ROWS, _COLUMNS, _PIECE = 512, 1024, 1 << 24
 """In memory at once: rows and columns while losses are taken and scales are fitted, values while a matrix is turned."""
@@ -49,7 +49,7 @@ def solve(
     gram: H, float [K, K]; pull: W C, float32 [N, K], which is overwritten. `start` itself, with an event that says why,
     if H is not finite or cannot be factored. The scheme must be one that `fits`.
     """
-    gram = gram.double() if w.shape[1] <= _DOUBLE else gram.float()
+    gram = gram.double() if w.shape[1] <= DOUBLE else gram.float()
     if not bool(torch.isfinite(torch.stack([gram.amin(), gram.amax()])).all()):
         return Solved(start, ("inputs are not finite: kept round-to-nearest",))
     events = []

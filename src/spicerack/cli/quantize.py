@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from spicerack.calibrating import Finished
+    from spicerack.calibrating_plan import Plan
     from spicerack.calibration import Calibration
     from spicerack.job import Job
     from spicerack.ranks import Ranks
@@ -42,8 +43,10 @@ class _OrderedCommand(click.Command):
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-def _bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """ "500MB" -> 500,000,000."""
+    if value is None:
+        return None
     match = re.fullmatch(r"([1-9]\d{0,11})\s*([kmg]b)?", value.lower())
     if match is None:
         raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", ctx, param)
@@ -116,6 +119,7 @@ def _recipe(
 @click.option(
     "--shard-size", "shard_bytes", callback=_bytes, default="2GB", show_default=True, help="Largest output file."
 )
+@click.option("--memory", callback=_bytes, metavar="SIZE", help="Most that may be used: 8GB ... Default: no limit.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @_output.json_option
 @click.pass_context
@@ -136,6 +140,7 @@ def command(
     skip: tuple[str, ...],
     threads: int | None,
     shard_bytes: int,
+    memory: int | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -157,17 +162,18 @@ def command(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from spicerack.job import prepare
-    from spicerack.quantization import calibrated, execute
+    from spicerack.quantization import calibrated, execute, plan
 
     ranks = _ranks()
     console = _output.console(as_json or not ranks.first)
     console.quiet = not ranks.first
     job = prepare(model, calibrated(recipe, calib is not None), shard_bytes=shard_bytes)
     calibration = None if calib is None else _calibration(job, calib, samples, length, seed)
-    _announce(job, calibration, console)
+    planned = plan(job, calibration, memory)
+    _announce(job, calibration, planned, console)
     if dry_run:
         if as_json:
-            _output.emit({"dry_run": True, **job.summary()})
+            _output.emit({"dry_run": True, **job.summary(), "planned_peak_bytes": planned.peak_bytes})
         return
     columns = (
         TextColumn("{task.description}"),
@@ -186,8 +192,8 @@ def command(
 
         with _interrupt(bar.console, gently=calibration is not None) as stopping:
             result = execute(
-                job, output, calibration=calibration, threads=threads, ranks=ranks, finished=finished,
-                stopping=stopping, progress=lambda nbytes: bar.advance(task, nbytes),
+                job, output, calibration=calibration, threads=threads, memory=memory, ranks=ranks,
+                finished=finished, stopping=stopping, progress=lambda nbytes: bar.advance(task, nbytes),
             )  # fmt: skip
     if not ranks.first:
         return
@@ -253,7 +259,7 @@ def _line(block: Finished) -> str:
     )
 
 
-def _announce(job: Job, calibration: Calibration | None, console: Console) -> None:
+def _announce(job: Job, calibration: Calibration | None, planned: Plan, console: Console) -> None:
     from rich.markup import escape
 
     console.print(f"[bold]model [/bold] {escape(str(job.source.folder))}", soft_wrap=True)
@@ -263,6 +269,7 @@ def _announce(job: Job, calibration: Calibration | None, console: Console) -> No
         sequences, length = calibration.ids.shape
         text = f"{calibration.source}, {sequences} sequences of up to {length} tokens"
         console.print(f"[bold]calib [/bold] {escape(text)}", soft_wrap=True)
+    console.print(f"[bold]memory[/bold] {_output.size(planned.peak_bytes)} at most, {planned.where}", soft_wrap=True)
     for note in (*job.notes, *(calibration.notes if calibration is not None else ())):
         console.print(f"[yellow]note[/yellow]   {escape(note)}", soft_wrap=True)
     console.print()
