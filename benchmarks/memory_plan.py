@@ -1,9 +1,9 @@
-"""Whether the memory that is planned for calibrating is kept: a Llama of given shapes and few blocks, under a hard limit.
+"""Whether the memory that is planned for calibrating is kept: a Llama of given shapes and few blocks, with a hard limit.
 
-The default shapes are Llama-3-70B's, with random bfloat16 weights and a small vocabulary: on two cores about an hour, and
-4 GB of disk a block. The run is a process of its own, in a memory cgroup whose limit is the plan (version 1 or 2, where
-one can be made), which kills it if it needs more; pages that are mapped from files can be taken from it and do not
-count. Without a cgroup the peak is only told. Prints a line of JSON.
+The default shapes are Llama-3-70B's, with random bfloat16 weights and a small vocabulary: on two cores about an hour,
+and 2 GB of disk a block. The run is a process of its own, in a memory cgroup whose limit is the plan (version 1 or 2,
+where one can be made), which kills it if it needs more; pages that are mapped from files can be taken from it and do
+not count. Without a cgroup the peak is only told. Prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def anonymous(pid: int) -> int:
 @click.option("--method", default="gptq")
 @click.option("--samples", default=4)
 @click.option("--length", default=512)
-@click.option("--calib", type=click.Path(exists=True, path_type=Path), default=language_model() / "train.txt")
+@click.option("--calib", type=click.Path(exists=True, path_type=Path), default=language_model() / "calibration.txt")
 def main(
     hidden: int, intermediate: int, heads: int, kv_heads: int, blocks: int, scheme: str, method: str, samples: int,
     length: int, calib: Path,
