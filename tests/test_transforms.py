@@ -12,7 +12,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import spicerack
+from spicerack import calibrating_transforms
 from spicerack.calibrating import Finished
+from spicerack.calibrating_block import Work
 from spicerack.calibration import Calibration
 from spicerack.job import prepare
 from spicerack.method import parse as method
@@ -73,6 +75,21 @@ def test_outliers_are_moved(scheme: str, name: str, share: float, uneven: Path, 
     run(uneven, tmp_path / "moved", scheme, name)
     compute = "int8" if "a8" in scheme else "float"
     assert off(tmp_path / "moved", uneven, compute) < share * off(tmp_path / "plain", uneven, compute)
+
+
+def test_trials_have_the_static_scale_of_what_the_factors_leave(
+    uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest: list[float] = []
+    found = calibrating_transforms.on_trial
+
+    def watched(work: Work, path: str, x: torch.Tensor) -> torch.Tensor | None:
+        largest.append(float(x.abs().max()))
+        return found(work, path, x)
+
+    monkeypatch.setattr(calibrating_transforms, "on_trial", watched)
+    run(uneven, tmp_path / "out", "w8a8s", "smoothquant")
+    assert min(largest[:10]) < 0.5 * largest[0]  # the first trial is without factors
 
 
 def test_the_ledger_tells_what_moved(uneven: Path, tmp_path: Path) -> None:
