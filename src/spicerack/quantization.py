@@ -34,7 +34,7 @@ from spicerack.recipe import ObserverName, Range, Recipe, Rule, check_observer, 
 from spicerack.scheme import Scheme, parse
 from spicerack.swap import quantize_module
 
-OBSERVER: ObserverName = "mse"
+OBSERVER: ObserverName = "percentile"
 """The best measured (docs/quality.md)."""
 RUN = "run.json"
 _BLOCKS = "blocks"

@@ -104,7 +104,7 @@ def _recipe(
 @click.option(
     "--observer",
     metavar="NAME",
-    help="How static scales (a8s) are found: minmax, moving_average, percentile, mse, kl. Default: mse.",
+    help="How static scales (a8s) are found: minmax, moving_average, percentile, mse, kl. Default: percentile.",
 )
 @click.option("--calib", metavar="TEXT", help="Text to run the model on: file, folder, dataset; none: its own.")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")
