@@ -46,8 +46,8 @@ class Finished:
     """One block: its path, number and how many there are; bits a weight with scales; seconds.
 
     error: ||out - out_float|| / ||out_float|| of its hidden states, against the float model's, earlier blocks included;
-    rounded: the same, were its layers only rounded to nearest. peak_rss_bytes: of the process so far. events: what
-    happened to which layer.
+    rounded: the same, were its layers only rounded to nearest, from the first chunk of tokens. peak_rss_bytes: of the
+    process so far. events: what happened to which layer.
     """
 
     block: str
@@ -100,9 +100,11 @@ def _finish(work: Work, folder: Path) -> Finished:
     """One block, committed."""
     begin = time.time()
     changes = transform(work)
+    _exact(work)
     starts, solved = _solve(work)
-    rounded = _error(work, starts)
-    error = _error(work, {tensor: one.q for tensor, one in solved.items()}, advance=True)
+    plain, _ = _errors(work, starts, first_only=True)
+    beginning, error = _errors(work, {tensor: one.q for tensor, one in solved.items()})
+    rounded = error * (plain / beginning) if beginning else plain
     if work.ranks.first:
         losses = {x.key: rtn.relative_error(work.weight(x), solved[x.key].q, threads=work.threads)
                   for x in work.layers}  # fmt: skip
@@ -171,10 +173,6 @@ def _solver(work: Work) -> str:
 
 def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
     """Rounding learned by the block's output, from `solved` on; all layers hold it."""
-    for number, _, arguments in work.calls():
-        exact = work.run(work.exact, work.states.read(work.index, number)[1], arguments)
-        work.states.write(work.index + 1, number, exact, exact)  # until `_error` knows better
-    work.ranks.wait()
 
     def forward(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         chunk, arguments = work.call(numbers)
@@ -196,22 +194,34 @@ def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
     return {tensor: work.take(by_tensor[tensor])[1] for tensor in solved}
 
 
-def _error(work: Work, weights: Mapping[str, QTensor], *, advance: bool = False) -> float:
-    """Of what the block makes with these weights, by tensor, relative; they stay. advance: it is for the next block."""
+def _exact(work: Work) -> None:
+    """What the float block makes of the float model's states, for all who compare with it, and for the next block."""
+    for number, _, arguments in work.calls():
+        exact = work.run(work.exact, work.states.read(work.index, number)[1], arguments)
+        work.states.write(work.index + 1, number, exact, exact)  # the first until `_errors` knows better
+    work.ranks.wait()
+
+
+def _errors(work: Work, weights: Mapping[str, QTensor], *, first_only: bool = False) -> tuple[float, float]:
+    """Of what the block makes with these weights, by tensor, relative: in each rank's first chunk, and in all.
+
+    They stay, and what the block makes is for the next one. first_only: no other chunk is looked at.
+    """
     for layer in work.layers:
         work.put(layer, weights[layer.key])
-    sums = torch.zeros(2, dtype=torch.float64)
-    for number, chunk, arguments in work.calls():
-        quantized, exact = work.states.read(work.index, number)
-        quantized = work.run(work.block, quantized, arguments)
-        exact = work.run(work.exact, exact, arguments)
+    sums = torch.zeros((2, 2), dtype=torch.float64)
+    for place, (number, chunk, arguments) in enumerate(work.calls()):
+        quantized = work.run(work.block, work.states.read(work.index, number)[0], arguments)
+        exact = work.states.read(work.index + 1, number)[1]
         seen = tokens(exact, chunk)
-        sums[0] += (tokens(quantized, chunk) - seen).square().sum(dtype=torch.float64)
-        sums[1] += seen.square().sum(dtype=torch.float64)
-        if advance and work.index + 1 < len(work.stack.blocks):
-            work.states.write(work.index + 1, number, quantized, exact)
-    wrong, total = work.ranks.total(sums).tolist()
-    return float((wrong / total) ** 0.5) if total else 0.0
+        wrong = (tokens(quantized, chunk) - seen).square().sum(dtype=torch.float64)
+        sums[min(place, 1)] += torch.stack((wrong, seen.square().sum(dtype=torch.float64)))
+        if first_only:
+            break
+        work.states.write(work.index + 1, number, quantized, exact)
+    sums = work.ranks.total(sums).cumsum(0)
+    first, every = (float((wrong / total) ** 0.5) if total else 0.0 for wrong, total in sums.tolist())
+    return first, every
 
 
 def _layer(work: Work, layer: Layer, seen: Moments, pull: torch.Tensor | None) -> tuple[QTensor, Solved]:

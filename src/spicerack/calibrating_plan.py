@@ -167,7 +167,7 @@ def _gram(columns: int) -> int:
 
 def _statistics(group: Sequence[_Matrix]) -> int:
     first = group[0]
-    temporary = 4 * first.columns**2 if first.columns <= WIDE else 0
+    temporary = 4 * first.columns**2 if first.columns <= WIDE else 0  # the gram is float32 in the end
     if first.expert:
         return max(STATISTICS, _gram(first.columns)) + temporary
     return 2 * _gram(first.columns) + temporary

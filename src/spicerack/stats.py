@@ -27,6 +27,8 @@ CHUNK = 1024
 """Tokens whose products are summed in float32."""
 WIDE = 8192
 """Columns above which the gram is summed in float32."""
+BLOCK = 1024
+"""Columns of a gram that are multiplied at once; blocks below its diagonal are not."""
 LARGEST = 2.0**57
 """Magnitudes above overflow float32 when a chunk of them is squared and summed: 2^10 * (2^57)^2 = 2^124."""
 
@@ -40,7 +42,7 @@ class _Kind:
 
 
 _KINDS: dict[Need, _Kind] = {
-    "gram": _Kind(lambda total, x: add_product(total, x, x), "sum"),
+    "gram": _Kind(lambda total, x: _add_upper(total, x), "sum"),
     "second_moment": _Kind(lambda total, x: total.add_(x.double().square_().sum(0)), "sum"),
     "absmax": _Kind(lambda total, x: torch.maximum(total, x.abs().amax(0).double(), out=total), "max"),
     "absmean": _Kind(lambda total, x: total.add_(x.abs().sum(0, dtype=torch.float64)), "sum"),
@@ -109,7 +111,7 @@ class Accumulator:
             total = self.totals.pop(need)
             if _KINDS[need].reduction == "sum":
                 total.div_(max(count, 1))
-            found[need] = _symmetric(total).float() if need == "gram" else total.float()
+            found[need] = _mirrored(total).float() if need == "gram" else total.float()
         return Stats(count, **found)
 
 
@@ -121,20 +123,31 @@ def products(columns: int, device: torch.device | str = "cpu") -> torch.Tensor:
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total [K, K] += a^T b, for a few rows of float32 [T, K]."""
+    for first in range(0, len(total), BLOCK):
+        _add(total[first : first + BLOCK], a[:, first : first + BLOCK], b)
+
+
+def _add_upper(total: torch.Tensor, x: torch.Tensor) -> None:
+    """total [K, K] += x^T x, but for blocks below its diagonal."""
+    for first in range(0, len(total), BLOCK):
+        _add(total[first : first + BLOCK, first:], x[:, first : first + BLOCK], x[:, first:])
+
+
+def _add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     if total.dtype == torch.float32:
         total.addmm_(a.T, b)
     else:
         total += a.T @ b
 
 
-def _symmetric(x: torch.Tensor) -> torch.Tensor:
-    """(x + x^T) / 2, in place."""
-    for first in range(0, len(x), CHUNK):
-        some = slice(first, first + CHUNK)
-        mean = (x[some, first:] + x[first:, some].T) / 2
-        x[some, first:] = mean
-        x[first:, some] = mean.T
-    return x
+def _mirrored(total: torch.Tensor) -> torch.Tensor:
+    """Exactly symmetric, in place: from blocks on the diagonal and above."""
+    for first in range(0, len(total), BLOCK):
+        rows = total[first : first + BLOCK, first:]
+        square = rows[:, : len(rows)]
+        square.copy_((square + square.T) / 2)
+        total[first:, first : first + BLOCK] = rows.T.clone()
+    return total
 
 
 def tokens(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
