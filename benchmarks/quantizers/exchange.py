@@ -35,8 +35,14 @@ class Job:
     beside: Path
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights to quantize by their names, float32 [N, K]."""
-        return {name: weight.float() for name, weight in _tensors(self.model).items() if _quantized(name)}
+        """The weights to quantize by their names, float32 [N, K]. Without whole groups a layer stays in float."""
+        found = re.match(r"w\dg(\d+)", self.spec)
+        group = int(found[1]) if found else 1
+        return {name: w for name, w in self.linear().items() if w.shape[1] % group == 0}
+
+    def linear(self) -> dict[str, torch.Tensor]:
+        """Those of all linear layers in blocks, float32 [N, K]."""
+        return {name: w.float() for name, w in _tensors(self.model).items() if _quantized(name)}
 
     def integers(self) -> tuple[int, int, frozenset[str]]:
         """`w4g64,asym,mse` -> bits 4, columns of a group 64, and the words after them {"asym", "mse"}."""
@@ -77,7 +83,7 @@ def finish(
     """Write the folder, and `tell`. weights: decoded, by the names of `Job.weights`. seconds: without loading and
     writing."""
     tensors = _tensors(given.model)
-    expected = {name for name in tensors if _quantized(name)}
+    expected = given.weights().keys()
     if weights.keys() != expected:
         raise SystemExit(f"the peer left out or invented {sorted(weights.keys() ^ expected)[:4]}")
     for name, weight in weights.items():

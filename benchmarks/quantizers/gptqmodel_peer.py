@@ -33,10 +33,12 @@ def codes(words: torch.Tensor, bits: int) -> torch.Tensor:
 def main() -> None:
     given = exchange.job()
     bits, group, words = given.integers()
+    names = given.weights()
+    left = {rf"-:.*\.{name.split('.')[-2]}$": {} for name in given.linear() if name not in names}
     # v2 stores zero points as they are; the older layout stores them less one, and loses 0
     config = QuantizeConfig(
         bits=bits, group_size=group, sym="asym" not in words, mse=2.0 if "mse" in words else 0.0, format="gptq_v2",
-        device="cpu",
+        device="cpu", dynamic=left or None,
     )  # fmt: skip
     model = GPTQModel.load(str(given.model), config, dtype=torch.bfloat16 if "bf16" in words else torch.float32)
     text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in given.ids.split(1)]
@@ -46,7 +48,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
         stored = {k: v for path in Path(folder).rglob("*.safetensors") for k, v in load_file(path).items()}
-    names = given.weights()
     decoded = {}
     packed = weights = 0
     types = set()

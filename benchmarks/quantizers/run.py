@@ -2,7 +2,8 @@
 
 All calibrate with the same tokens and are judged by the same function as in quality.py, in float32. Each peer lives in
 a virtual environment of its own under --venvs, made when it is not there (1 GB each). What was measured before stays in
-results/peers.json until it is measured again.
+results/peers.json until it is measured again. Another --model is calibrated and judged as in quality.py; layers whose
+inputs do not divide by the group stay in float, as AutoRound leaves them.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import spicerack
-from spicerack import calibration
 from spicerack.calibration import Calibration
 from spicerack.demo import language_model
 from spicerack.evaluation_lm import compare
 from spicerack.evaluation_text import windows
 from spicerack.loading import load
+from spicerack.recipe import skip
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import machine  # noqa: E402
+import texts  # noqa: E402
 
 RESULTS = HERE.parent / "results" / "peers.json"
 TORCH = "torch==2.13.0"
@@ -69,7 +71,11 @@ PEERS = {
         ),
     ),
 }  # fmt: skip
-OURS = {"w4g64": "gptq", "w4g32z": "gptq", "w3g64": "gptq", "w2g32": "gptq", "w2g32z": "gptq", "w2g32h": "gptq"}
+OURS = tuple(
+    f"{scheme},{method}"
+    for scheme in ("w4g64", "w4g32z", "w3g64", "w2g32", "w2g32h")
+    for method in ("gptq", "signround")
+)
 
 
 def python_of(name: str, venvs: Path) -> Path:
@@ -89,10 +95,10 @@ def python_of(name: str, venvs: Path) -> Path:
     return python
 
 
-def run(name: str, spec: str, venvs: Path, tokens: Path, output: Path, threads: int) -> Row:
+def run(name: str, spec: str, model: Path, venvs: Path, tokens: Path, output: Path, threads: int) -> Row:
     """One peer's script -> the line that it prints. Raises CalledProcessError with what it wrote, if it failed."""
     script = HERE / f"{name}_peer.py"
-    command = [str(part) for part in (python_of(name, venvs), script, language_model(), tokens, spec, output)]
+    command = [str(part) for part in (python_of(name, venvs), script, model, tokens, spec, output)]
     # threads that wait give way: on a busy machine they would hold up those they wait for
     limits = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -103,23 +109,21 @@ def run(name: str, spec: str, venvs: Path, tokens: Path, output: Path, threads: 
     return found
 
 
-def ours(spec: str, text: Calibration, output: Path) -> Row:
-    """The same by this project."""
-    method = OURS[spec]
+def ours(spec: str, model: Path, text: Calibration, output: Path, skipped: Sequence[str]) -> Row:
+    """The same by this project. spec: SCHEME,METHOD."""
+    scheme, _, method = spec.partition(",")
     begin = time.perf_counter()
-    made = spicerack.quantize(language_model(), spec, output=output, calibration=text, method=method)
+    made = spicerack.quantize(model, scheme, output=output, calibration=text, method=method, rules=map(skip, skipped))
     seconds = time.perf_counter() - begin
     bits = made["bits_per_weight"]
     version = spicerack.__version__
-    return {"peer": "spicerack", "version": version, "spec": spec, "bits": bits, "seconds": seconds, "notes": method}
+    return {"peer": "spicerack", "version": version, "spec": spec, "bits": bits, "seconds": seconds, "notes": ""}
 
 
-def judged(row: Row, folder: Path, max_tokens: int) -> Row:
+def judged(row: Row, folder: Path, model: Path, heldout: Path, max_tokens: int) -> Row:
     """`row` with the figures of its folder: those of `evaluation.measure`, without its noise floor, which is slow."""
-    reference, other = (load(where, dtype=torch.float32) for where in (language_model(), folder))
-    text = windows(
-        language_model() / "heldout.txt", AutoTokenizer.from_pretrained(language_model()), WINDOW, max_tokens
-    )
+    reference, other = (load(where, dtype=torch.float32) for where in (model, folder))
+    text = windows(heldout, AutoTokenizer.from_pretrained(model), WINDOW, max_tokens)
     known = compare(reference, other, text).as_dict()
     kept = ("tokens", "kl_mean", "kl_mean_ci95", "top1_agreement", "perplexity", "perplexity_reference")
     return row | {key: known[key] for key in kept}
@@ -144,41 +148,49 @@ def keep(path: Path, about: Row, row: Row) -> None:
 
 @click.command(help=__doc__)
 @click.option("--venvs", type=click.Path(path_type=Path), required=True, help="Where the peers are installed.")
-@click.option("--only", multiple=True, help="PEER:SPEC patterns, such as 'hqq:*' or 'spicerack:w4*'; default: all.")
+@click.option("--model", type=click.Path(path_type=Path), help="A decoder's folder; default: the project's own.")
+@click.option("--skip", "skipped", multiple=True, help="Layers that ours leaves in float.")
+@click.option("--only", multiple=True, help="PEER:SPEC patterns, such as 'hqq:*', or what is not listed; default: all.")
 @click.option("--max-tokens", type=int, default=24_576, show_default=True, help="Of the held-out text.")
 @click.option("--samples", type=int, default=128, show_default=True)
 @click.option("--length", type=int, default=512, show_default=True)
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default="results/peers.json")
 def main(
-    venvs: Path, only: Sequence[str], max_tokens: int, samples: int, length: int, threads: int, output: Path
+    venvs: Path,
+    model: Path | None,
+    skipped: Sequence[str],
+    only: Sequence[str],
+    max_tokens: int,
+    samples: int,
+    length: int,
+    threads: int,
+    output: Path,
 ) -> None:
     torch.set_num_threads(threads)
-    venvs = venvs.absolute()
-    asked = [("spicerack", spec) for spec in OURS] + [
-        (name, spec) for name, peer in PEERS.items() for spec in peer.specs
-    ]
-    asked = [pair for pair in asked if not only or any(fnmatch(":".join(pair), pattern) for pattern in only)]
-    text = calibration.read(
-        language_model() / "calibration.txt", AutoTokenizer.from_pretrained(language_model()), samples=samples,
-        length=length, seed=0,
-    )  # fmt: skip
-    about = {"machine": machine.describe(threads), "calibration_tokens": text.ids.numel()}
+    venvs, model = venvs.absolute(), (model or language_model()).absolute()
+    known = {"spicerack": OURS} | {name: peer.specs for name, peer in PEERS.items()}
+    listed = [f"{name}:{spec}" for name, specs in known.items() for spec in specs]
+    wanted = [[pair for pair in listed if fnmatch(pair, pattern)] or [pattern] for pattern in only] or [listed]
+    asked = dict.fromkeys(pair for some in wanted for pair in some)
     failed = []
     with TemporaryDirectory() as work:
+        text, heldout = texts.of_decoder(model, Path(work), samples, length)
+        about = {"machine": machine.describe(threads), "calibration_tokens": text.ids.numel()}
         tokens = Path(work) / "tokens.safetensors"
         save_file({"input_ids": text.ids}, tokens)
-        for name, spec in asked:
+        for pair in asked:
+            name, _, spec = pair.partition(":")
             folder = Path(work) / f"{name}-{spec}"
             try:
                 if name == "spicerack":
-                    row = ours(spec, text, folder)
+                    row = ours(spec, model, text, folder, skipped)
                 else:
-                    row = run(name, spec, venvs, tokens, folder, threads)
+                    row = run(name, spec, model, venvs, tokens, folder, threads)
             except subprocess.CalledProcessError as error:
                 failed.append(f"{name} {spec}: {(error.stderr or str(error)).strip()[-2000:]}")
                 continue
-            row = {"by": name} | judged(row, folder, max_tokens)
+            row = {"by": name, "cpu": about["machine"]["cpu"]} | judged(row, folder, model, heldout, max_tokens)
             click.echo(f"{name} {spec}: KL {row['kl_mean']:.5f}, {row['seconds']:.0f} s", err=True)
             keep(output, about, row)
     if output.is_file():
