@@ -59,7 +59,7 @@ def main() -> None:
         q, zeros, scales = codes(parts[0], bits), codes(parts[1].T.contiguous(), bits).T, parts[2].float()
         types.add(str(parts[2].dtype).removeprefix("torch."))
         groups = stored[f"{at}g_idx"].long()
-        decoded[name] = (scales[groups] * (q - zeros[groups])).T
+        decoded[name] = (scales[groups] * (q - zeros[groups, : q.shape[1]])).T  # words hold whole numbers of rows
     exchange.finish(
         given, decoded, "gptqmodel", bits=packed * 8 / weights, seconds=seconds,
         cpu_seconds=round(used, 2), peak_rss_bytes=peak,
