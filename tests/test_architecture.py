@@ -31,6 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "saving",
             "swap",
             "quantization",
+            "qat",
             "calibration",
             "calibrating",
             "evaluation",

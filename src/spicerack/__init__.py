@@ -3,6 +3,8 @@
     small = spicerack.quantize(module, "w8")                          # any torch.nn.Module
     spicerack.quantize("path/to/model", "w4g32z", output="out")       # any Hugging Face safetensors folder
     model = spicerack.load("out")
+    model = spicerack.prepare_qat(model, "w2g32h")                    # train it as always, then
+    small = spicerack.freeze(model)
 
 The names below are imported on first use; importing the package loads no torch and changes nothing.
 """
@@ -15,13 +17,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spicerack.evaluation import evaluate
     from spicerack.loading import load
+    from spicerack.qat import QATConfig, freeze, prepare_qat
     from spicerack.quantization import quantize
     from spicerack.saving import save
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "load", "quantize", "save"]
+__all__ = ["QATConfig", "__version__", "evaluate", "freeze", "load", "prepare_qat", "quantize", "save"]
 
-_HOMES = {"evaluate": "evaluation", "load": "loading", "quantize": "quantization", "save": "saving"}
+_HOMES = {
+    "QATConfig": "qat",
+    "evaluate": "evaluation",
+    "freeze": "qat",
+    "load": "loading",
+    "prepare_qat": "qat",
+    "quantize": "quantization",
+    "save": "saving",
+}
 
 
 def __getattr__(name: str) -> Any:

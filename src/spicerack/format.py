@@ -34,7 +34,8 @@ class Planned:
 
     module        the checkpoint's name without `.weight`
     shape         [N, K] or [E, N, K]: output rows first, whatever the checkpoint's order
-    role          "linear", "conv1d", "embedding", "head", "router" or "experts" (a fused tensor)
+    role          "linear", "conv1d", "conv2d" (K: all inputs of an output), "embedding", "head", "router" or "experts"
+                  (a fused tensor)
     source_dtype  the float type it had
     transposed    the float checkpoint stores [..., K, N]
     """

@@ -5,6 +5,7 @@ Neither step ever holds more than one float weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from spicerack.format import Format, Planned
 from spicerack.kernel import Compute
 from spicerack.models import names
 from spicerack.nn import experts
+from spicerack.nn.conv import Geometry, QConv2d
 from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.experts import ExpertStack
 from spicerack.nn.linear import QLinear
@@ -37,13 +39,14 @@ class Slot(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, layer: nn.Linear | nn.Embedding | Conv1D, planned: Planned) -> None:
+    def __init__(self, layer: nn.Linear | nn.Embedding | nn.Conv2d | Conv1D, planned: Planned) -> None:
         super().__init__()
         self.planned, self.dtype, self.training = planned, layer.weight.dtype, layer.training
         self.out_features, self.in_features = planned.shape  # initializers look at these, and at weight
         self.is_embedding = isinstance(layer, nn.Embedding)
+        self.geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
         self.padding_idx = layer.padding_idx if isinstance(layer, nn.Embedding) else None
-        self.register_parameter("bias", None if isinstance(layer, nn.Embedding) else layer.bias)
+        self.register_parameter("bias", dict(layer.named_parameters(recurse=False)).get("bias"))
         self.weight = torch.empty(0, device="meta")
         vars(self.weight)["_is_hf_initialized"] = vars(self)["_is_hf_initialized"] = True
 
@@ -63,14 +66,14 @@ def make_slot(model: nn.Module, name: str, planned: Planned) -> None:
         layer = model.get_submodule(name)
     except AttributeError:
         raise LoadError(f"{planned.module}: the model has no layer {name}", "is config.json the model's own?") from None
-    plain = type(layer) in (nn.Linear, nn.Embedding, Conv1D) or type(layer).__name__ in names.PLAIN_LINEAR
-    if not plain or not isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)):
+    plain = type(layer) in (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D) or type(layer).__name__ in names.PLAIN_LINEAR
+    if not plain or not isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)):
         raise LoadError(
             f"{planned.module}: {name} is a {type(layer).__name__}, which has no packed form",
             "quantize again and skip it",
         )
     shape = tuple(layer.weight.shape)
-    rows_first = shape[::-1] if isinstance(layer, Conv1D) else shape
+    rows_first = shape[::-1] if isinstance(layer, Conv1D) else (shape[0], math.prod(shape[1:]))
     if rows_first != planned.shape or isinstance(layer, Conv1D) != planned.transposed:
         raise LoadError(
             f"{planned.module}: packed {list(planned.shape)}, but {name} is {type(layer).__name__} {list(shape)}",
@@ -122,6 +125,9 @@ def fill(
             model.set_submodule(
                 name, QEmbedding(packed(slot.planned, slot.dtype), slot.padding_idx).train(slot.training)
             )
+        elif isinstance(slot, Slot) and slot.geometry is not None:
+            weight = packed(slot.planned, slot.dtype)
+            model.set_submodule(name, QConv2d(weight, slot.geometry, slot.bias).train(slot.training))
         elif isinstance(slot, Slot):
             model.set_submodule(name, QLinear(packed(slot.planned, slot.dtype), slot.bias).train(slot.training))
         elif isinstance(slot, StackSlot):

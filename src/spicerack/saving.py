@@ -18,6 +18,7 @@ from spicerack.checkpoint.writer import CONFIG, LEDGER, Slot, Unit, Writer, plan
 from spicerack.errors import LoadError, OutputError, UsageError
 from spicerack.format import Planned
 from spicerack.levels import dtype_of
+from spicerack.nn.conv import QConv2d
 from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.experts import ExpertStack
 from spicerack.nn.linear import QLinear
@@ -25,6 +26,7 @@ from spicerack.nn.packed import PackedWeight
 from spicerack.qtensor import QTensor
 from spicerack.scheme import Scheme
 
+_Layer = QLinear | QConv2d | QEmbedding
 _Names = dict[str, str]
 
 
@@ -86,10 +88,10 @@ def save(module: nn.Module, folder: str | Path) -> Path:
 # ---- what is in the module -------------------------------------------------------------------------------------------
 
 
-def _quantized_layers(module: nn.Module) -> dict[str, QLinear | QEmbedding]:
+def _quantized_layers(module: nn.Module) -> dict[str, _Layer]:
     """Path -> layer. Raises UsageError if there are none, or packed weights elsewhere."""
     modules = dict(module.named_modules())
-    layers = {path: layer for path, layer in modules.items() if isinstance(layer, (QLinear, QEmbedding))}
+    layers = {path: layer for path, layer in modules.items() if isinstance(layer, _Layer)}
     if "" in layers:
         raise UsageError("a layer on its own has no name to be stored under", "save nn.Sequential(layer)")
     for path, part in modules.items():
@@ -97,12 +99,13 @@ def _quantized_layers(module: nn.Module) -> dict[str, QLinear | QEmbedding]:
             raise UsageError(f"{path}: packed experts are not saved yet", "copy the folder that they were loaded from")
     if not layers:
         raise UsageError(
-            f"{type(module).__name__} has no quantized layers", "use spicerack.quantize(module, scheme) first"
+            f"{type(module).__name__} has no quantized layers",
+            "use spicerack.quantize(module, scheme) first, or freeze what was trained",
         )
     return layers
 
 
-def _owners(module: nn.Module, layers: Mapping[str, QLinear | QEmbedding]) -> dict[str, PackedWeight]:
+def _owners(module: nn.Module, layers: Mapping[str, _Layer]) -> dict[str, PackedWeight]:
     """Path -> packed weight, each once: under the name that transformers would store it under."""
     aliases = _aliases(module)
     owners: dict[int, str] = {}
@@ -149,7 +152,9 @@ def _weight_of(path: str) -> str:
     return f"{path}.weight"
 
 
-def _role(layer: QLinear | QEmbedding) -> str:
+def _role(layer: _Layer) -> str:
+    if isinstance(layer, QConv2d):
+        return "conv2d"
     if isinstance(layer, QEmbedding):
         return "embedding"
     return "conv1d" if layer.packed.transposed else "linear"
@@ -157,7 +162,7 @@ def _role(layer: QLinear | QEmbedding) -> str:
 
 def _strictest(roles: set[str]) -> str:
     """Of a tied weight: a reader that knows no packed embeddings must not take it for a linear layer."""
-    return next(role for role in ("embedding", "conv1d", "linear") if role in roles)
+    return next(role for role in ("embedding", "conv2d", "conv1d", "linear") if role in roles)
 
 
 def _source_dtype(weight: PackedWeight) -> torch.dtype:

@@ -28,7 +28,7 @@ from spicerack.nn.packed import PackedWeight
 from spicerack.recipe import Recipe
 from spicerack.scheme import Scheme
 
-_Layer = nn.Linear | nn.Embedding | Conv1D
+Layer = nn.Linear | nn.Embedding | Conv1D
 _HEADS = ("lm_head", "embed_out")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LISTED = 8
@@ -41,13 +41,13 @@ def quantize_module(module: nn.Module, what: Recipe, compute: Compute | None = N
     something else and stay as they are. Rules match the layers' paths in the module, which for a layer on its own is
     empty. Raises RecipeError, SchemeError, ShapeError (all layers at once), WeightError.
     """
-    found = dict(_layers(module))
+    found = dict(layers_of(module))
     if not found:
         raise RecipeError(
             f"{type(module).__name__} has no layer with a packed form", "it needs nn.Linear or nn.Embedding layers"
         )
-    roles = _roles(module, found)
-    tied = _tied(found, roles)
+    roles = roles_of(module, found)
+    tied = ties_of(found, roles)
     decisions = recipe.resolve(what, {name: role for name, role in roles.items() if name not in tied}, tied)
     chosen = {name: scheme for name in found if (scheme := decisions[name].scheme) is not None}
     if not chosen:
@@ -55,12 +55,12 @@ def quantize_module(module: nn.Module, what: Recipe, compute: Compute | None = N
             f"{type(module).__name__} has no layer that the recipe quantizes",
             f"embeddings and heads must be named by a rule, such as '{next(iter(found))}={what.scheme.name}'",
         )
-    _check(found, chosen)
-    _check_owners(module, found, chosen)
+    check(found, chosen)
+    check_owners(module, found, chosen)
     packed: dict[tuple[int, bool], PackedWeight] = {}
     for name in sorted(chosen, key=tied.__contains__):  # errors name the owner
         if (key := _key(found[name])) not in packed:
-            packed[key] = _pack(_weight_of(name), found[name], chosen[name], what, compute)
+            packed[key] = _pack(weight_of(name), found[name], chosen[name], what, compute)
     shared = {id(found[name].weight): found[name].weight for name in chosen}
     small = copy.deepcopy(module, dict(shared))  # these the copy shares for a moment: they are never there twice
     old = {name: small.get_submodule(name) for name in chosen}
@@ -74,14 +74,14 @@ def quantize_module(module: nn.Module, what: Recipe, compute: Compute | None = N
     fuse(small)
     for model in small.modules():
         if isinstance(model, PreTrainedModel):
-            _tell_transformers(model)
+            tell_transformers(model)
     return small
 
 
 # ---- what there is ---------------------------------------------------------------------------------------------------
 
 
-def _layers(module: nn.Module) -> Iterator[tuple[str, _Layer]]:
+def layers_of(module: nn.Module) -> Iterator[tuple[str, Layer]]:
     """Under all their names, those of tied and repeated layers too."""
     for name, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)) and layer.weight.dtype in _FLOATS:
@@ -90,7 +90,7 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, _Layer]]:
                 yield name, layer
 
 
-def _roles(module: nn.Module, layers: Mapping[str, _Layer]) -> dict[str, str]:
+def roles_of(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
     """What recipes go by. Inside a transformers model it is what the command would say of the model's folder."""
     roles = {name: _role(name, layer) for name, layer in layers.items()}
     seen: set[str] = set()
@@ -99,16 +99,16 @@ def _roles(module: nn.Module, layers: Mapping[str, _Layer]) -> dict[str, str]:
             prefix = f"{path}." if path else ""
             inside = {n.removeprefix(prefix): n for n in layers if n.startswith(prefix) and n not in seen}
             seen.update(inside.values())  # the outermost model knows best
-            tensors = {_weight_of(n): _info(_weight_of(n), layers[full].weight) for n, full in inside.items()}
+            tensors = {weight_of(n): _info(weight_of(n), layers[full].weight) for n, full in inside.items()}
             entries = census.take(Checkpoint(Path(), model.config.to_dict(), tensors, (), ())).entries
             for name, full in inside.items():
-                role = entries[_weight_of(name)].role
+                role = entries[weight_of(name)].role
                 if roles[full] == "linear" and role not in ("linear", "conv1d", "experts"):
                     roles[full] = "router" if role == "router" else "head"
     return roles
 
 
-def _role(name: str, layer: _Layer) -> str:
+def _role(name: str, layer: Layer) -> str:
     if not name:
         return "linear"  # a layer on its own is what was asked for, whatever its kind
     if isinstance(layer, nn.Embedding):
@@ -122,7 +122,7 @@ def _info(name: str, weight: torch.Tensor) -> TensorInfo:
     return TensorInfo(name, safetensors_dtype(weight.dtype), tuple(weight.shape), weight.nbytes, "")
 
 
-def _tied(layers: Mapping[str, _Layer], roles: Mapping[str, str]) -> dict[str, str]:
+def ties_of(layers: Mapping[str, Layer | nn.Conv2d], roles: Mapping[str, str]) -> dict[str, str]:
     """alias -> owner, for layers that share their weight; an embedding or head is the owner, whatever comes first."""
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
@@ -131,7 +131,7 @@ def _tied(layers: Mapping[str, _Layer], roles: Mapping[str, str]) -> dict[str, s
     return {name: owner for owner, group in owners for name in group if name != owner}
 
 
-def _weight_of(name: str) -> str:
+def weight_of(name: str) -> str:
     return f"{name}.weight" if name else "weight"
 
 
@@ -143,7 +143,7 @@ def _key(layer: nn.Module) -> tuple[int, bool]:
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def _check(layers: Mapping[str, _Layer], chosen: Mapping[str, Scheme]) -> None:
+def check(layers: Mapping[str, Layer], chosen: Mapping[str, Scheme]) -> None:
     problems = []
     for name, scheme in chosen.items():
         layer = layers[name]
@@ -160,14 +160,14 @@ def _check(layers: Mapping[str, _Layer], chosen: Mapping[str, Scheme]) -> None:
             )
         if "weight" not in dict(layer.named_parameters(recurse=False)):
             raise RecipeError(
-                f"{_weight_of(name)} is computed from other parameters, by weight_norm or pruning",
+                f"{weight_of(name)} is computed from other parameters, by weight_norm or pruning",
                 "make it permanent first (remove_weight_norm, prune.remove), or skip it",
             )
         if layer.weight.is_meta:
-            raise WeightError(f"{_weight_of(name)} is on the meta device: it has no values", "load the weights first")
+            raise WeightError(f"{weight_of(name)} is on the meta device: it has no values", "load the weights first")
         shape = tuple(layer.weight.shape)
         try:
-            scheme.check_shape(_weight_of(name), shape[::-1] if isinstance(layer, Conv1D) else shape)
+            scheme.check_shape(weight_of(name), shape[::-1] if isinstance(layer, Conv1D) else shape)
         except ShapeError as error:
             problems.append(error)
     if problems:
@@ -176,7 +176,7 @@ def _check(layers: Mapping[str, _Layer], chosen: Mapping[str, Scheme]) -> None:
         raise ShapeError(listed + more, "; ".join(sorted({p.hint for p in problems})) + ": rules=['PATTERN=SCHEME']")
 
 
-def _check_owners(module: nn.Module, layers: Mapping[str, _Layer], chosen: Mapping[str, Scheme]) -> None:
+def check_owners(module: nn.Module, layers: Mapping[str, Layer | nn.Conv2d], chosen: Mapping[str, Scheme]) -> None:
     """Raise RecipeError if something else holds a chosen weight: it would stay behind in float, no longer tied."""
     weights = {id(layers[name].weight): name for name in chosen}
     for name, owner in module.named_modules(remove_duplicate=False):
@@ -184,7 +184,7 @@ def _check_owners(module: nn.Module, layers: Mapping[str, _Layer], chosen: Mappi
             if id(parameter) in weights and name not in chosen:
                 place = f"{name}.{key}" if name else key
                 raise RecipeError(
-                    f"{_weight_of(weights[id(parameter)])} is tied to {place} of a {type(owner).__name__}, "
+                    f"{weight_of(weights[id(parameter)])} is tied to {place} of a {type(owner).__name__}, "
                     "which has no packed form",
                     "skip it",
                 )
@@ -193,7 +193,7 @@ def _check_owners(module: nn.Module, layers: Mapping[str, _Layer], chosen: Mappi
 # ---- what is made ----------------------------------------------------------------------------------------------------
 
 
-def _pack(name: str, layer: _Layer, scheme: Scheme, what: Recipe, compute: Compute | None) -> PackedWeight:
+def _pack(name: str, layer: Layer, scheme: Scheme, what: Recipe, compute: Compute | None) -> PackedWeight:
     weight = layer.weight.detach()
     transposed = isinstance(layer, Conv1D)
     matrix = (weight.t() if transposed else weight).contiguous().cpu()
@@ -202,19 +202,22 @@ def _pack(name: str, layer: _Layer, scheme: Scheme, what: Recipe, compute: Compu
 
 
 def _quantized(old: nn.Module, packed: PackedWeight) -> nn.Module:
-    """The layer that takes the place of `old`, with its bias, its mode and its hooks."""
+    """The layer that takes the place of `old`, with its bias."""
     if isinstance(old, nn.Embedding):
-        new: nn.Module = QEmbedding(packed, old.padding_idx)
-    else:
-        assert isinstance(old, (nn.Linear, Conv1D))
-        new = QLinear(packed, old.bias)
+        return as_before(QEmbedding(packed, old.padding_idx), old)
+    assert isinstance(old, (nn.Linear, Conv1D))
+    return as_before(QLinear(packed, old.bias), old)
+
+
+def as_before(new: nn.Module, old: nn.Module) -> nn.Module:
+    """`new`, with the mode and the hooks of `old`."""
     for key, value in vars(old).items():
         if key.startswith(("_forward_", "_backward_", "_is_full_backward_hook")):
             vars(new)[key] = value
     return new.train(old.training)
 
 
-def _tell_transformers(model: PreTrainedModel) -> None:
+def tell_transformers(model: PreTrainedModel) -> None:
     """As after loading: what is packed is no parameter to tie, and save_pretrained refuses to write it."""
     if any(isinstance(layer, (QLinear, QEmbedding)) for layer in model.modules()):
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -30,7 +30,7 @@ from spicerack.scheme import IntLevels, Scheme, parse
 
 VERSION = 1
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_ROLES = ("linear", "conv1d", "embedding", "head", "router", "experts")
+_ROLES = ("linear", "conv1d", "conv2d", "embedding", "head", "router", "experts")
 _REMEDY = "the folder is damaged, or was written by a newer spicerack"
 
 

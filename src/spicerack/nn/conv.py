@@ -1,0 +1,50 @@
+"""`QConv2d`: nn.Conv2d with packed weights, which are decoded at each call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from spicerack.nn.packed import PackedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What a convolution does apart from its numbers."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> Geometry:
+        """That of `layer`, which pads with zeros."""
+        return cls(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+class QConv2d(nn.Module):
+    """x [..., I, H, W] -> [..., O, H', W']; the packed matrix is [O, I / groups * height * width]."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: PackedWeight, geometry: Geometry, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.packed, self.geometry = packed, geometry
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float weight, decoded anew at each access."""
+        matrix = self.packed.decode()
+        return matrix.view(len(matrix), -1, *self.geometry.kernel_size)
+
+    def extra_repr(self) -> str:
+        return str(self.geometry)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        g, bias = self.geometry, None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.conv2d(x, self.weight.to(x.dtype), bias, g.stride, g.padding, g.dilation, g.groups)
