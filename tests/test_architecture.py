@@ -32,6 +32,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "swap",
             "quantization",
             "qat",
+            "batchnorm",
+            "bitnet",
             "calibration",
             "calibrating",
             "evaluation",
