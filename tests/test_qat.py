@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from transformers.pytorch_utils import Conv1D
 import spicerack
 from spicerack import QATConfig, codec, qat
 from spicerack.errors import LoadError, RecipeError, SchemeError, ShapeError, UsageError, WeightError
+from spicerack.method import Method
 from spicerack.nn.conv import QConv2d
 from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.fake_layers import FakeEmbedding, FakeLayer, FakeLinear
 from spicerack.nn.linear import QLinear
+from spicerack.recipe import Recipe
+from spicerack.scheme import parse
 
 SCHEMES = ["w8", "w4g32", "w4g32z", "w2g32h", "w2g32z", "w3t", "ternary", "w4a8", "ternarya8"]
 TINY = {
@@ -157,6 +161,14 @@ def test_the_prepared_model_trains_on_after_it_was_frozen() -> None:
     assert small[2].weight is not model[2].weight
 
 
+def test_a_model_in_accelerates_wrapper_is_frozen_without_it() -> None:
+    model = spicerack.prepare_qat(small_net(), "w8")
+    inner = model.forward
+    vars(model).update(_original_forward=inner, forward=lambda x: inner(x) + 1)
+    x = torch.randn(3, 64)
+    assert torch.allclose(spicerack.freeze(model, compute="float")(x), inner(x), atol=1e-6)
+
+
 # ---- what is prepared ------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +207,16 @@ def test_rules_and_layers_on_their_own() -> None:
     assert fakes(model).keys() == {"0"} and type(model[3]) is nn.Linear
     alone = spicerack.prepare_qat(nn.Linear(64, 8), "w8")
     assert isinstance(alone, FakeLinear) and isinstance(spicerack.freeze(alone), QLinear)
+
+
+def test_a_block_that_is_used_twice_is_one_block() -> None:
+    block = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    model = spicerack.prepare_qat(nn.Sequential(block, nn.Tanh(), block), "w4g32")
+    assert model[0][0] is model[2][0] and isinstance(model[0][0], FakeLinear)
+    small = spicerack.freeze(model, compute="float")
+    assert small[0][0] is small[2][0]
+    x = torch.randn(3, 64)
+    assert torch.allclose(small(x), model(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["lm_head=w8", "model.embed_tokens=w4g32z"])
@@ -264,6 +286,33 @@ def test_it_learns_what_rounding_loses(scheme: str) -> None:
         loss(student).backward()
         optimizer.step()
     assert float(loss(student).detach()) < 0.6 * rounded
+
+
+@pytest.mark.parametrize("ranges", ["lsq", "ema"])
+def test_static_activations_are_those_of_fake_quantize(ranges: Literal["lsq", "ema"]) -> None:
+    """One scale for all inputs, from the largest that the batches had; then learned, or moving a tenth of the way."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3)).train()
+    batches = [torch.randn(5, 2, 4, 4) for _ in range(3)]
+    model = spicerack.prepare_qat(copy.deepcopy(net), "w8a8s", config=QATConfig(ranges=ranges), inputs=batches)
+    first = max(float(batch.abs().max()) for batch in batches) / 127
+    layer = fakes(model)["0"]
+    assert model.training and layer.input_scale is not None
+    assert float(layer.input_scale.detach()) == pytest.approx(first)
+    x = 3 * torch.randn(5, 2, 4, 4)
+    model.eval()
+    rounded = torch.fake_quantize_per_tensor_affine(x, first, 0, -128, 127)
+    weight = layer.rounded_weight().view_as(layer.weight)
+    assert torch.allclose(model[0](x), nn.functional.conv2d(rounded, weight, layer.bias), atol=1e-5)
+    train(model.train(), x, steps=1)
+    moved = float(layer.input_scale.detach())
+    average = pytest.approx(0.9 * first + 0.1 * float(x.abs().max()) / 127)
+    assert moved == average if ranges == "ema" else moved not in (first, average)
+    assert len(qat.scales(model)) == (4 if ranges == "lsq" else 2)
+    assert set(model.state_dict()) >= {"0.input_scale", "2.input_scale"}
+    with pytest.raises(SchemeError, match="no folder keeps static activation scales yet"):
+        spicerack.freeze(model)
+    with pytest.raises(UsageError, match=r"nothing flowed through it"):
+        spicerack.prepare_qat(net, "w8a8s")
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -371,8 +420,10 @@ def test_refusals() -> None:
         spicerack.prepare_qat(small_net(), "w2g32", config=QATConfig("absmean"))
     with pytest.raises(SchemeError, match="symmetric levels"):
         spicerack.prepare_qat(small_net(), "w4g32z", config=QATConfig(init="lsq"))
-    with pytest.raises(UsageError, match="unknown quantizer"):
-        spicerack.prepare_qat(small_net(), "w4g32", config=QATConfig("pact"))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="QATConfig has no 'pact'"):
+        QATConfig("pact")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no use for gptq"):
+        spicerack.prepare_qat(small_net(), Recipe(parse("w4g32"), method=Method(solver="gptq")))
     with pytest.raises(SchemeError, match="no tokens"):
         spicerack.prepare_qat(nn.Sequential(nn.Conv2d(1, 4, 3)), "w8a8")
     with pytest.raises(RecipeError, match="padding_mode='reflect'"):
@@ -382,8 +433,20 @@ def test_refusals() -> None:
 def test_what_diverged_is_not_frozen() -> None:
     model = spicerack.prepare_qat(small_net(), "w4g32")
     fakes(model)["3"].weight_scale.data[1, 0] = 1e6
-    with pytest.raises(WeightError, match=r"^3: a scale was learned that is not finite, or too large"):
+    with pytest.raises(WeightError, match=r"^3.weight: a scale was learned that is not finite, or too large"):
         spicerack.freeze(model)
     fakes(model)["0"].weight.data[2, 3] = torch.nan
     with pytest.raises(WeightError, match=r"^0.weight: 1 weights are not finite; the first is nan at \[2, 3\]"):
         spicerack.freeze(model)
+
+
+def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(page.split("```python\n")[1].split("```")[0], scope)
+    small = scope["small"]
+    assert isinstance(small, nn.Module)
+    fresh = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8)).eval()
+    x = torch.randn(3, 64)
+    assert torch.equal(spicerack.load("trained", into=fresh)(x), small(x))

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spicerack.evaluation import evaluate
     from spicerack.loading import load
-    from spicerack.qat import QATConfig, freeze, prepare_qat
+    from spicerack.qat import freeze, prepare_qat
+    from spicerack.qat_start import QATConfig
     from spicerack.quantization import quantize
     from spicerack.saving import save
 
@@ -25,7 +26,7 @@ __version__ = "0.1.0"
 __all__ = ["QATConfig", "__version__", "evaluate", "freeze", "load", "prepare_qat", "quantize", "save"]
 
 _HOMES = {
-    "QATConfig": "qat",
+    "QATConfig": "qat_start",
     "evaluate": "evaluation",
     "freeze": "qat",
     "load": "loading",

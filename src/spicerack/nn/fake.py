@@ -30,6 +30,7 @@ from spicerack.kernels.reference import quantize_tokens
 from spicerack.scheme import IntLevels
 
 Clip = Literal["levels", "cells", "none"]
+_INT8 = IntLevels(-128, 127)
 Parts = tuple[torch.Tensor, torch.Tensor | None]
 """Scale and zero point of each block as they are stored, float32 [N/rows, K/columns]; no zero point is None."""
 
@@ -216,6 +217,12 @@ def stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def rounded(zero: torch.Tensor, levels: IntLevels) -> torch.Tensor:
     """float32, the nearest integer within the levels."""
     return _rounded(zero, levels.lo, levels.hi)
+
+
+def fake_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x in int8 with one scale [1, 1], and back, in x's type: LSQ for activations."""
+    grid = Grid(_INT8, (1, x.numel()))
+    return fake(x.reshape(1, -1), (scale.float(), None), grid).view(x.shape).to(x.dtype)
 
 
 def fake_tokens(x: torch.Tensor) -> torch.Tensor:

@@ -15,26 +15,33 @@ from transformers.pytorch_utils import Conv1D
 
 from spicerack import codec
 from spicerack.errors import WeightError
-from spicerack.nn.fake import Grid, Parts, fake, fake_linear, rounded, stored
+from spicerack.nn.fake import Grid, Parts, fake, fake_linear, fake_tensor, rounded, stored
 from spicerack.qtensor import QTensor
 from spicerack.scheme import Scheme
 from spicerack.search import TensorBlocks, search
 
 Quantizer = Literal["lsq", "seq", "absmax", "absmean"]
+Ranges = Literal["lsq", "ema"]
 LEARNED: tuple[Quantizer, ...] = ("lsq", "seq")
 """Quantizers whose scales are parameters; those of the others follow from the weights at each step."""
 LEAST_MEAN = 1e-5
 """BitNet's smallest scale."""
+_NEW = 0.1
+"""Share of the newest step in a moving average."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one weight is rounded. dtype: that scales are stored in."""
+    """How one weight is rounded, and the layer's inputs. dtype: that scales are stored in.
+
+    ranges: how the static scale of activations moves, learned or the moving average of what would hold the largest.
+    """
 
     scheme: Scheme
     quantizer: Quantizer
     grid: Grid
     dtype: torch.dtype
+    ranges: Ranges
 
 
 class FakeLayer(nn.Module):
@@ -43,6 +50,7 @@ class FakeLayer(nn.Module):
     weight: Any
     weight_scale: nn.Parameter | None
     weight_zero: nn.Parameter | None
+    input_scale: torch.Tensor | None
     plan: Plan
 
     def matrix(self) -> torch.Tensor:
@@ -69,11 +77,22 @@ class FakeLayer(nn.Module):
         """w^ [N, K], float32, with gradients."""
         return fake(self.matrix(), self.parts(), self.plan.grid)
 
+    def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x, rounded to int8 by the static scale if there is one."""
+        if self.input_scale is None:
+            return x
+        if self.training and self.plan.ranges == "ema":
+            self.input_scale.lerp_(range_of(x).to(self.input_scale), _NEW)
+        return fake_tensor(x, self.input_scale)
+
     @torch.no_grad()
     def qtensor(self, name: str) -> QTensor:
-        """The codes that `forward` computes with. Raises WeightError where a weight or a scale is not finite."""
+        """The codes that `forward` computes with; name: of the weight, for errors.
+
+        Raises WeightError where a weight or a scale is not finite.
+        """
         plan, w = self.plan, self.matrix()
-        codec.check_finite(w.float(), f"{name}.weight")
+        codec.check_finite(w.float(), name)
         scale, zero = self.parts()
         if not bool(torch.isfinite(scale).all() if zero is None else torch.isfinite(scale + zero).all()):
             raise WeightError(
@@ -94,6 +113,11 @@ class FakeLayer(nn.Module):
         return f"{super().extra_repr()}, {self.plan.scheme}, {self.plan.quantizer}"
 
 
+def range_of(x: torch.Tensor) -> torch.Tensor:
+    """The int8 scale [1, 1] that holds the largest of x, float32."""
+    return x.detach().abs().amax().float().reshape(1, 1) / 127
+
+
 def _tokens(layer: FakeLayer) -> bool:
     return layer.plan.scheme.activations == "token"
 
@@ -108,7 +132,7 @@ class FakeLinear(FakeLayer, nn.Linear):
     """nn.Linear."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = _type_of_products(x)
+        x = self.rounded_input(_type_of_products(x))
         return fake_linear(x, self.weight, self.parts(), self.bias, self.plan.grid, tokens=_tokens(self))
 
 
@@ -120,7 +144,7 @@ class FakeConv1D(FakeLayer, Conv1D):
         return matrix
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = _type_of_products(x)
+        x = self.rounded_input(_type_of_products(x))
         return fake_linear(x, self.matrix(), self.parts(), self.bias, self.plan.grid, tokens=_tokens(self))
 
 
@@ -129,7 +153,7 @@ class FakeConv2d(FakeLayer, nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.rounded_weight().view_as(self.weight).to(x.dtype)
-        y: torch.Tensor = self._conv_forward(x, weight, self.bias)
+        y: torch.Tensor = self._conv_forward(self.rounded_input(x), weight, self.bias)
         return y
 
 
@@ -152,8 +176,17 @@ _KINDS: tuple[tuple[type[nn.Module], type[FakeLayer]], ...] = (
 )  # fmt: skip
 
 
-def convert(layer: Convertible, plan: Plan, scale: nn.Parameter | None, zero: nn.Parameter | None) -> FakeLayer:
-    """The layer that trains in the place of `layer`: the same parameters, mode, hooks. scale: None if not learned."""
+def convert(
+    layer: Convertible,
+    plan: Plan,
+    scale: nn.Parameter | None,
+    zero: nn.Parameter | None,
+    static: torch.Tensor | None = None,
+) -> FakeLayer:
+    """The layer that trains in the place of `layer`: the same parameters, mode, hooks.
+
+    scale, zero: None if not learned. static: the first scale [1, 1] of its activations, None if that is not static.
+    """
     cls = next(fake for kind, fake in _KINDS if isinstance(layer, kind))
     new = cls.__new__(cls)
     vars(new).update(vars(layer))
@@ -161,4 +194,8 @@ def convert(layer: Convertible, plan: Plan, scale: nn.Parameter | None, zero: nn
     new.plan = plan
     new.register_parameter("weight_scale", scale)
     new.register_parameter("weight_zero", zero)
+    if static is not None and plan.ranges == "ema":
+        new._buffers = {**layer._buffers, "input_scale": static}
+    else:
+        new.register_parameter("input_scale", None if static is None else nn.Parameter(static))
     return new
