@@ -1,4 +1,4 @@
-"""Whether the memory that is planned for calibrating is kept: a Llama of given shapes, few blocks, a hard limit.
+"""Whether the memory that is planned for calibrating is kept: a Llama of given shapes, few blocks, and a hard limit.
 
 The default shapes are Llama-3-70B's, with random bfloat16 weights and a small vocabulary: on two cores about an hour,
 and 2 GB of disk a block. The run is a process of its own, in a memory cgroup whose limit is the plan (version 1 or 2,

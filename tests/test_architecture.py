@@ -36,6 +36,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "bitnet",
             "calibration",
             "calibrating",
+            "preflight",
             "evaluation",
             "generate",
             "bench",

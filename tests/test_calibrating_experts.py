@@ -16,6 +16,7 @@ import spicerack
 from spicerack import calibrating_inputs, calibrating_plan
 from spicerack.algorithms import rtn
 from spicerack.calibrating import Finished
+from spicerack.checkpoint.reader import Checkpoint
 from spicerack.job import prepare
 from spicerack.loading import load_apart
 from spicerack.method import parse as parse_method
@@ -141,7 +142,7 @@ def test_experts_without_tokens_stay_as_gptq_left_them_in_signround(tmp_path: Pa
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4", "deepseek_v3"])
 def test_taken_apart_it_is_the_same_model(family: str, tmp_path: Path) -> None:
     source = saved(family, tmp_path / "float")
-    model, experts = load_apart(source)
+    model, experts = load_apart(Checkpoint.open(source))
     ids = text(count=2).ids
     with torch.no_grad():
         assert torch.allclose(model(input_ids=ids)[0], spicerack.load(source)(input_ids=ids)[0], atol=1e-6)

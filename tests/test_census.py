@@ -30,7 +30,7 @@ def test_agrees_with_the_model(family: str, tmp_path: Path) -> None:
     """Linear, Embedding, Conv1D and experts, no more and no fewer, among all tensors of two and more axes."""
     families.build(family).save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    modules = modules_of(checkpoint.config, checkpoint.folder)
+    modules = modules_of(checkpoint.config, checkpoint.tensors)
     assert modules is not None
     replaceable = {"Linear", "Embedding", "Conv1D", "experts"}
     for entry in census.take(checkpoint).entries.values():
@@ -66,10 +66,8 @@ def test_ties_agree_with_the_model(family: str, tmp_path: Path) -> None:
         assert not heads
     else:
         assert bool(heads) == (head.weight is inputs.weight)
-        assert (
-            set(heads)
-            <= {f"{m}.weight" for m in modules_of(Checkpoint.open(tmp_path).config, tmp_path) or {}} | OLD_NAMES
-        )
+        folder = Checkpoint.open(tmp_path)
+        assert set(heads) <= {f"{m}.weight" for m in modules_of(folder.config, folder.tensors) or {}} | OLD_NAMES
     stored = sum(t.numel() for path in tmp_path.glob("*.safetensors") for t in load_file(path).values())
     assert seen.parameters == stored
 
@@ -199,7 +197,7 @@ def test_modules_follow_renaming(old: bool, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     if old:
         config["architectures"] = ["BertForMaskedLM"]
-    modules = modules_of(config, tmp_path)
+    modules = modules_of(config, Checkpoint.open(tmp_path).tensors)
     assert modules is not None and modules["encoder.layer.0.attention.self.query"] == "Linear"
     assert modules["embeddings.word_embeddings"] == "Embedding"
 
@@ -221,7 +219,7 @@ def test_modules_of_strangers(tmp_path: Path) -> None:
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 30, "num_attention_heads": 0},
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**12},
     ):
-        assert modules_of(config, folder) is None, config
+        assert modules_of(config, Checkpoint.open(folder).tensors) is None, config
 
 
 def test_modules_ignore_hub_kernels(tmp_path: Path) -> None:
@@ -229,7 +227,7 @@ def test_modules_ignore_hub_kernels(tmp_path: Path) -> None:
     families.build("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["attn_implementation"] = config["_attn_implementation"] = "kernels-community/flash-attn"
-    modules = modules_of(config, tmp_path)
+    modules = modules_of(config, Checkpoint.open(tmp_path).tensors)
     assert modules is not None and modules["model.layers.0.self_attn.q_proj"] == "Linear"
 
 
@@ -237,7 +235,7 @@ def test_converted_layers_say_so(tmp_path: Path) -> None:
     """Tensors that transformers changes on loading by more than a new name are not plain Linears."""
     families.build("mixtral").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    modules = modules_of(config, tmp_path)
+    modules = modules_of(config, Checkpoint.open(tmp_path).tensors)
     assert modules is not None
     assert modules["model.layers.0.block_sparse_moe.experts.3.w1"] == "experts"
     assert modules["model.layers.0.self_attn.q_proj"] == "Linear" and modules["lm_head"] == "Linear"
@@ -257,6 +255,6 @@ def test_names_of_saved_models_with_extra_tensors(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, "mtp.layers.0.mlp.up_proj.weight": torch.zeros(48, 32)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint.open(tmp_path)
-    modules = modules_of(checkpoint.config, tmp_path)
+    modules = modules_of(checkpoint.config, checkpoint.tensors)
     assert modules is not None and "mtp.layers.0.mlp.up_proj" not in modules
     assert census.take(checkpoint).entries["mtp.layers.0.mlp.up_proj.weight"].role == "linear"

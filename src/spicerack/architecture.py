@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from spicerack.checkpoint.reader import Checkpoint
 from spicerack.models import names
 
 if TYPE_CHECKING:
@@ -30,8 +28,8 @@ _BUILD_ERRORS = (
 )  # fmt: skip
 
 
-def modules_of(config: Mapping[str, Any], folder: Path) -> dict[str, str] | None:
-    """Checkpoint module name (no `.weight`) -> class of the module that reads it, for the model folder `folder`.
+def modules_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str] | None:
+    """Checkpoint module name (no `.weight`) -> class of the module that reads it, for a folder with these tensors.
 
     "Linear", "Embedding", "Conv1D", "LayerNorm" ... are exact classes: a subclass that computes something else has its
     own name (`Gemma3TextScaledWordEmbedding`). "experts" is a fused expert tensor or becomes part of one; "Linear via
@@ -41,7 +39,7 @@ def modules_of(config: Mapping[str, Any], folder: Path) -> dict[str, str] | None
     None if transformers does not know the architecture, or cannot build it: then names are all there is to go by.
     """
     model = on_meta(config)
-    return None if model is None else _by_checkpoint_name(model, Checkpoint.open(folder).tensors)
+    return None if model is None else _by_checkpoint_name(model, tensors)
 
 
 def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:

@@ -166,6 +166,24 @@ def arguments_of(
     return tuple(found)
 
 
+@torch.no_grad()
+def output_of(model: PreTrainedModel, path: str, inputs: Inputs) -> torch.Tensor:
+    """The hidden states that a block of `model` makes; nothing behind it is computed."""
+    found: list[torch.Tensor] = []
+
+    def look(_: nn.Module, __: Any, made: Any) -> None:
+        found.append(made[0] if isinstance(made, tuple) else made)
+        raise _EnoughError
+
+    hook = model.get_submodule(path).register_forward_hook(look)
+    try:
+        with suppress(_EnoughError):
+            _call(model, inputs)
+    finally:
+        hook.remove()
+    return found[0]
+
+
 class _EnoughError(Exception):
     """Ends a forward whose rest is not needed; never leaves this module."""
 

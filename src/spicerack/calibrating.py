@@ -37,7 +37,7 @@ from spicerack.loading import load_apart
 from spicerack.memory import peak_rss_bytes
 from spicerack.qtensor import QTensor
 from spicerack.ranks import ALONE, Ranks
-from spicerack.rotating import Rotated
+from spicerack.rotating import Rotated, original
 from spicerack.solved import Solved
 
 
@@ -79,7 +79,7 @@ def run(
     UsageError for an architecture without blocks, ActivationError naming block, layer and token.
     """
     folder.mkdir(exist_ok=True)
-    model, experts = load_apart(job.source.folder)
+    model, experts = load_apart(original(job.source))
     stack = blocks.find(model)
     contents = inside(stack, experts, job)
     states = States(folder, text.rows)

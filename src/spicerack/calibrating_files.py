@@ -16,12 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spicerack import packed
+from spicerack.checkpoint.writer import partial_folder
 from spicerack.format import Planned
 from spicerack.qtensor import QTensor
 from spicerack.scheme import Scheme
 from spicerack.solved import Solved
 
 _CHANGED = "float"
+
+
+def blocks_folder(output: Path) -> Path:
+    """Where blocks lie until `output` is whole."""
+    return partial_folder(output) / "blocks"
 
 
 class Solutions:

@@ -116,7 +116,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         model_type=str(config.get("model_type", "unknown")),
         classes=tuple(map(str, classes)) if isinstance(classes, list) else (),
         dtype=dtype if isinstance(dtype, str) else None,
-        layers=_first(merged, *_LAYERS),
+        layers=_first(merged, *LAYERS),
         hidden=_first(merged, *_HIDDEN),
         heads=_first(merged, *_HEADS),
         experts=_first(merged, *_EXPERTS),
@@ -126,7 +126,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 _TEXT_MODELS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "model_dim")
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _MAX_DEPTH = 6

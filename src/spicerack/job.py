@@ -97,7 +97,11 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
     SchemeError (an embedding with int8 activations), ShapeError (all tensors that no whole blocks tile, at once),
     UsageError (static activations in a model without blocks to calibrate).
     """
-    source = Checkpoint.open(model)
+    return decide(Checkpoint.open(model), what, shard_bytes=shard_bytes)
+
+
+def decide(source: Checkpoint, what: Recipe, *, shard_bytes: int = SHARD_BYTES) -> Job:
+    """The same for a folder that is open, or a part of it."""
     if "quantization_config" in source.config or source.config.get("model_type") == format.CONTAINER:
         raise CheckpointError(
             f"{source.folder} is quantized already", "start from the float model: every rounding adds up"
@@ -108,7 +112,7 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
     entries = seen.entries
     tied = {_module(alias): _module(owner) for alias, owner in seen.tied.items()}
     decisions = recipe.resolve(what, {entry.module: entry.role for entry in entries.values()}, tied)
-    modules = modules_of(source.config, source.folder)
+    modules = modules_of(source.config, source.tensors)
     calibrated = _calibrated(source) if what.is_static else frozenset()
     planned: dict[str, Planned] = {}
     reasons: dict[str, str] = {}

@@ -93,13 +93,12 @@ def load(
     return model
 
 
-def load_apart(folder: str | Path) -> tuple[PreTrainedModel, dict[str, Expert]]:
-    """The float model in `folder`, mapped from its files, all experts of mixtures as an `ExpertStack` of linear layers;
-    and for these layers, by path, what they are in the folder.
+def load_apart(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str, Expert]]:
+    """A float model, mapped from its files, all experts of mixtures as an `ExpertStack` of linear layers; and for these
+    layers, by path, what they are in the folder.
 
     Merged into one parameter, as transformers has them, experts would have to be copied. Raises as `load` does.
     """
-    checkpoint = Checkpoint.open(folder)
     model, floats = _with_slots(checkpoint, None, {}, None, apart=True)
     found = experts_in_slots(model)
     fill(model, checkpoint, None, floats, "cpu")

@@ -10,25 +10,27 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from spicerack import calibrating, calibrating_plan
+from spicerack import calibrating, calibrating_plan, preflight
 from spicerack import method as methods
 from spicerack.algorithms import hqq, rtn
 from spicerack.calibrating import Finished
-from spicerack.calibrating_files import Solutions, clear
+from spicerack.calibrating_files import Solutions, blocks_folder, clear
 from spicerack.calibrating_plan import Plan
 from spicerack.calibrating_text import Text
 from spicerack.calibration import Calibration
-from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer, partial_folder
+from spicerack.checkpoint.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer
 from spicerack.errors import RecipeError, SchemeError, UsageError
 from spicerack.job import Action, Job, prepare
 from spicerack.kernel import Compute
 from spicerack.memory import peak_rss_bytes
 from spicerack.method import Method
+from spicerack.preflight import Trial
 from spicerack.ranks import ALONE, Ranks
 from spicerack.recipe import ObserverName, Range, Recipe, Rule, check_observer, check_range, rule
 from spicerack.scheme import Scheme, parse
@@ -37,7 +39,6 @@ from spicerack.swap import quantize_module
 OBSERVER: ObserverName = "percentile"
 """The best measured (docs/quality.md)."""
 RUN = "run.json"
-_BLOCKS = "blocks"
 Progress = Callable[[int], None]
 
 
@@ -146,11 +147,13 @@ def execute(
     memory: int | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    tried: Callable[[Trial], None] = lambda _: None,
     finished: Callable[[Finished], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Write what `job` decided -> the summary that the command line prints.
 
+    tried: called with what became of the model's first blocks, where they were tried before the rest is calibrated;
     finished: called with each block that is calibrated; stopping: asked behind each, whether to raise KeyboardInterrupt
     there. ranks: processes that calibrate together; the first of them writes, the others return an empty summary.
     memory: bytes that each process must not exceed.
@@ -164,7 +167,7 @@ def execute(
     def calibrate() -> None:
         assert calibration is not None
         calibrating.run(
-            job, Text(calibration, planned.sequences), partial_folder(output) / _BLOCKS, threads=threads, ranks=ranks,
+            job, Text(calibration, planned.sequences), blocks_folder(output), threads=threads, ranks=ranks,
             finished=finished, stopping=stopping,
         )  # fmt: skip
 
@@ -180,12 +183,16 @@ def execute(
         identity |= {"ranks": ranks.count}
     side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
     writer = Writer(output, job.shards, identity, side_bytes)
-    solved = Solutions(writer.partial / _BLOCKS)
+    solved = Solutions(blocks_folder(output))
     resumed = writer.resumed or bool(solved)
     needed = calibration is not None and next(writer.pending(), None) is not None
+    if needed and not resumed and calibration is not None:
+        trial = preflight.run(job, calibration, writer.partial / "preflight", partial(execute, threads=threads))
+        if trial is not None:
+            tried(trial)
     if bool(ranks.largest(torch.tensor(needed))):
         calibrate()
-        solved = Solutions(writer.partial / _BLOCKS)
+        solved = Solutions(blocks_folder(output))
     by_source = {action.info.name: action for action in job.actions}
     done = progress or (lambda _: None)
     waiting = list(writer.pending())
@@ -202,7 +209,7 @@ def execute(
         ledger = {"identity": identity, "tensors": [*writer.entries(), *map(_dropped, _drops(job))]}
         files = {RUN: _run(job, result), LEDGER: _json(ledger), CONFIG: _json(job.config)}
         writer.finish(files, job.source.folder, job.source.side_files)
-    clear(writer.partial / _BLOCKS)
+    clear(blocks_folder(output))
     writer.seal()
     return result
 

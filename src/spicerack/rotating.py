@@ -58,6 +58,14 @@ class Rotated(Checkpoint):
         return hadamard.rotate(hidden)
 
 
+def original(source: Checkpoint) -> Checkpoint:
+    """What was rotated, or `source` itself."""
+    if not isinstance(source, Rotated):
+        return source
+    assert source.base is not None
+    return source.base
+
+
 def rotate(base: Checkpoint) -> Rotated:
     """`base` with its residual stream rotated. Raises RecipeError for families whose stream is not known."""
     family = base.config.get("model_type")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spicerack.calibrating_plan import Plan
     from spicerack.calibration import Calibration
     from spicerack.job import Job
+    from spicerack.preflight import Trial
     from spicerack.ranks import Ranks
     from spicerack.recipe import Recipe, Rule
 
@@ -190,10 +191,13 @@ def command(
                 bar.console.print(_line(block), soft_wrap=True, highlight=False)
             bar.update(task, description=f"block {block.number + 1} of {block.count}")
 
+        def tried(trial: Trial) -> None:
+            bar.console.print(_trial(trial), soft_wrap=True, highlight=False)
+
         with _interrupt(bar.console, gently=calibration is not None) as stopping:
             result = execute(
                 job, output, calibration=calibration, threads=threads, memory=memory, ranks=ranks,
-                finished=finished, stopping=stopping, progress=lambda nbytes: bar.advance(task, nbytes),
+                tried=tried, finished=finished, stopping=stopping, progress=lambda nbytes: bar.advance(task, nbytes),
             )  # fmt: skip
     if not ranks.first:
         return
@@ -245,6 +249,13 @@ def _calibration(job: Job, source: str, samples: int, length: int | None, seed: 
         return calibration_generation.from_model(load(folder), tokenizer, samples=samples, length=length, seed=seed)
     what = kind(job.source.config, folder)
     return calibration.read(source, tokenizer, samples=samples, length=length, seed=seed, kind=what)
+
+
+def _trial(trial: Trial) -> str:
+    return (
+        f"preflight: {trial.blocks} of {trial.count} blocks rounded, saved and loaded again: as computed within "
+        f"{trial.difference:.2%} (off the float model's by {trial.error:.2%}), {trial.seconds:.1f} s"
+    )
 
 
 def _line(block: Finished) -> str:
