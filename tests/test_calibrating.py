@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +308,67 @@ def test_a_real_model_loses_less(tmp_path: Path) -> None:
         windows = evaluation_text.windows(STDLIB_LM / "heldout.txt", tokenizer, 256, 4096)
         losses.append(float(evaluation_lm.compare(reference, small, windows).kl.mean()))
     assert losses[1] < 0.6 * losses[0]
+
+
+_FULL = """
+import resource, sys
+from pathlib import Path
+from test_calibrating import text
+from spicerack.errors import OutputError
+from spicerack.job import prepare
+from spicerack.quantization import calibrated, execute
+from spicerack.recipe import Recipe
+from spicerack.scheme import parse
+
+job = prepare(sys.argv[1], calibrated(Recipe(parse("w4g16")), True))
+
+def fill(_):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # no file may grow beyond that
+
+try:
+    execute(job, Path(sys.argv[2]), calibration=text(), finished=fill)
+except OutputError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_loses_no_block(tmp_path: Path) -> None:
+    """The kernel refuses to write more, as on a full disk, once the first block is finished."""
+    source, given = saved("llama", tmp_path / "float"), text()
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL, str(source), str(tmp_path / "out")],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    assert "cannot be written" in done.stdout and "finished blocks are kept" in done.stdout, done.stderr
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / "out.partial" / "blocks").glob("block-*"))) == 1
+    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+    rest: list[int] = []
+    execute(job, tmp_path / "out", calibration=given, finished=lambda f: rest.append(f.number))
+    execute(job, tmp_path / "whole", calibration=given)
+    assert rest == [1] and same_files(tmp_path / "out", tmp_path / "whole")
+
+
+def test_two_runs_at_once_are_refused_by_name(tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "float")
+    said: list[str] = []
+
+    def again(finished: Finished) -> None:
+        if finished.number == 0:
+            done = subprocess.run(
+                [sys.executable, "-c", _FULL, str(source), str(tmp_path / "out")],
+                capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+            )  # fmt: skip
+            said.append(done.stdout)
+
+    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+    execute(job, tmp_path / "out", calibration=text(), finished=again)
+    assert len(said) == 1 and f"out.partial is being written by process {os.getpid()}" in said[0]
+
+
+def test_a_model_without_a_tokenizer_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = saved("llama", tmp_path / "float")
+    (tmp_path / "text.txt").write_text("some words of it " * 200)
+    arguments = ["quantize", str(source), "-o", str(tmp_path / "out"), "--scheme", "w4g16"]
+    assert _output.run(cli, [*arguments, "--calib", str(tmp_path / "text.txt")]) == 2
+    assert "has no tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The trial before the work: models cut to their first blocks, what is compared, and what a broken writer does to it."""
+"""The trial before the work: models cut to their first blocks, what is compared, what a broken writer does to it."""
 
 from __future__ import annotations
 

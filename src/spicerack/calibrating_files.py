@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from spicerack import packed
 from spicerack.checkpoint.writer import partial_folder
+from spicerack.errors import OutputError
 from spicerack.format import Planned
 from spicerack.qtensor import QTensor
 from spicerack.scheme import Scheme
@@ -106,7 +107,7 @@ class States:
     def write(self, block: int, chunk: int, quantized: torch.Tensor, exact: torch.Tensor) -> None:
         """Of one chunk."""
         tensors = {"quantized": quantized.contiguous(), "exact": exact.contiguous().clone()}
-        save_file(tensors, self._path(block, chunk))
+        _save(tensors, self._path(block, chunk))
 
     def read(self, block: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same again."""
@@ -129,7 +130,7 @@ class States:
             for kind, q in (("start", start), ("solved", solved.q))
             for name, part in packed.pack(q).items()
         }
-        save_file(tensors, self.folder / f"part-{path}.safetensors", {"spicerack": json.dumps(solved.events)})
+        _save(tensors, self.folder / f"part-{path}.safetensors", {"spicerack": json.dumps(solved.events)})
 
     def read_part(self, path: str, planned: Planned) -> tuple[QTensor, Solved]:
         """The same again."""
@@ -175,10 +176,22 @@ def commit(
     facts = {"layers": layers, "changed": list(changed), "error": error}
     path = _file(folder, block)
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, {"spicerack": json.dumps(facts)})
+    _save(tensors, temporary, {"spicerack": json.dumps(facts)})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Raises OutputError where the disk is full."""
+    try:
+        save_file(tensors, path, metadata)
+    except (OSError, SafetensorError) as error:
+        path.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} cannot be written: {error}",
+            "free some space; finished blocks are kept, and the same command continues",
+        ) from error
 
 
 def clear(folder: Path) -> None:
