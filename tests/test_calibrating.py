@@ -356,7 +356,8 @@ def test_two_runs_at_once_are_refused_by_name(tmp_path: Path) -> None:
         if finished.number == 0:
             done = subprocess.run(
                 [sys.executable, "-c", _FULL, str(source), str(tmp_path / "out")],
-                capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+                capture_output=True, text=True, check=False,
+                env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
             )  # fmt: skip
             said.append(done.stdout)
 

@@ -102,9 +102,10 @@ def freeze(model: nn.Module, *, compute: Compute | None = None) -> nn.Module:
             raise UsageError(
                 f"{name}.weight is sharded over processes", "gather the state dict, and load it into a prepared model"
             )
-        if layer.plan.scheme.activations == "static":
+        if layer.plan.scheme.activations is not None and isinstance(layer, nn.Conv2d):
             raise SchemeError(
-                f"{name}: {layer.plan.scheme}: no folder keeps static activation scales yet", "train with a8 instead"
+                f"{name}: {layer.plan.scheme}: packed convolutions compute with float activations so far",
+                "train it without a8",
             )
         if (key := _key(layer)) not in packed:
             packed[key] = PackedWeight(

@@ -30,7 +30,7 @@ from spicerack.kernels.reference import quantize_tokens
 from spicerack.scheme import IntLevels
 
 Clip = Literal["levels", "cells", "none"]
-_INT8 = IntLevels(-128, 127)
+_INT8 = IntLevels(-127, 127)
 Parts = tuple[torch.Tensor, torch.Tensor | None]
 """Scale and zero point of each block as they are stored, float32 [N/rows, K/columns]; no zero point is None."""
 

@@ -94,7 +94,8 @@ class FakeLayer(nn.Module):
         plan, w = self.plan, self.matrix()
         codec.check_finite(w.float(), name)
         scale, zero = self.parts()
-        if not bool(torch.isfinite(scale).all() if zero is None else torch.isfinite(scale + zero).all()):
+        learned = [part for part in (scale, zero, self.input_scale) if part is not None]
+        if not all(bool(torch.isfinite(part).all()) for part in learned):
             raise WeightError(
                 f"{name}: a scale was learned that is not finite, or too large for {plan.dtype}",
                 "train with a lower learning rate",
@@ -106,6 +107,7 @@ class FakeLayer(nn.Module):
             scale=scale.to(plan.dtype),
             zero=None if zero is None else zero.to(torch.int8),
             transposed=isinstance(self, Conv1D),
+            input_scale=None if self.input_scale is None else self.input_scale.detach().float().reshape(1),
         )
 
     def extra_repr(self) -> str:
