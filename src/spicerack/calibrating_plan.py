@@ -45,17 +45,17 @@ class Plan:
     where: str
 
 
-def make(job: Job, length: int = 0, memory: int | None = None) -> Plan:
-    """length: tokens of a calibration sequence; 0: there is no text. memory: bytes that the peak must not exceed.
+def make(job: Job, text: tuple[int, int] | None, memory: int | None = None) -> Plan:
+    """text: sequences and their length, None without calibration. memory: bytes that the peak must not exceed.
 
     Raises UsageError if it would whatever the chunk.
     """
     largest = max((a.info.numel * 4 for a in job.actions), default=0)
     writing = Plan(0, PROCESS + 3 * largest, "reading, rounding and writing the largest tensor")
     plans = [writing]
-    if length:
+    if text is not None:
         plans = [p if p.peak_bytes >= writing.peak_bytes else replace(writing, sequences=p.sequences)
-                 for p in _calibrating(job, length)]  # fmt: skip
+                 for p in _calibrating(job, *text)]  # fmt: skip
     if memory is None:
         return plans[0]
     for plan in plans:
@@ -63,7 +63,7 @@ def make(job: Job, length: int = 0, memory: int | None = None) -> Plan:
             return plan
     raise UsageError(
         f"--memory {_gb(memory)} GB: at least {_gb(plans[-1].peak_bytes)} GB are needed, {plans[-1].where}",
-        "use more memory, or another method or scheme for that layer" if length else "use more memory",
+        "use more memory, or another method or scheme for that layer" if text else "use more memory",
     )
 
 
@@ -80,10 +80,10 @@ class _Matrix:
     itemsize: int
 
 
-def _calibrating(job: Job, length: int) -> Iterator[Plan]:
+def _calibrating(job: Job, count: int, length: int) -> Iterator[Plan]:
     """With ever smaller chunks; the first is the one to take where nothing limits it."""
     blocks = _blocks(job)
-    sequences = max(TOKENS // length, 1)
+    sequences = min(max(TOKENS // length, 1), count)
     while sequences > 1 and max(_activations(job, b, sequences * length) for b in blocks) > _ACTIVATIONS:
         sequences //= 2
     while sequences:

@@ -135,7 +135,8 @@ def calibrated(what: Recipe, with_text: bool) -> Recipe:
 
 def plan(job: Job, calibration: Calibration | None, memory: int | None) -> Plan:
     """What will be in memory. Raises UsageError if that cannot be made to fit in `memory` bytes."""
-    return calibrating_plan.make(job, 0 if calibration is None else calibration.ids.shape[1], memory)
+    text = None if calibration is None else (len(calibration.ids), calibration.ids.shape[1])
+    return calibrating_plan.make(job, text, memory)
 
 
 def execute(
