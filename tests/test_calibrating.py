@@ -121,7 +121,7 @@ def test_families_get_nearer_to_the_float_model(family: str, tmp_path: Path) -> 
     exact = spicerack.load(source, dtype=torch.float32).eval()
     errors = []
     for name, some in (("rtn", None), ("gptq", given)):
-        spicerack.quantize(source, "w3g16", output=tmp_path / name, calibration=some)
+        spicerack.quantize(source, "w3g16", output=tmp_path / name, method=name, calibration=some)
         small = spicerack.load(tmp_path / name, compute="float", dtype=torch.float32).eval()
         with torch.no_grad():
             difference = small(input_ids=given.ids)[0] - exact(input_ids=given.ids)[0]
@@ -303,7 +303,7 @@ def test_a_real_model_loses_less(tmp_path: Path) -> None:
     reference = spicerack.load(STDLIB_LM, dtype=torch.float32)
     losses = []
     for name, some in (("rtn", None), ("gptq", given)):
-        spicerack.quantize(STDLIB_LM, "w3g64", output=tmp_path / name, calibration=some)
+        spicerack.quantize(STDLIB_LM, "w3g64", output=tmp_path / name, method=name, calibration=some)
         small = spicerack.load(tmp_path / name, compute="float", dtype=torch.float32)
         windows = evaluation_text.windows(STDLIB_LM / "heldout.txt", tokenizer, 256, 4096)
         losses.append(float(evaluation_lm.compare(reference, small, windows).kl.mean()))

@@ -138,7 +138,9 @@ def test_bad_yaml_is_refused(tmp_path: Path, text: str) -> None:
         ("w4g64", "gptq"),
         ("w2g32", "signround"),
         ("w2g32h", "signround"),
-        ("ternary", "gptq"),
+        ("ternary", "signround"),
+        ("w3g64", "signround"),
+        ("w8", "gptq"),
         ("w8a8", "smoothquant+gptq"),
     ],
 )
