@@ -1,7 +1,7 @@
 """The calibrated loop: block by block, with what really flows through the model.
 
-One block is in float32 memory at a time, next to an untouched copy of it; the hidden states of the calibration text lie
-on disk, in chunks, twice: as the float model has them, and as they are behind the blocks that are quantized already.
+One block is at work at a time, next to an untouched copy of it; the hidden states of the calibration text lie on disk,
+in chunks, twice: as the float model has them, and as they are behind the blocks that are quantized already.
 First the block is transformed, where the method says so; then its layers are solved in the order in which they run,
 those that share an input together:
 
