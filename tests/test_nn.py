@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spicerack import codec
 from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.experts import unstack
+from spicerack.nn.experts import ExpertStack, linear, put
 from spicerack.nn.linear import QLinear
 from spicerack.nn.packed import PackedWeight
 from spicerack.qtensor import QTensor
@@ -102,6 +102,16 @@ def test_memory_is_what_the_scheme_says() -> None:
     assert PackedWeight(quantized("w4g32", 64, 256)).nbytes == parse("w4g32").stored_bits((64, 256)) // 8
 
 
+def apart(owner: nn.Module, rows: tuple[int, ...], transposed: bool) -> ExpertStack:
+    """The parameter `experts` of `owner` as a stack of linear layers, in its place."""
+    parameter = owner.experts.detach()
+    matrices = [matrix.t() if transposed else matrix for matrix in parameter]
+    layers = [[linear(part) for part in matrix.split(list(rows))] for matrix in matrices]
+    stack = ExpertStack(layers, parameter.shape, transposed=transposed)
+    put(owner, "experts", stack)
+    return stack
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_multiply_as_their_parameter_does(transposed: bool) -> None:
     """linear(x, p[e]), x @ p[e] and bmm(x, p), as families write it, before and after the parameter is taken apart."""
@@ -117,7 +127,7 @@ def test_experts_multiply_as_their_parameter_does(transposed: bool) -> None:
         return [functional(x[1], p[e]), functional(x[1], p[e], bias), functional(x[1], p[e], bias=bias)]
 
     wanted, shape = results(), owner.experts.shape
-    stack = unstack(owner, "experts", (12, 8), transposed=transposed)
+    stack = apart(owner, (12, 8), transposed)
     assert owner.experts is stack and stack.shape == shape and len(stack) == 3
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results(), wanted, strict=True))
     seen: list[torch.Tensor] = []
@@ -129,7 +139,7 @@ def test_experts_multiply_as_their_parameter_does(transposed: bool) -> None:
 def test_what_a_stack_of_experts_cannot_answer_is_an_error() -> None:
     owner = nn.Module()
     owner.experts = nn.Parameter(torch.randn(3, 20, 8))
-    stack = unstack(owner, "experts", (20,), transposed=False)
+    stack = apart(owner, (20,), False)
     with pytest.raises(TypeError):
         torch.randn(5, 20) @ stack[0]
     with pytest.raises(TypeError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import shutil
 import sys
 from dataclasses import dataclass
@@ -20,6 +19,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+sys.path.append(str(Path(__file__).parents[2] / "src"))  # that module needs nothing but Python
+from spicerack.memory import peak_rss_bytes
+
+__all__ = ["Job", "finish", "job", "peak_rss_bytes", "tell"]
 
 WEIGHTS = "model.safetensors"
 
@@ -59,16 +63,6 @@ def job() -> Job:
     model, tokens, spec, output = sys.argv[1:]
     torch.manual_seed(0)
     return Job(Path(model), load_file(tokens)["input_ids"], spec, Path(output), Path(f"{tokens}.derived"))
-
-
-def peak_rss_bytes() -> int:
-    """The process's largest resident memory so far; on Linux without what it inherited from the one that started it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def tell(given: Job, package: str, *, bits: float, seconds: float, notes: str, **more: Any) -> None:

@@ -251,8 +251,9 @@ class Work:
 
     def put(self, layer: Layer, w: QTensor | torch.Tensor) -> None:
         """In place of the layer's weight, [N, K]."""
-        transposed = layer.planned.transposed and not isinstance(w, QTensor)
-        self._block[layer.path].source = w.t() if transposed and isinstance(w, torch.Tensor) else w
+        if isinstance(w, torch.Tensor) and layer.planned.transposed:
+            w = w.t()
+        self._block[layer.path].source = w
 
     def follow(self, path: str) -> None:
         """A parameter of the block is again what it is in the exact one."""

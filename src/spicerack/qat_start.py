@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spicerack import recipe, swap
+from spicerack import swap
 from spicerack.algorithms import rtn
 from spicerack.errors import RecipeError, SchemeError, UsageError
 from spicerack.levels import dtype_of
@@ -64,14 +64,7 @@ def choose(model: nn.Module, what: Recipe) -> tuple[dict[str, Convertible], dict
     if not everything:
         raise RecipeError(f"{type(model).__name__} has no layer that is trained in few bits", "it needs linear layers")
     roles |= dict.fromkeys(convolutions, "linear")
-    tied = swap.ties_of(everything, roles)
-    decisions = recipe.resolve(what, {name: role for name, role in roles.items() if name not in tied}, tied)
-    chosen = {name: scheme for name in everything if (scheme := decisions[name].scheme) is not None}
-    if not chosen:
-        raise RecipeError(
-            f"{type(model).__name__} has no layer that the recipe quantizes",
-            f"embeddings and heads must be named by a rule, such as '{next(iter(everything))}={what.scheme.name}'",
-        )
+    chosen, _ = swap.chosen_of(model, what, everything, roles)
     weights_of = {
         name: dataclasses.replace(scheme, activations=None)
         if scheme.activations == "static" and not isinstance(everything[name], nn.Embedding)

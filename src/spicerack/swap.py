@@ -46,15 +46,7 @@ def quantize_module(module: nn.Module, what: Recipe, compute: Compute | None = N
         raise RecipeError(
             f"{type(module).__name__} has no layer with a packed form", "it needs nn.Linear or nn.Embedding layers"
         )
-    roles = roles_of(module, found)
-    tied = ties_of(found, roles)
-    decisions = recipe.resolve(what, {name: role for name, role in roles.items() if name not in tied}, tied)
-    chosen = {name: scheme for name in found if (scheme := decisions[name].scheme) is not None}
-    if not chosen:
-        raise RecipeError(
-            f"{type(module).__name__} has no layer that the recipe quantizes",
-            f"embeddings and heads must be named by a rule, such as '{next(iter(found))}={what.scheme.name}'",
-        )
+    chosen, tied = chosen_of(module, what, found, roles_of(module, found))
     check(found, chosen)
     check_owners(module, found, chosen)
     packed: dict[tuple[int, bool], PackedWeight] = {}
@@ -120,6 +112,21 @@ def _role(name: str, layer: Layer) -> str:
 
 def _info(name: str, weight: torch.Tensor) -> TensorInfo:
     return TensorInfo(name, safetensors_dtype(weight.dtype), tuple(weight.shape), weight.nbytes, "")
+
+
+def chosen_of(
+    module: nn.Module, what: Recipe, layers: Mapping[str, Layer | nn.Conv2d], roles: Mapping[str, str]
+) -> tuple[dict[str, Scheme], dict[str, str]]:
+    """Path -> scheme, for the layers that the recipe quantizes, and alias -> owner. Raises RecipeError for none."""
+    tied = ties_of(layers, roles)
+    decisions = recipe.resolve(what, {name: role for name, role in roles.items() if name not in tied}, tied)
+    chosen = {name: scheme for name in layers if (scheme := decisions[name].scheme) is not None}
+    if not chosen:
+        raise RecipeError(
+            f"{type(module).__name__} has no layer that the recipe quantizes",
+            f"embeddings and heads must be named by a rule, such as '{next(iter(layers))}={what.scheme.name}'",
+        )
+    return chosen, tied
 
 
 def ties_of(layers: Mapping[str, Layer | nn.Conv2d], roles: Mapping[str, str]) -> dict[str, str]:

@@ -81,22 +81,6 @@ class Matrix:
         return NotImplemented
 
 
-def unstack(module: nn.Module, path: str, rows: Sequence[int], *, transposed: bool) -> ExpertStack:
-    """Replace the parameter `path` [E, N, K] ([E, K, N] if transposed) of `module` by linear layers with its values.
-
-    rows: of each part of an expert; they add up to N.
-    """
-    parameter = module.get_parameter(path)
-    experts = []
-    for matrix in parameter.detach():
-        parts = (matrix.t() if transposed else matrix).split(list(rows))
-        experts.append([linear(part) for part in parts])
-    owner, _, attribute = path.rpartition(".")
-    stack = ExpertStack(experts, parameter.shape, transposed=transposed)
-    put(module.get_submodule(owner), attribute, stack)
-    return stack
-
-
 def put(owner: nn.Module, attribute: str, stack: nn.Module) -> None:
     """`stack` in place of the parameter; the owner multiplies by one expert at a time from now on."""
     config = vars(owner).get("config")
