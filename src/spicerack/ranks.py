@@ -6,6 +6,7 @@ torch.distributed. Sums are taken in the order of ranks, so that a number of ran
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,4 +70,11 @@ def join() -> Ranks:
     """This process as torchrun started it: among the others of its group. Raises ValueError without torchrun."""
     if not distributed.is_initialized():
         distributed.init_process_group("gloo", timeout=_PATIENCE)
+        atexit.register(_leave)
     return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def _leave() -> None:
+    """gloo's threads must end before the interpreter does, or they may abort the process at its end."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
