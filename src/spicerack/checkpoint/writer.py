@@ -16,7 +16,6 @@ every shard back with that library.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -30,6 +29,16 @@ from typing import Any, BinaryIO
 
 import torch
 
+from spicerack.checkpoint.durable import (
+    LOCK,
+    disk_error,
+    json_bytes,
+    locked,
+    read_json,
+    refuse_other,
+    sync_folder,
+    write_atomically,
+)
 from spicerack.checkpoint.reader import BITS
 from spicerack.errors import OutputError
 
@@ -39,7 +48,6 @@ LEDGER = "spicerack.json"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 _PROGRESS = "progress.json"  # OUT.partial: whose it is
-_LOCK = ".lock"  # OUT.partial: held by the process that writes there
 
 
 def partial_folder(output: Path) -> Path:
@@ -114,8 +122,8 @@ class Writer:
         refuse_existing(self.output, identity)
         record = self.partial / _PROGRESS
         if self.partial.exists():
-            before = _read_json(record) or (_read_json(self.partial / LEDGER) or {}).get("identity")
-            if before is None and any(p.name != _LOCK for p in self.partial.iterdir()):
+            before = read_json(record) or (read_json(self.partial / LEDGER) or {}).get("identity")
+            if before is None and any(p.name != LOCK for p in self.partial.iterdir()):
                 raise OutputError(f"{self.partial} exists and is not ours", "remove it or choose another output folder")
             if before is not None:
                 refuse_other(self.partial, before, identity)
@@ -124,11 +132,11 @@ class Writer:
         missing = sum(u.nbytes for s in self.shards for u in s.units if not (self.partial / s.file).exists())
         check_disk(self.output.parent, missing + side_bytes)
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._unlock = weakref.finalize(self, os.close, _locked(self.partial))
+        self._unlock = weakref.finalize(self, os.close, locked(self.partial))
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
         if not self.complete:
-            _write_atomically(record, _json_bytes(identity))
+            write_atomically(record, json_bytes(identity))
 
     def pending(self) -> Iterator[Shard]:
         """Shards that are not on disk yet."""
@@ -145,18 +153,18 @@ class Writer:
                 writer.finish()
                 file.flush()
                 os.fsync(file.fileno())
-            _write_atomically(self._ledger_of(shard), _json_bytes(writer.entries))
+            write_atomically(self._ledger_of(shard), json_bytes(writer.entries))
             temporary.replace(self.partial / shard.file)
-            _sync_folder(self.partial)
+            sync_folder(self.partial)
         except OSError as error:
-            raise _disk_error(error, self.partial) from error
+            raise disk_error(error, self.partial) from error
 
     def _ledger_of(self, shard: Shard) -> Path:
         return self.partial / (shard.file + ".ledger.json")
 
     def entries(self) -> list[dict[str, Any]]:
         """Ledger entries of all shards, in order, from disk: the same whether or not the run was interrupted."""
-        return [entry for shard in self.shards for entry in _read_json(self._ledger_of(shard)) or []]
+        return [entry for shard in self.shards for entry in read_json(self._ledger_of(shard)) or []]
 
     def finish(self, files: Mapping[str, bytes], source: Path, side_files: Iterable[str]) -> None:
         """Copy the side files, write the index, then `files` in order; the last, config.json, completes the folder."""
@@ -168,23 +176,23 @@ class Writer:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, target)
             if len(self.shards) > 1:
-                _write_atomically(self.partial / INDEX, _json_bytes(self._index()))
+                write_atomically(self.partial / INDEX, json_bytes(self._index()))
             for name, content in files.items():
-                _write_atomically(self.partial / name, content)
+                write_atomically(self.partial / name, content)
         except OSError as error:
-            raise _disk_error(error, self.partial) from error
+            raise disk_error(error, self.partial) from error
 
     def seal(self) -> None:
         """Clear the progress records and make OUT appear. Needs a complete folder."""
         try:
-            for leftover in [*self.partial.glob("*.ledger.json"), self.partial / _PROGRESS, self.partial / _LOCK]:
+            for leftover in [*self.partial.glob("*.ledger.json"), self.partial / _PROGRESS, self.partial / LOCK]:
                 leftover.unlink(missing_ok=True)
-            _sync_folder(self.partial)
+            sync_folder(self.partial)
             self._unlock()
             self.partial.replace(self.output)
-            _sync_folder(self.output.parent)
+            sync_folder(self.output.parent)
         except OSError as error:
-            raise _disk_error(error, self.partial) from error
+            raise disk_error(error, self.partial) from error
 
     def _index(self) -> dict[str, Any]:
         weight_map = {slot.name: shard.file for shard in self.shards for unit in shard.units for slot in unit.slots}
@@ -257,43 +265,11 @@ def refuse_existing(output: Path, identity: Mapping[str, Any]) -> None:
     """Raise OutputError if `output` exists: a finished folder is never overwritten."""
     if not output.exists():
         return
-    ledger = _read_json(output / LEDGER) if output.is_dir() else None
+    ledger = read_json(output / LEDGER) if output.is_dir() else None
     if ledger is None:
         raise OutputError(f"{output} exists and is not a folder that spicerack wrote", "choose another output folder")
     refuse_other(output, ledger.get("identity", {}), identity)
     raise OutputError(f"{output} is finished already, from the same model and recipe", "remove it to make it again")
-
-
-def refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise OutputError naming the first fact in which a folder's origin differs from the present run."""
-    for key in [*before, *(k for k in now if k not in before)]:
-        if before.get(key) != now.get(key):
-            raise OutputError(
-                f"{folder} was begun with another {key}: {_short(before.get(key))}, now {_short(now.get(key))}",
-                "choose another output folder, or remove that one",
-            )
-
-
-def _locked(folder: Path) -> int:
-    """Descriptor of the lock of `folder`, held until it is closed or the process ends, however it does.
-
-    The process itself may begin again, as after Ctrl+C in a notebook.
-    """
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise OutputError(f"{folder} is being written by process {owner}", "wait for it, or stop it") from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    return descriptor
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def check_disk(folder: Path, needed: int) -> None:
@@ -305,35 +281,3 @@ def check_disk(folder: Path, needed: int) -> None:
         raise OutputError(
             f"{folder} has {free / 1e9:.2f} GB free; the output takes {needed / 1e9:.2f} GB", "free some space"
         )
-
-
-def _disk_error(error: OSError, partial: Path) -> OutputError:
-    return OutputError(f"writing {partial} failed: {error.strerror}", "the same command continues once there is room")
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

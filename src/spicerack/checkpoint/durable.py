@@ -1,0 +1,84 @@
+"""Files that survive a crash: written whole or not at all, by one process at a time, for one purpose."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spicerack.errors import OutputError
+
+LOCK = ".lock"
+"""Held by the process that writes in a folder."""
+
+
+def refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise OutputError naming the first fact in which a folder's origin differs from the present run."""
+    for key in [*before, *(k for k in now if k not in before)]:
+        if before.get(key) != now.get(key):
+            raise OutputError(
+                f"{folder} was begun with another {key}: {_short(before.get(key))}, now {_short(now.get(key))}",
+                "choose another output folder, or remove that one",
+            )
+
+
+def locked(folder: Path) -> int:
+    """Descriptor of the lock of `folder`, held until it is closed or the process ends, however it does.
+
+    The process itself may begin again, as after Ctrl+C in a notebook.
+    """
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise OutputError(f"{folder} is being written by process {owner}", "wait for it, or stop it") from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def disk_error(error: OSError, partial: Path) -> OutputError:
+    """What is raised for `error`."""
+    return OutputError(f"writing {partial} failed: {error.strerror}", "the same command continues once there is room")
+
+
+def json_bytes(value: Any) -> bytes:
+    """As it is stored."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """None where there is nothing that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The whole file appears at once, and is on the disk then."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names in `folder` are on the disk behind this."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
