@@ -21,18 +21,33 @@ if TYPE_CHECKING:
     from spicerack.qat_start import QATConfig
     from spicerack.quantization import quantize
     from spicerack.saving import save
+    from spicerack.training.run import train
+    from spicerack.training.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["QATConfig", "__version__", "evaluate", "freeze", "load", "prepare_qat", "quantize", "save"]
+__all__ = [
+    "QATConfig",
+    "Settings",
+    "__version__",
+    "evaluate",
+    "freeze",
+    "load",
+    "prepare_qat",
+    "quantize",
+    "save",
+    "train",
+]
 
 _HOMES = {
     "QATConfig": "qat_start",
+    "Settings": "training.settings",
     "evaluate": "evaluation",
     "freeze": "qat",
     "load": "loading",
     "prepare_qat": "qat",
     "quantize": "quantization",
     "save": "saving",
+    "train": "training.run",
 }
 
 

@@ -11,6 +11,7 @@
     │   └── TextError               a text to evaluate or calibrate on is missing, broken or too short
     ├── WeightError                 a weight is NaN, infinite, or outside what its scale can hold
     ├── ActivationError             an activation is NaN, infinite, or too large to be squared
+    ├── TrainingError               a loss or a gradient is NaN or infinite
     └── LoadError                   a quantized folder does not fit the model it names
 
 Each carries a `hint`: the remedy, in one sentence. The command line prints both and exits with `exit_code`.
@@ -73,6 +74,10 @@ class WeightError(SpicerackError):
 
 class ActivationError(SpicerackError):
     """An activation is NaN, infinite, or too large to be squared; the message names token and column."""
+
+
+class TrainingError(SpicerackError):
+    """A loss or a gradient is NaN or infinite; the message names the step, the hint the last good checkpoint."""
 
 
 class LoadError(SpicerackError):

@@ -130,7 +130,7 @@ def build(
         AUTO_QUANTIZER_MAPPING[METHOD] = SpicerackQuantizer
         quantization = SpicerackConfig(prepare)
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = model_class.from_pretrained(
                 None,
                 config=config,
@@ -155,7 +155,7 @@ def build(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers draws a bar and prints a report for every load; callers draw their own, and `_check` raises."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

@@ -24,6 +24,7 @@ from spicerack.scheme import IntLevels, Scheme
 from spicerack.search import is_ternary
 
 Init = Literal["opt", "absmax", "lsq"]
+Stored = Literal["float32", "float16", "bfloat16"]
 _CLIPS: dict[Quantizer, Clip] = {"lsq": "levels", "seq": "cells", "absmax": "cells", "absmean": "none"}
 
 
@@ -35,17 +36,20 @@ class QATConfig:
                 "absmax": each step from the weights' range; "absmean": from the mean of |w|, as BitNet b1.58
     init        where learned scales begin: "opt": least squared error; "absmax": the range; "lsq": 2 mean|w| / sqrt(Qp)
     ranges      of static activations (a8s): "lsq": learned; "ema": a moving average
+    stored      float type that the model will be stored in, which decides the type of scales; None: the weights' own
     """
 
     quantizer: Quantizer | None = None
     init: Init | None = None
     ranges: Ranges = "lsq"
+    stored: Stored | None = None
 
     def __post_init__(self) -> None:
         for given, known in (
             (self.quantizer, get_args(Quantizer)),
             (self.init, get_args(Init)),
             (self.ranges, get_args(Ranges)),
+            (self.stored, get_args(Stored)),
         ):
             if given is not None and given not in known:
                 raise UsageError(f"QATConfig has no {given!r}", f"one of {', '.join(known)}")
@@ -116,7 +120,7 @@ def plan_of(name: str, layer: Convertible, scheme: Scheme, config: QATConfig) ->
         scheme,
         quantizer,
         Grid(levels, block, _CLIPS[quantizer]),
-        dtype_of(scheme.scale, layer.weight.dtype),
+        dtype_of(scheme.scale, layer.weight.dtype if config.stored is None else getattr(torch, config.stored)),
         config.ranges,
     )
 

@@ -16,6 +16,7 @@ from spicerack.cli import _output
 COMMANDS = {
     "inspect": "What is in a model folder, and what it would weigh.",
     "quantize": "Turn a model folder into a smaller one that runs.",
+    "train": "Train a model in few bits, or from scratch.",
     "eval": "What the smaller model lost.",
     "bench": "What the smaller model gained: size, memory, speed.",
     "generate": "Let a model continue a text.",

@@ -6,7 +6,10 @@ With --json exactly one JSON object goes to standard output; everything else (pr
 from __future__ import annotations
 
 import json
+import signal
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -46,7 +49,7 @@ def run(group: click.Group, args: list[str]) -> int:
     except click.UsageError as error:
         return _fail(as_json, "UsageError", error.format_message(), _usage_hint(error), 2)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        resumes = args[:1] == ["quantize"]
+        resumes = args[:1] in (["quantize"], ["train"])
         hint = "the same command continues where it stopped" if resumes else "nothing was changed"
         return _fail(as_json, "Interrupted", "interrupted", hint, 130)
     return result if isinstance(result, int) else 0
@@ -67,6 +70,28 @@ def _fail(as_json: bool, kind: str, message: str, hint: str, code: int) -> int:
 
 def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
     click.echo(click.style("warning: ", fg="yellow") + str(message), err=True)
+
+
+@contextmanager
+def interruptible(console: Console, end_of: str | None) -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl+C only asks to stop behind `end_of`, the second interrupts; None: the first does.
+
+    -> whether it was asked.
+    """
+    asked: list[bool] = []
+
+    def ask(_signal: int, _frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        console.print(f"stopping behind {end_of}; once more: at once")
+
+    before = signal.signal(signal.SIGINT, ask) if end_of is not None else None
+    try:
+        yield lambda: bool(asked)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def size(nbytes: float) -> str:

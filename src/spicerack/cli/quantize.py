@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from spicerack.cli import _output
+from spicerack.cli import _output, _rules
 from spicerack.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -28,17 +25,7 @@ if TYPE_CHECKING:
     from spicerack.ranks import Ranks
     from spicerack.recipe import Recipe, Rule
 
-_ORDER = "spicerack.rule_order"
 _LENGTH = 512
-
-
-class _OrderedCommand(click.Command):
-    """Remembers in which order --set and --skip came: later rules win."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        _, _, order = self.make_parser(ctx).parse_args(list(args))
-        ctx.meta[_ORDER] = [param.name for param in order if param.name in ("set_", "skip")]
-        return super().parse_args(ctx, args)
 
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -52,14 +39,6 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     if match is None:
         raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", ctx, param)
     return int(match[1]) * _UNITS[match[2] or ""]
-
-
-def _rules(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> list[Rule]:
-    from spicerack import recipe
-
-    values = {"set_": iter(set_), "skip": iter(skip)}
-    make = {"set_": recipe.rule, "skip": recipe.skip}
-    return [make[name](next(values[name])) for name in ctx.meta[_ORDER]]
 
 
 def _recipe(
@@ -92,7 +71,7 @@ def _recipe(
     return made.then(rules)
 
 
-@click.command(cls=_OrderedCommand)
+@click.command(cls=_rules.OrderedCommand)
 @_output.model_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
 @click.option("--scheme", help="Numbers of all linear layers: w8, w4g128, w4g32z, w2g32h, nf4 ...")
@@ -112,10 +91,8 @@ def _recipe(
 @click.option("--length", type=click.IntRange(2), help="Tokens of a sequence. Default: 512, or the model's longest.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which sequences.")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file with scheme and rules.")
-@click.option(
-    "--set", "set_", multiple=True, metavar="PATTERN=SCHEME", help="Another scheme for some tensors; repeatable."
-)
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Keep some tensors in float; repeatable.")
+@_rules.set_option
+@_rules.skip_option
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: one per core.")
 @click.option(
     "--shard-size", "shard_bytes", callback=_bytes, default="2GB", show_default=True, help="Largest output file."
@@ -159,7 +136,7 @@ def command(
         for name in ("samples", "length", "seed"):
             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
-    recipe = _recipe(recipe_file, scheme, range_, method, observer, _rules(ctx, set_, skip))
+    recipe = _recipe(recipe_file, scheme, range_, method, observer, _rules.of(ctx, set_, skip))
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from spicerack.job import prepare
@@ -194,7 +171,7 @@ def command(
         def tried(trial: Trial) -> None:
             bar.console.print(_trial(trial), soft_wrap=True, highlight=False)
 
-        with _interrupt(bar.console, gently=calibration is not None) as stopping:
+        with _output.interruptible(bar.console, "this block" if calibration is not None else None) as stopping:
             result = execute(
                 job, output, calibration=calibration, threads=threads, memory=memory, ranks=ranks,
                 tried=tried, finished=finished, stopping=stopping, progress=lambda nbytes: bar.advance(task, nbytes),
@@ -205,25 +182,6 @@ def command(
         _output.emit(result)
         return
     _report(result, job.source.folder, console)
-
-
-@contextmanager
-def _interrupt(console: Console, *, gently: bool) -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl+C only asks to stop behind the present block, the second interrupts. -> whether asked."""
-    asked: list[bool] = []
-
-    def ask(_signal: int, _frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-        console.print("stopping behind this block; once more: at once")
-
-    before = signal.signal(signal.SIGINT, ask) if gently else None
-    try:
-        yield lambda: bool(asked)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
 
 
 def _ranks() -> Ranks:

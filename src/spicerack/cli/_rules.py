@@ -1,0 +1,35 @@
+"""--set and --skip: options of every command that takes a scheme."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from spicerack.recipe import Rule
+
+_ORDER = "spicerack.rule_order"
+
+set_option = click.option(
+    "--set", "set_", multiple=True, metavar="PATTERN=SCHEME", help="Another scheme for some tensors; repeatable."
+)
+skip_option = click.option("--skip", multiple=True, metavar="PATTERN", help="Keep some tensors in float; repeatable.")
+
+
+class OrderedCommand(click.Command):
+    """Remembers in which order --set and --skip came: later rules win."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        ctx.meta[_ORDER] = [param.name for param in order if param.name in ("set_", "skip")]
+        return super().parse_args(ctx, args)
+
+
+def of(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> list[Rule]:
+    """The rules, in the order in which they were given."""
+    from spicerack import recipe
+
+    values = {"set_": iter(set_), "skip": iter(skip)}
+    make = {"set_": recipe.rule, "skip": recipe.skip}
+    return [make[name](next(values[name])) for name in ctx.meta[_ORDER]]

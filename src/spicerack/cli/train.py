@@ -1,0 +1,194 @@
+"""`spicerack train MODEL -o OUT --scheme w2g32h --data TEXT`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spicerack.cli import _output, _rules
+from spicerack.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from transformers import TrainerCallback
+
+    from spicerack.training.run import Trained
+
+_TWINS = ("bitnet", "subln")
+
+
+@click.command(cls=_rules.OrderedCommand)
+@click.argument("model", metavar="MODEL", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
+@click.option("--scheme", help="Numbers of all linear layers: w4g32, w2g32h, ternary ... Without it: float.")
+@click.option("--data", required=True, metavar="TEXT", help="Text to train on: file, JSON lines, folder, dataset.")
+@click.option("--eval", "held_out", metavar="TEXT", help="Text to measure on. Default: 1 % of the data is held out.")
+@click.option("--teacher", metavar="MODEL", help="Model whose predictions are learned: mostly MODEL itself.")
+@click.option("--predictions", metavar="FOLDER", help="Keep the teacher's predictions there, for other runs too.")
+@click.option("--kl", type=float, help="Share of the divergence from the teacher in the loss. Default: 0.5.")
+@click.option("--temperature", type=float, help="Of both in it. Default: 1.")
+@click.option("--steps", type=int, help="Steps of the optimizer. Default: 1000.")
+@click.option("--batch", type=int, help="Sequences a step, over all processes. Default: 16.")
+@click.option("--micro-batch", type=int, help="Sequences a process computes at once. Default: all of its share.")
+@click.option("--length", type=int, help="Tokens of a sequence. Default: 512.")
+@click.option("--lr", type=float, help="Highest learning rate. Default: 1e-4.")
+@click.option("--schedule", metavar="NAME", help="cosine, linear, constant, two-stage (BitNet). Default: cosine.")
+@click.option("--warmup", type=float, help="Share of the steps in which the rate rises. Default: 0.05.")
+@click.option("--weight-decay", type=float, help="Of matrices. Default: 0.")
+@click.option("--clip", type=float, help="Largest norm of the gradients. Default: 1.")
+@click.option("--seed", type=int, help="Of the order of the text, and of random weights. Default: 0.")
+@click.option("--quantizer", metavar="NAME", help="lsq, seq, absmax, absmean. Default: absmean for ternary, else lsq.")
+@click.option("--init", metavar="NAME", help="Where learned scales begin: opt, absmax, lsq. Default: opt.")
+@click.option("--ranges", metavar="NAME", help="Of static activations: lsq, ema. Default: lsq.")
+@_rules.set_option
+@_rules.skip_option
+@click.option("--from-scratch", metavar="CONFIG", help="A config.json instead of MODEL: random weights.")
+@click.option("--tokenizer", metavar="FOLDER", help="For --from-scratch. Default: beside the config.json.")
+@click.option("--twin", type=click.Choice(_TWINS), help="Turn a Llama into BitNet's classes: more norms, relu^2.")
+@click.option("--dtype", metavar="TYPE", help="What stays float is stored as: bfloat16, float16, float32.")
+@click.option("--bf16", is_flag=True, help="Multiply matrices in bfloat16.")
+@click.option("--checkpointing", is_flag=True, help="Compute blocks twice instead of keeping what they need.")
+@click.option("--fsdp", is_flag=True, help="Shard parameters over the processes of torchrun (FSDP2).")
+@click.option("--cpu", is_flag=True, help="Train on the CPU even if there is a GPU.")
+@click.option("--eval-every", type=int, help="Steps. Default: 100.")
+@click.option("--save-every", type=int, help="Steps between checkpoints. Default: 100.")
+@click.option("--log-every", type=int, help="Steps. Default: 10.")
+@_output.json_option
+def command(
+    model: str | None,
+    output: Path,
+    scheme: str | None,
+    data: str,
+    held_out: str | None,
+    teacher: str | None,
+    predictions: str | None,
+    set_: tuple[str, ...],
+    skip: tuple[str, ...],
+    from_scratch: str | None,
+    tokenizer: str | None,
+    twin: Any,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train a model in few bits, and write it as it was trained.
+
+    MODEL is a folder in Hugging Face layout (safetensors) or a hub id. Checkpoints and curves lie in OUT.training; the
+    same command continues there. Several processes: torchrun --nproc-per-node 2 -m spicerack train ...
+
+    \b
+    spicerack train MODEL -o out --scheme w2g32h --data text.jsonl --teacher MODEL --steps 2000
+    spicerack train --from-scratch config.json --tokenizer MODEL -o out --scheme ternarya8 --data corpus/
+    tensorboard --logdir out.training/logs
+    """
+    if (model is None) == (from_scratch is None):
+        raise UsageError("give either MODEL or --from-scratch CONFIG", "spicerack train --help")
+    if from_scratch is not None and not from_scratch.endswith(".json"):
+        raise UsageError(f"--from-scratch {from_scratch} is no config.json", "give the file, not its folder")
+    rules = _rules.of(click.get_current_context(), set_, skip)
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from spicerack.qat_start import QATConfig
+    from spicerack.training.run import train
+    from spicerack.training.settings import Settings
+
+    config = QATConfig(**_given(given, QATConfig))
+    settings = Settings(**_given(given, Settings))
+    if scheme is None and (rules or config != QATConfig()):
+        raise UsageError("without --scheme nothing is quantized", "name one, or leave the options for it out")
+    if teacher is None and any(given[name] is not None for name in ("kl", "temperature")):
+        raise UsageError("--kl and --temperature are about a teacher, and there is none", "name one by --teacher")
+    first = os.environ.get("RANK", "0") == "0"  # as torchrun says
+    console = _output.console(as_json or not first)
+    console.quiet = not first
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=_output.console(as_json=True), transient=True, disable=not first) as bar:
+        task = bar.add_task("training", total=settings.steps)
+        with _output.interruptible(bar.console, "this step") as stopping:
+            made = train(
+                model or from_scratch or "", output, data=data, scheme=scheme, rules=rules, config=config,
+                settings=settings, teacher=teacher, predictions=predictions, held_out=held_out, tokenizer=tokenizer,
+                twin=twin, told=lambda note: bar.console.print(note, soft_wrap=True, markup=False), stopping=stopping,
+                callbacks=[_lines(bar, task)] if first else [],
+            )  # fmt: skip
+    if not first:
+        return
+    if as_json:
+        _output.emit({**asdict(made), "output": str(output)})
+        return
+    _report(made, model or from_scratch or "", console)
+
+
+def _given(options: dict[str, Any], what: type) -> dict[str, Any]:
+    """Those of a dataclass's fields that were given."""
+    names = {field.name for field in fields(what)}
+    return {name: value for name, value in options.items() if name in names and value not in (None, False)}
+
+
+def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
+    """Moves the bar, and prints a line for each evaluation."""
+    from transformers import TrainerCallback
+
+    class Lines(TrainerCallback):
+        """What people see of a run."""
+
+        loss = float("nan")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            bar.update(task, completed=state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                self.loss = logs["loss"]
+                bar.update(task, description=f"loss {self.loss:.4f}")
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            far = f", KL from the teacher {metrics['eval_kl']:.4f}" if "eval_kl" in metrics else ""
+            trained = f"training loss {self.loss:.4f}, " if state.global_step else ""
+            bar.console.print(
+                f"step {state.global_step}: {trained}held-out loss {metrics['eval_loss']:.4f}{far}",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            bar.console.print(f"step {state.global_step}: checkpoint", soft_wrap=True, highlight=False)
+
+    return Lines()
+
+
+def _report(made: Trained, source: str, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("held-out loss")
+    table.add_column("nats a token", justify="right")
+    for name, value in (
+        ("float", made.loss_float),
+        ("rounded, before training", made.loss_rounded),
+        ("trained", made.loss_trained),
+        ("as stored, read back", made.loss_shipped),
+        ("KL from the teacher", made.kl),
+    ):
+        if value is not None:
+            table.add_row(name, f"{value:.4f}")
+    console.print(table)
+    resumed = f", continued at step {made.resumed_at}" if made.resumed_at else ""
+    console.print(f"\n{made.tokens:,} tokens, {made.seconds:.1f} s{resumed}", highlight=False)
+    out = made.output
+    console.print(f"{out} is ready; {out}.training has checkpoints and curves, and may go", soft_wrap=True)
+    if not source.endswith(".json"):
+        console.print(f"next: spicerack eval {out} --against {source} --text FILE", soft_wrap=True, markup=False)

@@ -1,0 +1,317 @@
+"""`train`: a model trained in few bits by one call, and the folder that comes out of it.
+
+    start -> text, packed -> prepare_qat -> the Trainer's steps -> freeze -> the folder, read back and measured
+
+Everything before the last arrow lies in `OUT.training`; `OUT` appears whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from spicerack import __version__, hf, recipe
+from spicerack.checkpoint.durable import json_bytes, read_json, sync_folder, write_atomically
+from spicerack.checkpoint.reader import Checkpoint
+from spicerack.errors import TextError, UsageError
+from spicerack.evaluation_folder import positions
+from spicerack.loading import load
+from spicerack.nn.packed import PackedWeight
+from spicerack.qat import freeze, prepare_qat
+from spicerack.qat_start import QATConfig
+from spicerack.recipe import Recipe, Rule
+from spicerack.saving import save
+from spicerack.scheme import Scheme, parse
+from spicerack.training import files, start
+from spicerack.training.distillation import TOP, Cached, Live, Teacher, check_vocabulary
+from spicerack.training.settings import Settings
+from spicerack.training.start import Start, Twin
+from spicerack.training.text import Order, Rows, pack, split
+from spicerack.training.trainer import FewBitsTrainer, Stopping
+
+HELD_OUT = 128
+"""Rows that are evaluated on, at most."""
+_SHARE = 100
+"""One row in so many is held out where there is no text for that."""
+_OBSERVED = 4
+"""Rows that ranges of static activations begin with."""
+_BETAS = (0.9, 0.95)
+_BEFORE, _SHIPPED = "before.json", "shipped"
+REPORT = "training.json"
+"""In the folder that comes out: losses, and what they depend on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came out. Losses in nats a token on the held-out rows: of the float model, with its weights rounded before
+    training, trained, and of the folder read back, by the kernels that it will run on. None where there is none (a run
+    in float; the folder is read by the first process).
+
+    kl: the trained model's divergence from the teacher. tokens: seen. resumed_at: step, 0 if from the beginning.
+    """
+
+    output: Path
+    tokens: int
+    seconds: float
+    resumed_at: int
+    loss_trained: float
+    loss_float: float | None = None
+    loss_rounded: float | None = None
+    loss_shipped: float | None = None
+    kl: float | None = None
+
+
+def train(
+    model: str | Path,
+    output: str | Path,
+    *,
+    data: str | Path,
+    scheme: str | Scheme | Recipe | None,
+    rules: Iterable[str | Rule] = (),
+    config: QATConfig | None = None,
+    settings: Settings | None = None,
+    teacher: str | Path | None = None,
+    predictions: str | Path | None = None,
+    held_out: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    twin: Twin | None = None,
+    told: Callable[[str], None] = lambda _: None,
+    stopping: Callable[[], bool] = lambda: False,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> Trained:
+    """Train a model on text in few bits, and write it, frozen, to the folder `output`.
+
+    model: a folder or hub id; or a config.json, for random weights, with the tokenizer in the folder `tokenizer`, None
+    for that of the config. twin: turns a Llama into BitNet's classes. scheme: None trains in float, to compare with;
+    rules, config: as for `prepare_qat`. data, held_out: text as for calibration; without held_out one row of `data` in
+    a hundred is held out. teacher: a folder or hub id whose predictions are learned; predictions: a folder to keep them
+    in, for other runs too. told: is given sentences on the way. stopping: asked behind each step, whether to save and
+    raise KeyboardInterrupt.
+
+    Under torchrun all processes call it. Killed anywhere, the same call continues, to the same bytes. Raises UsageError
+    and its kinds, TrainingError where a loss is not finite (checkpoints stay).
+    """
+    began = time.time()
+    for package in ("accelerate", "tensorboard"):
+        if find_spec(package) is None:
+            raise UsageError(f"training needs the package {package}", "pip install 'spicerack[train]'")
+    target = Path(output)
+    what = None if scheme is None else _recipe(scheme, rules)
+    settings, config = settings or Settings(), config or QATConfig()
+    begin = start.find(model, tokenizer=tokenizer, twin=twin)
+    guide = None if teacher is None else Checkpoint.open(teacher)
+    if guide is None and predictions is not None:
+        raise UsageError("there is no teacher whose predictions are kept", "name one")
+    stored = settings.dtype or begin.dtype
+    config = dataclasses.replace(config, stored=stored)
+    args = _arguments(settings, files.folder_of(target))
+    first = args.process_index == 0
+    identity = {
+        "model": begin.identity,
+        "recipe": None if what is None else what.as_dict(),
+        "qat": asdict(config),
+        "settings": asdict(settings),
+        "data": str(data),
+        "held_out": None if held_out is None else str(held_out),
+        "teacher": None if guide is None else guide.fingerprint(),
+        "processes": args.world_size,
+        "versions": {"spicerack": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    with files.entered(target, identity, first=first) as folder:
+        with args.main_process_first(local=False):
+            rows, numbers, held = _text(begin, folder, data, held_out, settings)
+        for note in dict.fromkeys((*rows.notes, *held[0].notes)):
+            told(note)
+        order = Order(rows, numbers, settings.steps * settings.batch, settings.seed)
+        tokens = len(order) * settings.length
+        told(f"{tokens:,} tokens in {settings.steps} steps, {len(order) / len(numbers):.2f} times through the text")
+        net = begin.model(settings.seed)
+        _check_length(net, settings.length)
+        kept = None if guide is None else _teacher(net, guide, rows, predictions, settings, args)
+        resumed = files.last_checkpoint(folder)
+        before = {"float": _loss(net, held, args)} if first and resumed is None and what is not None else {}
+        if what is not None:
+            some = [{"input_ids": rows.ids(numbers[:_OBSERVED].tolist())}] if what.is_static else ()
+            prepare_qat(net, what, config=config, inputs=some)
+        if settings.checkpointing:
+            net.gradient_checkpointing_enable()
+        trainer = FewBitsTrainer(
+            net, args, order, held, schedule=settings.schedule, teacher=kept,
+            kl=settings.kl if kept is not None else 0.0,
+            temperature=settings.temperature,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        stop = Stopping(stopping)
+        logs = [_curves(folder)] if first else []
+        for callback in (stop, *logs, *callbacks):
+            trainer.add_callback(callback)
+        if resumed is None and what is not None:
+            rounded = trainer.evaluate()["eval_loss"]
+            if first:
+                write_atomically(folder / _BEFORE, json_bytes({**before, "rounded": rounded}))
+        with hf.quiet():  # it draws a bar for each checkpoint
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        if stop.stopped:
+            raise KeyboardInterrupt
+        metrics = _last(trainer)
+        whole = trainer.accelerator.unwrap_model(trainer.model)
+        small = whole if what is None else freeze(whole)
+        nn.Module.to(small, dtype=getattr(torch, stored))  # scales are in it already, and stay as they are
+        losses = {f"loss_{when}": loss for when, loss in (read_json(folder / _BEFORE) or {}).items()}
+        losses |= {"loss_trained": metrics["eval_loss"]}
+        losses |= {"kl": metrics["eval_kl"]} if "eval_kl" in metrics else {}
+        if first:
+            losses |= {"loss_shipped": _ship(small, begin, folder / _SHIPPED, held, args)}
+            facts = {**losses, "tokens": tokens, "identity": identity}
+            write_atomically(folder / _SHIPPED / REPORT, json_bytes(facts))
+            (folder / _SHIPPED).replace(target)
+            sync_folder(target.parent)
+        at = 0 if resumed is None else int(resumed.name.rpartition("-")[2])
+        return Trained(target, tokens=tokens, seconds=time.time() - began, resumed_at=at, **losses)
+
+
+def _recipe(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule]) -> Recipe:
+    what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
+    return what.then(recipe.rule(r) if isinstance(r, str) else r for r in rules)
+
+
+def _arguments(settings: Settings, folder: Path) -> TrainingArguments:
+    """As transformers' Trainer takes them; joins the processes of torchrun. Raises UsageError."""
+    cpu = settings.cpu or not torch.accelerator.is_available()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.fsdp and processes == 1:
+        raise UsageError("--fsdp shards over several processes, and this is one", "start it by torchrun")
+    micro = settings.micro(processes)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=settings.batch // (micro * processes),
+        learning_rate=settings.lr,
+        warmup_steps=round(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        adam_beta1=_BETAS[0],
+        adam_beta2=_BETAS[1],
+        seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and processes > 1 else None,
+        fsdp="full_shard" if settings.fsdp else None,
+        fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if settings.fsdp else None,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not cpu,
+    )
+
+
+def _curves(folder: Path) -> TrainerCallback:
+    """Losses and rates as TensorBoard reads them."""
+    from torch.utils.tensorboard import SummaryWriter  # only where something is trained: an optional package
+
+    return TensorBoardCallback(SummaryWriter(str(folder / "logs")))
+
+
+def _text(
+    begin: Start, folder: Path, data: str | Path, held_out: str | Path | None, settings: Settings
+) -> tuple[Rows, torch.Tensor, tuple[Rows, torch.Tensor]]:
+    """Packed rows, the numbers of those to train on, and rows and numbers that are held out."""
+    most = settings.steps * settings.batch
+    spare = 0 if held_out is not None else max(min(most // _SHARE, HELD_OUT), 1)
+    rows = pack(data, begin.tokenizer, folder / "text.bin", length=settings.length, most=most + spare)
+    if spare:
+        spare = max(min(spare, len(rows) // _SHARE), 1)
+    numbers, apart = split(len(rows), spare)
+    if len(numbers) < settings.batch:
+        raise TextError(
+            f"{data} has {len(numbers)} sequences of {settings.length} tokens to train on, a batch needs "
+            f"{settings.batch}", "give a longer text, or use a smaller batch or length",
+        )  # fmt: skip
+    if held_out is None:
+        return rows, numbers, (rows, apart)
+    held = pack(held_out, begin.tokenizer, folder / "held_out.bin", length=settings.length, most=HELD_OUT)
+    return rows, numbers, (held, torch.arange(len(held)))
+
+
+def _check_length(model: PreTrainedModel, length: int) -> None:
+    limit = positions(model)
+    if limit is not None and length > limit:
+        raise UsageError(f"--length {length}: the model has {limit} positions", f"use --length {limit} or less")
+
+
+def _teacher(
+    model: PreTrainedModel,
+    guide: Checkpoint,
+    rows: Rows,
+    predictions: str | Path | None,
+    settings: Settings,
+    args: TrainingArguments,
+) -> Teacher:
+    made = load(guide.folder, dtype=torch.bfloat16 if settings.bf16 else torch.float32, device=args.device)
+    check_vocabulary(model, made, guide.folder)
+    live = Live(made, settings.temperature)
+    if predictions is None:
+        return live
+    identity = {"teacher": guide.fingerprint(), "text": rows.sha256, "temperature": settings.temperature,
+                "bf16": settings.bf16}  # fmt: skip
+    top = min(TOP, made.config.get_text_config().vocab_size)
+    return Cached(live, Path(predictions), rows=len(rows), length=settings.length, identity=identity, top=top)
+
+
+@torch.no_grad()
+def _loss(model: PreTrainedModel, held: tuple[Rows, torch.Tensor], args: TrainingArguments) -> float:
+    """Cross-entropy of the held-out rows, nats a token, in the model's own type."""
+    rows, numbers = held
+    nn.Module.to(model, args.device)
+    total = 0.0
+    for some in numbers.split(args.per_device_eval_batch_size):
+        ids = rows.ids(some.tolist()).to(args.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        total += len(some) * float(F.cross_entropy(logits.float(), ids[:, 1:].flatten()))
+    return total / len(numbers)
+
+
+def _last(trainer: FewBitsTrainer) -> dict[str, float]:
+    """What was measured behind the last step."""
+    done = trainer.state.global_step
+    for entry in trainer.state.log_history:
+        if entry["step"] == done and "eval_loss" in entry:
+            return entry
+    return trainer.evaluate()
+
+
+def _ship(
+    small: nn.Module, begin: Start, folder: Path, held: tuple[Rows, torch.Tensor], args: TrainingArguments
+) -> float:
+    """Write the model and its tokenizer -> the loss of what can be read there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    assert isinstance(small, PreTrainedModel)
+    if any(isinstance(part, PackedWeight) for part in small.modules()):
+        save(small, folder)
+    else:
+        with hf.quiet():
+            small.save_pretrained(folder)
+    begin.tokenizer.save_pretrained(folder)
+    return _loss(load(folder), held, args)

@@ -1,0 +1,84 @@
+"""How a run trains."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+from spicerack.errors import UsageError
+from spicerack.qat_start import Stored
+from spicerack.training.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """A run that is resumed must have the same.
+
+    steps           of the optimizer, which is AdamW
+    batch           rows a step, over all processes and accumulated gradients
+    micro_batch     rows that a process computes at once; None: its whole share of the batch
+    length          tokens of a row
+    lr, schedule    the highest learning rate, and how it falls
+    warmup          share of the steps in which it rises
+    weight_decay    of matrices; scales, norms and biases have none
+    clip            the gradients' largest norm
+    seed            of random weights and of the order of rows
+    kl, temperature of distillation: the divergence's share of the loss, and what both logits are divided by
+    dtype           that the folder's float tensors and scales are stored in; None: the source's
+    bf16            matrix products in bfloat16; weights and their rounding stay float32
+    checkpointing   blocks are computed again for the gradient instead of kept
+    fsdp            parameters are sharded over the processes (FSDP2); if not, each has all of them (DDP)
+    cpu             even if there is an accelerator
+    eval_every, save_every, log_every   steps
+    """
+
+    steps: int = 1000
+    batch: int = 16
+    micro_batch: int | None = None
+    length: int = 512
+    lr: float = 1e-4
+    schedule: Schedule = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    kl: float = 0.5
+    temperature: float = 1.0
+    dtype: Stored | None = None
+    bf16: bool = False
+    checkpointing: bool = False
+    fsdp: bool = False
+    cpu: bool = False
+    eval_every: int = 100
+    save_every: int = 100
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        least = {"length": 2} | dict.fromkeys(("steps", "batch", "eval_every", "save_every", "log_every"), 1)
+        if self.micro_batch is not None:
+            least["micro_batch"] = 1
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"{name} is {getattr(self, name)}", f"use {low} or more")
+        for name in ("warmup", "kl"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} is {getattr(self, name)}", "it is a share, from 0 to 1")
+        for name in ("lr", "clip", "temperature"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UsageError(f"{name} is {getattr(self, name)}", "use a number above 0")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise UsageError(f"weight_decay is {self.weight_decay}", "use 0 or more")
+        for name, known in (("schedule", get_args(Schedule)), ("dtype", (None, *get_args(Stored)))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} is {getattr(self, name)!r}", f"use one of {', '.join(filter(None, known))}")
+
+    def micro(self, processes: int) -> int:
+        """Rows that each of some processes computes at once. Raises UsageError where the batch cannot be cut so."""
+        micro = self.micro_batch or max(self.batch // processes, 1)
+        if self.batch % (micro * processes):
+            raise UsageError(
+                f"a batch of {self.batch} rows is not {processes} processes times {micro} rows, or a multiple of it",
+                "change --batch or --micro-batch",
+            )
+        return micro

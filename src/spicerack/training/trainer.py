@@ -1,0 +1,223 @@
+"""transformers' Trainer with what training in few bits adds: a teacher, schedules of decay, and no step from NaN."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from spicerack import qat
+from spicerack.checkpoint.durable import sync_folder
+from spicerack.errors import TrainingError
+from spicerack.training.distillation import Teacher, divergence
+from spicerack.training.files import COMPLETE, last_checkpoint
+from spicerack.training.schedule import Schedule, decay, rate
+from spicerack.training.text import Order, Rows
+
+_NEVER_DECAYED = 2
+"""Weights of fewer dimensions (norms, biases) have no weight decay."""
+
+
+class FewBitsTrainer(Trainer):
+    """Trains on rows of tokens: cross-entropy, or mixed with the divergence from a teacher.
+
+    kl: the divergence's share of the loss, 0 without a teacher. held: rows to evaluate on, by their numbers among
+    those of its text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        order: Order,
+        held: tuple[Rows, torch.Tensor],
+        *,
+        schedule: Schedule,
+        teacher: Teacher | None,
+        kl: float,
+        temperature: float,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=order, eval_dataset=order, data_collator=_batch)
+        self.model_accepts_loss_kwargs = False  # rows are of one length: the mean over micro-batches is the batch's
+        self.held, self.schedule = held, schedule
+        self.teacher, self.kl, self.temperature = teacher, kl, temperature
+
+    # ---- what is minimised ----
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        """Of one micro-batch: (1 - kl) cross-entropy + kl divergence."""
+        ids, numbers = inputs["input_ids"], inputs["numbers"]
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = torch.zeros((), device=logits.device)
+        if self.kl < 1:
+            loss = loss + (1 - self.kl) * F.cross_entropy(logits.float(), ids[:, 1:].flatten())
+        if self.teacher is not None:
+            wanted = self.teacher.predict(numbers.tolist(), ids)
+            loss = loss + self.kl * divergence(logits, wanted, self.temperature)
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's. Raises TrainingError where the loss is not finite, on all ranks together."""
+        loss = super().training_step(*args, **kwargs)
+        wrong = (~torch.isfinite(loss)).float()
+        if self.args.world_size > 1:
+            distributed.all_reduce(wrong, distributed.ReduceOp.MAX)
+        if wrong:
+            self._refuse(f"the loss is {float(loss)}")
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Called in front of each step of the optimizer, which must not see gradients that are not finite."""
+        parent: Any = super()
+        norm = parent._get_grad_norm(*args, **kwargs)
+        if not math.isfinite(float(norm)):
+            self._refuse(f"the gradients' norm is {float(norm)}")
+        return norm
+
+    def _refuse(self, what: str) -> None:
+        folder = last_checkpoint(Path(str(self.args.output_dir)))
+        good = f"the last good checkpoint is {folder}, a model folder" if folder else "there is no checkpoint yet"
+        raise TrainingError(
+            f"step {self.state.global_step + 1}: {what}", f"{good}; begin again with a lower learning rate"
+        )
+
+    # ---- how ----
+
+    def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Sampler[int]:
+        assert isinstance(self.train_dataset, Order)
+        return SequentialSampler(self.train_dataset)  # which is shuffled itself
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW; learned scales, norms and biases do not decay."""
+        if self.optimizer is None:
+            whole = model or self.model
+            assert whole is not None
+            learned = {id(part) for part in qat.scales(whole)}
+            groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+            for part in whole.parameters():
+                if part.requires_grad:
+                    groups[id(part) in learned or part.dim() < _NEVER_DECAYED].append(part)
+            decays = (self.args.weight_decay, 0.0)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The learning rate's; the decay's factor is set in front of each step."""
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            stepped: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(stepped, lambda step: rate(self.schedule, step, num_training_steps, warmup))
+            self.add_callback(_Decay(self.args.weight_decay, self.schedule))
+        return self.lr_scheduler
+
+    # ---- what is measured ----
+
+    @torch.no_grad()
+    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+        """Cross-entropy, and the divergence from the teacher's predictions if there is one, over the held-out rows.
+
+        Each rank takes its share; all compute equally often, as sharded models need. Nats a token.
+        """
+        rows, numbers = self.held
+        ranks, size = self.args.world_size, self.args.per_device_eval_batch_size
+        sums = torch.zeros(3, dtype=torch.float64)
+        assert self.model is not None
+        model, training = self.model, self.model.training
+        model.eval()
+        for begin in range(0, len(numbers), size * ranks):
+            own = numbers[begin + self.args.process_index * size :][:size]
+            counted = len(own) if begin + self.args.process_index * size < len(numbers) else 0
+            ids = rows.ids((own if counted else numbers[:1]).tolist()).to(self.args.device)
+            with self.accelerator.autocast():
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+                if counted:
+                    loss = F.cross_entropy(logits.float(), ids[:, 1:].flatten())
+                    far = torch.zeros(()) if self.teacher is None else self._far(logits, ids)
+                    sums += counted * torch.tensor([float(loss), float(far), 1.0], dtype=torch.float64)
+        model.train(training)
+        if ranks > 1:
+            sums = sums.to(self.args.device)
+            distributed.all_reduce(sums)
+        loss, far, count = sums.tolist()
+        metrics = {"eval_loss": loss / count} | ({} if self.teacher is None else {"eval_kl": far / count})
+        if not math.isfinite(loss):
+            self._refuse("the held-out loss is not finite")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _far(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        assert self.teacher is not None
+        source = getattr(self.teacher, "teacher", self.teacher)  # held-out rows have no place in a cache
+        return divergence(logits, source.predict([], ids), self.temperature)
+
+    # ---- what is kept ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer's, and then a mark that it is whole: a run that is killed before goes on from the one before."""
+        super()._save_checkpoint(model, trial)
+        if self.args.world_size > 1:
+            distributed.barrier()
+        if self.args.should_save:
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
+            for file in folder.iterdir():
+                if file.is_file():
+                    _sync(file)
+            (folder / COMPLETE).touch()
+            sync_folder(folder)
+            sync_folder(folder.parent)
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _batch(rows: Sequence[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    numbers, ids = zip(*rows, strict=True)
+    return {"input_ids": torch.stack(ids), "numbers": torch.tensor(numbers)}
+
+
+class _Decay(TrainerCallback):
+    """Sets the weight decay of those that have one, in front of each step."""
+
+    def __init__(self, highest: float, schedule: Schedule) -> None:
+        self.highest, self.schedule = highest, schedule
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        group = kwargs["optimizer"].param_groups[0]
+        group["weight_decay"] = self.highest * decay(self.schedule, state.global_step, state.max_steps)
+
+
+class Stopping(TrainerCallback):
+    """Ends behind a step, with a checkpoint, when `asked` says so on any rank."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self.asked, self.stopped = asked, False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        asked = torch.tensor(float(self.asked()), device=args.device)
+        if args.world_size > 1:
+            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+        if asked:
+            self.stopped = control.should_save = control.should_training_stop = True

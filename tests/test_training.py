@@ -1,0 +1,250 @@
+"""`spicerack train`, in one process, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LlamaFolder
+from safetensors.torch import load_file, save_file
+from test_ranks import codes
+
+import spicerack
+from spicerack import QATConfig, Settings
+from spicerack.cli import _output, cli
+from spicerack.errors import OutputError, SchemeError, SpicerackError, TextError, TrainingError, UsageError
+from spicerack.training.run import Trained, train
+
+SMALL: dict[str, Any] = {"steps": 6, "batch": 4, "length": 32, "eval_every": 3, "save_every": 3, "log_every": 1}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Words that follow each other by rule: something to learn."""
+    file, letters = tmp_path / "text.txt", random.Random(0)
+    words = ["alpha beta", "gamma delta", "epsilon zeta", "one two three"]
+    file.write_text(" ".join(letters.choice(words) for _ in range(800)))
+    return file
+
+
+def settings(**more: Any) -> Settings:
+    return Settings(**SMALL | more)
+
+
+def run(source: Path, out: Path, text: Path, scheme: str | None = "w4g32", **more: Any) -> Trained:
+    given = {name: more.pop(name) for name in list(more) if name in Settings.__dataclass_fields__}
+    return train(source, out, data=text, scheme=scheme, settings=settings(**given), **more)
+
+
+def test_a_trained_folder(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    """Learns, ships what it learned, and says so."""
+    told: list[str] = []
+    made = run(llama_folder(), tmp_path / "out", text, "w2g32h", steps=30, lr=3e-3, told=told.append)
+    assert made.loss_float == pytest.approx(5.56, abs=0.05)  # ln 257
+    assert made.loss_trained < 4
+    assert made.loss_shipped == pytest.approx(made.loss_trained, abs=0.02)
+    assert told[-1].startswith("3,840 tokens in 30 steps")
+    model = spicerack.load(tmp_path / "out")
+    assert "w2g32h" in str(model.model.layers[0].mlp.up_proj)
+    report = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert report["loss_trained"] == made.loss_trained
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert any((tmp_path / "out.training" / "logs").iterdir())
+
+
+def test_codes_are_those_of_the_last_checkpoint(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    """The weights in the checkpoint round to what was shipped, with scales in bfloat16, as they are stored."""
+    source = llama_folder(dtype=torch.bfloat16)
+    run(source, tmp_path / "out", text, bf16=True, lr=1e-2)
+    model = spicerack.load(source, dtype=torch.float32)
+    spicerack.prepare_qat(model, "w4g32", config=QATConfig(stored="bfloat16"))
+    model.load_state_dict(load_file(tmp_path / "out.training" / "checkpoint-6" / "model.safetensors"))
+    weight = model.model.layers[1].mlp.down_proj
+    shipped = codes(tmp_path / "out")["model.layers.1.mlp.down_proj"]
+    scale = weight.weight_scale.detach().to(torch.bfloat16).float()
+    rounded = (weight.weight.detach() / scale.repeat_interleave(32, 1)).round().clamp(-8, 7)
+    assert torch.equal(shipped.reshape(rounded.shape).float(), rounded)
+    assert spicerack.load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_teacher_and_its_predictions(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    """The float model guides: the student nears it. Kept predictions make a second run all but the same."""
+    source = llama_folder(initializer_range=0.2)
+    one = run(source, tmp_path / "one", text, "w2g32h", teacher=source, kl=1.0, steps=20, lr=1e-3)
+    assert one.kl is not None
+    before = json.loads((tmp_path / "one.training" / "checkpoint-18" / "trainer_state.json").read_text())["log_history"]
+    measured = [entry["eval_kl"] for entry in before if "eval_kl" in entry]
+    assert one.kl < 0.9 * measured[0]
+    for name in ("two", "three"):
+        run(source, tmp_path / name, text, teacher=source, predictions=tmp_path / "kept")
+    assert (tmp_path / "two" / "model.safetensors").read_bytes() == (
+        tmp_path / "three" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_float_runs_are_ordinary_folders(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    made = run(llama_folder(), tmp_path / "out", text, None, dtype="float16")
+    assert made.loss_rounded is None
+    assert spicerack.load(tmp_path / "out").dtype == torch.float16
+
+
+def test_from_scratch_as_bitnet(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    source = llama_folder()
+    made = run(
+        source / "config.json", tmp_path / "out", text, "ternarya8", twin="bitnet", schedule="two-stage",
+        weight_decay=0.1, steps=40, lr=3e-3,
+    )  # fmt: skip
+    assert made.loss_trained < 3.5
+    model = spicerack.load(tmp_path / "out")
+    assert type(model).__name__ == "BitNetForCausalLM"
+    assert made.loss_shipped == pytest.approx(made.loss_trained, abs=0.03)
+
+
+def test_a_warm_twin_has_the_llamas_weights(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    source = llama_folder()
+    run(source, tmp_path / "out", text, None, twin="subln", steps=1, lr=1e-30)
+    twin, llama = spicerack.load(tmp_path / "out"), spicerack.load(source)
+    assert type(twin).__name__ == "BitNetForCausalLM"
+    assert torch.equal(twin.model.layers[1].mlp.up_proj.weight, llama.model.layers[1].mlp.up_proj.weight)
+
+
+def test_ctrl_c_and_on(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    """Stopped behind a step that has no checkpoint of its own; the same bytes as if it had not been."""
+    source = llama_folder()
+    run(source, tmp_path / "whole", text, seed=5)
+    steps = iter(range(100))
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", text, seed=5, stopping=lambda: next(steps) == 1)
+    made = run(source, tmp_path / "out", text, seed=5)
+    assert made.resumed_at == 2
+    for file in ("model.safetensors", "training.json", "spicerack.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_half_a_checkpoint_is_none(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    source = llama_folder()
+    steps = iter(range(100))
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", text, stopping=lambda: next(steps) == 3)
+    (tmp_path / "out.training" / "checkpoint-4" / "complete").unlink()
+    (tmp_path / "out.training" / "checkpoint-4" / "optimizer.pt").unlink()
+    assert run(source, tmp_path / "out", text).resumed_at == 3
+
+
+def test_nan_stops_with_the_last_good_checkpoint(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    """A weight turns to NaN behind step 4; the checkpoint of step 3 stays, and is a model folder."""
+    source = llama_folder()
+
+    from transformers import TrainerCallback
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                kwargs["model"].model.norm.weight.data.fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match="step 5: the loss is nan") as raised:
+        run(source, tmp_path / "out", text, callbacks=[Poison()])
+    folder = tmp_path / "out.training" / "checkpoint-3"
+    assert str(folder) in raised.value.hint
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="no use for"):
+        assert spicerack.load(folder).model.norm.weight.isfinite().all()
+
+
+def test_gradients_that_are_not_finite_change_nothing(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            weight = kwargs["model"].model.norm.weight
+            self.before = weight.detach().clone()
+            self.weight = weight
+            if state.global_step == 1:
+                weight.register_hook(lambda gradient: gradient * float("inf"))
+
+    poison = Poison()
+    with pytest.raises(TrainingError, match=r"step 2: the gradients' norm is (inf|nan)"):
+        run(llama_folder(), tmp_path / "out", text, callbacks=[poison])
+    assert torch.equal(poison.weight, poison.before)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_another_recipe_does_not_continue(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    source = llama_folder()
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", text, stopping=lambda: True)
+    for more, what in (({"scheme": "w2g32h"}, "recipe"), ({"lr": 1e-3}, "settings"), ({"teacher": source}, "teacher")):
+        with pytest.raises(OutputError, match=f"begun with another {what}"):
+            run(source, tmp_path / "out", text, **more)
+    assert (tmp_path / "out.training" / "checkpoint-1" / "complete").exists()
+    run(source, tmp_path / "out", text)
+    with pytest.raises(OutputError, match="exists"):
+        run(source, tmp_path / "out", text)
+
+
+def test_teachers_of_other_vocabularies(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="predicts 300 tokens, the model 257"):
+        run(llama_folder(), tmp_path / "out", text, teacher=llama_folder("teacher", vocab_size=300))
+
+
+@pytest.mark.parametrize(("more", "error", "match"), [
+    ({"batch": 10**6}, TextError, "a batch needs 1000000"),
+    ({"length": 129}, UsageError, "the model has 128 positions"),
+    ({"scheme": "nf4"}, SchemeError, "not trained: its levels are a table"),
+    ({"scheme": "w4g48"}, SpicerackError, "48"),
+    ({"rules": ["nothing=w8"]}, SpicerackError, "nothing"),
+    ({"data": "missing.txt"}, TextError, "missing.txt"),
+    ({"predictions": "kept"}, UsageError, "no teacher"),
+    ({"twin": "other"}, UsageError, "no twin"),
+    ({"fsdp": True}, UsageError, "several processes"),
+])  # fmt: skip
+def test_what_cannot_be(
+    more: dict[str, Any], error: type[Exception], match: str, llama_folder: LlamaFolder, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=match):
+        run(llama_folder(), tmp_path / "out", Path(more.pop("data", text)), **more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_damaged(llama_folder: LlamaFolder, tmp_path: Path, text: Path) -> None:
+    """A weight that is NaN before anything is trained."""
+    source = llama_folder()
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match="held-out loss is not finite"):
+        run(source, tmp_path / "out", text)
+
+
+def test_the_command(llama_folder: LlamaFolder, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", llama_folder(), "-o", tmp_path / "out", "--scheme", "w4g32", "--data", text, "--steps", "4",
+             "--batch", "4", "--length", "32", "--set", "model.layers.0.**=w8"]  # fmt: skip
+    assert _output.run(cli, [*map(str, words), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["tokens"] == 512
+    assert shown["loss_shipped"] == pytest.approx(shown["loss_trained"], abs=0.02)
+    assert "w8" in str(spicerack.load(tmp_path / "out").model.layers[0].mlp.up_proj)
+
+
+@pytest.mark.parametrize(("words", "match"), [
+    (["--scheme", "w4g32"], "either MODEL or --from-scratch"),
+    (["{model}", "--kl", "0.3"], "no --teacher|about a teacher"),
+    (["{model}", "--quantizer", "seq"], "without --scheme nothing"),
+    (["--from-scratch", "{model}"], "no config.json"),
+])  # fmt: skip
+def test_options_without_effect_are_refused(
+    words: list[str], match: str, llama_folder: LlamaFolder, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import re
+
+    model = str(llama_folder())
+    given = [word.format(model=model) for word in words]
+    assert _output.run(cli, ["train", *given, "-o", str(tmp_path / "out"), "--data", str(text)]) == 2
+    assert re.search(match, capsys.readouterr().err)
