@@ -26,7 +26,8 @@ def text(tmp_path: Path) -> Path:
 
 def command(source: Path, out: Path, text: Path, *more: str) -> list[str]:
     words = ["train", source, "-o", out, "--scheme", "w4g32", "--data", text, "--length", "64", "--steps", "12",
-             "--batch", "8", "--micro-batch", "2", "--lr", "1e-3", "--save-every", "4", "--eval-every", "6"]  # fmt: skip
+             "--batch", "8", "--micro-batch", "2", "--lr", "1e-3", "--save-every", "4",
+             "--eval-every", "6"]  # fmt: skip
     return ["-m", "spicerack", *map(str, words), *more]
 
 

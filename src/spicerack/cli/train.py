@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -158,7 +159,7 @@ def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
             far = f", KL from the teacher {metrics['eval_kl']:.4f}" if "eval_kl" in metrics else ""
-            trained = f"training loss {self.loss:.4f}, " if state.global_step else ""
+            trained = "" if math.isnan(self.loss) else f"training loss {self.loss:.4f}, "
             bar.console.print(
                 f"step {state.global_step}: {trained}held-out loss {metrics['eval_loss']:.4f}{far}",
                 soft_wrap=True, highlight=False,

@@ -38,6 +38,7 @@ from spicerack.scheme import Scheme, parse
 from spicerack.training import files, start
 from spicerack.training.distillation import TOP, Cached, Live, Teacher, check_vocabulary
 from spicerack.training.settings import Settings
+from spicerack.training.sharding import ShardedTrainer, shard
 from spicerack.training.start import Start, Twin
 from spicerack.training.text import Order, Rows, pack, split
 from spicerack.training.trainer import FewBitsTrainer, Stopping
@@ -148,7 +149,10 @@ def train(
             prepare_qat(net, what, config=config, inputs=some)
         if settings.checkpointing:
             net.gradient_checkpointing_enable()
-        trainer = FewBitsTrainer(
+        if settings.fsdp:
+            shard(net, args.device)
+        kind = ShardedTrainer if settings.fsdp else FewBitsTrainer
+        trainer = kind(
             net, args, order, held, schedule=settings.schedule, teacher=kept,
             kl=settings.kl if kept is not None else 0.0,
             temperature=settings.temperature,
@@ -211,8 +215,7 @@ def _arguments(settings: Settings, folder: Path) -> TrainingArguments:
         bf16=settings.bf16,
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and processes > 1 else None,
-        fsdp="full_shard" if settings.fsdp else None,
-        fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if settings.fsdp else None,
+        ddp_find_unused_parameters=False,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
         save_strategy="steps",

@@ -1,0 +1,127 @@
+"""Parameters, gradients and the optimizer's state sharded over processes: torch's FSDP2, on any device.
+
+accelerate shards on accelerators only, and rounds a parameter for mixed precision before a layer sees it, learned
+scales too; here parameters stay float32, and autocast is for products alone. Checkpoints hold whole tensors: they are
+the same files as those of other runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from spicerack import blocks
+from spicerack.training.trainer import FewBitsTrainer
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_LOADED = StateDictOptions(full_state_dict=True, strict=False)
+
+
+def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """`model` on `device`, each of its repeated blocks a unit that is gathered while it computes."""
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    nn.Module.to(model, device)
+    for block in blocks.repeated(model)[1]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def _tied(model: Any) -> set[str]:
+    """Parameters that are stored under another name."""
+    return set(model.all_tied_weights_keys)
+
+
+class _Wrapped(nn.Module):
+    """What the Trainer takes for a model that is distributed already; it would wrap any other in DDP."""
+
+    def __init__(self, module: nn.Module, trainer: FewBitsTrainer) -> None:
+        super().__init__()
+        self.module = module
+        self._autocast = trainer.accelerator.autocast
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients of micro-batches before the last stay unreduced."""
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.module.set_requires_gradient_sync(True)
+
+
+class ShardedTrainer(FewBitsTrainer):
+    """For models that `shard` returned."""
+
+    def _wrap_model(self, model: nn.Module, *_args: Any, **_kwargs: Any) -> nn.Module:
+        return _Wrapped(model, self)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), float("inf")) if grad_norm is None else grad_norm
+        return super()._get_grad_norm(model, norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Leaves parameters sharded, which a forward without a backward does not, and which all others expect."""
+        metrics = super().evaluate(*args, **kwargs)
+        assert self.model is not None
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """All ranks gather, the first one writes."""
+        assert self.model is not None
+        state = get_model_state_dict(self.model, options=_WHOLE)
+        if self.args.should_save:
+            self._save(output_dir, state_dict={k: v for k, v in state.items() if k not in _tied(self.model)})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        assert self.model is not None
+        state: dict[str, Any] = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        missing, unexpected = set_model_state_dict(self.model, state, options=_LOADED)
+        assert not unexpected and set(missing) <= _tied(self.model), (missing, unexpected)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.model is not None
+        state = get_optimizer_state_dict(self.model, self._plain_optimizer(), options=_WHOLE)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.model is not None and self.lr_scheduler is not None
+        state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True)
+        set_optimizer_state_dict(self.model, self._plain_optimizer(), state, options=_LOADED)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """Without accelerate's wrapper."""
+        found: Any = self.optimizer
+        plain: torch.optim.Optimizer = getattr(found, "optimizer", found)
+        return plain
