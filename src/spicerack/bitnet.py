@@ -17,7 +17,7 @@ from spicerack.errors import UsageError
 _SAME = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
-    "eos_token_id", "tie_word_embeddings", "attention_dropout", "rope_parameters",
+    "eos_token_id", "tie_word_embeddings", "attention_dropout", "rope_parameters", "dtype",
 )  # fmt: skip
 
 
