@@ -8,48 +8,40 @@ Everything before the last arrow lies in `OUT.training`; `OUT` appears whole.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from spicerack import __version__, hf, recipe
 from spicerack.checkpoint.durable import json_bytes, read_json, sync_folder, write_atomically
 from spicerack.checkpoint.reader import Checkpoint
-from spicerack.errors import TextError, UsageError
+from spicerack.errors import UsageError
 from spicerack.evaluation_folder import positions
 from spicerack.loading import load
-from spicerack.nn.packed import PackedWeight
 from spicerack.qat import freeze, prepare_qat
 from spicerack.qat_start import QATConfig
 from spicerack.recipe import Recipe, Rule
-from spicerack.saving import save
 from spicerack.scheme import Scheme, parse
 from spicerack.training import files, start
 from spicerack.training.distillation import TOP, Cached, Live, Teacher, check_vocabulary
-from spicerack.training.settings import Settings
+from spicerack.training.settings import Settings, arguments
 from spicerack.training.sharding import ShardedTrainer, shard
+from spicerack.training.shipping import loss_of, ship
 from spicerack.training.start import Start, Twin
-from spicerack.training.text import Order, Rows, pack, split
+from spicerack.training.text import Order, Rows, prepare
 from spicerack.training.trainer import FewBitsTrainer, Stopping
 
-HELD_OUT = 128
-"""Rows that are evaluated on, at most."""
-_SHARE = 100
-"""One row in so many is held out where there is no text for that."""
 _OBSERVED = 4
 """Rows that ranges of static activations begin with."""
-_BETAS = (0.9, 0.95)
 _BEFORE, _SHIPPED = "before.json", "shipped"
 REPORT = "training.json"
 """In the folder that comes out: losses, and what they depend on."""
@@ -118,7 +110,7 @@ def train(
         raise UsageError("there is no teacher whose predictions are kept", "name one")
     stored = settings.dtype or begin.dtype
     config = dataclasses.replace(config, stored=stored)
-    args = _arguments(settings, files.folder_of(target))
+    args = arguments(settings, files.folder_of(target))
     first = args.process_index == 0
     identity = {
         "model": begin.identity,
@@ -133,7 +125,10 @@ def train(
     }
     with files.entered(target, identity, first=first) as folder:
         with args.main_process_first(local=False):
-            rows, numbers, held = _text(begin, folder, data, held_out, settings)
+            rows, numbers, held = prepare(
+                data, held_out, begin.tokenizer, folder, length=settings.length, batch=settings.batch,
+                steps=settings.steps,
+            )  # fmt: skip
         for note in dict.fromkeys((*rows.notes, *held[0].notes)):
             told(note)
         order = Order(rows, numbers, settings.steps * settings.batch, settings.seed)
@@ -143,24 +138,14 @@ def train(
         _check_length(net, settings.length)
         kept = None if guide is None else _teacher(net, guide, rows, predictions, settings, args)
         resumed = files.last_checkpoint(folder)
-        before = {"float": _loss(net, held, args)} if first and resumed is None and what is not None else {}
+        measure = partial(loss_of, held=held, batch=args.per_device_eval_batch_size, device=args.device)
+        before = {"float": measure(net)} if first and resumed is None and what is not None else {}
         if what is not None:
             some = [{"input_ids": rows.ids(numbers[:_OBSERVED].tolist())}] if what.is_static else ()
             prepare_qat(net, what, config=config, inputs=some)
-        if settings.checkpointing:
-            net.gradient_checkpointing_enable()
-        if settings.fsdp:
-            shard(net, args.device)
-        kind = ShardedTrainer if settings.fsdp else FewBitsTrainer
-        trainer = kind(
-            net, args, order, held, schedule=settings.schedule, teacher=kept,
-            kl=settings.kl if kept is not None else 0.0,
-            temperature=settings.temperature,
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
+        trainer = _trainer(net, args, order, held, settings, kept)
         stop = Stopping(stopping)
-        logs = [_curves(folder)] if first else []
-        for callback in (stop, *logs, *callbacks):
+        for callback in (stop, *([_curves(folder)] if first else []), *callbacks):
             trainer.add_callback(callback)
         if resumed is None and what is not None:
             rounded = trainer.evaluate()["eval_loss"]
@@ -170,17 +155,13 @@ def train(
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         if stop.stopped:
             raise KeyboardInterrupt
-        metrics = _last(trainer)
-        whole = trainer.accelerator.unwrap_model(trainer.model)
-        small = whole if what is None else freeze(whole)
-        nn.Module.to(small, dtype=getattr(torch, stored))  # scales are in it already, and stay as they are
         losses = {f"loss_{when}": loss for when, loss in (read_json(folder / _BEFORE) or {}).items()}
-        losses |= {"loss_trained": metrics["eval_loss"]}
-        losses |= {"kl": metrics["eval_kl"]} if "eval_kl" in metrics else {}
+        losses |= _last(trainer)
+        small = _result(trainer, begin, settings) if what is None else freeze(_whole(trainer))
+        nn.Module.to(small, dtype=getattr(torch, stored))  # scales are in it already, and stay as they are
         if first:
-            losses |= {"loss_shipped": _ship(small, begin, folder / _SHIPPED, held, args)}
-            facts = {**losses, "tokens": tokens, "identity": identity}
-            write_atomically(folder / _SHIPPED / REPORT, json_bytes(facts))
+            losses |= {"loss_shipped": measure(ship(small, begin.tokenizer, folder / _SHIPPED))}
+            write_atomically(folder / _SHIPPED / REPORT, json_bytes({**losses, "tokens": tokens, "identity": identity}))
             (folder / _SHIPPED).replace(target)
             sync_folder(target.parent)
         at = 0 if resumed is None else int(resumed.name.rpartition("-")[2])
@@ -192,70 +173,11 @@ def _recipe(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule]) -> Recip
     return what.then(recipe.rule(r) if isinstance(r, str) else r for r in rules)
 
 
-def _arguments(settings: Settings, folder: Path) -> TrainingArguments:
-    """As transformers' Trainer takes them; joins the processes of torchrun. Raises UsageError."""
-    cpu = settings.cpu or not torch.accelerator.is_available()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.fsdp and processes == 1:
-        raise UsageError("--fsdp shards over several processes, and this is one", "start it by torchrun")
-    micro = settings.micro(processes)
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=settings.batch // (micro * processes),
-        learning_rate=settings.lr,
-        warmup_steps=round(settings.warmup * settings.steps),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip,
-        adam_beta1=_BETAS[0],
-        adam_beta2=_BETAS[1],
-        seed=settings.seed,
-        bf16=settings.bf16,
-        use_cpu=cpu,
-        ddp_backend="gloo" if cpu and processes > 1 else None,
-        ddp_find_unused_parameters=False,
-        eval_strategy="steps",
-        eval_steps=settings.eval_every,
-        save_strategy="steps",
-        save_steps=settings.save_every,
-        save_total_limit=2,
-        logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=not cpu,
-    )
-
-
 def _curves(folder: Path) -> TrainerCallback:
     """Losses and rates as TensorBoard reads them."""
     from torch.utils.tensorboard import SummaryWriter  # only where something is trained: an optional package
 
     return TensorBoardCallback(SummaryWriter(str(folder / "logs")))
-
-
-def _text(
-    begin: Start, folder: Path, data: str | Path, held_out: str | Path | None, settings: Settings
-) -> tuple[Rows, torch.Tensor, tuple[Rows, torch.Tensor]]:
-    """Packed rows, the numbers of those to train on, and rows and numbers that are held out."""
-    most = settings.steps * settings.batch
-    spare = 0 if held_out is not None else max(min(most // _SHARE, HELD_OUT), 1)
-    rows = pack(data, begin.tokenizer, folder / "text.bin", length=settings.length, most=most + spare)
-    if spare:
-        spare = max(min(spare, len(rows) // _SHARE), 1)
-    numbers, apart = split(len(rows), spare)
-    if len(numbers) < settings.batch:
-        raise TextError(
-            f"{data} has {len(numbers)} sequences of {settings.length} tokens to train on, a batch needs "
-            f"{settings.batch}", "give a longer text, or use a smaller batch or length",
-        )  # fmt: skip
-    if held_out is None:
-        return rows, numbers, (rows, apart)
-    held = pack(held_out, begin.tokenizer, folder / "held_out.bin", length=settings.length, most=HELD_OUT)
-    return rows, numbers, (held, torch.arange(len(held)))
 
 
 def _check_length(model: PreTrainedModel, length: int) -> None:
@@ -283,38 +205,45 @@ def _teacher(
     return Cached(live, Path(predictions), rows=len(rows), length=settings.length, identity=identity, top=top)
 
 
-@torch.no_grad()
-def _loss(model: PreTrainedModel, held: tuple[Rows, torch.Tensor], args: TrainingArguments) -> float:
-    """Cross-entropy of the held-out rows, nats a token, in the model's own type."""
-    rows, numbers = held
-    nn.Module.to(model, args.device)
-    total = 0.0
-    for some in numbers.split(args.per_device_eval_batch_size):
-        ids = rows.ids(some.tolist()).to(args.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        total += len(some) * float(F.cross_entropy(logits.float(), ids[:, 1:].flatten()))
-    return total / len(numbers)
+def _trainer(
+    net: PreTrainedModel,
+    args: TrainingArguments,
+    order: Order,
+    held: tuple[Rows, torch.Tensor],
+    settings: Settings,
+    teacher: Teacher | None,
+) -> FewBitsTrainer:
+    if settings.checkpointing:
+        net.gradient_checkpointing_enable()
+    if settings.fsdp:
+        shard(net, args.device)
+    kind = ShardedTrainer if settings.fsdp else FewBitsTrainer
+    kl = 0.0 if teacher is None else settings.kl
+    trainer = kind(
+        net, args, order, held, schedule=settings.schedule, teacher=teacher, kl=kl, temperature=settings.temperature
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _last(trainer: FewBitsTrainer) -> dict[str, float]:
     """What was measured behind the last step."""
     done = trainer.state.global_step
-    for entry in trainer.state.log_history:
-        if entry["step"] == done and "eval_loss" in entry:
-            return entry
-    return trainer.evaluate()
+    measured = (entry for entry in trainer.state.log_history if entry["step"] == done and "eval_loss" in entry)
+    found = next(measured, None) or trainer.evaluate()
+    return {"loss_trained": found["eval_loss"]} | ({"kl": found["eval_kl"]} if "eval_kl" in found else {})
 
 
-def _ship(
-    small: nn.Module, begin: Start, folder: Path, held: tuple[Rows, torch.Tensor], args: TrainingArguments
-) -> float:
-    """Write the model and its tokenizer -> the loss of what can be read there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    assert isinstance(small, PreTrainedModel)
-    if any(isinstance(part, PackedWeight) for part in small.modules()):
-        save(small, folder)
-    else:
-        with hf.quiet():
-            small.save_pretrained(folder)
-    begin.tokenizer.save_pretrained(folder)
-    return _loss(load(folder), held, args)
+def _whole(trainer: FewBitsTrainer) -> nn.Module:
+    """The model without what distributes it."""
+    found: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    return found
+
+
+def _result(trainer: FewBitsTrainer, begin: Start, settings: Settings) -> nn.Module:
+    """The float model, gathered if it was sharded."""
+    if not isinstance(trainer, ShardedTrainer):
+        return _whole(trainer)
+    made = begin.model(settings.seed)
+    made.load_state_dict(trainer.gathered(), strict=False)
+    return made

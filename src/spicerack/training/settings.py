@@ -1,14 +1,21 @@
-"""How a run trains."""
+"""How a run trains, in its own words and in those of transformers' Trainer."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
+
+import torch
+from transformers import TrainingArguments
 
 from spicerack.errors import UsageError
 from spicerack.qat_start import Stored
 from spicerack.training.schedule import Schedule
+
+_BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,3 +89,41 @@ class Settings:
                 "change --batch or --micro-batch",
             )
         return micro
+
+
+def arguments(settings: Settings, folder: Path) -> TrainingArguments:
+    """As transformers' Trainer takes them; joins the processes of torchrun. Raises UsageError."""
+    cpu = settings.cpu or not torch.accelerator.is_available()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.fsdp and processes == 1:
+        raise UsageError("--fsdp shards over several processes, and this is one", "start it by torchrun")
+    micro = settings.micro(processes)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=settings.batch // (micro * processes),
+        learning_rate=settings.lr,
+        warmup_steps=round(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        adam_beta1=_BETAS[0],
+        adam_beta2=_BETAS[1],
+        seed=settings.seed,
+        bf16=settings.bf16,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not cpu,
+    )

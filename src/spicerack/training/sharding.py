@@ -93,10 +93,15 @@ class ShardedTrainer(FewBitsTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """All ranks gather, the first one writes."""
+        state = self.gathered()
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def gathered(self) -> dict[str, Any]:
+        """Parameters by their names, whole and on the CPU in the first rank, nothing in the others; all must call."""
         assert self.model is not None
         state = get_model_state_dict(self.model, options=_WHOLE)
-        if self.args.should_save:
-            self._save(output_dir, state_dict={k: v for k, v in state.items() if k not in _tied(self.model)})
+        return {name: tensor for name, tensor in state.items() if name not in _tied(self.model)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self.model is not None

@@ -27,6 +27,10 @@ from spicerack.packing import Packing, Reading
 BYTES_A_TOKEN = 8
 """Text that is tokenized for each token wanted: about twice as much."""
 LEAST_BYTES = 1 << 20
+HELD_OUT = 128
+"""Rows that are evaluated on, at most."""
+_SHARE = 100
+"""One row in so many is held out where there is no text for that."""
 _CHECKED = 64
 """Rows that are looked at for unknown tokens and the like."""
 _SEED = 0
@@ -130,3 +134,34 @@ def split(count: int, held: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of rows to train on and, chosen among all `count`, of those that are held out, int64, in order."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
     return order[held:].sort().values, order[:held].sort().values
+
+
+def prepare(
+    data: str | Path,
+    held_out: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    length: int,
+    batch: int,
+    steps: int,
+) -> tuple[Rows, torch.Tensor, tuple[Rows, torch.Tensor]]:
+    """Packed rows, the numbers of those to train on, and rows and numbers that are held out, in files in `folder`.
+
+    Raises TextError where there is not enough for one batch.
+    """
+    most = steps * batch
+    spare = 0 if held_out is not None else max(min(most // _SHARE, HELD_OUT), 1)
+    rows = pack(data, tokenizer, folder / "text.bin", length=length, most=most + spare)
+    if spare:
+        spare = max(min(spare, len(rows) // _SHARE), 1)
+    numbers, apart = split(len(rows), spare)
+    if len(numbers) < batch:
+        raise TextError(
+            f"{data} has {len(numbers)} sequences of {length} tokens to train on, a batch needs "
+            f"{batch}", "give a longer text, or use a smaller batch or length",
+        )  # fmt: skip
+    if held_out is None:
+        return rows, numbers, (rows, apart)
+    held = pack(held_out, tokenizer, folder / "held_out.bin", length=length, most=HELD_OUT)
+    return rows, numbers, (held, torch.arange(len(held)))
