@@ -90,13 +90,6 @@ class Accumulator:
                 _KINDS[need].fold(total, moved)
         self.count += len(rows)
 
-    def merge(self, other: Accumulator) -> None:
-        """Take in what `other` saw. Floats are added in the order of the calls: merge ranks in a fixed one."""
-        if other.totals.keys() != self.totals.keys() or other.columns != self.columns:
-            raise ValueError("accumulators of different needs or widths cannot be merged")
-        for mine, theirs in zip(self.state(), other.state(), strict=True):
-            _reduce(mine[0], theirs[0].to(self.count.device), mine[1])
-
     def state(self) -> Iterator[tuple[torch.Tensor, Reduction]]:
         """The tensors themselves, always in the same order, with what an all-reduce in place has to do with each."""
         yield self.count, "sum"
@@ -171,10 +164,3 @@ def tokens(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
             "the model overflows in its own type: quantize from float32 or bfloat16, or skip the layer",
         )
     return rows
-
-
-def _reduce(total: torch.Tensor, share: torch.Tensor, reduction: Reduction) -> None:
-    if reduction == "sum":
-        total += share
-    else:
-        torch.maximum(total, share.to(total.dtype), out=total)
