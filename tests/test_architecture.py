@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"checkpoint", "census", "architecture"}),
     frozenset({"format", "formats", "kernel", "panels", "kernels"}),
-    frozenset({"nn", "blocks", "folding", "stats", "observers"}),
+    frozenset({"nn", "blocks", "folding", "stats", "observers", "descent"}),
     frozenset({"algorithms"}),
     frozenset(
         {

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import spicerack
 from spicerack import calibrating, calibrating_plan, calibration, evaluation_lm, evaluation_text, method
-from spicerack.algorithms import gptq, signround
+from spicerack.algorithms import blockap, gptq, signround
 from spicerack.calibrating import Finished
 from spicerack.calibration import Calibration
 from spicerack.cli import _output, cli
@@ -284,15 +284,17 @@ def test_evaluating_on_the_calibration_text_is_warned_about(llama_folder: LlamaF
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-def test_signround_in_the_loop(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chain", ["signround", "blockap", "awq+blockap"])
+def test_learned_codes_in_the_loop(chain: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signround, "STEPS", 30)
+    monkeypatch.setattr(blockap, "STEPS", 30)
     source, given = saved(family, tmp_path / "float"), text(count=20, padded=family == "bert")
-    seen: dict[str, list[float]] = {"rtn": [], "signround": []}
+    seen: dict[str, list[float]] = {"rtn": [], chain: []}
     for name, errors in seen.items():
         job = prepare(source, calibrated(dataclasses.replace(Recipe(parse("w2g16")), method=method.parse(name)), True))
         execute(job, tmp_path / name, calibration=given, finished=lambda f, errors=errors: errors.append(f.error))
-    assert all(a < b for a, b in zip(seen["signround"], seen["rtn"], strict=True))
-    assert not same_files(tmp_path / "rtn", tmp_path / "signround")
+    assert all(a < b for a, b in zip(seen[chain], seen["rtn"], strict=True))
+    assert not same_files(tmp_path / "rtn", tmp_path / chain)
 
 
 @pytest.mark.slow

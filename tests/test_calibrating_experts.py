@@ -129,11 +129,12 @@ def test_an_expert_whose_code_sends_tokens_itself_is_rounded(tmp_path: Path, mon
     assert torch.allclose(first[EXPERT], sum(first[e] for e in range(4) if e != EXPERT) / 3, rtol=0.5)  # type: ignore
 
 
-def test_experts_without_tokens_stay_as_gptq_left_them_in_signround(tmp_path: Path) -> None:
+@pytest.mark.parametrize("learned", ["signround", "blockap"])
+def test_experts_without_tokens_stay_as_gptq_left_them(learned: str, tmp_path: Path) -> None:
     source = starved("gpt_oss", tmp_path / "float")
-    for chain in ("gptq", "signround"):
+    for chain in ("gptq", learned):
         run(source, tmp_path / chain, "w2g8", chain, count=24)
-    a, b = (load_file(tmp_path / chain / "model.safetensors") for chain in ("gptq", "signround"))
+    a, b = (load_file(tmp_path / chain / "model.safetensors") for chain in ("gptq", learned))
     codes = "model.layers.0.mlp.experts.gate_up_proj.codes"
     same = [torch.equal(a[codes][e], b[codes][e]) for e in range(4)]
     assert same[EXPERT] and not all(same)

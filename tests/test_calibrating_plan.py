@@ -76,7 +76,7 @@ def test_other_chunks_do_not_continue(tmp_path: Path, monkeypatch: pytest.Monkey
 _RUN = """
 import json, pathlib, sys, torch
 import spicerack
-from spicerack.algorithms import signround
+from spicerack.algorithms import blockap, signround
 from spicerack.calibration import Calibration
 from spicerack.job import prepare
 from spicerack.method import parse as chain
@@ -84,7 +84,7 @@ from spicerack.quantization import calibrated, execute, plan
 from spicerack.recipe import Recipe
 from spicerack.scheme import parse
 source, out, scheme, method = sys.argv[1:]
-signround.STEPS = 3  # what more of them need is time
+blockap.STEPS = signround.STEPS = 3  # what more of them need is time
 ids = torch.randint(3, 99, (4, 256), generator=torch.Generator().manual_seed(0))
 given = Calibration(ids, None, "of no text", 0.0, "made up")
 job = prepare(source, calibrated(Recipe(parse(scheme), method=chain(method)), True))
@@ -94,7 +94,10 @@ print(json.dumps(result))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "method"), [("w4g128", "gptq"), ("w4g32z", "awq+gptq"), ("w2g32", "signround")])
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [("w4g128", "gptq"), ("w4g32z", "awq+gptq"), ("w2g32", "signround"), ("w2g32z", "blockap")],
+)
 def test_the_plan_is_kept(scheme: str, method: str, tmp_path: Path) -> None:
     """By a process whose memory is that of its weights and statistics more than the interpreter's."""
     config = LlamaConfig(

@@ -46,7 +46,7 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "scheme"), [("awq+gptq", "w4g32a8s"), ("signround", "w4g32")])
+@pytest.mark.parametrize(("method", "scheme"), [("awq+gptq", "w4g32a8s"), ("signround", "w4g32"), ("blockap", "w4g32")])
 def test_torchrun(method: str, scheme: str, llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     source = llama_folder()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -64,7 +64,7 @@ def test_torchrun(method: str, scheme: str, llama_folder: LlamaFolder, text: Pat
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
     together, alone = codes(outs[0]), codes(outs[2])
     apart = sum(int((together[name] != alone[name]).sum()) for name in alone)
-    if method != "signround":  # whose steps go by the signs of gradients, and may part at the first that is nearly 0
+    if "gptq" in method:  # the others' steps go by signs of gradients or nearly so, and part at the first that is small
         assert apart <= 1e-4 * sum(one.numel() for one in alone.values())
     spicerack.load(outs[0])
 

@@ -11,12 +11,12 @@ from torch import nn
 
 from spicerack import codec
 from spicerack.algorithms import rtn, signround
-from spicerack.algorithms.signround import Layer
+from spicerack.descent import Forward, Layer
 from spicerack.qtensor import QTensor
 from spicerack.scheme import parse
 
 
-def linear_case(scheme: str, n: int = 12, k: int = 32) -> tuple[nn.Linear, Layer, signround.Forward, torch.Tensor]:
+def linear_case(scheme: str, n: int = 12, k: int = 32) -> tuple[nn.Linear, Layer, Forward, torch.Tensor]:
     """One layer, its inputs [16 sequences, 10 tokens, K], and a forward over them."""
     generator = torch.Generator().manual_seed(0)
     module = nn.Linear(k, n).requires_grad_(False)

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from spicerack import blocks
-from spicerack.algorithms import gptq, hqq, rtn, signround
+from spicerack import blocks, descent
+from spicerack.algorithms import blockap, gptq, hqq, rtn, signround
 from spicerack.calibrating_block import Layer, Work, inside
 from spicerack.calibrating_files import States, commit, is_done
 from spicerack.calibrating_inputs import Moments, moments, rounds, stages
@@ -39,6 +39,9 @@ from spicerack.qtensor import QTensor
 from spicerack.ranks import ALONE, Ranks
 from spicerack.rotating import Rotated, original
 from spicerack.solved import Solved
+
+_LEARNING = {"signround": signround.solve, "blockap": blockap.solve}
+"""Solvers that need all layers of a block at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +163,8 @@ def _solve(work: Work) -> tuple[dict[str, QTensor], dict[str, Solved]]:
             starts[layer.key] = work.start(layer, None)
             solved[layer.key] = Solved(starts[layer.key], ("not reached by the calibration text: rounded to nearest",))
             work.put(layer, starts[layer.key])
-    if _solver(work) == "signround":
-        solved |= _tuned(work, {t: s for t, s in solved.items() if signround.fits(s.q.scheme)})
+    if _solver(work) in _LEARNING:
+        solved |= _tuned(work, {t: s for t, s in solved.items() if descent.fits(s.q.scheme)})
     return starts, solved
 
 
@@ -172,7 +175,7 @@ def _solver(work: Work) -> str:
 
 
 def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
-    """Rounding learned by the block's output, from `solved` on; all layers hold it."""
+    """Codes learned by the block's output, from `solved` on; all layers hold it."""
 
     def forward(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         chunk, arguments = work.call(numbers)
@@ -183,11 +186,12 @@ def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
     by_tensor = {layer.key: layer for layer in work.layers}
     modules = blocks.layers(work.block)
     layers = {
-        tensor: signround.Layer(modules[by_tensor[tensor].path], work.weight(by_tensor[tensor]), one.q)
+        tensor: descent.Layer(modules[by_tensor[tensor].path], work.weight(by_tensor[tensor]), one.q)
         for tensor, one in solved.items()
     }
     if work.ranks.first:  # every step needs the one before: nothing is shared but the result
-        for tensor, one in signround.solve(layers, forward, len(work.text.calibration.ids)).items():
+        solve = _LEARNING[_solver(work)]
+        for tensor, one in solve(layers, forward, len(work.text.calibration.ids)).items():
             events = (*solved[tensor].events, *one.events)
             work.hand_over(by_tensor[tensor], solved[tensor].q, Solved(one.q, events))
     work.ranks.wait()
@@ -232,7 +236,7 @@ def _layer(work: Work, layer: Layer, seen: Moments, pull: torch.Tensor | None) -
         solved = hqq.solve(w, start)
     elif solver == "rtn" or seen.gram is None:
         solved = Solved(start)
-    elif gptq.fits(layer.planned.scheme):  # signround goes on from there
+    elif gptq.fits(layer.planned.scheme):  # those that learn go on from there
         solved = gptq.solve(w, start, seen.gram, pull)
     else:
         solved = Solved(start, (f"{solver} cannot do {layer.planned.scheme}: rounded to nearest",))

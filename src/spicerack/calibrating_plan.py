@@ -147,8 +147,8 @@ def _of_block(job: Job, block: Sequence[Action], sequences: int, length: int) ->
         made = 8 * size  # a weight, and what it is decoded by
         plans.append((f"gathering statistics for {first.layer}", _statistics(group) + activations + made))
         plans.append((f"solving {largest.layer}", _solving(group, method.solver)))
-    if method.solver == "signround":
-        plans.append(("learning the rounding of a block", 40 * weights + activations))
+    if method.solver in ("signround", "blockap"):
+        plans.append(("learning the codes of a block", 40 * weights + activations))
     where, most = max(plans, key=lambda pair: pair[1], default=("", 0))
     return Plan(sequences, held + most, f"while {where}")
 

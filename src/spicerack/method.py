@@ -11,7 +11,7 @@ from spicerack.errors import RecipeError
 from spicerack.scheme import IntLevels, Scheme
 
 TRANSFORMS = ("hadamard", "smoothquant", "awq")
-SOLVERS = ("rtn", "hqq", "gptq", "signround")
+SOLVERS = ("rtn", "hqq", "gptq", "signround", "blockap")
 _DATA_FREE = ("hadamard", "rtn", "hqq")
 
 

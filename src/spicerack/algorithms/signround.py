@@ -1,57 +1,29 @@
-"""SignRound: which way each weight is rounded, and how wide its steps are, learned by a block's output.
+"""SignRound: which way each weight is rounded, and how wide its steps are, learned by a block's output (`descent`).
 
     q = clip(round(w / s + v) + z),  |v| <= 1/2,    s = stored(s_0 a),  1/2 <= a <= 3/2
-    minimise  || block_q(x) - y ||^2   by   v -= eta sign(dL/dv),  a -= eta sign(dL/da),    eta from 1/T down to 0
+    v -= eta sign(dL/dv),  a -= eta sign(dL/da),    eta from 1/T down to 0
 
 w are the weights, moved as little as it takes to be rounded to the codes of `start`, where another solver chose those.
-x are hidden states behind quantized blocks, y what the float block made of the float model's. Rounding and storing pass
-gradients straight through, clipping stops them. The best of some steps is kept, the first (nothing learned: `start`)
-among them, judged on the same sequences each time (Cheng et al. 2023, arXiv:2309.05516).
+Rounding and storing pass gradients straight through, clipping stops them (Cheng et al. 2023, arXiv:2309.05516).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from spicerack.descent import Forward, Layer, descend
 from spicerack.levels import level_values, store
 from spicerack.qtensor import QTensor
-from spicerack.scheme import IntLevels, Scheme
+from spicerack.scheme import IntLevels
 from spicerack.solved import Solved
 
 STEPS = 200
-BATCH = 8
-"""Sequences of a step."""
-_LOOKS = 10
-"""How often the loss over the judging sequences is taken, after the first time."""
 
 _CELL = 0.499
 """How far from a code a weight may be that is rounded to it."""
-
-Forward = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
-"""Numbers of sequences -> (the block's output now, what it should be), both [rows, H] without padding."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Layer:
-    """A layer of the block, its weight [N, K], and how that is rounded to begin with."""
-
-    module: nn.Linear | Conv1D
-    weight: torch.Tensor
-    start: QTensor
-
-
-def fits(scheme: Scheme) -> bool:
-    """Whether levels are integers, and scales plain numbers."""
-    plain = scheme.min is None and not isinstance(scheme.scale, Scheme) and scheme.block[0] in (1, None)
-    return plain and isinstance(scheme.levels, IntLevels)
 
 
 def solve(
@@ -59,28 +31,11 @@ def solve(
 ) -> dict[str, Solved]:
     """Name -> codes and scales with which the block's output is nearest; `start` where nothing better was found.
 
-    forward: runs the block whose layers these are; while it does they multiply by what is being learned. steps: None is
-    STEPS.
+    forward, sequences: as in `descend`. steps: None is STEPS.
     """
     steps = STEPS if steps is None else steps
-    generator = torch.Generator().manual_seed(seed)
-    judges = range(0, sequences, max(sequences // (4 * BATCH), 1))
     learned = {name: _Learned(layer) for name, layer in layers.items()}
-    with _in_place(layers, learned):
-        best = _loss(forward, judges)
-        for step in range(steps):
-            rate = (1 - step / steps) / steps
-            some = torch.randint(sequences, (BATCH,), generator=generator).tolist()
-            with torch.enable_grad():
-                output, wanted = forward(some)
-                (output - wanted).square().mean().backward()
-            for one in learned.values():
-                one.step(rate)
-            if (step + 1) % max(steps // _LOOKS, 1) == 0 and (loss := _loss(forward, judges)) < best:
-                best = loss
-                for one in learned.values():
-                    one.keep()
-    return {name: Solved(one.result()) for name, one in learned.items()}
+    return descend(layers, learned, forward, sequences, steps=steps, seed=seed)
 
 
 class _Learned:
@@ -157,31 +112,3 @@ class _Learned:
         scale = self._scale()
         codes = self._codes(scale).to(self.start.codes.dtype)
         return dataclasses.replace(self.start, codes=codes.contiguous(), scale=scale.to(self.dtype).contiguous())
-
-
-@contextmanager
-def _in_place(layers: Mapping[str, Layer], learned: Mapping[str, _Learned]) -> Iterator[None]:
-    """The modules multiply by what is learned."""
-
-    def forward(module: nn.Linear | Conv1D, one: _Learned, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, one.decoded(), module.bias)
-
-    for name, layer in layers.items():
-        changed: Any = layer.module
-        changed.forward = partial(forward, layer.module, learned[name])
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            changed = layer.module
-            del changed.forward
-
-
-@torch.no_grad()
-def _loss(forward: Forward, sequences: Sequence[int]) -> float:
-    wrong = count = 0.0
-    for first in range(0, len(sequences), BATCH):
-        output, wanted = forward(sequences[first : first + BATCH])
-        wrong += float((output - wanted).square().sum(dtype=torch.float64))
-        count += output.numel()
-    return wrong / count

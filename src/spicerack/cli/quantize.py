@@ -79,7 +79,7 @@ def _recipe(
 @click.option(
     "--method",
     metavar="CHAIN",
-    help="How codes are chosen: rtn, gptq, signround, or transforms before one: awq+gptq, smoothquant. Default: auto.",
+    help="How codes are chosen: rtn, gptq, signround, blockap, or transforms before one: awq+gptq. Default: auto.",
 )
 @click.option(
     "--observer",
