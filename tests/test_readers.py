@@ -141,6 +141,7 @@ ROWS = {
     "`w4g32z` with some layers `w8`": ("w4g32z", ["**.down_proj=w8"]),
     "`w8a8`": ("w8a8", []),
     "`w8a8s`": ("w8a8s", []),
+    "`ternarya8`, where no packed layer has a bias": ("ternarya8", []),
     "a quantized embedding": ("w8", ["model.embed_tokens=w8"]),
     "`w2g32h`, `w8t`, `nf4`, `q4_k` ...": ("w2g32h", []),
 }
@@ -150,12 +151,15 @@ ROWS = {
 @pytest.mark.filterwarnings("ignore")
 def test_the_table_in_the_docs_is_measured(llama_folder, tmp_path: Path, row: str) -> None:
     scheme, rules = ROWS[row]
+    if scheme == "ternarya8":
+        pytest.importorskip("accelerate")
     given = Calibration(IDS, None, "of no text", 0.0, "made up") if scheme == "w8a8s" else None
     model = llama_folder(dtype=torch.bfloat16)
     spicerack.quantize(model, scheme, output=tmp_path / "out", method="rtn", calibration=given, rules=rules)
     dense = logits(decoded_model(LlamaForCausalLM, tmp_path / "out", tmp_path / "dense"), IDS)
-    found = [verdict(read, tmp_path / "out", dense) for read in (plain, dequantized, ours)]
-    if scheme in ("w8a8", "w8a8s"):  # activations are rounded as well: see the tests above
+    with torch.compiler.set_stance("force_eager"):  # which transformers does to ternary layers, for half a minute
+        found = [verdict(read, tmp_path / "out", dense) for read in (plain, dequantized, ours)]
+    if scheme in ("w8a8", "w8a8s", "ternarya8"):  # activations are rounded as well: see the tests above
         found = [YES if v == WRONG else v for v in found]
     line = next((text for text in DOCS.read_text().splitlines() if text.startswith(f"| {row} |")), "")
     stated = [re.match(r"\w+", cell.strip()) for cell in line.split("|")[2:5]]

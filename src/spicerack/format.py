@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CONTAINER = "spicerack"
 """`model_type` of folders that only spicerack reads: no other loader can mistake one and fill in random weights."""
 
+STANDARD = ("compressed_tensors", "bitnet")
+"""Formats that others read, by preference."""
+
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> (safetensors type, shape), in the order of writing."""
 
@@ -38,6 +41,8 @@ class Planned:
                   (a fused tensor)
     source_dtype  the float type it had
     transposed    the float checkpoint stores [..., K, N]
+    bias          the layer has one; told to those who write
+    inverse_scale the folder stores 1 / scale; told by those who read
     """
 
     module: str
@@ -46,6 +51,8 @@ class Planned:
     role: str = "linear"
     source_dtype: torch.dtype = torch.float32
     transposed: bool = False
+    bias: bool = False
+    inverse_scale: bool = False
 
 
 Plan = Mapping[str, Planned]
@@ -94,13 +101,14 @@ def get(name: str) -> Format:
 
 
 def choose(plan: Plan) -> Format:
-    """compressed-tensors where it holds every tensor of `plan` exactly, else spicerack's own container.
+    """The first of `STANDARD` that holds every tensor of `plan` exactly, else spicerack's own container.
 
-    Raises SchemeError if neither does.
+    Raises SchemeError if none does.
     """
-    standard, own = get("compressed_tensors"), get("spicerack")
-    if not standard.obstacles(plan):
-        return standard
+    for standard in map(get, STANDARD):
+        if not standard.obstacles(plan):
+            return standard
+    own = get("spicerack")
     obstacles = own.obstacles(plan)
     if obstacles:
         raise SchemeError(obstacles[0], "schemes are read back by name: give it a file in schemes/")
@@ -110,8 +118,11 @@ def choose(plan: Plan) -> Format:
 def portability(plan: Plan, fused: Sequence[Sequence[str]]) -> list[str]:
     """What the choice for `plan` costs in portability. fused: modules that engines merge into one matrix."""
     chosen = choose(plan)
-    obstacles = get("compressed_tensors").obstacles(plan)
-    return chosen.notes(plan, fused) + [f"the reason: {obstacle}" for obstacle in obstacles[:1]]
+    notes = chosen.notes(plan, fused)
+    if chosen.name in STANDARD:
+        return notes
+    fewest = min((get(name).obstacles(plan) for name in STANDARD), key=len)
+    return [*notes, f"the reason: {fewest[0]}"]
 
 
 def checked_input_scale(module: str, stored: torch.Tensor) -> torch.Tensor:

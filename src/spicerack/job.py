@@ -122,7 +122,7 @@ def decide(source: Checkpoint, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
             decision = Decision(decision.scheme.dynamic, f"{decision.why}; {_OUTSIDE}")
         reasons[name] = decision.why
         if decision.scheme is not None:
-            planned[name] = _plan(entry, decision)
+            planned[name] = _plan(entry, decision, f"{entry.module}.bias" in source.tensors)
     _check_shapes(planned)
     plan = {p.module: p for p in planned.values()}
     chosen = format.choose(plan)
@@ -203,10 +203,10 @@ def _calibrated(source: Checkpoint) -> frozenset[str]:
     return frozenset(t for t, place in places if place.parameter in inside and not place.operations)
 
 
-def _plan(entry: census.Entry, decision: Decision) -> Planned:
+def _plan(entry: census.Entry, decision: Decision, bias: bool) -> Planned:
     assert decision.scheme is not None
     dtype = SOURCE_TYPES[entry.info.dtype]
-    return Planned(entry.module, decision.scheme, entry.matrix_shape, entry.role, dtype, entry.transposed)
+    return Planned(entry.module, decision.scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
 
 def _check_shapes(planned: Mapping[str, Planned]) -> None:

@@ -49,10 +49,10 @@ def save(module: nn.Module, folder: str | Path) -> Path:
     packed: dict[str, PackedWeight] = {}
     for path, weight in weights.items():
         name = checkpoint_name[_weight_of(path)].removesuffix(".weight")
-        roles = {_role(layer) for layer in layers.values() if layer.packed is weight}
-        plan[name] = Planned(
-            name, weight.scheme, weight.shape, _strictest(roles), _source_dtype(weight), weight.transposed
-        )
+        users = [layer for layer in layers.values() if layer.packed is weight]
+        role, dtype = _strictest({_role(layer) for layer in users}), _source_dtype(path, weight)
+        bias = any(not isinstance(layer, QEmbedding) and layer.bias is not None for layer in users)
+        plan[name] = Planned(name, weight.scheme, weight.shape, role, dtype, weight.transposed, bias)
         packed[name] = weight
     chosen = format.choose(plan)
     units = [Unit(p.module, tuple(Slot(n, *slot) for n, slot in chosen.layout(p).items())) for p in plan.values()]
@@ -165,15 +165,24 @@ def _strictest(roles: set[str]) -> str:
     return next(role for role in ("embedding", "conv2d", "conv1d", "linear") if role in roles)
 
 
-def _source_dtype(weight: PackedWeight) -> torch.dtype:
-    """The float type whose scales these are: after a cast on loading it is not the layer's own."""
+def _source_dtype(name: str, weight: PackedWeight) -> torch.dtype:
+    """The float type whose scales these are: after a cast on loading it is not the layer's own.
+
+    Raises UsageError if there is none.
+    """
     scheme, scale = weight.scheme, weight.qtensor().scale
     while isinstance(scale, QTensor):
         assert isinstance(scheme.scale, Scheme)
         scheme, scale = scheme.scale, scale.scale
     assert isinstance(scheme.scale, str)
     kinds = (weight.dtype, torch.float32, torch.bfloat16)
-    return next(dtype for dtype in kinds if dtype_of(scheme.scale, dtype) == scale.dtype)
+    found = next((dtype for dtype in kinds if dtype_of(scheme.scale, dtype) == scale.dtype), None)
+    if found is None:
+        raise UsageError(
+            f"{name}: its scales are {scale.dtype}, which {scheme} does not store",
+            "copy the folder that it was loaded from",
+        )
+    return found
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------
