@@ -112,6 +112,36 @@ def test_a_warm_twin_has_the_llamas_weights(llama_folder: LlamaFolder, text: Pat
     assert torch.equal(twin.model.layers[1].mlp.up_proj.weight, llama.model.layers[1].mlp.up_proj.weight)
 
 
+def test_a_quantized_folder_trains_on(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    """With its weights, or with its scales alone, whose codes stay; from where it was."""
+    source = llama_folder(initializer_range=0.2)
+    spicerack.quantize(source, "w2g32h", output=tmp_path / "small")
+    for name, alone in (("all", False), ("scales", True)):
+        made = run(tmp_path / "small", tmp_path / name, text, None, teacher=source, kl=1.0, steps=20, lr=1e-2,
+                   scales_only=alone)  # fmt: skip
+        before, after = codes(tmp_path / "small"), codes(tmp_path / name)
+        assert all(torch.equal(before[key], after[key]) for key in before) == alone
+        assert made.loss_rounded is not None and made.loss_trained < made.loss_rounded
+        assert made.loss_shipped == pytest.approx(made.loss_trained, abs=0.02)
+
+
+def test_tied_and_quantized(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    """Checkpoints of weights and scales that two layers have in common; trained, continued, shipped, trained on."""
+    source = llama_folder(tie_word_embeddings=True)
+    run(source, tmp_path / "whole", text, rules=["lm_head=w8"])
+    steps = iter(range(100))
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", text, rules=["lm_head=w8"], stopping=lambda: next(steps) == 1)
+    run(source, tmp_path / "out", text, rules=["lm_head=w8"])
+    whole, continued = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    run(tmp_path / "out", tmp_path / "more", text, None)
+    run(tmp_path / "out", tmp_path / "scales", text, None, scales_only=True)
+    for name in ("more", "scales"):
+        model = spicerack.load(tmp_path / name)
+        assert model.lm_head.packed is model.model.embed_tokens.packed
+
+
 def test_ctrl_c_and_on(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     """Stopped behind a step that has no checkpoint of its own; the same bytes as if it had not been."""
     source = llama_folder()
@@ -235,7 +265,9 @@ def test_the_command(llama_folder: LlamaFolder, text: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(("words", "match"), [
     (["--scheme", "w4g32"], "either MODEL or --from-scratch"),
     (["{model}", "--kl", "0.3"], "no --teacher|about a teacher"),
-    (["{model}", "--quantizer", "seq"], "without --scheme nothing"),
+    (["{model}", "--set", "x=w8"], "change a scheme"),
+    (["{model}", "--scales-only"], "not quantized"),
+    (["{model}", "--quantizer", "seq"], "without a scheme"),
     (["--from-scratch", "{model}"], "no config.json"),
 ])  # fmt: skip
 def test_options_without_effect_are_refused(

@@ -224,9 +224,9 @@ def test_scales_that_are_no_floats_are_named(scheme: str) -> None:
 
 def test_refusals() -> None:
     small = spicerack.quantize(small_net(), "w4g32")
-    with pytest.raises(UsageError, match="is packed: its codes stay"):
+    with pytest.raises(UsageError, match="is packed: only its scales train"):
         spicerack.prepare_qat(small, "w4g32")
-    with pytest.raises(UsageError, match="is packed: its codes stay"):
+    with pytest.raises(UsageError, match="is packed: only its scales train"):
         spicerack.prepare_qat(small, config=QATConfig("lsq"))
     with pytest.raises(UsageError, match="is not packed, and no scheme was given"):
         spicerack.prepare_qat(small_net())

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -27,13 +28,13 @@ from spicerack.kernel import Compute
 from spicerack.method import Method
 from spicerack.nn.conv import Geometry, QConv2d
 from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.fake_layers import FakeLayer, convert
+from spicerack.nn.fake_layers import Convertible, FakeLayer, Plan, convert
 from spicerack.nn.fused import fuse
 from spicerack.nn.gelu import JoinedGELU
 from spicerack.nn.linear import QLinear
 from spicerack.nn.packed import PackedWeight
 from spicerack.nn.tuned_layers import Packed, Shared, TunedConv2d, TunedEmbedding, TunedLayer, tuned
-from spicerack.qat_start import Learned, QATConfig, choose, observed, plan_of, start
+from spicerack.qat_start import Learned, QATConfig, begun, choose, float_twin, observed, plan_from, plan_of, start
 from spicerack.recipe import Recipe, Rule
 from spicerack.scheme import Scheme, parse
 
@@ -49,6 +50,7 @@ def prepare_qat(
     rules: Iterable[str | Rule] = (),
     config: QATConfig = _DEFAULTS,
     inputs: Iterable[Any] = (),
+    weights: bool = False,
 ) -> nn.Module:
     """`model`, changed in place: its layers compute with weights as they would be stored, and train through them.
 
@@ -58,8 +60,9 @@ def prepare_qat(
     as `weight_scale`, `weight_zero` and `input_scale` (`scales` lists them). A layer on its own is not changed: the one
     that trains comes back.
 
-    Of a packed model, which takes no scheme, codes and zero points stay, and `weight_scale` is all that trains: every
-    other parameter is frozen (requires_grad is False) until you say otherwise.
+    Of a packed model, which has its scheme, codes and zero points stay, and `weight_scale` is all that trains: every
+    other parameter is frozen (requires_grad is False) until you say otherwise. weights: all of it trains instead, the
+    weights from the middle of their codes' cells, scales and zero points from where they are.
 
     Raises RecipeError, SchemeError, ShapeError, WeightError, UsageError (prepared already, no inputs for static
     activations, no scheme for a float model or one for a packed model).
@@ -67,15 +70,16 @@ def prepare_qat(
     if any(True for _ in _trained(model)):
         raise UsageError(f"{type(model).__name__} is prepared already", "prepare the float model, and once")
     if packed := {n: part for n, part in model.named_modules(remove_duplicate=False) if isinstance(part, Packed)}:
-        if scheme is not None or tuple(rules) or config != _DEFAULTS:
+        if scheme is not None or tuple(rules) or (config != _DEFAULTS and not weights):
             raise UsageError(
-                f"{type(model).__name__} is packed: its codes stay what they are, and only scales train",
-                "prepare_qat(model) without scheme, rules and config; for other codes prepare the float model",
+                f"{type(model).__name__} is packed: " + ("it has its scheme" if weights else "only its scales train"),
+                "leave scheme, rules and config out (weights=True takes a config), or prepare the float model",
             )
-        return _tune(model, packed)
-    if scheme is None:
+        return _unpacked(model, packed, config) if weights else _tune(model, packed)
+    if scheme is None or weights:
         raise UsageError(
-            f"{type(model).__name__} is not packed, and no scheme was given", "prepare_qat(model, 'w4g32')"
+            f"{type(model).__name__} is not packed" + ("" if weights else ", and no scheme was given"),
+            "prepare_qat(model, 'w4g32')",
         )
     what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
     what = what.then(recipe.rule(r) if isinstance(r, str) else r for r in rules)
@@ -85,19 +89,31 @@ def prepare_qat(
     plans = {name: plan_of(name, layer, chosen[name], config) for name, layer in layers.items()}
     static = observed(model, {n: layers[n] for n, s in chosen.items() if s.activations == "static"}, inputs)
     started: dict[int, Learned] = {}
+    for name, layer in layers.items():
+        if id(layer.weight) not in started:
+            started[id(layer.weight)] = start(name, layer, plans[name], config.init or what.range_)
+    return _converted(model, layers, plans, started, static)
+
+
+def _converted(
+    model: nn.Module,
+    layers: Mapping[str, Convertible],
+    plans: Mapping[str, Plan],
+    started: Mapping[int, Learned],
+    static: Mapping[int, torch.Tensor],
+) -> nn.Module:
+    """`model`, changed in place. started: by id of weights; static: by id of layers."""
     made: dict[int, FakeLayer] = {}
     for name, layer in layers.items():
-        key = id(layer.weight)
-        if key not in started:
-            started[key] = start(name, layer, plans[name], config.init or what.range_)
         if id(layer) not in made:
-            made[id(layer)] = convert(layer, plans[name], *started[key], static.get(id(layer)))
+            made[id(layer)] = convert(layer, plans[name], *started[id(layer.weight)], static.get(id(layer)))
     if frozen := [name for name, layer in layers.items() if not layer.weight.requires_grad]:
-        warnings.warn(f"{_few(frozen)}: rounded, but not trained (requires_grad is False)", stacklevel=2)
+        warnings.warn(f"{_few(frozen)}: rounded, but not trained (requires_grad is False)", stacklevel=3)
     if "" in layers:
         return made[id(model)]
     for name, layer in layers.items():
         model.set_submodule(name, made[id(layer)])
+    _tell(model)
     return model
 
 
@@ -174,10 +190,49 @@ def _tune(model: nn.Module, layers: dict[str, Packed]) -> nn.Module:
         return made[id(model)]
     for name, layer in layers.items():
         model.set_submodule(name, made[id(layer)])
-    for name, part in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(part, JoinedGELU):  # what it was joined with is gone
-            model.set_submodule(name, part.activation)
+    _separate(model)
+    _tell(model)
     return model
+
+
+def _unpacked(model: nn.Module, layers: dict[str, Packed], config: QATConfig) -> nn.Module:
+    """`model`, changed in place: all of it trains, from what its packed layers hold."""
+    tied: dict[int, nn.Parameter] = {}
+    codes = {id(layer.packed): layer.packed.qtensor() for layer in layers.values()}
+    floats: dict[str, Convertible] = {}
+    made: dict[int, Convertible] = {}
+    for name, layer in layers.items():
+        if id(layer.packed) not in tied:
+            tied[id(layer.packed)] = nn.Parameter(layer.weight.detach().contiguous())
+        if id(layer) not in made:
+            made[id(layer)] = float_twin(layer, tied[id(layer.packed)])
+        floats[name] = made[id(layer)]
+    plans, started, static = {}, {}, {}
+    for name, layer in layers.items():
+        q = codes[id(layer.packed)]
+        plans[name] = plan_from(name, floats[name], q, config)
+        started[id(floats[name].weight)] = begun(q, floats[name].weight)
+        if q.input_scale is not None:
+            static[id(floats[name])] = q.input_scale.to(floats[name].weight).reshape(1, 1)
+    for name, old in layers.items():
+        swap.as_before(floats[name], old)
+        if name:
+            model.set_submodule(name, floats[name])
+    _separate(model)
+    return _converted(model if "" not in layers else floats[""], floats, plans, started, static)
+
+
+def _tell(model: nn.Module) -> None:
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            swap.tell_trainers(part)
+
+
+def _separate(model: nn.Module) -> None:
+    """Activations that were joined with packed layers, which are gone, are themselves again."""
+    for name, part in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(part, JoinedGELU):
+            model.set_submodule(name, part.activation)
 
 
 def _few(names: list[str]) -> str:

@@ -17,8 +17,12 @@ from spicerack import swap
 from spicerack.algorithms import rtn
 from spicerack.errors import RecipeError, SchemeError, UsageError
 from spicerack.levels import dtype_of
+from spicerack.nn.conv import QConv2d
+from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.fake import Clip, Grid
 from spicerack.nn.fake_layers import LEARNED, Convertible, Plan, Quantizer, Ranges, range_of
+from spicerack.nn.tuned_layers import Packed
+from spicerack.qtensor import QTensor
 from spicerack.recipe import Recipe
 from spicerack.scheme import IntLevels, Scheme
 from spicerack.search import is_ternary
@@ -181,3 +185,46 @@ def start(name: str, layer: Convertible, plan: Plan, init: Init) -> Learned:
     return tuple(  # type: ignore[return-value]
         None if part is None else nn.Parameter(part.to(weight), layer.weight.requires_grad) for part in (scale, zero)
     )
+
+
+# ---- of packed models ------------------------------------------------------------------------------------------------
+
+
+def float_twin(layer: Packed, weight: nn.Parameter) -> Convertible:
+    """The layer that `layer` was quantized from, with `weight` and the bias that is there."""
+    made: Convertible
+    rows, columns = weight.shape[:2]
+    if isinstance(layer, QEmbedding):
+        made = nn.Embedding(rows, columns, layer.padding_idx, device="meta")
+    elif isinstance(layer, QConv2d):
+        g: Any = layer.geometry
+        made = nn.Conv2d(
+            columns * g.groups, rows, g.kernel_size, g.stride, g.padding, g.dilation, g.groups, device="meta"
+        )
+    elif layer.packed.transposed:
+        made = Conv1D(columns, rows)
+    else:
+        made = nn.Linear(columns, rows, device="meta")
+    made.weight = weight
+    if not isinstance(layer, QEmbedding):
+        made.register_parameter("bias", layer.bias)
+    return made
+
+
+def plan_from(name: str, layer: Convertible, q: QTensor, config: QATConfig) -> Plan:
+    """How a layer is rounded as `q` is, whose scales are where learning begins. Raises SchemeError."""
+    quantizer = config.quantizer or "lsq"
+    if quantizer not in LEARNED:
+        raise SchemeError(f"{name}: {quantizer} finds scales anew, and does not begin where they are", "use lsq or seq")
+    if config.init is not None:
+        raise SchemeError(f"{name}: its scales begin where they are, not at {config.init}", "leave init out")
+    plan = plan_of(name, layer, q.scheme, dataclasses.replace(config, quantizer=quantizer))
+    assert isinstance(q.scale, torch.Tensor)
+    return dataclasses.replace(plan, dtype=q.scale.dtype)
+
+
+def begun(q: QTensor, weight: torch.Tensor) -> Learned:
+    """Scale and zero point of a packed weight, to be learned."""
+    zero = None if q.zero is None else nn.Parameter(q.zero.to(weight))
+    assert isinstance(q.scale, torch.Tensor)
+    return nn.Parameter(q.scale.to(weight)), zero

@@ -233,5 +233,20 @@ def tell_transformers(model: PreTrainedModel) -> None:
         vars(model)["hf_quantizer"] = SpicerackQuantizer(SpicerackConfig(_nothing))
 
 
+def tell_trainers(model: PreTrainedModel) -> None:
+    """As a model that trains: not quantized any more, if it was, and with its ties."""
+    if vars(model).pop("hf_quantizer", None) is None:
+        return
+    for holder, marks in (
+        (model, ("is_quantized", "quantization_method")),
+        (model.config, ("quantization_config", "_is_quantized")),
+    ):
+        for mark in marks:
+            vars(holder).pop(mark, None)
+    found = dict(model.named_parameters(remove_duplicate=False))
+    ties: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in found and found[a] is found.get(b)}
+
+
 def _nothing(_model: PreTrainedModel) -> None:
     """The layers are in place already."""

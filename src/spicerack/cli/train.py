@@ -26,7 +26,7 @@ _TWINS = ("bitnet", "subln")
 @click.command(cls=_rules.OrderedCommand)
 @click.argument("model", metavar="MODEL", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
-@click.option("--scheme", help="Numbers of all linear layers: w4g32, w2g32h, ternary ... Without it: float.")
+@click.option("--scheme", help="Numbers of all linear layers: w4g32, w2g32h, ternary ... Default: as MODEL is.")
 @click.option("--data", required=True, metavar="TEXT", help="Text to train on: file, JSON lines, folder, dataset.")
 @click.option("--eval", "held_out", metavar="TEXT", help="Text to measure on. Default: 1 % of the data is held out.")
 @click.option("--teacher", metavar="MODEL", help="Model whose predictions are learned: mostly MODEL itself.")
@@ -48,6 +48,7 @@ _TWINS = ("bitnet", "subln")
 @click.option("--ranges", metavar="NAME", help="Of static activations: lsq, ema. Default: lsq.")
 @_rules.set_option
 @_rules.skip_option
+@click.option("--scales-only", is_flag=True, help="Of a quantized MODEL: no code changes.")
 @click.option("--from-scratch", metavar="CONFIG", help="A config.json instead of MODEL: random weights.")
 @click.option("--tokenizer", metavar="FOLDER", help="For --from-scratch. Default: beside the config.json.")
 @click.option("--twin", type=click.Choice(_TWINS), help="Turn a Llama into BitNet's classes: more norms, relu^2.")
@@ -70,6 +71,7 @@ def command(
     predictions: str | None,
     set_: tuple[str, ...],
     skip: tuple[str, ...],
+    scales_only: bool,
     from_scratch: str | None,
     tokenizer: str | None,
     twin: Any,
@@ -78,8 +80,9 @@ def command(
 ) -> None:
     """Train a model in few bits, and write it as it was trained.
 
-    MODEL is a folder in Hugging Face layout (safetensors) or a hub id. Checkpoints and curves lie in OUT.training; the
-    same command continues there. Several processes: torchrun --nproc-per-node 2 -m spicerack train ...
+    MODEL is a folder in Hugging Face layout (safetensors) or a hub id; a quantized one trains on. Checkpoints and
+    curves lie in OUT.training; the same command continues there. Several processes: torchrun --nproc-per-node 2 -m
+    spicerack train ...
 
     \b
     spicerack train MODEL -o out --scheme w2g32h --data text.jsonl --teacher MODEL --steps 2000
@@ -106,8 +109,8 @@ def command(
 
     config = QATConfig(**_given(given, QATConfig))
     settings = Settings(**_given(given, Settings))
-    if scheme is None and (rules or config != QATConfig()):
-        raise UsageError("without --scheme nothing is quantized", "name one, or leave the options for it out")
+    if scheme is None and rules:
+        raise UsageError("--set and --skip change a scheme, and there is none", "name one, or leave them out")
     if teacher is None and any(given[name] is not None for name in ("kl", "temperature")):
         raise UsageError("--kl and --temperature are about a teacher, and there is none", "name one by --teacher")
     first = os.environ.get("RANK", "0") == "0"  # as torchrun says
@@ -123,8 +126,8 @@ def command(
             made = train(
                 model or from_scratch or "", output, data=data, scheme=scheme, rules=rules, config=config,
                 settings=settings, teacher=teacher, predictions=predictions, held_out=held_out, tokenizer=tokenizer,
-                twin=twin, told=lambda note: bar.console.print(note, soft_wrap=True, markup=False), stopping=stopping,
-                callbacks=[_lines(bar, task)] if first else [],
+                twin=twin, scales_only=scales_only, stopping=stopping, callbacks=[_lines(bar, task)] if first else [],
+                told=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
             )  # fmt: skip
     if not first:
         return

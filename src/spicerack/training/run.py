@@ -72,7 +72,7 @@ def train(
     output: str | Path,
     *,
     data: str | Path,
-    scheme: str | Scheme | Recipe | None,
+    scheme: str | Scheme | Recipe | None = None,
     rules: Iterable[str | Rule] = (),
     config: QATConfig | None = None,
     settings: Settings | None = None,
@@ -81,6 +81,7 @@ def train(
     held_out: str | Path | None = None,
     tokenizer: str | Path | None = None,
     twin: Twin | None = None,
+    scales_only: bool = False,
     told: Callable[[str], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
     callbacks: Iterable[TrainerCallback] = (),
@@ -88,8 +89,9 @@ def train(
     """Train a model on text in few bits, and write it, frozen, to the folder `output`.
 
     model: a folder or hub id; or a config.json, for random weights, with the tokenizer in the folder `tokenizer`, None
-    for that of the config. twin: turns a Llama into BitNet's classes. scheme: None trains in float, to compare with;
-    rules, config: as for `prepare_qat`. data, held_out: text as for calibration; without held_out one row of `data` in
+    for that of the config. twin: turns a Llama into BitNet's classes. scheme, rules, config: as for `prepare_qat`; no
+    scheme: a float model trains in float, to compare with, and a quantized folder goes on in its own, with scales_only
+    without changing a code. data, held_out: text as for calibration; without held_out one row of `data` in
     a hundred is held out. teacher: a folder or hub id whose predictions are learned; predictions: a folder to keep them
     in, for other runs too. told: is given sentences on the way. stopping: asked behind each step, whether to save and
     raise KeyboardInterrupt.
@@ -106,6 +108,10 @@ def train(
     settings, config = settings or Settings(), config or QATConfig()
     begin = start.find(model, tokenizer=tokenizer, twin=twin)
     guide = None if teacher is None else Checkpoint.open(teacher)
+    if not begin.packed and scheme is None and dataclasses.replace(config, stored=None) != QATConfig():
+        raise UsageError("without a scheme nothing is rounded, however it is configured", "name a scheme")
+    if scales_only and not begin.packed:
+        raise UsageError(f"{model} is not quantized: its scales cannot train alone", "quantize it first")
     if guide is None and predictions is not None:
         raise UsageError("there is no teacher whose predictions are kept", "name one")
     stored = settings.dtype or begin.dtype
@@ -115,7 +121,7 @@ def train(
     identity = {
         "model": begin.identity,
         "recipe": None if what is None else what.as_dict(),
-        "qat": asdict(config),
+        "qat": asdict(config) | {"scales_only": scales_only},
         "settings": asdict(settings),
         "data": str(data),
         "held_out": None if held_out is None else str(held_out),
@@ -140,14 +146,17 @@ def train(
         resumed = files.last_checkpoint(folder)
         measure = partial(loss_of, held=held, batch=args.per_device_eval_batch_size, device=args.device)
         before = {"float": measure(net)} if first and resumed is None and what is not None else {}
-        if what is not None:
+        if begin.packed:
+            prepare_qat(net, what, config=QATConfig() if scales_only else config, weights=not scales_only)
+        elif what is not None:
             some = [{"input_ids": rows.ids(numbers[:_OBSERVED].tolist())}] if what.is_static else ()
             prepare_qat(net, what, config=config, inputs=some)
         trainer = _trainer(net, args, order, held, settings, kept)
         stop = Stopping(stopping)
         for callback in (stop, *([_curves(folder)] if first else []), *callbacks):
             trainer.add_callback(callback)
-        if resumed is None and what is not None:
+        quantized = begin.packed or what is not None
+        if resumed is None and quantized:
             rounded = trainer.evaluate()["eval_loss"]
             if first:
                 write_atomically(folder / _BEFORE, json_bytes({**before, "rounded": rounded}))
@@ -157,7 +166,7 @@ def train(
             raise KeyboardInterrupt
         losses = {f"loss_{when}": loss for when, loss in (read_json(folder / _BEFORE) or {}).items()}
         losses |= _last(trainer)
-        small = _result(trainer, begin, settings) if what is None else freeze(_whole(trainer))
+        small = freeze(_whole(trainer)) if quantized else _result(trainer, begin, settings)
         nn.Module.to(small, dtype=getattr(torch, stored))  # scales are in it already, and stay as they are
         if first:
             losses |= {"loss_shipped": measure(ship(small, begin.tokenizer, folder / _SHIPPED))}
@@ -245,5 +254,5 @@ def _result(trainer: FewBitsTrainer, begin: Start, settings: Settings) -> nn.Mod
     if not isinstance(trainer, ShardedTrainer):
         return _whole(trainer)
     made = begin.model(settings.seed)
-    made.load_state_dict(trainer.gathered(), strict=False)
+    made.load_state_dict(trainer.state_of_model(), strict=False)
     return made

@@ -44,11 +44,6 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _tied(model: Any) -> set[str]:
-    """Parameters that are stored under another name."""
-    return set(model.all_tied_weights_keys)
-
-
 class _Wrapped(nn.Module):
     """What the Trainer takes for a model that is distributed already; it would wrap any other in DDP."""
 
@@ -91,23 +86,18 @@ class ShardedTrainer(FewBitsTrainer):
                 part.reshard()
         return metrics
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """All ranks gather, the first one writes."""
-        state = self.gathered()
-        if self.args.should_save:
-            self._save(output_dir, state_dict=state)
-
-    def gathered(self) -> dict[str, Any]:
-        """Parameters by their names, whole and on the CPU in the first rank, nothing in the others; all must call."""
+    def state_of_model(self) -> dict[str, Any]:
+        """Gathered, on the CPU, in the first rank; nothing in the others, which must call it, too."""
         assert self.model is not None
-        state = get_model_state_dict(self.model, options=_WHOLE)
-        return {name: tensor for name, tensor in state.items() if name not in _tied(self.model)}
+        names = set(super().state_of_model())
+        whole = get_model_state_dict(self.model, options=_WHOLE)
+        return {name: tensor for name, tensor in whole.items() if name in names}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         assert self.model is not None
         state: dict[str, Any] = load_file(Path(resume_from_checkpoint) / "model.safetensors")
         missing, unexpected = set_model_state_dict(self.model, state, options=_LOADED)
-        assert not unexpected and set(missing) <= _tied(self.model), (missing, unexpected)
+        assert not unexpected and not set(missing) & set(super().state_of_model()), (missing, unexpected)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.model is not None

@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from spicerack import bitnet, hf, tokenizing
+from spicerack import bitnet, format, hf, tokenizing
 from spicerack.checkpoint.files import MAX_CONFIG_BYTES, read_json
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.errors import UsageError
@@ -33,11 +33,12 @@ Twin = Literal["bitnet", "subln"]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """identity: what a resumed run must agree in. dtype: that the model is stored in. model: makes it, float32, in eval
-    mode, from a seed."""
+    """identity: what a resumed run must agree in. dtype: that the model is stored in. packed: whether it is quantized.
+    model: makes it, its floats in float32, in eval mode, from a seed."""
 
     identity: str
     dtype: Stored
+    packed: bool
     tokenizer: PreTrainedTokenizerBase
     model: Callable[[int], PreTrainedModel]
 
@@ -51,7 +52,7 @@ def find(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | None) 
         raise UsageError(f"there is no twin {twin!r}", f"one of {', '.join(get_args(Twin))}")
     path = Path(model)
     if path.suffix == ".json":
-        config, folder = read_json(path, MAX_CONFIG_BYTES), path.parent
+        config, folder, form = read_json(path, MAX_CONFIG_BYTES), path.parent, None
         built, model_class = _classes(config, folder, twin)
         digest = hashlib.sha256(json.dumps([config, twin], sort_keys=True).encode()).hexdigest()
 
@@ -64,7 +65,10 @@ def find(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | None) 
         if tokenizer is not None:
             raise UsageError("a model folder has its own tokenizer", "leave --tokenizer out")
         checkpoint = Checkpoint.open(model)
-        config, folder = checkpoint.config, checkpoint.folder
+        form, folder = format.of_folder(checkpoint), checkpoint.folder
+        config = checkpoint.config if form is None else form.float_config(checkpoint.config)
+        if form is not None and twin is not None:
+            raise UsageError(f"{folder} is quantized, and a twin is made of floats", "start from the float model")
         built, model_class = _classes(config, folder, twin)
         digest = checkpoint.fingerprint() + (f" as {twin}" if twin else "")
 
@@ -80,7 +84,7 @@ def find(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | None) 
         raise UsageError(f"the tokenizer has {len(words)} tokens, the model {size}", "use the model's own tokenizer")
     declared = str(built.dtype).removeprefix("torch.")
     stored: Stored = next((dtype for dtype in get_args(Stored) if dtype == declared), "bfloat16")
-    return Start(digest, stored, words, make)
+    return Start(digest, stored, form is not None, words, make)
 
 
 def _classes(

@@ -167,6 +167,23 @@ class FewBitsTrainer(Trainer):
 
     # ---- what is kept ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of a checkpoint. All ranks call it, the first one writes."""
+        state = self.state_of_model()
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def state_of_model(self) -> dict[str, Any]:
+        """Tensors by their names, each under the first one; transformers does not know all that tied layers share."""
+        assert self.model is not None
+        seen: set[int] = set()
+        state: dict[str, Any] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                state[name] = tensor.detach()
+        return state
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer's, and then a mark that it is whole: a run that is killed before goes on from the one before."""
         super()._save_checkpoint(model, trial)
