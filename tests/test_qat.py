@@ -355,7 +355,7 @@ def test_checkpointed_and_compiled_it_computes_the_same(scheme: str) -> None:
 
 
 TWO_PROCESSES = """
-import sys, torch, spicerack, spicerack.errors
+import sys, torch, spicerack
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -374,12 +374,6 @@ for scheme, wrap in (("w4g32z", DDP), ("ternary", DDP), ("w2g32h", fully_shard))
         optimizer.zero_grad()
         wrapped(batch[rank]).square().mean().backward()
         optimizer.step()
-    if wrap is fully_shard:
-        try:
-            spicerack.freeze(model)
-            raise AssertionError("frozen in pieces")
-        except spicerack.errors.UsageError as error:
-            assert "is sharded" in str(error)
     whole = [p.full_tensor() if wrap is fully_shard else p for p in model.parameters()]
     found.append(torch.cat([p.detach().flatten() for p in whole]))
 torch.save(found, f"{out}/{rank}.pt")

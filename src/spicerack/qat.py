@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spicerack import recipe, swap
+from spicerack import qat_sharded, recipe, swap
 from spicerack.errors import SchemeError, UsageError
 from spicerack.kernel import Compute
 from spicerack.method import Method
@@ -130,29 +129,30 @@ def scales(model: nn.Module) -> list[nn.Parameter]:
 def freeze(model: nn.Module, *, compute: Compute | None = None) -> nn.Module:
     """A copy of a prepared model with packed layers, whose codes are those that it computes with; `save` writes it.
 
-    `model` is not changed: it can train on. compute: as in `load`. Raises UsageError (not prepared, or
-    sharded), WeightError.
+    `model` is not changed: it can train on. compute: as in `load`. Within DistributedDataParallel, the model in it is
+    frozen. One that FSDP2 shards is gathered, a weight at a time: all processes call this together, and each gets the
+    whole copy, on the CPU. Raises UsageError (not prepared, or sharded otherwise), WeightError.
     """
+    model = qat_sharded.unwrapped(model)
+    sharded = qat_sharded.resharded(model)
     layers = dict(_trained(model))
     if not layers:
         raise UsageError(f"{type(model).__name__} is not prepared", "use spicerack.prepare_qat(model, scheme) first")
     packed: dict[tuple[int, bool], PackedWeight] = {}
     for name, layer in layers.items():
-        own = _own(layer)
-        if isinstance(own, DTensor):
-            raise UsageError(
-                f"{name}.weight is sharded over processes", "gather the state dict, and load it into a prepared model"
-            )
         if isinstance(layer, nn.Conv2d) and layer.plan.scheme.activations is not None:
             raise SchemeError(
                 f"{name}: {layer.plan.scheme}: packed convolutions compute with float activations so far",
                 "train it without a8",
             )
         if (key := _key(layer)) not in packed:
+            own = _own(layer)
             dtype = layer.layout.weight_dtype if isinstance(layer, TunedLayer) else own.dtype
-            packed[key] = PackedWeight(layer.qtensor(swap.weight_of(name)), dtype, own.device, compute)
+            q = (qat_sharded.whole(layer) if sharded else layer).qtensor(swap.weight_of(name))
+            packed[key] = PackedWeight(q, dtype, "cpu" if sharded else own.device, compute)
     large = [layer.codes if isinstance(layer, TunedLayer) else layer.weight for layer in layers.values()]
-    small = copy.deepcopy(model, {id(one): one for one in large})  # they leave at once, and are never there twice
+    copied = qat_sharded.copied if sharded else copy.deepcopy
+    small = copied(model, {id(one): one for one in large})  # they leave at once, and are never there twice
     old = {name: small.get_submodule(name) for name in layers}
     new: dict[int, nn.Module] = {}
     for name, trained in old.items():
