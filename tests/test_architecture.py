@@ -14,7 +14,20 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "registry", "models", "memory", "ranks"}),
     frozenset({"scheme", "schemes"}),
     frozenset(
-        {"levels", "search", "qtensor", "solved", "codec", "bits", "packed", "method", "recipe", "native", "engines"}
+        {
+            "levels",
+            "search",
+            "qtensor",
+            "devices",
+            "solved",
+            "codec",
+            "bits",
+            "packed",
+            "method",
+            "recipe",
+            "native",
+            "engines",
+        }
     ),
     frozenset({"checkpoint", "census", "architecture"}),
     frozenset({"format", "formats", "kernel", "panels", "kernels"}),

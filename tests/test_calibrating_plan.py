@@ -40,6 +40,8 @@ def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def test_a_70b_model_is_planned_below_16_gb(llama_70b: Job) -> None:
     plan = calibrating_plan.make(llama_70b, (128, 512))
     assert plan.peak_bytes < 16 * GB and "down_proj" in plan.where and plan.sequences >= 1
+    assert plan.block_bytes == plan.peak_bytes - calibrating_plan.PROCESS
+    assert calibrating_plan.make(llama_70b, None).block_bytes == 0
 
 
 def test_less_memory_takes_smaller_chunks(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ _SHARE = """
 import sys, torch
 from spicerack.observers import OBSERVERS
 from spicerack.ranks import join
-ranks = join()
+ranks = join(torch.device("cpu"))
 x = torch.load(sys.argv[1])
 for name, make in OBSERVERS.items():
     observer = make()

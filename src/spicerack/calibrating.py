@@ -32,6 +32,7 @@ from spicerack.calibrating_inputs import Moments, moments, rounds, stages
 from spicerack.calibrating_static import observe
 from spicerack.calibrating_text import Text, tokens
 from spicerack.calibrating_transforms import Changes, transform
+from spicerack.devices import CPU, moved
 from spicerack.job import Job
 from spicerack.loading import load_apart
 from spicerack.memory import peak_rss_bytes
@@ -72,12 +73,14 @@ def run(
     folder: Path,
     *,
     threads: int,
+    device: torch.device = CPU,
     ranks: Ranks = ALONE,
     finished: Callable[[Finished], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Solve all layers that lie in blocks, into `folder`: one file for each block. Continues what is there.
 
+    device: where the blocks compute; the model itself, which makes their arguments, stays on the CPU.
     finished: called with each block. stopping: asked behind each, whether to raise KeyboardInterrupt there. Raises
     UsageError for an architecture without blocks, ActivationError naming block, layer and token.
     """
@@ -85,7 +88,7 @@ def run(
     model, experts = load_apart(original(job.source))
     stack = blocks.find(model)
     contents = inside(stack, experts, job)
-    states = States(folder, text.rows)
+    states = States(folder, text.rows, device)
     first = next((i for i in range(len(stack.blocks)) if not is_done(folder, i)), len(stack.blocks))
     if first == 0:
         for number, some in text.chunks(ranks):
@@ -94,7 +97,7 @@ def run(
             states.write(0, number, hidden.float(), hidden.float())
     ranks.wait()
     for i in range(first, len(stack.blocks)):
-        finished(_finish(Work(stack, i, contents[i], text, states, job, ranks, threads), folder))
+        finished(_finish(Work(stack, i, contents[i], text, states, job, ranks, threads, device), folder))
         if bool(ranks.largest(torch.tensor(stopping()))):
             raise KeyboardInterrupt
 
@@ -109,7 +112,7 @@ def _finish(work: Work, folder: Path) -> Finished:
     beginning, error = _errors(work, {tensor: one.q for tensor, one in solved.items()})
     rounded = error * (plain / beginning) if beginning else plain
     if work.ranks.first:
-        losses = {x.key: rtn.relative_error(work.weight(x), solved[x.key].q, threads=work.threads)
+        losses = {x.key: rtn.relative_error(moved(work.weight(x), CPU), solved[x.key].q, threads=work.threads)
                   for x in work.layers}  # fmt: skip
         told = {tensor: Solved(one.q, (*changes.of(tensor), *one.events)) for tensor, one in solved.items()}
         commit(folder, work.index, told, losses, changes.tensors, error)
@@ -186,7 +189,9 @@ def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
     by_tensor = {layer.key: layer for layer in work.layers}
     modules = blocks.layers(work.block)
     layers = {
-        tensor: descent.Layer(modules[by_tensor[tensor].path], work.weight(by_tensor[tensor]), one.q)
+        tensor: descent.Layer(
+            modules[by_tensor[tensor].path], work.weight(by_tensor[tensor]), moved(one.q, work.device)
+        )
         for tensor, one in solved.items()
     }
     if work.ranks.first:  # every step needs the one before: nothing is shared but the result
@@ -213,7 +218,7 @@ def _errors(work: Work, weights: Mapping[str, QTensor], *, first_only: bool = Fa
     """
     for layer in work.layers:
         work.put(layer, weights[layer.key])
-    sums = torch.zeros((2, 2), dtype=torch.float64)
+    sums = torch.zeros((2, 2), dtype=torch.float64, device=work.device)
     for place, (number, chunk, arguments) in enumerate(work.calls()):
         quantized = work.run(work.block, work.states.read(work.index, number)[0], arguments)
         exact = work.states.read(work.index + 1, number)[1]
@@ -233,11 +238,11 @@ def _layer(work: Work, layer: Layer, seen: Moments, pull: torch.Tensor | None) -
     start = work.start(layer, seen.importance)
     solver, w = _solver(work), work.weight(layer)
     if solver == "hqq":
-        solved = hqq.solve(w, start)
+        solved = hqq.solve(w, moved(start, work.device))
     elif solver == "rtn" or seen.gram is None:
         solved = Solved(start)
     elif gptq.fits(layer.planned.scheme):  # those that learn go on from there
-        solved = gptq.solve(w, start, seen.gram, pull)
+        solved = gptq.solve(w, moved(start, work.device), seen.gram, pull)
     else:
         solved = Solved(start, (f"{solver} cannot do {layer.planned.scheme}: rounded to nearest",))
     return start, Solved(solved.q, (*seen.events, *solved.events))

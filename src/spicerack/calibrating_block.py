@@ -19,6 +19,7 @@ from spicerack.blocks import Arguments, Stack
 from spicerack.calibrating_files import States, solution_name
 from spicerack.calibrating_text import Text, tokens
 from spicerack.calibrating_weights import float_copy
+from spicerack.devices import CPU, moved
 from spicerack.errors import ActivationError
 from spicerack.format import Planned
 from spicerack.job import Action, Job
@@ -90,7 +91,10 @@ class Rounding:
 
 
 class Work:
-    """Block `index`: `block`, whose layers get their codes in the end, and `exact`, which stays."""
+    """Block `index`: `block`, whose layers get their codes in the end, and `exact`, which stays.
+
+    Both, and all that flows through them, are on `device`; solutions are on the CPU.
+    """
 
     def __init__(
         self,
@@ -102,14 +106,15 @@ class Work:
         job: Job,
         ranks: Ranks,
         threads: int,
+        device: torch.device,
     ) -> None:
         self.stack, self.index, self.text, self.states = stack, index, text, states
         self.layers, self.others = inside.layers, inside.others
-        self.job, self.ranks, self.threads = job, ranks, threads
+        self.job, self.ranks, self.threads, self.device = job, ranks, threads, device
         original = stack.blocks[index]
         self.types = {path: parameter.dtype for path, parameter in original.named_parameters()}
-        self.exact, self._exact = float_copy(original)
-        self.block, self._block = float_copy(original)
+        self.exact, self._exact = float_copy(original, device)
+        self.block, self._block = float_copy(original, device)
         if isinstance(job.source, Rotated):  # the model that runs is the original; nothing else is in the block
             names = {f"{layer.path}.weight": layer.tensor for layer in self.layers} | dict(self.others)
             for path, tensor in names.items():
@@ -143,8 +148,9 @@ class Work:
     def call(self, some: slice | Sequence[int]) -> tuple[dict[str, torch.Tensor], Arguments]:
         """The same of some sequences."""
         chunk = self.text.inputs(some)
-        arguments = self.stack.calls(chunk)[1][self.index]
-        return chunk, Arguments(_to_float(arguments.positional), _to_float(arguments.named))
+        arguments = self.stack.calls(chunk)[1][self.index]  # by the model, which stays on the CPU
+        positional, named = moved((arguments.positional, arguments.named), self.device)
+        return moved(chunk, self.device), Arguments(_to_float(positional), _to_float(named))
 
     def run(self, block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """The block's result, hidden states [B, L, H]."""
@@ -185,7 +191,7 @@ class Work:
         found = {}
         for layer, count in layers.items():
             some = tokens(x, chunk)[:count]
-            choice = torch.full((len(some), 1), int(layer.expert), dtype=chosen.dtype)
+            choice = torch.full((len(some), 1), int(layer.expert), dtype=chosen.dtype, device=chosen.device)
             called = Arguments((choice, weights.new_ones(len(some), 1)), {})
             path = layer.path.removeprefix(f"{owner}.")
             found[layer] = blocks.inputs_of([path], self.stack, module, some, called)[path]
@@ -205,7 +211,7 @@ class Work:
 
     def stats(self, path: str, needs: Sequence[Need]) -> Stats:
         """Of what the layer gets now, over the whole text. Raises ActivationError."""
-        seen = Accumulator(needs, self.columns(path))
+        seen = Accumulator(needs, self.columns(path), device=self.device)
         for number, chunk, arguments in self.calls():
             hidden, _ = self.states.read(self.index, number)
             self.add(seen, path, number, self.input(self.block, path, hidden, arguments, chunk))
@@ -225,14 +231,14 @@ class Work:
             raise ActivationError(f"{self.name}.{path}, chunk {chunk}: {error.message}", error.hint) from error
 
     def start(self, layer: Layer, importance: torch.Tensor | None, w: torch.Tensor | None = None) -> QTensor:
-        """Rounded to nearest: the layer's weight, or `w` in its place."""
-        importance = importance if importance is not None and bool(importance.any()) else None
+        """Rounded to nearest, on the CPU, where the search is: the layer's weight, or `w` in its place."""
+        importance = moved(importance, CPU) if importance is not None and bool(importance.any()) else None
         q = rtn.solve(
-            self.weight(layer) if w is None else w, layer.planned.scheme, range_=self.job.recipe.range_,
+            moved(self.weight(layer) if w is None else w, CPU), layer.planned.scheme, range_=self.job.recipe.range_,
             name=layer.tensor, importance=importance, source=layer.planned.source_dtype, threads=self.threads,
         )  # fmt: skip
         rounding = self.roundings.get(layer.path)
-        return q if rounding is None else dataclasses.replace(q, input_scale=rounding.scale)
+        return q if rounding is None else dataclasses.replace(q, input_scale=moved(rounding.scale, CPU))
 
     def weight(self, layer: Layer) -> torch.Tensor:
         """float32 [N, K], not quantized."""
@@ -240,7 +246,8 @@ class Work:
         return weight.t().contiguous() if layer.planned.transposed else weight
 
     def hand_over(self, layer: Layer, start: QTensor, solved: Solved) -> None:
-        """To all ranks: how the layer is rounded to nearest, and its solution."""
+        """To all ranks: how the layer is rounded to nearest, and its solution, wherever that was found."""
+        solved = dataclasses.replace(solved, q=moved(solved.q, CPU))
         self._here[layer.path] = start, solved
         if self.ranks.count > 1:
             self.states.write_part(layer.path, start, solved)
@@ -253,7 +260,7 @@ class Work:
         """In place of the layer's weight, [N, K]."""
         if isinstance(w, torch.Tensor) and layer.planned.transposed:
             w = w.t()
-        self._block[layer.path].source = w
+        self._block[layer.path].source = moved(w, self.device)
 
     def follow(self, path: str) -> None:
         """A parameter of the block is again what it is in the exact one."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from spicerack import packed
 from spicerack.checkpoint.writer import partial_folder
+from spicerack.devices import CPU, moved
 from spicerack.errors import OutputError
 from spicerack.format import Planned
 from spicerack.qtensor import QTensor
@@ -97,9 +98,9 @@ def solution_name(tensor: str, number: int | None) -> str:
 class States:
     """Hidden states on disk, float32 [B, L, H], a file for each block and chunk: behind quantized blocks, and exact."""
 
-    def __init__(self, folder: Path, rows: int) -> None:
-        """rows: sequences of a chunk."""
-        self.folder, self.rows = folder, rows
+    def __init__(self, folder: Path, rows: int, device: torch.device = CPU) -> None:
+        """rows: sequences of a chunk. device: where they go when they are read."""
+        self.folder, self.rows, self.device = folder, rows, device
 
     def _path(self, block: int, chunk: int) -> Path:
         return self.folder / f"states-{block:05d}-{chunk:05d}.safetensors"
@@ -107,11 +108,11 @@ class States:
     def write(self, block: int, chunk: int, quantized: torch.Tensor, exact: torch.Tensor) -> None:
         """Of one chunk."""
         tensors = {"quantized": quantized.contiguous(), "exact": exact.contiguous().clone()}
-        _save(tensors, self._path(block, chunk))
+        _save(moved(tensors, CPU), self._path(block, chunk))
 
     def read(self, block: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same again."""
-        tensors = load_file(self._path(block, chunk))
+        tensors = moved(load_file(self._path(block, chunk)), self.device)
         return tensors["quantized"], tensors["exact"]
 
     def sequences(self, block: int, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +122,7 @@ class States:
             with safe_open(self._path(block, number // self.rows), framework="pt") as file:
                 for parts, name in zip(found, ("quantized", "exact"), strict=True):
                     parts.append(file.get_slice(name)[number % self.rows : number % self.rows + 1])
-        return torch.cat(found[0]), torch.cat(found[1])
+        return moved((torch.cat(found[0]), torch.cat(found[1])), self.device)
 
     def write_part(self, path: str, start: QTensor, solved: Solved) -> None:
         """A layer of the present block, for the other ranks."""

@@ -95,8 +95,8 @@ def moments(work: Work, groups: Sequence[Group]) -> dict[Group, Moments]:
 
 
 def _of_layers(work: Work, path: str) -> Moments:
-    seen = Accumulator(["gram"], work.columns(path))
-    shift = products(seen.columns)
+    seen = Accumulator(["gram"], work.columns(path), device=work.device)
+    shift = products(seen.columns, work.device)
     comparable = True
     for number, chunk, arguments in work.calls():
         quantized, exact = work.states.read(work.index, number)
@@ -117,7 +117,7 @@ def _of_layers(work: Work, path: str) -> Moments:
 def _of_experts(work: Work, groups: Sequence[Group]) -> dict[Group, Moments]:
     """Without shifts: the float model's router sends an expert other tokens."""
     paths = [group[0] for group in groups]
-    seen = {path: Accumulator(["gram"], work.columns(path)) for path in paths}
+    seen = {path: Accumulator(["gram"], work.columns(path), device=work.device) for path in paths}
     for number, chunk, arguments in work.calls():
         hidden, _ = work.states.read(work.index, number)
         for path, x in work.inputs(work.block, paths, hidden, arguments, chunk).items():
@@ -126,7 +126,7 @@ def _of_experts(work: Work, groups: Sequence[Group]) -> dict[Group, Moments]:
     few = [path for path, count in counts.items() if count < FEW * work.columns(path)]
     shown = _shown(work, few, seen) if few else {}
     found = {path: work.result(one) for path, one in seen.items()}
-    pooled = torch.zeros(work.columns(paths[0]))
+    pooled = torch.zeros(work.columns(paths[0]), device=work.device)
     for path, count in counts.items():
         gram = found[path].gram
         assert gram is not None

@@ -38,11 +38,14 @@ _GRID = 0.3
 @dataclass(frozen=True, slots=True)
 class Plan:
     """sequences: of a chunk, 0 without calibration. peak_bytes: the most that will be in memory, but for pages that are
-    mapped from files; where: during what."""
+    mapped from files; where: during what. block_bytes: the most that a block at work takes, on its device; if that is
+    not the CPU, the peak counts them all the same.
+    """
 
     sequences: int
     peak_bytes: int
     where: str
+    block_bytes: int = 0
 
 
 def make(job: Job, text: tuple[int, int] | None, memory: int | None = None) -> Plan:
@@ -54,8 +57,11 @@ def make(job: Job, text: tuple[int, int] | None, memory: int | None = None) -> P
     writing = Plan(0, PROCESS + 3 * largest, "reading, rounding and writing the largest tensor")
     plans = [writing]
     if text is not None:
-        plans = [p if p.peak_bytes >= writing.peak_bytes else replace(writing, sequences=p.sequences)
-                 for p in _calibrating(job, *text)]  # fmt: skip
+        plans = [
+            p if p.peak_bytes >= writing.peak_bytes
+            else replace(writing, sequences=p.sequences, block_bytes=p.block_bytes)
+            for p in _calibrating(job, *text)
+        ]  # fmt: skip
     if memory is None:
         return plans[0]
     for plan in plans:
@@ -150,7 +156,7 @@ def _of_block(job: Job, block: Sequence[Action], sequences: int, length: int) ->
     if method.solver in ("signround", "blockap"):
         plans.append(("learning the codes of a block", 40 * weights + activations))
     where, most = max(plans, key=lambda pair: pair[1], default=("", 0))
-    return Plan(sequences, held + most, f"while {where}")
+    return Plan(sequences, held + most, f"while {where}", held + most - PROCESS)
 
 
 def _groups(matrices: Sequence[_Matrix]) -> list[list[_Matrix]]:

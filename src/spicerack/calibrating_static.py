@@ -8,6 +8,7 @@ import torch
 
 from spicerack import blocks
 from spicerack.calibrating_block import Work
+from spicerack.devices import moved
 from spicerack.errors import ActivationError
 from spicerack.observers import OBSERVERS, Observer
 from spicerack.ranks import ALONE
@@ -36,7 +37,7 @@ def observe(work: Work, group: Sequence[str]) -> None:
                 raise ActivationError(f"{place}: {error.message}", error.hint) from error
     observer.share(work.ranks)
     try:
-        scale = work.ranks.largest(_stored(observer, work.types[f"{path}.weight"]))
+        scale = moved(work.ranks.largest(_stored(observer, work.types[f"{path}.weight"])), work.device)
     except ActivationError as error:
         raise ActivationError(f"{where}: {error.message}", error.hint) from error
     for path in static:
@@ -47,7 +48,7 @@ def on_trial(work: Work, path: str, x: torch.Tensor) -> torch.Tensor | None:
     """What the scale of a static layer would be if its inputs were x [tokens, K]; None if there are none."""
     observer = _observer(work)
     observer.add(x)
-    return _stored(observer, work.types[f"{path}.weight"]) if len(x) else None
+    return moved(_stored(observer, work.types[f"{path}.weight"]), work.device) if len(x) else None
 
 
 def _observer(work: Work) -> Observer:

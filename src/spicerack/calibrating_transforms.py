@@ -13,6 +13,7 @@ from spicerack.algorithms import awq, smoothquant
 from spicerack.calibrating_block import Layer, Work
 from spicerack.calibrating_static import on_trial
 from spicerack.calibrating_text import tokens
+from spicerack.devices import CPU, moved
 from spicerack.folding import Site
 from spicerack.stats import Stats
 
@@ -61,11 +62,11 @@ def _one(work: Work, name: str, site: Site, layers: Sequence[Layer], judge: _Jud
     if not seen.tokens:
         return
     largest = torch.stack([work.weight(layer).abs().amax(0) for layer in layers]).amax(0)
-    ones = torch.ones(work.columns(layers[0].path))
+    ones = torch.ones(work.columns(layers[0].path), device=work.device)
     judge.look(layers)
     best, least = None, judge.loss(layers, ones, seen)
     for candidate in plugin.candidates(seen, largest):
-        factors = site.tied(candidate)
+        factors = moved(site.tied(moved(candidate, CPU)), work.device)  # a GPU may add in any order
         loss = judge.loss(layers, factors, seen)
         if loss < least:
             best, least = factors, loss
@@ -87,7 +88,8 @@ def _moved(work: Work, site: Site, factors: torch.Tensor, judge: _Judge, changes
         return False
     for path in before:
         work.follow(path)
-    changes.tensors |= {work.others[path]: work.exact.get_parameter(path).to(work.types[path]) for path in changed}
+    stored = {work.others[path]: work.exact.get_parameter(path).to(work.types[path]) for path in changed}
+    changes.tensors |= moved(stored, CPU)
     return True
 
 
@@ -116,7 +118,11 @@ class _Judge:
 
     def difference(self) -> float:
         """||out - wanted|| / ||wanted|| of the exact block, as it is now."""
-        return float((self._run(self.work.exact) - self.wanted).norm() / self.wanted.norm().clamp(min=1e-30))
+        return self._agreed((self._run(self.work.exact) - self.wanted).norm() / self.wanted.norm().clamp(min=1e-30))
+
+    def _agreed(self, value: torch.Tensor) -> float:
+        """The same for all ranks, whose GPUs may differ in the last bit: what is chosen by it must not."""
+        return float(self.work.ranks.largest(value))
 
     def loss(self, layers: Sequence[Layer], factors: torch.Tensor, seen: Stats) -> float:
         """Squared error of the output with these layers, and their activations, rounded behind `factors`."""
@@ -128,7 +134,7 @@ class _Judge:
                 work.roundings[path].scale = scale
         for layer in layers:
             q = work.start(layer, seen.second_moment / factors.square(), work.weight(layer) * factors)
-            work.put(layer, codec.decode(q) / factors)
+            work.put(layer, codec.decode(moved(q, work.device)) / factors)
             if layer.path in work.roundings:
                 work.roundings[layer.path].factors = factors
         error = self._run(work.block) - self.wanted
@@ -136,4 +142,4 @@ class _Judge:
             work.follow(f"{layer.path}.weight")
             if layer.path in work.roundings:
                 work.roundings[layer.path].factors = work.roundings[layer.path].scale = None
-        return float(error.square().sum(dtype=torch.float64))
+        return self._agreed(error.square().sum(dtype=torch.float64))

@@ -62,7 +62,7 @@ def move(block: nn.Module, site: Site, factors: torch.Tensor, dtype: torch.dtype
     """
     maker = block.get_submodule(site.source)
     weight = block.get_parameter(f"{site.source}.weight")
-    by_channel = torch.ones(int(site.channels.max()) + 1)
+    by_channel = torch.ones(int(site.channels.max()) + 1, device=factors.device)
     by_channel[site.channels] = factors
     changed = []
     if _is_layer(maker):

@@ -16,7 +16,7 @@ from typing import Any, overload
 
 import torch
 
-from spicerack import calibrating, calibrating_plan, preflight
+from spicerack import calibrating, calibrating_plan, devices, preflight
 from spicerack import method as methods
 from spicerack.algorithms import hqq, rtn
 from spicerack.calibrating import Finished
@@ -62,6 +62,7 @@ def quantize(
     observer: str | None = ...,
     calibration: Calibration | None = ...,
     rules: Iterable[str | Rule] = ...,
+    device: str = ...,
     threads: int | None = ...,
     memory: int | None = ...,
     shard_bytes: int | None = ...,
@@ -78,6 +79,7 @@ def quantize(
     calibration: Calibration | None = None,
     rules: Iterable[str | Rule] = (),
     compute: Compute | None = None,
+    device: str = "cpu",
     threads: int | None = None,
     memory: int | None = None,
     shard_bytes: int | None = None,
@@ -88,7 +90,8 @@ def quantize(
     scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; method: a chain
     such as "gptq" or "awq+gptq", for folders; observer: of `recipe.OBSERVERS`, for static activations; all three win
     over the Recipe's. calibration: what flows through a folder's model, of `calibration.read`. rules: "PATTERN=SCHEME"
-    or "PATTERN=skip"; later ones win, and all over the Recipe's.
+    or "PATTERN=skip"; later ones win, and all over the Recipe's. device: where a folder's blocks compute while they are
+    calibrated.
     threads, shard_bytes, progress (called with the bytes of each source tensor as it is done), memory (bytes that must
     not be exceeded, pages that are mapped from files left out): for folders. compute: as in `load`, for modules.
     Raises the errors of `errors.py`.
@@ -101,6 +104,8 @@ def quantize(
     if isinstance(model, torch.nn.Module):
         if calibration is not None or what.method not in (None, Method()) or what.observer is not None:
             raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
+        if device != "cpu":
+            raise UsageError(f"device {device}: a module is rounded to nearest where it is", "move the module")
         if any(option is not None for option in (output, threads, memory, shard_bytes, progress)):
             raise UsageError(
                 "output, threads, memory, shard_bytes and progress are for folders; a module is quantized in memory",
@@ -111,8 +116,13 @@ def quantize(
         raise UsageError("compute is no property of a folder", "pass it to load(folder, compute=...)")
     if output is None:
         raise UsageError(f"no output folder for {model}", "pass output='...'")
+    if device != "cpu" and calibration is None:
+        raise UsageError(f"device {device}: without calibration text all is done on the CPU", "pass calibration=...")
+    where = devices.find(device)
     job = prepare(model, calibrated(what, calibration is not None), shard_bytes=shard_bytes or SHARD_BYTES)
-    return execute(job, Path(output), calibration=calibration, threads=threads, memory=memory, progress=progress)
+    return execute(
+        job, Path(output), calibration=calibration, device=where, threads=threads, memory=memory, progress=progress
+    )
 
 
 def calibrated(what: Recipe, with_text: bool) -> Recipe:
@@ -144,6 +154,7 @@ def execute(
     output: Path,
     *,
     calibration: Calibration | None = None,
+    device: torch.device = devices.CPU,
     threads: int | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
@@ -154,6 +165,7 @@ def execute(
 ) -> dict[str, Any]:
     """Write what `job` decided -> the summary that the command line prints.
 
+    device: where blocks compute while they are calibrated; another type of device is another run.
     tried: called with what became of the model's first blocks, where they were tried before the rest is calibrated;
     finished: called with each block that is calibrated; stopping: asked behind each, whether to raise KeyboardInterrupt
     there. ranks: processes that calibrate together; the first of them writes, the others return an empty summary.
@@ -167,10 +179,16 @@ def execute(
 
     def calibrate() -> None:
         assert calibration is not None
-        calibrating.run(
-            job, Text(calibration, planned.sequences), blocks_folder(output), threads=threads, ranks=ranks,
-            finished=finished, stopping=stopping,
-        )  # fmt: skip
+        try:
+            calibrating.run(
+                job, Text(calibration, planned.sequences), blocks_folder(output), threads=threads,
+                device=device, ranks=ranks, finished=finished, stopping=stopping,
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:  # of a GPU
+            raise UsageError(
+                f"--device {device}: its memory is full; {planned.block_bytes / 1e9:.1f} GB were planned at most",
+                "begin anew with a smaller --memory, which less of the text at once then fits in",
+            ) from error
 
     if not ranks.first:
         if bool(ranks.largest(torch.tensor(False))):
@@ -180,6 +198,8 @@ def execute(
     if calibration is not None:
         facts = {"text": calibration.sha256, "tokens": calibration.fingerprint, "chunk": planned.sequences}
         identity |= {"calibration": facts}
+    if device.type != "cpu":
+        identity |= {"device": device.type}
     if ranks.count > 1:
         identity |= {"ranks": ranks.count}
     side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
@@ -188,7 +208,8 @@ def execute(
     resumed = writer.resumed or bool(solved)
     needed = calibration is not None and next(writer.pending(), None) is not None
     if needed and not resumed and calibration is not None:
-        trial = preflight.run(job, calibration, writer.partial / "preflight", partial(execute, threads=threads))
+        again = partial(execute, device=device, threads=threads)
+        trial = preflight.run(job, calibration, writer.partial / "preflight", again)
         if trial is not None:
             tried(trial)
     if bool(ranks.largest(torch.tensor(needed))):

@@ -1,7 +1,8 @@
 """Processes that share one quantization, as `torchrun` starts them; `ALONE` where there is only one.
 
 They see one file system: hidden states and solved layers go from one to another as files, statistics through
-torch.distributed. Sums are taken in the order of ranks, so that a number of ranks always gives the same bytes.
+torch.distributed: by NCCL where they are on GPUs, else by gloo. Sums are taken in the order of ranks, so that a number
+of ranks always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -66,10 +67,14 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join() -> Ranks:
-    """This process as torchrun started it: among the others of its group. Raises ValueError without torchrun."""
+def join(device: torch.device) -> Ranks:
+    """This process as torchrun started it: among the others of its group, which compute on devices of this type.
+
+    Raises ValueError without torchrun.
+    """
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=_PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=_PATIENCE)
         atexit.register(_leave)
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 

@@ -164,7 +164,8 @@ def _fitted(start: QTensor, codes: torch.Tensor, target: torch.Tensor, gram: tor
     _, group = start.scheme.block_shape(n, k)
     assert isinstance(start.scale, torch.Tensor)
     one = len(start.scale) != n
-    total = torch.zeros((1, k // group, k // group)).double(), torch.zeros((1, k // group)).double()
+    nothing = torch.zeros((1, k // group), dtype=torch.float64, device=target.device)
+    total = torch.diag_embed(nothing), nothing
     chosen, scales = [], []
     for first in range(0, n, _ROWS):
         some = slice(first, first + _ROWS)

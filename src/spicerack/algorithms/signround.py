@@ -46,7 +46,7 @@ class _Learned:
         assert isinstance(q.scale, torch.Tensor)
         self.start, self.levels, self.dtype = q, q.scheme.levels, q.scale.dtype
         self.scale = q.scale.float()
-        self.zero = torch.zeros((1, 1)) if q.zero is None else q.zero.float()
+        self.zero = torch.zeros((1, 1), device=q.codes.device) if q.zero is None else q.zero.float()
         self.weight = layer.weight.detach().float()
         self.weight = self._rounding_to(q.codes.float())
         self.v = torch.zeros_like(self.weight, requires_grad=True)

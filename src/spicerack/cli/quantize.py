@@ -15,6 +15,7 @@ from spicerack.cli import _output, _rules
 from spicerack.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from spicerack.calibrating import Finished
@@ -90,6 +91,7 @@ def _recipe(
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")
 @click.option("--length", type=click.IntRange(2), help="Tokens of a sequence. Default: 512, or the model's longest.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which sequences.")
+@click.option("--device", default="cpu", show_default=True, help="Where blocks compute with --calib: cpu, cuda ...")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file with scheme and rules.")
 @_rules.set_option
 @_rules.skip_option
@@ -113,6 +115,7 @@ def command(
     samples: int,
     length: int | None,
     seed: int,
+    device: str,
     recipe_file: Path | None,
     set_: tuple[str, ...],
     skip: tuple[str, ...],
@@ -133,7 +136,7 @@ def command(
     spicerack quantize MODEL -o out --scheme w3g64 --calib text.jsonl
     """
     if calib is None:
-        for name in ("samples", "length", "seed"):
+        for name in ("samples", "length", "seed", "device"):
             if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
     recipe = _recipe(recipe_file, scheme, range_, method, observer, _rules.of(ctx, set_, skip))
@@ -142,13 +145,13 @@ def command(
     from spicerack.job import prepare
     from spicerack.quantization import calibrated, execute, plan
 
-    ranks = _ranks()
+    where, ranks = _place(device)
     console = _output.console(as_json or not ranks.first)
     console.quiet = not ranks.first
     job = prepare(model, calibrated(recipe, calib is not None), shard_bytes=shard_bytes)
     calibration = None if calib is None else _calibration(job, calib, samples, length, seed)
     planned = plan(job, calibration, memory)
-    _announce(job, calibration, planned, console)
+    _announce(job, calibration, planned, where, console)
     if dry_run:
         if as_json:
             _output.emit({"dry_run": True, **job.summary(), "planned_peak_bytes": planned.peak_bytes})
@@ -173,7 +176,7 @@ def command(
 
         with _output.interruptible(bar.console, "this block" if calibration is not None else None) as stopping:
             result = execute(
-                job, output, calibration=calibration, threads=threads, memory=memory, ranks=ranks,
+                job, output, calibration=calibration, device=where, threads=threads, memory=memory, ranks=ranks,
                 tried=tried, finished=finished, stopping=stopping, progress=lambda nbytes: bar.advance(task, nbytes),
             )  # fmt: skip
     if not ranks.first:
@@ -184,11 +187,15 @@ def command(
     _report(result, job.source.folder, console)
 
 
-def _ranks() -> Ranks:
-    """Among the processes of torchrun, if it started this one."""
+def _place(device: str) -> tuple[torch.device, Ranks]:
+    """Where this process computes, and among which others, if torchrun started it."""
+    from spicerack import devices
     from spicerack.ranks import ALONE, join
 
-    return join() if "TORCHELASTIC_RUN_ID" in os.environ else ALONE
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return devices.find(device), ALONE
+    found = devices.find(devices.of_rank(device, int(os.environ["LOCAL_RANK"])))
+    return found, join(found)
 
 
 def _calibration(job: Job, source: str, samples: int, length: int | None, seed: int) -> Calibration:
@@ -228,7 +235,7 @@ def _line(block: Finished) -> str:
     )
 
 
-def _announce(job: Job, calibration: Calibration | None, planned: Plan, console: Console) -> None:
+def _announce(job: Job, calibration: Calibration | None, planned: Plan, device: torch.device, console: Console) -> None:
     from rich.markup import escape
 
     console.print(f"[bold]model [/bold] {escape(str(job.source.folder))}", soft_wrap=True)
@@ -239,6 +246,9 @@ def _announce(job: Job, calibration: Calibration | None, planned: Plan, console:
         text = f"{calibration.source}, {sequences} sequences of up to {length} tokens"
         console.print(f"[bold]calib [/bold] {escape(text)}", soft_wrap=True)
     console.print(f"[bold]memory[/bold] {_output.size(planned.peak_bytes)} at most, {planned.where}", soft_wrap=True)
+    if device.type != "cpu":
+        size = _output.size(planned.block_bytes)
+        console.print(f"[bold]device[/bold] {device}, {size} of its memory at most", soft_wrap=True)
     for note in (*job.notes, *(calibration.notes if calibration is not None else ())):
         console.print(f"[yellow]note[/yellow]   {escape(note)}", soft_wrap=True)
     console.print()
