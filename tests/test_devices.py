@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import spicerack
 from spicerack import calibrating, calibrating_inputs, devices, method, preflight, quantization
-from spicerack.algorithms import awq, signround, smoothquant
+from spicerack.algorithms import awq, blockap, signround, smoothquant
 from spicerack.calibrating import Finished
 from spicerack.calibration import Calibration
 from spicerack.cli import cli
@@ -50,6 +50,7 @@ CASES = [
     ("gpt_neo", "w4g16", "rtn"),  # has a buffer in its blocks
     ("mixtral", "w4g8", "gptq"),
     ("qwen3", "w3g16", "hadamard+signround"),
+    ("llama", "w2g16z", "blockap"),
 ]
 
 
@@ -60,6 +61,7 @@ def test_blocks_compute_on_the_device(
     """And find what the CPU finds, but for roundings: the values are the CPU's, not where they lie in memory."""
     monkeypatch.setattr(calibrating_inputs, "FEW", 4)  # experts with fewer tokens than that a column are shown others
     monkeypatch.setattr(signround, "STEPS", 5)
+    monkeypatch.setattr(blockap, "STEPS", 5)
     monkeypatch.setattr(awq, "EXPONENTS", (0.25, 0.5))
     monkeypatch.setattr(smoothquant, "STRENGTHS", (0.3, 0.5))
     here: list[Finished] = []
@@ -75,7 +77,7 @@ def test_blocks_compute_on_the_device(
     assert sums[0] < sums[1] / 5, "the CPU only has the model around its blocks, and a block once for what it returns"
     for name in ("linalg_cholesky_ex", "linalg_solve_triangular", "_linalg_solve_ex"):
         assert not pretending.seen[name, False]
-        assert bool(pretending.seen[name, True]) == ("gptq" in chain or "signround" in chain)
+        assert bool(pretending.seen[name, True]) == (not {"gptq", "signround", "blockap"}.isdisjoint(chain.split("+")))
 
 
 def test_operands_that_lie_apart_are_refused_there() -> None:
