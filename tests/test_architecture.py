@@ -47,6 +47,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "qat",
             "batchnorm",
             "bitnet",
+            "packing",
             "calibration",
             "calibrating",
             "preflight",
@@ -60,6 +61,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "demo",
         }
     ),
+    frozenset({"training"}),
     frozenset({"cli", "__main__"}),
 )
 PLUGIN_FOLDERS = ("schemes", "formats", "kernels", "algorithms", "models")

@@ -22,12 +22,15 @@ def test_the_commands_run_as_written(stdlib_lm: Path, tmp_path: Path) -> None:
     assert {shlex.split(c)[1] for c in commands()} >= {"inspect", "quantize", "eval", "bench", "generate"}
     names = {"MODEL": str(stdlib_lm), "OUT": str(tmp_path / "OUT"), "FILE": str(stdlib_lm / "heldout.txt")}
     names |= {"LESS": str(tmp_path / "LESS"), "TEXT": str(stdlib_lm / "calibration.txt")}
+    names |= {"TAUGHT": str(tmp_path / "TAUGHT")}
     for command in commands():
         words = [names.get(word, word) for word in shlex.split(command)][1:]
         if words[0] == "eval":
             words += ["--max-tokens", "4096"]  # the same command on less text
         if "--calib" in words:
             words += ["--samples", "4"]
+        if words[0] == "train":
+            words += ["--steps", "2", "--batch", "2", "--length", "64"]
         done = subprocess.run(
             [sys.executable, "-m", "spicerack", *words], capture_output=True, text=True, check=False, timeout=300
         )
