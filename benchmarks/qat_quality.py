@@ -3,7 +3,7 @@
 Each run starts from the float model, sees the same batches of its calibration text, and minimises the KL divergence
 to the float model's predictions (AdamW without weight decay, ten steps of warm-up, then down to 0). Reported is the
 mean KL over 12,288 tokens of the held-out text before and after, in float32. One seed: differences of a few percent
-mean nothing.
+mean nothing. With --folder, a folder that stdlib-lm was quantized to, it is that whose scales alone train.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from spicerack.qat_start import Init
 MODEL = Path(__file__).parents[1] / "assets" / "stdlib-lm"
 LENGTH, BATCH, WARM_UP = 128, 4, 10
 WINDOW, HELD_OUT = 256, 12_288
+SCALES_RATE = 1e-4
 
 
 class Run(NamedTuple):
@@ -80,7 +81,7 @@ def batches(text: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
 
 
 def train(model: PreTrainedModel, teacher: PreTrainedModel, text: torch.Tensor, rate: float, steps: int) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
     model.train()
     for step, ids in enumerate(batches(text, steps)):
         for group in optimizer.param_groups:
@@ -93,25 +94,35 @@ def train(model: PreTrainedModel, teacher: PreTrainedModel, text: torch.Tensor, 
         optimizer.step()
 
 
+def compare(
+    model: torch.nn.Module, teacher: PreTrainedModel, text: torch.Tensor, held: torch.Tensor, rate: float, steps: int
+) -> str:
+    assert isinstance(model, PreTrainedModel)
+    before = divergence(model, teacher, held)
+    train(model, teacher, text, rate, steps)
+    return f"KL {before:.4f} -> {divergence(model, teacher, held):.4f}"
+
+
 @click.command(help=__doc__)
 @click.option("--steps", default=100, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--only", multiple=True, help="A scheme; several times for several.")
-def main(steps: int, threads: int, only: tuple[str, ...]) -> None:
+@click.option("--folder", type=click.Path(path_type=Path, exists=True), help="Train the scales of this one instead.")
+def main(steps: int, threads: int, only: tuple[str, ...], folder: Path | None) -> None:
     torch.set_num_threads(threads)
     teacher = spicerack.load(MODEL, dtype=torch.float32)
     text, held = tokens("calibration.txt"), tokens("heldout.txt")[:HELD_OUT].view(-1, WINDOW)
+    if folder is not None:
+        packed = spicerack.prepare_qat(spicerack.load(folder, dtype=torch.float32))
+        click.echo(f"{folder.name}  {compare(packed, teacher, text, held, SCALES_RATE, steps)}")
+        return
     for run in RUNS:
         if only and run.scheme not in only:
             continue
         config = QATConfig(run.quantizer, run.init)
         model = spicerack.prepare_qat(copy.deepcopy(teacher), run.scheme, config=config)
-        assert isinstance(model, PreTrainedModel)
-        before = divergence(model, teacher, held)
-        train(model, teacher, text, run.rate, steps)
-        after = divergence(model, teacher, held)
         line = f"{run.scheme:8s} {run.quantizer:8s} {run.init or '':7s} rate {run.rate:g}"
-        click.echo(f"{line}  KL {before:.4f} -> {after:.4f}")
+        click.echo(f"{line}  {compare(model, teacher, text, held, run.rate, steps)}")
 
 
 if __name__ == "__main__":
