@@ -136,8 +136,9 @@ def test_bad_yaml_is_refused(tmp_path: Path, text: str) -> None:
     ("scheme", "chosen"),
     [
         ("w4g64", "gptq"),
-        ("w2g32", "signround"),
-        ("w2g32h", "signround"),
+        ("w2g32", "blockap"),
+        ("w2g32h", "blockap"),
+        ("w2t", "signround"),
         ("ternary", "signround"),
         ("w3g64", "signround"),
         ("w8", "gptq"),

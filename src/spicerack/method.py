@@ -57,11 +57,14 @@ def parse(text: str) -> Method:
 
 _MANY = 8
 """Levels' steps from which on GPTQ's codes are as good as those that are learned, in a fifth of the time."""
+_TWO_BITS = 3
+"""Levels' steps where `blockap` is nearer, unless one scale is the whole tensor's."""
 
 
 def auto(scheme: Scheme, with_text: bool) -> Method:
     """The best measured for the scheme (docs/quality.md); without text, round to nearest."""
     if not with_text:
         return Method()
-    few = isinstance(scheme.levels, IntLevels) and scheme.levels.hi - scheme.levels.lo < _MANY
-    return Method(("smoothquant",) if scheme.activations else (), "signround" if few else "gptq")
+    steps = scheme.levels.hi - scheme.levels.lo if isinstance(scheme.levels, IntLevels) else _MANY
+    learned = "blockap" if steps == _TWO_BITS and scheme.block[0] is not None else "signround"
+    return Method(("smoothquant",) if scheme.activations else (), learned if steps < _MANY else "gptq")
