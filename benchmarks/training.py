@@ -35,12 +35,13 @@ import spicerack
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "assets" / "stdlib-lm"
 WINDOW = 512
-STEPS = 200
-"""Of 8,192 tokens: a tenth of what the float model was trained on."""
-SCRATCH_STEPS, SHORT_STEPS = 300, 75
+STEPS, BATCH = 400, 8
+"""Of 512 tokens each: a tenth of what the float model was trained on."""
+SCRATCH_STEPS, SHORT_STEPS = 400, 100
+CONTROL_RATES = (1e-4, 3e-4)
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 2e-3, 4e-3)
-SCHEMES = {"w4g64": (3e-4, SEEDS[:1]), "w3g64": (5e-4, SEEDS[:1]), "w2g32h": (1e-3, SEEDS), "ternary": (1e-3, SEEDS)}
+SCHEMES = {"w2g32h": (1e-3, SEEDS), "ternary": (1e-3, SEEDS), "w3g64": (5e-4, SEEDS[:1]), "w4g64": (2e-4, SEEDS[:1])}
 """Scheme -> learning rate of its training, and seeds."""
 SMALL = {"hidden_size": 96, "intermediate_size": 272, "num_hidden_layers": 5, "num_attention_heads": 4,
          "num_key_value_heads": 4, "head_dim": 24}  # fmt: skip
@@ -64,14 +65,13 @@ def quantize(scheme: str, *words: str) -> Run:
 
 def train(out: Path, name: str, *words: object, after: Sequence[str] = (), seed: int = 0, steps: int = STEPS) -> Run:
     given = (
-        *words, "--data", out / "corpus", "--eval", MODEL / "heldout.txt", "--batch", 16, "--micro-batch", 4, "--bf16",
-        "--steps", steps, "--seed", seed, "--eval-every", 100, "--save-every", 100,
+        *words, "--data", out / "corpus", "--eval", MODEL / "heldout.txt", "--batch", BATCH, "--micro-batch", 4,
+        "--bf16", "--steps", steps, "--seed", seed, "--eval-every", steps, "--save-every", 100,
     )  # fmt: skip
     return Run(name, ("train", *map(str, given)), tuple(after))
 
 
 def bits(out: Path) -> Iterator[Run]:
-    yield train(out, "float", MODEL, "--lr", 3e-4)
     for scheme, (rate, seeds) in SCHEMES.items():
         yield quantize(scheme, "--method", "rtn")
         yield quantize(scheme)
@@ -80,6 +80,8 @@ def bits(out: Path) -> Iterator[Run]:
                 out, f"{scheme}-trained-{seed}", out / f"{scheme}-calib", "--lr", rate, "--teacher", MODEL, "--kl", 1,
                 "--predictions", out / "predictions", after=(f"{scheme}-calib",), seed=seed,
             )  # fmt: skip
+    for rate in CONTROL_RATES:
+        yield train(out, f"float-{rate:g}", MODEL, "--lr", rate)
 
 
 def scratch(out: Path, kind: str, rate: float, seed: int = 0, steps: int = SCRATCH_STEPS) -> Run:
