@@ -84,12 +84,12 @@ def bits(out: Path) -> Iterator[Run]:
         yield train(out, f"float-{rate:g}", MODEL, "--lr", rate)
 
 
-def scratch(out: Path, kind: str, rate: float, seed: int = 0, steps: int = SCRATCH_STEPS) -> Run:
+def scratch(out: Path, kind: str, rate: float, steps: int = SCRATCH_STEPS) -> Run:
     config = out / kind / "config.json"
     words = ("--from-scratch", config, "--tokenizer", MODEL, "--schedule", "two-stage", "--weight-decay", 0.1)
     ternary = ("--scheme", "ternary", "--set", "lm_head=w8", "--twin", "bitnet") if kind == "ternary" else ()
-    name = f"scratch-{kind}-{rate:g}-{seed}-{steps}"
-    return train(out, name, *words, *ternary, "--lr", rate, "--dtype", "float16", seed=seed, steps=steps)
+    name = f"scratch-{kind}-{rate:g}-{steps}"
+    return train(out, name, *words, *ternary, "--lr", rate, "--dtype", "float16", steps=steps)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -198,9 +198,8 @@ def report_bits(out: Path, teacher: PreTrainedModel) -> str:
 def report_bytes(out: Path, chosen: dict[str, float], teacher: PreTrainedModel) -> str:
     lines = []
     for kind, rate in chosen.items():
-        made = [measure(out / scratch(out, kind, rate, seed).name, teacher) for seed in SEEDS]
-        losses = spread([one.loss for one in made])
-        lines.append([kind, f"{made[0].bytes / 1e6:.2f} MB", f"{rate:g}", losses])
+        made = measure(out / scratch(out, kind, rate).name, teacher)
+        lines.append([kind, f"{made.bytes / 1e6:.2f} MB", f"{rate:g}", f"{made.loss:.4f}"])
     return table(["", "on disk", "learning rate", "held-out loss"], lines)
 
 
@@ -224,7 +223,7 @@ def main(out: Path, only: str | None, jobs: int) -> None:
             losses = {rate: measure(out / tried[kind, rate].name, teacher).loss for rate in RATES}
             chosen[kind] = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
             click.echo(f"{kind}, {SHORT_STEPS} steps: " + ", ".join(f"{r:g} {x:.3f}" for r, x in losses.items()))
-        make(out, [scratch(out, kind, rate, seed) for kind, rate in chosen.items() for seed in SEEDS], jobs)
+        make(out, [scratch(out, kind, rate) for kind, rate in chosen.items()], jobs)
         click.echo(report_bytes(out, chosen, teacher))
 
 
