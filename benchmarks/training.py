@@ -38,7 +38,7 @@ WINDOW = 512
 STEPS, BATCH = 400, 8
 """Of 512 tokens each: a tenth of what the float model was trained on."""
 SCRATCH_STEPS, SHORT_STEPS = 400, 100
-CONTROL_RATES = (1e-4, 3e-4)
+CONTROL_RATE = 1e-4
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 2e-3, 4e-3)
 SCHEMES = {"w2g32h": (1e-3, SEEDS), "ternary": (1e-3, SEEDS), "w3g64": (5e-4, SEEDS[:1]), "w4g64": (2e-4, SEEDS[:1])}
@@ -80,8 +80,7 @@ def bits(out: Path) -> Iterator[Run]:
                 out, f"{scheme}-trained-{seed}", out / f"{scheme}-calib", "--lr", rate, "--teacher", MODEL, "--kl", 1,
                 "--predictions", out / "predictions", after=(f"{scheme}-calib",), seed=seed,
             )  # fmt: skip
-    for rate in CONTROL_RATES:
-        yield train(out, f"float-{rate:g}", MODEL, "--lr", rate)
+    yield train(out, "float", MODEL, "--lr", CONTROL_RATE)
 
 
 def scratch(out: Path, kind: str, rate: float, steps: int = SCRATCH_STEPS) -> Run:
