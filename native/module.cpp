@@ -1,6 +1,6 @@
-// The Python face of the native code: checks types and sizes, releases the GIL, calls. src/spicerack/native.py is its only
-// user. Functions work on one thread, and callers split rows among threads, which never changes a result; `linear` alone
-// brings its own team.
+// The Python face of the native code: checks types and sizes, releases the GIL, calls. src/spicerack/native.py and engines.py
+// are its only users. Functions work on one thread, and callers split rows among threads, which never changes a result; those
+// of training and of the kernels bring torch's team.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -10,13 +10,14 @@
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
+#include <memory>
 #include <stdexcept>
 
+#include "dispatch.h"
 #include "kernels/kernel.h"
 #include "kernels/layout.h"
 #include "kernels/team.h"
 #include "pack.h"
-#include "search.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -54,9 +55,9 @@ Blocks blocks_of(const Floats& w) {
     return {w.data(), float_type(w), int64_t(w.shape(0)), int64_t(w.shape(1))};
 }
 
-const Searcher& searcher(const std::string& isa) {
-    for (const Searcher& s : searchers()) {
-        if (isa.empty() || isa == s.isa) return s;
+const Quantizers& quantizers_for(const std::string& isa) {
+    for (const Quantizers& q : quantizers()) {
+        if (isa.empty() || isa == q.isa) return q;
     }
     throw std::invalid_argument("this processor has no " + isa);
 }
@@ -75,10 +76,10 @@ std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& 
             "importance must repeat over whole blocks");
     const Plan plan{levels, float_type(scale_type), !coarse.empty(), coarse.data(), int(coarse.size()), shifts.data(),
                     int(shifts.size()), fine.data(), int(fine.size()), refinements};
-    const Searcher& s = searcher(isa);
+    const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;
     const Outcome outcome =
-        s.search(blocks, plan, importance ? importance->data() : nullptr, importance ? int64_t(importance->shape(0)) : 1,
+        q.search(blocks, plan, importance ? importance->data() : nullptr, importance ? int64_t(importance->shape(0)) : 1,
                  scale.data(), zero.data(), codes.data());
     return {outcome.finite, outcome.fits};
 }
@@ -89,17 +90,17 @@ void encode(const Floats& w, Levels levels, Vector<const float> scale, std::opti
     const size_t count = blocks.count, size = blocks.size;
     require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each block");
     require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
-    const Searcher& s = searcher(isa);
+    const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;
-    s.encode(blocks, levels, scale.data(), zero ? zero->data() : nullptr, codes.data());
+    q.encode(blocks, levels, scale.data(), zero ? zero->data() : nullptr, codes.data());
 }
 
 void judge(const Floats& pieces, Levels levels, float scale, float zero, Matrix<double> out, const std::string& isa) {
     const Blocks blocks = blocks_of(pieces);
     require(out.shape(0) == size_t(blocks.count) && out.shape(1) == 5, "five sums for each piece");
-    const Searcher& s = searcher(isa);
+    const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;
-    s.judge(blocks, levels, scale, zero, (Sums*)out.data());
+    q.judge(blocks, levels, scale, zero, (Sums*)out.data());
 }
 
 std::pair<double, double> compare(const Floats& w, Levels levels, Vector<const float> scale,
@@ -108,10 +109,10 @@ std::pair<double, double> compare(const Floats& w, Levels levels, Vector<const f
     const size_t count = blocks.count, size = blocks.size;
     require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each block");
     require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
-    const Searcher& s = searcher("");
+    const Quantizers& q = quantizers_for("");
     nb::gil_scoped_release unlocked;
     Misfit misfit;
-    s.compare(blocks, levels, scale.data(), zero ? zero->data() : nullptr, codes.data(), misfit);
+    q.compare(blocks, levels, scale.data(), zero ? zero->data() : nullptr, codes.data(), misfit);
     return {misfit.wrong, misfit.total};
 }
 
@@ -130,6 +131,72 @@ void unpack_words(Matrix<const int32_t> words, int bits, int offset, Matrix<uint
     check_packed(bits, codes.shape(0), codes.shape(1), words.shape(0), words.shape(1));
     nb::gil_scoped_release unlocked;
     unpack((const uint8_t*)words.data(), codes.shape(0), codes.shape(1), bits, offset, codes.data());
+}
+
+// ---- training: addresses of tensors that native.py has checked -------------------------------------------------------
+
+constexpr int64_t WORTH_A_THREAD = 1 << 15;  // weights
+
+// Calls work(first, last) on pieces of the rows, on torch's team.
+template <class Work>
+void for_rows(const Fake& f, const Work& work) {
+    struct Shared {
+        const Work& work;
+        int64_t rows;
+    } shared{work, f.n};
+    const int64_t worth = f.n * f.k / WORTH_A_THREAD + 1;
+    run_team(int(worth < team_size() ? worth : team_size()), [](void* context, Member me) {
+        const Shared& s = *(const Shared*)context;
+        s.work(s.rows * me.index / me.count, s.rows * (me.index + 1) / me.count);
+    }, &shared);
+}
+
+Fake fake_of(uintptr_t w, int type, const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t scale,
+             uintptr_t zero, const Levels& levels) {
+    const auto [n, k, rows, columns] = sizes;
+    require(type >= 0 && type <= 2, "no such type");
+    require(n >= 0 && k >= 0 && rows > 0 && columns > 0 && n % rows == 0 && k % columns == 0, "blocks do not fit");
+    return {(const void*)w, Float(type), n, k, rows, columns, (const float*)scale, (const float*)zero, levels};
+}
+
+// sizes: N, K, rows and columns of a block.
+void fake(uintptr_t w, int type, const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t scale,
+          uintptr_t zero, const Levels& levels, uintptr_t out, int out_type, const std::string& isa) {
+    const Fake f = fake_of(w, type, sizes, scale, zero, levels);
+    require(out_type >= 0 && out_type <= 2, "no such type");
+    const Quantizers& q = quantizers_for(isa);
+    nb::gil_scoped_release unlocked;
+    for_rows(f, [&](int64_t first, int64_t last) { q.fake(f, first, last, (void*)out, Float(out_type)); });
+}
+
+// Sums of float64 [n, across] over rows of a block, in their order, to float32 [n / rows, across].
+void add_rows(const Fake& f, const double* partial, float* out) {
+    for (int64_t block = 0; block < f.n / f.rows * f.across(); block++) {
+        double total = 0;
+        for (int64_t row = 0; row < f.rows; row++) {
+            total += partial[(block / f.across() * f.rows + row) * f.across() + block % f.across()];
+        }
+        out[block] = float(total);
+    }
+}
+
+// Address 0: not wanted. by_weight may be grad; by_scale and by_zero get sums without factors.
+void fake_gradients(uintptr_t grad, int grad_type, uintptr_t w, int type,
+                    const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t scale, uintptr_t zero,
+                    const Levels& levels, bool cells, uintptr_t by_weight, uintptr_t by_scale, uintptr_t by_zero,
+                    uintptr_t rounded, int rounded_type, const std::string& isa) {
+    const Fake f = fake_of(w, type, sizes, scale, zero, levels);
+    require(grad_type >= 0 && grad_type <= 2 && rounded_type >= 0 && rounded_type <= 2, "no such type");
+    const Quantizers& q = quantizers_for(isa);
+    nb::gil_scoped_release unlocked;
+    const size_t count = size_t(f.n * f.across());
+    const std::unique_ptr<double[]> scales(by_scale ? new double[count] : nullptr);
+    const std::unique_ptr<double[]> zeros(by_zero ? new double[count] : nullptr);
+    const Slopes slopes{(const void*)grad, Float(grad_type), cells, (float*)by_weight, scales.get(), zeros.get(),
+                        (void*)rounded, Float(rounded_type)};
+    for_rows(f, [&](int64_t first, int64_t last) { q.fake_gradients(f, slopes, first, last); });
+    if (by_scale) add_rows(f, scales.get(), (float*)by_scale);
+    if (by_zero) add_rows(f, zeros.get(), (float*)by_zero);
 }
 
 // ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -285,9 +352,14 @@ NB_MODULE(_native, m) {
     m.def("compare", &spicerack::compare, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a);
     m.def("pack", &pack_codes, "codes"_a, "bits"_a, "offset"_a, "words"_a);
     m.def("unpack", &unpack_words, "words"_a, "bits"_a, "offset"_a, "codes"_a);
+    m.def("fake", &spicerack::fake, "w"_a, "type"_a, "sizes"_a, "scale"_a, "zero"_a, "levels"_a, "out"_a, "out_type"_a,
+          "isa"_a = "");
+    m.def("fake_gradients", &spicerack::fake_gradients, "grad"_a, "grad_type"_a, "w"_a, "type"_a, "sizes"_a, "scale"_a,
+          "zero"_a, "levels"_a, "cells"_a, "by_weight"_a, "by_scale"_a, "by_zero"_a,
+          "rounded"_a, "rounded_type"_a, "isa"_a = "");
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
-        for (const Searcher& s : searchers()) names.push_back(s.isa);
+        for (const Quantizers& q : quantizers()) names.push_back(q.isa);
         return names;
     });
     m.def("engines", [] {

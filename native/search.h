@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "number.h"
 
@@ -76,16 +75,5 @@ SPICERACK_SEARCH_FUNCTIONS
 }
 
 #undef SPICERACK_SEARCH_FUNCTIONS
-
-struct Searcher {
-    const char* isa;
-    decltype(&baseline::search) search;
-    decltype(&baseline::encode) encode;
-    decltype(&baseline::judge) judge;
-    decltype(&baseline::compare) compare;
-};
-
-// Those that run on this processor, widest first. All give the same results.
-const std::vector<Searcher>& searchers();
 
 }  // namespace spicerack

@@ -165,6 +165,55 @@ struct F16 {
     }
 };
 
+INLINE vf widen(const void* p, Float type) {
+    if (type == Float::f32) return load<vf>(p);
+    return type == Float::bf16 ? BF16::widen((const uint16_t*)p) : F16::widen((const uint16_t*)p);
+}
+
+INLINE vu16 to_bf16(vf x) {
+    const vu bits = (vu)x;
+    const vu rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const vu nan = bits >> 16 | 0x40u;
+    return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, vu16);
+}
+
+INLINE vu16 to_f16(vf x) {
+#if LANES == 16
+    return (vu16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+    return (vu16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const vu bits = (vu)x, sign = bits >> 16 & 0x8000u;
+    const vf magnitude = vabs(x);
+    const vu even = (vu)magnitude >> 13 & 1u;
+    const vu normal = ((vu)magnitude + 0xfffu + even - 0x38000000u) >> 13;  // moves the exponent's bias by 112
+    const vu subnormal = (vu)(magnitude + 0.5f) - 0x3f000000u;               // float32's spacing at 1/2 is the smallest f16
+    vu half = magnitude < 0x1p-14f ? subnormal : normal;
+    half = magnitude >= 65520.0f ? vu{} + 0x7c00u : half;
+    half = (vu)magnitude > 0x7f800000u ? ((vu)magnitude >> 13 & 0x3ffu) | 0x7e00u : half;
+    return __builtin_convertvector(half | sign, vu16);
+#endif
+}
+
+// `count` <= LANES values to p.
+INLINE void narrow(vf x, Float type, void* p, int64_t count) {
+    if (count <= 0) return;
+    if (type == Float::f32) {
+        count == LANES ? store(p, x) : (void)std::memcpy(p, &x, count * 4);
+    } else {
+        const vu16 half = type == Float::bf16 ? to_bf16(x) : to_f16(x);
+        count == LANES ? store(p, half) : (void)std::memcpy(p, &half, count * 2);
+    }
+}
+
+// `count` <= LANES values from p; zeros beyond.
+INLINE vf widen_some(const void* p, Float type, int64_t count) {
+    if (count == LANES) return widen(p, type);
+    alignas(64) unsigned char some[LANES * 4] = {};
+    if (count > 0) std::memcpy(some, p, count * size_of(type));
+    return widen(some, type);
+}
+
 // The nearest value of the stored type (half to even); 0 below 2^-126, where 1/scale would overflow.
 INLINE vf stored(vf s, Float type) {
     const vu sign = (vu)s & 0x80000000u;

@@ -1,4 +1,4 @@
-"""The kernels without Python, native/tests: as they ship, under sanitizers, and on emulated processors.
+"""Native code without Python, native/tests: as it ships, under sanitizers, and on emulated processors.
 
 Builds stay in build/, so that a second run compiles only what changed.
 """
@@ -101,7 +101,9 @@ def leaks(symbols: str, isa: str) -> list[str]:
 
 def test_objects_for_one_instruction_set_share_no_code() -> None:
     """The linker keeps one copy of an inline function for everybody: it must not be one with newer instructions."""
-    objects = sorted(p for stem in ("linear", "search") for p in ROOT.glob(f"build/cp*/CMakeFiles/{stem}_*.dir/**/*.o"))
+    objects = sorted(
+        p for stem in ("kernels", "quantizers") for p in ROOT.glob(f"build/cp*/CMakeFiles/{stem}_*.dir/**/*.o")
+    )
     if not objects:
         pytest.skip("the extension was not built in this folder")
     nm = tool("nm", "binutils")

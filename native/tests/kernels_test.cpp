@@ -609,6 +609,8 @@ int main() {
     test_gelu(random);
     test_attention(random);
     timed("attention");
+    test_fake(random);
+    timed("fake");
     std::printf("%d checks, %d failures\n", checks, failures);
     return failures != 0;
 }

@@ -126,5 +126,6 @@ const Float TYPES[] = {Float::f32, Float::f16, Float::bf16};
 const char* const TYPE_NAMES[] = {"f32", "f16", "bf16"};
 
 void test_attention(Random& random);
+void test_fake(Random& random);
 
 }  // namespace spicerack

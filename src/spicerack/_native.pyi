@@ -35,6 +35,34 @@ def compare(
 ) -> tuple[float, float]: ...
 def pack(codes: torch.Tensor, bits: int, offset: int, words: torch.Tensor) -> None: ...
 def unpack(words: torch.Tensor, bits: int, offset: int, codes: torch.Tensor) -> None: ...
+def fake(
+    w: int,
+    type: int,
+    sizes: tuple[int, int, int, int],
+    scale: int,
+    zero: int,
+    levels: Levels,
+    out: int,
+    out_type: int,
+    isa: str = "",
+) -> None: ...
+def fake_gradients(
+    grad: int,
+    grad_type: int,
+    w: int,
+    type: int,
+    sizes: tuple[int, int, int, int],
+    scale: int,
+    zero: int,
+    levels: Levels,
+    cells: bool,
+    by_weight: int,
+    by_scale: int,
+    by_zero: int,
+    rounded: int,
+    rounded_type: int,
+    isa: str = "",
+) -> None: ...
 def instruction_sets() -> list[str]: ...
 
 class Matrix:

@@ -15,10 +15,13 @@ import numpy as np
 import torch
 
 from spicerack import _native
+from spicerack.errors import ShapeError
 from spicerack.scheme import IntLevels, Scheme
 from spicerack.search import FINE, PIECE, REFINEMENTS, Fit, Range, best_prefix, coarse_factors, ordered_sum, shifts
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NUMBERS = {dtype: number for number, dtype in enumerate(TYPES)}
+"""As the native module counts them."""
 ISAS: tuple[str, ...] = tuple(_native.instruction_sets())
 """Instruction sets that the search can use on this processor, widest first."""
 
@@ -198,6 +201,86 @@ def _ternary(block: torch.Tensor) -> torch.Tensor:
         counts += torch.bincount(piece.view(torch.int16).to(torch.int32) & 0x7FFF, minlength=len(counts))
     found = counts.nonzero()[:, 0].flip(0)
     return best_prefix(found.to(torch.int16).view(block.dtype).float()[None], counts[found][None])
+
+
+Needed = tuple[bool, bool, bool]
+"""Which gradients: of weights, scales, zero points."""
+
+
+def fake(
+    w: torch.Tensor,
+    levels: IntLevels,
+    block: tuple[int, int],
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    isa: str = "",
+) -> torch.Tensor:
+    """w [N, K] rounded in float32, then to `dtype`: `nn.fake.Grid.fake`. scale, zero: float32 [N/rows, K/columns].
+
+    Like `fake_gradients` it uses torch's own threads.
+    """
+    _check_parts(w, block, scale, zero)
+    out = _like(w, dtype)
+    w, scale, zero = w.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
+    grid = _native.Levels(levels.lo, levels.hi, levels.half, zero is not None)
+    _native.fake(
+        w.data_ptr(), _NUMBERS[w.dtype], (*w.shape, *block), scale.data_ptr(), _address(zero), grid,
+        out.data_ptr(), _NUMBERS[dtype], isa,
+    )  # fmt: skip
+    return out
+
+
+def fake_gradients(
+    grad: torch.Tensor,
+    w: torch.Tensor,
+    levels: IntLevels,
+    block: tuple[int, int],
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    *,
+    cells: bool,
+    needed: Needed,
+    rounded: torch.dtype | None = None,
+    spare: bool = False,
+    isa: str = "",
+) -> tuple[torch.Tensor | None, ...]:
+    """`nn.fake.Grid.gradients`, those of scales and zero points without their factors. grad [N, K]: any of TYPES."""
+    _check_parts(w, block, scale, zero)
+    if grad.shape != w.shape:
+        raise ShapeError(f"weights {[*w.shape]}, gradients {[*grad.shape]}")
+    reused = spare and grad.dtype == torch.float32 and grad.is_contiguous()
+    grad, w, scale = grad.contiguous(), w.contiguous(), scale.contiguous()
+    zero = None if zero is None else zero.contiguous()
+    by_weight = None if not needed[0] else grad if reused else _like(w)
+    by_scale = _like(scale) if needed[1] else None
+    by_zero = _like(zero) if needed[2] and zero is not None else None
+    again = None if rounded is None else _like(w, rounded)
+    grid = _native.Levels(levels.lo, levels.hi, levels.half, zero is not None)
+    _native.fake_gradients(
+        grad.data_ptr(), _NUMBERS[grad.dtype], w.data_ptr(), _NUMBERS[w.dtype], (*w.shape, *block),
+        scale.data_ptr(), _address(zero), grid, cells, _address(by_weight), _address(by_scale), _address(by_zero),
+        _address(again), 0 if rounded is None else _NUMBERS[rounded], isa,
+    )  # fmt: skip
+    return by_weight, by_scale, by_zero, again
+
+
+def _check_parts(w: torch.Tensor, block: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None) -> None:
+    """Native code gets addresses alone."""
+    rows, columns = block
+    for part in (scale, zero):
+        if part is not None and (part.shape != (len(w) // rows, w.shape[1] // columns) or part.dtype != torch.float32):
+            raise ShapeError(f"weights {[*w.shape]} in blocks {[*block]}: scales {[*part.shape]} of {part.dtype}")
+
+
+def _like(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Of x's shape, contiguous and on the CPU, whatever the defaults are."""
+    return torch.empty(x.shape, dtype=dtype, device="cpu")
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def pack(codes: torch.Tensor, bits: int, *, offset: int = 0, threads: int = 1) -> torch.Tensor:

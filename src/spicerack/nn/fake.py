@@ -12,7 +12,7 @@ Esser et al. 2020, arXiv:1902.08153; with z LSQ+, Bhalgat et al. 2020, arXiv:200
 rounding would leave the levels ("cells": the stretched grid SEQ of ParetoQ, Liu et al. 2025, arXiv:2502.02631, whose
 alpha is s times the number of levels over two). All of it is float32, whatever the types around it, with the codec's
 operations in the codec's order: the codes are bit for bit those that are stored. Nothing of a weight's size is kept
-for the backward pass, which rounds anew.
+for the backward pass, which rounds anew. What is here in torch is the specification; on CPUs `native` is its fast path.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from spicerack import native
 from spicerack.codec import smallest_scale
 from spicerack.kernels.reference import quantize_tokens
 from spicerack.scheme import IntLevels
@@ -33,6 +34,7 @@ Clip = Literal["levels", "cells", "none"]
 _INT8 = IntLevels(-127, 127)
 Parts = tuple[torch.Tensor, torch.Tensor | None]
 """Scale and zero point of each block as they are stored, float32 [N/rows, K/columns]; no zero point is None."""
+Several = tuple[torch.Tensor | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +73,43 @@ class Grid:
             codes = codes.sub_(self._zero(zero))
         return codes.mul_(_spread(scale)).flatten(2).flatten(0, 1)
 
-    def fake(self, w: torch.Tensor, parts: Parts) -> torch.Tensor:
-        """w^ [N, K], float32."""
-        return self.decode(self.round(self.places(w, parts)), parts)
+    def fake(self, w: torch.Tensor, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """w^ [N, K], in float32, then rounded to `dtype`."""
+        if dtype in native.TYPES and _natively(parts, w):
+            return native.fake(w, self.levels, self.block, *parts, dtype)
+        return self.decode(self.round(self.places(w, parts)), parts).to(dtype)
 
     def gradients(
-        self, grad: torch.Tensor, w: torch.Tensor, parts: Parts, needed: tuple[bool, bool, bool]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Of w [N, K], s and z, where they are needed, from that of w^ [N, K]."""
+        self,
+        grad: torch.Tensor,
+        w: torch.Tensor,
+        parts: Parts,
+        needed: native.Needed,
+        *,
+        rounded: torch.dtype | None = None,
+        spare: bool = False,
+    ) -> Several:
+        """Of w [N, K], s and z, where they are needed, from that of w^ [N, K]; and w^ once more, in `rounded`.
+
+        spare: grad is of no other use, and may become the gradient of w.
+        """
         if self.clip == "none":
-            return grad if needed[0] else None, None, None
+            return grad if needed[0] else None, None, None, None if rounded is None else self.fake(w, parts, rounded)
         scale, zero = parts
+        if _natively(parts, w, grad) and rounded in (None, *native.TYPES):
+            by_weight, by_scale, by_zero, again = native.fake_gradients(
+                grad, w, self.levels, self.block, scale, zero,
+                cells=self.clip == "cells", needed=needed, rounded=rounded, spare=spare,
+            )  # fmt: skip
+        else:
+            again = None if rounded is None else self.fake(w, parts, rounded)
+            by_weight, by_scale, by_zero = self._sums(grad, w, parts, needed)
+        factor = self.factor(zero is not None)
+        by_scale = None if by_scale is None else by_scale.mul_(factor)
+        return by_weight, by_scale, None if by_zero is None else by_zero.mul_(scale * factor), again
+
+    def _sums(self, grad: torch.Tensor, w: torch.Tensor, parts: Parts, needed: native.Needed) -> Several:
+        """`gradients` without the factors of s and z."""
         tiles = self.tiles(grad).float()
         u = self.places(w, parts)
         codes = self.round(u)
@@ -89,19 +117,32 @@ class Grid:
             inside = (u >= self.levels.lo).logical_and_(u <= self.levels.hi)
         else:
             inside = (codes - u).abs_() <= 0.5
-        factor, by_scale, by_zero = self.factor(zero is not None), None, None
+        by_scale = by_zero = None
         if needed[1]:
-            slope = codes.sub_(torch.where(inside, u, self._zero(zero))).mul_(tiles)
-            by_scale = slope.sum((1, 3)).mul_(factor)
+            by_scale = codes.sub_(torch.where(inside, u, self._zero(parts[1]))).mul_(tiles).sum((1, 3))
         kept = tiles * inside
         if needed[2]:
-            by_zero = (kept - tiles).sum((1, 3)).mul_(scale * factor)
+            by_zero = (kept - tiles).sum((1, 3))
         return kept.flatten(2).flatten(0, 1) if needed[0] else None, by_scale, by_zero
 
     def _zero(self, zero: torch.Tensor | None) -> torch.Tensor | float:
         if zero is not None:
             return _spread(zero)
         return -0.5 if self.levels.half else 0.0
+
+
+def _natively(parts: Parts, *matrices: torch.Tensor) -> bool:
+    """Whether C++ computes: torch's operations remain for other devices and types, and where they are watched.
+
+    That is where somebody traces, differentiates once more, or stands in for a tensor.
+    """
+    tensors = [t for t in (*parts, *matrices) if t is not None]
+    return (
+        all(type(t) in (torch.Tensor, nn.Parameter) and t.is_cpu and t.dtype in native.TYPES for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
 
 
 def _spread(part: torch.Tensor) -> torch.Tensor:
@@ -121,7 +162,7 @@ class _Fake(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         w, scale, zero = ctx.saved_tensors
-        by_weight, by_scale, by_zero = ctx.grid.gradients(grad, w, (scale, zero), ctx.needs_input_grad[:3])
+        by_weight, by_scale, by_zero, _ = ctx.grid.gradients(grad, w, (scale, zero), ctx.needs_input_grad[:3])
         return None if by_weight is None else by_weight.to(w.dtype), by_scale, by_zero, None
 
 
@@ -143,21 +184,27 @@ class _Linear(torch.autograd.Function):
         ctx.grid, ctx.tokens = grid, tokens
         seen = fake_tokens(x) if tokens else x
         bias = None if bias is None else bias.to(x.dtype)
-        return nn.functional.linear(seen, grid.fake(w, (scale, zero)).to(x.dtype), bias)
+        return nn.functional.linear(seen, grid.fake(w, (scale, zero), x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, w, scale, zero = ctx.saved_tensors
         grid: Grid = ctx.grid
         needs = ctx.needs_input_grad
-        by_x = by_weight = by_scale = by_zero = by_bias = None
-        if needs[0]:
-            by_x = grad @ grid.fake(w, (scale, zero)).to(grad.dtype)
+        by_x = by_weight = by_scale = by_zero = by_bias = rounded = None
+        again = grad.dtype if needs[0] else None
         rows = grad.flatten(0, -2)
         if any(needs[1:4]):
             seen = fake_tokens(x) if ctx.tokens else x
-            by_weight, by_scale, by_zero = grid.gradients(rows.t() @ seen.flatten(0, -2), w, (scale, zero), needs[1:4])
+            product = rows.t() @ seen.flatten(0, -2)
+            by_weight, by_scale, by_zero, rounded = grid.gradients(
+                product, w, (scale, zero), needs[1:4], rounded=again, spare=True
+            )
             by_weight = None if by_weight is None else by_weight.to(w.dtype)
+        elif again is not None:
+            rounded = grid.fake(w, (scale, zero), again)
+        if rounded is not None:
+            by_x = grad @ rounded
         if needs[4]:
             by_bias = rows.sum(0)
         return by_x, by_weight, by_scale, by_zero, by_bias, None, None
@@ -170,8 +217,7 @@ class _Stored(torch.autograd.Function):
     def forward(ctx: Any, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         ctx.dtype = scale.dtype
         wanted, least = scale.float(), smallest_scale(dtype)
-        stored = wanted.to(dtype).float()
-        return torch.where(stored.abs() < least, torch.copysign(torch.tensor(least), wanted), stored)
+        return wanted.to(dtype).float().abs().clamp_(min=least).copysign_(wanted)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -221,8 +267,8 @@ def rounded(zero: torch.Tensor, levels: IntLevels) -> torch.Tensor:
 
 def fake_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x in int8 with one scale [1, 1], and back, in x's type: LSQ for activations."""
-    grid = Grid(_INT8, (1, x.numel()))
-    return fake(x.reshape(1, -1), (scale.float(), None), grid).view(x.shape).to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    return fake(rows, (scale.float(), None), Grid(_INT8, (len(rows), rows.shape[1]))).view(x.shape).to(x.dtype)
 
 
 def fake_tokens(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,24 @@
+// The sources that are compiled once per instruction set, but the kernels: kernels/engines.cpp has those.
+#pragma once
+
+#include <vector>
+
+#include "fake.h"
+#include "search.h"
+
+namespace spicerack {
+
+struct Quantizers {
+    const char* isa;
+    decltype(&baseline::search) search;
+    decltype(&baseline::encode) encode;
+    decltype(&baseline::judge) judge;
+    decltype(&baseline::compare) compare;
+    decltype(&baseline::fake) fake;
+    decltype(&baseline::fake_gradients) fake_gradients;
+};
+
+// Those that run on this processor, widest first. All give the same results.
+const std::vector<Quantizers>& quantizers();
+
+}  // namespace spicerack
