@@ -112,7 +112,10 @@ def prepare(out: Path) -> None:
 
 
 def make(out: Path, runs: Sequence[Run], jobs: int) -> None:
-    """All folders that are not there, `jobs` at once. Raises RuntimeError with what a run printed if it fails."""
+    """All folders that are not there, `jobs` at once; a run that diverges makes none.
+
+    Raises RuntimeError with what a run printed if it fails otherwise.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     futures: dict[str, Future[None]] = {}
 
@@ -123,9 +126,9 @@ def make(out: Path, runs: Sequence[Run], jobs: int) -> None:
             return
         words = [sys.executable, "-m", "spicerack", *run.words, "-o", str(out / run.name)]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
+        if done.returncode and "error: step" not in done.stderr:
             raise RuntimeError(f"{' '.join(run.words)}\n{done.stderr}")
-        click.echo(f"{run.name} is there", err=True)
+        click.echo(f"{run.name} {'diverged' if done.returncode else 'is there'}", err=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         for run in runs:  # in order, so that what a run waits for is at work already
@@ -219,8 +222,9 @@ def main(out: Path, only: str | None, jobs: int) -> None:
         make(out, list(tried.values()), jobs)
         chosen: dict[str, float] = {}
         for kind in kinds:
-            losses = {rate: measure(out / tried[kind, rate].name, teacher).loss for rate in RATES}
-            chosen[kind] = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+            folders = {rate: out / tried[kind, rate].name for rate in RATES}
+            losses = {r: measure(f, teacher).loss if f.exists() else math.inf for r, f in folders.items()}
+            chosen[kind] = min(losses, key=lambda rate: losses[rate])
             click.echo(f"{kind}, {SHORT_STEPS} steps: " + ", ".join(f"{r:g} {x:.3f}" for r, x in losses.items()))
         make(out, [scratch(out, kind, rate) for kind, rate in chosen.items()], jobs)
         click.echo(report_bytes(out, chosen, teacher))
