@@ -37,7 +37,7 @@ MODEL = ROOT / "assets" / "stdlib-lm"
 WINDOW = 512
 STEPS, BATCH = 400, 8
 """Of 512 tokens each: a tenth of what the float model was trained on."""
-SCRATCH_STEPS, SHORT_STEPS = 400, 100
+SCRATCH_STEPS, SHORT_STEPS = 200, 100
 CONTROL_RATE = 1e-4
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 2e-3, 4e-3)
