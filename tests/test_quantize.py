@@ -136,7 +136,7 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(llama_folder, tmp_
     moments = int(whole.stderr.split()[-1])
     expected = folder_hashes(tmp_path / "whole")
     tail = [moments, moments - 1, moments - 3, moments - 6]  # index, ledger, config, the last rename
-    for moment in [*tail, *random.Random(7).sample(range(1, moments - 6), 4)]:
+    for moment in [*tail, *random.Random(7).sample(range(1, moments - 6), 2)]:
         output = tmp_path / f"killed-{moment}"
         assert run_killed(model, output, moment).returncode == -signal.SIGKILL
         assert not output.exists() or folder_hashes(output) == expected
