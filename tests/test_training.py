@@ -125,6 +125,12 @@ def test_a_quantized_folder_trains_on(llama_folder: LlamaFolder, text: Path, tmp
         assert made.loss_shipped == pytest.approx(made.loss_trained, abs=0.02)
 
 
+def test_scales_alone_have_no_quantizer(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    spicerack.quantize(llama_folder(), "w4g32", output=tmp_path / "small")
+    with pytest.raises(UsageError, match="nothing is rounded"):
+        run(tmp_path / "small", tmp_path / "out", text, None, scales_only=True, config=QATConfig("seq"))
+
+
 def test_tied_and_quantized(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     """Checkpoints of weights and scales that two layers have in common; trained, continued, shipped, trained on."""
     source = llama_folder(tie_word_embeddings=True)
@@ -218,6 +224,26 @@ def test_another_recipe_does_not_continue(llama_folder: LlamaFolder, text: Path,
         run(source, tmp_path / "out", text)
 
 
+def test_before_the_first_checkpoint_a_command_may_be_corrected(
+    llama_folder: LlamaFolder, text: Path, tmp_path: Path
+) -> None:
+    """There is nothing to lose yet; what was packed for the other command is not taken."""
+    source = llama_folder()
+    for wrong in ({"length": 129}, {"batch": 10**6}):
+        with pytest.raises(UsageError):
+            run(source, tmp_path / "out", text, **wrong)
+    run(source, tmp_path / "out", text)
+    run(source, tmp_path / "fresh", text)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "fresh"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_checkpointing_computes_the_same(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    source = llama_folder()
+    kept, again = (run(source, tmp_path / str(c), text, checkpointing=c, lr=1e-2) for c in (False, True))
+    assert again.loss_trained == pytest.approx(kept.loss_trained, abs=1e-5)
+
+
 def test_teachers_of_other_vocabularies(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="predicts 300 tokens, the model 257"):
         run(llama_folder(), tmp_path / "out", text, teacher=llama_folder("teacher", vocab_size=300))
@@ -262,12 +288,37 @@ def test_the_command(llama_folder: LlamaFolder, text: Path, tmp_path: Path, caps
     assert "w8" in str(spicerack.load(tmp_path / "out").model.layers[0].mlp.up_proj)
 
 
+def test_zeros_on_the_command_line_count(
+    llama_folder: LlamaFolder, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(llama_folder())
+    words = [
+        "train",
+        source,
+        "-o",
+        str(tmp_path / "out"),
+        "--data",
+        str(text),
+        "--scheme",
+        "w4g32",
+        "--teacher",
+        source,
+    ]
+    assert _output.run(cli, [*words, "--steps", "0"]) == 2
+    assert "steps is 0" in capsys.readouterr().err
+    assert (
+        _output.run(cli, [*words, "--steps", "1", "--batch", "2", "--length", "32", "--kl", "0", "--warmup", "0"]) == 0
+    )
+    used = json.loads((tmp_path / "out" / "training.json").read_text())["identity"]["settings"]
+    assert (used["kl"], used["warmup"]) == (0, 0)
+
+
 @pytest.mark.parametrize(("words", "match"), [
     (["--scheme", "w4g32"], "either MODEL or --from-scratch"),
     (["{model}", "--kl", "0.3"], "no --teacher|about a teacher"),
     (["{model}", "--set", "x=w8"], "change a scheme"),
     (["{model}", "--scales-only"], "not quantized"),
-    (["{model}", "--quantizer", "seq"], "without a scheme"),
+    (["{model}", "--quantizer", "seq"], "nothing is rounded"),
     (["--from-scratch", "{model}"], "no config.json"),
 ])  # fmt: skip
 def test_options_without_effect_are_refused(

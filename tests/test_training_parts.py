@@ -118,7 +118,8 @@ class Fixed:
         self.table = 3 * torch.randn((rows, LENGTH - 1, vocabulary), generator=generator)
         self.asked = 0
 
-    def predict(self, numbers: Sequence[int], ids: torch.Tensor) -> Predictions:
+    def predict(self, numbers: Sequence[int] | None, ids: torch.Tensor) -> Predictions:
+        assert numbers is not None
         self.asked += len(numbers)
         return Predictions(self.table[list(numbers)].flatten(0, 1).log_softmax(-1))
 

@@ -77,7 +77,7 @@ def bench(
         work = {"prefill": _prefill(models["original"], prefill, decode), "decode": decode}
         turn = partial(_decoder_turn, prefill=work["prefill"], decode=decode)
     else:
-        work = {"batch": batch, "length": min(LENGTH, positions(models["original"]) or LENGTH)}
+        work = {"batch": batch, "length": min(LENGTH, positions(models["original"].config) or LENGTH)}
         turn = partial(_encoder_turn, batch=batch, length=work["length"])
     with _threads(threads):
         turns = {name: partial(turn, model) for name, model in models.items()}
@@ -192,7 +192,7 @@ def _speeds(samples: list[Sample]) -> dict[str, float]:
 
 def _prefill(model: PreTrainedModel, asked: int | None, decode: int) -> int:
     """Prompt tokens: as asked, else 512 or what is left beside `decode`. Raises UsageError if they do not fit."""
-    limit = positions(model)
+    limit = positions(model.config)
     chosen = asked or (PREFILL if limit is None else max(min(PREFILL, limit - decode), 1))
     if limit is not None and chosen + decode > limit:
         raise UsageError(

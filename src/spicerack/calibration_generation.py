@@ -41,7 +41,7 @@ def from_model(
     name = next((name for name in CACHES if name in inspect.signature(model.forward).parameters), None)
     if name is None or not model.can_generate() or model.config.is_encoder_decoder:
         raise UsageError(f"{type(model).__name__} does not write text token by token", REMEDY)
-    limit = positions(model)
+    limit = positions(model.config)
     if samples < 1 or length < 2 or (limit is not None and length > limit):
         raise UsageError(f"{samples} sequences of {length} tokens: the model has {limit} positions", REMEDY)
     start, ends = start_token(tokenizer), _ends(model, tokenizer)

@@ -64,17 +64,18 @@ def fits(scheme: Scheme) -> bool:
 
 def descend(
     layers: Mapping[str, Layer],
-    learned: Mapping[str, Learned],
+    learn: Callable[[Layer], Learned],
     forward: Forward,
     sequences: int,
     *,
     steps: int,
     seed: int,
 ) -> dict[str, Solved]:
-    """Name -> codes and scales with which the block's output is nearest, of those that `learned` comes by.
+    """Name -> codes and scales with which the block's output is nearest, of those that are learned on the way.
 
     forward: runs the block whose layers these are; while it does they multiply by what is being learned.
     """
+    learned = {name: learn(layer) for name, layer in layers.items()}
     generator = torch.Generator().manual_seed(seed)
     judges = range(0, sequences, max(sequences // (4 * BATCH), 1))
     with _in_place(layers, learned):

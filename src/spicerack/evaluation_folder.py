@@ -6,7 +6,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack import tokenizing
 from spicerack.checkpoint.files import CONFIG, MAX_CONFIG_BYTES, read_json
@@ -74,15 +74,15 @@ def _pooling_folder(folder: Path) -> str:
     return _POOLING
 
 
-def positions(model: PreTrainedModel) -> int | None:
-    """How many positions `model` has; None if it has no limit of its own (state spaces, ALiBi)."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has; None if it has no limit of its own (state spaces, ALiBi)."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
 def window(asked: int | None, model: PreTrainedModel, folder: Path) -> int:
     """Tokens to read together: as asked if there is room, else 512 or the most there is room for. Raises UsageError."""
-    limit = positions(model)
+    limit = positions(model.config)
     if asked is not None:
         if limit is not None and asked > limit:
             raise UsageError(f"--window {asked}: the model has {limit} positions", f"use --window {limit} or less")

@@ -35,7 +35,7 @@ from spicerack.nn.packed import PackedWeight
 from spicerack.nn.tuned_layers import Packed, Shared, TunedConv2d, TunedEmbedding, TunedLayer, tuned
 from spicerack.qat_start import Learned, QATConfig, begun, choose, float_twin, observed, plan_from, plan_of, start
 from spicerack.recipe import Recipe, Rule
-from spicerack.scheme import Scheme, parse
+from spicerack.scheme import Scheme
 
 _DEFAULTS = QATConfig()
 _LISTED = 8
@@ -80,8 +80,7 @@ def prepare_qat(
             f"{type(model).__name__} is not packed" + ("" if weights else ", and no scheme was given"),
             "prepare_qat(model, 'w4g32')",
         )
-    what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
-    what = what.then(recipe.rule(r) if isinstance(r, str) else r for r in rules)
+    what = recipe.of(scheme, rules)
     if what.method not in (None, Method()):
         raise UsageError(f"training has no use for {what.method}", "leave the method out: it begins with rounding")
     layers, chosen = choose(model, what)

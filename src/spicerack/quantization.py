@@ -16,7 +16,7 @@ from typing import Any, overload
 
 import torch
 
-from spicerack import calibrating, calibrating_plan, devices, preflight
+from spicerack import calibrating, calibrating_plan, devices, preflight, recipe
 from spicerack import method as methods
 from spicerack.algorithms import hqq, rtn
 from spicerack.calibrating import Finished
@@ -32,8 +32,8 @@ from spicerack.memory import peak_rss_bytes
 from spicerack.method import Method
 from spicerack.preflight import Trial
 from spicerack.ranks import ALONE, Ranks
-from spicerack.recipe import ObserverName, Range, Recipe, Rule, check_observer, check_range, rule
-from spicerack.scheme import Scheme, parse
+from spicerack.recipe import ObserverName, Range, Recipe, Rule, check_observer, check_range
+from spicerack.scheme import Scheme
 from spicerack.swap import quantize_module
 
 OBSERVER: ObserverName = "percentile"
@@ -96,11 +96,10 @@ def quantize(
     not be exceeded, pages that are mapped from files left out): for folders. compute: as in `load`, for modules.
     Raises the errors of `errors.py`.
     """
-    what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
+    what = recipe.of(scheme, rules)
     chain = methods.parse(method) if isinstance(method, str) else method or what.method
     seen_by = what.observer if observer is None else check_observer(observer)
     what = dataclasses.replace(what, range_=check_range(range_ or what.range_), method=chain, observer=seen_by)
-    what = what.then(rule(r) if isinstance(r, str) else r for r in rules)
     if isinstance(model, torch.nn.Module):
         if calibration is not None or what.method not in (None, Method()) or what.observer is not None:
             raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")

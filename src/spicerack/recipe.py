@@ -92,6 +92,15 @@ class Recipe:
         return " ".join([self.scheme.name, *method, f"range={self.range_}", *observer, *map(str, self.rules)])
 
 
+def of(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule] = ()) -> Recipe:
+    """What functions are given, as a recipe: a scheme, by name or not, or a recipe, and more rules.
+
+    Raises SchemeError, RecipeError.
+    """
+    what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
+    return what.then(rule(r) if isinstance(r, str) else r for r in rules)
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What happens to one tensor, and why."""

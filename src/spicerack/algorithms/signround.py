@@ -33,9 +33,7 @@ def solve(
 
     forward, sequences: as in `descend`. steps: None is STEPS.
     """
-    steps = STEPS if steps is None else steps
-    learned = {name: _Learned(layer) for name, layer in layers.items()}
-    return descend(layers, learned, forward, sequences, steps=steps, seed=seed)
+    return descend(layers, _Learned, forward, sequences, steps=STEPS if steps is None else steps, seed=seed)
 
 
 class _Learned:

@@ -75,9 +75,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Names in `folder` are on the disk behind this."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """What is in a file, or the names in a folder, are on the disk behind this."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

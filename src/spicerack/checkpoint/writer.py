@@ -36,7 +36,7 @@ from spicerack.checkpoint.durable import (
     locked,
     read_json,
     refuse_other,
-    sync_folder,
+    sync,
     write_atomically,
 )
 from spicerack.checkpoint.reader import BITS
@@ -155,7 +155,7 @@ class Writer:
                 os.fsync(file.fileno())
             write_atomically(self._ledger_of(shard), json_bytes(writer.entries))
             temporary.replace(self.partial / shard.file)
-            sync_folder(self.partial)
+            sync(self.partial)
         except OSError as error:
             raise disk_error(error, self.partial) from error
 
@@ -187,10 +187,10 @@ class Writer:
         try:
             for leftover in [*self.partial.glob("*.ledger.json"), self.partial / _PROGRESS, self.partial / LOCK]:
                 leftover.unlink(missing_ok=True)
-            sync_folder(self.partial)
+            sync(self.partial)
             self._unlock()
             self.partial.replace(self.output)
-            sync_folder(self.output.parent)
+            sync(self.output.parent)
         except OSError as error:
             raise disk_error(error, self.partial) from error
 

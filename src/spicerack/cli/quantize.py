@@ -200,13 +200,13 @@ def _place(device: str) -> tuple[torch.device, Ranks]:
 
 def _calibration(job: Job, source: str, samples: int, length: int | None, seed: int) -> Calibration:
     from spicerack import calibration, calibration_generation, hf, tokenizing
-    from spicerack.evaluation_folder import kind
+    from spicerack.evaluation_folder import kind, positions
     from spicerack.loading import load
 
     folder = job.source.folder
     config, _ = hf.config_and_class(job.source.config, folder)
     tokenizer = tokenizing.read(folder, config)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = positions(config)
     if length is not None and longest is not None and length > longest:
         raise UsageError(f"--length {length}: the model has {longest} positions", f"use --length {longest} or less")
     length = length or min(_LENGTH, longest or _LENGTH)

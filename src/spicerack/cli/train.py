@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from spicerack.training.run import Trained
 
-_TWINS = ("bitnet", "subln")
-
 
 @click.command(cls=_rules.OrderedCommand)
 @click.argument("model", metavar="MODEL", required=False)
@@ -51,7 +49,7 @@ _TWINS = ("bitnet", "subln")
 @click.option("--scales-only", is_flag=True, help="Of a quantized MODEL: no code changes.")
 @click.option("--from-scratch", metavar="CONFIG", help="A config.json instead of MODEL: random weights.")
 @click.option("--tokenizer", metavar="FOLDER", help="For --from-scratch. Default: beside the config.json.")
-@click.option("--twin", type=click.Choice(_TWINS), help="Turn a Llama into BitNet's classes: more norms, relu^2.")
+@click.option("--twin", metavar="bitnet|subln", help="Turn a Llama into BitNet's classes: more norms, relu^2.")
 @click.option("--dtype", metavar="TYPE", help="What stays float is stored as: bfloat16, float16, float32.")
 @click.option("--bf16", is_flag=True, help="Multiply matrices in bfloat16.")
 @click.option("--checkpointing", is_flag=True, help="Compute blocks twice instead of keeping what they need.")
@@ -140,7 +138,9 @@ def command(
 def _given(options: dict[str, Any], what: type) -> dict[str, Any]:
     """Those of a dataclass's fields that were given."""
     names = {field.name for field in fields(what)}
-    return {name: value for name, value in options.items() if name in names and value not in (None, False)}
+    return {
+        name: value for name, value in options.items() if name in names and value is not None and value is not False
+    }
 
 
 def _lines(bar: Progress, task: TaskID) -> TrainerCallback:

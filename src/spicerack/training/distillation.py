@@ -59,8 +59,8 @@ def _rest(logs: torch.Tensor) -> torch.Tensor:
 class Teacher(Protocol):
     """Who predicts."""
 
-    def predict(self, numbers: Sequence[int], ids: torch.Tensor) -> Predictions:
-        """Of the rows `ids` [B, L], whose numbers in the text are `numbers`: all positions but each row's last."""
+    def predict(self, numbers: Sequence[int] | None, ids: torch.Tensor) -> Predictions:
+        """Of rows `ids` [B, L], all positions but each row's last. numbers: theirs in the text, None for other rows."""
         ...
 
 
@@ -71,7 +71,7 @@ class Live:
         self.model, self.temperature = model.eval().requires_grad_(False), temperature
 
     @torch.no_grad()
-    def predict(self, numbers: Sequence[int], ids: torch.Tensor) -> Predictions:
+    def predict(self, numbers: Sequence[int] | None, ids: torch.Tensor) -> Predictions:
         logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         return Predictions(F.log_softmax(logits.float() / self.temperature, -1))
 
@@ -101,7 +101,9 @@ class Cached:
         self._ids = _mapped(folder / "ids.bin", np.int32, (rows, length - 1, top))
         self._done = _mapped(folder / "done.bin", np.uint8, (rows,))
 
-    def predict(self, numbers: Sequence[int], ids: torch.Tensor) -> Predictions:
+    def predict(self, numbers: Sequence[int] | None, ids: torch.Tensor) -> Predictions:
+        if numbers is None:
+            return self.teacher.predict(None, ids)
         missing = [place for place, number in enumerate(numbers) if not self._done[number]]
         if missing:
             made = self.teacher.predict([numbers[place] for place in missing], ids[missing])

@@ -6,6 +6,7 @@ is refused by what differs, and a second run while one is at work.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from spicerack.errors import OutputError
 COMPLETE = "complete"
 """In a checkpoint: all of it is on the disk."""
 _IDENTITY = "run.json"
+_FILES = (".json", ".bin")
+"""What a run has beside checkpoints and curves: packed text, and what was measured."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -32,6 +35,8 @@ def folder_of(output: Path) -> Path:
 def entered(output: Path, identity: Mapping[str, Any], *, first: bool) -> Iterator[Path]:
     """The folder of the run, this process's own within. first: of several ranks; the others must come later.
 
+    Before there is a checkpoint another run may take it over, which then begins anew.
+
     Raises OutputError: `output` exists, the folder is another run's, or is at work.
     """
     folder = folder_of(output)
@@ -40,19 +45,22 @@ def entered(output: Path, identity: Mapping[str, Any], *, first: bool) -> Iterat
     if not first:
         yield folder
         return
-    if folder.exists():
-        before = read_json(folder / _IDENTITY)
-        if before is None and any(folder.glob("checkpoint-*")):
-            raise OutputError(f"{folder} exists and is not a run of training", "choose another output folder")
-        if before is not None:
-            refuse_other(folder, before, identity)
+    if not (folder / _IDENTITY).exists() and any(folder.glob("checkpoint-*")):
+        raise OutputError(f"{folder} exists and is not a run of training", "choose another output folder")
     folder.mkdir(parents=True, exist_ok=True)
     lock = locked(folder)
     try:
-        write_atomically(folder / _IDENTITY, json_bytes(dict(identity)))
-        for number, found in _checkpoints(folder):
+        for _, found in _checkpoints(folder):
             if not (found / COMPLETE).exists():
-                shutil.rmtree(folder / f"checkpoint-{number}")
+                shutil.rmtree(found)
+        before = read_json(folder / _IDENTITY)
+        if before is not None and before != json.loads(json_bytes(dict(identity))):
+            if last_checkpoint(folder) is not None:
+                refuse_other(folder, before, identity)
+            for made in folder.iterdir():
+                if made.suffix in _FILES:
+                    made.unlink()
+        write_atomically(folder / _IDENTITY, json_bytes(dict(identity)))
         yield folder
     finally:
         os.close(lock)

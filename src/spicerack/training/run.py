@@ -18,19 +18,18 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from spicerack import __version__, hf, recipe
-from spicerack.checkpoint.durable import json_bytes, read_json, sync_folder, write_atomically
+from spicerack.checkpoint.durable import json_bytes, read_json, sync, write_atomically
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.errors import UsageError
-from spicerack.evaluation_folder import positions
 from spicerack.loading import load
 from spicerack.qat import freeze, prepare_qat
 from spicerack.qat_start import QATConfig
 from spicerack.recipe import Recipe, Rule
-from spicerack.scheme import Scheme, parse
+from spicerack.scheme import Scheme
 from spicerack.training import files, start
 from spicerack.training.distillation import TOP, Cached, Live, Teacher, check_vocabulary
 from spicerack.training.settings import Settings, arguments
@@ -104,14 +103,19 @@ def train(
         if find_spec(package) is None:
             raise UsageError(f"training needs the package {package}", "pip install 'spicerack[train]'")
     target = Path(output)
-    what = None if scheme is None else _recipe(scheme, rules)
+    what = None if scheme is None else recipe.of(scheme, rules)
     settings, config = settings or Settings(), config or QATConfig()
     begin = start.find(model, tokenizer=tokenizer, twin=twin)
     guide = None if teacher is None else Checkpoint.open(teacher)
-    if not begin.packed and scheme is None and dataclasses.replace(config, stored=None) != QATConfig():
-        raise UsageError("without a scheme nothing is rounded, however it is configured", "name a scheme")
     if scales_only and not begin.packed:
         raise UsageError(f"{model} is not quantized: its scales cannot train alone", "quantize it first")
+    rounds = what is not None or (begin.packed and not scales_only)
+    if not rounds and dataclasses.replace(config, stored=None) != QATConfig():
+        raise UsageError("nothing is rounded anew, however it is configured", "name a scheme, or train weights as well")
+    if begin.longest is not None and settings.length > begin.longest:
+        raise UsageError(
+            f"--length {settings.length}: the model has {begin.longest} positions", f"use {begin.longest} or less"
+        )
     if guide is None and predictions is not None:
         raise UsageError("there is no teacher whose predictions are kept", "name one")
     stored = settings.dtype or begin.dtype
@@ -140,8 +144,8 @@ def train(
         order = Order(rows, numbers, settings.steps * settings.batch, settings.seed)
         tokens = len(order) * settings.length
         told(f"{tokens:,} tokens in {settings.steps} steps, {len(order) / len(numbers):.2f} times through the text")
-        net = begin.model(settings.seed)
-        _check_length(net, settings.length)
+        set_seed(settings.seed)
+        net = begin.model()
         kept = None if guide is None else _teacher(net, guide, rows, predictions, settings, args)
         resumed = files.last_checkpoint(folder)
         measure = partial(loss_of, held=held, batch=args.per_device_eval_batch_size, device=args.device)
@@ -166,20 +170,15 @@ def train(
             raise KeyboardInterrupt
         losses = {f"loss_{when}": loss for when, loss in (read_json(folder / _BEFORE) or {}).items()}
         losses |= _last(trainer)
-        small = freeze(_whole(trainer)) if quantized else _result(trainer, begin, settings)
+        small = freeze(_whole(trainer)) if quantized else _result(trainer, begin)
         nn.Module.to(small, dtype=getattr(torch, stored))  # scales are in it already, and stay as they are
         if first:
             losses |= {"loss_shipped": measure(ship(small, begin.tokenizer, folder / _SHIPPED))}
             write_atomically(folder / _SHIPPED / REPORT, json_bytes({**losses, "tokens": tokens, "identity": identity}))
             (folder / _SHIPPED).replace(target)
-            sync_folder(target.parent)
+            sync(target.parent)
         at = 0 if resumed is None else int(resumed.name.rpartition("-")[2])
         return Trained(target, tokens=tokens, seconds=time.time() - began, resumed_at=at, **losses)
-
-
-def _recipe(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule]) -> Recipe:
-    what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
-    return what.then(recipe.rule(r) if isinstance(r, str) else r for r in rules)
 
 
 def _curves(folder: Path) -> TrainerCallback:
@@ -187,12 +186,6 @@ def _curves(folder: Path) -> TrainerCallback:
     from torch.utils.tensorboard import SummaryWriter  # only where something is trained: an optional package
 
     return TensorBoardCallback(SummaryWriter(str(folder / "logs")))
-
-
-def _check_length(model: PreTrainedModel, length: int) -> None:
-    limit = positions(model)
-    if limit is not None and length > limit:
-        raise UsageError(f"--length {length}: the model has {limit} positions", f"use --length {limit} or less")
 
 
 def _teacher(
@@ -223,7 +216,8 @@ def _trainer(
     teacher: Teacher | None,
 ) -> FewBitsTrainer:
     if settings.checkpointing:
-        net.gradient_checkpointing_enable()
+        enable = getattr(net, "activation_checkpointing_enable", None)  # what newer transformers call it
+        (enable or net.gradient_checkpointing_enable)()
     if settings.fsdp:
         shard(net, args.device)
     kind = ShardedTrainer if settings.fsdp else FewBitsTrainer
@@ -249,10 +243,10 @@ def _whole(trainer: FewBitsTrainer) -> nn.Module:
     return found
 
 
-def _result(trainer: FewBitsTrainer, begin: Start, settings: Settings) -> nn.Module:
+def _result(trainer: FewBitsTrainer, begin: Start) -> nn.Module:
     """The float model, gathered if it was sharded."""
     if not isinstance(trainer, ShardedTrainer):
         return _whole(trainer)
-    made = begin.model(settings.seed)
+    made = begin.model()
     made.load_state_dict(trainer.state_of_model(), strict=False)
     return made

@@ -16,14 +16,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 from spicerack import bitnet, format, hf, tokenizing
 from spicerack.checkpoint.files import MAX_CONFIG_BYTES, read_json
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.errors import UsageError
-from spicerack.evaluation_folder import kind
+from spicerack.evaluation_folder import kind, positions
 from spicerack.loading import load
 from spicerack.qat_start import Stored
 
@@ -34,13 +33,14 @@ Twin = Literal["bitnet", "subln"]
 @dataclass(frozen=True, slots=True)
 class Start:
     """identity: what a resumed run must agree in. dtype: that the model is stored in. packed: whether it is quantized.
-    model: makes it, its floats in float32, in eval mode, from a seed."""
+    longest: positions that it has, None if without limit. model: makes it, its floats in float32, in eval mode."""
 
     identity: str
     dtype: Stored
     packed: bool
+    longest: int | None
     tokenizer: PreTrainedTokenizerBase
-    model: Callable[[int], PreTrainedModel]
+    model: Callable[[], PreTrainedModel]
 
 
 def find(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | None) -> Start:
@@ -56,8 +56,7 @@ def find(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | None) 
         built, model_class = _classes(config, folder, twin)
         digest = hashlib.sha256(json.dumps([config, twin], sort_keys=True).encode()).hexdigest()
 
-        def make(seed: int) -> PreTrainedModel:
-            set_seed(seed)
+        def make() -> PreTrainedModel:
             made: PreTrainedModel = model_class(built).float().eval()
             return made
 
@@ -72,7 +71,7 @@ def find(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | None) 
         built, model_class = _classes(config, folder, twin)
         digest = checkpoint.fingerprint() + (f" as {twin}" if twin else "")
 
-        def make(seed: int) -> PreTrainedModel:  # noqa: ARG001
+        def make() -> PreTrainedModel:
             source = load(folder, dtype=torch.float32)
             return source if twin is None else _warm(model_class(built).eval(), source)
 
@@ -84,7 +83,7 @@ def find(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | None) 
         raise UsageError(f"the tokenizer has {len(words)} tokens, the model {size}", "use the model's own tokenizer")
     declared = str(built.dtype).removeprefix("torch.")
     stored: Stored = next((dtype for dtype in get_args(Stored) if dtype == declared), "bfloat16")
-    return Start(digest, stored, form is not None, words, make)
+    return Start(digest, stored, form is not None, positions(built), words, make)
 
 
 def _classes(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,15 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from spicerack import qat
-from spicerack.checkpoint.durable import sync_folder
+from spicerack.checkpoint.durable import sync
 from spicerack.errors import TrainingError
 from spicerack.training.distillation import Teacher, divergence
 from spicerack.training.files import COMPLETE, last_checkpoint
 from spicerack.training.schedule import Schedule, decay, rate
 from spicerack.training.text import Order, Rows
 
-_NEVER_DECAYED = 2
-"""Weights of fewer dimensions (norms, biases) have no weight decay."""
+_MATRIX = 2
+"""Dimensions from which on weights decay; norms and biases have fewer."""
 
 
 class FewBitsTrainer(Trainer):
@@ -105,7 +104,7 @@ class FewBitsTrainer(Trainer):
             groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
             for part in whole.parameters():
                 if part.requires_grad:
-                    groups[id(part) in learned or part.dim() < _NEVER_DECAYED].append(part)
+                    groups[id(part) in learned or part.dim() < _MATRIX].append(part)
             decays = (self.args.weight_decay, 0.0)
             self.optimizer = torch.optim.AdamW(
                 [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
@@ -146,8 +145,10 @@ class FewBitsTrainer(Trainer):
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
                 if counted:
                     loss = F.cross_entropy(logits.float(), ids[:, 1:].flatten())
-                    far = torch.zeros(()) if self.teacher is None else self._far(logits, ids)
-                    sums += counted * torch.tensor([float(loss), float(far), 1.0], dtype=torch.float64)
+                    far = 0.0
+                    if self.teacher is not None:
+                        far = float(divergence(logits, self.teacher.predict(None, ids), self.temperature))
+                    sums += counted * torch.tensor([float(loss), far, 1.0], dtype=torch.float64)
         model.train(training)
         if ranks > 1:
             sums = sums.to(self.args.device)
@@ -159,11 +160,6 @@ class FewBitsTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _far(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        assert self.teacher is not None
-        source = getattr(self.teacher, "teacher", self.teacher)  # held-out rows have no place in a cache
-        return divergence(logits, source.predict([], ids), self.temperature)
 
     # ---- what is kept ----
 
@@ -194,18 +190,10 @@ class FewBitsTrainer(Trainer):
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
             for file in folder.iterdir():
                 if file.is_file():
-                    _sync(file)
+                    sync(file)
             (folder / COMPLETE).touch()
-            sync_folder(folder)
-            sync_folder(folder.parent)
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(folder)
+            sync(folder.parent)
 
 
 def _batch(rows: Sequence[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
