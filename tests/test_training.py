@@ -71,6 +71,22 @@ def test_codes_are_those_of_the_last_checkpoint(llama_folder: LlamaFolder, text:
     assert spicerack.load(tmp_path / "out").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("slow", ["embedding_lr", "scale_lr"])
+def test_embeddings_and_scales_have_rates_of_their_own(
+    llama_folder: LlamaFolder, text: Path, tmp_path: Path, slow: str
+) -> None:
+    """One that is next to nothing leaves them where they were, and all others move."""
+    source = llama_folder(tie_word_embeddings=slow == "embedding_lr")
+    begun = spicerack.prepare_qat(spicerack.load(source, dtype=torch.float32), "w4g32").state_dict()
+    run(source, tmp_path / "out", text, lr=1e-2, weight_decay=0.1, **{slow: 1e-30})
+    ended = load_file(tmp_path / "out.training" / "checkpoint-6" / "model.safetensors")
+    still = {name for name, tensor in ended.items() if torch.equal(tensor, begun[name])}
+    part = {"embedding_lr": "embed_tokens.weight", "scale_lr": "weight_scale"}[slow]
+    assert still == {name for name in ended if name.endswith(part)} != set()
+    curves = json.loads((tmp_path / "out.training" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    assert max(line.get("learning_rate", 0) for line in curves) == pytest.approx(1e-2)
+
+
 def test_a_teacher_and_its_predictions(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     """The float model guides: the student nears it. Kept predictions make a second run all but the same."""
     source = llama_folder(initializer_range=0.2)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 @click.option("--micro-batch", type=int, help="Sequences a process computes at once. Default: all of its share.")
 @click.option("--length", type=int, help="Tokens of a sequence. Default: 512.")
 @click.option("--lr", type=float, help="Highest learning rate. Default: 1e-4.")
+@click.option("--embedding-lr", type=float, help="Of embeddings and heads. Default: --lr.")
+@click.option("--scale-lr", type=float, help="Of learned scales. Default: --lr.")
 @click.option("--schedule", metavar="NAME", help="cosine, linear, constant, two-stage (BitNet). Default: cosine.")
 @click.option("--warmup", type=float, help="Share of the steps in which the rate rises. Default: 0.05.")
 @click.option("--weight-decay", type=float, help="Of matrices. Default: 0.")

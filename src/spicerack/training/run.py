@@ -221,10 +221,7 @@ def _trainer(
     if settings.fsdp:
         shard(net, args.device)
     kind = ShardedTrainer if settings.fsdp else FewBitsTrainer
-    kl = 0.0 if teacher is None else settings.kl
-    trainer = kind(
-        net, args, order, held, schedule=settings.schedule, teacher=teacher, kl=kl, temperature=settings.temperature
-    )
+    trainer = kind(net, args, settings, order, held, teacher)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

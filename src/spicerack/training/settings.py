@@ -27,6 +27,7 @@ class Settings:
     micro_batch     rows that a process computes at once; None: its whole share of the batch
     length          tokens of a row
     lr, schedule    the highest learning rate, and how it falls
+    embedding_lr, scale_lr   those of embeddings and heads, and of learned scales; None: lr
     warmup          share of the steps in which it rises
     weight_decay    of matrices; scales, norms and biases have none
     clip            the gradients' largest norm
@@ -45,6 +46,8 @@ class Settings:
     micro_batch: int | None = None
     length: int = 512
     lr: float = 1e-4
+    embedding_lr: float | None = None
+    scale_lr: float | None = None
     schedule: Schedule = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -71,9 +74,10 @@ class Settings:
         for name in ("warmup", "kl"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", "it is a share, from 0 to 1")
-        for name in ("lr", "clip", "temperature"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise UsageError(f"{name} is {getattr(self, name)}", "use a number above 0")
+        for name in ("lr", "embedding_lr", "scale_lr", "clip", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{name} is {value}", "use a number above 0")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise UsageError(f"weight_decay is {self.weight_decay}", "use 0 or more")
         for name, known in (("schedule", get_args(Schedule)), ("dtype", (None, *get_args(Stored)))):

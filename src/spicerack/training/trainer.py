@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from spicerack.errors import TrainingError
 from spicerack.training.distillation import Teacher, divergence
 from spicerack.training.files import COMPLETE, last_checkpoint
 from spicerack.training.schedule import Schedule, decay, rate
+from spicerack.training.settings import Settings
 from spicerack.training.text import Order, Rows
 
 _MATRIX = 2
@@ -29,26 +30,22 @@ _MATRIX = 2
 class FewBitsTrainer(Trainer):
     """Trains on rows of tokens: cross-entropy, or mixed with the divergence from a teacher.
 
-    kl: the divergence's share of the loss, 0 without a teacher. held: rows to evaluate on, by their numbers among
-    those of its text.
+    held: rows to evaluate on, by their numbers among those of its text.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
+        settings: Settings,
         order: Order,
         held: tuple[Rows, torch.Tensor],
-        *,
-        schedule: Schedule,
         teacher: Teacher | None,
-        kl: float,
-        temperature: float,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=order, eval_dataset=order, data_collator=_batch)
         self.model_accepts_loss_kwargs = False  # rows are of one length: the mean over micro-batches is the batch's
-        self.held, self.schedule = held, schedule
-        self.teacher, self.kl, self.temperature = teacher, kl, temperature
+        self.settings, self.held, self.teacher = settings, held, teacher
+        self.kl = 0.0 if teacher is None else settings.kl
 
     # ---- what is minimised ----
 
@@ -61,7 +58,7 @@ class FewBitsTrainer(Trainer):
             loss = loss + (1 - self.kl) * F.cross_entropy(logits.float(), ids[:, 1:].flatten())
         if self.teacher is not None:
             wanted = self.teacher.predict(numbers.tolist(), ids)
-            loss = loss + self.kl * divergence(logits, wanted, self.temperature)
+            loss = loss + self.kl * divergence(logits, wanted, self.settings.temperature)
         return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -100,15 +97,21 @@ class FewBitsTrainer(Trainer):
         if self.optimizer is None:
             whole = model or self.model
             assert whole is not None
+            lr = self.settings.lr
+            rates = dict.fromkeys(map(id, _ends(whole)), self.settings.embedding_lr or lr)
+            rates |= dict.fromkeys(map(id, qat.scales(whole)), self.settings.scale_lr or lr)
             learned = {id(part) for part in qat.scales(whole)}
-            groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
             for part in whole.parameters():
                 if part.requires_grad:
-                    groups[id(part) in learned or part.dim() < _MATRIX].append(part)
-            decays = (self.args.weight_decay, 0.0)
+                    decays = id(part) not in learned and part.dim() >= _MATRIX
+                    groups.setdefault((rates.get(id(part), lr), decays), []).append(part)
+            ordered = sorted(groups.items(), key=lambda group: group[0][0] != lr)  # the first one's rate is logged
             self.optimizer = torch.optim.AdamW(
-                [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
-                lr=self.args.learning_rate,
+                [
+                    {"params": parts, "lr": own, "weight_decay": self.args.weight_decay * decays, "decays": decays}
+                    for (own, decays), parts in ordered
+                ],
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
             )
@@ -119,8 +122,10 @@ class FewBitsTrainer(Trainer):
         if self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
             stepped: Any = optimizer or self.optimizer
-            self.lr_scheduler = LambdaLR(stepped, lambda step: rate(self.schedule, step, num_training_steps, warmup))
-            self.add_callback(_Decay(self.args.weight_decay, self.schedule))
+            self.lr_scheduler = LambdaLR(
+                stepped, lambda step: rate(self.settings.schedule, step, num_training_steps, warmup)
+            )
+            self.add_callback(_Decay(self.args.weight_decay, self.settings.schedule))
         return self.lr_scheduler
 
     # ---- what is measured ----
@@ -147,7 +152,7 @@ class FewBitsTrainer(Trainer):
                     loss = F.cross_entropy(logits.float(), ids[:, 1:].flatten())
                     far = 0.0
                     if self.teacher is not None:
-                        far = float(divergence(logits, self.teacher.predict(None, ids), self.temperature))
+                        far = float(divergence(logits, self.teacher.predict(None, ids), self.settings.temperature))
                     sums += counted * torch.tensor([float(loss), far, 1.0], dtype=torch.float64)
         model.train(training)
         if ranks > 1:
@@ -196,6 +201,16 @@ class FewBitsTrainer(Trainer):
             sync(folder.parent)
 
 
+def _ends(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of a language model's embedding and head."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            for end in (part.get_input_embeddings(), part.get_output_embeddings()):
+                if end is not None:
+                    yield from end.parameters()
+            return
+
+
 def _batch(rows: Sequence[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
     numbers, ids = zip(*rows, strict=True)
     return {"input_ids": torch.stack(ids), "numbers": torch.tensor(numbers)}
@@ -210,8 +225,9 @@ class _Decay(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        group = kwargs["optimizer"].param_groups[0]
-        group["weight_decay"] = self.highest * decay(self.schedule, state.global_step, state.max_steps)
+        for group in kwargs["optimizer"].param_groups:
+            if group["decays"]:
+                group["weight_decay"] = self.highest * decay(self.schedule, state.global_step, state.max_steps)
 
 
 class Stopping(TrainerCallback):
