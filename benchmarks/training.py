@@ -1,11 +1,12 @@
 """What training in few bits gains on the project's language model, beside rounding and beside training on in float.
 
-    python benchmarks/training.py --out training              # all of it: an hour and a half on two cores
-    python benchmarks/training.py --out training --only bits  # or bytes
+    python benchmarks/training.py --out training    # an hour and a half on two cores
 
 bits: the float model, rounded (data-free, and as `--calib` does it), trained in few bits from the calibrated folder
-with the float model as its teacher, and, as a control, trained on in float for as long. bytes: models from random
-weights, a ternary one and a float16 one that takes the same room on disk, each with the best of three learning rates.
+with the float model as its teacher, and, as controls, trained on in float with the same text, loss and number of steps.
+The text is new to the model: sources of Python packages that this project installs, but for files that quote the
+held-out text. bytes: the ternary model, its embeddings in int8, and a float16 model that takes as much room on disk,
+from random weights with as many tokens as the float model and its training in few bits took together.
 
 Each run is a spicerack command with one thread, several at once; a folder that is there already is not made again.
 Losses are cross-entropies in nats a token over all of the held-out text in windows of 512 tokens, of the folders as
@@ -15,13 +16,14 @@ they are loaded, in float32.
 from __future__ import annotations
 
 import json
-import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -37,12 +39,26 @@ MODEL = ROOT / "assets" / "stdlib-lm"
 WINDOW = 512
 STEPS, BATCH = 400, 8
 """Of 512 tokens each: a tenth of what the float model was trained on."""
-SCRATCH_STEPS, SHORT_STEPS = 200, 100
-CONTROL_RATE = 1e-4
 SEEDS = (0, 1, 2)
-RATES = (1e-3, 2e-3, 4e-3)
-SCHEMES = {"w2g32h": (1e-3, SEEDS), "ternary": (1e-3, SEEDS), "w3g64": (5e-4, SEEDS[:1]), "w4g64": (2e-4, SEEDS[:1])}
-"""Scheme -> learning rate of its training, and seeds."""
+SCHEMES = {
+    "w2g32h": (2e-3, 0.8, SEEDS),
+    "ternary": (2e-3, 0.8, SEEDS),
+    "w3g64": (5e-4, 1.0, SEEDS[:1]),
+    "w4g64": (2e-4, 1.0, SEEDS[:1]),
+}
+"""Scheme -> learning rate, the divergence's share of the loss (the rest is cross-entropy), seeds."""
+EMBEDDING_RATE, SCALE_RATE = 3e-4, 1e-4
+"""At most."""
+CONTROL_KL = 0.8
+CONTROL_RATES = (3e-5, 1e-4, 3e-4)
+SMALL_STEPS, SMALL_BATCH, SMALL_RATE = 2200, 16, 4e-3
+"""As many tokens as the float model and the ternary one from it have seen together."""
+SEEN, NEW = "seen.jsonl", "new.jsonl"
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "sklearn", "sympy", "networkx")
+NEW_BYTES, LARGEST = 12_000_000, 200_000
+TELLING, QUOTED = 30, 8
+"""A document that has more than 8 lines of over 30 characters in common with the held-out text is left out: packages
+carry copies of the standard library."""
 SMALL = {"hidden_size": 96, "intermediate_size": 272, "num_hidden_layers": 5, "num_attention_heads": 4,
          "num_key_value_heads": 4, "head_dim": 24}  # fmt: skip
 """What is changed in the model's config for the float16 one."""
@@ -57,58 +73,80 @@ class Run:
     after: tuple[str, ...] = ()
 
 
-def quantize(scheme: str, *words: str) -> Run:
-    name = f"{scheme}-{words[1] if words else 'calib'}"
-    text = ("--calib", str(MODEL / "calibration.txt"), "--samples", "800")
-    return Run(name, ("quantize", str(MODEL), "--scheme", scheme, "--threads", "1", *(words or text)))
+def quantize(scheme: str, how: str) -> Run:
+    words = ("--method", "rtn") if how == "rtn" else ("--calib", MODEL / "calibration.txt", "--samples", 800)
+    rules = ("--set", "lm_head=w8") if scheme == "ternary" else ()
+    given = ("quantize", MODEL, "--scheme", scheme, *rules, "--threads", 1, *words)
+    return Run(f"{scheme}-{how}", tuple(map(str, given)))
 
 
-def train(out: Path, name: str, *words: object, after: Sequence[str] = (), seed: int = 0, steps: int = STEPS) -> Run:
+def train(name: str, *words: object, steps: int = STEPS, batch: int = BATCH, after: Sequence[str] = ()) -> Run:
     given = (
-        *words, "--data", out / "corpus", "--eval", MODEL / "heldout.txt", "--batch", BATCH, "--micro-batch", 4,
-        "--bf16", "--steps", steps, "--seed", seed, "--eval-every", steps, "--save-every", 100,
+        "train", *words, "--eval", MODEL / "heldout.txt", "--batch", batch, "--micro-batch", 4, "--bf16",
+        "--steps", steps, "--eval-every", steps, "--save-every", 100,
     )  # fmt: skip
-    return Run(name, ("train", *map(str, given)), tuple(after))
+    return Run(name, tuple(map(str, given)), tuple(after))
 
 
 def bits(out: Path) -> Iterator[Run]:
-    for scheme, (rate, seeds) in SCHEMES.items():
-        yield quantize(scheme, "--method", "rtn")
-        yield quantize(scheme)
+    text = ("--data", out / NEW, "--teacher", MODEL, "--predictions", out / "predictions")
+    for scheme, (rate, kl, seeds) in SCHEMES.items():
+        yield quantize(scheme, "rtn")
+        yield quantize(scheme, "calib")
         for seed in seeds:
             yield train(
-                out, f"{scheme}-trained-{seed}", out / f"{scheme}-calib", "--lr", rate, "--teacher", MODEL, "--kl", 1,
-                "--predictions", out / "predictions", after=(f"{scheme}-calib",), seed=seed,
+                f"{scheme}-trained-{seed}", out / f"{scheme}-calib", *text, "--kl", kl, "--lr", rate,
+                "--embedding-lr", min(rate, EMBEDDING_RATE), "--scale-lr", min(rate, SCALE_RATE), "--seed", seed,
+                after=[f"{scheme}-calib"],
             )  # fmt: skip
-    yield train(out, "float", MODEL, "--lr", CONTROL_RATE)
+    for rate in CONTROL_RATES:
+        yield train(f"float-{rate:g}", MODEL, *text, "--kl", CONTROL_KL, "--lr", rate)
 
 
-def scratch(out: Path, kind: str, rate: float, steps: int = SCRATCH_STEPS) -> Run:
-    config = out / kind / "config.json"
-    words = ("--from-scratch", config, "--tokenizer", MODEL, "--schedule", "two-stage", "--weight-decay", 0.1)
-    ternary = ("--scheme", "ternary", "--set", "lm_head=w8", "--twin", "bitnet") if kind == "ternary" else ()
-    name = f"scratch-{kind}-{rate:g}-{steps}"
-    return train(out, name, *words, *ternary, "--lr", rate, "--dtype", "float16", steps=steps)
+def small(out: Path) -> Run:
+    return train(
+        "small-trained", "--from-scratch", out / "small" / "config.json", "--tokenizer", MODEL, "--data", out / SEEN,
+        "--lr", SMALL_RATE, "--weight-decay", 0.1, "--dtype", "float16", steps=SMALL_STEPS, batch=SMALL_BATCH,
+    )  # fmt: skip
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def prepare(out: Path) -> None:
-    """The standard library as JSON lines, a document each, and the configs of models from random weights."""
+    """The texts as JSON lines, a document each, and the config of the float16 model."""
     sys.path.insert(0, str(ROOT / "examples"))
-    from stdlib_corpus import build_corpus
+    from stdlib_corpus import build_corpus, source_files
 
-    (out / "corpus").mkdir(parents=True, exist_ok=True)
-    text = out / "corpus" / "stdlib.jsonl"
-    if not text.exists():
+    out.mkdir(parents=True, exist_ok=True)
+    if not all((out / name).exists() for name in (SEEN, NEW)):
         corpus = build_corpus()
-        documents = [*corpus.library, *corpus.tests[::2]]
-        text.write_text("".join(json.dumps({"text": str(document)}) + "\n" for document in documents))
+        seen = [str(document) for document in (*corpus.library, *corpus.tests[::2])]
+        held = frozenset().union(*(_lines(document.text) for document in corpus.heldout))
+        found = [document for name in PACKAGES for document in source_files(_folder(name))]
+        random.Random(0).shuffle(found)
+        new, room = [], NEW_BYTES
+        for document in found:
+            size = len(document.text.encode())
+            if size <= min(room, LARGEST) and len(held & _lines(document.text)) <= QUOTED:
+                new.append(str(document))
+                room -= size
+        for name, documents in ((SEEN, seen), (NEW, new)):
+            (out / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     config = json.loads((MODEL / "config.json").read_text())
-    for kind, changed in (("ternary", {}), ("float16", SMALL)):
-        (out / kind).mkdir(exist_ok=True)
-        (out / kind / "config.json").write_text(json.dumps(config | changed))
+    (out / "small").mkdir(exist_ok=True)
+    (out / "small" / "config.json").write_text(json.dumps(config | SMALL))
+
+
+def _folder(package: str) -> Path:
+    found = find_spec(package)
+    assert found is not None and found.submodule_search_locations
+    return Path(found.submodule_search_locations[0])
+
+
+def _lines(text: str) -> frozenset[str]:
+    """Those that say enough to be recognized."""
+    return frozenset(line.strip() for line in text.splitlines() if len(line.strip()) > TELLING)
 
 
 def make(out: Path, runs: Sequence[Run], jobs: int) -> None:
@@ -178,12 +216,14 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def report_bits(out: Path, teacher: PreTrainedModel) -> str:
-    start, control = measure(MODEL, teacher), measure(out / "float", teacher)
-    lines = [
-        ["float", "", f"{start.loss:.4f}", "", "", ""],
-        ["float, trained on", "", f"{control.loss:.4f}", "", "", ""],
-    ]
-    for scheme, (_, seeds) in SCHEMES.items():
+    start = measure(MODEL, teacher)
+    lines = [["float", "", f"{start.loss:.4f}", "", "", ""]]
+    for rate in CONTROL_RATES:
+        one = measure(out / f"float-{rate:g}", teacher)
+        lines.append(
+            ["", f"trained on, {rate:g}", f"{one.loss:.4f}", f"{one.loss - start.loss:+.4f}", f"{one.kl:.4f}", ""]
+        )
+    for scheme, (*_, seeds) in SCHEMES.items():
         rtn, ptq = (measure(out / f"{scheme}-{how}", teacher) for how in ("rtn", "calib"))
         trained = [measure(out / f"{scheme}-trained-{seed}", teacher) for seed in seeds]
         losses = [one.loss for one in trained]
@@ -197,37 +237,23 @@ def report_bits(out: Path, teacher: PreTrainedModel) -> str:
     return table(header, lines)
 
 
-def report_bytes(out: Path, chosen: dict[str, float], teacher: PreTrainedModel) -> str:
+def report_bytes(out: Path, teacher: PreTrainedModel) -> str:
+    ternary = [measure(out / f"ternary-trained-{seed}", teacher) for seed in SCHEMES["ternary"][-1]]
     lines = []
-    for kind, rate in chosen.items():
-        made = measure(out / scratch(out, kind, rate).name, teacher)
-        lines.append([kind, f"{made.bytes / 1e6:.2f} MB", f"{rate:g}", f"{made.loss:.4f}"])
-    return table(["", "on disk", "learning rate", "held-out loss"], lines)
+    for name, made in (("ternary, trained", ternary), ("small, float16", [measure(out / small(out).name, teacher)])):
+        lines.append([name, f"{made[0].bytes / 1e6:.2f} MB", spread([one.loss for one in made])])
+    return table(["", "on disk", "held-out loss"], lines)
 
 
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of all runs.")
-@click.option("--only", type=click.Choice(["bits", "bytes"]))
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="Runs at once.")
-def main(out: Path, only: str | None, jobs: int) -> None:
+def main(out: Path, jobs: int) -> None:
     out = out.absolute()
     prepare(out)
+    make(out, [small(out), *bits(out)], jobs)
     teacher = spicerack.load(MODEL, dtype=torch.float32)
-    if only != "bytes":
-        make(out, list(bits(out)), jobs)
-        click.echo(report_bits(out, teacher))
-    if only != "bits":
-        kinds = ("ternary", "float16")
-        tried = {(kind, rate): scratch(out, kind, rate, steps=SHORT_STEPS) for rate in RATES for kind in kinds}
-        make(out, list(tried.values()), jobs)
-        chosen: dict[str, float] = {}
-        for kind in kinds:
-            folders = {rate: out / tried[kind, rate].name for rate in RATES}
-            losses = {r: measure(f, teacher).loss if f.exists() else math.inf for r, f in folders.items()}
-            chosen[kind] = min(losses, key=lambda rate: losses[rate])
-            click.echo(f"{kind}, {SHORT_STEPS} steps: " + ", ".join(f"{r:g} {x:.3f}" for r, x in losses.items()))
-        make(out, [scratch(out, kind, rate) for kind, rate in chosen.items()], jobs)
-        click.echo(report_bytes(out, chosen, teacher))
+    click.echo(f"{report_bits(out, teacher)}\n\n{report_bytes(out, teacher)}")
 
 
 if __name__ == "__main__":

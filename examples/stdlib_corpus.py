@@ -97,7 +97,7 @@ def build_corpus(stdlib: Path | None = None) -> Corpus:
         raise RuntimeError(f"held-out modules are missing below {root}")
 
     seen = {doc.text for doc in corpus.heldout}
-    for doc in (*_source_files(root), *_reference_pages()):
+    for doc in (*source_files(root), *_reference_pages()):
         if doc.text in seen or not doc.text.strip():
             continue
         seen.add(doc.text)
@@ -107,6 +107,14 @@ def build_corpus(stdlib: Path | None = None) -> Corpus:
         elif not HELDOUT_TESTS.search(doc.path):
             corpus.tests.append(doc)
     return corpus
+
+
+def source_files(root: Path) -> Iterator[Document]:
+    """The Python files below a folder, in the order of their paths."""
+    paths = (PurePosixPath(path.relative_to(root).as_posix()) for path in root.rglob("*.py"))
+    for path in sorted(paths, key=str):
+        if not SKIPPED.search(str(path)) and (doc := _read(root, path)) is not None:
+            yield doc
 
 
 def sample(documents: Iterable[Document], max_bytes: int, seed: int) -> list[Document]:
@@ -127,13 +135,6 @@ def sample(documents: Iterable[Document], max_bytes: int, seed: int) -> list[Doc
 def join(documents: Iterable[Document]) -> str:
     """The documents as one plain text: a header line each, an empty line between them."""
     return "\n".join(str(doc) for doc in documents)
-
-
-def _source_files(root: Path) -> Iterator[Document]:
-    paths = (PurePosixPath(path.relative_to(root).as_posix()) for path in root.rglob("*.py"))
-    for path in sorted(paths, key=str):
-        if not SKIPPED.search(str(path)) and (doc := _read(root, path)) is not None:
-            yield doc
 
 
 def _read(root: Path, path: PurePosixPath) -> Document | None:
