@@ -147,6 +147,14 @@ def test_scales_alone_have_no_quantizer(llama_folder: LlamaFolder, text: Path, t
         run(tmp_path / "small", tmp_path / "out", text, None, scales_only=True, config=QATConfig("seq"))
 
 
+@pytest.mark.parametrize("scheme", [None, "ternary"])
+def test_a_rate_for_scales_needs_some_that_are_learned(
+    llama_folder: LlamaFolder, text: Path, tmp_path: Path, scheme: str | None
+) -> None:
+    with pytest.raises(UsageError, match="no scale is learned"):
+        run(llama_folder(), tmp_path / "out", text, scheme, scale_lr=1e-4)
+
+
 def test_tied_and_quantized(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     """Checkpoints of weights and scales that two layers have in common; trained, continued, shipped, trained on."""
     source = llama_folder(tie_word_embeddings=True)
@@ -308,23 +316,12 @@ def test_zeros_on_the_command_line_count(
     llama_folder: LlamaFolder, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = str(llama_folder())
-    words = [
-        "train",
-        source,
-        "-o",
-        str(tmp_path / "out"),
-        "--data",
-        str(text),
-        "--scheme",
-        "w4g32",
-        "--teacher",
-        source,
-    ]
+    words = ["train", source, "-o", str(tmp_path / "out"), "--data", str(text)]
+    words += ["--scheme", "w4g32", "--teacher", source]
     assert _output.run(cli, [*words, "--steps", "0"]) == 2
     assert "steps is 0" in capsys.readouterr().err
-    assert (
-        _output.run(cli, [*words, "--steps", "1", "--batch", "2", "--length", "32", "--kl", "0", "--warmup", "0"]) == 0
-    )
+    words += ["--steps", "1", "--batch", "2", "--length", "32", "--kl", "0", "--warmup", "0"]
+    assert _output.run(cli, words) == 0
     used = json.loads((tmp_path / "out" / "training.json").read_text())["identity"]["settings"]
     assert (used["kl"], used["warmup"]) == (0, 0)
 

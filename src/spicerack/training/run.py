@@ -21,12 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from spicerack import __version__, hf, recipe
+from spicerack import __version__, hf, qat, recipe
 from spicerack.checkpoint.durable import json_bytes, read_json, sync, write_atomically
 from spicerack.checkpoint.reader import Checkpoint
 from spicerack.errors import UsageError
 from spicerack.loading import load
-from spicerack.qat import freeze, prepare_qat
 from spicerack.qat_start import QATConfig
 from spicerack.recipe import Recipe, Rule
 from spicerack.scheme import Scheme
@@ -151,10 +150,12 @@ def train(
         measure = partial(loss_of, held=held, batch=args.per_device_eval_batch_size, device=args.device)
         before = {"float": measure(net)} if first and resumed is None and what is not None else {}
         if begin.packed:
-            prepare_qat(net, what, config=QATConfig() if scales_only else config, weights=not scales_only)
+            qat.prepare_qat(net, what, config=QATConfig() if scales_only else config, weights=not scales_only)
         elif what is not None:
             some = [{"input_ids": rows.ids(numbers[:_OBSERVED].tolist())}] if what.is_static else ()
-            prepare_qat(net, what, config=config, inputs=some)
+            qat.prepare_qat(net, what, config=config, inputs=some)
+        if settings.scale_lr is not None and not qat.scales(net):
+            raise UsageError("no scale is learned here, so none has a rate", "leave scale_lr out")
         trainer = _trainer(net, args, order, held, settings, kept)
         stop = Stopping(stopping)
         for callback in (stop, *([_curves(folder)] if first else []), *callbacks):
@@ -170,7 +171,7 @@ def train(
             raise KeyboardInterrupt
         losses = {f"loss_{when}": loss for when, loss in (read_json(folder / _BEFORE) or {}).items()}
         losses |= _last(trainer)
-        small = freeze(_whole(trainer)) if quantized else _result(trainer, begin)
+        small = qat.freeze(_whole(trainer)) if quantized else _result(trainer, begin)
         nn.Module.to(small, dtype=getattr(torch, stored))  # scales are in it already, and stay as they are
         if first:
             losses |= {"loss_shipped": measure(ship(small, begin.tokenizer, folder / _SHIPPED))}

@@ -98,9 +98,9 @@ class FewBitsTrainer(Trainer):
             whole = model or self.model
             assert whole is not None
             lr = self.settings.lr
-            rates = dict.fromkeys(map(id, _ends(whole)), self.settings.embedding_lr or lr)
-            rates |= dict.fromkeys(map(id, qat.scales(whole)), self.settings.scale_lr or lr)
             learned = {id(part) for part in qat.scales(whole)}
+            rates = dict.fromkeys(map(id, _ends(whole)), self.settings.embedding_lr or lr)
+            rates |= dict.fromkeys(learned, self.settings.scale_lr or lr)
             groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
             for part in whole.parameters():
                 if part.requires_grad:
