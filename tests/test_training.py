@@ -141,10 +141,14 @@ def test_a_quantized_folder_trains_on(llama_folder: LlamaFolder, text: Path, tmp
         assert made.loss_shipped == pytest.approx(made.loss_trained, abs=0.02)
 
 
-def test_scales_alone_have_no_quantizer(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+def test_scales_alone_have_no_quantizer_and_no_embeddings(
+    llama_folder: LlamaFolder, text: Path, tmp_path: Path
+) -> None:
     spicerack.quantize(llama_folder(), "w4g32", output=tmp_path / "small")
     with pytest.raises(UsageError, match="nothing is rounded"):
         run(tmp_path / "small", tmp_path / "out", text, None, scales_only=True, config=QATConfig("seq"))
+    with pytest.raises(UsageError, match="embeddings do not train"):
+        run(tmp_path / "small", tmp_path / "out", text, None, scales_only=True, embedding_lr=1e-4)
 
 
 @pytest.mark.parametrize("scheme", [None, "ternary"])

@@ -108,6 +108,8 @@ def train(
     guide = None if teacher is None else Checkpoint.open(teacher)
     if scales_only and not begin.packed:
         raise UsageError(f"{model} is not quantized: its scales cannot train alone", "quantize it first")
+    if scales_only and settings.embedding_lr is not None:
+        raise UsageError("embeddings do not train where scales do alone", "leave embedding_lr out")
     rounds = what is not None or (begin.packed and not scales_only)
     if not rounds and dataclasses.replace(config, stored=None) != QATConfig():
         raise UsageError("nothing is rounded anew, however it is configured", "name a scheme, or train weights as well")
