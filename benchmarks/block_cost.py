@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from spicerack import calibration
-from spicerack.demo import language_model
+from spicerack.cli._demo import language_model
+from spicerack.text import calibration
 
 HERE = Path(__file__).parent / "quantizers"
 sys.path.insert(0, str(HERE))

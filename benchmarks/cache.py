@@ -22,12 +22,12 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 import spicerack
-from spicerack.bench import take_turns
-from spicerack.demo import language_model
-from spicerack.evaluation_statistics import mean_interval
-from spicerack.evaluation_text import windows
+from spicerack.cli._demo import language_model
+from spicerack.evaluation.bench import take_turns
+from spicerack.evaluation.intervals import mean_interval
 from spicerack.nn.cache import QuantizedCache, nbytes
 from spicerack.nn.cache_blocks import CacheScheme
+from spicerack.text.pieces import windows
 
 WINDOW, CONTEXT, NEW = 512, 400, 64
 SCHEMES = {

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import spicerack
-from spicerack import calibration
-from spicerack.demo import language_model
+from spicerack.cli._demo import language_model
+from spicerack.text import calibration
 
 COUNT, NEW, OPENING = 64, 96, 48
 

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import spicerack
 from spicerack import QATConfig
-from spicerack.nn.fake_layers import Quantizer
-from spicerack.qat_start import Init
+from spicerack.training.qat.fake_layers import Quantizer
+from spicerack.training.qat.start import Init
 
 MODEL = Path(__file__).parents[1] / "assets" / "stdlib-lm"
 LENGTH, BATCH, WARM_UP = 128, 4, 10

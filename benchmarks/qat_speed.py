@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import spicerack
-from spicerack.memory import peak_rss_bytes
+from spicerack.machine.memory import peak_rss_bytes
 
 MODEL = Path(__file__).parents[1] / "assets" / "stdlib-lm"
 SCHEMES = ("w8", "w4g32", "w4g32z", "w2g32h", "ternary", "w4g32a8", "ternarya8")

@@ -20,12 +20,12 @@ import texts
 import torch
 
 import spicerack
-from spicerack.demo import encoder as minilm
-from spicerack.demo import language_model
-from spicerack.evaluation import measure
-from spicerack.evaluation_encoder import EncoderComparison
-from spicerack.evaluation_lm import Comparison
-from spicerack.recipe import skip
+from spicerack.cli._demo import encoder as minilm
+from spicerack.cli._demo import language_model
+from spicerack.evaluation.encoder import EncoderComparison
+from spicerack.evaluation.evaluate import measure
+from spicerack.evaluation.language import Comparison
+from spicerack.quantization.recipe import skip
 
 SCHEMES = ("w8", "w8a8", "w4g128", "w4g64", "w4g32z", "w3g64", "w2g32", "w2g32z", "w2g32h", "ternary")
 DATA_FREE: dict[str, dict[str, Any]] = {

@@ -24,9 +24,9 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 import spicerack
-from spicerack.algorithms import rtn
-from spicerack.scheme import parse
-from spicerack.search import Range
+from spicerack.numerics import rounding
+from spicerack.numerics.scheme import parse
+from spicerack.numerics.search import Range
 
 HIDDEN, INNER, VOCABULARY = 4096, 11008, 32000
 PROJECTIONS = {
@@ -118,7 +118,9 @@ def folder_speed(folder: Path, size: int, rounds: int, threads: int, console: Co
 
 def solve_seconds(w: torch.Tensor, scheme: str, range_: Range, threads: int, rounds: int) -> float:
     """Median time of one range search and rounding, after one to warm up."""
-    times = [seconds(lambda: rtn.solve(w, parse(scheme), range_=range_, threads=threads)) for _ in range(rounds + 1)]
+    times = [
+        seconds(lambda: rounding.solve(w, parse(scheme), range_=range_, threads=threads)) for _ in range(rounds + 1)
+    ]
     return statistics.median(times[1:])
 
 

@@ -15,11 +15,11 @@ import click
 import torch
 
 import spicerack
-from spicerack.demo import encoder, language_model
-from spicerack.evaluation import Evaluation, measure
-from spicerack.evaluation_encoder import EncoderComparison
-from spicerack.evaluation_lm import Comparison, paired_difference
-from spicerack.search import Range
+from spicerack.cli._demo import encoder, language_model
+from spicerack.evaluation.encoder import EncoderComparison
+from spicerack.evaluation.evaluate import Evaluation, measure
+from spicerack.evaluation.language import Comparison, paired_difference
+from spicerack.numerics.search import Range
 
 SCHEMES = ("w8", "w8a8", "w4g128", "w4g64", "w4g32", "w4g32z", "w3g64", "w2g32", "w2g32z", "w2g32h", "nf4", "ternary")
 ENCODER_SCHEMES = ("w8", "w8a8", "w4g128", "w4g32", "w4g32z", "w3g32z", "w2g32h")

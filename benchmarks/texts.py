@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from spicerack import calibration, calibration_generation
-from spicerack.calibration import Calibration
-from spicerack.demo import language_model
-from spicerack.loading import load
+from spicerack.cli._demo import language_model
+from spicerack.runtime.load import load
+from spicerack.text import calibration, generated
+from spicerack.text.calibration import Calibration
 
 _CALIBRATION, _HELDOUT = "calibration.txt", "heldout.txt"
 _JUDGED = 256, 2
@@ -25,7 +25,7 @@ def of_decoder(folder: Path, work: Path, samples: int, length: int) -> tuple[Cal
     model = load(folder)
     count, seed = _JUDGED
     found, judged = (
-        calibration_generation.from_model(model, tokenizer, samples=how_many, length=length, seed=drawn)
+        generated.from_model(model, tokenizer, samples=how_many, length=length, seed=drawn)
         for how_many, drawn in ((samples, 0), (count, seed))
     )
     (work / _HELDOUT).write_text("\n".join(tokenizer.batch_decode(judged.ids, skip_special_tokens=True)))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spicerack
-from spicerack.batchnorm import fold_batchnorm
+from spicerack.training.qat.batchnorm import fold_batchnorm
 
 BATCH = 64
 

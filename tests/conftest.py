@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from spicerack import kernel
-from spicerack.scheme import parse
+from spicerack.kernels import kernel
+from spicerack.numerics.scheme import parse
 
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"

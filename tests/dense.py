@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from spicerack import codec, format
-from spicerack.checkpoint.reader import Checkpoint
-from spicerack.checkpoint.writer import LEDGER
 from spicerack.nn import attention
+from spicerack.numerics import codec
+from spicerack.storage import format
+from spicerack.storage.reader import Checkpoint
+from spicerack.storage.writer import LEDGER
 
 
 def decoded_folder(quantized: Path, destination: Path) -> Path:

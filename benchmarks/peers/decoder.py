@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from peers.layer import Prepared
-from spicerack.hf import CACHES
+from spicerack.runtime.hf import CACHES
 
 _FILE = "model.safetensors"
 

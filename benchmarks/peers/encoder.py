@@ -16,9 +16,9 @@ from transformers import AutoConfig
 
 import spicerack
 from peers.layer import Prepared, timed
-from spicerack import tokenizing
-from spicerack.evaluation_encoder import pool
-from spicerack.evaluation_sentences import SENTENCES
+from spicerack.evaluation.encoder import pool
+from spicerack.evaluation.sentences import SENTENCES
+from spicerack.text import tokenizer as tokenizing
 
 Run = Callable[[NDArray[np.int64], NDArray[np.int64]], torch.Tensor]
 """ids, mask [B, L] -> hidden states [B, L, H]."""

@@ -14,11 +14,11 @@ import spicerack
 from peers import decoder as decoders
 from peers import encoder as encoders
 from peers.layer import F32, Layer, Prepared, weight
-from spicerack import codec, engines
-from spicerack.algorithms import rtn
+from spicerack.kernels import multiply as engines
 from spicerack.nn.linear import QLinear
-from spicerack.qtensor import QTensor
-from spicerack.scheme import Scheme, parse
+from spicerack.numerics import codec, rounding
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import Scheme, parse
 
 _BYTES = 1 << 29
 """Read for the bandwidth: far beyond any cache."""
@@ -57,7 +57,7 @@ def _quantized(scheme: Scheme, n: int, k: int) -> QTensor:
     if scheme.block == (None, None):  # nearly all weights of a whole tensor would round to 0
         codes = torch.randint(-1, 2, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(n + k))
         return QTensor(scheme, codes, torch.full((1, 1), (1.5 / k) ** 0.5, dtype=torch.float16))
-    return rtn.solve(torch.from_numpy(weight(n, k)), scheme, range_="absmax", threads=torch.get_num_threads())
+    return rounding.solve(torch.from_numpy(weight(n, k)), scheme, range_="absmax", threads=torch.get_num_threads())
 
 
 def _rolled(q: QTensor, i: int) -> QTensor:

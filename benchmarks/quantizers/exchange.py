@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parents[2] / "src"))  # that module needs nothing but Python
-from spicerack.memory import peak_rss_bytes
+from spicerack.machine.memory import peak_rss_bytes
 
 __all__ = ["Job", "finish", "job", "peak_rss_bytes", "tell"]
 

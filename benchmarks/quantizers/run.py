@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import spicerack
-from spicerack.calibration import Calibration
-from spicerack.demo import language_model
-from spicerack.evaluation_lm import compare
-from spicerack.evaluation_text import windows
-from spicerack.loading import load
-from spicerack.recipe import skip
+from spicerack.cli._demo import language_model
+from spicerack.evaluation.language import compare
+from spicerack.quantization.recipe import skip
+from spicerack.runtime.load import load
+from spicerack.text.calibration import Calibration
+from spicerack.text.pieces import windows
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

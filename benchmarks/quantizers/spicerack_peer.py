@@ -8,7 +8,7 @@ import exchange
 import torch
 
 import spicerack
-from spicerack.calibration import Calibration
+from spicerack.text.calibration import Calibration
 
 
 def main() -> None:

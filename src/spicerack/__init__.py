@@ -15,12 +15,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spicerack.evaluation import evaluate
-    from spicerack.loading import load
-    from spicerack.qat import freeze, prepare_qat
-    from spicerack.qat_start import QATConfig
-    from spicerack.quantization import quantize
-    from spicerack.saving import save
+    from spicerack.evaluation.evaluate import evaluate
+    from spicerack.quantization.run import quantize
+    from spicerack.runtime.load import load
+    from spicerack.runtime.save import save
+    from spicerack.training.qat.prepare import freeze, prepare_qat
+    from spicerack.training.qat.start import QATConfig
     from spicerack.training.run import train
     from spicerack.training.settings import Settings
 
@@ -39,14 +39,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "QATConfig": "qat_start",
+    "QATConfig": "training.qat.start",
     "Settings": "training.settings",
-    "evaluate": "evaluation",
-    "freeze": "qat",
-    "load": "loading",
-    "prepare_qat": "qat",
-    "quantize": "quantization",
-    "save": "saving",
+    "evaluate": "evaluation.evaluate",
+    "freeze": "training.qat.prepare",
+    "load": "runtime.load",
+    "prepare_qat": "training.qat.prepare",
+    "quantize": "quantization.run",
+    "save": "runtime.save",
     "train": "training.run",
 }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from spicerack.recipe import Rule
+    from spicerack.quantization.recipe import Rule
 
 _ORDER = "spicerack.rule_order"
 
@@ -28,7 +28,7 @@ class OrderedCommand(click.Command):
 
 def of(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> list[Rule]:
     """The rules, in the order in which they were given."""
-    from spicerack import recipe
+    from spicerack.quantization import recipe
 
     values = {"set_": iter(set_), "skip": iter(skip)}
     make = {"set_": recipe.rule, "skip": recipe.skip}

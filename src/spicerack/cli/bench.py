@@ -54,7 +54,7 @@ def command(
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from spicerack.bench import bench
+    from spicerack.evaluation.bench import bench
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:

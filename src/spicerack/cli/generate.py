@@ -39,7 +39,7 @@ def command(
     \b
     spicerack generate out "def read_csv(path):"
     """
-    from spicerack.generate import generate
+    from spicerack.runtime.generate import generate
 
     def write(piece: str) -> None:
         click.echo(piece, nl=False)

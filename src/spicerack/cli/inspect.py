@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from spicerack.inspect import Estimate, Report, Row
-    from spicerack.outliers import Spread
+    from spicerack.models.outliers import Spread
+    from spicerack.models.overview import Estimate, Report, Row
 
 _SMALL = {"norm": "all norms", "bias": "all biases"}
 _BLOCKS = "·▁▂▃▄▅▆▇█"
@@ -48,7 +48,7 @@ def command(model: str, weights: bool, as_json: bool) -> None:
     MODEL is a folder in Hugging Face layout (safetensors) or a hub id, quantized or not. Without --weights only the
     headers of its files are read. The names in the first column are patterns for `quantize --set` and `--skip`.
     """
-    from spicerack.inspect import look
+    from spicerack.models.overview import look
 
     report = look(model)
     console = _output.console(as_json)
@@ -76,8 +76,8 @@ def _json_names(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 def _measure(report: Report) -> list[Spread]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from spicerack.checkpoint.reader import Checkpoint
-    from spicerack.outliers import measure
+    from spicerack.models.outliers import measure
+    from spicerack.storage.reader import Checkpoint
 
     checkpoint = Checkpoint.open(report.folder)
     total = sum(info.nbytes for info in checkpoint.tensors.values())
@@ -163,7 +163,7 @@ def _broken(pattern: str, width: int) -> str:
 
 def _merged(rows: Iterable[Row]) -> Iterable[Row]:
     """The many small rows, added up."""
-    from spicerack.inspect import Row
+    from spicerack.models.overview import Row
 
     for role, title in _SMALL.items():
         members = [row for row in rows if row.role == role]

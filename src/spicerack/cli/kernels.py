@@ -13,7 +13,7 @@ from spicerack.cli import _output
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spicerack.choices import Layers, Row
+    from spicerack.models.choices import Layers, Row
 
 
 @click.command()
@@ -35,7 +35,7 @@ def command(out: str | None, compute: Literal["int8", "float"] | None, as_json: 
     """
     if out is None and compute is not None:
         raise click.UsageError("--compute chooses kernels for the layers of OUT, and no OUT is given")
-    from spicerack import choices
+    from spicerack.models import choices
 
     rows = choices.rows()
     if out is None:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from spicerack.calibrating import Finished
-    from spicerack.calibrating_plan import Plan
-    from spicerack.calibration import Calibration
-    from spicerack.job import Job
-    from spicerack.preflight import Trial
-    from spicerack.ranks import Ranks
-    from spicerack.recipe import Recipe, Rule
+    from spicerack.machine.ranks import Ranks
+    from spicerack.quantization.calibration.loop import Finished
+    from spicerack.quantization.job import Job
+    from spicerack.quantization.memory import Plan
+    from spicerack.quantization.preflight import Trial
+    from spicerack.quantization.recipe import Recipe, Rule
+    from spicerack.text.calibration import Calibration
 
 _LENGTH = 512
 
@@ -50,9 +50,9 @@ def _recipe(
     observer: str | None,
     rules: list[Rule],
 ) -> Recipe:
-    from spicerack import method as methods
-    from spicerack import recipe
-    from spicerack.scheme import parse
+    from spicerack.algorithms import method as methods
+    from spicerack.numerics.scheme import parse
+    from spicerack.quantization import recipe
 
     if path is None and scheme is None:
         raise RecipeError("neither --scheme nor --recipe is given", "for example --scheme w4g128")
@@ -142,8 +142,8 @@ def command(
     recipe = _recipe(recipe_file, scheme, range_, method, observer, _rules.of(ctx, set_, skip))
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from spicerack.job import prepare
-    from spicerack.quantization import calibrated, execute, plan
+    from spicerack.quantization.job import prepare
+    from spicerack.quantization.run import calibrated, execute, plan
 
     where, ranks = _place(device)
     console = _output.console(as_json or not ranks.first)
@@ -189,8 +189,8 @@ def command(
 
 def _place(device: str) -> tuple[torch.device, Ranks]:
     """Where this process computes, and among which others, if torchrun started it."""
-    from spicerack import devices
-    from spicerack.ranks import ALONE, join
+    from spicerack.machine import devices
+    from spicerack.machine.ranks import ALONE, join
 
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return devices.find(device), ALONE
@@ -199,9 +199,11 @@ def _place(device: str) -> tuple[torch.device, Ranks]:
 
 
 def _calibration(job: Job, source: str, samples: int, length: int | None, seed: int) -> Calibration:
-    from spicerack import calibration, calibration_generation, hf, tokenizing
-    from spicerack.evaluation_folder import kind, positions
-    from spicerack.loading import load
+    from spicerack.evaluation.folder import kind, positions
+    from spicerack.runtime import hf
+    from spicerack.runtime.load import load
+    from spicerack.text import calibration, generated
+    from spicerack.text import tokenizer as tokenizing
 
     folder = job.source.folder
     config, _ = hf.config_and_class(job.source.config, folder)
@@ -211,7 +213,7 @@ def _calibration(job: Job, source: str, samples: int, length: int | None, seed: 
         raise UsageError(f"--length {length}: the model has {longest} positions", f"use --length {longest} or less")
     length = length or min(_LENGTH, longest or _LENGTH)
     if source == "none":
-        return calibration_generation.from_model(load(folder), tokenizer, samples=samples, length=length, seed=seed)
+        return generated.from_model(load(folder), tokenizer, samples=samples, length=length, seed=seed)
     what = kind(job.source.config, folder)
     return calibration.read(source, tokenizer, samples=samples, length=length, seed=seed, kind=what)
 
@@ -257,7 +259,7 @@ def _announce(job: Job, calibration: Calibration | None, planned: Plan, device: 
 def _report(result: dict[str, Any], source: Path, console: Console) -> None:
     from rich.table import Table
 
-    from spicerack.quantization import by_layer_type
+    from spicerack.quantization.run import by_layer_type
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("layers", "numbers", "count", "before", "after", "error"):

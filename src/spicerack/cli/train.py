@@ -103,7 +103,7 @@ def command(
         TimeRemainingColumn,
     )
 
-    from spicerack.qat_start import QATConfig
+    from spicerack.training.qat.start import QATConfig
     from spicerack.training.run import train
     from spicerack.training.settings import Settings
 

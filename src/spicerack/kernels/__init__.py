@@ -1,0 +1,1 @@
+"""How packed weights are multiplied with activations."""

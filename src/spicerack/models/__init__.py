@@ -1,1 +1,1 @@
-"""Data only: names, shared inputs and orientations, per family of models."""
+"""What is in a model, told from its headers and its classes."""

@@ -1,0 +1,1 @@
+"""Modules whose weights stay packed, and what a model gains by knowing its structure."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from spicerack.nn.packed import PackedWeight
+from spicerack.nn.weight import PackedWeight
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spicerack.nn.packed import PackedWeight
-from spicerack.qtensor import QTensor
+from spicerack.nn.weight import PackedWeight
+from spicerack.numerics.qtensor import QTensor
 
 
 class QEmbedding(nn.Module):

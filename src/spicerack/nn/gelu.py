@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers.activations import GELUActivation
 
-from spicerack.models import names
+from spicerack.models.families import names
 from spicerack.nn.linear import QLinear
-from spicerack.nn.packed import PackedWeight
+from spicerack.nn.weight import PackedWeight
 
 
 class Producer:

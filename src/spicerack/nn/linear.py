@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from spicerack.kernel import Compute
-from spicerack.nn.packed import PackedWeight
-from spicerack.qtensor import QTensor
+from spicerack.kernels.kernel import Compute
+from spicerack.nn.weight import PackedWeight
+from spicerack.numerics.qtensor import QTensor
 
 if TYPE_CHECKING:
     from spicerack.nn.gelu import Producer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from spicerack.models import names
+from spicerack.models.families import names
 from spicerack.nn.linear import QLinear
 
 

@@ -1,1 +1,1 @@
-"""`spicerack train`: training in few bits as a command, on transformers' Trainer."""
+"""Learning in few bits."""

@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from spicerack.checkpoint.durable import json_bytes, read_json, refuse_other, write_atomically
 from spicerack.errors import UsageError
+from spicerack.storage.durable import json_bytes, read_json, refuse_other, write_atomically
 
 TOP = 64
 """Predictions that are kept of each position."""

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spicerack.checkpoint.durable import json_bytes, locked, read_json, refuse_other, write_atomically
 from spicerack.errors import OutputError
+from spicerack.storage.durable import json_bytes, locked, read_json, refuse_other, write_atomically
 
 COMPLETE = "complete"
 """In a checkpoint: all of it is on the disk."""

@@ -21,16 +21,19 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from spicerack import __version__, hf, qat, recipe
-from spicerack.checkpoint.durable import json_bytes, read_json, sync, write_atomically
-from spicerack.checkpoint.reader import Checkpoint
+from spicerack import __version__
 from spicerack.errors import UsageError
-from spicerack.loading import load
-from spicerack.qat_start import QATConfig
-from spicerack.recipe import Recipe, Rule
-from spicerack.scheme import Scheme
+from spicerack.numerics.scheme import Scheme
+from spicerack.quantization import recipe
+from spicerack.quantization.recipe import Recipe, Rule
+from spicerack.runtime import hf
+from spicerack.runtime.load import load
+from spicerack.storage.durable import json_bytes, read_json, sync, write_atomically
+from spicerack.storage.reader import Checkpoint
 from spicerack.training import files, start
 from spicerack.training.distillation import TOP, Cached, Live, Teacher, check_vocabulary
+from spicerack.training.qat import prepare as qat
+from spicerack.training.qat.start import QATConfig
 from spicerack.training.settings import Settings, arguments
 from spicerack.training.sharding import ShardedTrainer, shard
 from spicerack.training.shipping import loss_of, ship

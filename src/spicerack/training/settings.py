@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from spicerack.errors import UsageError
-from spicerack.qat_start import Stored
+from spicerack.training.qat.start import Stored
 from spicerack.training.schedule import Schedule
 
 _BETAS = (0.9, 0.95)

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from spicerack import blocks
+from spicerack.models import blocks
 from spicerack.training.trainer import FewBitsTrainer
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

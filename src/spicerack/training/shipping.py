@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spicerack import hf
-from spicerack.loading import load
-from spicerack.nn.packed import PackedWeight
-from spicerack.saving import save
+from spicerack.nn.weight import PackedWeight
+from spicerack.runtime import hf
+from spicerack.runtime.load import load
+from spicerack.runtime.save import save
 from spicerack.training.text import Rows
 
 

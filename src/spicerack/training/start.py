@@ -18,13 +18,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from spicerack import bitnet, format, hf, tokenizing
-from spicerack.checkpoint.files import MAX_CONFIG_BYTES, read_json
-from spicerack.checkpoint.reader import Checkpoint
 from spicerack.errors import UsageError
-from spicerack.evaluation_folder import kind, positions
-from spicerack.loading import load
-from spicerack.qat_start import Stored
+from spicerack.evaluation.folder import kind, positions
+from spicerack.runtime import hf
+from spicerack.runtime.load import load
+from spicerack.storage import format
+from spicerack.storage.files import MAX_CONFIG_BYTES, read_json
+from spicerack.storage.reader import Checkpoint
+from spicerack.text import tokenizer as tokenizing
+from spicerack.training.qat import bitnet
+from spicerack.training.qat.start import Stored
 
 Twin = Literal["bitnet", "subln"]
 """bitnet: SubLN and squared ReLU, as BitNet b1.58 2B4T; subln: SubLN alone, nearer to the Llama that it comes from."""

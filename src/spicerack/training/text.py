@@ -18,11 +18,11 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from spicerack import calibration, calibration_documents
-from spicerack.calibration import Calibration
-from spicerack.checkpoint.durable import json_bytes, read_json, write_atomically
 from spicerack.errors import TextError
-from spicerack.packing import Packing, Reading
+from spicerack.storage.durable import json_bytes, read_json, write_atomically
+from spicerack.text import calibration, documents
+from spicerack.text.calibration import Calibration
+from spicerack.text.packing import Packing, Reading
 
 BYTES_A_TOKEN = 8
 """Text that is tokenized for each token wanted: about twice as much."""
@@ -74,7 +74,7 @@ def pack(source: str | Path, tokenizer: PreTrainedTokenizerBase, file: Path, *, 
 def _pack(
     source: str | Path, tokenizer: PreTrainedTokenizerBase, file: Path, *, length: int, most: int
 ) -> dict[str, Any]:
-    found = calibration_documents.find(source)
+    found = documents.find(source)
     budget = max(BYTES_A_TOKEN * most * length, LEAST_BYTES)
     reading = Reading(
         share=1.0 if found.dataset else min(budget / max(found.size, 1), 1.0),
@@ -85,7 +85,7 @@ def _pack(
     rng = random.Random(_SEED)
     seen = 0
     with file.open("wb") as out:
-        passages = calibration_documents.passages(found, tokenizer, by_line=False, seed=_SEED)
+        passages = documents.passages(found, tokenizer, by_line=False, seed=_SEED)
         for row in packing.sequences(reading.keep(passages)):
             place = seen if seen < most else int(rng.random() * (seen + 1))
             seen += 1

@@ -14,11 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spicerack import qat
-from spicerack.checkpoint.durable import sync
 from spicerack.errors import TrainingError
+from spicerack.storage.durable import sync
 from spicerack.training.distillation import Teacher, divergence
 from spicerack.training.files import COMPLETE, last_checkpoint
+from spicerack.training.qat import prepare
 from spicerack.training.schedule import Schedule, decay, rate
 from spicerack.training.settings import Settings
 from spicerack.training.text import Order, Rows
@@ -98,7 +98,7 @@ class FewBitsTrainer(Trainer):
             whole = model or self.model
             assert whole is not None
             lr = self.settings.lr
-            learned = {id(part) for part in qat.scales(whole)}
+            learned = {id(part) for part in prepare.scales(whole)}
             rates = dict.fromkeys(map(id, _ends(whole)), self.settings.embedding_lr or lr)
             rates |= dict.fromkeys(learned, self.settings.scale_lr or lr)
             groups: dict[tuple[float, bool], list[nn.Parameter]] = {}

@@ -1,0 +1,1 @@
+"""Solvers, one file each: from a float weight to its codes."""

@@ -1,0 +1,1 @@
+"""What quantizing lost and what it gained, measured: perplexity, divergence, agreement, speed."""

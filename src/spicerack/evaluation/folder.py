@@ -1,0 +1,119 @@
+"""What an evaluation needs to know about a model folder: its kind, tokenizer, pooling and longest window."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from spicerack.errors import CheckpointError, UsageError
+from spicerack.evaluation.encoder import Pooling, check_pooling
+from spicerack.evaluation.sentences import SENTENCES
+from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
+from spicerack.text import tokenizer as tokenizing
+
+Kind = Literal["decoder", "encoder"]
+
+DEFAULT_WINDOW = 512
+_MODULES = "modules.json"
+_POOLING = "1_Pooling"
+_SENTENCE_CONFIG = "sentence_bert_config.json"
+_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_OLD_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+def kind(config: dict[str, Any], folder: Path) -> Kind:
+    """Whether a model folder holds a decoder (it predicts tokens) or an encoder (it embeds text). Raises UsageError."""
+    if config.get("is_encoder_decoder"):
+        raise UsageError(f"{folder} is an encoder-decoder model", "only decoders and encoders can be compared so far")
+    if (folder / _MODULES).is_file() or (folder / _POOLING).is_dir():
+        return "encoder"
+    declared = config.get("architectures")
+    name = str(declared[0]) if isinstance(declared, list) and declared else ""
+    return "decoder" if name.endswith(_DECODERS) else "encoder"
+
+
+def pooling(folder: Path) -> Pooling:
+    """How a sentence-transformers folder makes one vector of a sentence; mean where nothing is said.
+
+    Raises UsageError for a pooling that is not computed here.
+    """
+    path = folder / _pooling_folder(folder) / CONFIG
+    if not path.is_file():
+        return "mean"
+    config = read_json(path, MAX_CONFIG_BYTES)
+    chosen = config.get("pooling_mode")
+    if chosen is None:  # before sentence-transformers 5: one switch each
+        chosen = [_OLD_POOLING.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    if isinstance(chosen, list):
+        chosen = "+".join(str(part) for part in chosen) or "mean"
+    return check_pooling(str(chosen))
+
+
+def _pooling_folder(folder: Path) -> str:
+    path = folder / _MODULES
+    if not path.is_file():
+        return _POOLING
+    try:
+        listed = json.loads(path.read_bytes()[:MAX_CONFIG_BYTES])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}", "fetch the file again") from error
+    for module in listed if isinstance(listed, list) else []:
+        if isinstance(module, dict) and str(module.get("type")).endswith("Pooling"):
+            name = str(module.get("path"))
+            if PurePosixPath(name).name == name and "\\" not in name:
+                return name
+            raise CheckpointError(f"{path}: {name!r} is not a folder beside it", "do not trust this folder")
+    return _POOLING
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has; None if it has no limit of its own (state spaces, ALiBi)."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def window(asked: int | None, model: PreTrainedModel, folder: Path) -> int:
+    """Tokens to read together: as asked if there is room, else 512 or the most there is room for. Raises UsageError."""
+    limit = positions(model.config)
+    if asked is not None:
+        if limit is not None and asked > limit:
+            raise UsageError(f"--window {asked}: the model has {limit} positions", f"use --window {limit} or less")
+        return asked
+    limits = [DEFAULT_WINDOW, limit or DEFAULT_WINDOW]
+    if (folder / _SENTENCE_CONFIG).is_file():
+        longest = read_json(folder / _SENTENCE_CONFIG, MAX_CONFIG_BYTES).get("max_seq_length")
+        limits += [longest] if isinstance(longest, int) and longest > 1 else []
+    return min(limits)
+
+
+def tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source`, after a check that the folder `out` has the same, or none.
+
+    Raises UsageError if they differ, CheckpointError if there is none, UntrustedCodeError if it is code.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: config.json cannot be read: {error}", "is it a model's folder?") from error
+    ours = tokenizing.read(source, config, trust_remote_code=trust_remote_code)
+    if out == source or not any(out.glob("tokenizer*")):
+        return ours
+    theirs = tokenizing.read(out, config, trust_remote_code=trust_remote_code)
+    probe = " ".join(SENTENCES)
+    if (
+        ours.get_vocab() != theirs.get_vocab()
+        or ours(probe, verbose=False).input_ids != theirs(probe, verbose=False).input_ids
+    ):
+        raise UsageError(
+            f"the tokenizers of {out} and {source} differ",
+            "compare a quantized folder with the model that it was made from",
+        )
+    return ours

@@ -1,0 +1,102 @@
+"""How packed weights multiply: `Kernel`, a row of plain data, and `pick`, which chooses a row and can say why.
+
+A kernel is one file in `kernels/`. It lays a QTensor out for itself in memory; that layout never reaches the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from spicerack import plugins
+from spicerack.errors import SchemeError, UsageError
+from spicerack.numerics.packed import Rows, Tensors
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import Scheme
+
+Shape = tuple[int, int]
+"""[N, K]: outputs, inputs."""
+
+
+Compute = Literal["int8", "float"]
+"""What weight-only schemes multiply with: activations rounded to int8 on the fly, in blocks of 32, or floats.
+
+A scheme that names its activations (a8) has them so with either."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """
+    speed   of the rows that fit, the one with the highest runs
+    vector  it has vector instructions made for its activations
+    compute "int8" if it rounds the activations of weight-only schemes; such rows run only where that is asked for
+    fits    (scheme, [N, K], type of x, device) -> why it cannot run these, or None if it can
+    pack    QTensor [N, K] -> tensors by name, in the kernel's own layout
+    unpack  its exact inverse: (scheme, [N, K], tensors) -> QTensor
+    rows    (scheme, [N, K], tensors, rows) -> float32 [R, K], the chosen rows decoded
+    prepare (scheme, [N, K], tensors) -> a matrix as `run` takes it: made once for these tensors
+    run     (x [..., K], matrices, biases, gelu) -> for each x W^T + b [..., N] in x's type, and GELU (by erf) of it if
+            asked for; differentiable in x and b
+    """
+
+    name: str
+    speed: int
+    vector: bool
+    compute: Compute
+    fits: Callable[[Scheme, Shape, torch.dtype, torch.device], str | None]
+    pack: Callable[[QTensor], dict[str, torch.Tensor]]
+    unpack: Callable[[Scheme, Shape, Tensors], QTensor]
+    rows: Callable[[Scheme, Shape, Tensors, Rows], torch.Tensor]
+    prepare: Callable[[Scheme, Shape, Tensors], Any]
+    run: Callable[[torch.Tensor, Sequence[Any], Sequence[torch.Tensor | None], bool], list[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The kernel that will run, and the faster ones that were passed over: name -> reason."""
+
+    kernel: Kernel
+    passed_over: dict[str, str]
+
+
+def get(name: str) -> Kernel:
+    """The kernel in `kernels/<name>.py`; KeyError if there is no such file."""
+    found: Kernel = plugins.get("kernels.table", name, "KERNEL")
+    return found
+
+
+def table() -> list[Kernel]:
+    """All kernels, fastest first, whether or not this machine runs them."""
+    return sorted(map(get, plugins.names("kernels.table")), key=lambda kernel: -kernel.speed)
+
+
+def pick(
+    scheme: Scheme,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    compute: Compute | None = None,
+) -> Choice:
+    """The fastest kernel that fits; the reference, which runs everything anywhere, is the slowest.
+
+    compute: None is int8 on a processor with vector instructions for it, else float. Raises SchemeError if no kernel
+    fits, UsageError for another `compute`.
+    """
+    if compute not in (None, "int8", "float"):
+        raise UsageError(f"compute={compute!r}", 'use "int8" or "float"')
+    passed_over: dict[str, str] = {}
+    for kernel in table():
+        reason = kernel.fits(scheme, shape, dtype, device)
+        if reason is None and kernel.compute == "int8" and scheme.activations is None:
+            if compute == "float":
+                reason = "rounds activations to int8, and float was asked for"
+            elif compute is None and not kernel.vector:
+                reason = "int8 is the default only with vector instructions for it"
+        if reason is None:
+            return Choice(kernel, passed_over)
+        passed_over[kernel.name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise SchemeError(f"no kernel runs {scheme} here: {reasons}", "use another scheme, or skip the layer")

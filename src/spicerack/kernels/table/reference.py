@@ -1,0 +1,137 @@
+"""The kernel that defines the others: plain torch, any device, every scheme.
+
+Weights stay bit-packed. Each call decodes them some rows at a time, so that no more than `CHUNK` weights exist in float
+at once, however large the layer, and forgets them again; the gradient with respect to x decodes them anew.
+
+    y = x W^T                                 weight-only schemes, in the type of x
+    y = s (c u^T) * scale                     w8a8: s = max|x| / 127 per token, c = round(x / s), u the weight's codes;
+                                              the integer product is exact, and the gradient that of y = x W^T
+                                              w8a8s: the same with the one s that is stored, c within -127 ... 127
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from spicerack.kernels.kernel import Kernel, Shape
+from spicerack.numerics import packed
+from spicerack.numerics.packed import Tensors
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import IntLevels, Scheme
+
+CHUNK = 1 << 22
+"""Weights decoded at once: 16 MiB of float32."""
+_EXACT = 1024
+"""Products of int8 with int8 that float32 sums without rounding, in any order: 1024 * 127 * 128 < 2^24."""
+
+
+def fits(_scheme: Scheme, _shape: Shape, dtype: torch.dtype, _device: torch.device) -> str | None:
+    if not dtype.is_floating_point:
+        return f"x would be {dtype}, not a float"
+    return None
+
+
+def rows(scheme: Scheme, shape: Shape, tensors: Tensors, which: packed.Rows) -> torch.Tensor:
+    """float32 [R, K], equal to `codec.decode` bit for bit."""
+    return packed.decode_rows(scheme, shape, tensors, which)
+
+
+def unpack(scheme: Scheme, shape: Shape, tensors: Tensors) -> QTensor:
+    return packed.unpack(scheme, shape, tensors)
+
+
+Matrix = tuple[Scheme, Shape, Tensors]
+
+
+def prepare(scheme: Scheme, shape: Shape, tensors: Tensors) -> Matrix:
+    return scheme, shape, tensors
+
+
+def run(
+    x: torch.Tensor, matrices: Sequence[Matrix], biases: Sequence[torch.Tensor | None], gelu: bool
+) -> list[torch.Tensor]:
+    products = zip((_product(x, *matrix) for matrix in matrices), biases, strict=True)
+    results = [y if bias is None else y + bias.to(y.dtype) for y, bias in products]
+    return [torch.nn.functional.gelu(y) for y in results] if gelu else results
+
+
+class _Product(torch.autograd.Function):
+    """y [..., N] = x [..., K] W^T without keeping W."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, scheme: Scheme, shape: Shape, tensors: Tensors
+    ) -> torch.Tensor:
+        ctx.weight = (scheme, shape, tensors)  # type: ignore[attr-defined]
+        if scheme.activations is None:
+            return _linear(x, scheme, shape, tensors)
+        if scheme.activations == "static":
+            scale = tensors["input_scale"]
+            codes = quantize_fixed(x.float(), scale)
+        else:
+            codes, scale = quantize_tokens(x.float())
+        if _is_integer(scheme):
+            y = _integer_linear(codes, scheme, shape, tensors)
+        else:
+            y = _linear(codes, scheme, shape, tensors)
+        return (y * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        scheme, shape, tensors = ctx.weight  # type: ignore[attr-defined]
+        total = grad.new_zeros((*grad.shape[:-1], shape[1]))
+        for some in _chunks(shape):
+            total += grad[..., some] @ rows(scheme, shape, tensors, some).to(grad.dtype)
+        return total, None, None, None
+
+
+_product: Callable[[torch.Tensor, Scheme, Shape, Tensors], torch.Tensor] = _Product.apply
+
+
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x float32 [..., K] -> (integers -127..127 as float32 [..., K], scale [..., 1]); x ~ integers * scale."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale == 0, 1.0, scale)
+    return torch.round(x / scale).clamp(-127, 127), scale
+
+
+def quantize_fixed(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """x float32 -> integers -127..127 as float32; x ~ integers * scale, but for what lies beyond 127 * scale."""
+    return torch.round(x / scale).clamp(-127, 127)
+
+
+def _linear(x: torch.Tensor, scheme: Scheme, shape: Shape, tensors: Tensors) -> torch.Tensor:
+    parts = [torch.nn.functional.linear(x, rows(scheme, shape, tensors, some).to(x.dtype)) for some in _chunks(shape)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _integer_linear(codes: torch.Tensor, scheme: Scheme, shape: Shape, tensors: Tensors) -> torch.Tensor:
+    """float32 (codes W_codes^T) * scale, the product exact in int32."""
+    y = codes.new_empty((*codes.shape[:-1], shape[0]))
+    for some in _chunks(shape):
+        weight = packed.code_rows(scheme, shape, tensors, some)
+        product = torch.zeros((*codes.shape[:-1], len(weight)), dtype=torch.int32, device=codes.device)
+        for start in range(0, shape[1], _EXACT):
+            part = slice(start, start + _EXACT)
+            product += torch.nn.functional.linear(codes[..., part], weight[:, part]).to(torch.int32)
+        scale = tensors["scale"].float()
+        y[..., some] = product * (scale[some, 0] if len(scale) == shape[0] else scale[0, 0])
+    return y
+
+
+def _is_integer(scheme: Scheme) -> bool:
+    """Whether all products of a row share one scale and are integers."""
+    whole_rows = scheme.block in ((1, None), (None, None)) and scheme.min is None and not scheme.zero
+    return (
+        whole_rows and isinstance(scheme.levels, IntLevels) and not scheme.levels.half and isinstance(scheme.scale, str)
+    )
+
+
+def _chunks(shape: Shape) -> Iterator[slice]:
+    step = max(CHUNK // shape[1], 1)
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+KERNEL = Kernel("reference", 0, False, "float", fits, packed.pack, unpack, rows, prepare, run)

@@ -1,0 +1,1 @@
+"""What a program runs on: devices, processes that work together, memory."""

@@ -1,0 +1,61 @@
+"""Where the calibrated loop computes: a device that torch can use, and the one way in which tensors get there and back.
+
+Files, results (QTensors) and random choices stay on the CPU; what a block is computed with goes to the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._pytree import tree_map
+
+from spicerack.errors import UsageError
+from spicerack.numerics.qtensor import QTensor
+
+T = TypeVar("T")
+
+CPU = torch.device("cpu")
+
+
+def find(name: str) -> torch.device:
+    """The device of this name. Raises UsageError if torch cannot compute there in float64, as statistics are."""
+    try:
+        device = torch.device(name)
+        float(torch.ones(1, dtype=torch.float64, device=device).sum())
+    except (RuntimeError, AssertionError, TypeError, ModuleNotFoundError) as error:  # all of them come, by device
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UsageError(
+            f"--device {name}: torch cannot compute there: {reason}", "use --device cpu, or install torch for it"
+        ) from error
+    return device
+
+
+def of_rank(name: str, local: int) -> str:
+    """The device of process number `local` of a machine, where several quantize together: each has a GPU of its own.
+
+    Raises UsageError for what they cannot share their sums through, and for one GPU of all.
+    """
+    if name == "cpu":
+        return name
+    if name != "cuda":
+        raise UsageError(
+            f"--device {name}: processes of torchrun compute on cpu, or each on a GPU of its own", "use --device cuda"
+        )
+    return f"cuda:{local}"
+
+
+def moved(value: T, device: torch.device) -> T:
+    """The same with all tensors in it on `device`: of a tensor, a QTensor, or containers of those."""
+
+    def one(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            return part.to(device)
+        if isinstance(part, QTensor):
+            names = ("codes", "scale", "zero", "min", "input_scale")
+            return dataclasses.replace(part, **{name: moved(getattr(part, name), device) for name in names})
+        return part
+
+    found: T = tree_map(one, value)
+    return found

@@ -1,0 +1,172 @@
+"""The exact opinion on what each tensor is: transformers' own model class, built without weights.
+
+`census` goes by names; this asks the module that will read the tensor. The model is built on torch's meta device, so
+that nothing is allocated, and from classes inside transformers only: code that came with a model is never run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from spicerack.models.families import names
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_UNSAFE_KEYS = ("attn_implementation", "experts_implementation", "auto_map", "quantization_config", "_name_or_path")
+"""Dropped from a stranger's config: they can name kernels and code on the hub, or change the layers' classes."""
+_MOST_LAYERS = 10_000
+_BUILD_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
+    StrictDataclassError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def modules_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str] | None:
+    """Checkpoint module name (no `.weight`) -> class of the module that reads it, for a folder with these tensors.
+
+    "Linear", "Embedding", "Conv1D", "LayerNorm" ... are exact classes: a subclass that computes something else has its
+    own name (`Gemma3TextScaledWordEmbedding`). "experts" is a fused expert tensor or becomes part of one; "Linear via
+    Chunk" is a tensor that transformers converts on loading, by more than renaming. A tied head that is absent from the
+    folder is listed under its parameter's name. Tensors that the model has no use for are not listed.
+
+    None if transformers does not know the architecture, or cannot build it: then names are all there is to go by.
+    """
+    model = on_meta(config)
+    return None if model is None else _by_checkpoint_name(model, tensors)
+
+
+def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
+    """The model that `config` names, on the meta device; None if transformers does not know it or cannot build it."""
+    try:
+        return _build(config)
+    except _BUILD_ERRORS:  # whatever else a stranger's config can make a constructor raise
+        return None
+
+
+def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
+    import torch
+    import transformers
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
+    from transformers.initialization import no_init_weights
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or not _plausible(config):
+        return None
+    built = CONFIG_MAPPING[model_type].from_dict(harmless(config))
+    declared = config.get("architectures")
+    known = getattr(transformers, declared[0], None) if declared else MODEL_MAPPING[type(built)]
+    if not isinstance(known, type) or not issubclass(known, PreTrainedModel):
+        return None
+    with torch.device("meta"), no_init_weights():
+        return known(built)
+
+
+def harmless(value: Any) -> Any:
+    """`value` without unsafe keys, and with the infinities that transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [harmless(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {key: harmless(item) for key, item in value.items() if not any(unsafe in key for unsafe in _UNSAFE_KEYS)}
+
+
+def _plausible(config: Mapping[str, Any]) -> bool:
+    """Whether the model has a number of modules that can be built in a moment."""
+    counts = (value for key, value in config.items() if "layer" in key or "expert" in key or "depth" in key)
+    return all(not isinstance(count, int) or count <= _MOST_LAYERS for count in counts) and all(
+        _plausible(value) for value in config.values() if isinstance(value, dict)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """The parameter of a model that a checkpoint's tensor becomes, or becomes a part of.
+
+    operations  what transformers does to it beyond renaming, as class names; empty if nothing
+    part        which of the parts that are put together: 0 for gate, 1 for up ...
+    stacked     one expert's matrix: the experts are stacked, and the parts of each concatenated by rows
+    expert      its number, if stacked
+    """
+
+    parameter: str
+    operations: tuple[str, ...] = ()
+    part: int = 0
+    stacked: bool = False
+    expert: int = 0
+
+
+def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, Destination]:
+    """Follow tensors of a checkpoint through transformers' conversion mapping. Those that lead nowhere are left out."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    found: dict[str, Destination] = {}
+    for tensor in tensors:
+        target, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
+        if target not in state and tensor in state:
+            target, pattern = rename_source_key(tensor, [], [], model.base_model_prefix, state)
+        if target not in state:
+            continue
+        if pattern is None:
+            found[tensor] = Destination(target)
+            continue
+        converter = by_pattern[pattern]
+        operations = tuple(type(operation).__name__ for operation in converter.operations)
+        axes = [vars(operation).get("dim") for operation in converter.operations]
+        stacked = (operations, axes) in ((("MergeModulelist",), [0]), (("MergeModulelist", "Concatenate"), [0, 1]))
+        expert = re.search(r"\d+", tensor.rpartition("experts")[2]) if stacked else None
+        part = converter.source_patterns.index(pattern)
+        found[tensor] = Destination(target, operations, part, stacked, int(expert[0]) if expert else 0)
+    return found
+
+
+def is_stack(model: PreTrainedModel, place: Destination) -> bool:
+    """Whether an unchanged tensor is one of all experts, whose code takes one matrix at a time."""
+    owner, _, parameter = place.parameter.rpartition(".")
+    axes = model.get_parameter_or_buffer(place.parameter).ndim
+    return axes == 3 and not place.operations and _kind(model.get_submodule(owner), parameter, axes) == "experts"
+
+
+def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """The class of the module that reads each tensor."""
+    state = model.state_dict()
+    modules = dict(model.named_modules())
+    found: dict[str, str] = {}
+    reached: set[str] = set()
+    for tensor, destination in destinations(model, tensors).items():
+        reached.add(destination.parameter)
+        owner, _, parameter = destination.parameter.rpartition(".")
+        kind = _kind(modules[owner], parameter, state[destination.parameter].ndim)
+        if destination.operations and not (kind == "experts" and destination.stacked):
+            kind = f"{kind} via {', '.join(destination.operations)}"
+        found[tensor.removesuffix(".weight")] = kind
+    for target in state.keys() - reached:  # tied, or missing and made anew by transformers
+        owner, _, parameter = target.rpartition(".")
+        if parameter == "weight":
+            found.setdefault(owner, _kind(modules[owner], parameter, state[target].ndim))
+    return found
+
+
+def _kind(module: nn.Module, parameter: str, axes: int) -> str:
+    name = type(module).__name__
+    if "Expert" in name and axes > 1 and not parameter.endswith("bias"):
+        # decorated by transformers, there is an eager loop that takes one expert's matrix at a time
+        one_by_one = "is_transposed" in vars(module) or name in names.EXPERTS_ONE_BY_ONE
+        return "experts" if one_by_one else name
+    if name in names.PLAIN_LINEAR:
+        return "Linear"
+    return name if parameter == "weight" else f"{name}.{parameter}"

@@ -1,0 +1,98 @@
+"""Which kernel runs what: the rows of the table on this machine, and the choice for each layer of a folder.
+
+From config.json and headers alone; no weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spicerack.kernels import kernel
+from spicerack.kernels.kernel import Choice, Compute, Shape
+from spicerack.models import census
+from spicerack.models.overview import pattern_of
+from spicerack.numerics.scheme import Scheme, parse
+from spicerack.storage import format
+from spicerack.storage.reader import Checkpoint
+
+_CPU = torch.device("cpu")
+_PROBES = ("w8", "w8a8", "ternary")
+"""Between them they fit every row that the machine can run; the first one tells why a row does not run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A kernel, what it multiplies with ("int8" or "float" activations), and why this machine does not run it."""
+
+    name: str
+    compute: Compute
+    obstacle: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Layers of one kind that get the same kernel.
+
+    pattern      what a recipe calls them: `model.layers.*.mlp.up_proj`
+    shape        (N, K)
+    dtype        of the layer's inputs: what config.json says, else what the weight had before it was quantized
+    passed_over  faster kernel -> why it was not taken, fastest first
+    """
+
+    pattern: str
+    count: int
+    scheme: str
+    shape: Shape
+    dtype: str
+    kernel: str
+    passed_over: dict[str, str]
+
+
+def rows() -> list[Row]:
+    """The whole table, fastest first."""
+    return [Row(row.name, row.compute, _obstacle(row)) for row in kernel.table()]
+
+
+def layers(folder: str | Path, compute: Compute | None = None) -> list[Layers]:
+    """What `load(folder, compute=compute)` would choose on the CPU, in the order of the files; [] for a float model.
+
+    folder: local, or a hub id. Raises CheckpointError, SchemeError and UsageError.
+    """
+    checkpoint = Checkpoint.open(folder)
+    fmt = format.of_folder(checkpoint)
+    if fmt is None:
+        return []
+    said = _dtype(census.architecture(fmt.float_config(checkpoint.config)).dtype)
+    picked: dict[tuple[Scheme, Shape, torch.dtype], Choice] = {}
+    counts: dict[tuple[str, Scheme, Shape, torch.dtype], int] = {}
+    for planned in fmt.plan(checkpoint).values():
+        rows, columns = planned.shape[-2:]
+        key = (planned.scheme, (rows, columns), said or planned.source_dtype)
+        if key not in picked:
+            picked[key] = kernel.pick(*key, _CPU, compute)
+        kind = (pattern_of(planned.module), *key)
+        counts[kind] = counts.get(kind, 0) + 1
+    return [
+        Layers(
+            pattern=pattern,
+            count=count,
+            scheme=scheme.name,
+            shape=shape,
+            dtype=str(dtype).removeprefix("torch."),
+            kernel=picked[scheme, shape, dtype].kernel.name,
+            passed_over=picked[scheme, shape, dtype].passed_over,
+        )
+        for (pattern, scheme, shape, dtype), count in counts.items()
+    ]
+
+
+def _obstacle(row: kernel.Kernel) -> str | None:
+    reasons = [row.fits(parse(name), (64, 64), torch.float32, _CPU) for name in _PROBES]
+    return None if None in reasons else reasons[0]
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(name or "")

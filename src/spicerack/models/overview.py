@@ -1,0 +1,253 @@
+"""What is in a model folder, and what it would weigh under each scheme: from headers alone, without torch.
+
+A folder that spicerack quantized is described from its ledger: which scheme each layer got, and the error it made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from spicerack import plugins
+from spicerack.errors import CheckpointError, ShapeError
+from spicerack.models import census
+from spicerack.models.census import Architecture, Census, Entry
+from spicerack.numerics.scheme import Scheme, parse
+from spicerack.quantization.recipe import BY_DEFAULT
+from spicerack.storage import files
+from spicerack.storage.reader import Checkpoint, TensorInfo
+
+COMMON_SCHEMES = ("w8", "w4g128", "w4g32z", "w3g64", "w2g32z")
+FLOATS = ("F32", "F16", "BF16")
+"""Stored types that are quantized."""
+_MAX_LEDGER_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a ledger says became of one tensor: scheme or safetensors type, bytes, relative error."""
+
+    kind: str
+    nbytes: int
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """All tensors of one kind.
+
+    pattern    what a recipe calls them: `model.layers.*.mlp.down_proj`
+    shape      stored shape; None if they differ
+    stored     safetensors type, or the scheme
+    nbytes     of the files
+    error      ||decoded - w|| / ||w||, root mean square over the tensors; None for what is not quantized
+    """
+
+    pattern: str
+    role: str
+    count: int
+    shape: tuple[int, ...] | None
+    stored: str
+    parameters: int
+    nbytes: int
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Indivisible:
+    """Layers that a scheme's blocks do not tile: they would stay in float. remedy: the group that fits."""
+
+    pattern: str
+    count: int
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What the model weighs with its linear layers in `scheme` and the rest as it is.
+
+    nbytes counts codes, scales and zero points; headers and padding of files add a few bytes per tensor.
+    """
+
+    scheme: str
+    nbytes: int
+    bits_per_weight: float
+    bits_per_weight_total: float
+    indivisible: tuple[Indivisible, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that headers, config and ledger tell."""
+
+    folder: Path
+    architecture: Architecture
+    parameters: int
+    nbytes: int
+    shards: int
+    types: dict[str, tuple[int, int, int]]
+    """type or scheme -> tensors, parameters, bytes"""
+    rows: tuple[Row, ...]
+    tied: dict[str, str]
+    """alias -> owner"""
+    estimates: tuple[Estimate, ...]
+    quantized: str | None
+    """The recipe, or the tool where there is no ledger; None for a float model."""
+    notes: tuple[str, ...]
+
+
+def look(model: str | Path) -> Report:
+    """Describe a folder or hub id. Raises CheckpointError."""
+    checkpoint = Checkpoint.open(model)
+    quantized = quantized_with(checkpoint.config)
+    stored: dict[str, Stored] = {}
+    if (checkpoint.folder / files.LEDGER).is_file() and quantized:
+        checkpoint, stored, quantized = _source(checkpoint)
+    seen = census.take(checkpoint)
+    rows = _rows(seen, stored)
+    return Report(
+        folder=checkpoint.folder,
+        architecture=seen.architecture,
+        parameters=sum(row.parameters for row in rows),
+        nbytes=sum(row.nbytes for row in rows),
+        shards=len(checkpoint.shards),
+        types=_by_type(rows),
+        rows=rows,
+        tied=seen.tied,
+        estimates=() if quantized else tuple(estimate(seen, scheme) for scheme in _schemes()),
+        quantized=quantized,
+        notes=checkpoint.notes,
+    )
+
+
+def quantized_with(config: Mapping[str, Any]) -> str | None:
+    """Who quantized the model that has this config.json; None for a float model."""
+    if config.get("model_type") == files.CONTAINER:
+        return files.CONTAINER
+    section = config.get("quantization_config")
+    return str(section.get("quant_method", "unknown")) if isinstance(section, dict) else None
+
+
+def _source(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Stored], str]:
+    """A quantized folder's ledger -> the float checkpoint it came from, what became of each tensor, and the recipe."""
+    path = checkpoint.folder / files.LEDGER
+    ledger = files.read_json(path, _MAX_LEDGER_BYTES)
+    tensors: dict[str, TensorInfo] = {}
+    stored: dict[str, Stored] = {}
+    try:
+        recipe = ledger["identity"]["recipe"]
+        rules = [f"{pattern}={scheme}" for rule in recipe["rules"] for pattern, scheme in rule.items()]
+        title = " ".join([str(recipe["scheme"]), f"range={recipe['range']}", *rules])
+        for entry in ledger["tensors"]:
+            name, dtype, shape = str(entry["tensor"]), str(entry["dtype"]), tuple(map(int, entry["shape"]))
+            error = entry["error"]
+            stored[name] = Stored(
+                str(entry["scheme"] or dtype), int(entry["bytes_after"]), error if error is None else float(error)
+            )
+            tensors[name] = TensorInfo(name, dtype, shape, int(entry["bytes_before"]), "")
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a ledger that spicerack wrote: {error!r}", "quantize the model again"
+        ) from error
+    config = checkpoint.config
+    nested = config.get("config", {}) if config.get("model_type") == files.CONTAINER else config
+    return replace(checkpoint, config=nested, tensors=tensors), stored, title
+
+
+def estimate(seen: Census, scheme: Scheme) -> Estimate:
+    """The size of a model of which nothing is read but headers."""
+    quantized_bits = weights = rest = 0
+    bits: dict[tuple[int, ...], int | str] = {}
+    misfits: dict[tuple[str, str], int] = {}
+    for name, entry in seen.entries.items():
+        if name in seen.tied:
+            continue
+        if not is_quantized(entry):
+            rest += entry.info.nbytes
+            continue
+        shape = entry.matrix_shape
+        if shape not in bits:
+            bits[shape] = _bits_or_remedy(scheme, shape)
+        found = bits[shape]
+        if isinstance(found, int):
+            quantized_bits += found
+            weights += entry.info.numel
+        else:
+            rest += entry.info.nbytes
+            kind = (pattern_of(entry.module), found)
+            misfits[kind] = misfits.get(kind, 0) + 1
+    nbytes = quantized_bits // 8 + rest
+    return Estimate(
+        scheme=scheme.name,
+        nbytes=nbytes,
+        bits_per_weight=quantized_bits / weights if weights else 0.0,
+        bits_per_weight_total=8 * nbytes / max(seen.parameters, 1),
+        indivisible=tuple(Indivisible(pattern, count, remedy) for (pattern, remedy), count in misfits.items()),
+    )
+
+
+def is_quantized(entry: Entry) -> bool:
+    """By default. Of experts in one tensor those are that have an axis for them, whatever the family's code does."""
+    whole = entry.role == "experts" and len(entry.info.shape) != 3
+    return entry.role in BY_DEFAULT and not whole and entry.info.dtype in FLOATS
+
+
+def pattern_of(module: str) -> str:
+    """The glob that names a module in all layers: numbers become `*`."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+
+
+def _schemes() -> list[Scheme]:
+    return [
+        parse(name)
+        for name in (*COMMON_SCHEMES, *(["ternary"] if "ternary" in plugins.names("numerics.schemes") else []))
+    ]
+
+
+def _bits_or_remedy(scheme: Scheme, shape: tuple[int, ...]) -> int | str:
+    try:
+        scheme.check_shape("layer", shape)
+    except ShapeError as error:
+        return f"K={shape[-1]}: {error.hint}"
+    return scheme.stored_bits(shape)
+
+
+def _rows(seen: Census, stored: Mapping[str, Stored]) -> tuple[Row, ...]:
+    """One row per pattern, role and stored type, in the order of the files."""
+    groups: dict[tuple[str, str, str], list[tuple[Entry, Stored]]] = {}
+    for name, entry in seen.entries.items():
+        if name not in seen.tied:
+            kept = stored.get(name) or Stored(entry.info.dtype, entry.info.nbytes, None)
+            groups.setdefault((pattern_of(entry.module), entry.role, kept.kind), []).append((entry, kept))
+    return tuple(
+        Row(
+            pattern=pattern,
+            role=role,
+            count=len(members),
+            shape=_common({entry.info.shape for entry, _ in members}),
+            stored=kind,
+            parameters=sum(entry.info.numel for entry, _ in members),
+            nbytes=sum(kept.nbytes for _, kept in members),
+            error=_root_mean_square([kept.error for _, kept in members if kept.error is not None]),
+        )
+        for (pattern, role, kind), members in groups.items()
+    )
+
+
+def _root_mean_square(values: list[float]) -> float | None:
+    return math.sqrt(sum(value**2 for value in values) / len(values)) if values else None
+
+
+def _common(shapes: set[tuple[int, ...]]) -> tuple[int, ...] | None:
+    return next(iter(shapes)) if len(shapes) == 1 else None
+
+
+def _by_type(rows: Iterable[Row]) -> dict[str, tuple[int, int, int]]:
+    found: dict[str, tuple[int, int, int]] = {}
+    for row in rows:
+        tensors, parameters, nbytes = found.get(row.stored, (0, 0, 0))
+        found[row.stored] = tensors + row.count, parameters + row.parameters, nbytes + row.nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1][2]))

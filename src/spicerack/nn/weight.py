@@ -1,0 +1,101 @@
+"""`PackedWeight`: a quantized matrix as a module whose buffers are what its kernel packed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from spicerack.kernels import kernel
+from spicerack.kernels.kernel import Compute
+from spicerack.numerics.packed import Rows
+from spicerack.numerics.qtensor import QTensor
+
+_AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class PackedWeight(nn.Module):
+    """W [N, K], packed. Two layers that are tied (a head and an embedding) hold the same PackedWeight.
+
+    q: two axes. dtype: of the float weight it replaces; decides nothing but the type of `decode`.
+    device: where it will run, which decides the kernel; the tensors are moved there. compute: as in `kernel.pick`.
+    """
+
+    def __init__(
+        self,
+        q: QTensor,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        compute: Compute | None = None,
+    ) -> None:
+        super().__init__()
+        rows, columns = q.shape
+        self.scheme, self.shape, self.transposed, self.dtype = q.scheme, (rows, columns), q.transposed, dtype
+        self.choice = kernel.pick(q.scheme, self.shape, dtype, torch.device(device), compute)
+        self._names: dict[str, str] = {}
+        for name, tensor in self.choice.kernel.pack(q).items():
+            self._names[name] = name.replace(".", "_")
+            self.register_buffer(self._names[name], tensor.to(device))
+        self._prepared: Any = None
+        self._prepared_of: tuple[tuple[str, torch.Tensor | None], ...] = ()
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme}, shape={list(self.shape)}, kernel={self.choice.kernel.name}"
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The packed tensors under the kernel's names."""
+        buffers: dict[str, torch.Tensor] = self._buffers  # type: ignore[assignment]
+        return {name: buffers[buffer] for name, buffer in self._names.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
+        """x [..., K] -> x W^T + bias [..., N], or GELU of that."""
+        return self.choice.kernel.run(x, (self.prepared(),), (bias,), gelu)[0]
+
+    def prepared(self) -> Any:
+        """The matrix as its kernel's `run` takes it."""
+        if torch.compiler.is_compiling():  # tensors are not the ones that will be
+            return self.choice.kernel.prepare(self.scheme, self.shape, self.tensors)
+        stale = self._prepared is None
+        for name, tensor in self._prepared_of:
+            stale |= self._buffers[name] is not tensor
+        if stale:
+            self._prepared_of = tuple(self._buffers.items())
+            self._prepared = self.choice.kernel.prepare(self.scheme, self.shape, self.tensors)
+        return self._prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have tensors of their own."""
+        return self.__dict__ | {"_prepared": None, "_prepared_of": ()}
+
+    def rows(self, which: Rows) -> torch.Tensor:
+        """[R, K] in `dtype`: the chosen rows, decoded."""
+        return self.choice.kernel.rows(self.scheme, self.shape, self.tensors, which).to(self.dtype)
+
+    def decode(self) -> torch.Tensor:
+        """The float weight in `dtype`, in the order that the replaced layer had ([K, N] for a Conv1D)."""
+        weight = self.rows(slice(None))
+        return weight.t() if self.transposed else weight
+
+    def qtensor(self) -> QTensor:
+        """The codes and scales themselves: what saving and exporting need."""
+        q = self.choice.kernel.unpack(self.scheme, self.shape, self.tensors)
+        return dataclasses.replace(q, transposed=self.transposed)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
+        """Moves between devices, but `model.half()` and its like must not round the scales: fn sees only integers."""
+        types = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        for name, dtype in types.items():
+            self._buffers[name] = self.get_buffer(name).view(_AS_INTEGERS[dtype.itemsize])
+        nn.Module._apply(self, fn, recurse)
+        for name, dtype in types.items():
+            self._buffers[name] = self.get_buffer(name).view(dtype)
+        return self

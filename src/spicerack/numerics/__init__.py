@@ -1,0 +1,1 @@
+"""What the numbers are, and exact arithmetic on them."""

@@ -1,0 +1,201 @@
+"""The specification: how numbers become codes and back. Slow, exact, in torch; fast paths must equal it bit for bit.
+
+    encode: the search (search.py) finds scale s and zero z of every block; then q = nearest code to x / s
+    decode: w = s * (level[q] - z) + min
+
+Codes are chosen against the scale as stored, never against the one that was meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from spicerack.errors import WeightError
+from spicerack.numerics.levels import SMALLEST, dtype_of, level_values, nearest
+from spicerack.numerics.qtensor import QTensor, Scale
+from spicerack.numerics.scheme import FloatType, IntLevels, Scheme
+from spicerack.numerics.search import Range, TensorBlocks, search
+
+FLUSH = 1e-4
+"""A block this much smaller than the tensor's largest weight may be rounded up to the smallest stored scale."""
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def to_blocks(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """[..., N, K] -> [blocks, elements], blocks in the order of the scale grid [..., N/rows, K/columns]."""
+    rows, columns = block
+    *leading, n, k = w.shape
+    grouped = w.reshape(*leading, n // rows, rows, k // columns, columns).transpose(-3, -2)
+    return grouped.reshape(-1, rows * columns)
+
+
+def from_blocks(blocks: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:
+    """Inverse of `to_blocks`."""
+    rows, columns = block
+    *leading, n, k = shape
+    return blocks.reshape(*leading, n // rows, k // columns, rows, columns).transpose(-3, -2).reshape(shape)
+
+
+# ---- encode and decode ----------------------------------------------------------------------------------------------
+
+
+def encode(
+    w: torch.Tensor,
+    scheme: Scheme,
+    *,
+    range_: Range = "opt",
+    importance: torch.Tensor | None = None,
+    name: str = "weight",
+    source: torch.dtype | None = None,
+) -> QTensor:
+    """Quantize w [..., N, K] (any float type). Raises ShapeError, and WeightError naming tensor, place and value.
+
+    importance: [K] or of w's shape, not negative: how much an error in each weight matters (mean square of its input).
+    source: the type that decides that of scales; w's own if None.
+    """
+    shape = tuple(w.shape)
+    source = source or w.dtype
+    scheme.check_shape(name, shape)
+    check_finite(w.float(), name)
+    block = scheme.block_shape(*shape[-2:])
+    grid = (*shape[:-2], shape[-2] // block[0], shape[-1] // block[1])
+    x = to_blocks(w.float(), block)
+    a = None if importance is None else to_blocks(importance.float().expand(shape), block)
+    min_: Scale | None = None
+    if scheme.min is not None:
+        lowest = x.amin(1).clamp(max=0).reshape(grid)
+        min_, stored_min = _encode_part(lowest, scheme.min, range_, source, name)
+        x = x - stored_min[:, None]
+    search_type = torch.float32 if isinstance(scheme.scale, Scheme) else dtype_of(scheme.scale, source)
+    found, zero = search(TensorBlocks(x, scheme, a), scheme, search_type, range_)
+    found = found.reshape(grid)
+    if not scale_fits(found):
+        found = check_scale(x.abs().amax(1).reshape(grid), found, search_type, name)
+    scale, found = _encode_part(found, scheme.scale, range_, source, name)
+    inverse = torch.where(found == 0, 0, 1 / found)[:, None]
+    codes = nearest(x * inverse, scheme.levels, zero[:, None])
+    signed = isinstance(scheme.levels, IntLevels) and scheme.levels.lo < 0
+    return QTensor(
+        scheme=scheme,
+        codes=from_blocks(codes, shape, block).to(torch.int8 if signed else torch.uint8).contiguous(),
+        scale=scale,
+        zero=zero.reshape(grid).to(torch.int8) if scheme.zero else None,
+        min=min_,
+    )
+
+
+def _encode_part(
+    values: torch.Tensor, kind: FloatType | Scheme, range_: Range, source: torch.dtype, name: str
+) -> tuple[Scale, torch.Tensor]:
+    """Store a scale or minimum -> (as stored, the float32 values [M] that readers will see)."""
+    if isinstance(kind, Scheme):
+        part = encode(values, kind, range_=range_, name=f"{name} ({kind.name})")
+        return part, decode(part).reshape(-1)
+    stored = values.to(dtype_of(kind, source))
+    return stored, stored.float().reshape(-1)
+
+
+def decode(q: QTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[..., N, K] in `dtype`: float32 arithmetic, rounded once at the end. The checkpoint's order is restored."""
+    block = q.scheme.block_shape(*q.shape[-2:])
+    codes = to_blocks(q.codes, block)
+    zero = 0.0 if q.zero is None else q.zero.reshape(-1, 1).float()
+    x = _part_values(q.scale) * level_values(codes, q.scheme.levels, zero)
+    if q.min is not None:
+        x = x + _part_values(q.min)
+    w = from_blocks(x, q.shape, block).to(dtype)
+    return w.transpose(-1, -2) if q.transposed else w
+
+
+def decode_rows(q: QTensor, rows: int) -> Iterator[torch.Tensor]:
+    """`decode` in float32, `rows` of the flattened [rows, K] matrix at a time (whole blocks; output rows first)."""
+    *_, n, k = q.shape
+    block_rows, block_columns = q.scheme.block_shape(n, k)
+    codes = q.codes.reshape(-1, k)
+    parts = [
+        None if part is None else _part_values(part).reshape(-1, k // block_columns)
+        for part in (q.scale, q.zero, q.min)
+    ]
+    for start in range(0, len(codes), rows):
+        chunk = codes[start : start + rows]
+        blocks = slice(start // block_rows, (start + len(chunk)) // block_rows)
+        scale, zero, low = (None if part is None else part[blocks].reshape(-1, 1) for part in parts)
+        assert scale is not None
+        v = level_values(to_blocks(chunk, (block_rows, block_columns)), q.scheme.levels, 0.0 if zero is None else zero)
+        x = scale * v if low is None else scale * v + low
+        yield from_blocks(x, tuple(chunk.shape), (block_rows, block_columns))
+
+
+def _part_values(part: Scale) -> torch.Tensor:
+    values = decode(part) if isinstance(part, QTensor) else part.float()
+    return values.reshape(-1, 1)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def check_finite(w: torch.Tensor, name: str) -> None:
+    """Raise WeightError naming the first NaN or infinity of w."""
+    bad = ~torch.isfinite(w)
+    if bool(bad.any()):
+        place = [int(i) for i in bad.nonzero()[0]]
+        value = float(w[tuple(place)])
+        raise WeightError(
+            f"{name}: {int(bad.sum())} weights are not finite; the first is {value} at {place}",
+            "the checkpoint is damaged or was saved from a diverged run: repair it, or skip this tensor",
+        )
+
+
+def scale_fits(scale: torch.Tensor) -> bool:
+    """No scale came out as 0 or infinite."""
+    return bool(((scale != 0) & torch.isfinite(scale)).all())
+
+
+def check_scale(peak: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Stored scales [..., N/rows, K/columns], zeros rounded up where that is harmless; WeightError where it is not.
+
+    peak: each block's largest magnitude. Harmless: it is FLUSH times smaller than the tensor's, so that the block's
+    error is below anything visible.
+    """
+    remedy = "convert the model to bfloat16 first, or skip this tensor"
+    over = ~torch.isfinite(scale)
+    if bool(over.any()):
+        limit = f"needs a scale above {torch.finfo(dtype).max:.3g}, the largest {str(dtype).removeprefix('torch.')}"
+        raise WeightError(f"{name}: {_place(over, peak)} {limit}", remedy)
+    lost = scale == 0
+    harmful = lost & (peak > FLUSH * peak.max())
+    if bool(harmful.any()):
+        limit = f"needs a scale below {smallest_scale(dtype):.3g}, the smallest {str(dtype).removeprefix('torch.')}"
+        raise WeightError(f"{name}: {_place(harmful, peak)} {limit}", remedy)
+    return torch.where(lost, smallest_scale(dtype), scale)
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """The smallest positive scale that is stored in `dtype`."""
+    info = torch.finfo(dtype)
+    return max(info.smallest_normal * info.eps, SMALLEST)
+
+
+def _place(bad: torch.Tensor, peak: torch.Tensor) -> str:
+    place = [int(i) for i in bad.nonzero()[0]]
+    return f"block {place} with weights up to {float(peak[tuple(place)]):.3g}"
+
+
+__all__ = [
+    "Range",
+    "check_finite",
+    "check_scale",
+    "decode",
+    "decode_rows",
+    "dtype_of",
+    "encode",
+    "from_blocks",
+    "level_values",
+    "nearest",
+    "scale_fits",
+    "to_blocks",
+]

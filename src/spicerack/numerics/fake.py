@@ -1,0 +1,277 @@
+"""Fake quantization: what a layer would compute if it were stored now, with gradients to train through.
+
+    w^ = s (q - z),   q = clip(round(w / s + z), lo, hi),   s and z as stored; with half-integer levels z = -1/2
+
+              inside        clipped
+    dw^/dw    1             0               always 1 if the scale is not learned but the mean of |w| ("none")
+    dw^/ds    q - z - w/s   q - z           times 1 / sqrt(weights in a block * largest level)
+    dw^/dz    0             -s              times the same, with hi - lo for the largest level
+
+Rounding and storing pass gradients straight through. A weight is clipped if it lies outside the levels ("levels": LSQ,
+Esser et al. 2020, arXiv:1902.08153; with z LSQ+, Bhalgat et al. 2020, arXiv:2004.09576), or half a step farther, where
+rounding would leave the levels ("cells": the stretched grid SEQ of ParetoQ, Liu et al. 2025, arXiv:2502.02631, whose
+alpha is s times the number of levels over two). All of it is float32, whatever the types around it, with the codec's
+operations in the codec's order: the codes are bit for bit those that are stored. Nothing of a weight's size is kept
+for the backward pass, which rounds anew. What is here in torch is the specification; on CPUs `native` is its fast path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from spicerack.kernels.table.reference import quantize_tokens
+from spicerack.numerics import native
+from spicerack.numerics.codec import smallest_scale
+from spicerack.numerics.scheme import IntLevels
+
+Clip = Literal["levels", "cells", "none"]
+_INT8 = IntLevels(-127, 127)
+Parts = tuple[torch.Tensor, torch.Tensor | None]
+"""Scale and zero point of each block as they are stored, float32 [N/rows, K/columns]; no zero point is None."""
+Several = tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Integer levels, the block [rows, columns] that shares a scale, and where weights count as clipped."""
+
+    levels: IntLevels
+    block: tuple[int, int]
+    clip: Clip = "levels"
+
+    def factor(self, zero: bool) -> float:
+        """LSQ's factor of the gradients of scales, and of zero points if there are any."""
+        levels = self.levels
+        largest = levels.hi - levels.lo if zero else levels.hi + 0.5 * levels.half
+        return 1 / math.sqrt(math.prod(self.block) * largest)
+
+    def tiles(self, w: torch.Tensor) -> torch.Tensor:
+        """[N, K] -> a view [N/rows, rows, K/columns, columns]."""
+        rows, columns = self.block
+        return w.view(len(w) // rows, rows, w.shape[1] // columns, columns)
+
+    def places(self, w: torch.Tensor, parts: Parts) -> torch.Tensor:
+        """w / s + z in tiles: rounded and clipped, that is the codes."""
+        scale, zero = parts
+        u = self.tiles(w.detach()).float() * _spread(1 / scale)
+        return u.add_(self._zero(zero)) if zero is not None or self.levels.half else u
+
+    def round(self, places: torch.Tensor) -> torch.Tensor:
+        """Codes in tiles, float32."""
+        return torch.round(places).clamp_(self.levels.lo, self.levels.hi)
+
+    def decode(self, codes: torch.Tensor, parts: Parts) -> torch.Tensor:
+        """Codes in tiles -> w^ [N, K], in the memory of the codes."""
+        scale, zero = parts
+        if zero is not None or self.levels.half:
+            codes = codes.sub_(self._zero(zero))
+        return codes.mul_(_spread(scale)).flatten(2).flatten(0, 1)
+
+    def fake(self, w: torch.Tensor, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """w^ [N, K], in float32, then rounded to `dtype`."""
+        if dtype in native.TYPES and _natively(parts, w):
+            return native.fake(w, self.levels, self.block, *parts, dtype)
+        return self.decode(self.round(self.places(w, parts)), parts).to(dtype)
+
+    def gradients(
+        self,
+        grad: torch.Tensor,
+        w: torch.Tensor,
+        parts: Parts,
+        needed: native.Needed,
+        *,
+        rounded: torch.dtype | None = None,
+        spare: bool = False,
+    ) -> Several:
+        """Of w [N, K], s and z, where they are needed, from that of w^ [N, K]; and w^ once more, in `rounded`.
+
+        spare: grad is of no other use, and may become the gradient of w.
+        """
+        if self.clip == "none":
+            return grad if needed[0] else None, None, None, None if rounded is None else self.fake(w, parts, rounded)
+        scale, zero = parts
+        if _natively(parts, w, grad) and rounded in (None, *native.TYPES):
+            by_weight, by_scale, by_zero, again = native.fake_gradients(
+                grad, w, self.levels, self.block, scale, zero,
+                cells=self.clip == "cells", needed=needed, rounded=rounded, spare=spare,
+            )  # fmt: skip
+        else:
+            again = None if rounded is None else self.fake(w, parts, rounded)
+            by_weight, by_scale, by_zero = self._sums(grad, w, parts, needed)
+        factor = self.factor(zero is not None)
+        by_scale = None if by_scale is None else by_scale.mul_(factor)
+        return by_weight, by_scale, None if by_zero is None else by_zero.mul_(scale * factor), again
+
+    def _sums(self, grad: torch.Tensor, w: torch.Tensor, parts: Parts, needed: native.Needed) -> Several:
+        """`gradients` without the factors of s and z."""
+        tiles = self.tiles(grad).float()
+        u = self.places(w, parts)
+        codes = self.round(u)
+        if self.clip == "levels":
+            inside = (u >= self.levels.lo).logical_and_(u <= self.levels.hi)
+        else:
+            inside = (codes - u).abs_() <= 0.5
+        by_scale = by_zero = None
+        if needed[1]:
+            by_scale = codes.sub_(torch.where(inside, u, self._zero(parts[1]))).mul_(tiles).sum((1, 3))
+        kept = tiles * inside
+        if needed[2]:
+            by_zero = (kept - tiles).sum((1, 3))
+        return kept.flatten(2).flatten(0, 1) if needed[0] else None, by_scale, by_zero
+
+    def _zero(self, zero: torch.Tensor | None) -> torch.Tensor | float:
+        if zero is not None:
+            return _spread(zero)
+        return -0.5 if self.levels.half else 0.0
+
+
+def _natively(parts: Parts, *matrices: torch.Tensor) -> bool:
+    """Whether C++ computes: torch's operations remain for other devices and types, and where they are watched.
+
+    That is where somebody traces, differentiates once more, or stands in for a tensor.
+    """
+    tensors = [t for t in (*parts, *matrices) if t is not None]
+    return (
+        all(type(t) in (torch.Tensor, nn.Parameter) and t.is_cpu and t.dtype in native.TYPES for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
+def _spread(part: torch.Tensor) -> torch.Tensor:
+    """One per block -> over the block's tile."""
+    return part[:, None, :, None]
+
+
+class _Fake(torch.autograd.Function):
+    """w [N, K] (any float), s, z -> w^ [N, K] in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+        ctx.save_for_backward(w, scale, zero)
+        ctx.grid = grid
+        return grid.fake(w, (scale, zero))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        w, scale, zero = ctx.saved_tensors
+        by_weight, by_scale, by_zero, _ = ctx.grid.gradients(grad, w, (scale, zero), ctx.needs_input_grad[:3])
+        return None if by_weight is None else by_weight.to(w.dtype), by_scale, by_zero, None
+
+
+class _Linear(torch.autograd.Function):
+    """y = x^ w^T + b, where x^ is x, or x in int8 with one scale per token; saves x and w, not x^ and w^."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        grid: Grid,
+        tokens: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, w, scale, zero)
+        ctx.grid, ctx.tokens = grid, tokens
+        seen = fake_tokens(x) if tokens else x
+        bias = None if bias is None else bias.to(x.dtype)
+        return nn.functional.linear(seen, grid.fake(w, (scale, zero), x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, w, scale, zero = ctx.saved_tensors
+        grid: Grid = ctx.grid
+        needs = ctx.needs_input_grad
+        by_x = by_weight = by_scale = by_zero = by_bias = rounded = None
+        again = grad.dtype if needs[0] else None
+        rows = grad.flatten(0, -2)
+        if any(needs[1:4]):
+            seen = fake_tokens(x) if ctx.tokens else x
+            product = rows.t() @ seen.flatten(0, -2)
+            by_weight, by_scale, by_zero, rounded = grid.gradients(
+                product, w, (scale, zero), needs[1:4], rounded=again, spare=True
+            )
+            by_weight = None if by_weight is None else by_weight.to(w.dtype)
+        elif again is not None:
+            rounded = grid.fake(w, (scale, zero), again)
+        if rounded is not None:
+            by_x = grad @ rounded
+        if needs[4]:
+            by_bias = rows.sum(0)
+        return by_x, by_weight, by_scale, by_zero, by_bias, None, None
+
+
+class _Stored(torch.autograd.Function):
+    """A learned scale -> as it would be stored, float32; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.dtype = scale.dtype
+        wanted, least = scale.float(), smallest_scale(dtype)
+        return wanted.to(dtype).float().abs().clamp_(min=least).copysign_(wanted)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+class _Rounded(torch.autograd.Function):
+    """A learned zero point -> the integer that would be stored, float32; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, zero: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
+        ctx.dtype = zero.dtype
+        return torch.round(zero.float()).clamp_(lo, hi)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad.to(ctx.dtype), None, None
+
+
+_fake: Callable[..., torch.Tensor] = _Fake.apply
+_linear: Callable[..., torch.Tensor] = _Linear.apply
+_stored: Callable[..., torch.Tensor] = _Stored.apply
+_rounded: Callable[..., torch.Tensor] = _Rounded.apply
+
+
+def fake(w: torch.Tensor, parts: Parts, grid: Grid) -> torch.Tensor:
+    """w [N, K] -> w^ [N, K], float32."""
+    return _fake(w, *parts, grid)
+
+
+def fake_linear(
+    x: torch.Tensor, w: torch.Tensor, parts: Parts, bias: torch.Tensor | None, grid: Grid, *, tokens: bool = False
+) -> torch.Tensor:
+    """x [..., K], w [N, K] -> [..., N] in x's type. tokens: x is rounded to int8, with one scale per token, too."""
+    return _linear(x, w, *parts, bias, grid, tokens)
+
+
+def stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32, as `dtype` stores it; nearer to 0 than the smallest that it stores counts as that."""
+    return _stored(scale, dtype)
+
+
+def rounded(zero: torch.Tensor, levels: IntLevels) -> torch.Tensor:
+    """float32, the nearest integer within the levels."""
+    return _rounded(zero, levels.lo, levels.hi)
+
+
+def fake_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x in int8 with one scale [1, 1], and back, in x's type: LSQ for activations."""
+    rows = x.reshape(-1, x.shape[-1])
+    return fake(rows, (scale.float(), None), Grid(_INT8, (len(rows), rows.shape[1]))).view(x.shape).to(x.dtype)
+
+
+def fake_tokens(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] in int8 with one scale per token, as the kernels round it, and back, in x's type."""
+    codes, scale = quantize_tokens(x.float())
+    return codes.mul_(scale).to(x.dtype)

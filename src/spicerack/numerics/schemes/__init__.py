@@ -1,0 +1,1 @@
+"""Named schemes, one file each."""

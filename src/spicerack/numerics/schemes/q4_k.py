@@ -1,0 +1,12 @@
+"""llama.cpp's Q4_K: 4 bits with a minimum, 6-bit scales and minima of 32 columns, float16 scales of those for 256."""
+
+from spicerack.numerics.scheme import IntLevels, Scheme
+
+SIX_BITS = IntLevels(0, 63)
+SCHEME = Scheme(
+    name="q4_k",
+    levels=IntLevels(0, 15),
+    block=(1, 32),
+    scale=Scheme(name="q4_k scales", levels=SIX_BITS, block=(1, 8), scale="float16"),
+    min=Scheme(name="q4_k minima", levels=SIX_BITS, block=(1, 8), scale="float16"),
+)

@@ -1,0 +1,254 @@
+"""The specification of the range search: which scale (and zero) a block gets. In torch; native/search.cpp equals it.
+
+For a block x with importance a >= 0 (one by default) the search looks for the stored scale s and zero z that minimize
+
+    E(s, z) = sum_j a_j (s * v_j - x_j)^2,      v_j = level[q_j] - z,     q_j = nearest code to x_j / s
+
+`absmax` takes the scale that puts the block's largest magnitude on the outermost code (with a zero point: that spans
+minimum and maximum). `opt` starts there and goes from coarse to fine: scales down to 1/12 of that one, of both signs;
+then a few percent up and down from the best; then least squares with the codes fixed, s = sum(a x v) / sum(a v v).
+Every candidate is rounded to the type it will be stored in before it is judged, so `opt` is never worse than `absmax`,
+and what is judged is what is shipped.
+
+Of the levels -1, 0, 1 the least error is known: whatever the scale, the weights that are not 0 are those of largest
+magnitude, so `opt` takes the k for which (sum a |x|)^2 / sum a over the k largest is greatest, and s is their mean.
+
+Arithmetic is float32, unfused. Sums fold runs of 16 neighbours in pairs in float32, add the runs of a piece of 2^16
+elements in turn in float64, and then the pieces: an order that vector code of any width can follow bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from spicerack.numerics.levels import level_values, nearest, store
+from spicerack.numerics.scheme import IntLevels, Scheme
+
+Range = Literal["absmax", "opt"]
+
+DIVISORS: tuple[float, ...] = tuple(1.25**i for i in range(12))
+"""Coarse: divisors of the absmax scale. The largest, 11.6, is for 2-bit rows with far outliers."""
+POWERS: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+"""Coarse divisors for scales that are powers of two, which finer steps would never reach."""
+FINE: tuple[tuple[float, float], ...] = tuple((step, 1 / step) for step in (1.12, 1.06, 1.03, 1.015))
+"""Fine: factors tried up and down from the best scale so far."""
+SHIFTS: tuple[float, ...] = (-1.0, 0.0, 1.0)
+"""Zero points tried at every coarse scale, around the one that centres the range."""
+REFINEMENTS = 2
+RUN = 16
+PIECE = 1 << 16
+SORTED = 1 << 20
+"""Weights that are sorted at once, in whole blocks: order and sums take far more memory than the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """One candidate per block: scale [M] (stored values, float32), zero [M]; its error and sums, float64.
+
+    xv = sum(a x v), vv = sum(a v v), x = sum(a x), v = sum(a v); the last two only matter with a zero point.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    error: torch.Tensor
+    xv: torch.Tensor
+    vv: torch.Tensor
+    x: torch.Tensor
+    v: torch.Tensor
+
+    def better(self, other: Fit) -> Fit:
+        """Blockwise the one with the smaller error; `self` on a tie (1e-9 relative: sums of equal candidates)."""
+        take = other.error < self.error * (1 - 1e-9)
+        return Fit(*(torch.where(take, getattr(other, f), getattr(self, f)) for f in Fit.__slots__))
+
+
+class Blocks(Protocol):
+    """M blocks of weights, as the search sees them."""
+
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest weight of each block, float32 [M]."""
+
+    def judge(self, scale: torch.Tensor, zero: torch.Tensor) -> Fit:
+        """Error and sums of a stored scale and zero for each block; infinite error where the scale is 0 or infinite."""
+
+    def weight(self) -> torch.Tensor:
+        """Total importance of each block, float64 [M]; its size, if all weights matter the same."""
+
+    def ternary(self) -> torch.Tensor:
+        """The scale with the least error for levels -1, 0, 1, float32 [M]; 0 for blocks of zeros."""
+
+
+def search(
+    blocks: Blocks, scheme: Scheme, dtype: torch.dtype, range_: Range = "opt"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of every block -> (scale [M] as stored in `dtype`, zero [M]), both float32.
+
+    Blocks of zeros get scale 1: nothing divides by 0. An infinite absmax scale stays: `codec.check_scale` refuses it.
+    """
+    raw, centre = _start(*blocks.bounds(), scheme)
+    scale = torch.where(raw == 0, 1.0, store(raw, dtype))
+    zero = _zero_for(centre, scale, scheme)
+    if range_ == "absmax":
+        return scale, zero
+    best = blocks.judge(scale, zero)
+    final = (raw == 0) | torch.isinf(scale)  # nothing to search, or to be refused: clipping would hide it
+    if is_ternary(scheme):
+        best = best.better(blocks.judge(store(blocks.ternary(), dtype), zero))
+        return torch.where(final, scale, best.scale), zero
+    for factor in coarse_factors(scheme):
+        candidate = store(raw * torch.tensor(factor), dtype)
+        base = _zero_for(centre, candidate, scheme)
+        for shift in shifts(scheme):
+            best = best.better(blocks.judge(candidate, _clip_zero(base + shift, scheme) if scheme.zero else base))
+    for pair in FINE:
+        middle = best
+        for factor in pair:
+            best = best.better(blocks.judge(store(middle.scale * torch.tensor(factor), dtype), middle.zero))
+    total = blocks.weight()
+    for _ in range(REFINEMENTS):
+        best = best.better(blocks.judge(*_refined(best, scheme, total, dtype)))
+    return torch.where(final, scale, best.scale), torch.where(final, zero, best.zero)
+
+
+def is_ternary(scheme: Scheme) -> bool:
+    """Whether the levels are -1, 0 and 1."""
+    return scheme.levels == IntLevels(-1, 1) and not scheme.zero
+
+
+def coarse_factors(scheme: Scheme) -> tuple[float, ...]:
+    """Factors of the absmax scale in the order in which they are judged; of both signs where that differs."""
+    values = set(scheme.levels.values)
+    mirrored = values == {-value for value in values}
+    signs = (1.0,) if scheme.zero or mirrored else (1.0, -1.0)
+    divisors = POWERS if scheme.scale == "float8_e8m0fnu" else DIVISORS
+    return tuple(sign / divisor for divisor in divisors for sign in signs)
+
+
+def shifts(scheme: Scheme) -> tuple[float, ...]:
+    """Zero points tried at each coarse scale, from the central one."""
+    return SHIFTS if scheme.zero else (0.0,)
+
+
+# ---- the steps ------------------------------------------------------------------------------------------------------
+
+
+def _start(bottom: torch.Tensor, top: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """absmax: unrounded scale [M], and the centre [M] of the range that it spans (0 without a zero point)."""
+    levels = scheme.levels
+    if scheme.zero:
+        assert isinstance(levels, IntLevels)
+        low, high = bottom.clamp(max=0), top.clamp(min=0)
+        return (high - low) / (levels.hi - levels.lo), (high + low) / 2
+    lowest, highest = min(levels.values), max(levels.values)
+    if -lowest == highest:
+        raw = torch.maximum(top, -bottom) / highest
+    else:  # the longer side takes the weight of largest magnitude, whatever its sign
+        raw = torch.where(top > -bottom, top, bottom) / (lowest if -lowest > highest else highest)
+    return raw, torch.zeros_like(raw)
+
+
+def _zero_for(centre: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The zero point that puts `centre` in the middle of the codes."""
+    if not scheme.zero:
+        return torch.zeros_like(scale)
+    assert isinstance(scheme.levels, IntLevels)
+    return _clip_zero((scheme.levels.lo + scheme.levels.hi) / 2 - centre / scale, scheme)
+
+
+def _clip_zero(zero: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    assert isinstance(scheme.levels, IntLevels)
+    return torch.nan_to_num(torch.round(zero), nan=0.0).clamp(scheme.levels.lo, scheme.levels.hi)
+
+
+def _refined(fit: Fit, scheme: Scheme, total: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least squares with the codes fixed: the best scale, and with a zero point the best line through them."""
+    if not scheme.zero:
+        return store((fit.xv / fit.vv).float(), dtype), fit.zero
+    # x ~ s*v + m over all elements; v counts from the present zero, so the zero moves by -m/s.
+    slope = (total * fit.xv - fit.v * fit.x) / (total * fit.vv - fit.v * fit.v)
+    intercept = (fit.x - slope * fit.v) / total
+    return store(slope.float(), dtype), _clip_zero(fit.zero - (intercept / slope).float(), scheme)
+
+
+# ---- blocks in torch ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBlocks:
+    """x [M, B] float32; importance: float32 of that shape, not negative, or None for ones."""
+
+    x: torch.Tensor
+    scheme: Scheme
+    importance: torch.Tensor | None = None
+
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x.amin(1), self.x.amax(1)
+
+    def weight(self) -> torch.Tensor:
+        count, size = self.x.shape
+        if self.importance is None:
+            return torch.full((count,), float(size), dtype=torch.float64, device=self.x.device)
+        return ordered_sum([piece_sum(self.importance[:, i : i + PIECE]) for i in range(0, size, PIECE)])
+
+    def judge(self, scale: torch.Tensor, zero: torch.Tensor) -> Fit:
+        usable = (scale != 0) & torch.isfinite(scale)
+        s, z = scale[:, None], zero[:, None]
+        inverse = torch.where(usable, 1 / scale, 0)[:, None]
+        pieces: list[tuple[torch.Tensor, ...]] = []
+        for start in range(0, self.x.shape[1], PIECE):
+            x = self.x[:, start : start + PIECE]
+            v = level_values(nearest(x * inverse, self.scheme.levels, z), self.scheme.levels, z)
+            e = s * v - x
+            if self.importance is None:
+                av, ax, ae = v, x, e
+            else:
+                a = self.importance[:, start : start + PIECE]
+                av, ax, ae = a * v, a * x, a * e
+            line = (ax, av) if self.scheme.zero else ()
+            pieces.append(tuple(piece_sum(term) for term in (ae * e, av * x, av * v, *line)))
+        error, xv, vv, *line_sums = (ordered_sum(sums) for sums in zip(*pieces, strict=True))
+        x_sum, v_sum = line_sums or (xv, vv)
+        return Fit(scale, zero, torch.where(usable, error, torch.inf), xv, vv, x_sum, v_sum)
+
+    def ternary(self) -> torch.Tensor:
+        step = max(SORTED // self.x.shape[1], 1)
+        return torch.cat([self._ternary(slice(first, first + step)) for first in range(0, len(self.x), step)])
+
+    def _ternary(self, some: slice) -> torch.Tensor:
+        size, order = self.x[some].abs().sort(dim=1, descending=True)
+        a = None if self.importance is None else self.importance[some].gather(1, order)
+        return best_prefix(size, a)
+
+
+def best_prefix(size: torch.Tensor, a: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [M]: of magnitudes [M, B] that fall, the mean of those in the best prefix. a: importances, or counts."""
+    best, mean, total, weight = (torch.zeros((len(size), 1), dtype=torch.float64, device=size.device) for _ in range(4))
+    for start in range(0, size.shape[1], PIECE):
+        some = size[:, start : start + PIECE].double()
+        share = torch.ones_like(some) if a is None else a[:, start : start + PIECE].double()
+        sums, weights = total + (some * share).cumsum(1), weight + share.cumsum(1)
+        gain = sums.square() / weights.clamp(min=1e-300)
+        found, which = gain.max(1, keepdim=True)
+        mean = torch.where(found > best, sums.gather(1, which) / weights.gather(1, which).clamp(min=1e-300), mean)
+        best, total, weight = torch.maximum(best, found), sums[:, -1:], weights[:, -1:]
+    return mean[:, 0].float()
+
+
+def piece_sum(terms: torch.Tensor) -> torch.Tensor:
+    """float32 [M, B] -> float64 [M]: runs of 16 neighbours folded in pairs, then added in turn in float64."""
+    sums = torch.nn.functional.pad(terms, (0, -terms.shape[1] % RUN))
+    for _ in range(RUN.bit_length() - 1):
+        sums = sums[:, 0::2] + sums[:, 1::2]
+    return sums.double().cumsum(1)[:, -1]
+
+
+def ordered_sum(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """float64 [M], the pieces' sums added in turn."""
+    total = pieces[0]
+    for piece in pieces[1:]:
+        total = total + piece
+    return total

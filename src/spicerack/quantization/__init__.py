@@ -1,0 +1,1 @@
+"""From a float folder, or a module, to a quantized one."""

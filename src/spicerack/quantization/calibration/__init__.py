@@ -1,0 +1,1 @@
+"""Codes chosen by what flows through a model, block by block."""

@@ -1,0 +1,71 @@
+"""A block in float32 whose linear layers keep what their weights are made of: each is made for a call, and forgotten.
+
+A float weight of 16 bits, mapped from its file, costs no memory of the process until then, and codes a quarter of what
+float32 would. The rest of the block (norms, biases, routers) is copied. All of it is computed on one device.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from spicerack.machine.devices import moved
+from spicerack.models import blocks
+from spicerack.numerics import codec
+from spicerack.numerics.qtensor import QTensor
+
+
+class Lent:
+    """What the weight of one layer is made of: float [N, K] (the layer's own order, for a Conv1D [K, N]), wherever it
+    lies, or codes on the device.
+
+    Hooks of the layer: while it is called, its parameter is the weight itself, else one of the same shape.
+    """
+
+    def __init__(self, layer: nn.Linear | Conv1D, device: torch.device) -> None:
+        self.layer, self.source, self.device = layer, layer.weight.detach(), device
+        self.placeholder = layer.weight
+        layer.register_forward_pre_hook(self.make)
+        layer.register_forward_hook(self.forget, always_call=True)
+
+    source: torch.Tensor | QTensor
+
+    def weight(self) -> torch.Tensor:
+        """float32 on the device, in the layer's own order."""
+        if not isinstance(self.source, QTensor):
+            return moved(self.source, self.device).float()
+        decoded = codec.decode(self.source)
+        return decoded.t() if isinstance(self.layer, Conv1D) else decoded
+
+    def own(self) -> None:
+        """The parameter is the weight, float32, from now on, and may be written to."""
+        self.placeholder = nn.Parameter(self.weight().clone(), requires_grad=False)
+        self.layer.weight, self.source = self.placeholder, self.placeholder.detach()
+
+    def make(self, *_: Any) -> None:
+        """The hook before a call."""
+        if "forward" not in vars(self.layer):  # something else computes, and does not ask for the weight
+            self.layer.weight = nn.Parameter(self.weight(), requires_grad=False)
+
+    def forget(self, *_: Any) -> None:
+        """The hook behind it, come what may."""
+        self.layer.weight = self.placeholder
+
+
+def float_copy(block: nn.Module, device: torch.device) -> tuple[nn.Module, dict[str, Lent]]:
+    """A copy of `block` that computes in float32 on `device`, and its linear layers by path. Their weights are shared,
+    and stay where they are between calls."""
+    shared = {id(layer.weight): layer.weight for layer in blocks.layers(block).values()}
+    made = copy.deepcopy(block, dict(shared))
+    for module in made.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            if id(value) not in shared:
+                setattr(module, name, nn.Parameter(moved(value.detach(), device).float(), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            here = moved(buffer, device)
+            setattr(module, name, here.float() if here.is_floating_point() else here)
+    return made, {path: Lent(layer, device) for path, layer in blocks.layers(made).items()}

@@ -1,0 +1,127 @@
+"""A trial before hours of work: the model's first blocks, quantized, written, loaded again, and compared.
+
+Its layers are rounded to nearest behind the recipe's transforms: what is tried is not the solver but all around it, the
+schemes on these shapes, the format, the new config.json, what reads it. The calibrated loop knows what comes out of its
+last block; the folder that was written must give the same when it is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spicerack.algorithms.method import Method
+from spicerack.errors import CheckpointError, LoadError, RecipeError
+from spicerack.models import blocks
+from spicerack.models.architecture import destinations, on_meta
+from spicerack.models.census import LAYERS
+from spicerack.quantization.calibration.chunks import Text, tokens
+from spicerack.quantization.calibration.loop import Finished
+from spicerack.quantization.calibration.states import States, blocks_folder
+from spicerack.quantization.job import Job, decide
+from spicerack.quantization.rotation import original
+from spicerack.runtime.load import load, load_apart
+from spicerack.text.calibration import Calibration
+
+BLOCKS = 2
+FEWEST = 6
+"""Blocks of a model that is worth it: smaller ones are soon done themselves."""
+SEQUENCES, LENGTH = 4, 64
+SAME = 0.02
+"""Of the output, how far off it may be: roundings of activations that fall the other way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """blocks: of how many (count). difference: of the loaded folder's output from what was computed, relative; error:
+    of that from the float model's."""
+
+    blocks: int
+    count: int
+    difference: float
+    error: float
+    seconds: float
+
+
+def run(whole: Job, calibration: Calibration, folder: Path, execute: Callable[..., Any]) -> Trial | None:
+    """Try it, in `folder`, which is removed again; None where there is nothing to gain or a model cannot be cut.
+
+    execute: of `quantization`. Raises LoadError if what is loaded computes something else, and what `execute` raises.
+    """
+    begin = time.monotonic()
+    cut = _first_blocks(whole)
+    if cut is None:
+        return None
+    part, path, count = cut
+    mask = None if calibration.mask is None else calibration.mask[:SEQUENCES, :LENGTH]
+    text = dataclasses.replace(calibration, ids=calibration.ids[:SEQUENCES, :LENGTH], mask=mask)
+    output = folder / "out"
+    seen: list[tuple[torch.Tensor, float]] = []
+
+    def look(block: Finished) -> None:
+        if block.number == BLOCKS - 1:
+            seen.append((States(blocks_folder(output), 1).read(BLOCKS, 0)[0], block.error))
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        execute(part, output, calibration=text, finished=look)
+        (computed, error), inputs = seen[0], Text(text, SEQUENCES).inputs(slice(None))
+        model = load(output, compute="float", dtype=torch.float32)
+        loaded = tokens(blocks.output_of(model, f"{path}.{BLOCKS - 1}", inputs), inputs)
+        computed = tokens(computed, inputs)
+        difference = float((loaded - computed).norm() / computed.norm())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not difference <= SAME:
+        raise LoadError(
+            f"preflight: the first {BLOCKS} blocks, quantized, saved and loaded again, compute something that is "
+            f"{difference:.2%} off",
+            "this is a fault of spicerack: please report it with the model's config.json",
+        )
+    return Trial(BLOCKS, count, difference, error, time.monotonic() - begin)
+
+
+def _first_blocks(whole: Job) -> tuple[Job, str, int] | None:
+    """The job for a model of the first blocks only, their list's path, and how many there are in all."""
+    source = original(whole.source)
+    model = on_meta(source.config)
+    if model is None:
+        return None
+    path, stack = blocks.repeated(model)
+    if len(stack) < FEWEST:
+        return None
+    dropped = tuple(f"{path}.{number}." for number in range(BLOCKS, len(stack)))
+    places = destinations(model, source.tensors)
+    tensors = {
+        name: info for name, info in source.tensors.items()
+        if name not in places or not places[name].parameter.startswith(dropped)
+    }  # fmt: skip
+    part = dataclasses.replace(source, config=_cut(source.config, len(stack)), tensors=tensors)
+    assert whole.recipe.method is not None, "decided before work starts"
+    recipe = dataclasses.replace(whole.recipe, method=Method(whole.recipe.method.transforms))
+    try:
+        load_apart(part)
+        return decide(part, recipe), path, len(stack)
+    except (CheckpointError, LoadError, RecipeError):  # its config has more to say of blocks; a rule for later ones
+        return None
+
+
+def _cut(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The config of a model with fewer blocks: their number, and lists with an entry for each."""
+
+    def one(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _cut(value, count)
+        if key in LAYERS and value == count:
+            return BLOCKS
+        return value[:BLOCKS] if isinstance(value, list) and len(value) == count else value
+
+    return {key: one(key, value) for key, value in config.items()}

@@ -1,0 +1,235 @@
+"""Which tensor gets which scheme: ordered rules, glob -> scheme, later rules win.
+
+A glob matches the checkpoint's name without `.weight`. `*` stays within one component, `**` crosses:
+
+    model.layers.*.mlp.down_proj=w8        every down projection
+    model.layers.{0,31}.**=w8              everything in the first and the last of 32 blocks
+    lm_head=skip                           stays in float
+
+Linear layers (Conv1D and experts among them) get the recipe's scheme. Embeddings, heads and routers stay in float
+unless a rule names them; a rule whose last component is `*` or `**` means "all layers here" and does not name them. A
+tied head and embedding is one tensor: a rule on either name applies to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spicerack.algorithms import method
+from spicerack.algorithms.method import Method
+from spicerack.errors import RecipeError
+from spicerack.numerics.scheme import Scheme, parse
+
+Range = Literal["absmax", "opt"]
+RANGES: tuple[Range, ...] = ("opt", "absmax")
+ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "kl"]
+OBSERVERS: tuple[ObserverName, ...] = ("minmax", "moving_average", "percentile", "mse", "kl")
+SKIP = "skip"
+BY_DEFAULT = frozenset({"linear", "conv1d", "experts"})
+ON_REQUEST = frozenset({"embedding", "head", "router"})
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """pattern -> scheme; None keeps the tensor in float."""
+
+    pattern: str
+    scheme: Scheme | None
+
+    @property
+    def names_last(self) -> bool:
+        """Whether the last component is more than a bare wildcard."""
+        return self.pattern.rsplit(".", 1)[-1] not in ("*", "**")
+
+    def matches(self, module: str) -> bool:
+        return _compile(self.pattern).fullmatch(module) is not None
+
+    def __str__(self) -> str:
+        return f"{self.pattern}={self.scheme.name if self.scheme else SKIP}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The scheme of all linear layers, the exceptions, and how ranges and codes are chosen.
+
+    method: None is the best measured for the scheme where there is calibration text, else rtn.
+    observer: how static scales of activations are found; None is the best measured, and where there are none.
+    """
+
+    scheme: Scheme
+    range_: Range = "opt"
+    rules: tuple[Rule, ...] = ()
+    method: Method | None = None
+    observer: ObserverName | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether some scheme has static activations."""
+        schemes = (self.scheme, *(r.scheme for r in self.rules))
+        return any(s is not None and s.activations == "static" for s in schemes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is printed and stored; `read` of its YAML gives the recipe back."""
+        rules = [{rule.pattern: rule.scheme.name if rule.scheme else SKIP} for rule in self.rules]
+        method = {} if self.method is None else {"method": str(self.method)}
+        observer = {} if self.observer is None else {"observer": self.observer}
+        return {"scheme": self.scheme.name, **method, "range": self.range_, **observer, "rules": rules}
+
+    def then(self, rules: Iterable[Rule]) -> Recipe:
+        """This recipe with more rules, which win over the present ones."""
+        return dataclasses.replace(self, rules=(*self.rules, *rules))
+
+    def __str__(self) -> str:
+        method = [] if self.method is None else [str(self.method)]
+        observer = [] if self.observer is None else [f"observer={self.observer}"]
+        return " ".join([self.scheme.name, *method, f"range={self.range_}", *observer, *map(str, self.rules)])
+
+
+def of(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule] = ()) -> Recipe:
+    """What functions are given, as a recipe: a scheme, by name or not, or a recipe, and more rules.
+
+    Raises SchemeError, RecipeError.
+    """
+    what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
+    return what.then(rule(r) if isinstance(r, str) else r for r in rules)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to one tensor, and why."""
+
+    scheme: Scheme | None
+    why: str
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    pieces = re.split(r"(\*\*|\*|\?|\{[^{}]*\})", pattern)
+    translated = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    parts = [
+        f"(?:{'|'.join(map(re.escape, piece[1:-1].split(',')))})" if piece.startswith("{") and piece.endswith("}")
+        else translated.get(piece, re.escape(piece))
+        for piece in pieces
+    ]  # fmt: skip
+    return re.compile("".join(parts))
+
+
+def rule(text: str) -> Rule:
+    """`PATTERN=SCHEME` -> Rule. Raises RecipeError, SchemeError."""
+    pattern, equals, scheme = text.partition("=")
+    if not equals or not pattern.strip() or not scheme.strip():
+        raise RecipeError(f"rule {text!r} is not PATTERN=SCHEME", "for example 'model.layers.*.mlp.down_proj=w8'")
+    return _rule(pattern.strip(), scheme.strip())
+
+
+def skip(pattern: str) -> Rule:
+    """The rule that keeps what `pattern` matches in float."""
+    return _rule(pattern, SKIP)
+
+
+def _rule(pattern: str, scheme: str) -> Rule:
+    if len(pattern) > 500 or pattern.count("**") > 4:
+        raise RecipeError(f"pattern {pattern[:60]!r} is too long or has more than four '**'", "write several rules")
+    if pattern.endswith(".weight"):
+        raise RecipeError(f"pattern {pattern!r} ends in .weight", f"patterns match names without it: {pattern[:-7]!r}")
+    return Rule(pattern, None if scheme == SKIP else parse(scheme))
+
+
+def read(path: Path) -> Recipe:
+    """A YAML recipe: `scheme`; optional `method`, `range`, `observer`; `rules`, a list of `pattern: scheme` (or skip).
+
+    Raises RecipeError naming file and key.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise RecipeError(f"recipe {path} is not a file", "give the path of a YAML file")
+    if path.stat().st_size > _MAX_BYTES:
+        raise RecipeError(f"recipe {path} has more than {_MAX_BYTES} bytes", "a recipe is a page, not a book")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not YAML: {error}", "see docs/recipes.md for an example") from error
+    if not isinstance(data, dict) or not isinstance(data.get("scheme"), str):
+        raise RecipeError(f"recipe {path} has no 'scheme'", "begin with, say, 'scheme: w4g128'")
+    unknown = set(data) - {"scheme", "method", "range", "observer", "rules"}
+    if unknown:
+        raise RecipeError(
+            f"recipe {path}: unknown key {sorted(map(str, unknown))[0]!r}",
+            "keys are scheme, method, range, observer, rules",
+        )
+    rules = data.get("rules") or []
+    if not isinstance(rules, list):
+        raise RecipeError(f"recipe {path}: 'rules' is not a list", "write '- pattern: scheme' lines")
+    parsed = []
+    for item in rules:
+        pair = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (None, None)
+        if not isinstance(pair[0], str) or not isinstance(pair[1], str):
+            raise RecipeError(f"recipe {path}: rule {item!r} is not 'pattern: scheme'", "one pattern per list entry")
+        parsed.append(_rule(*pair))
+    how = method.parse(str(data["method"])) if "method" in data else None
+    observer = check_observer(str(data["observer"])) if "observer" in data else None
+    return Recipe(parse(data["scheme"]), check_range(str(data.get("range", "opt"))), tuple(parsed), how, observer)
+
+
+def check_range(text: str) -> Range:
+    """`text` as a range method. Raises RecipeError."""
+    for known in RANGES:
+        if text == known:
+            return known
+    raise RecipeError(f"unknown range {text!r}", f"one of {', '.join(RANGES)}")
+
+
+def check_observer(text: str) -> ObserverName:
+    """`text` as an observer. Raises RecipeError."""
+    for known in OBSERVERS:
+        if text == known:
+            return known
+    raise RecipeError(f"unknown observer {text!r}", f"one of {', '.join(OBSERVERS)}")
+
+
+def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, Decision]:
+    """A Decision for every module of `roles` (checkpoint name without `.weight` -> role).
+
+    tied: alias -> owner, both without `.weight`; aliases may be absent from `roles`. Raises RecipeError for a rule that
+    matches nothing, or nothing that can be quantized.
+    """
+    aliases: dict[str, list[str]] = {}
+    for alias, owner in tied.items():
+        aliases.setdefault(owner, []).append(alias)
+    used: set[Rule] = set()
+    decisions: dict[str, Decision] = {}
+    for module, role in roles.items():
+        if module in tied:
+            continue
+        names = [module, *aliases.get(module, [])]
+        hits = [r for r in recipe.rules if any(r.matches(name) for name in names) and _reaches(r, role)]
+        used.update(hits)
+        if hits:
+            decisions[module] = Decision(hits[-1].scheme, f"rule {hits[-1]}")
+        elif role in BY_DEFAULT:
+            decisions[module] = Decision(recipe.scheme, "recipe")
+        else:
+            decisions[module] = Decision(
+                None, f"{role}: stays in float unless a rule names it" if role in ON_REQUEST else role
+            )
+    for unused in (r for r in recipe.rules if r not in used):
+        raise RecipeError(f"rule {unused} matches nothing that it could change", _nearest(unused, [*roles, *tied]))
+    return {**decisions, **{alias: decisions[owner] for alias, owner in tied.items() if owner in decisions}}
+
+
+def _reaches(rule: Rule, role: str) -> bool:
+    return rule.scheme is None or role in BY_DEFAULT or (role in ON_REQUEST and rule.names_last)
+
+
+def _nearest(rule: Rule, modules: Sequence[str]) -> str:
+    if any(rule.matches(module) for module in modules):
+        return "it matches only tensors that no scheme applies to, or embeddings and heads that it must name"
+    near = difflib.get_close_matches(rule.pattern, modules, n=2, cutoff=0.3)
+    return "names look like " + ", ".join(near or list(modules)[:2])

@@ -1,0 +1,127 @@
+"""Let a model continue a text: what a quantized folder is for, and the quickest look at what is left of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from spicerack.errors import UsageError
+from spicerack.runtime.load import load
+from spicerack.storage.files import locate
+from spicerack.text import tokenizer as tokenizing
+
+Write = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """The continuation, the number of new tokens in it, and how fast they came, the prompt's own time included."""
+
+    prompt: str
+    text: str
+    tokens: int
+    tokens_per_s: float
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    raw: bool = False,
+    device: str = "cpu",
+    cache: int | None = None,
+    trust_remote_code: bool = False,
+    write: Write | None = None,
+) -> Generated:
+    """Continue `prompt` with the model in a folder (or at a hub id).
+
+    temperature: 0 takes the most likely token each time, else tokens are sampled. raw: no chat template, even if the
+    tokenizer has one. cache: bits of the key-value cache, as in `load`. write: called with pieces of the text as they
+    come.
+
+    Raises UsageError for a model that does not generate text, CheckpointError if the folder has no tokenizer.
+    """
+    folder = locate(model)
+    loaded = load(folder, device=device, cache=cache, trust_remote_code=trust_remote_code)
+    if not loaded.can_generate():
+        raise UsageError(
+            f"{folder}: {type(loaded).__name__} does not generate text", "spicerack eval compares encoders"
+        )
+    return continue_text(
+        loaded,
+        tokenizing.read(folder, loaded.config, trust_remote_code=trust_remote_code),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        raw=raw,
+        write=write,
+    )
+
+
+def continue_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    raw: bool = False,
+    write: Write | None = None,
+) -> Generated:
+    """As `generate`, with a model that is loaded already."""
+    inputs = _encode(tokenizer, prompt, raw).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise UsageError("the prompt has no tokens", "give some text to continue")
+    set_seed(seed)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": _padding(model, tokenizer), **sampling}
+    run: Any = model.generate
+    started = time.perf_counter()
+    with torch.no_grad():
+        ids = run(**inputs, **settings, streamer=None if write is None else _Streamer(tokenizer, write))
+    seconds = time.perf_counter() - started
+    new = ids[0] if model.config.is_encoder_decoder else ids[0, length:]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return Generated(prompt, text, len(new), round(len(new) / seconds, 2))
+
+
+class _Streamer(TextStreamer):
+    """Hands over the text as soon as its words are complete."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text + "\n" if stream_end else text)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Any:
+    if tokenizer.chat_template and not raw:
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+
+
+def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Only batches are padded; naming a token keeps transformers from warning that it chose one."""
+    config = model.generation_config
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    return next((token for token in (config.pad_token_id, tokenizer.pad_token_id, end) if token is not None), None)

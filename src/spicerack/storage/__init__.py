@@ -1,0 +1,1 @@
+"""How tensors live on disk: folders in, folders out, whole or not at all."""

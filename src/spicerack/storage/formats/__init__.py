@@ -1,0 +1,1 @@
+"""Layouts of quantized tensors on disk, one file each."""

@@ -1,0 +1,163 @@
+"""BitNet: the layout that transformers reads as `quant_method` "bitnet". (Facts: transformers 5.24.)
+
+Linear P [N, K], ternary codes, one scale for the tensor, activations in int8, one scale per token:
+
+    P.weight         U8 [N/4, K]   in row r the codes of rows r, r + N/4, r + N/2 and r + 3N/4, each + 1, two bits for
+                                   each, the first of them lowest
+    P.weight_scale   float [1]     linear_class "autobitlinear": the scale; "bitlinear": 1 / scale
+
+"autobitlinear" is written, as in microsoft/bitnet-b1.58-2B-4T: the scale survives to the bit, which its inverse in
+bfloat16 does not. transformers then multiplies biases by the scale too: layers with biases are left to other formats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spicerack.errors import CheckpointError
+from spicerack.numerics.levels import dtype_of
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import Scheme, parse
+from spicerack.storage.format import Layout, Plan, Planned
+from spicerack.storage.reader import Checkpoint
+from spicerack.storage.writer import safetensors_dtype
+
+METHOD, SCHEME = "bitnet", "ternarya8"
+_PARTS = 4
+"""Codes in a byte."""
+_INVERSE = {"bitlinear": True, "autobitlinear": False}
+"""Whether the folder holds 1 / scale."""
+_SOURCES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ELSEWHERE = "load it with transformers"
+_DAMAGED = "the folder is damaged, or in a variant of bitnet that is not read"
+
+
+@dataclass(frozen=True, slots=True)
+class BitNet:
+    """See the module's docstring."""
+
+    name: str = "bitnet"
+
+    def obstacles(self, plan: Plan) -> list[str]:
+        reasons = ((p, _obstacle(p)) for p in plan.values())
+        return [f"{p.module}: bitnet has no {reason}" for p, reason in reasons if reason]
+
+    def layout(self, planned: Planned) -> Layout:
+        module, scheme, (rows, columns) = planned.module, planned.scheme, planned.shape
+        assert not isinstance(scheme.scale, Scheme)
+        scale = safetensors_dtype(dtype_of(scheme.scale, planned.source_dtype))
+        return {f"{module}.weight": ("U8", (rows // _PARTS, columns)), f"{module}.weight_scale": (scale, (1,))}
+
+    def encode(self, planned: Planned, q: QTensor) -> dict[str, torch.Tensor]:
+        assert isinstance(q.scale, torch.Tensor) and not planned.inverse_scale
+        parts = (q.codes + 1).view(torch.uint8).chunk(_PARTS)
+        packed = torch.zeros_like(parts[0])
+        for place, part in enumerate(parts):
+            packed |= part << 2 * place
+        return {f"{planned.module}.weight": packed, f"{planned.module}.weight_scale": q.scale.reshape(1)}
+
+    def decode(self, planned: Planned, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+        module = planned.module
+        packed, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"].reshape(1, 1)
+        codes = torch.cat([packed >> 2 * place & 3 for place in range(_PARTS)]).view(torch.int8) - 1
+        if codes.max() > 1:
+            raise CheckpointError(f"{module}.weight: a code that is none of -1, 0 and 1", _DAMAGED)
+        scale = 1 / scale.float() if planned.inverse_scale else scale
+        if not torch.isfinite(scale):
+            raise CheckpointError(f"{module}: a scale of {float(scale)}", _DAMAGED)
+        return QTensor(planned.scheme, codes, scale)
+
+    def config(self, config: Mapping[str, Any], plan: Plan, unquantized_linears: Sequence[str]) -> dict[str, Any]:
+        quantization = {
+            "quant_method": METHOD,
+            "linear_class": "autobitlinear",
+            "quantization_mode": "offline",
+            "modules_to_not_convert": [_pattern(module, plan) for module in unquantized_linears],
+        }
+        return {**config, "quantization_config": quantization}
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        section = config.get("quantization_config")
+        return isinstance(section, dict) and section.get("quant_method") == METHOD
+
+    def float_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+
+    def plan(self, checkpoint: Checkpoint) -> dict[str, Planned]:
+        section, where = checkpoint.config["quantization_config"], f"{checkpoint.folder}: config.json"
+        kind, mode = section.get("linear_class", "bitlinear"), section.get("quantization_mode", "offline")
+        if not isinstance(kind, str) or kind not in _INVERSE:
+            raise CheckpointError(f"{where} has the linear_class {kind!r}", f"one of {', '.join(_INVERSE)}")
+        if mode != "offline":
+            raise CheckpointError(
+                f"{where} has the quantization_mode {mode!r}: its weights are float, and rounded as they run",
+                _ELSEWHERE,
+            )
+        if section.get("use_rms_norm"):
+            raise CheckpointError(f"{where} has use_rms_norm: norms within the linear layers are not read", _ELSEWHERE)
+        modules = [
+            name.rpartition(".")[0]
+            for name, info in checkpoint.tensors.items()
+            if name.endswith(".weight_scale") or (name.endswith(".weight") and info.dtype == "U8")
+        ]
+        if not modules:
+            raise CheckpointError(f"{checkpoint.folder} has no packed weights", _DAMAGED)
+        return {module: _planned(module, _INVERSE[kind], checkpoint) for module in dict.fromkeys(modules)}
+
+    def notes(self, plan: Plan, _fused: Sequence[Sequence[str]], /) -> list[str]:
+        return ["transformers decodes all weights while loading, and needs accelerate for that; vLLM does not read it"]
+
+
+def _obstacle(p: Planned) -> str | None:
+    """What the layout lacks for `p`; None if it holds it exactly."""
+    if p.scheme != parse(SCHEME):
+        return f"{p.scheme.name}, only {SCHEME}"
+    if p.role not in ("linear", "head") or p.transposed or len(p.shape) != 2:
+        return f"quantized {p.role}"
+    if "experts" in p.module.split("."):
+        return "packed experts"
+    if p.bias:
+        return "biases: transformers multiplies them by the weight's scale"
+    if p.shape[0] % _PARTS:
+        return f"{p.shape[0]} output rows, only multiples of {_PARTS}"
+    return None
+
+
+def _pattern(module: str, plan: Plan) -> str:
+    """What transformers leaves alone: it takes names for regular expressions, and for ends of longer names."""
+    longer = any(name.endswith(module) for name in plan)
+    return f"{re.escape(module)}$" if longer else module
+
+
+def _planned(module: str, inverse: bool, checkpoint: Checkpoint) -> Planned:
+    """`module`, whose tensors must be those of the layout."""
+    tensors = checkpoint.tensors
+    weight, scale = (tensors.get(f"{module}.{part}") for part in ("weight", "weight_scale"))
+    for name, info in (("weight", weight), ("weight_scale", scale)):
+        if info is None:
+            raise CheckpointError(f"{checkpoint.folder}: {module}.{name} is missing", _DAMAGED)
+    assert weight is not None and scale is not None
+    if weight.dtype != "U8" or len(weight.shape) != 2 or 0 in weight.shape:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {weight.name} is {weight.dtype} {list(weight.shape)}, not U8 [N/{_PARTS}, K]",
+            _DAMAGED,
+        )
+    if scale.dtype not in _SOURCES or scale.numel != 1:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {scale.name} is {scale.dtype} {list(scale.shape)}, not one float", _DAMAGED
+        )
+    if not inverse and f"{module}.bias" in tensors:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {module}.bias: transformers' autobitlinear multiplies it by the weight's scale",
+            _ELSEWHERE,
+        )
+    shape = (_PARTS * weight.shape[0], weight.shape[1])
+    return Planned(module, parse(SCHEME), shape, source_dtype=_SOURCES[scale.dtype], inverse_scale=inverse)
+
+
+FORMAT = BitNet()

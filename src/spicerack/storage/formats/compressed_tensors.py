@@ -1,0 +1,311 @@
+"""compressed-tensors: the interchange format that transformers and vLLM read. (Facts: compressed-tensors 0.20.)
+
+Linear P [N, K], b-bit codes, groups of g inputs (a row is a group of K):
+
+    pack-quantized    P.weight_packed      I32 [N, ceil(K b / 32)]   code + 2^(b-1), the stream of `bits` along K
+                      P.weight_scale       float [N, K/g]
+                      P.weight_zero_point  I32 [ceil(N b / 32), K/g] zero + 2^(b-1), the stream along N (schemes with z)
+                      P.weight_shape       I64 [2]                   N, K
+    int-quantized     P.weight             I8 [N, K]                 w8a8, w8a8s
+                      P.weight_scale       float [N, 1]
+                      P.input_scale        F32 [1]                   w8a8s
+
+Reading looks at the tensors themselves, with config.json for what they cannot tell. Regular expressions in a stranger's
+config are never run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spicerack.errors import CheckpointError
+from spicerack.numerics import bits, native
+from spicerack.numerics.levels import dtype_of
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import IntLevels, Scheme, parse
+from spicerack.storage.format import Layout, Plan, Planned, checked_input_scale
+from spicerack.storage.reader import Checkpoint
+from spicerack.storage.writer import safetensors_dtype
+
+METHOD = "compressed-tensors"
+PACKED, INTEGER = "pack-quantized", "int-quantized"
+_SOURCES = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16}
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "observer": None}
+_ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "token": {**_INT8, "strategy": "token", "dynamic": True},
+    "static": {**_INT8, "strategy": "tensor", "dynamic": False},
+}
+_ELSEWHERE = "load it with transformers"
+_DAMAGED = "the folder is damaged, or in a variant of compressed-tensors that is not read"
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensors:
+    """See the module's docstring."""
+
+    name: str = "compressed_tensors"
+
+    def obstacles(self, plan: Plan) -> list[str]:
+        reasons = ((p, _obstacle(p)) for p in plan.values())
+        return [f"{p.module}: compressed-tensors has no {reason}" for p, reason in reasons if reason]
+
+    def layout(self, planned: Planned) -> Layout:
+        module, scheme, (rows, columns) = planned.module, planned.scheme, planned.shape
+        groups = columns // (scheme.group or columns)
+        assert not isinstance(scheme.scale, Scheme)
+        scale = (safetensors_dtype(dtype_of(scheme.scale, planned.source_dtype)), (rows, groups))
+        if scheme.activations:
+            found: Layout = {f"{module}.weight": ("I8", (rows, columns)), f"{module}.weight_scale": scale}
+            return found if scheme.activations == "token" else {**found, f"{module}.input_scale": ("F32", (1,))}
+        tensors: Layout = {f"{module}.weight_packed": ("I32", (rows, bits.word_count(columns, scheme.bits)))}
+        tensors[f"{module}.weight_scale"] = scale
+        if scheme.zero:
+            tensors[f"{module}.weight_zero_point"] = ("I32", (bits.word_count(rows, scheme.bits), groups))
+        tensors[f"{module}.weight_shape"] = ("I64", (2,))
+        return tensors
+
+    def encode(self, planned: Planned, q: QTensor) -> dict[str, torch.Tensor]:
+        assert isinstance(q.scale, torch.Tensor)
+        module, scheme = planned.module, planned.scheme
+        if scheme.activations:
+            found = {f"{module}.weight": q.codes, f"{module}.weight_scale": q.scale}
+            return found if q.input_scale is None else {**found, f"{module}.input_scale": q.input_scale}
+        tensors = {f"{module}.weight_packed": _pack(q.codes, scheme.bits), f"{module}.weight_scale": q.scale}
+        if q.zero is not None:
+            tensors[f"{module}.weight_zero_point"] = _pack(q.zero.t(), scheme.bits).t().contiguous()
+        tensors[f"{module}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
+        return tensors
+
+    def decode(self, planned: Planned, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+        module, scheme, (rows, columns) = planned.module, planned.scheme, planned.shape
+        scale = tensors[f"{module}.weight_scale"].reshape(rows, -1)
+        if scheme.activations:
+            fixed = tensors.get(f"{module}.input_scale")
+            fixed = None if fixed is None else checked_input_scale(module, fixed)
+            return QTensor(scheme, tensors[f"{module}.weight"], scale, input_scale=fixed)
+        codes = _unpack(tensors[f"{module}.weight_packed"], scheme.bits, columns)
+        zero = None
+        if scheme.zero:
+            zero = _unpack(tensors[f"{module}.weight_zero_point"].t(), scheme.bits, rows).t().contiguous()
+        return QTensor(scheme, codes, scale, zero)
+
+    def config(self, config: Mapping[str, Any], plan: Plan, unquantized_linears: Sequence[str]) -> dict[str, Any]:
+        members: dict[Scheme, list[str]] = {}
+        for p in plan.values():
+            members.setdefault(p.scheme, []).append(p.module)
+        everything = [*plan, *unquantized_linears]
+        groups: dict[str, Any] = {}
+        for i, (scheme, modules) in enumerate(members.items()):
+            targets = ["Linear"] if len(members) == 1 else _patterns(modules, everything)
+            groups[f"group_{i}"] = _group(scheme, targets)
+        formats = {_format(scheme) for scheme in members}
+        quantization: dict[str, Any] = {
+            "quant_method": METHOD,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": _patterns(unquantized_linears, everything),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+        if _decodes_on_loading(config, list(members)):
+            quantization["dequantize"] = True
+        return {**config, "quantization_config": quantization}
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        section = config.get("quantization_config")
+        return isinstance(section, dict) and section.get("quant_method") == METHOD
+
+    def float_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+
+    def plan(self, checkpoint: Checkpoint) -> dict[str, Planned]:
+        schemes = _schemes(checkpoint)
+        plan: dict[str, Planned] = {}
+        for name, info in checkpoint.tensors.items():
+            module, _, kind = name.rpartition(".")
+            if kind == "weight_packed" or (kind == "weight" and f"{module}.weight_scale" in checkpoint.tensors):
+                if kind == "weight" and info.dtype != "I8":
+                    raise CheckpointError(f"{checkpoint.folder}: {name} is {info.dtype}; only int8 is read", _DAMAGED)
+                plan[module] = self._match(module, kind == "weight", schemes, checkpoint)
+        return plan
+
+    def _match(self, module: str, integer: bool, schemes: Iterable[Scheme], checkpoint: Checkpoint) -> Planned:
+        """The one scheme of config.json that the tensors of `module` are shaped for."""
+        tensors = checkpoint.tensors
+        if f"{module}.weight_g_idx" in tensors:
+            raise CheckpointError(f"{checkpoint.folder}: {module} has permuted columns (weight_g_idx)", _ELSEWHERE)
+        rows, columns = _shape(module, integer, checkpoint)
+        scale = tensors.get(f"{module}.weight_scale")
+        source = _SOURCES.get(scale.dtype if scale else "")
+        if scale is None or source is None:
+            raise CheckpointError(f"{checkpoint.folder}: {module}.weight_scale is missing or not a float", _DAMAGED)
+        found = []
+        for scheme in schemes:
+            planned = Planned(module, scheme, (rows, columns), source_dtype=source)
+            if integer != (scheme.activations is not None) or columns % (scheme.group or columns):
+                continue
+            wanted = {name: shape for name, (_, shape) in self.layout(planned).items()}
+            optional = {f"{module}.{part}" for part in ("weight_zero_point", "input_scale", "input_zero_point")}
+            if optional & tensors.keys() == optional & wanted.keys() and all(
+                name in tensors and tensors[name].shape == shape for name, shape in wanted.items()
+            ):
+                found.append(planned)
+        if len(found) != 1:
+            parts = (f"{module}.weight", f"{module}.input_")
+            shapes = {n: list(tensors[n].shape) for n in tensors if n.startswith(parts)}
+            raise CheckpointError(
+                f"{checkpoint.folder}: {module} [{rows}, {columns}] fits {len(found)} schemes of config.json: {shapes}",
+                "before 0.18 compressed-tensors packed 3, 5, 6 and 7 bits differently: quantize the float model again",
+            )
+        return found[0]
+
+    def notes(self, plan: Plan, fused: Sequence[Sequence[str]], /) -> list[str]:
+        schemes = {p.scheme for p in plan.values()}
+        zero, mixed = any(s.zero for s in schemes), len(schemes) > 1
+        notes = []
+        if any("experts" in p.module.split(".") for p in plan.values()):
+            notes.append("packed experts: vLLM and spicerack read them, transformers does not")
+        elif zero and mixed:
+            notes.append("zero points and several schemes: vLLM and spicerack read this folder, transformers does not")
+        elif zero:
+            notes.append(
+                "zero points: transformers decodes all weights while loading (dequantize); vLLM reads them as they are"
+            )
+        elif mixed:
+            notes.append("several schemes: dequantize=True in transformers takes one for all and gives wrong weights")
+        uneven = sorted({s.bits for s in schemes} & {3, 5, 6, 7})
+        if uneven:
+            notes.append(f"{uneven[0]} bits: unreadable before compressed-tensors 0.18, which packs them differently")
+        for group in fused:
+            kinds = {plan[m].scheme.name if m in plan else "float" for m in group}
+            if len(kinds) > 1:
+                notes.append(f"{', '.join(group)} are {' and '.join(sorted(kinds))}: vLLM fuses them and refuses")
+                break
+        return notes
+
+
+def _decodes_on_loading(config: Mapping[str, Any], schemes: Sequence[Scheme]) -> bool:
+    """Whether transformers is told to decode the weights as it loads them, rather than at the first forward.
+
+    Zero points load in no other way. Encoders without a head are what sentence-transformers loads, and it calls
+    `forward` past the hook that decodes. With several schemes weights would be wrong: transformers takes one for all.
+    """
+    classes = config.get("architectures")
+    encoder = isinstance(classes, list) and any(
+        str(name).endswith("Model") and "LMHead" not in str(name) for name in classes
+    )
+    return len(schemes) == 1 and (schemes[0].zero or encoder)
+
+
+def _obstacle(p: Planned) -> str | None:
+    """What compressed-tensors lacks for `p`; None if it holds it exactly."""
+    scheme, levels = p.scheme, p.scheme.levels
+    if p.role not in ("linear", "head", "router") or p.transposed or len(p.shape) != 2:
+        return f"quantized {p.role}"
+    top = 2 ** (scheme.bits - 1)
+    if not isinstance(levels, IntLevels) or (levels.lo, levels.hi) != (-top, top - 1):
+        return f"levels of {scheme.name}"
+    if levels.half:
+        return f"half-integer levels ({scheme.name})"
+    if scheme.block[0] != 1 or isinstance(scheme.scale, Scheme) or scheme.min is not None:
+        return f"scales like those of {scheme.name}"
+    if scheme.activations and (scheme.bits, scheme.block, scheme.zero) != (8, (1, None), False):
+        return f"activations like those of {scheme.name} here"
+    return None
+
+
+def _format(scheme: Scheme) -> str:
+    return INTEGER if scheme.activations else PACKED
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": not scheme.zero,
+        "strategy": "group" if scheme.group else "channel",
+        "group_size": scheme.group,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+    activations = dict(_ACTIVATIONS[scheme.activations]) if scheme.activations else None
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+        "format": _format(scheme),
+    }
+
+
+def _patterns(modules: Sequence[str], everything: Sequence[str]) -> list[str]:
+    """Targets that match exactly `modules` among `everything`: one for all layers of a kind where that is safe."""
+    mine = set(modules)
+    others = {_expression(name) for name in everything if name not in mine}
+    targets = (m if _expression(m) in others or not re.search(r"\d", m) else "re:" + _expression(m) for m in modules)
+    return list(dict.fromkeys(targets))
+
+
+def _expression(module: str) -> str:
+    return "^" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split(".")) + "$"
+
+
+def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
+    return native.pack(codes, width, offset=2 ** (width - 1))
+
+
+def _unpack(words: torch.Tensor, width: int, columns: int) -> torch.Tensor:
+    return native.unpack(words, width, columns, offset=2 ** (width - 1)).view(torch.int8)
+
+
+def _shape(module: str, integer: bool, checkpoint: Checkpoint) -> tuple[int, int]:
+    if integer:
+        shape: Sequence[int] = checkpoint.tensors[f"{module}.weight"].shape
+    else:
+        info = checkpoint.tensors.get(f"{module}.weight_shape")
+        if info is None or info.shape != (2,) or info.dtype not in ("I64", "I32"):
+            raise CheckpointError(f"{checkpoint.folder}: {module}.weight_shape is not two integers", _DAMAGED)
+        shape = checkpoint.read(info.name).tolist()
+    if len(shape) != 2 or min(shape) < 1:
+        raise CheckpointError(f"{checkpoint.folder}: {module} has shape {list(shape)}, not [N, K]", _DAMAGED)
+    return shape[0], shape[1]
+
+
+def _schemes(checkpoint: Checkpoint) -> list[Scheme]:
+    """The schemes of config.json's groups, each once."""
+    section = checkpoint.config["quantization_config"]
+    groups = section.get("config_groups")
+    if not isinstance(groups, dict) or section.get("quantization_status", "compressed") != "compressed":
+        raise CheckpointError(f"{checkpoint.folder}: config.json has no config_groups of compressed weights", _DAMAGED)
+    where = f"{checkpoint.folder}: config group"
+    return list(dict.fromkeys(_scheme(group, f"{where} {name}") for name, group in groups.items()))
+
+
+def _scheme(group: Any, where: str) -> Scheme:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
+        raise CheckpointError(f"{where} has no integer weights", _ELSEWHERE)
+    width, size, strategy = weights.get("num_bits"), weights.get("group_size"), weights.get("strategy")
+    grouped = strategy == "group" or (strategy is None and type(size) is int and size > 0)
+    if type(width) is not int or not 2 <= width <= 8 or (grouped and (type(size) is not int or size < 1)):
+        raise CheckpointError(f"{where} has {width!r} bits and group size {size!r}", _ELSEWHERE)
+    if strategy not in ("group", "channel", None):
+        raise CheckpointError(f"{where} has the strategy {strategy!r}", _ELSEWHERE)
+    name = f"w{width}" + (f"g{size}" if grouped else "") + ("" if weights.get("symmetric", True) else "z")
+    activations = group.get("input_activations")
+    if activations is None:
+        return parse(name)
+    kind, suffix = ("token", "a8") if activations.get("dynamic") else ("static", "a8s")
+    wanted = _ACTIVATIONS[kind].items()
+    if name != "w8" or any(activations.get(k, v) != v for k, v in wanted if k not in ("group_size", "observer")):
+        raise CheckpointError(f"{where} has activations that are not read: {activations}", _ELSEWHERE)
+    return parse(name + suffix)
+
+
+FORMAT = CompressedTensors()

@@ -1,0 +1,149 @@
+"""spicerack's own container: holds every scheme, for every kind of layer.
+
+The folder is an ordinary safetensors folder, but its config.json says `"model_type": "spicerack"` and nests the model's
+own config, so that no other loader takes it for a model it knows and fills in random weights:
+
+    {"model_type": "spicerack",
+     "quantized": {"version": 1,
+                   "tensors": [{"scheme": "w8", "shape": [256, 64], "role": "embedding", "dtype": "float32",
+                                "transposed": false, "modules": ["model.embed_tokens"]}, ...]},
+     "config": {"model_type": "llama", ...}}
+
+`config` is absent if the folder holds a plain torch module. Module P has the tensors P.codes, P.scale ... of `packed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spicerack.errors import CheckpointError, SchemeError, ShapeError
+from spicerack.numerics import packed
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import IntLevels, Scheme, parse
+from spicerack.storage.format import CONTAINER, Layout, Plan, Planned, checked_input_scale
+from spicerack.storage.reader import Checkpoint
+from spicerack.storage.writer import safetensors_dtype
+
+VERSION = 1
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_ROLES = ("linear", "conv1d", "conv2d", "embedding", "head", "router", "experts")
+_REMEDY = "the folder is damaged, or was written by a newer spicerack"
+
+
+@dataclass(frozen=True, slots=True)
+class SpicerackFormat:
+    """See the module's docstring."""
+
+    name: str = "spicerack"
+
+    def obstacles(self, plan: Plan) -> list[str]:
+        return [
+            f"{p.module}: scheme {p.scheme.name!r} cannot be found again by its name"
+            for p in plan.values()
+            if not _is_named(p.scheme)
+        ]
+
+    def layout(self, planned: Planned) -> Layout:
+        parts = packed.layout(planned.scheme, planned.shape, planned.source_dtype)
+        return {f"{planned.module}.{key}": (safetensors_dtype(dtype), shape) for key, (dtype, shape) in parts.items()}
+
+    def encode(self, planned: Planned, q: QTensor) -> dict[str, torch.Tensor]:
+        tensors = {f"{planned.module}.{key}": tensor for key, tensor in packed.pack(q).items()}
+        return {name: tensors[name] for name in self.layout(planned)}
+
+    def decode(self, planned: Planned, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+        parts = packed.part(tensors, planned.module)
+        q = packed.unpack(planned.scheme, planned.shape, parts, planned.transposed)
+        levels = planned.scheme.levels
+        last = (levels.lo if isinstance(levels, IntLevels) else 0) + len(levels.values) - 1
+        if len(levels.values) < 1 << levels.bits and q.codes.max() > last:
+            raise CheckpointError(f"{planned.module}: a code that is none of {planned.scheme}'s levels", _REMEDY)
+        if q.input_scale is not None:
+            checked_input_scale(planned.module, q.input_scale)
+        return q
+
+    def config(self, config: Mapping[str, Any], plan: Plan, _unquantized_linears: Sequence[str], /) -> dict[str, Any]:
+        groups: dict[tuple[object, ...], dict[str, Any]] = {}
+        for p in plan.values():
+            facts = {
+                "scheme": p.scheme.name,
+                "shape": list(p.shape),
+                "role": p.role,
+                "dtype": str(p.source_dtype).removeprefix("torch."),
+                "transposed": p.transposed,
+            }
+            key = (p.scheme.name, p.shape, p.role, p.source_dtype, p.transposed)
+            group = groups.setdefault(key, {**facts, "modules": []})
+            group["modules"].append(p.module)
+        written = {"model_type": CONTAINER, "quantized": {"version": VERSION, "tensors": list(groups.values())}}
+        return {**written, "config": dict(config)} if config else written
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        return config.get("model_type") == CONTAINER
+
+    def float_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        nested = config.get("config", {})
+        if not isinstance(nested, dict):
+            raise CheckpointError("config.json: 'config' is not an object", _REMEDY)
+        return nested
+
+    def plan(self, checkpoint: Checkpoint) -> dict[str, Planned]:
+        where = str(checkpoint.folder / "config.json")
+        table = checkpoint.config.get("quantized")
+        if not isinstance(table, dict) or not isinstance(table.get("tensors"), list):
+            raise CheckpointError(f"{where}: 'quantized' has no list 'tensors'", _REMEDY)
+        if table.get("version") != VERSION:
+            raise CheckpointError(f"{where}: version {table.get('version')!r} of the container", "update spicerack")
+        plan: dict[str, Planned] = {}
+        for group in table["tensors"]:
+            for planned in _read_group(group, where):
+                self._check(planned, checkpoint)
+                plan[planned.module] = planned
+        return plan
+
+    def _check(self, planned: Planned, checkpoint: Checkpoint) -> None:
+        for name, (dtype, shape) in self.layout(planned).items():
+            info = checkpoint.tensors.get(name)
+            if info is None or (info.dtype, info.shape) != (dtype, shape):
+                found = f"is {info.dtype} {list(info.shape)}" if info else "is missing"
+                wanted = f"{planned.scheme} needs {dtype} {list(shape)}"
+                raise CheckpointError(f"{checkpoint.folder}: {name} {found}; {wanted}", _REMEDY)
+
+    def notes(self, plan: Plan, _fused: Sequence[Sequence[str]], /) -> list[str]:
+        names = sorted({p.scheme.name for p in plan.values()})
+        return [f"only spicerack reads this folder ({', '.join(names)})"]
+
+
+def _read_group(group: Any, where: str) -> list[Planned]:
+    """One entry of the table; every value of a stranger's file is checked."""
+    try:
+        scheme = parse(group["scheme"])
+        shape = tuple(group["shape"])
+        role, dtype, transposed, modules = group["role"], _DTYPES[group["dtype"]], group["transposed"], group["modules"]
+        sound = (
+            all(type(size) is int and 0 < size < 1 << 40 for size in shape)
+            and role in _ROLES
+            and isinstance(transposed, bool)
+            and isinstance(modules, list)
+            and all(isinstance(module, str) for module in modules)
+        )
+        scheme.check_shape(where, shape)
+    except (KeyError, TypeError, SchemeError, ShapeError) as error:
+        raise CheckpointError(f"{where}: an entry of 'quantized' is not understood: {error}", _REMEDY) from error
+    if not sound:
+        raise CheckpointError(f"{where}: an entry of 'quantized' has a wrong shape, role or list of modules", _REMEDY)
+    return [Planned(module, scheme, shape, role, dtype, transposed) for module in modules]
+
+
+def _is_named(scheme: Scheme) -> bool:
+    try:
+        return parse(scheme.name) == scheme
+    except SchemeError:
+        return False
+
+
+FORMAT = SpicerackFormat()

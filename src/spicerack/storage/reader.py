@@ -1,0 +1,173 @@
+"""Reads a folder of safetensors: everything about the tensors from headers alone, then one tensor at a time.
+
+Headers are parsed by the safetensors library, which proves that the tensors tile each file exactly: truncated files,
+gaps and overlaps end here. torch is imported when the first tensor is read, not before: `inspect` runs without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from spicerack.errors import CheckpointError
+from spicerack.storage import files
+
+if TYPE_CHECKING:
+    import torch
+
+BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+"""Bits per element of safetensors' types."""
+_MAX_NAME = 1000
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor: safetensors dtype ("BF16"), shape, bytes, and the shard that holds it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder, opened: `open` reads headers, `read` one tensor.
+
+    tensors     by name, in the order of their bytes on disk, shard after shard, so that reading them all is sequential
+    side_files  every other file that belongs to the model, relative, '/'-separated
+    notes       what was noticed and left alone, for people
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    shards: tuple[str, ...]
+    side_files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(cls, model: str | Path) -> Checkpoint:
+        """Open a local folder or a hub id. Raises CheckpointError naming file, tensor, rule and remedy."""
+        found = files.find(files.locate(model))
+        config = files.read_json(found.folder / files.CONFIG, files.MAX_CONFIG_BYTES)
+        tensors: dict[str, TensorInfo] = {}
+        for shard in found.shards:
+            for info in _read_header(found.folder / shard):
+                if info.name in tensors:
+                    raise CheckpointError(
+                        f"tensor {info.name} is in both {tensors[info.name].file} and {shard} of {found.folder}",
+                        "save the model again with save_pretrained",
+                    )
+                tensors[info.name] = info
+        if not tensors:
+            raise CheckpointError(f"{found.folder / found.shards[0]} holds no tensors", "fetch the file again")
+        notes = [f"{name} is not part of the model and is left out" for name in found.left_out]
+        if found.index is not None:
+            notes += _check_index(found.folder, found.index, tensors)
+        return cls(found.folder, config, tensors, found.shards, found.side_files, tuple(notes))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in its stored type.
+
+        The file is mapped afresh each time: a mapping that lives on keeps every page it has touched resident, until the
+        whole shard is. The tensor's pages go when the tensor goes.
+        """
+        info = self.tensors[name]
+        try:
+            with safe_open(self.folder / info.file, framework="pt") as shard:
+                tensor: torch.Tensor = shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(self.folder / info.file, error, name) from error
+        return tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop-1 of a tensor's first axis; no other page of the file is touched."""
+        info = self.tensors[name]
+        try:
+            with safe_open(self.folder / info.file, framework="pt") as shard:
+                rows: torch.Tensor = shard.get_slice(name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(self.folder / info.file, error, name) from error
+        return rows
+
+    def fingerprint(self) -> str:
+        """sha256 hex over config.json and each shard's name, size, header and 16 samples of 4 KiB spread over its data.
+
+        Tells whether a run that resumes still sees the model it began with, in milliseconds at any size. It is not a
+        hash of all bytes: a change that hits no sample, and leaves sizes and headers alone, is not seen.
+        """
+        digest = hashlib.sha256((self.folder / files.CONFIG).read_bytes())
+        for shard in self.shards:
+            path = self.folder / shard
+            size = path.stat().st_size
+            digest.update(f"\n{shard}\n{size}\n".encode())
+            with path.open("rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(header))
+                begin, last = 8 + header, max(8 + header, size - _SAMPLE_BYTES)
+                for i in range(_SAMPLES):
+                    file.seek(begin + (last - begin) * i // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def _read_header(path: Path) -> Iterator[TensorInfo]:
+    """Infos of one shard, by offset. numpy is the framework that costs least; no data is read."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file", "fetch the shard again")
+    try:
+        with safe_open(path, framework="numpy") as shard:
+            for name in shard.offset_keys():
+                if len(name) > _MAX_NAME or not name.isprintable():
+                    raise CheckpointError(
+                        f"{path}: tensor name {name[:60]!r} is too long or not printable", "do not trust this file"
+                    )
+                view = shard.get_slice(name)
+                dtype, shape = view.get_dtype(), tuple(view.get_shape())
+                if dtype not in BITS:
+                    raise CheckpointError(f"{path}: {name} has the unknown type {dtype}", "update spicerack")
+                yield TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, path.name)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception, tensor: str = "") -> CheckpointError:
+    what = f"{path}: {tensor}" if tensor else f"{path}"
+    return CheckpointError(f"{what} cannot be read: {error}", "the file is damaged or incomplete: fetch it again")
+
+
+def _check_index(folder: Path, index: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
+    """The index must not promise what is not there. What it forgets is kept, as transformers does, and noted."""
+    for name, shard in index.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{folder}: the index names tensor {name!r}, which is not in its shard {shard}", "fetch the shard again"
+            )
+        if tensors[name].file != shard:
+            raise CheckpointError(
+                f"{folder}: the index says {name!r} is in {shard}, it is in {tensors[name].file}",
+                "save the model again with save_pretrained",
+            )
+    return [
+        f"{name} is in {info.file} but not in the index; it is kept"
+        for name, info in tensors.items()
+        if name not in index
+    ]

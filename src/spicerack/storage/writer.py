@@ -1,0 +1,283 @@
+"""Writes a folder of safetensors shards: streaming, atomic, resumable.
+
+Everything happens in `OUT.partial`, which becomes `OUT` in one rename at the very end, so that no reader ever meets
+half a folder. Inside it a finished shard is the progress record:
+
+    1. its tensors stream into `<shard>.tmp`, header first (all shapes are known before a weight is read);
+    2. its ledger entries go to `<shard>.ledger.json`;
+    3. fsync, then the rename that makes the shard count.
+
+When all shards are there, `finish` adds the side files, the index, the ledger and, last, config.json; `seal` clears the
+progress records and renames. A run that is killed anywhere and started again continues from what is on disk. A
+different recipe, model or version is refused by name instead of mixed in, and so is a second run while one is at work.
+The format is written by hand because the safetensors library writes only what is in memory all at once; tests read
+every shard back with that library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from spicerack.errors import OutputError
+from spicerack.storage.durable import (
+    LOCK,
+    disk_error,
+    json_bytes,
+    locked,
+    read_json,
+    refuse_other,
+    sync,
+    write_atomically,
+)
+from spicerack.storage.reader import BITS
+
+SHARD_BYTES = 2_000_000_000
+"""Shards are closed at this size (a single larger tensor gets a shard of its own): what a crash can cost at most."""
+LEDGER = "spicerack.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+_PROGRESS = "progress.json"  # OUT.partial: whose it is
+
+
+def partial_folder(output: Path) -> Path:
+    """Where `output` lies until it is whole."""
+    return output.with_name(output.name + ".partial")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor that will be written: name, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return -(-math.prod(self.shape) * BITS[self.dtype] // 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one source tensor becomes: never split over shards. No slots: the tensor is dropped."""
+
+    source: str
+    slots: tuple[Slot, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slot in self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file of the output and the units in it, in order."""
+
+    file: str
+    units: tuple[Unit, ...]
+
+
+def plan_shards(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
+    """Fill shards in order; one shard is called `model.safetensors`, several are numbered as transformers does."""
+    groups: list[list[Unit]] = [[]]
+    size = 0
+    for unit in units:
+        if size and size + unit.nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(unit)
+        size += unit.nbytes
+    if len(groups) == 1:
+        return (Shard("model.safetensors", tuple(groups[0])),)
+    return tuple(Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1))
+
+
+class Writer:
+    """One output folder in the making: `pending`/`shard` until all are there, then `finish`, then `seal`.
+
+    resumed: an earlier run left finished shards. complete: it left everything but the final rename.
+    identity: JSON-able facts that must be equal for a resumed run to continue this folder (recipe, source, versions).
+    Raises OutputError if OUT exists, if OUT.partial belongs to something else or is being written, or if the disk is
+    too small.
+    """
+
+    def __init__(self, output: Path, shards: Sequence[Shard], identity: Mapping[str, Any], side_bytes: int = 0) -> None:
+        self.output = output
+        self.partial = partial_folder(output)
+        self.shards = tuple(shards)
+        self._begin(dict(identity), side_bytes)
+
+    def _begin(self, identity: dict[str, Any], side_bytes: int) -> None:
+        refuse_existing(self.output, identity)
+        record = self.partial / _PROGRESS
+        if self.partial.exists():
+            before = read_json(record) or (read_json(self.partial / LEDGER) or {}).get("identity")
+            if before is None and any(p.name != LOCK for p in self.partial.iterdir()):
+                raise OutputError(f"{self.partial} exists and is not ours", "remove it or choose another output folder")
+            if before is not None:
+                refuse_other(self.partial, before, identity)
+        self.complete = (self.partial / CONFIG).exists()
+        self.resumed = self.complete or any((self.partial / shard.file).exists() for shard in self.shards)
+        missing = sum(u.nbytes for s in self.shards for u in s.units if not (self.partial / s.file).exists())
+        check_disk(self.output.parent, missing + side_bytes)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._unlock = weakref.finalize(self, os.close, locked(self.partial))
+        for leftover in self.partial.glob("*.tmp"):
+            leftover.unlink()
+        if not self.complete:
+            write_atomically(record, json_bytes(identity))
+
+    def pending(self) -> Iterator[Shard]:
+        """Shards that are not on disk yet."""
+        return (shard for shard in self.shards if not (self.partial / shard.file).exists())
+
+    @contextmanager
+    def shard(self, shard: Shard) -> Iterator[ShardWriter]:
+        """Write one shard; it counts once the block ends without an exception."""
+        temporary = self.partial / (shard.file + ".tmp")
+        try:
+            with temporary.open("wb") as file:
+                writer = ShardWriter(file, shard)
+                yield writer
+                writer.finish()
+                file.flush()
+                os.fsync(file.fileno())
+            write_atomically(self._ledger_of(shard), json_bytes(writer.entries))
+            temporary.replace(self.partial / shard.file)
+            sync(self.partial)
+        except OSError as error:
+            raise disk_error(error, self.partial) from error
+
+    def _ledger_of(self, shard: Shard) -> Path:
+        return self.partial / (shard.file + ".ledger.json")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Ledger entries of all shards, in order, from disk: the same whether or not the run was interrupted."""
+        return [entry for shard in self.shards for entry in read_json(self._ledger_of(shard)) or []]
+
+    def finish(self, files: Mapping[str, bytes], source: Path, side_files: Iterable[str]) -> None:
+        """Copy the side files, write the index, then `files` in order; the last, config.json, completes the folder."""
+        if list(files)[-1] != CONFIG:
+            raise AssertionError("config.json must be the last file")
+        try:
+            for name in side_files:
+                target = self.partial / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, target)
+            if len(self.shards) > 1:
+                write_atomically(self.partial / INDEX, json_bytes(self._index()))
+            for name, content in files.items():
+                write_atomically(self.partial / name, content)
+        except OSError as error:
+            raise disk_error(error, self.partial) from error
+
+    def seal(self) -> None:
+        """Clear the progress records and make OUT appear. Needs a complete folder."""
+        try:
+            for leftover in [*self.partial.glob("*.ledger.json"), self.partial / _PROGRESS, self.partial / LOCK]:
+                leftover.unlink(missing_ok=True)
+            sync(self.partial)
+            self._unlock()
+            self.partial.replace(self.output)
+            sync(self.output.parent)
+        except OSError as error:
+            raise disk_error(error, self.partial) from error
+
+    def _index(self) -> dict[str, Any]:
+        weight_map = {slot.name: shard.file for shard in self.shards for unit in shard.units for slot in unit.slots}
+        total = sum(unit.nbytes for shard in self.shards for unit in shard.units)
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+class ShardWriter:
+    """Tensors of one shard, written in the order that the header promised."""
+
+    def __init__(self, file: BinaryIO, shard: Shard) -> None:
+        self._file = file
+        self._todo = [slot for unit in shard.units for slot in unit.slots]
+        self.entries: list[dict[str, Any]] = []
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for slot in self._todo:
+            header[slot.name] = {
+                "dtype": slot.dtype,
+                "shape": list(slot.shape),
+                "data_offsets": [offset, offset + slot.nbytes],
+            }
+            offset += slot.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        self._todo.reverse()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one tensor; it must be the next one promised, in type and shape."""
+        slot = self._todo.pop()
+        found = Slot(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+        if found != slot:
+            raise AssertionError(f"the plan promised {slot}, the encoder made {found}")
+        flat = tensor.detach().contiguous().reshape(-1)
+        if flat.numel():
+            self._file.write(flat.view(torch.uint8).numpy().data)
+
+    def finish(self) -> None:
+        if self._todo:
+            raise AssertionError(f"{len(self._todo)} promised tensors were not written, first {self._todo[-1].name}")
+
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
+
+
+def safetensors_dtype(dtype: torch.dtype) -> str:
+    """safetensors' name of a torch type."""
+    return _DTYPE_NAMES[dtype]
+
+
+def refuse_existing(output: Path, identity: Mapping[str, Any]) -> None:
+    """Raise OutputError if `output` exists: a finished folder is never overwritten."""
+    if not output.exists():
+        return
+    ledger = read_json(output / LEDGER) if output.is_dir() else None
+    if ledger is None:
+        raise OutputError(f"{output} exists and is not a folder that spicerack wrote", "choose another output folder")
+    refuse_other(output, ledger.get("identity", {}), identity)
+    raise OutputError(f"{output} is finished already, from the same model and recipe", "remove it to make it again")
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise OutputError unless the disk under `folder` has room for `needed` bytes."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"{folder} has {free / 1e9:.2f} GB free; the output takes {needed / 1e9:.2f} GB", "free some space"
+        )

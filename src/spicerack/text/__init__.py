@@ -1,0 +1,1 @@
+"""From files, chats and data sets to tokens."""

@@ -1,0 +1,169 @@
+"""Calibration text: a few sequences of tokens, chosen by seed from a source of any size, for statistics of activations.
+
+For a decoder the documents are joined with the tokenizer's own end and start tokens and cut into sequences of equal
+length; nothing is padded. For an encoder each document is one sequence, and padding is masked.
+
+Calibrate on other text than is evaluated: the same would flatter the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from spicerack.errors import TextError
+from spicerack.evaluation.folder import Kind
+from spicerack.text import documents as calibration_documents
+from spicerack.text.packing import Packing, Reading
+
+T = TypeVar("T")
+
+BYTES_A_TOKEN = 32
+"""Text that is tokenized for each token asked for: about eight times as much as is used."""
+LEAST_BYTES = 1 << 20
+FEWEST_TOKENS = 8
+UNKNOWN_NOTED, UNKNOWN_REFUSED = 0.01, 0.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """ids int64 [S, L]; mask bool [S, L], False where padding is, or None where there is none.
+
+    sha256: of the text that the sequences were chosen from, in UTF-8 with a zero byte between documents; of a text file
+    that was read whole it is the file's own. unknown: share of tokens that the tokenizer does not know. source: what
+    was read. notes: sentences on what was not as asked for.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    sha256: str
+    unknown: float
+    source: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of ids and mask: what must be the same for a run to continue."""
+        digest = hashlib.sha256(self.ids.numpy().tobytes())
+        if self.mask is not None:
+            digest.update(self.mask.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def read(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    kind: Kind = "decoder",
+) -> Calibration:
+    """Choose `samples` sequences from `source`: for a decoder of `length` tokens, for an encoder of at most as many.
+
+    source: a text file, a .jsonl file of {"text"} or {"messages"}, a folder of those, or a dataset (an id, id:config,
+    or a folder of tables), which needs the package `datasets`. All sequences are equally likely; they keep the order of
+    the source. If there are fewer, all are taken. Of large sources a part is tokenized that is spread over the whole.
+
+    Raises TextError for text that is missing, broken, too short, of hardly any different tokens, or mostly unknown to
+    the tokenizer.
+    """
+    if samples < 1 or length < 2:
+        raise TextError(f"{samples} sequences of {length} tokens are no calibration", "ask for at least 1 of 2 tokens")
+    found = calibration_documents.find(source)
+    budget = max(BYTES_A_TOKEN * samples * length, LEAST_BYTES)
+    reading = Reading(
+        share=1.0 if kind == "encoder" or found.dataset else min(budget / max(found.size, 1), 1.0),
+        limit=budget if found.dataset else None,
+        seed=seed,
+    )
+    text = reading.keep(calibration_documents.passages(found, tokenizer, by_line=kind == "encoder", seed=seed))
+    mask: torch.Tensor | None = None
+    notes: list[str] = []
+    if kind == "encoder":
+        documents = sample((passage.text for passage in text if passage.first and passage.text.strip()), samples, seed)
+        if not documents:
+            raise TextError(f"{source} has no text", "give one sentence per line")
+        ids, mask = _padded(documents, tokenizer, length)
+        full = int(mask.all(1).sum()) if mask.shape[1] == length else 0
+        if full:
+            notes.append(f"{full} documents fill all {length} tokens; what is beyond was not used")
+    else:
+        packing = Packing(tokenizer, length)
+        sequences = sample(packing.sequences(text), samples, seed)
+        if not sequences:
+            raise TextError(
+                f"{source} has {packing.seen} tokens, and one sequence needs {length}",
+                f"give a longer text, or use sequences of {max(packing.seen, 2)} tokens or fewer",
+            )
+        ids = torch.tensor(sequences)
+    if reading.share < 1:
+        notes.append(f"chosen from {reading.share:.2%} of the text, spread over all of it")
+    if reading.stopped:
+        notes.append(f"chosen from the first {reading.documents} documents of the shuffled dataset")
+    if len(ids) < samples:
+        notes.append(f"the text has only {len(ids)} of the {samples} sequences asked for")
+    made = Calibration(ids, mask, reading.digest.hexdigest(), 0.0, str(source), tuple(notes))
+    return checked(made, tokenizer)
+
+
+def checked(made: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibration:
+    """`made` with its share of unknown tokens, and notes on what is odd about it. Raises TextError if it is no use."""
+    special = set(tokenizer.all_special_ids)
+    unknown_id = tokenizer.unk_token_id
+    if unknown_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        unknown_id = None  # GPT-2's end of text also stands for what is unknown, of which there is none
+    real = made.ids if made.mask is None else made.ids[made.mask]
+    words = real[~torch.isin(real, torch.tensor(sorted(special - {unknown_id}), dtype=torch.int64))]
+    unknown = 0.0 if unknown_id is None else int((words == unknown_id).sum()) / max(len(words), 1)
+    if unknown > UNKNOWN_REFUSED:
+        raise TextError(
+            f"{made.source}: the tokenizer does not know {unknown:.0%} of the tokens",
+            "give text in a language that the model was trained on",
+        )
+    kinds = words.unique().tolist()
+    if len(kinds) < FEWEST_TOKENS:
+        shown = ", ".join(repr(tokenizer.decode([token])) for token in kinds)
+        raise TextError(
+            f"{made.source} has only {len(kinds)} different tokens: {shown or 'none'}",
+            "give text such as the model will meet",
+        )
+    notes = list(made.notes)
+    distinct = len(made.ids.unique(dim=0))
+    if distinct < len(made.ids):
+        notes.append(f"only {distinct} of the {len(made.ids)} sequences differ from each other")
+    if unknown > UNKNOWN_NOTED:
+        notes.append(f"the tokenizer does not know {unknown:.1%} of the tokens")
+    return replace(made, unknown=unknown, notes=tuple(notes))
+
+
+def sample(items: Iterable[T], count: int, seed: int) -> list[T]:
+    """`count` of the items, or all if there are fewer, in their order; every choice is equally likely.
+
+    Keeps `count` items in memory. (Vitter's algorithm R, ACM TOMS 11, 1985.)
+    """
+    rng = random.Random(seed)
+    kept: list[tuple[int, T]] = []
+    for number, item in enumerate(items):
+        if number < count:
+            kept.append((number, item))
+        elif (place := int(rng.random() * (number + 1))) < count:
+            kept[place] = number, item
+    return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
+
+
+def _padded(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids int64 and mask bool [S, L], L the longest document but at most `length`; padding comes last."""
+    rows = tokenizer(documents, truncation=True, max_length=length, verbose=False).input_ids
+    ids, mask = (
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in filled], batch_first=True, padding_value=value)
+        for filled, value in ((rows, tokenizer.pad_token_id or 0), ([[True] * len(row) for row in rows], False))
+    )
+    return ids, mask

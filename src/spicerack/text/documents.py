@@ -1,0 +1,165 @@
+"""Where calibration text comes from: a text file, JSON lines, a folder of those, or a dataset; as documents."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from spicerack.errors import TextError
+from spicerack.text.pieces import PIECE_BYTES, pieces, sentences
+
+TEXT, LINES = ".txt", ".jsonl"
+TABLES = (".parquet", ".arrow")
+LONGEST_LINE = 1 << 26
+SHUFFLED = 1000
+"""Rows of a dataset that are shuffled at once, beside its shards."""
+_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
+_FILE_ENDS = (TEXT, LINES, *TABLES, ".json", ".md", ".csv")
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Some text. first: a document begins with it; rendered: by a chat template, whose special tokens are meant."""
+
+    text: str
+    first: bool
+    rendered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Files to read one after the other, or the id or folder of a dataset."""
+
+    files: tuple[Path, ...] = ()
+    dataset: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that exist."""
+        return sum(file.stat().st_size for file in self.files if file.is_file())
+
+
+def find(source: str | Path) -> Source:
+    """What `source` names. Raises TextError if there is no such thing, or nothing in it."""
+    path = Path(source)
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        if any(p.suffix in TABLES for p in inside):
+            return Source(dataset=str(source))
+        files = tuple(p for p in inside if p.suffix in (TEXT, LINES))
+        if not files:
+            raise TextError(f"{path} has no {TEXT} or {LINES} file", "give a folder with text in it, or a file")
+        return Source(files)
+    if path.suffix == ".json":
+        raise TextError(f"{path} is JSON, not text", f"write one object a line and call it {path.stem}{LINES}")
+    if not path.exists() and _ID.fullmatch(str(source)) and path.suffix not in _FILE_ENDS:
+        return Source(dataset=str(source))
+    return Source((path,))
+
+
+def passages(source: Source, tokenizer: PreTrainedTokenizerBase, *, by_line: bool, seed: int) -> Iterator[Passage]:
+    """The text of `source`, file by file; a text file is one document, or with `by_line` each of its lines is one.
+
+    A dataset's rows come shuffled by `seed`. Raises TextError for what is no text, naming file and line.
+    """
+    if source.dataset is not None:
+        for number, row in enumerate(_rows(source.dataset, seed), start=1):
+            yield from _document(row, f"{source.dataset}, row {number}", tokenizer)
+    for path in source.files:
+        if path.suffix == LINES:
+            for number, line in _lines(path):
+                yield from _document(_object(line, path, number), f"{path}, line {number}", tokenizer)
+        elif by_line:
+            for sentence, _ in sentences(path):
+                yield Passage(sentence, True)
+        else:
+            for number, piece in enumerate(pieces(path)):
+                yield Passage(piece.text, number == 0)
+
+
+def _document(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:
+    """A record's text in pieces, or its chat, rendered."""
+    text, messages = record.get("text"), record.get("messages")
+    if isinstance(text, str):
+        for at in range(0, len(text) or 1, PIECE_BYTES):
+            yield Passage(text[at : at + PIECE_BYTES], at == 0)
+        return
+    if not _is_chat(messages):
+        raise TextError(
+            f'{where} has neither "text" nor "messages"',
+            'give {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}',
+        )
+    if tokenizer.chat_template is None:
+        raise TextError(f"{where} is a chat, but the tokenizer has no chat template", "give plain text instead")
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise TextError(f"{where}: the tokenizer's chat template refuses it: {error}", "leave this chat out") from error
+    assert isinstance(rendered, str)
+    yield Passage(rendered, True, rendered=True)
+
+
+def _is_chat(messages: Any) -> TypeGuard[list[dict[str, str]]]:
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages)
+    )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
+    held: list[str] = []
+    number = length = 0
+    for piece in pieces(path):
+        held.append(piece.text)
+        length += len(piece.text)
+        if piece.fraction < 1.0 and not piece.text.endswith("\n"):
+            if length > LONGEST_LINE:
+                raise TextError(f"{path}, line {number + 1} is longer than 64 MiB", f"is it a {LINES} file?")
+            continue
+        for line in "".join(held).removesuffix("\n").split("\n"):
+            number += 1
+            if line.strip():
+                yield number, line
+        held, length = [], 0
+
+
+def _object(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"{path}, line {number} is not JSON: {error}", "give one JSON object a line") from error
+    if not isinstance(found, dict):
+        raise TextError(
+            f"{path}, line {number} is {type(found).__name__}, not an object", "give one JSON object a line"
+        )
+    return found
+
+
+def _rows(dataset: str, seed: int) -> Iterator[dict[str, Any]]:
+    try:
+        library: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        what = f"{dataset} is no file here" if not Path(dataset).exists() else f"{dataset} holds tables"
+        raise TextError(
+            f"{what}, and reading it as a dataset needs the package `datasets`",
+            f"pip install datasets, or give a {TEXT} or {LINES} file that exists",
+        ) from error
+    try:
+        name, _, config = (dataset, "", "") if Path(dataset).exists() else dataset.partition(":")
+        rows = library.load_dataset(name, config or None, split="train", streaming=True)
+        yield from rows.shuffle(seed=seed, buffer_size=SHUFFLED)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TextError(
+            f"{dataset} cannot be read as a dataset: {reason}", "try NAME:CONFIG, or give a file"
+        ) from error

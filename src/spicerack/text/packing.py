@@ -1,0 +1,86 @@
+"""From documents to sequences of tokens: what is read of a source, and how documents are joined and cut."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from spicerack.text.documents import Passage
+from spicerack.text.pieces import start_token
+
+
+class Reading:
+    """Lets an evenly spread share of the passages through, or all up to a limit in bytes, and hashes them."""
+
+    def __init__(self, *, share: float, limit: int | None, seed: int) -> None:
+        self.share, self.limit = share, limit
+        self.phase = random.Random(seed).random()
+        self.digest = hashlib.sha256()
+        self.documents = 0
+        self.stopped = False
+
+    def keep(self, passages: Iterable[Passage]) -> Iterator[Passage]:
+        """What is let through; where something before it is missing, a document begins."""
+        gap = False
+        size = 0
+        for passage in passages:
+            self.phase += self.share
+            if self.phase < 1:
+                gap = True
+                continue
+            self.phase -= 1
+            first, gap = passage.first or gap, False
+            encoded = passage.text.encode("utf-8", "surrogatepass")  # JSON can hold half a surrogate pair
+            self.digest.update(b"\0" * (first and self.documents > 0) + encoded)
+            self.documents += first
+            yield replace(passage, first=first)
+            size += len(encoded)
+            if self.limit is not None and size >= self.limit:
+                self.stopped = True
+                return
+
+
+class Packing:
+    """Documents to sequences of `length` tokens, joined as a causal model expects.
+
+    Between documents stand the end token, and the start token if the tokenizer puts one before every text; such a one
+    also begins every sequence. What is left at the end is dropped. seen: tokens so far.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        start = start_token(tokenizer)
+        self.tokenizer = tokenizer
+        self.prefix = [] if start is None else [start]
+        self.joint = [t for t in (tokenizer.eos_token_id,) if t is not None and t != start] + self.prefix
+        self.fresh = length - len(self.prefix)
+        self.seen = 0
+
+    def sequences(self, passages: Iterable[Passage]) -> Iterator[list[int]]:
+        """The sequences, in order."""
+        waiting: list[int] = []
+        last: int | None = None
+        for passage in passages:
+            # verbose=False: a passage is longer than the model's window on purpose
+            new = self.tokenizer(
+                passage.text, add_special_tokens=False, split_special_tokens=not passage.rendered, verbose=False
+            ).input_ids
+            if not new:
+                continue
+            self.seen += len(new)
+            if passage.first and last is not None:  # a chat template may have written such tokens itself
+                waiting += [token for token in self.joint if token not in (last, new[0])]
+            waiting += new
+            last = new[-1]
+            at = 0
+            while True:
+                while waiting[at : at + 1] == self.prefix != []:
+                    at += 1
+                if len(waiting) - at < self.fresh:
+                    break
+                yield self.prefix + waiting[at : at + self.fresh]
+                at += self.fresh
+            waiting = waiting[at:]

@@ -1,0 +1,1 @@
+"""Quantization-aware training for any loop: layers that round while they learn."""

@@ -1,0 +1,141 @@
+"""The command line's contract: one JSON object, exit codes, hints, order of rules, and a quick start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spicerack.cli import COMMANDS, _output, cli
+
+
+def run(*args: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "spicerack", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+
+
+def in_process(*args: str | Path) -> int:
+    return _output.run(cli, list(map(str, args)))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([command, "--help"] for command in ("quantize", "inspect", "kernels"))]
+)
+def test_help_loads_no_torch(arguments: list[str]) -> None:
+    said = "print('torch' in sys.modules, file=sys.stderr)"
+    code = f"import sys; from spicerack.cli import cli\ntry: cli({arguments!r})\nfinally: {said}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().endswith("False"), done.stderr
+
+
+def test_importing_loads_no_torch_and_changes_nothing() -> None:
+    code = (
+        "import sys, os, warnings; before = dict(os.environ), list(warnings.filters), list(sys.path); import spicerack;"
+        "assert before == (dict(os.environ), list(warnings.filters), list(sys.path));"
+        "print(sorted(set(sys.modules) & {'torch', 'transformers', 'numpy', 'rich', 'click'}), dir(spicerack))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[]") and "quantize" in done.stdout
+
+
+def test_the_first_help_comes_at_once() -> None:
+    """The aim is 0.3 s; the bound is loose, because other work may share the machine."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        run("--help")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 1.5
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        assert in_process(name, "--help") == 0
+        assert "Usage" in capsys.readouterr().out
+
+
+def test_quantize_prints_one_json_object(llama_folder, tmp_path: Path) -> None:
+    done = run("quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", "w4g32", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    keys = {"output", "scheme", "bytes_before", "bytes_after", "bits_per_weight", "bits_per_weight_total", "seconds",
+            "peak_rss_bytes", "resumed"}  # fmt: skip
+    assert keys <= result.keys() and result["bits_per_weight"] == 4.5
+
+
+def test_dry_run_writes_nothing(llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama_folder()
+    before = set(tmp_path.iterdir())
+    assert in_process("quantize", model, "-o", tmp_path / "out", "--scheme", "w8", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["dry_run"] is True
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind", "says"),
+    [
+        (["--scheme", "w4g129q"], 2, "SchemeError", "w4g129q"),
+        ([], 2, "RecipeError", "--scheme"),
+        (["--scheme", "w8", "--set", "nothing=w8"], 2, "RecipeError", "matches nothing"),
+        (["--scheme", "w8", "--range", "best"], 2, "RecipeError", "best"),
+        (["--scheme", "w8", "--bogus"], 2, "UsageError", "--bogus"),
+        (["--scheme", "w8", "--shard-size", "2XB"], 2, "UsageError", "2XB"),
+        (["--scheme", "w4g96"], 2, "ShapeError", "not divisible"),
+        (["--scheme", "w8a8s"], 2, "SchemeError", "calibration"),
+    ],
+)
+def test_errors_are_json_with_a_hint_and_the_right_code(
+    llama_folder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    kind: str,
+    says: str,
+) -> None:
+    assert in_process("quantize", llama_folder(), "-o", tmp_path / "out", *arguments, "--json") == code
+    captured = capsys.readouterr()
+    error = json.loads(captured.out)
+    assert error["error"] == kind and says in error["message"] and error["hint"]
+    assert "error:" in captured.err and "Traceback" not in captured.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_rules_keep_the_order_of_the_command_line(llama_folder, tmp_path: Path) -> None:
+    model = llama_folder()
+    orders = {
+        "skip-first": ["--skip", "**.down_proj", "--set", "model.layers.0.mlp.down_proj=w8"],
+        "set-first": ["--set", "model.layers.0.mlp.down_proj=w8", "--skip", "**.down_proj"],
+    }
+    found = {}
+    for name, rules in orders.items():
+        assert in_process("quantize", model, "-o", tmp_path / name, "--scheme", "w4g32", *rules) == 0
+        entries = json.loads((tmp_path / name / "spicerack.json").read_text())["tensors"]
+        found[name] = {e["tensor"]: e["scheme"] for e in entries}["model.layers.0.mlp.down_proj.weight"]
+    assert found == {"skip-first": "w8", "set-first": None}
+
+
+def test_the_command_line_wins_over_the_recipe_file(llama_folder, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("scheme: w4g32\nrange: absmax\nrules:\n  - '**.down_proj': w8\n")
+    out = tmp_path / "out"
+    assert in_process("quantize", llama_folder(), "-o", out, "--recipe", path, "--set", "**.down_proj=w6") == 0
+    recipe = json.loads((out / "spicerack.json").read_text())["identity"]["recipe"]
+    expected = {"scheme": "w4g32", "method": "rtn", "range": "absmax"}
+    assert recipe == expected | {"rules": [{"**.down_proj": "w8"}, {"**.down_proj": "w6"}]}
+
+
+def test_ctrl_c_is_130_and_the_same_command_continues(llama_folder, tmp_path: Path, monkeypatch, capsys) -> None:
+    from spicerack.quantization import run as quantization
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantization, "execute", interrupted)
+    assert in_process("quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", "w8", "--json") == 130
+    assert "continues" in json.loads(capsys.readouterr().out)["hint"]

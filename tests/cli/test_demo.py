@@ -1,0 +1,64 @@
+"""The demo's models and what its tables must show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import spicerack
+from spicerack.cli._demo import Row, Subject, encoder, language_model, run, subjects
+from spicerack.evaluation.evaluate import measure
+from spicerack.evaluation.language import Comparison, paired_difference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "share", "cosine"), [("w8", 0.27, 0.999), ("w4g32z", 0.16, 0.97)])
+def test_the_encoder_keeps_its_promises(tmp_path: Path, scheme: str, share: float, cosine: float) -> None:
+    """Bytes of codes, scales and zeros over the float32 bytes of the same layers; 80 varied sentences."""
+    subject = Subject("MiniLM", encoder(), False, (Row(scheme, scheme),))
+    original, quantized = run(subject, tmp_path, lambda doing: None)
+    assert quantized["layer_bytes"] <= share * original["layer_bytes"]
+    assert quantized["sentences"] >= 64 and quantized["cosine_mean"] >= cosine
+    assert quantized["bytes_on_disk"] < original["bytes_on_disk"] and quantized["sample"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["w8", "w4g128", "w4g32z", "w3g64", "w2g32z", "w2g32h"])
+def test_opt_is_no_worse_than_absmax(tmp_path: Path, scheme: str) -> None:
+    """Mean KL on held-out text, beyond the 95 % interval paired over windows. docs/quality.md has it on more text."""
+    found = {}
+    for range_ in ("opt", "absmax"):
+        spicerack.quantize(language_model(), scheme, output=tmp_path / range_, range_=range_)
+        figures = measure(tmp_path / range_, against=language_model(), max_tokens=4096, dtype=torch.float32).figures
+        assert isinstance(figures, Comparison)
+        found[range_] = figures
+    difference = paired_difference(found["opt"], found["absmax"])
+    assert difference.lo is not None and difference.lo <= 0
+    assert 0 < found["opt"].mean < (0.001 if scheme == "w8" else 2.0)
+
+
+def test_every_way_in_the_demo_can_be_planned() -> None:
+    from spicerack.numerics.scheme import parse
+    from spicerack.quantization.job import prepare
+    from spicerack.quantization.recipe import Recipe, rule
+
+    for subject in subjects():
+        for row in subject.rows:
+            job = prepare(subject.folder, Recipe(parse(row.scheme)).then(map(rule, row.rules)))
+            assert job.bytes_after < job.bytes_before
+            embeddings = [a for a in job.actions if a.planned is not None and a.role == "embedding"]
+            assert len(embeddings) == len(row.rules)
+
+
+def test_the_language_model_is_what_its_page_says() -> None:
+    from spicerack.storage.reader import Checkpoint
+
+    tensors = Checkpoint.open(language_model()).tensors
+    assert sum(t.numel for t in tensors.values()) == 4_458_752
+    assert {t.dtype for t in tensors.values()} == {"BF16"}
+    assert all(size % 256 == 0 for t in tensors.values() for size in t.shape)
+    assert sum(path.stat().st_size for path in language_model().iterdir()) <= 10_000_000
+    for name in ("heldout.txt", "calibration.txt"):
+        assert 100_000 < (language_model() / name).stat().st_size <= 500_000

@@ -1,0 +1,196 @@
+"""Every kernel against the specification: it unpacks what it packs, and multiplies x by the decoded weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from spicerack import plugins
+from spicerack.errors import SchemeError, UsageError
+from spicerack.kernels import kernel
+from spicerack.kernels.table import reference
+from spicerack.nn.linear import QLinear
+from spicerack.numerics import codec
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import IntLevels, Scheme, TableLevels, parse
+
+NAMES = [
+    "w8",
+    "w8t",
+    "w6",
+    "w5g64",
+    "w4g32",
+    "w4g32z",
+    "w3g64",
+    "w3z",
+    "w2g32h",
+    "w2z",
+    "w8a8",
+    "w4a8",
+    "w4g32a8",
+    "w2ha8",
+    "w8a8s",
+    "w4g32a8s",
+    "w3za8s",
+    "ternary",
+    "ternarya8",
+]
+TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), block=(8, 16), scale="float32", min="float16")
+TERNARY_GROUPS = Scheme("ternary_groups", IntLevels(-1, 1), block=(1, 64))
+SCHEMES = [*map(parse, NAMES), TABLE, TERNARY_GROUPS]
+KERNELS = plugins.names("kernels.table")
+CPU = torch.device("cpu")
+FITTING = [
+    pytest.param(name, scheme, id=f"{name}-{scheme}")
+    for name in KERNELS
+    for scheme in SCHEMES
+    if kernel.get(name).fits(scheme, (24, 192), torch.float32, CPU) is None
+]
+
+
+INPUT_SCALE = torch.tensor([0.0123])  # 127 of it are 1.56: a normal input is beyond that once in eight times
+
+
+def quantized(scheme: Scheme, n: int = 24, k: int = 192) -> QTensor:
+    q = codec.encode(torch.randn(n, k, generator=torch.Generator().manual_seed(1)), scheme, range_="absmax")
+    return dataclasses.replace(q, input_scale=INPUT_SCALE) if scheme.activations == "static" else q
+
+
+def run(row: kernel.Kernel, x: torch.Tensor, q: QTensor) -> torch.Tensor:
+    n, k = q.shape
+    return row.run(x, (row.prepare(q.scheme, (n, k), row.pack(q)),), (None,), False)[0]
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def activations(x: torch.Tensor, q: QTensor, row: kernel.Kernel) -> torch.Tensor:
+    """float64 x as the row multiplies it: int8 with a scale for a token (a8), given (a8s), for 32 columns; or as is."""
+    x = x.float()
+    if q.input_scale is not None:
+        return torch.round(x / q.input_scale).clamp(-127, 127).double() * q.input_scale.double()
+    if q.scheme.activations is None and row.compute == "float":
+        return x.double()
+    blocks = x.unflatten(-1, (-1, 32)) if q.scheme.activations is None else x[..., None, :]
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    inverse = 1 / torch.where(scale == 0, 1.0, scale)
+    return (torch.round(blocks * inverse).double() * scale.double()).flatten(-2)
+
+
+def bound(x: torch.Tensor, q: QTensor) -> torch.Tensor:
+    """Per element: float32 sums of K products, each rounded at most K times."""
+    k = x.shape[-1]
+    return 2 * k * 2**-24 * (x.double().abs() @ codec.decode(q).double().abs().t()) + 1e-30
+
+
+@pytest.mark.parametrize(("name", "scheme"), FITTING)
+def test_unpack_is_the_inverse_of_pack(name: str, scheme: Scheme) -> None:
+    row, q = kernel.get(name), quantized(scheme)
+    back = row.unpack(scheme, (24, 192), row.pack(q))
+    assert torch.equal(back.codes, q.codes) and torch.equal(codec.decode(back), codec.decode(q))
+    assert back.input_scale is q.input_scale is None or torch.equal(back.input_scale, INPUT_SCALE)
+    assert torch.equal(row.rows(scheme, (24, 192), row.pack(q), slice(None)), codec.decode(q))
+
+
+@pytest.mark.parametrize("shape", [(192,), (1, 192), (5, 192), (2, 3, 192), (0, 192)])
+@pytest.mark.parametrize(("name", "scheme"), FITTING)
+def test_products_are_within_rounding(name: str, scheme: Scheme, shape: tuple[int, ...], monkeypatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK", 192 * 10)  # three chunks, the last one short, blocks cut through
+    row, q, x = kernel.get(name), quantized(scheme), inputs(*shape)
+    y = run(row, x, q)
+    assert y.shape == (*shape[:-1], 24) and y.dtype == x.dtype
+    x = activations(x, q, row)
+    assert bool(((y.double() - x @ codec.decode(q).double().t()).abs() <= bound(x, q)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weight_only_equals_the_dense_layer_in_every_type(dtype: torch.dtype) -> None:
+    q, x = quantized(parse("w4g32z")), inputs(5, 192, dtype=dtype)
+    row = kernel.get("reference")
+    dense = torch.nn.functional.linear(x, codec.decode(q, dtype))
+    assert torch.equal(run(row, x, q), dense)
+
+
+def test_the_integer_product_is_exact_at_any_depth() -> None:
+    """Codes as large as they get, 5000 of them: a float32 sum would round."""
+    scheme, k = parse("w8a8"), 5000
+    codes = torch.full((3, k), -128, dtype=torch.int8)
+    codes[1:, ::7] = 127
+    codes[2, ::2] = -127
+    q = QTensor(scheme, codes, torch.full((3, 1), 0.5, dtype=torch.float16))
+    x = torch.full((2, k), 127.0)  # scale 1
+    x[1, ::3] = -126.0
+    y = run(reference.KERNEL, x, q)
+    assert torch.equal(y, ((x.long() @ codes.long().t()).float() * 0.5))
+
+
+def test_tokens_of_zeros_and_of_one_outlier() -> None:
+    codes, scale = reference.quantize_tokens(torch.tensor([[0.0, 0.0], [127.0, -63.4], [-1e-40, 1e-41]]))
+    assert codes.tolist()[:2] == [[0.0, 0.0], [127.0, -63.0]] and scale[:2].tolist() == [[1.0], [1.0]]
+    assert math.isfinite(float(codes[2].sum()))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in KERNELS if kernel.get(n).fits(parse("w8a8s"), (64, 64), torch.float32, CPU) is None]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_static_codes_are_nearest_of_the_quotient_half_to_even(name: str, dtype: torch.dtype) -> None:
+    """A unit matrix shows the codes themselves: halves, their neighbours, what is clipped, by brute force."""
+    scale = 0.05078125  # of a few bits: halves of codes times it are numbers of every type
+    halves = torch.arange(-130.5, 131.0) * scale
+    near = torch.cat([halves, *(torch.nextafter(halves, torch.tensor(end)) for end in (-9.0, 9.0))]).to(dtype)
+    many = torch.cat([near, torch.tensor([1e4, -1e4, 0.0], dtype=dtype), inputs(6, 64, dtype=dtype).flatten() * 5])
+    x = torch.nn.functional.pad(many, (0, -len(many) % 64)).view(-1, 64)
+    codes = (64 * torch.eye(64)).to(torch.int8)
+    unit = torch.full((64, 1), 2.0**-6, dtype=torch.float16)
+    q = QTensor(parse("w8a8s"), codes, unit, input_scale=torch.tensor([scale]))
+    expected = [max(-127, min(127, round(float(np.float32(v) / np.float32(scale))))) for v in x.flatten().tolist()]
+    found = torch.round(run(kernel.get(name), x, q).float() / scale)  # y is of x's type
+    assert torch.equal(found.flatten(), torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("name", "scheme"), FITTING)
+def test_gradients_with_respect_to_inputs_are_the_dense_ones(name: str, scheme: Scheme, monkeypatch) -> None:
+    monkeypatch.setattr(reference, "CHUNK", 192 * 10)
+    row, q = kernel.get(name), quantized(scheme)
+    x, grad = inputs(4, 192).requires_grad_(), inputs(4, 24)
+    run(row, x, q).backward(grad)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, grad @ codec.decode(q), rtol=1e-5, atol=1e-5)
+
+
+def test_pick_says_why_it_passed_a_row_over() -> None:
+    choice = kernel.pick(parse("w4g32"), (64, 64), torch.float32, CPU)
+    assert choice.kernel.name in KERNELS and choice.kernel.name not in choice.passed_over
+    with pytest.raises(SchemeError, match=r"reference: x would be torch\.int32"):
+        kernel.pick(parse("w8"), (64, 64), torch.int32, CPU)
+
+
+@pytest.mark.parametrize("scheme", ["w4g32", "w8", "w2g32z"])
+def test_int8_is_the_default_where_vectors_exist_for_it_and_float_where_asked(scheme: str, monkeypatch) -> None:
+    def chosen(compute: kernel.Compute | None) -> kernel.Kernel:
+        return kernel.pick(parse(scheme), (64, 64), torch.float32, CPU, compute).kernel
+
+    vector = any(row.vector and row.fits(parse(scheme), (64, 64), torch.float32, CPU) is None for row in kernel.table())
+    assert chosen(None).compute == ("int8" if vector else "float")
+    assert chosen("int8").compute == "int8" and chosen("float").compute == "float"
+    slow = [row for row in kernel.table() if not row.vector]
+    monkeypatch.setattr(kernel, "table", lambda: slow)
+    assert chosen(None).name == "float_scalar" and chosen("int8").name == "int8_scalar"
+
+
+def test_a_scheme_that_names_its_activations_has_them_with_either_compute() -> None:
+    q, x = quantized(parse("w8a8")), inputs(3, 192)
+    int8, exact = (QLinear.of(q, compute=compute)(x) for compute in ("int8", "float"))
+    assert torch.equal(int8, exact)
+    assert not torch.equal(exact, QLinear.of(quantized(parse("w8")), compute="float")(x))
+
+
+def test_compute_has_two_values() -> None:
+    with pytest.raises(UsageError, match="compute='int4'"):
+        kernel.pick(parse("w8"), (64, 64), torch.float32, CPU, "int4")  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""Names of schemes: parsed, printed, refused; and what they weigh."""
+
+from __future__ import annotations
+
+import pytest
+
+from spicerack.errors import SchemeError, ShapeError
+from spicerack.numerics.scheme import IntLevels, Scheme, TableLevels, float_levels, parse
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("block", ["", "g64", "t"])
+@pytest.mark.parametrize("kind", ["", "z", "h"])
+@pytest.mark.parametrize("activations", ["", "a8", "a8s"])
+def test_the_whole_grammar(bits: int, block: str, kind: str, activations: str) -> None:
+    name = f"w{bits}{block}{kind}{activations}"
+    scheme = parse(name)
+    half = 2 ** (bits - 1)
+    assert str(scheme) == name
+    assert scheme.levels == IntLevels(-half, half - 1, half=kind == "h")
+    assert scheme.bits == bits
+    assert scheme.block == {"": (1, None), "g64": (1, 64), "t": (None, None)}[block]
+    assert scheme.zero == (kind == "z")
+    assert scheme.activations == {"": None, "a8": "token", "a8s": "static"}[activations]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("w4g128s", "w4g128"),
+        ("W8", "w8"),
+        ("nf5", "nf4"),
+        ("q4k", "q4_k"),
+        ("terner", "ternary"),
+        ("w4-g32z", "w4g32z"),
+    ],
+)
+def test_unknown_names_get_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(SchemeError, match=rf"unknown scheme '{name}' \(did you mean .*\b{near}\b"):
+        parse(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "w", "w9", "w1", "w4g0", "w4g", "w4g1000000", "w4zh", "w4a4", "../w4", "w\uff14", "__init__", "w4\n"]
+)
+def test_what_is_no_name(name: str) -> None:
+    with pytest.raises(SchemeError):
+        parse(name)
+
+
+def test_levels() -> None:
+    assert IntLevels(-2, 1, half=True).values == (-1.5, -0.5, 0.5, 1.5)
+    assert [IntLevels(-1, 1).bits, IntLevels(0, 63).bits, IntLevels(0, 0).bits] == [2, 6, 1]
+    e2m1 = float_levels(2, 1)
+    assert e2m1.values[:8] == (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    assert e2m1.values[8:] == tuple(-v for v in e2m1.values[:8])
+    assert max(float_levels(4, 3, max_value=448).values) == 448
+    assert max(float_levels(5, 2, ieee_specials=True).values) == 57344
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(SchemeError, match="a zero point needs integer levels"):
+        Scheme("x", TableLevels((0.0, 1.0)), zero=True)
+    with pytest.raises(SchemeError, match="9 bits a code"):
+        Scheme("x", IntLevels(0, 256))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits_per_weight"),
+    [
+        ("w8", 8 + 16 / 1024),
+        ("w4g128", 4 + 16 / 128),
+        ("w4g32z", 4 + (16 + 4) / 32),
+        ("w3g64", 3 + 16 / 64),
+        ("w2g32h", 2.5),
+        ("w4t", 4 + 16 / (64 * 1024)),
+        ("ternary", 2 + 16 / (64 * 1024)),
+        ("mxfp4", 4.25),
+        ("nvfp4", 4.5 + 32 / (64 * 1024)),
+        ("q4_k", 4.5),
+        ("fp8", 8 + 16 / 1024),
+        ("nf4", 4.25),
+    ],
+)
+def test_stored_bits(name: str, bits_per_weight: float) -> None:
+    assert parse(name).stored_bits((64, 1024)) / (64 * 1024) == bits_per_weight
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("w4g128", (8, 172), r"K=172 is not divisible by w4g128's block of 128 \(use group 4 or skip it\)"),
+        ("w4g128", (8, 192), r"use group 64 or skip it"),
+        ("w4g32", (8, 33), r"use one scale per row, or skip it"),
+        ("w8", (8,), r"shape \[8\] is not a matrix"),
+        ("w8", (0, 8), r"shape \[0, 8\] is not a matrix"),
+        ("q4_k", (8, 128), r"layer \(scales\): K=4 is not divisible by q4_k scales's block of 8"),
+    ],
+)
+def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        parse(name).check_shape("layer", shape)

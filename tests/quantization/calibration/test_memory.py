@@ -1,0 +1,129 @@
+"""What is planned of memory: of a true 70B folder, from its headers; of runs that tell what they used; refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import folders
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_calibrating import saved, text
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spicerack
+from spicerack.algorithms.method import parse as parse_method
+from spicerack.errors import OutputError, UsageError
+from spicerack.numerics.scheme import parse
+from spicerack.quantization import memory
+from spicerack.quantization.job import Job, prepare
+from spicerack.quantization.recipe import Recipe
+from spicerack.quantization.run import calibrated, execute
+
+GB = 10**9
+
+
+def job(folder: Path, scheme: str = "w4g128", method: str = "gptq") -> Job:
+    return prepare(folder, calibrated(Recipe(parse(scheme), method=parse_method(method)), True))
+
+
+@pytest.fixture(scope="module")
+def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("70b")
+    return job(folders.folder(folder / "m", folders.llama_shapes(folders.LLAMA_70B), folders.LLAMA_70B, shards=30))
+
+
+def test_a_70b_model_is_planned_below_16_gb(llama_70b: Job) -> None:
+    plan = memory.make(llama_70b, (128, 512))
+    assert plan.peak_bytes < 16 * GB and "down_proj" in plan.where and plan.sequences >= 1
+    assert plan.block_bytes == plan.peak_bytes - memory.PROCESS
+    assert memory.make(llama_70b, None).block_bytes == 0
+
+
+def test_less_memory_takes_smaller_chunks(tmp_path: Path) -> None:
+    config = {**folders.LLAMA_70B, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
+    config["num_hidden_layers"] = 1
+    given = job(folders.folder(tmp_path / "m", folders.llama_shapes(config), config), "w4g128")
+    given = dataclasses.replace(given, actions=tuple(a for a in given.actions if "layers" in a.info.name))
+    wide = memory.make(given, (128, 512))
+    tight = memory.make(given, (128, 512), wide.peak_bytes - 1)
+    assert tight.sequences < wide.sequences == 16 and tight.peak_bytes < wide.peak_bytes
+    assert memory.make(given, (128, 512), 64 * GB) == wide
+
+
+def test_what_cannot_fit_is_refused_by_name(llama_70b: Job) -> None:
+    with pytest.raises(UsageError, match=r"--memory 4.0 GB: at least 1\d\.\d GB are needed, while .*down_proj"):
+        memory.make(llama_70b, (128, 512), 4 * GB)
+    with pytest.raises(UsageError, match="writing the largest tensor"):
+        memory.make(llama_70b, None, 4 * GB)
+
+
+def test_other_chunks_do_not_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved("llama", tmp_path / "float")
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(job(source, "w4g16"), tmp_path / "out", calibration=text(), finished=stop)
+    monkeypatch.setattr(memory, "TOKENS", 4 * 24)
+    with pytest.raises(OutputError, match="another calibration"):
+        execute(job(source, "w4g16"), tmp_path / "out", calibration=text())
+
+
+_RUN = """
+import json, pathlib, sys, torch
+import spicerack
+from spicerack.algorithms import blockap, signround
+from spicerack.text.calibration import Calibration
+from spicerack.quantization.job import prepare
+from spicerack.algorithms.method import parse as chain
+from spicerack.quantization import calibrated, execute, plan
+from spicerack.quantization.recipe import Recipe
+from spicerack.numerics.scheme import parse
+source, out, scheme, method = sys.argv[1:]
+blockap.STEPS = signround.STEPS = 3  # what more of them need is time
+ids = torch.randint(3, 99, (4, 256), generator=torch.Generator().manual_seed(0))
+given = Calibration(ids, None, "of no text", 0.0, "made up")
+job = prepare(source, calibrated(Recipe(parse(scheme), method=chain(method)), True))
+result = execute(job, pathlib.Path(out), calibration=given, threads=1)
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [("w4g128", "gptq"), ("w4g32z", "awq+gptq"), ("w2g32", "signround"), ("w2g32z", "blockap")],
+)
+def test_the_plan_is_kept(scheme: str, method: str, tmp_path: Path) -> None:
+    """By a process whose memory is that of its weights and statistics more than the interpreter's."""
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=4096, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=8,
+        vocab_size=99, max_position_embeddings=256, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    if method != "gptq":
+        config.intermediate_size = 1024
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "m")
+    command = [sys.executable, "-c", _RUN, str(tmp_path / "m"), str(tmp_path / "out"), scheme, method]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["peak_rss_bytes"] < result["planned_peak_bytes"]
+    mapped = sum(path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors"))
+    assert result["planned_peak_bytes"] < 2.2 * (result["peak_rss_bytes"] - mapped)  # and not by planning anything
+
+
+def test_data_free_runs_are_planned_too(tmp_path: Path) -> None:
+    folder = folders.folder(tmp_path / "m", {"model.layers.0.mlp.up_proj.weight": (64, 128)}, {"model_type": "llama"})
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.randn(64, 128)}, next(folder.glob("*.safetensors")))
+    result = spicerack.quantize(folder, "w4g32", output=tmp_path / "out", memory=2 * GB)
+    assert result["peak_rss_bytes"] and result["planned_peak_bytes"] < 2 * GB
+    with pytest.raises(UsageError, match="--memory"):
+        spicerack.quantize(folder, "w4g32", output=tmp_path / "again", memory=1000)
+    assert not (tmp_path / "again").exists()

@@ -1,0 +1,397 @@
+"""Bytes of both formats, asserted literally; every scheme there and back; which is chosen; what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spicerack.errors import CheckpointError, SchemeError
+from spicerack.numerics import codec, packed
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import IntLevels, Scheme, TableLevels, float_levels, parse
+from spicerack.storage import format
+from spicerack.storage.format import Planned
+from spicerack.storage.reader import Checkpoint
+from spicerack.storage.writer import safetensors_dtype
+
+CT, OWN = format.get("compressed_tensors"), format.get("spicerack")
+CT_SCHEMES = [f"w{bits}{g}{z}" for bits in range(2, 9) for g in ("", "g32") for z in ("", "z")]
+CT_SCHEMES += ["w8a8", "w8a8s"]
+E4M3 = Scheme("e4m3", float_levels(4, 3, max_value=448.0), block=(None, None), scale="float32")
+NVFP4_LIKE = Scheme("nvfp4_like", float_levels(2, 1), block=(1, 16), scale=E4M3)
+Q4K_PART = Scheme("q4k_part", IntLevels(0, 63), block=(1, 8), scale="float16")
+Q4K_LIKE = Scheme(
+    "q4k_like", IntLevels(0, 15), block=(1, 32), scale=Q4K_PART, min=Scheme("m", IntLevels(-63, 0), (1, 8))
+)
+BLOCKS = Scheme("blocks", TableLevels((-1.0, 0.0, 1.0)), block=(8, 16), scale="float32")
+EVERY = [
+    *map(parse, [*CT_SCHEMES, "w2h", "w2g32h", "w8t", "w4t", "w3g64a8", "w4g32za8s"]),
+    NVFP4_LIKE,
+    Q4K_LIKE,
+    BLOCKS,
+]
+
+
+def same(a: QTensor, b: QTensor) -> bool:
+    parts = [(a.codes, b.codes), (a.zero, b.zero), (a.scale, b.scale), (a.min, b.min), (a.input_scale, b.input_scale)]
+    for x, y in parts:
+        if isinstance(x, QTensor) and isinstance(y, QTensor):
+            if not same(x, y):
+                return False
+        elif (x is None) != (y is None) or (x is not None and not (x.dtype == y.dtype and torch.equal(x, y))):
+            return False
+    return a.scheme == b.scheme and a.transposed == b.transposed
+
+
+def random_weight(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def encoded(w: torch.Tensor, scheme: Scheme) -> QTensor:
+    q = codec.encode(w, scheme, range_="absmax")
+    return dataclasses.replace(q, input_scale=torch.tensor([0.02])) if scheme.activations == "static" else q
+
+
+def matches_layout(layout: format.Layout, tensors: dict[str, torch.Tensor]) -> bool:
+    found = {name: (safetensors_dtype(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
+    return list(found.items()) == list(layout.items())
+
+
+# ---- there and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CT_SCHEMES)
+def test_compressed_tensors_there_and_back(name: str, dtype: torch.dtype) -> None:
+    q = encoded(random_weight(5, 96, dtype=dtype), parse(name))
+    planned = Planned("a.b", parse(name), (5, 96), source_dtype=dtype)
+    tensors = CT.encode(planned, q)
+    assert matches_layout(CT.layout(planned), tensors)
+    assert same(CT.decode(planned, tensors), q)
+
+
+@pytest.mark.parametrize("shape", [(8, 256), (3, 8, 256)])
+@pytest.mark.parametrize("scheme", EVERY, ids=str)
+def test_the_container_holds_every_scheme(scheme: Scheme, shape: tuple[int, ...]) -> None:
+    q = encoded(random_weight(*shape), scheme)
+    planned = Planned("a.b", scheme, shape, "experts" if len(shape) == 3 else "linear")
+    if not scheme.zero and isinstance(scheme.scale, str):  # the others' rows do not fill whole words
+        assert scheme.stored_bits(shape) == 8 * sum(t.nbytes for t in packed.pack(q).values())
+    tensors = OWN.encode(planned, q)
+    assert matches_layout(OWN.layout(planned), tensors)
+    assert same(OWN.decode(planned, tensors), q)
+
+
+@pytest.mark.parametrize("scheme", EVERY, ids=str)
+def test_any_rows_decode_to_the_specification(scheme: Scheme) -> None:
+    q = codec.encode(random_weight(24, 256), scheme, range_="absmax")
+    whole, tensors = codec.decode(q), packed.pack(q)
+    assert torch.equal(packed.decode_rows(scheme, (24, 256), tensors, slice(0, 24)), whole)
+    assert torch.equal(packed.decode_rows(scheme, (24, 256), tensors, slice(8, 17)), whole[8:17])
+    rows = torch.tensor([3, 23, 3, 0])
+    assert torch.equal(packed.decode_rows(scheme, (24, 256), tensors, rows), whole[rows])
+
+
+# ---- golden bytes ----------------------------------------------------------------------------------------------------
+
+
+def tiny(zero: bool) -> QTensor:
+    codes = torch.tensor([[-8, -7, 0, 7, 1, -1, 2, -2], [7, 6, 5, 4, 3, 2, 1, 0]], dtype=torch.int8)
+    scale = torch.tensor([[1.0, -0.5], [2.0, 0.25]], dtype=torch.float16)
+    z = torch.tensor([[-8, 1], [7, 0]], dtype=torch.int8) if zero else None
+    return QTensor(parse("w4g4z" if zero else "w4g4"), codes, scale, z)
+
+
+@pytest.mark.parametrize("scheme", [parse("ternary"), BLOCKS], ids=str)
+def test_bits_that_are_no_code_are_refused(scheme: Scheme) -> None:
+    planned = Planned("a.b", scheme, (16, 32))
+    tensors = OWN.encode(planned, codec.encode(random_weight(16, 32), scheme, range_="absmax"))
+    OWN.decode(planned, tensors)
+    tensors["a.b.codes"][3, 1] |= 3 << 10  # column 16 + 5 in two bits
+    with pytest.raises(CheckpointError, match="a code that is none of"):
+        OWN.decode(planned, tensors)
+
+
+def test_golden_bytes_of_compressed_tensors() -> None:
+    planned = Planned("p", parse("w4g4z"), (2, 8))
+    tensors = CT.encode(planned, tiny(zero=True))
+    assert {name: t.view(torch.uint8).reshape(-1).tolist() for name, t in tensors.items()} == {
+        "p.weight_packed": [0x10, 0xF8, 0x79, 0x6A, 0xEF, 0xCD, 0xAB, 0x89],
+        "p.weight_scale": [0x00, 0x3C, 0x00, 0xB8, 0x00, 0x40, 0x00, 0x34],
+        "p.weight_zero_point": [0xF0, 0, 0, 0, 0x89, 0, 0, 0],  # one word per group, down the rows
+        "p.weight_shape": [2, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0],
+    }
+    q = QTensor(parse("w8a8"), torch.tensor([[-128, 127]], dtype=torch.int8), torch.ones(1, 1, dtype=torch.float16))
+    tensors = CT.encode(Planned("p", q.scheme, (1, 2)), q)
+    assert {n: t.tolist() for n, t in tensors.items()} == {"p.weight": [[-128, 127]], "p.weight_scale": [[1.0]]}
+    static = dataclasses.replace(q, scheme=parse("w8a8s"), input_scale=torch.tensor([0.25]))
+    tensors = CT.encode(Planned("p", static.scheme, (1, 2)), static)
+    assert tensors.pop("p.input_scale").numpy().tobytes() == b"\0\0\x80\x3e"
+    assert {n: t.tolist() for n, t in tensors.items()} == {"p.weight": [[-128, 127]], "p.weight_scale": [[1.0]]}
+
+
+def test_golden_bytes_of_the_container() -> None:
+    tensors = OWN.encode(Planned("p", parse("w4g4z"), (2, 8)), tiny(zero=True))
+    assert {name: t.view(torch.uint8).reshape(-1).tolist() for name, t in tensors.items()} == {
+        "p.codes": [0x10, 0xF8, 0x79, 0x6A, 0xEF, 0xCD, 0xAB, 0x89],
+        "p.scale": [0x00, 0x3C, 0x00, 0xB8, 0x00, 0x40, 0x00, 0x34],
+        "p.zero": [0x90, 0, 0, 0, 0x8F, 0, 0, 0],  # one word per row
+    }
+
+
+def test_config_of_compressed_tensors() -> None:
+    plan = {m: Planned(m, parse("w4g128"), (256, 256)) for m in ("model.layers.0.q", "model.layers.1.q")}
+    config = CT.config({"model_type": "llama"}, plan, ["lm_head", "model.layers.0.gate", "model.layers.1.gate"])
+    assert config == {
+        "model_type": "llama",
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {
+                        "num_bits": 4,
+                        "type": "int",
+                        "symmetric": True,
+                        "strategy": "group",
+                        "group_size": 128,
+                        "dynamic": False,
+                        "observer": "minmax",
+                    },
+                    "input_activations": None,
+                    "output_activations": None,
+                    "format": "pack-quantized",
+                }
+            },
+            "ignore": ["lm_head", r"re:^model\.layers\.\d+\.gate$"],
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        },
+    }
+    assert CT.float_config(config) == {"model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "schemes", "expected"),
+    [
+        ("LlamaForCausalLM", ["w4g32"], False),
+        ("LlamaForCausalLM", ["w4g32z"], True),
+        ("LlamaForCausalLM", ["w4g32z", "w8"], False),
+        ("BertModel", ["w8"], True),
+        ("BertModel", ["w8", "w4"], False),
+        ("GPT2LMHeadModel", ["w8"], False),
+    ],
+)
+def test_transformers_is_told_to_decode_on_loading_where_it_must(
+    architecture: str, schemes: list[str], expected
+) -> None:
+    plan = plan_of(*(Planned(f"l{i}", parse(s), (64, 64)) for i, s in enumerate(schemes)))
+    section = CT.config({"architectures": [architecture]}, plan, [])["quantization_config"]
+    assert section.get("dequantize", False) is expected
+
+
+def test_targets_of_several_schemes_never_catch_another_layer() -> None:
+    plan = {f"l.{i}.{n}": Planned(f"l.{i}.{n}", parse("w8" if (i, n) == (0, "up") else "w4"), (8, 32))
+            for i in range(2) for n in ("up", "down")}  # fmt: skip
+    groups = CT.config({}, plan, [])["quantization_config"]["config_groups"]
+    assert {g["weights"]["num_bits"]: g["targets"] for g in groups.values()} == {
+        8: ["l.0.up"],
+        4: [r"re:^l\.\d+\.down$", "l.1.up"],
+    }
+
+
+def test_config_of_the_container() -> None:
+    plan = {m: Planned(m, parse("w2h"), (8, 32), "conv1d", torch.bfloat16, True) for m in ("a", "b")}
+    config = OWN.config({"model_type": "gpt2"}, plan, [])
+    assert config == {
+        "model_type": "spicerack",
+        "quantized": {
+            "version": 1,
+            "tensors": [
+                {
+                    "scheme": "w2h",
+                    "shape": [8, 32],
+                    "role": "conv1d",
+                    "dtype": "bfloat16",
+                    "transposed": True,
+                    "modules": ["a", "b"],
+                }
+            ],
+        },
+        "config": {"model_type": "gpt2"},
+    }
+    assert OWN.float_config(config) == {"model_type": "gpt2"}
+    assert "config" not in OWN.config({}, plan, [])
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def plan_of(*planned: Planned) -> dict[str, Planned]:
+    return {p.module: p for p in planned}
+
+
+@pytest.mark.parametrize("name", CT_SCHEMES)
+def test_compressed_tensors_is_chosen_where_it_is_exact(name: str) -> None:
+    assert format.choose(plan_of(Planned("a", parse(name), (64, 64)))).name == "compressed_tensors"
+
+
+@pytest.mark.parametrize(
+    "planned",
+    [
+        Planned("a", parse("w2g32h"), (64, 64)),
+        Planned("a", parse("w8t"), (64, 64)),
+        Planned("a", parse("w4g32a8"), (64, 64)),
+        Planned("a", parse("w8"), (64, 64), "embedding"),
+        Planned("a", parse("w8"), (64, 64), "conv1d", transposed=True),
+        Planned("a", parse("w8"), (4, 64, 64), "experts"),
+    ],
+    ids=lambda p: f"{p.scheme}-{p.role}",
+)
+def test_the_container_is_chosen_for_the_rest(planned: Planned) -> None:
+    plan = plan_of(planned, Planned("b", parse("w8"), (64, 64)))
+    assert format.choose(plan).name == "spicerack"
+    notes = format.portability(plan, [])
+    assert "only spicerack reads this folder" in notes[0] and notes[1].startswith("the reason: a: ")
+
+
+def test_a_scheme_without_a_name_is_refused() -> None:
+    with pytest.raises(SchemeError, match="'blocks' cannot be found"):
+        format.choose(plan_of(Planned("a", BLOCKS, (64, 64))))
+
+
+@pytest.mark.parametrize(
+    ("schemes", "word"),
+    [
+        (["w4g32z"], "decodes all weights while loading"),
+        (["w4g32z", "w8"], "transformers does not"),
+        (["w4g32", "w8"], "wrong weights"),
+        (["w3"], "before compressed-tensors 0.18"),
+    ],
+)
+def test_what_a_recipe_costs_is_said(schemes: list[str], word: str) -> None:
+    plan = plan_of(*(Planned(f"l{i}", parse(s), (64, 64)) for i, s in enumerate(schemes)))
+    assert any(word in note for note in format.portability(plan, []))
+
+
+def test_splitting_what_vllm_fuses_is_said() -> None:
+    plan = plan_of(Planned("q_proj", parse("w4"), (64, 64)))
+    assert format.portability(plan, [("q_proj",)]) == []
+    assert format.portability(plan, [("q_proj", "k_proj")]) == [
+        "q_proj, k_proj are float and w4: vLLM fuses them and refuses"
+    ]
+
+
+# ---- reading strangers' folders --------------------------------------------------------------------------------------
+
+
+def folder_of(tmp_path: Path, fmt: format.Format, *planned: Planned) -> Path:
+    tensors: dict[str, torch.Tensor] = {"norm.weight": torch.ones(4)}
+    for p in planned:
+        tensors |= fmt.encode(p, encoded(random_weight(*p.shape, dtype=p.source_dtype), p.scheme))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(fmt.config({"model_type": "llama"}, plan_of(*planned), [])))
+    return tmp_path
+
+
+@pytest.mark.parametrize("names", [[name] for name in CT_SCHEMES] + [["w4g32", "w3g32z", "w8a8", "w8a8s", "w8"]])
+def test_a_plan_is_read_back_from_the_tensors(tmp_path: Path, names: list[str]) -> None:
+    planned = [Planned(f"layers.{i}", parse(n), (9, 64), source_dtype=torch.bfloat16) for i, n in enumerate(names)]
+    for i, fmt in enumerate((CT, OWN)):
+        (tmp_path / str(i)).mkdir()
+        checkpoint = Checkpoint.open(folder_of(tmp_path / str(i), fmt, *planned))
+        assert format.of_folder(checkpoint) == fmt
+        assert fmt.plan(checkpoint) == plan_of(*planned)
+
+
+def edit(folder: Path, old: str, new: str) -> Checkpoint:
+    path = folder / "config.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"num_bits": 4', '"num_bits": 3'),
+        ('"num_bits": 4', '"num_bits": 4.0'),
+        ('"group_size": 32', '"group_size": 16'),
+        ('"group_size": 32', '"group_size": 0'),
+        ('"symmetric": true', '"symmetric": false'),
+        ('"type": "int"', '"type": "float"'),
+        ('"strategy": "group"', '"strategy": "block"'),
+        ('"input_activations": null', '"input_activations": {"num_bits": 4}'),
+        ('"quantization_status": "compressed"', '"quantization_status": "frozen"'),
+        ('"config_groups"', '"config_group"'),
+    ],
+)
+def test_a_config_that_does_not_fit_its_tensors_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    checkpoint = edit(folder_of(tmp_path, CT, Planned("layers.0", parse("w4g32"), (9, 64))), old, new)
+    with pytest.raises(CheckpointError):
+        CT.plan(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"dynamic": false}', '"dynamic": true}'),
+        ('"strategy": "tensor"', '"strategy": "token"'),
+        ('"strategy": "tensor"', '"strategy": "channel"'),
+        ('"symmetric": true, "group_size": null, "observer": null', '"symmetric": false'),
+    ],
+)
+def test_other_activations_than_the_tensors_have_are_refused(tmp_path: Path, old: str, new: str) -> None:
+    checkpoint = edit(folder_of(tmp_path, CT, Planned("layers.0", parse("w8a8s"), (9, 64))), old, new)
+    with pytest.raises(CheckpointError):
+        CT.plan(checkpoint)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, math.nan, math.inf])
+@pytest.mark.parametrize("fmt", [CT, OWN], ids=lambda fmt: fmt.name)
+def test_a_scale_of_activations_that_is_none_is_refused(fmt: format.Format, value: float) -> None:
+    planned = Planned("a.b", parse("w8a8s"), (16, 32))
+    tensors = fmt.encode(planned, encoded(random_weight(16, 32), planned.scheme))
+    with pytest.raises(CheckpointError, match=r"a\.b: a scale of activations of"):
+        fmt.decode(planned, {**tensors, "a.b.input_scale": torch.tensor([value])})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"w4g32"', '"w4g16"'),
+        ('"w4g32"', '"w9"'),
+        ('"w4g32"', "4"),
+        ("[9, 64]", "[9, 96]"),
+        ("[9, 64]", "[-9, 64]"),
+        ("[9, 64]", "[1e300, 64]"),
+        ("[9, 64]", "64"),
+        ('"linear"', '"nothing"'),
+        ('"float32"', '"int8"'),
+        ('"layers.0"', '"layers.1"'),
+        ('["layers.0"]', "null"),
+        ('"version": 1', '"version": 2'),
+        ('"tensors"', '"tensor"'),
+    ],
+)
+def test_a_table_that_does_not_fit_its_tensors_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    checkpoint = edit(folder_of(tmp_path, OWN, Planned("layers.0", parse("w4g32"), (9, 64))), old, new)
+    with pytest.raises(CheckpointError):
+        OWN.plan(checkpoint)
+
+
+def test_other_tools_folders_are_refused_and_float_ones_are_not(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(CheckpointError, match="'gptq'"):
+        format.of_folder(Checkpoint.open(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert format.of_folder(Checkpoint.open(tmp_path)) is None
