@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from spicerack.cli._demo import language_model
+from spicerack.models.bundled import language_model
 from spicerack.text import calibration
 
 HERE = Path(__file__).parent / "quantizers"

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 import spicerack
-from spicerack.cli._demo import language_model
 from spicerack.evaluation.bench import take_turns
 from spicerack.evaluation.intervals import mean_interval
+from spicerack.models.bundled import language_model
 from spicerack.nn.cache import QuantizedCache, nbytes
 from spicerack.nn.cache_blocks import CacheScheme
 from spicerack.text.pieces import windows

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import spicerack
-from spicerack.cli._demo import language_model
+from spicerack.models.bundled import language_model
 from spicerack.text import calibration
 
 COUNT, NEW, OPENING = 64, 96, 48

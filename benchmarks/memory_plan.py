@@ -22,7 +22,7 @@ import click
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from spicerack.cli._demo import language_model
+from spicerack.models.bundled import language_model
 
 _ROOT = Path("/sys/fs/cgroup")
 

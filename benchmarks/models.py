@@ -23,7 +23,7 @@ from peers.encoder import Encoder
 from rows import BASE, DECODERS, ENCODERS, LIMITS, Result, Row, chosen, compared, spreads, timed
 from turns import Sample, Workers
 
-from spicerack.cli._demo import encoder as minilm
+from spicerack.models.bundled import encoder as minilm
 
 
 def measure(

@@ -20,11 +20,11 @@ import texts
 import torch
 
 import spicerack
-from spicerack.cli._demo import encoder as minilm
-from spicerack.cli._demo import language_model
 from spicerack.evaluation.encoder import EncoderComparison
 from spicerack.evaluation.evaluate import measure
 from spicerack.evaluation.language import Comparison
+from spicerack.models.bundled import encoder as minilm
+from spicerack.models.bundled import language_model
 from spicerack.quantization.recipe import skip
 
 SCHEMES = ("w8", "w8a8", "w4g128", "w4g64", "w4g32z", "w3g64", "w2g32", "w2g32z", "w2g32h", "ternary")

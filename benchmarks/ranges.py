@@ -15,10 +15,10 @@ import click
 import torch
 
 import spicerack
-from spicerack.cli._demo import encoder, language_model
 from spicerack.evaluation.encoder import EncoderComparison
 from spicerack.evaluation.evaluate import Evaluation, measure
 from spicerack.evaluation.language import Comparison, paired_difference
+from spicerack.models.bundled import encoder, language_model
 from spicerack.numerics.search import Range
 
 SCHEMES = ("w8", "w8a8", "w4g128", "w4g64", "w4g32", "w4g32z", "w3g64", "w2g32", "w2g32z", "w2g32h", "nf4", "ternary")

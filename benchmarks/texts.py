@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from spicerack.cli._demo import language_model
+from spicerack.models.bundled import language_model
 from spicerack.runtime.load import load
 from spicerack.text import calibration, generated
 from spicerack.text.calibration import Calibration

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from spicerack.kernels import kernel
 from spicerack.numerics.scheme import parse
@@ -29,6 +30,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
+
+
+def starting_tokenizer() -> PreTrainedTokenizerBase:
+    """As Llama's: every text begins with <s>, and </s> ends one."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    start = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", start)]
+    )
+    assert tokenizer("a").input_ids[0] == start
+    return tokenizer
 
 
 @pytest.fixture
@@ -82,9 +95,16 @@ def stdlib_lm() -> Path:
 @pytest.fixture
 def reference_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers compute with decoded weights in torch, to the bit, where a test is about something other than kernels."""
-    monkeypatch.setattr(kernel, "table", lambda: [kernel.get("reference")])
+    reference = [kernel.get("reference")]
+    monkeypatch.setattr(kernel, "table", lambda: reference)
 
 
 def kernel_here(scheme: str) -> str:
     """Name of the kernel that runs a scheme by default on this machine."""
     return kernel.pick(parse(scheme), (64, 64), torch.float32, torch.device("cpu")).kernel.name
+
+
+def importing(*folders: Path) -> dict[str, str]:
+    """The environment for a process that imports the tests' helpers, and files in `folders`."""
+    paths = [ROOT / "tests", *folders, os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}

@@ -8,6 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from spicerack.storage.format import of_folder
+from spicerack.storage.reader import Checkpoint
+
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -92,3 +97,14 @@ def mixtral_shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{block}.experts.{e}.{w}.weight": (512, 1024) for w in ("w1", "w3")}
             shapes[f"{block}.experts.{e}.w2.weight"] = (1024, 512)
     return shapes
+
+
+def codes(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    fmt = of_folder(checkpoint)
+    assert fmt is not None
+    found = {}
+    for name, planned in fmt.plan(checkpoint).items():
+        tensors = {key: checkpoint.read(key) for key in fmt.layout(planned)}
+        found[name] = fmt.decode(planned, tensors).codes
+    return found

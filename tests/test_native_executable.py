@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from spicerack.kernels import multiply
+from spicerack.kernels import panels
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -59,12 +59,12 @@ def passing(*command: str | Path) -> tuple[str, ...]:
 
 
 def test_as_it_ships() -> None:
-    assert passing(build("release", "-DCMAKE_BUILD_TYPE=Release")) == multiply.NAMES
+    assert passing(build("release", "-DCMAKE_BUILD_TYPE=Release")) == panels.NAMES
 
 
 def test_address_and_undefined_behaviour_sanitizers() -> None:
     executable = build("sanitizers", "-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={SANITIZERS}")
-    assert passing(executable) == multiply.NAMES
+    assert passing(executable) == panels.NAMES
 
 
 @ON_X86

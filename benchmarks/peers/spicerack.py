@@ -14,7 +14,7 @@ import spicerack
 from peers import decoder as decoders
 from peers import encoder as encoders
 from peers.layer import F32, Layer, Prepared, weight
-from spicerack.kernels import multiply as engines
+from spicerack.kernels import limits
 from spicerack.nn.linear import QLinear
 from spicerack.numerics import codec, rounding
 from spicerack.numerics.qtensor import QTensor
@@ -41,8 +41,8 @@ def layer(variant: str, what: Layer) -> Prepared:
 def limit(variant: str, threads: int) -> Prepared:
     """variant: read_bandwidth (bytes/s from memory) or dot_peak (int8 operations/s), of all threads together."""
     if variant == "dot_peak":
-        return Prepared(lambda: {variant: engines.dot_peak(threads)})
-    return Prepared(lambda: {variant: engines.read_bandwidth(_BYTES, threads)})
+        return Prepared(lambda: {variant: limits.dot_peak(threads)})
+    return Prepared(lambda: {variant: limits.read_bandwidth(_BYTES, threads)})
 
 
 @cache

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import spicerack
-from spicerack.cli._demo import language_model
 from spicerack.evaluation.language import compare
+from spicerack.models.bundled import language_model
 from spicerack.quantization.recipe import skip
 from spicerack.runtime.load import load
 from spicerack.text.calibration import Calibration

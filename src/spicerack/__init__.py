@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spicerack._version import __version__
+
 if TYPE_CHECKING:
     from spicerack.evaluation.evaluate import evaluate
     from spicerack.quantization.run import quantize
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from spicerack.training.run import train
     from spicerack.training.settings import Settings
 
-__version__ = "0.1.0"
 __all__ = [
     "QATConfig",
     "Settings",

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_signround import linear_case, loss
+from descents import linear_case, loss
 
 from spicerack.algorithms.solvers import blockap
 from spicerack.numerics import codec

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import spicerack
-from spicerack.cli._demo import Row, Subject, encoder, language_model, run, subjects
+from spicerack.cli._demo import Row, Subject, run, subjects
 from spicerack.evaluation.evaluate import measure
 from spicerack.evaluation.language import Comparison, paired_difference
+from spicerack.models.bundled import encoder, language_model
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ from conftest import kernel_here
 
 from spicerack.cli import _output, cli
 from spicerack.cli import bench as command_module
-from spicerack.cli._demo import encoder
 from spicerack.errors import UsageError
 from spicerack.evaluation import bench as module
 from spicerack.evaluation.bench import bench, bytes_on_disk, resident_bytes, take_turns
+from spicerack.models.bundled import encoder
 from spicerack.quantization.run import quantize
 from spicerack.runtime.load import load
 

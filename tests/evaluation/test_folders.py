@@ -13,13 +13,14 @@ from conftest import kernel_here
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from spicerack.cli import _output, cli
-from spicerack.cli._demo import encoder
 from spicerack.errors import CheckpointError, TextError, UsageError
 from spicerack.evaluation import encoder as evaluation_encoder
 from spicerack.evaluation import folder as evaluation_folder
 from spicerack.evaluation.evaluate import evaluate, measure
 from spicerack.evaluation.language import Comparison, paired_difference
 from spicerack.evaluation.sentences import SENTENCES
+from spicerack.models.bundled import encoder
+from spicerack.models.kind import kind_of
 from spicerack.quantization.run import quantize
 
 LANGUAGE_KEYS = {
@@ -196,7 +197,7 @@ def test_what_cannot_be_compared_is_refused(llama_folder, bert_folder: Path, tex
     with pytest.raises(CheckpointError, match="does not exist"):
         evaluate(tmp_path / "none", against=model, text=text)
     with pytest.raises(UsageError, match="encoder-decoder"):
-        evaluation_folder.kind({"is_encoder_decoder": True}, tmp_path)
+        kind_of({"is_encoder_decoder": True}, tmp_path)
 
 
 def test_unknown_tokens_are_said(bert_folder: Path, text: Path) -> None:

@@ -17,8 +17,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 import spicerack
 from spicerack.errors import ShapeError
-from spicerack.kernels import multiply
-from spicerack.nn import attention
+from spicerack.kernels import attention
+from spicerack.nn import attention as by_transformers
 
 
 def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_equals_softmax(
     elif kind == "any mask":
         mask = values(1, kv_heads * share, queries, keys, seed=5) > 0
     causal, scale = kind == "causal", width**-0.5
-    got = multiply.attention(q, k, v, mask, causal=causal, scale=scale)
+    got = attention.attention(q, k, v, mask, causal=causal, scale=scale)
     want = exact(q, k, v, mask, causal, scale)
     assert got.dtype == dtype and got.is_contiguous()
     # Rounding to the type, and of scores: an error e in each score is at most 2 e in the weighted mean of |v| <= 5.
@@ -83,14 +83,14 @@ def test_threads_do_not_change_a_bit(threads: None) -> None:
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(multiply.attention(q, k, k, scale=0.2))
+        results.append(attention.attention(q, k, k, scale=0.2))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_no_keys_and_no_queries() -> None:
     q, none = values(1, 2, 3, 16), values(1, 2, 0, 16)
-    assert torch.equal(multiply.attention(q, none, none, scale=1.0), torch.zeros(1, 3, 2, 16))
-    assert multiply.attention(none, q, q, scale=1.0).shape == (1, 0, 2, 16)
+    assert torch.equal(attention.attention(q, none, none, scale=1.0), torch.zeros(1, 3, 2, 16))
+    assert attention.attention(none, q, q, scale=1.0).shape == (1, 0, 2, 16)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_no_keys_and_no_queries() -> None:
 def test_what_does_not_fit_is_refused(change: dict[str, torch.Tensor], says: str) -> None:
     given = {"q": values(1, 2, 3, 32), "k": values(1, 2, 5, 32), "v": values(1, 2, 5, 32), "mask": None} | change
     with pytest.raises(ShapeError, match=says):
-        multiply.attention(**given, scale=1.0)  # type: ignore[arg-type]
+        attention.attention(**given, scale=1.0)  # type: ignore[arg-type]
 
 
 # ---- in models -------------------------------------------------------------------------------------------------------
@@ -136,13 +136,13 @@ def bert() -> PreTrainedModel:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each call of the native kernel, whether it was causal."""
     made: list[bool] = []
-    native = multiply.attention
+    native = attention.attention
 
     def counted(*inputs: Any, causal: bool, **more: Any) -> torch.Tensor:
         made.append(causal)
         return native(*inputs, causal=causal, **more)
 
-    monkeypatch.setattr(multiply, "attention", counted)
+    monkeypatch.setattr(attention, "attention", counted)
     return made
 
 
@@ -164,7 +164,7 @@ def test_a_decoder_gives_what_it_gives_with_torchs_attention(calls: list[bool]) 
         assert calls == [not masks] * 2
         small.set_attn_implementation("sdpa")
         theirs = small(input_ids=ids, **masks).logits
-        small.set_attn_implementation(attention.NAME)
+        small.set_attn_implementation(by_transformers.NAME)
         seen = mask.bool() if masks else torch.ones(2, 12, dtype=torch.bool)
         assert (ours - theirs)[seen].abs().max() < 1e-5
 
@@ -228,7 +228,7 @@ def test_families(family: str, native: bool, calls: list[bool]) -> None:
         inputs["attention_mask"] = torch.ones(2, 30, dtype=torch.long)
         inputs["attention_mask"][0, 20:] = 0
     theirs = model(**inputs)[0]
-    attention.use_native_attention(model)
+    by_transformers.use_native_attention(model)
     ours = model(**inputs)[0]
     assert bool(calls) == native
     seen = inputs.get("attention_mask", torch.ones(1)).bool()
@@ -240,7 +240,7 @@ def test_only_where_the_model_would_ask_torch() -> None:
     model = llama()
     model.set_attn_implementation("eager")
     assert quantized(model).config._attn_implementation == "eager"
-    assert quantized(llama()).config._attn_implementation == attention.NAME
+    assert quantized(llama()).config._attn_implementation == by_transformers.NAME
     assert llama().config._attn_implementation == "sdpa", "the original is not changed"
 
 
@@ -248,8 +248,8 @@ def test_nobody_reads_of_it_on_disk(tmp_path: Path) -> None:
     small = quantized(llama())
     spicerack.save(small, tmp_path / "out")
     config = (tmp_path / "out" / "config.json").read_text()
-    assert attention.NAME not in json.dumps(json.loads(config).get("attn_implementation", ""))
+    assert by_transformers.NAME not in json.dumps(json.loads(config).get("attn_implementation", ""))
     assert "_attn_implementation" not in config
     again = spicerack.load(tmp_path / "out")
-    assert again.config._attn_implementation == attention.NAME
-    assert copy.deepcopy(again).config._attn_implementation == attention.NAME
+    assert again.config._attn_implementation == by_transformers.NAME
+    assert copy.deepcopy(again).config._attn_implementation == by_transformers.NAME

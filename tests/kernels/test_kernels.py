@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from spicerack import plugins
 from spicerack.errors import SchemeError, UsageError
 from spicerack.kernels import kernel
 from spicerack.kernels.table import reference
 from spicerack.nn.linear import QLinear
 from spicerack.numerics import codec
+from spicerack.numerics.activations import quantize_tokens
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import IntLevels, Scheme, TableLevels, parse
 
@@ -42,13 +42,13 @@ NAMES = [
 TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), block=(8, 16), scale="float32", min="float16")
 TERNARY_GROUPS = Scheme("ternary_groups", IntLevels(-1, 1), block=(1, 64))
 SCHEMES = [*map(parse, NAMES), TABLE, TERNARY_GROUPS]
-KERNELS = plugins.names("kernels.table")
+KERNELS = [row.name for row in kernel.table()]
 CPU = torch.device("cpu")
 FITTING = [
     pytest.param(name, scheme, id=f"{name}-{scheme}")
     for name in KERNELS
     for scheme in SCHEMES
-    if kernel.get(name).fits(scheme, (24, 192), torch.float32, CPU) is None
+    if kernel.get(name).obstacle(scheme, (24, 192), torch.float32, CPU) is None
 ]
 
 
@@ -130,13 +130,13 @@ def test_the_integer_product_is_exact_at_any_depth() -> None:
 
 
 def test_tokens_of_zeros_and_of_one_outlier() -> None:
-    codes, scale = reference.quantize_tokens(torch.tensor([[0.0, 0.0], [127.0, -63.4], [-1e-40, 1e-41]]))
+    codes, scale = quantize_tokens(torch.tensor([[0.0, 0.0], [127.0, -63.4], [-1e-40, 1e-41]]))
     assert codes.tolist()[:2] == [[0.0, 0.0], [127.0, -63.0]] and scale[:2].tolist() == [[1.0], [1.0]]
     assert math.isfinite(float(codes[2].sum()))
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in KERNELS if kernel.get(n).fits(parse("w8a8s"), (64, 64), torch.float32, CPU) is None]
+    "name", [n for n in KERNELS if kernel.get(n).obstacle(parse("w8a8s"), (64, 64), torch.float32, CPU) is None]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_static_codes_are_nearest_of_the_quotient_half_to_even(name: str, dtype: torch.dtype) -> None:
@@ -176,7 +176,9 @@ def test_int8_is_the_default_where_vectors_exist_for_it_and_float_where_asked(sc
     def chosen(compute: kernel.Compute | None) -> kernel.Kernel:
         return kernel.pick(parse(scheme), (64, 64), torch.float32, CPU, compute).kernel
 
-    vector = any(row.vector and row.fits(parse(scheme), (64, 64), torch.float32, CPU) is None for row in kernel.table())
+    vector = any(
+        row.vector and row.obstacle(parse(scheme), (64, 64), torch.float32, CPU) is None for row in kernel.table()
+    )
     assert chosen(None).compute == ("int8" if vector else "float")
     assert chosen("int8").compute == "int8" and chosen("float").compute == "float"
     slow = [row for row in kernel.table() if not row.vector]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from spicerack.errors import ShapeError
-from spicerack.kernels import multiply
+from spicerack.kernels import multiply, torch_op
 from spicerack.kernels.kernel import Compute
 from spicerack.nn.linear import QLinear
 from spicerack.numerics import codec
@@ -72,9 +72,9 @@ def test_schema_shapes_and_gradients_are_what_torch_expects(scheme: str, compute
         x = values(2, 3, K).to(dtype).requires_grad_(grad)
         tensors = (matrix.codes, matrix.scale, matrix.zero, bias, matrix.input_scale)
         arguments = (x, *tensors, *matrix.spec, 0, matrix.activations)
-        torch.library.opcheck(multiply.OPERATOR, arguments)
+        torch.library.opcheck(torch_op.OPERATOR, arguments)
         grad_y = values(2, 3, N).to(dtype).requires_grad_(grad)
-        torch.library.opcheck(multiply.TRANSPOSED, (grad_y, matrix.codes, matrix.scale, matrix.zero, *matrix.spec))
+        torch.library.opcheck(torch_op.TRANSPOSED, (grad_y, matrix.codes, matrix.scale, matrix.zero, *matrix.spec))
 
 
 def test_every_way_through_the_dispatcher_gives_the_same_bits() -> None:
@@ -83,7 +83,7 @@ def test_every_way_through_the_dispatcher_gives_the_same_bits() -> None:
     assert bias is not None
 
     def operator(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return multiply.OPERATOR(x, m.codes, m.scale, m.zero, bias, None, *m.spec, 0, m.activations)
+        return torch_op.OPERATOR(x, m.codes, m.scale, m.zero, bias, None, *m.spec, 0, m.activations)
 
     expected = multiply.multiply(x, (m,), (bias,), 0)[0]
     assert torch.equal(operator(x, bias), expected) and operator(x, bias).requires_grad
@@ -140,7 +140,7 @@ def test_an_exported_program_equals_eager(dtype: torch.dtype, bias: bool) -> Non
     batch = torch.export.Dim("batch", min=2, max=512)
     program = torch.export.export(model, (values(4, K).to(dtype),), dynamic_shapes=({0: batch},))
     targets = [node.target for node in program.graph.nodes]
-    assert targets.count(multiply.OPERATOR) == 2
+    assert targets.count(torch_op.OPERATOR) == 2
     with torch.no_grad():
         for rows in (2, 33):
             x = values(rows, K, seed=rows).to(dtype)
@@ -221,17 +221,17 @@ def test_tensors_that_do_not_make_the_matrix_are_refused() -> None:
         (m.codes.transpose(0, 1), m.scale, m.zero),
     ):
         with pytest.raises(ShapeError, match=rf"\[{N}, {K}\] matrix of 4 bits"):
-            multiply.OPERATOR(x, codes, scale, zero, None, None, *m.spec, 0, m.activations)
+            torch_op.OPERATOR(x, codes, scale, zero, None, None, *m.spec, 0, m.activations)
 
 
 def test_a_static_scale_that_is_none_is_refused() -> None:
     m, x = layer("w8a8s").packed.prepared(), values(2, K)
     for fixed in (None, torch.tensor([0.02], dtype=torch.float64), torch.tensor([0.02, 0.02])):
         with pytest.raises(ShapeError, match="need one float32 scale"):
-            multiply.OPERATOR(x, m.codes, m.scale, m.zero, None, fixed, *m.spec, 0, m.activations)
+            torch_op.OPERATOR(x, m.codes, m.scale, m.zero, None, fixed, *m.spec, 0, m.activations)
     for value in (0.0, -1.0, torch.nan, torch.inf):
         with pytest.raises(ValueError, match="finite and above 0"):
-            multiply.OPERATOR(x, m.codes, m.scale, m.zero, None, torch.tensor([value]), *m.spec, 0, m.activations)
+            torch_op.OPERATOR(x, m.codes, m.scale, m.zero, None, torch.tensor([value]), *m.spec, 0, m.activations)
 
 
 @pytest.mark.parametrize("scheme", ["w4g32z", "w8a8", "w8a8s"])

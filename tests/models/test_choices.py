@@ -13,7 +13,7 @@ from conftest import LlamaFolder, kernel_here
 import spicerack
 from spicerack.cli import _output, cli
 from spicerack.errors import UsageError
-from spicerack.kernels import kernel, multiply
+from spicerack.kernels import kernel, panels
 from spicerack.kernels.kernel import Compute
 from spicerack.models import choices
 from spicerack.nn.weight import PackedWeight
@@ -36,7 +36,7 @@ def command(capsys: pytest.CaptureFixture[str], *args: str | Path, code: int = 0
 def test_the_table_has_every_kernel_and_says_why_some_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {row.name: row for row in choices.rows()}
     assert list(found) == [row.name for row in kernel.table()]
-    monkeypatch.setattr(multiply, "NAMES", ("scalar",))
+    monkeypatch.setattr(panels, "NAMES", ("scalar",))
     rows = choices.rows()
     assert [row.name for row in rows if row.obstacle is None] == ["int8_scalar", "float_scalar", "reference"]
     assert all(row.compute == "float" for row in rows if not row.name.startswith(("int8", "ternary")))

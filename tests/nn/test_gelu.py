@@ -61,7 +61,7 @@ def test_joined_from_the_second_call_on(scheme: str, activation: nn.Module) -> N
         x = torch.randn(5, 64)
         want = gelu(plain(model.dense, x))
         assert ((model(x) - want).abs() <= 4e-7 * want.abs().clamp(min=1)).all()
-        assert model.dense.producer.joined, f"call {call}"
+        assert model.dense.joined.applies, f"call {call}"
     assert torch.equal(model.dense(x), model.dense.packed.forward(x, model.dense.bias, True)), "where it is computed"
 
 
@@ -82,7 +82,7 @@ def test_not_joined_if_something_stands_between() -> None:
             x = torch.randn(4, 64)
             want = gelu(plain(model.fc2, gelu(between(plain(model.fc1, x)))))
             assert torch.equal(model(x), want)
-        assert not model.fc1.producer.joined
+        assert not model.fc1.joined.applies
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def test_an_activation_of_two_layers_joins_only_the_one_that_is_named() -> None:
         x = torch.randn(4, 64)
         want = gelu(plain(model.fc2, gelu(plain(model.fc1, x))))
         assert (model(x) - want).abs().max() < 1e-5
-    assert model.fc1.producer.joined and model.fc2.producer is None
+    assert model.fc1.joined.applies and model.fc2.joined is None
 
 
 def test_gradients_pass_through() -> None:
@@ -112,7 +112,7 @@ def test_compiled_and_in_inference_mode() -> None:
     want = gelu(plain(model.dense, x))
     with torch.inference_mode():
         assert torch.equal(model(x), want) and torch.equal(model(x + 0), want)
-    assert not model.dense.producer.joined
+    assert not model.dense.joined.applies
     model(x)
     with torch.inference_mode():
         assert torch.equal(model(x), want)
@@ -127,7 +127,7 @@ def test_copies_and_threads() -> None:
     x = torch.randn(3, 64)
     model(x)
     again = copy.deepcopy(model)
-    assert again.dense.producer is not model.dense.producer and torch.equal(again(x), model(x))
+    assert again.dense.joined is not model.dense.joined and torch.equal(again(x), model(x))
     want, wrong = model(x), []
 
     def many() -> None:
@@ -145,4 +145,4 @@ def test_copies_and_threads() -> None:
 def test_other_activations_stay() -> None:
     for activation in (nn.GELU("tanh"), nn.ReLU(), nn.SiLU()):
         model = quantized(Intermediate(activation))
-        assert type(model.intermediate_act_fn) is type(activation) and model.dense.producer is None
+        assert type(model.intermediate_act_fn) is type(activation) and model.dense.joined is None

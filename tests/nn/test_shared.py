@@ -76,7 +76,7 @@ def test_a_tensor_that_was_written_into_is_another_input(calls: list[int]) -> No
         model.q_proj(x)
         x.add_(1)
         assert torch.equal(model.k_proj(x), model.k_proj.packed.forward(x, model.k_proj.bias))
-    assert model.q_proj.shared is None, "a result was for nothing"
+    assert model.q_proj.joined is None, "a result was for nothing"
 
 
 def test_layers_that_read_different_inputs_part_after_one_try(calls: list[int]) -> None:
@@ -92,7 +92,7 @@ def test_nothing_is_kept_once_all_have_theirs() -> None:
     model, x = attention(), torch.randn(3, 64)
     with torch.no_grad():
         model(x)
-    shared = model.q_proj.shared
+    shared = model.q_proj.joined
     assert shared is not None and shared._x is None and not shared._due
 
 
@@ -102,14 +102,14 @@ def test_with_gradients_and_in_inference_mode_each_computes_for_itself(mode: Any
     with mode():
         x = torch.randn(3, 64)
         model(x)
-    assert 3 not in calls and model.q_proj.shared is not None
+    assert 3 not in calls and model.q_proj.joined is not None
 
 
 def test_schemes_of_one_group_may_differ_but_not_their_activations() -> None:
     mixed = spicerack.quantize(Attention(), "w8", rules=["k_proj=w4g32"], compute="int8")
-    assert mixed.q_proj.shared is mixed.k_proj.shared is not None
+    assert mixed.q_proj.joined is mixed.k_proj.joined is not None
     rounded = spicerack.quantize(Attention(), "w8", rules=["k_proj=w8a8"], compute="int8")
-    assert rounded.q_proj.shared is None
+    assert rounded.q_proj.joined is None
 
 
 @pytest.mark.parametrize("scales", [(0.02, 0.02, 0.02), (0.02, 0.02, 0.03)])
@@ -121,17 +121,17 @@ def test_static_activations_are_shared_where_their_scale_is(scales: tuple[float,
     share_inputs(model)
     with torch.no_grad():
         assert torch.equal(model(x), alone(model, x))
-    assert (model.q_proj.shared is not None) == (len(set(scales)) == 1)
+    assert (model.q_proj.joined is not None) == (len(set(scales)) == 1)
 
 
 def test_queries_of_cross_attention_stand_apart() -> None:
     model = nn.ModuleDict({"encoder_attn": attention()})
     for layer in model.modules():
         if isinstance(layer, QLinear):
-            layer.shared = None
+            layer.joined = None
     share_inputs(model)
     crossed = model["encoder_attn"]
-    assert crossed.q_proj.shared is None and crossed.k_proj.shared is crossed.v_proj.shared is not None
+    assert crossed.q_proj.joined is None and crossed.k_proj.joined is crossed.v_proj.joined is not None
 
 
 def test_copies_and_pickles_share_among_themselves(calls: list[int]) -> None:
@@ -141,7 +141,7 @@ def test_copies_and_pickles_share_among_themselves(calls: list[int]) -> None:
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             calls.clear()
             assert torch.equal(other(x), expected) and calls == [3]
-            assert other.q_proj.shared is not model.q_proj.shared
+            assert other.q_proj.joined is not model.q_proj.joined
 
 
 def test_a_language_model_fuses_its_projections_and_saves_as_before(calls: list[int], tmp_path) -> None:

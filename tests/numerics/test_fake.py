@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spicerack.kernels.table.reference import quantize_tokens
 from spicerack.numerics import codec
+from spicerack.numerics.activations import quantize_tokens
 from spicerack.numerics.fake import Grid, fake, fake_linear, fake_tokens, rounded, stored
 from spicerack.numerics.scheme import IntLevels, parse
 from spicerack.training.qat.fake_layers import FakeLayer, Quantizer

@@ -10,8 +10,8 @@ import families
 import pytest
 import torch
 import transformers
+from calibrations import text
 from safetensors.torch import load_file
-from test_calibrating import text
 
 import spicerack
 from spicerack.algorithms.method import parse as parse_method

@@ -11,13 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import LlamaFolder
+from folders import codes
 
 import spicerack
 from spicerack.machine.ranks import ALONE, Ranks
-from spicerack.storage.format import of_folder
-from spicerack.storage.reader import Checkpoint
 
 
 def command(source: Path, out: Path, text: Path, *more: str) -> list[str]:
@@ -32,17 +30,6 @@ def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
     file.write_text("".join(letters.choice("abcdefghij klmnop\n") for _ in range(24_000)))
     return file
-
-
-def codes(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint.open(folder)
-    fmt = of_folder(checkpoint)
-    assert fmt is not None
-    found = {}
-    for name, planned in fmt.plan(checkpoint).items():
-        tensors = {key: checkpoint.read(key) for key in fmt.layout(planned)}
-        found[name] = fmt.decode(planned, tensors).codes
-    return found
 
 
 @pytest.mark.slow

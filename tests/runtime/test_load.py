@@ -208,7 +208,7 @@ MEASURED = """
 import sys, psutil, torch, transformers
 from transformers import LlamaForCausalLM
 import spicerack.runtime.load
-from spicerack.kernels import reference
+from spicerack.kernels.table import reference
 torch.set_num_threads(1)
 torch.ones(64, 64) @ torch.ones(64, 64)
 before = psutil.Process().memory_info().rss

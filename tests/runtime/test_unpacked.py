@@ -8,8 +8,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from test_qat import IDS, small_net, tiny
-from test_tuned import SCHEMES, train
+from nets import IDS, SCHEMES, small_net, tiny, train
 from torch import nn
 
 import spicerack

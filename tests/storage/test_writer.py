@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from spicerack.errors import OutputError
 from spicerack.storage import writer as module
+from spicerack.storage.ledger import Entry
 from spicerack.storage.writer import CONFIG, INDEX, Shard, Slot, Unit, Writer, plan_shards, safetensors_dtype
 
 IDENTITY = {"recipe": {"scheme": "w8"}, "source": "abc"}
@@ -37,14 +38,14 @@ def write(writer: Writer, shard: Shard) -> None:
         for u in shard.units:
             for slot in u.slots:
                 out.write(slot.name, TENSORS[slot.name])
-            out.entries.append({"name": u.source})
+            out.entries.append(Entry(u.source, "copy", "", "", None, u.slots[0].dtype, u.slots[0].shape, 0, u.nbytes))
 
 
 def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "out", plan_shards([unit(n) for n in TENSORS], shard_bytes=60), IDENTITY)
     for shard in writer.pending():
         write(writer, shard)
-    assert [e["name"] for e in writer.entries()] == list(TENSORS)
+    assert [entry.tensor for entry in writer.entries()] == list(TENSORS)
     writer.finish({CONFIG: b"{}"}, tmp_path, [])
     writer.seal()
     assert not writer.partial.exists()

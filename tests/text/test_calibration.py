@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, starting_tokenizer
 from scipy.stats import chisquare
-from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from spicerack.cli._demo import encoder
 from spicerack.errors import TextError
+from spicerack.models.bundled import encoder
 from spicerack.text import calibration
 from spicerack.text.calibration import Calibration, read, sample
 
@@ -36,18 +35,6 @@ def minilm() -> PreTrainedTokenizerBase:
 @pytest.fixture
 def stdlib(stdlib_lm: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(stdlib_lm)
-
-
-def starting_tokenizer() -> PreTrainedTokenizerBase:
-    """As Llama's: every text begins with <s>, and </s> ends one."""
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
-    start = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", start)]
-    )
-    assert tokenizer("a").input_ids[0] == start
-    return tokenizer
 
 
 def write(path: Path, content: str) -> Path:

@@ -96,7 +96,7 @@ def test_batches_do_not_matter_and_seeds_do(llama_folder: Any, monkeypatch: pyte
 
 def test_after_an_end_comes_a_start() -> None:
     """For a tokenizer that puts a start token before every text."""
-    from test_calibration import starting_tokenizer
+    from conftest import starting_tokenizer
 
     tokenizer = starting_tokenizer()
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id

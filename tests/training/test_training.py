@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import LlamaFolder
+from folders import codes
 from safetensors.torch import load_file, save_file
-from test_ranks import codes
 
 import spicerack
 from spicerack import QATConfig, Settings

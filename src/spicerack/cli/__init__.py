@@ -10,7 +10,7 @@ import sys
 
 import click
 
-from spicerack import __version__
+from spicerack._version import __version__
 from spicerack.cli import _output
 
 COMMANDS = {

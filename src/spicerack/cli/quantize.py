@@ -199,7 +199,7 @@ def _place(device: str) -> tuple[torch.device, Ranks]:
 
 
 def _calibration(job: Job, source: str, samples: int, length: int | None, seed: int) -> Calibration:
-    from spicerack.evaluation.folder import kind, positions
+    from spicerack.models.kind import kind_of, positions
     from spicerack.runtime import hf
     from spicerack.runtime.load import load
     from spicerack.text import calibration, generated
@@ -214,7 +214,7 @@ def _calibration(job: Job, source: str, samples: int, length: int | None, seed: 
     length = length or min(_LENGTH, longest or _LENGTH)
     if source == "none":
         return generated.from_model(load(folder), tokenizer, samples=samples, length=length, seed=seed)
-    what = kind(job.source.config, folder)
+    what = kind_of(job.source.config, folder)
     return calibration.read(source, tokenizer, samples=samples, length=length, seed=seed, kind=what)
 
 
@@ -259,21 +259,17 @@ def _announce(job: Job, calibration: Calibration | None, planned: Plan, device: 
 def _report(result: dict[str, Any], source: Path, console: Console) -> None:
     from rich.table import Table
 
-    from spicerack.quantization.run import by_layer_type
+    from spicerack.storage import ledger
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("layers", "numbers", "count", "before", "after", "error"):
         table.add_column(name, justify="left" if name in ("layers", "numbers") else "right", no_wrap=name != "layers")
-    for row in by_layer_type(Path(result["output"])):
-        error = "" if row["error"] is None else f"{row['error']:.2%}"
-        table.add_row(
-            row["layers"],
-            row["numbers"],
-            str(row["count"]),
-            _output.size(row["before"]),
-            _output.size(row["after"]),
-            error,
-        )
+    written = ledger.read(Path(result["output"]))
+    assert written is not None, "quantized just now"
+    for row in ledger.by_layer_type(written.entries):
+        error = "" if row.error is None else f"{row.error:.2%}"
+        before, after = _output.size(row.bytes_before), _output.size(row.bytes_after)
+        table.add_row(row.layers, row.numbers, str(row.count), before, after, error)
     console.print(table)
     before, after = result["bytes_before"], result["bytes_after"]
     console.print(

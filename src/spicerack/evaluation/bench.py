@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from spicerack.errors import UsageError
 from spicerack.evaluation.evaluate import compute
-from spicerack.evaluation.folder import kind, positions
 from spicerack.evaluation.logits import computes_some
+from spicerack.models.kind import kind_of, positions
 from spicerack.nn.cache import nbytes
 from spicerack.runtime.hf import CACHES
 from spicerack.runtime.load import load
@@ -61,7 +61,7 @@ def bench(
     """
     out, source = files.locate(folder), files.locate(against)
     config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)
-    what = kind(config, source)
+    what = kind_of(config, source)
     report = progress or (lambda _what, _share: None)
 
     def open_model(where: Path, dtype: torch.dtype | None = None, cache: int | None = None) -> PreTrainedModel:

@@ -20,13 +20,14 @@ from spicerack.errors import UsageError
 from spicerack.evaluation import encoder, language
 from spicerack.evaluation import folder as evaluation_folder
 from spicerack.evaluation.encoder import EncoderComparison
-from spicerack.evaluation.folder import Kind
 from spicerack.evaluation.language import Comparison
 from spicerack.evaluation.sentences import SENTENCES
+from spicerack.models.kind import Kind, kind_of
 from spicerack.nn.cache_blocks import CacheScheme
 from spicerack.nn.weight import PackedWeight
 from spicerack.runtime.load import load
-from spicerack.storage.files import CONFIG, LEDGER, MAX_CONFIG_BYTES, MAX_INDEX_BYTES, locate, read_json
+from spicerack.storage import ledger
+from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, locate, read_json
 from spicerack.text.pieces import sentences, windows
 
 Progress = Callable[[str, float], None]
@@ -114,14 +115,15 @@ def measure(
 ) -> Evaluation:
     """As `evaluate`, keeping the figures of every window: `evaluation_lm.paired_difference` compares two of these."""
     out, source = locate(folder), locate(against)
-    kind = evaluation_folder.kind(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
+    kind = kind_of(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
     if cache is not None:
         CacheScheme(cache)  # what is wrong is said before the long part
         if kind == "encoder":
             raise UsageError(f"{source} is an encoder: it has no cache to quantize", "leave the cache out")
     tokenizer = evaluation_folder.tokenizer(out, source, trust_remote_code)
     path = _text(kind, text, out, source)
-    if path is not None and _sha256(path) == _calibrated_with(out):
+    written = ledger.read(out)
+    if path is not None and written is not None and written.calibration_text == (_sha256(path) or ""):
         warnings.warn(f"{path} is what {out} was calibrated with: use another text, this one flatters", stacklevel=2)
     report = progress or (lambda _doing, _share: None)
 
@@ -185,15 +187,6 @@ def _compare_encoders(
         max_tokens=most,
         progress=progress,
     )
-
-
-def _calibrated_with(out: Path) -> object:
-    """sha256 of the text that a folder was calibrated with; None for none."""
-    if not (out / LEDGER).is_file():
-        return None
-    identity = read_json(out / LEDGER, MAX_INDEX_BYTES).get("identity")
-    facts = identity.get("calibration") if isinstance(identity, dict) else None
-    return facts.get("text") if isinstance(facts, dict) else None
 
 
 def _sha256(path: Path) -> str | None:

@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import CheckpointError, UsageError
 from spicerack.evaluation.encoder import Pooling, check_pooling
 from spicerack.evaluation.sentences import SENTENCES
+from spicerack.models.kind import MODULES, POOLING, positions
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
 from spicerack.text import tokenizer as tokenizing
 
-Kind = Literal["decoder", "encoder"]
-
 DEFAULT_WINDOW = 512
-_MODULES = "modules.json"
-_POOLING = "1_Pooling"
 _SENTENCE_CONFIG = "sentence_bert_config.json"
-_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _OLD_POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "lasttoken",
 }
-
-
-def kind(config: dict[str, Any], folder: Path) -> Kind:
-    """Whether a model folder holds a decoder (it predicts tokens) or an encoder (it embeds text). Raises UsageError."""
-    if config.get("is_encoder_decoder"):
-        raise UsageError(f"{folder} is an encoder-decoder model", "only decoders and encoders can be compared so far")
-    if (folder / _MODULES).is_file() or (folder / _POOLING).is_dir():
-        return "encoder"
-    declared = config.get("architectures")
-    name = str(declared[0]) if isinstance(declared, list) and declared else ""
-    return "decoder" if name.endswith(_DECODERS) else "encoder"
 
 
 def pooling(folder: Path) -> Pooling:
@@ -58,9 +42,9 @@ def pooling(folder: Path) -> Pooling:
 
 
 def _pooling_folder(folder: Path) -> str:
-    path = folder / _MODULES
+    path = folder / MODULES
     if not path.is_file():
-        return _POOLING
+        return POOLING
     try:
         listed = json.loads(path.read_bytes()[:MAX_CONFIG_BYTES])
     except (ValueError, RecursionError) as error:
@@ -71,13 +55,7 @@ def _pooling_folder(folder: Path) -> str:
             if PurePosixPath(name).name == name and "\\" not in name:
                 return name
             raise CheckpointError(f"{path}: {name!r} is not a folder beside it", "do not trust this folder")
-    return _POOLING
-
-
-def positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model has; None if it has no limit of its own (state spaces, ALiBi)."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    return POOLING
 
 
 def window(asked: int | None, model: PreTrainedModel, folder: Path) -> int:

@@ -1,6 +1,7 @@
 """How packed weights multiply: `Kernel`, a row of plain data, and `pick`, which chooses a row and can say why.
 
-A kernel is one file in `kernels/`. It lays a QTensor out for itself in memory; that layout never reaches the disk.
+A file in `kernels/table/` declares its rows as KERNELS. A kernel lays a QTensor out for itself in memory; that layout
+never reaches the disk.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Kernel:
     speed   of the rows that fit, the one with the highest runs
     vector  it has vector instructions made for its activations
     compute "int8" if it rounds the activations of weight-only schemes; such rows run only where that is asked for
-    fits    (scheme, [N, K], type of x, device) -> why it cannot run these, or None if it can
+    obstacle    (scheme, [N, K], type of x, device) -> why it cannot run these, or None if it can
     pack    QTensor [N, K] -> tensors by name, in the kernel's own layout
     unpack  its exact inverse: (scheme, [N, K], tensors) -> QTensor
     rows    (scheme, [N, K], tensors, rows) -> float32 [R, K], the chosen rows decoded
@@ -46,7 +47,7 @@ class Kernel:
     speed: int
     vector: bool
     compute: Compute
-    fits: Callable[[Scheme, Shape, torch.dtype, torch.device], str | None]
+    obstacle: Callable[[Scheme, Shape, torch.dtype, torch.device], str | None]
     pack: Callable[[QTensor], dict[str, torch.Tensor]]
     unpack: Callable[[Scheme, Shape, Tensors], QTensor]
     rows: Callable[[Scheme, Shape, Tensors, Rows], torch.Tensor]
@@ -63,14 +64,14 @@ class Choice:
 
 
 def get(name: str) -> Kernel:
-    """The kernel in `kernels/<name>.py`; KeyError if there is no such file."""
-    found: Kernel = plugins.get("kernels.table", name, "KERNEL")
-    return found
+    """The kernel of this name; KeyError if there is none."""
+    return {kernel.name: kernel for kernel in table()}[name]
 
 
 def table() -> list[Kernel]:
     """All kernels, fastest first, whether or not this machine runs them."""
-    return sorted(map(get, plugins.names("kernels.table")), key=lambda kernel: -kernel.speed)
+    files = (plugins.get("kernels.table", name, "KERNELS") for name in plugins.names("kernels.table"))
+    return sorted((kernel for rows in files for kernel in rows), key=lambda kernel: -kernel.speed)
 
 
 def pick(
@@ -89,7 +90,7 @@ def pick(
         raise UsageError(f"compute={compute!r}", 'use "int8" or "float"')
     passed_over: dict[str, str] = {}
     for kernel in table():
-        reason = kernel.fits(scheme, shape, dtype, device)
+        reason = kernel.obstacle(scheme, shape, dtype, device)
         if reason is None and kernel.compute == "int8" and scheme.activations is None:
             if compute == "float":
                 reason = "rounds activations to int8, and float was asked for"

@@ -5,16 +5,9 @@ Files, results (QTensors) and random choices stay on the CPU; what a block is co
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, TypeVar
-
 import torch
-from torch.utils._pytree import tree_map
 
 from spicerack.errors import UsageError
-from spicerack.numerics.qtensor import QTensor
-
-T = TypeVar("T")
 
 CPU = torch.device("cpu")
 
@@ -44,18 +37,3 @@ def of_rank(name: str, local: int) -> str:
             f"--device {name}: processes of torchrun compute on cpu, or each on a GPU of its own", "use --device cuda"
         )
     return f"cuda:{local}"
-
-
-def moved(value: T, device: torch.device) -> T:
-    """The same with all tensors in it on `device`: of a tensor, a QTensor, or containers of those."""
-
-    def one(part: Any) -> Any:
-        if isinstance(part, torch.Tensor):
-            return part.to(device)
-        if isinstance(part, QTensor):
-            names = ("codes", "scale", "zero", "min", "input_scale")
-            return dataclasses.replace(part, **{name: moved(getattr(part, name), device) for name in names})
-        return part
-
-    found: T = tree_map(one, value)
-    return found

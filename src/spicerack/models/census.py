@@ -307,3 +307,7 @@ def _shared_inputs(entries: Mapping[str, Entry]) -> tuple[tuple[str, ...], ...]:
             if len(found) > 1:
                 groups.append(found)
     return tuple(groups)
+
+
+BY_DEFAULT = frozenset({"linear", "conv1d", "experts"})
+ON_REQUEST = frozenset({"embedding", "head", "router"})

@@ -90,7 +90,7 @@ def layers(folder: str | Path, compute: Compute | None = None) -> list[Layers]:
 
 
 def _obstacle(row: kernel.Kernel) -> str | None:
-    reasons = [row.fits(parse(name), (64, 64), torch.float32, _CPU) for name in _PROBES]
+    reasons = [row.obstacle(parse(name), (64, 64), torch.float32, _CPU) for name in _PROBES]
     return None if None in reasons else reasons[0]
 
 

@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from spicerack import plugins
-from spicerack.errors import CheckpointError, ShapeError
+from spicerack.errors import ShapeError
 from spicerack.models import census
-from spicerack.models.census import Architecture, Census, Entry
+from spicerack.models.census import BY_DEFAULT, Architecture, Census, Entry
 from spicerack.numerics.scheme import Scheme, parse
-from spicerack.quantization.recipe import BY_DEFAULT
-from spicerack.storage import files
+from spicerack.storage import files, ledger
+from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import Checkpoint, TensorInfo
 
 COMMON_SCHEMES = ("w8", "w4g128", "w4g32z", "w3g64", "w2g32z")
 FLOATS = ("F32", "F16", "BF16")
 """Stored types that are quantized."""
-_MAX_LEDGER_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +103,9 @@ def look(model: str | Path) -> Report:
     checkpoint = Checkpoint.open(model)
     quantized = quantized_with(checkpoint.config)
     stored: dict[str, Stored] = {}
-    if (checkpoint.folder / files.LEDGER).is_file() and quantized:
-        checkpoint, stored, quantized = _source(checkpoint)
+    written = ledger.read(checkpoint.folder) if quantized else None
+    if written is not None:
+        checkpoint, stored, quantized = _source(checkpoint, written), _stored(written), written.recipe or quantized
     seen = census.take(checkpoint)
     rows = _rows(seen, stored)
     return Report(
@@ -131,30 +131,16 @@ def quantized_with(config: Mapping[str, Any]) -> str | None:
     return str(section.get("quant_method", "unknown")) if isinstance(section, dict) else None
 
 
-def _source(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Stored], str]:
-    """A quantized folder's ledger -> the float checkpoint it came from, what became of each tensor, and the recipe."""
-    path = checkpoint.folder / files.LEDGER
-    ledger = files.read_json(path, _MAX_LEDGER_BYTES)
-    tensors: dict[str, TensorInfo] = {}
-    stored: dict[str, Stored] = {}
-    try:
-        recipe = ledger["identity"]["recipe"]
-        rules = [f"{pattern}={scheme}" for rule in recipe["rules"] for pattern, scheme in rule.items()]
-        title = " ".join([str(recipe["scheme"]), f"range={recipe['range']}", *rules])
-        for entry in ledger["tensors"]:
-            name, dtype, shape = str(entry["tensor"]), str(entry["dtype"]), tuple(map(int, entry["shape"]))
-            error = entry["error"]
-            stored[name] = Stored(
-                str(entry["scheme"] or dtype), int(entry["bytes_after"]), error if error is None else float(error)
-            )
-            tensors[name] = TensorInfo(name, dtype, shape, int(entry["bytes_before"]), "")
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a ledger that spicerack wrote: {error!r}", "quantize the model again"
-        ) from error
+def _source(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
+    """The float checkpoint that a quantized folder came from, as its ledger describes it."""
     config = checkpoint.config
     nested = config.get("config", {}) if config.get("model_type") == files.CONTAINER else config
-    return replace(checkpoint, config=nested, tensors=tensors), stored, title
+    tensors = {e.tensor: TensorInfo(e.tensor, e.dtype, e.shape, e.bytes_before, "") for e in written.entries}
+    return replace(checkpoint, config=nested, tensors=tensors)
+
+
+def _stored(written: Ledger) -> dict[str, Stored]:
+    return {e.tensor: Stored(e.scheme or e.dtype, e.bytes_after, e.error) for e in written.entries}
 
 
 def estimate(seen: Census, scheme: Scheme) -> Estimate:

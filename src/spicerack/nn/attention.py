@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spicerack.kernels import multiply
+from spicerack.kernels import attention
 from spicerack.models.families import names
 
 NAME = "spicerack"
@@ -50,14 +50,14 @@ def forward(
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         and others.get("position_bias") is None
         and others.get("softcap") is None
-        and multiply.fits_attention(query, key, value, attention_mask) is None
+        and attention.obstacle(query, key, value, attention_mask) is None
     ):
         # Like torch's, causal only where there is no mask, and never for one query, which comes last.
         if is_causal is None:
             is_causal = bool(getattr(module, "is_causal", True))
         causal = is_causal and attention_mask is None and query.shape[2] > 1
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        return multiply.attention(query, key, value, attention_mask, causal=causal, scale=scale), None
+        return attention.attention(query, key, value, attention_mask, causal=causal, scale=scale), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
     )

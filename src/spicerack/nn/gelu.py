@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 from transformers.activations import GELUActivation
 
 from spicerack.models.families import names
 from spicerack.nn.linear import QLinear
-from spicerack.nn.weight import PackedWeight
 
 
 class Producer:
     """A layer whose result an activation of the same parent may be called with.
 
-    joined: that was seen once, so that the layer applies the activation from then on. A result carries what was done to
-    it, and the activation looks there: whatever else it is called with gets what is due.
+    applies: that was seen once, so that the layer applies the activation from then on. A result carries what was done
+    to it, and the activation looks there: whatever else it is called with gets what is due.
     """
 
     def __init__(self) -> None:
-        self.joined = False
+        self.applies = False
 
-    def forward(self, packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, layer: QLinear, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> x W^T + bias [..., N], or GELU of that."""
         if torch.is_inference_mode_enabled():  # writes into its tensors are not counted
-            return packed.forward(x, bias)
-        joined = self.joined
-        y = packed.forward(x, bias, joined)
-        y.spicerack_producer = (self, joined)  # type: ignore[attr-defined]
+            return layer.packed.forward(x, layer.bias)
+        applies = self.applies
+        y = layer.packed.forward(x, layer.bias, applies)
+        y.spicerack_producer = (self, applies)  # type: ignore[attr-defined]
         return y
 
 
@@ -43,7 +44,7 @@ class JoinedGELU(nn.Module):
         if joined:
             return x
         if producer is not None and x._version == 0:
-            producer.joined = True
+            producer.applies = True
         result: torch.Tensor = self.activation(x)
         return result
 
@@ -53,11 +54,11 @@ def join_gelus(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for layer_name, name in names.THEN_ACTIVATION:
             layer, activation = getattr(parent, layer_name, None), getattr(parent, name, None)
-            if type(layer) is QLinear and isinstance(activation, nn.Module) and _is_gelu(activation):
+            if type(layer) is QLinear and layer.joined is None and _is_gelu(activation):
                 setattr(parent, name, JoinedGELU(activation))
-                layer.producer = Producer()
+                layer.joined = Producer()
 
 
-def _is_gelu(module: nn.Module) -> bool:
+def _is_gelu(module: object) -> TypeGuard[nn.Module]:
     """By the error function, not its approximations."""
     return type(module) is GELUActivation or (type(module) is nn.GELU and module.approximate == "none")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -11,9 +11,12 @@ from spicerack.kernels.kernel import Compute
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics.qtensor import QTensor
 
-if TYPE_CHECKING:
-    from spicerack.nn.gelu import Producer
-    from spicerack.nn.shared import SharedInput
+
+class Joined(Protocol):
+    """What computes a layer's result where the layer is one of several that are worth computing together."""
+
+    def forward(self, layer: QLinear, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K], a plain tensor of ordinary (not inference) mode -> what `layer` makes of it, [..., N]."""
 
 
 class QLinear(nn.Module):
@@ -29,9 +32,7 @@ class QLinear(nn.Module):
         self.packed = packed
         self.out_features, self.in_features = packed.shape
         self.register_parameter("bias", bias)
-        self.shared: SharedInput | None = None
-        self.place = 0  # in `shared`
-        self.producer: Producer | None = None
+        self.joined: Joined | None = None
 
     @classmethod
     def of(
@@ -55,11 +56,8 @@ class QLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (self.shared is not None or self.producer is not None) and _may_join(x):
-            if self.shared is not None:
-                return self.shared.forward(self.place, x)
-            assert self.producer is not None
-            return self.producer.forward(self.packed, x, self.bias)
+        if self.joined is not None and _may_join(x):
+            return self.joined.forward(self, x)
         packed: PackedWeight = self._modules["packed"]  # type: ignore[assignment]  # attributes of modules are slow
         return packed.forward(x, self._parameters["bias"])
 

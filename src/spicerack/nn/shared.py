@@ -23,12 +23,12 @@ class SharedInput:
         self._x: torch.Tensor | None = None
         self._version = 0
         self._due: dict[int, torch.Tensor] = {}
-        for place, layer in enumerate(self.layers):
-            layer.shared, layer.place = self, place
+        for layer in self.layers:
+            layer.joined = self
 
-    def forward(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        """What layer number `place` makes of x, a plain tensor of ordinary (not inference) mode."""
-        due = self._due
+    def forward(self, layer: QLinear, x: torch.Tensor) -> torch.Tensor:
+        """What `layer`, one of these, makes of x, a plain tensor of ordinary (not inference) mode."""
+        due, place = self._due, self.layers.index(layer)
         if self._x is x and self._version == x._version and place in due:
             y = due.pop(place)
             if not due:
@@ -36,7 +36,6 @@ class SharedInput:
             return y
         if due:
             self.dissolve()
-            layer = self.layers[place]
             return layer.packed.forward(x, layer.bias)
         matrices = [layer.packed.prepared() for layer in self.layers]
         biases = [layer.bias for layer in self.layers]
@@ -48,7 +47,7 @@ class SharedInput:
     def dissolve(self) -> None:
         """Each layer for itself."""
         for layer in self.layers:
-            layer.shared = None
+            layer.joined = None
         self._x, self._due = None, {}
 
 

@@ -25,8 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from spicerack.kernels.table.reference import quantize_tokens
 from spicerack.numerics import native
+from spicerack.numerics.activations import quantize_tokens
 from spicerack.numerics.codec import smallest_scale
 from spicerack.numerics.scheme import IntLevels
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_map
 
 from spicerack.errors import ShapeError
 from spicerack.numerics.scheme import IntLevels, Scheme
@@ -90,3 +92,20 @@ class QTensor:
 
 
 Scale = torch.Tensor | QTensor
+
+T = TypeVar("T")
+
+
+def moved(value: T, device: torch.device) -> T:
+    """The same with all tensors in it on `device`: of a tensor, a QTensor, or containers of those."""
+
+    def one(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            return part.to(device)
+        if isinstance(part, QTensor):
+            names = ("codes", "scale", "zero", "min", "input_scale")
+            return dataclasses.replace(part, **{name: moved(getattr(part, name), device) for name in names})
+        return part
+
+    found: T = tree_map(one, value)
+    return found

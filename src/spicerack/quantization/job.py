@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from spicerack import __version__
+from spicerack._version import __version__
 from spicerack.errors import CheckpointError, SchemeError, ShapeError
 from spicerack.models import blocks, census
 from spicerack.models.architecture import destinations, modules_of, on_meta
@@ -17,6 +17,7 @@ from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
 from spicerack.storage import format
+from spicerack.storage.files import CONTAINER
 from spicerack.storage.format import Format, Planned
 from spicerack.storage.reader import Checkpoint, TensorInfo
 from spicerack.storage.writer import SHARD_BYTES, Shard, Slot, Unit, plan_shards
@@ -105,7 +106,7 @@ def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
 
 def decide(source: Checkpoint, what: Recipe, *, shard_bytes: int = SHARD_BYTES) -> Job:
     """The same for a folder that is open, or a part of it."""
-    if "quantization_config" in source.config or source.config.get("model_type") == format.CONTAINER:
+    if "quantization_config" in source.config or source.config.get("model_type") == CONTAINER:
         raise CheckpointError(
             f"{source.folder} is quantized already", "start from the float model: every rounding adds up"
         )

@@ -25,7 +25,7 @@ from spicerack.numerics import rounding
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Recipe
-from spicerack.runtime.hf import SpicerackConfig, SpicerackQuantizer
+from spicerack.runtime.hf import tell_transformers
 from spicerack.storage.reader import Checkpoint, TensorInfo
 from spicerack.storage.writer import safetensors_dtype
 
@@ -135,7 +135,7 @@ def ties_of(layers: Mapping[str, Layer | nn.Conv2d], roles: Mapping[str, str]) -
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault(id(layer.weight), []).append(name)
-    owners = [(min(group, key=lambda name: roles[name] not in recipe.ON_REQUEST), group) for group in groups.values()]
+    owners = [(min(group, key=lambda name: roles[name] not in census.ON_REQUEST), group) for group in groups.values()]
     return {name: owner for owner, group in owners for name in group if name != owner}
 
 
@@ -223,31 +223,3 @@ def as_before(new: nn.Module, old: nn.Module) -> nn.Module:
         if key.startswith(("_forward_", "_backward_", "_is_full_backward_hook")):
             vars(new)[key] = value
     return new.train(old.training)
-
-
-def tell_transformers(model: PreTrainedModel) -> None:
-    """As after loading: what is packed is no parameter to tie, and save_pretrained refuses to write it."""
-    if any(isinstance(layer, (QLinear, QEmbedding)) for layer in model.modules()):
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        ties: dict[str, str] = model.all_tied_weights_keys
-        model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in parameters and b in parameters}
-        vars(model)["hf_quantizer"] = SpicerackQuantizer(SpicerackConfig(_nothing))
-
-
-def tell_trainers(model: PreTrainedModel) -> None:
-    """As a model that trains: not quantized any more, if it was, and with its ties."""
-    if vars(model).pop("hf_quantizer", None) is None:
-        return
-    for holder, marks in (
-        (model, ("is_quantized", "quantization_method")),
-        (model.config, ("quantization_config", "_is_quantized")),
-    ):
-        for mark in marks:
-            vars(holder).pop(mark, None)
-    found = dict(model.named_parameters(remove_duplicate=False))
-    ties: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
-    model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in found and found[a] is found.get(b)}
-
-
-def _nothing(_model: PreTrainedModel) -> None:
-    """The layers are in place already."""

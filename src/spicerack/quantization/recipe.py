@@ -24,6 +24,7 @@ from typing import Any, Literal
 from spicerack.algorithms import method
 from spicerack.algorithms.method import Method
 from spicerack.errors import RecipeError
+from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.numerics.scheme import Scheme, parse
 
 Range = Literal["absmax", "opt"]
@@ -31,8 +32,6 @@ RANGES: tuple[Range, ...] = ("opt", "absmax")
 ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "kl"]
 OBSERVERS: tuple[ObserverName, ...] = ("minmax", "moving_average", "percentile", "mse", "kl")
 SKIP = "skip"
-BY_DEFAULT = frozenset({"linear", "conv1d", "experts"})
-ON_REQUEST = frozenset({"embedding", "head", "router"})
 _MAX_BYTES = 1 << 20
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 import platform
 import sys
@@ -37,12 +35,14 @@ from spicerack.quantization.memory import Plan
 from spicerack.quantization.module import quantize_module
 from spicerack.quantization.preflight import Trial
 from spicerack.quantization.recipe import ObserverName, Range, Recipe, Rule, check_observer, check_range
-from spicerack.storage.writer import CONFIG, LEDGER, SHARD_BYTES, ShardWriter, Writer
+from spicerack.storage.durable import json_bytes
+from spicerack.storage.files import CONFIG, LEDGER, RUN
+from spicerack.storage.ledger import Entry, Ledger
+from spicerack.storage.writer import SHARD_BYTES, ShardWriter, Writer
 from spicerack.text.calibration import Calibration
 
 OBSERVER: ObserverName = "percentile"
 """The best measured (docs/quality.md)."""
-RUN = "run.json"
 Progress = Callable[[int], None]
 
 
@@ -231,15 +231,15 @@ def execute(
     result = {"output": str(output), **job.summary(), "seconds": round(time.time() - started, 3)}
     result |= {"planned_peak_bytes": planned.peak_bytes, "peak_rss_bytes": peak_rss_bytes(), "resumed": resumed}
     if not writer.complete:
-        ledger = {"identity": identity, "tensors": [*writer.entries(), *map(_dropped, _drops(job))]}
-        files = {RUN: _run(job, result), LEDGER: _json(ledger), CONFIG: _json(job.config)}
+        ledger = Ledger(identity, (*writer.entries(), *map(_dropped, _drops(job))))
+        files = {RUN: _run(job, result), LEDGER: ledger.content(), CONFIG: json_bytes(dict(job.config))}
         writer.finish(files, job.source.folder, job.source.side_files)
     clear(blocks_folder(output))
     writer.seal()
     return result
 
 
-def _one(job: Job, action: Action, out: ShardWriter, solved: Solutions, threads: int) -> dict[str, Any]:
+def _one(job: Job, action: Action, out: ShardWriter, solved: Solutions, threads: int) -> Entry:
     """Read, quantize or copy, write one tensor -> its ledger entry."""
     name = action.info.name
     w = job.source.read(name)
@@ -264,23 +264,16 @@ def _one(job: Job, action: Action, out: ShardWriter, solved: Solutions, threads:
     return _entry(action, sum(slot.nbytes for slot in action.slots), error, events)
 
 
-def _entry(action: Action, bytes_after: int, error: float | None = None, events: Iterable[str] = ()) -> dict[str, Any]:
-    return {
-        "tensor": action.info.name,
-        "action": action.what,
-        "why": action.why,
-        "layer_type": action.layer_type,
-        "scheme": action.planned.scheme.name if action.planned else None,
-        "dtype": action.info.dtype,
-        "shape": list(action.info.shape),
-        "bytes_before": action.info.nbytes,
-        "bytes_after": bytes_after,
-        "error": error,
-        "events": list(events),
-    }
+def _entry(action: Action, bytes_after: int, error: float | None = None, events: Iterable[str] = ()) -> Entry:
+    info = action.info
+    return Entry(
+        info.name, action.what, action.why, action.layer_type,
+        action.planned.scheme.name if action.planned else None,
+        info.dtype, info.shape, info.nbytes, bytes_after, error, tuple(events),
+    )  # fmt: skip
 
 
-def _dropped(action: Action) -> dict[str, Any]:
+def _dropped(action: Action) -> Entry:
     return _entry(action, 0)
 
 
@@ -288,41 +281,7 @@ def _drops(job: Job) -> list[Action]:
     return [action for action in job.actions if not action.slots]
 
 
-def by_layer_type(output: Path) -> list[dict[str, Any]]:
-    """The ledger of a finished folder, added up: a row per quantized layer type and scheme, then the rest by type.
-
-    Keys: layers, numbers, count, before and after (bytes), error (root mean square of the tensors' relative errors).
-    """
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    entries = json.loads((output / LEDGER).read_text())["tensors"]
-    for entry in sorted(entries, key=lambda entry: entry["action"] != "quantize"):
-        if entry["action"] == "quantize":
-            key = (entry["layer_type"], entry["scheme"])
-        else:
-            key = (
-                ("everything else", entry["dtype"].lower()) if entry["action"] == "copy" else ("tied copies", "dropped")
-            )
-        row = rows.setdefault(key, {"count": 0, "before": 0, "after": 0, "squares": 0.0})
-        row["count"] += 1
-        row["before"] += entry["bytes_before"]
-        row["after"] += entry["bytes_after"]
-        row["squares"] += (entry["error"] or 0.0) ** 2
-    return [
-        {
-            "layers": layers,
-            "numbers": numbers,
-            **{key: row[key] for key in ("count", "before", "after")},
-            "error": math.sqrt(row["squares"] / row["count"]) if row["squares"] else None,
-        }
-        for (layers, numbers), row in rows.items()
-    ]
-
-
 def _run(job: Job, result: dict[str, Any]) -> bytes:
     """What is true of this run only: the one file that differs between two runs of the same command."""
     machine = {"platform": platform.platform(), "processor": platform.processor(), "cpus": os.cpu_count()}
-    return _json({**result, "command": sys.argv, "source": str(job.source.folder), "machine": machine})
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+    return json_bytes({**result, "command": sys.argv, "source": str(job.source.folder), "machine": machine})

@@ -22,6 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from spicerack.errors import CheckpointError, LoadError, UntrustedCodeError
 from spicerack.models.architecture import harmless
+from spicerack.nn.embedding import QEmbedding
+from spicerack.nn.linear import QLinear
 
 METHOD = "spicerack"
 CACHES = ("cache", "past_key_values")
@@ -180,3 +182,31 @@ def _check(info: Mapping[str, Any], folder: Path, model_class: type) -> None:
                 f"{folder}: {names[0]} of {model_class.__name__} {what}, and {len(names) - 1} more",
                 "the folder is incomplete, or its config.json names another architecture",
             )
+
+
+def tell_transformers(model: PreTrainedModel) -> None:
+    """As after loading: what is packed is no parameter to tie, and save_pretrained refuses to write it."""
+    if any(isinstance(layer, (QLinear, QEmbedding)) for layer in model.modules()):
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        ties: dict[str, str] = model.all_tied_weights_keys
+        model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in parameters and b in parameters}
+        vars(model)["hf_quantizer"] = SpicerackQuantizer(SpicerackConfig(_nothing))
+
+
+def tell_trainers(model: PreTrainedModel) -> None:
+    """As a model that trains: not quantized any more, if it was, and with its ties."""
+    if vars(model).pop("hf_quantizer", None) is None:
+        return
+    for holder, marks in (
+        (model, ("is_quantized", "quantization_method")),
+        (model.config, ("quantization_config", "_is_quantized")),
+    ):
+        for mark in marks:
+            vars(holder).pop(mark, None)
+    found = dict(model.named_parameters(remove_duplicate=False))
+    ties: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in found and found[a] is found.get(b)}
+
+
+def _nothing(_model: PreTrainedModel) -> None:
+    """The layers are in place already."""

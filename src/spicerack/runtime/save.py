@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from spicerack import __version__
+from spicerack._version import __version__
 from spicerack.errors import LoadError, OutputError, UsageError
 from spicerack.nn.conv import QConv2d
 from spicerack.nn.embedding import QEmbedding
@@ -24,8 +24,11 @@ from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
 from spicerack.storage import format
+from spicerack.storage.durable import json_bytes
+from spicerack.storage.files import CONFIG, LEDGER
 from spicerack.storage.format import Planned
-from spicerack.storage.writer import CONFIG, LEDGER, Slot, Unit, Writer, plan_shards, safetensors_dtype
+from spicerack.storage.ledger import Entry, Ledger
+from spicerack.storage.writer import Slot, Unit, Writer, plan_shards, safetensors_dtype
 
 _Layer = QLinear | QConv2d | QEmbedding
 _Names = dict[str, str]
@@ -80,8 +83,8 @@ def save(module: nn.Module, folder: str | Path) -> Path:
                     out.write(name, tensor.cpu())
                 out.entries.append(_entry(unit, planned))
     if not writer.complete:
-        files = {LEDGER: {"identity": identity, "tensors": writer.entries()}, **side}
-        writer.finish({name: _json(value) for name, value in files.items()}, target, [])
+        ledger = Ledger(identity, writer.entries()).content()
+        writer.finish({LEDGER: ledger, **{name: json_bytes(value) for name, value in side.items()}}, target, [])
     writer.seal()
     return target
 
@@ -209,35 +212,33 @@ def _side_files(module: nn.Module) -> dict[str, Any]:
     return {"generation_config.json": json.loads(module.generation_config.to_json_string()), CONFIG: config}
 
 
-def _entry(unit: Unit, planned: Planned | None) -> dict[str, Any]:
-    """A tensor's line in the ledger; what only the loop knows, such as the error, is null."""
+def _entry(unit: Unit, planned: Planned | None) -> Entry:
+    """A tensor's line in the ledger; what only quantizing knows, such as the error, is not there."""
     slot = unit.slots[0]
-    shape = slot.shape
-    before, dtype = unit.nbytes, slot.dtype
-    if planned is not None:
+    if planned is None:
+        shape, dtype, before = slot.shape, slot.dtype, unit.nbytes
+    else:
         shape = planned.shape[::-1] if planned.transposed else planned.shape
         dtype = safetensors_dtype(planned.source_dtype)
         before = Slot(unit.source, dtype, shape).nbytes
-    return {
-        "tensor": unit.source if planned is None else _weight_of(unit.source),
-        "action": "copy" if planned is None else "quantize",
-        "why": "as it was in the module",
-        "layer_type": unit.source,
-        "scheme": None if planned is None else planned.scheme.name,
-        "dtype": dtype,
-        "shape": list(shape),
-        "bytes_before": before,
-        "bytes_after": unit.nbytes,
-        "error": None,
-        "events": [],
-    }
+    return Entry(
+        tensor=unit.source if planned is None else _weight_of(unit.source),
+        action="copy" if planned is None else "quantize",
+        why="as it was in the module",
+        layer_type=unit.source,
+        scheme=None if planned is None else planned.scheme.name,
+        dtype=dtype,
+        shape=shape,
+        bytes_before=before,
+        bytes_after=unit.nbytes,
+    )
 
 
 def _fingerprint(
     packed: Mapping[str, PackedWeight], state: Mapping[str, torch.Tensor], files: Mapping[str, Any]
 ) -> str:
     """sha256 of everything that will be stored: a half-written folder is continued only for the very same contents."""
-    digest = hashlib.sha256(_json(files))
+    digest = hashlib.sha256(json_bytes(files))
     parts = {f"{name}.{key}": t for name, weight in packed.items() for key, t in weight.tensors.items()}
     for name, tensor in {**parts, **state}.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -245,7 +246,3 @@ def _fingerprint(
         if flat.numel():
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -21,7 +21,6 @@ from spicerack.numerics.scheme import Scheme
 if TYPE_CHECKING:
     from spicerack.storage.reader import Checkpoint
 
-CONTAINER = "spicerack"
 """`model_type` of folders that only spicerack reads: no other loader can mistake one and fill in random weights."""
 
 STANDARD = ("compressed_tensors", "bitnet")

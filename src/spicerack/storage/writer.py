@@ -29,7 +29,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from spicerack.errors import OutputError
+from spicerack.errors import CheckpointError, OutputError
+from spicerack.storage import ledger
 from spicerack.storage.durable import (
     LOCK,
     disk_error,
@@ -40,13 +41,12 @@ from spicerack.storage.durable import (
     sync,
     write_atomically,
 )
+from spicerack.storage.files import CONFIG, INDEX, LEDGER
+from spicerack.storage.ledger import Entry
 from spicerack.storage.reader import BITS
 
 SHARD_BYTES = 2_000_000_000
 """Shards are closed at this size (a single larger tensor gets a shard of its own): what a crash can cost at most."""
-LEDGER = "spicerack.json"
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 _PROGRESS = "progress.json"  # OUT.partial: whose it is
 
 
@@ -153,7 +153,7 @@ class Writer:
                 writer.finish()
                 file.flush()
                 os.fsync(file.fileno())
-            write_atomically(self._ledger_of(shard), json_bytes(writer.entries))
+            write_atomically(self._ledger_of(shard), json_bytes([entry.as_dict() for entry in writer.entries]))
             temporary.replace(self.partial / shard.file)
             sync(self.partial)
         except OSError as error:
@@ -162,9 +162,9 @@ class Writer:
     def _ledger_of(self, shard: Shard) -> Path:
         return self.partial / (shard.file + ".ledger.json")
 
-    def entries(self) -> list[dict[str, Any]]:
+    def entries(self) -> tuple[Entry, ...]:
         """Ledger entries of all shards, in order, from disk: the same whether or not the run was interrupted."""
-        return [entry for shard in self.shards for entry in read_json(self._ledger_of(shard)) or []]
+        return tuple(Entry.of(record) for shard in self.shards for record in read_json(self._ledger_of(shard)) or [])
 
     def finish(self, files: Mapping[str, bytes], source: Path, side_files: Iterable[str]) -> None:
         """Copy the side files, write the index, then `files` in order; the last, config.json, completes the folder."""
@@ -206,7 +206,7 @@ class ShardWriter:
     def __init__(self, file: BinaryIO, shard: Shard) -> None:
         self._file = file
         self._todo = [slot for unit in shard.units for slot in unit.slots]
-        self.entries: list[dict[str, Any]] = []
+        self.entries: list[Entry] = []
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for slot in self._todo:
@@ -265,10 +265,13 @@ def refuse_existing(output: Path, identity: Mapping[str, Any]) -> None:
     """Raise OutputError if `output` exists: a finished folder is never overwritten."""
     if not output.exists():
         return
-    ledger = read_json(output / LEDGER) if output.is_dir() else None
-    if ledger is None:
+    try:
+        written = ledger.read(output)
+    except CheckpointError:
+        written = None
+    if written is None:
         raise OutputError(f"{output} exists and is not a folder that spicerack wrote", "choose another output folder")
-    refuse_other(output, ledger.get("identity", {}), identity)
+    refuse_other(output, written.identity, identity)
     raise OutputError(f"{output} is finished already, from the same model and recipe", "remove it to make it again")
 
 

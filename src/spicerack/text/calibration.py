@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from spicerack.errors import TextError
-from spicerack.evaluation.folder import Kind
+from spicerack.models.kind import Kind
 from spicerack.text import documents as calibration_documents
 from spicerack.text.packing import Packing, Reading
 

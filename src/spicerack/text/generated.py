@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import ActivationError, UsageError
-from spicerack.evaluation.folder import positions
+from spicerack.models.kind import positions
 from spicerack.text.calibration import Calibration, checked
 from spicerack.text.pieces import start_token
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from spicerack import __version__
+from spicerack._version import __version__
 from spicerack.errors import UsageError
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import recipe

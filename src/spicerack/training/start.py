@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from spicerack.errors import UsageError
-from spicerack.evaluation.folder import kind, positions
+from spicerack.models.kind import kind_of, positions
 from spicerack.runtime import hf
 from spicerack.runtime.load import load
 from spicerack.storage import format
@@ -78,7 +78,7 @@ def find(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | None) 
             source = load(folder, dtype=torch.float32)
             return source if twin is None else _warm(model_class(built).eval(), source)
 
-    if kind(config, folder) != "decoder":
+    if kind_of(config, folder) != "decoder":
         raise UsageError(f"{path} is no model that predicts tokens", "train it in a loop of your own, with prepare_qat")
     words = tokenizing.read(Path(tokenizer) if tokenizer is not None else folder, built)
     size = built.get_text_config().vocab_size

@@ -22,6 +22,7 @@ from spicerack.cli import cli
 from spicerack.errors import OutputError, UsageError
 from spicerack.machine import devices
 from spicerack.machine.ranks import join
+from spicerack.numerics import qtensor
 from spicerack.numerics.scheme import parse
 from spicerack.quantization import preflight
 from spicerack.quantization import run as quantization
@@ -87,21 +88,21 @@ def test_blocks_compute_on_the_device(
 
 def test_operands_that_lie_apart_are_refused_there() -> None:
     with Pretending():
-        x = devices.moved({"x": [torch.ones(2)]}, DEVICE)["x"][0]
+        x = qtensor.moved({"x": [torch.ones(2)]}, DEVICE)["x"][0]
         assert isinstance(x, There) and x.device == DEVICE
         with pytest.raises(RuntimeError, match="operands on"):
             x + torch.ones(2)
-        assert devices.moved(x + torch.tensor(1.0), devices.CPU).tolist() == [2, 2]
+        assert qtensor.moved(x + torch.tensor(1.0), devices.CPU).tolist() == [2, 2]
 
 
 def test_quantized_tensors_move_whole() -> None:
     q = quantization.rtn.solve(torch.randn(4, 32), parse("w8a8s"))
     q = dataclasses.replace(q, input_scale=torch.ones(1))
     with Pretending():
-        there = devices.moved(q, DEVICE)
+        there = qtensor.moved(q, DEVICE)
         parts = [there.codes, there.scale, there.input_scale]
         assert all(isinstance(part, There) for part in parts)
-        assert torch.equal(devices.moved(there, devices.CPU).codes, q.codes)
+        assert torch.equal(qtensor.moved(there, devices.CPU).codes, q.codes)
 
 
 # ---- refused by name -------------------------------------------------------------------------------------------------

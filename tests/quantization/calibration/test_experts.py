@@ -9,8 +9,8 @@ from typing import Any
 import families
 import pytest
 import torch
+from calibrations import grams, saved, text  # noqa: F401  # the fixture
 from safetensors.torch import load_file, save_file
-from test_calibrating import grams, saved, text  # noqa: F401  # the fixture
 
 import spicerack
 from spicerack.algorithms.method import parse as parse_method

@@ -13,15 +13,15 @@ from typing import Any
 import families
 import pytest
 import torch
-from conftest import ROOT, STDLIB_LM, LlamaFolder
+from calibrations import made, saved, text
+from conftest import STDLIB_LM, LlamaFolder, importing
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import spicerack
 from spicerack.algorithms import method
-from spicerack.algorithms.solved import Solved
-from spicerack.algorithms.solvers import blockap, gptq, signround
+from spicerack.algorithms.solvers import blockap, signround
 from spicerack.cli import _output, cli
 from spicerack.errors import ActivationError, OutputError, RecipeError, UsageError
 from spicerack.evaluation import language
@@ -36,39 +36,10 @@ from spicerack.text import calibration, pieces
 from spicerack.text.calibration import Calibration
 
 
-def text(count: int = 12, length: int = 24, padded: bool = False, vocabulary: int = 99) -> Calibration:
-    ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(count, length, dtype=torch.bool)
-    mask[1:2, 9:] = mask[4:5, 3:] = False
-    return made(ids, mask if padded else None)
-
-
-def made(ids: torch.Tensor, mask: torch.Tensor | None) -> Calibration:
-    return Calibration(ids, mask, "of no text", 0.0, "made up")
-
-
-def saved(family: str, folder: Path) -> Path:
-    families.build(family).save_pretrained(folder)
-    return folder
-
-
 def same_files(a: Path, b: Path) -> bool:
     names = sorted(p.name for p in a.iterdir() if p.name != "run.json")
     assert names == sorted(p.name for p in b.iterdir() if p.name != "run.json")
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
-
-
-@pytest.fixture
-def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-    """Gram, pull and weight that GPTQ was given, in order; it changes nothing: all layers are rounded to nearest."""
-    seen: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
-
-    def keep(w: torch.Tensor, start: Any, gram: torch.Tensor, pull: torch.Tensor | None = None) -> Any:
-        seen.append((gram.double(), None if pull is None else pull.double(), w.double()))
-        return Solved(start)
-
-    monkeypatch.setattr(gptq, "solve", keep)
-    return seen
 
 
 def inputs_of(model: PreTrainedModel, names: list[str], given: Calibration) -> dict[str, torch.Tensor]:
@@ -319,10 +290,10 @@ def test_a_real_model_loses_less(tmp_path: Path) -> None:
 _FULL = """
 import resource, sys
 from pathlib import Path
-from test_calibrating import text
+from calibrations import text
 from spicerack.errors import OutputError
 from spicerack.quantization.job import prepare
-from spicerack.quantization import calibrated, execute
+from spicerack.quantization.run import calibrated, execute
 from spicerack.quantization.recipe import Recipe
 from spicerack.numerics.scheme import parse
 
@@ -343,7 +314,7 @@ def test_a_disk_that_fills_up_loses_no_block(tmp_path: Path) -> None:
     source, given = saved("llama", tmp_path / "float"), text()
     done = subprocess.run(
         [sys.executable, "-c", _FULL, str(source), str(tmp_path / "out")],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True, text=True, check=False, env=importing(),
     )  # fmt: skip
     assert "cannot be written" in done.stdout and "finished blocks are kept" in done.stdout, done.stderr
     assert not (tmp_path / "out").exists() and len(list((tmp_path / "out.partial" / "blocks").glob("block-*"))) == 1
@@ -363,7 +334,7 @@ def test_two_runs_at_once_are_refused_by_name(tmp_path: Path) -> None:
             done = subprocess.run(
                 [sys.executable, "-c", _FULL, str(source), str(tmp_path / "out")],
                 capture_output=True, text=True, check=False,
-                env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+                env=importing(),
             )  # fmt: skip
             said.append(done.stdout)
 

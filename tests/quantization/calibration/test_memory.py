@@ -11,8 +11,8 @@ from pathlib import Path
 import folders
 import pytest
 import torch
+from calibrations import saved, text
 from safetensors.torch import save_file
-from test_calibrating import saved, text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spicerack
@@ -78,11 +78,11 @@ def test_other_chunks_do_not_continue(tmp_path: Path, monkeypatch: pytest.Monkey
 _RUN = """
 import json, pathlib, sys, torch
 import spicerack
-from spicerack.algorithms import blockap, signround
+from spicerack.algorithms.solvers import blockap, signround
 from spicerack.text.calibration import Calibration
 from spicerack.quantization.job import prepare
 from spicerack.algorithms.method import parse as chain
-from spicerack.quantization import calibrated, execute, plan
+from spicerack.quantization.run import calibrated, execute, plan
 from spicerack.quantization.recipe import Recipe
 from spicerack.numerics.scheme import parse
 source, out, scheme, method = sys.argv[1:]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import importing
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,10 +20,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from spicerack import codec, qat_sharded
+from spicerack.numerics import codec
+from spicerack.training.qat import gather
 from spicerack.errors import UsageError
 from spicerack.training.qat.fake_layers import FakeLayer
-from test_qat_sharded import IDS, llama, net
+from test_gather import IDS, llama, net
 
 rank, out = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def evaluated(model, inputs):
 
 def distributed(model):
     tables = [it for part in model.modules() for key, it in vars(part).items() if key.endswith("_hooks") and it]
-    return [hook for table in tables for hook in table.values() if qat_sharded._is_distributed(hook)]
+    return [hook for table in tables for hook in table.values() if gather._is_distributed(hook)]
 
 
 def check(name, model, inputs):
@@ -143,7 +143,7 @@ def test_sharded_models_are_frozen_as_they_compute(tmp_path: Path) -> None:
     both = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "script.py"), str(rank), str(tmp_path)],
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+            stderr=subprocess.PIPE, text=True, env=importing(Path(__file__).parent),
         )
         for rank in (0, 1)
     ]  # fmt: skip

@@ -11,8 +11,9 @@ from typing import Literal
 import pytest
 import torch
 from conftest import ROOT
+from nets import IDS, small_net, tiny
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import spicerack
@@ -29,24 +30,11 @@ from spicerack.training.qat import prepare
 from spicerack.training.qat.fake_layers import FakeEmbedding, FakeLayer, FakeLinear
 
 SCHEMES = ["w8", "w4g32", "w4g32z", "w2g32h", "w2g32z", "w3t", "ternary", "w4a8", "ternarya8"]
-TINY = {
-    "vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
-IDS = torch.randint(1, 257, (4, 12), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def tiny(**changes: object) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**TINY | changes))
-
-
-def small_net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.LayerNorm(96), nn.Linear(96, 64, bias=False))
 
 
 def convolutions() -> nn.Sequential:

@@ -8,7 +8,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from test_qat import IDS, small_net, tiny
+from nets import IDS, SCHEMES, small_net, tiny, train
 from torch import nn
 
 import spicerack
@@ -22,7 +22,6 @@ from spicerack.numerics.scheme import IntLevels
 from spicerack.training.qat import prepare
 from spicerack.training.qat.tuned_layers import TunedEmbedding, TunedLayer, TunedLinear
 
-SCHEMES = ["w8", "w4g32", "w4g32z", "w3g32", "w2g32h", "w2g32z", "w3t", "ternary"]
 TABLES = ["nf4", "fp8"]
 
 
@@ -33,16 +32,6 @@ def _seed() -> None:
 
 def tuned(model: nn.Module) -> dict[str, TunedLayer]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, TunedLayer)}
-
-
-def train(model: nn.Module, inputs: torch.Tensor, wanted: torch.Tensor, steps: int = 5, rate: float = 1e-3) -> None:
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        out = model(inputs)
-        out = out.logits if hasattr(out, "logits") else out
-        (out.float() - wanted).square().mean().backward()
-        optimizer.step()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 
 from spicerack.kernels.kernel import Kernel, Shape
 from spicerack.numerics import packed
+from spicerack.numerics.activations import quantize_fixed, quantize_tokens
 from spicerack.numerics.packed import Tensors
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import IntLevels, Scheme
@@ -27,7 +28,7 @@ _EXACT = 1024
 """Products of int8 with int8 that float32 sums without rounding, in any order: 1024 * 127 * 128 < 2^24."""
 
 
-def fits(_scheme: Scheme, _shape: Shape, dtype: torch.dtype, _device: torch.device) -> str | None:
+def obstacle(_scheme: Scheme, _shape: Shape, dtype: torch.dtype, _device: torch.device) -> str | None:
     if not dtype.is_floating_point:
         return f"x would be {dtype}, not a float"
     return None
@@ -90,18 +91,6 @@ class _Product(torch.autograd.Function):
 _product: Callable[[torch.Tensor, Scheme, Shape, Tensors], torch.Tensor] = _Product.apply
 
 
-def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x float32 [..., K] -> (integers -127..127 as float32 [..., K], scale [..., 1]); x ~ integers * scale."""
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    scale = torch.where(scale == 0, 1.0, scale)
-    return torch.round(x / scale).clamp(-127, 127), scale
-
-
-def quantize_fixed(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """x float32 -> integers -127..127 as float32; x ~ integers * scale, but for what lies beyond 127 * scale."""
-    return torch.round(x / scale).clamp(-127, 127)
-
-
 def _linear(x: torch.Tensor, scheme: Scheme, shape: Shape, tensors: Tensors) -> torch.Tensor:
     parts = [torch.nn.functional.linear(x, rows(scheme, shape, tensors, some).to(x.dtype)) for some in _chunks(shape)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -134,4 +123,4 @@ def _chunks(shape: Shape) -> Iterator[slice]:
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-KERNEL = Kernel("reference", 0, False, "float", fits, packed.pack, unpack, rows, prepare, run)
+KERNELS = (Kernel("reference", 0, False, "float", obstacle, packed.pack, unpack, rows, prepare, run),)

@@ -27,15 +27,16 @@ import torch
 from spicerack.algorithms import descent
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solvers import blockap, gptq, hqq, signround
-from spicerack.machine.devices import CPU, moved
+from spicerack.machine.devices import CPU
 from spicerack.machine.memory import peak_rss_bytes
 from spicerack.machine.ranks import ALONE, Ranks
 from spicerack.models import blocks
 from spicerack.numerics import rounding
-from spicerack.numerics.qtensor import QTensor
-from spicerack.quantization.calibration.block import Layer, Work, inside
+from spicerack.numerics.qtensor import QTensor, moved
+from spicerack.quantization.calibration.block import Work
 from spicerack.quantization.calibration.chunks import Text, tokens
 from spicerack.quantization.calibration.inputs import Moments, moments, rounds, stages
+from spicerack.quantization.calibration.layers import Layer, inside
 from spicerack.quantization.calibration.states import States, commit, is_done
 from spicerack.quantization.calibration.static import observe
 from spicerack.quantization.calibration.transforms import Changes, transform

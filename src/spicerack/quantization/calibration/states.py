@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from spicerack.algorithms.solved import Solved
 from spicerack.errors import OutputError
-from spicerack.machine.devices import CPU, moved
+from spicerack.machine.devices import CPU
 from spicerack.numerics import packed
-from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.qtensor import QTensor, moved
 from spicerack.numerics.scheme import Scheme
 from spicerack.storage.format import Planned
 from spicerack.storage.writer import partial_folder

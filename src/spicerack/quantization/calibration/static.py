@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from spicerack.errors import ActivationError
-from spicerack.machine.devices import moved
 from spicerack.machine.ranks import ALONE
 from spicerack.models import blocks
+from spicerack.numerics.qtensor import moved
 from spicerack.quantization.calibration.block import Work
 from spicerack.quantization.calibration.observers import OBSERVERS, Observer
 

@@ -10,12 +10,14 @@ import torch
 
 from spicerack.algorithms.stats import Stats
 from spicerack.algorithms.transforms import awq, smoothquant
-from spicerack.machine.devices import CPU, moved
+from spicerack.machine.devices import CPU
 from spicerack.numerics import codec
+from spicerack.numerics.qtensor import moved
 from spicerack.quantization.calibration import folding
-from spicerack.quantization.calibration.block import Layer, Work
+from spicerack.quantization.calibration.block import Work
 from spicerack.quantization.calibration.chunks import tokens
 from spicerack.quantization.calibration.folding import Site
+from spicerack.quantization.calibration.layers import Layer
 from spicerack.quantization.calibration.static import on_trial
 
 _TRANSFORMS = {"awq": awq, "smoothquant": smoothquant}

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spicerack.machine.devices import moved
 from spicerack.models import blocks
 from spicerack.numerics import codec
-from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.qtensor import QTensor, moved
 
 
 class Lent:

@@ -24,7 +24,8 @@ from spicerack.errors import CheckpointError, SchemeError, ShapeError
 from spicerack.numerics import packed
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import IntLevels, Scheme, parse
-from spicerack.storage.format import CONTAINER, Layout, Plan, Planned, checked_input_scale
+from spicerack.storage.files import CONTAINER
+from spicerack.storage.format import Layout, Plan, Planned, checked_input_scale
 from spicerack.storage.reader import Checkpoint
 from spicerack.storage.writer import safetensors_dtype
 

@@ -33,6 +33,7 @@ from spicerack.nn.weight import PackedWeight
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import module, recipe
 from spicerack.quantization.recipe import Recipe, Rule
+from spicerack.runtime import hf
 from spicerack.training.qat import gather
 from spicerack.training.qat.fake_layers import Convertible, FakeLayer, Plan, convert
 from spicerack.training.qat.start import (
@@ -177,7 +178,7 @@ def freeze(model: nn.Module, *, compute: Compute | None = None) -> nn.Module:
     fuse(small)
     for part in small.modules():
         if isinstance(part, PreTrainedModel):
-            module.tell_transformers(part)
+            hf.tell_transformers(part)
     return small
 
 
@@ -235,7 +236,7 @@ def _unpacked(model: nn.Module, layers: dict[str, Packed], config: QATConfig) ->
 def _tell(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            module.tell_trainers(part)
+            hf.tell_trainers(part)
 
 
 def _separate(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Kernels on panels: rows of the table that differ in engine and in how activations enter."""
+"""Kernels of the CPU, on panels: rows that differ in the engine (an instruction set) and in how activations enter."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from functools import partial
 
 import torch
 
-from spicerack.kernels import multiply
+from spicerack.kernels import multiply, panels, torch_op
 from spicerack.kernels.kernel import Compute, Kernel, Shape
-from spicerack.kernels.multiply import Layout
+from spicerack.kernels.panels import Layout
 from spicerack.numerics.packed import Tensors
 from spicerack.numerics.scheme import IntLevels, Scheme
 
 
-def kernel(compute: Compute, engine: str, *, speed: int, layout: Layout = "planes") -> Kernel:
+def _row(speed: int, compute: Compute, engine: str, layout: Layout = "planes") -> Kernel:
     """The row for `compute` on the engine of that name, which this processor need not have."""
-    index = multiply.NAMES.index(engine) if engine in multiply.NAMES else -1  # which never fits
+    index = panels.NAMES.index(engine) if engine in panels.NAMES else -1  # which never fits
     return Kernel(
         name=f"{compute if layout == 'planes' else 'ternary'}_{engine}",
         speed=speed,
         vector=engine != "scalar",
         compute=compute,
-        fits=partial(_fits, compute, engine, layout),
-        pack=partial(multiply.pack, layout=layout),
-        unpack=partial(multiply.unpack, layout=layout),
+        obstacle=partial(_obstacle, compute, engine, layout),
+        pack=partial(panels.pack, layout=layout),
+        unpack=partial(panels.unpack, layout=layout),
         rows=partial(multiply.rows, layout=layout),
         prepare=partial(_prepare, compute, layout),
         run=partial(_run, index),
     )
 
 
-def _fits(
+def _obstacle(
     compute: Compute,
     engine: str,
     layout: Layout,
@@ -40,22 +40,22 @@ def _fits(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:
-    if engine not in multiply.NAMES:
+    if engine not in panels.NAMES:
         return f"this processor, or this build, has no {engine}"
     if layout == "trits" and (scheme.levels != IntLevels(-1, 1) or scheme.zero):
         return "its levels are not -1, 0 and 1"
     if compute == "float" and scheme.activations is not None:
         return f"{scheme} rounds activations to int8"
-    if scheme.activations is not None and scheme.group is None and shape[1] > multiply.MAX_EXACT_COLUMNS:
-        return f"sums of more than {multiply.MAX_EXACT_COLUMNS} products may overflow"
-    return multiply.unfit(scheme, shape, dtype, device)
+    if scheme.activations is not None and scheme.group is None and shape[1] > panels.MAX_EXACT_COLUMNS:
+        return f"sums of more than {panels.MAX_EXACT_COLUMNS} products may overflow"
+    return panels.obstacle(scheme, shape, dtype, device)
 
 
 def _prepare(compute: Compute, layout: Layout, scheme: Scheme, shape: Shape, tensors: Tensors) -> multiply.Matrix:
-    activations = multiply.FLOATS
+    activations = panels.FLOATS
     if compute == "int8":
-        activations = {None: multiply.BLOCKS, "token": multiply.TOKENS, "static": multiply.FIXED}[scheme.activations]
-    spec = multiply.spec_of(scheme, shape, layout)
+        activations = {None: panels.BLOCKS, "token": panels.TOKENS, "static": panels.FIXED}[scheme.activations]
+    spec = panels.spec_of(scheme, shape, layout)
     zero, fixed = tensors.get("zero"), tensors.get("input_scale")
     return multiply.Matrix(tensors["codes"], tensors["scale"], zero, spec, activations, fixed)
 
@@ -71,7 +71,7 @@ def _run(
         return [y.double() for y in _run(engine, x.float(), matrices, biases, gelu)]
     if type(x) is not torch.Tensor or torch.compiler.is_compiling() or _wants_gradients(x, biases):
         results = [
-            multiply.OPERATOR(x, m.codes, m.scale, m.zero, bias, m.input_scale, *m.spec, engine, m.activations)
+            torch_op.OPERATOR(x, m.codes, m.scale, m.zero, bias, m.input_scale, *m.spec, engine, m.activations)
             for m, bias in zip(matrices, biases, strict=True)
         ]
         return [torch.nn.functional.gelu(y) for y in results] if gelu else results
@@ -80,3 +80,27 @@ def _run(
 
 def _wants_gradients(x: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(b is not None and b.requires_grad for b in biases))
+
+
+KERNELS = (
+    # Ternary weights in 1.6 bits, split by byte permutations and bit matrices (VBMI, GFNI) for AVX-512 VNNI.
+    _row(170, "int8", "avx512vbmi", "trits"),
+    # 16 rows of a panel in a vector of 512 bits, 64 multiply-adds in an instruction.
+    _row(160, "int8", "avx512vnni"),
+    # The same instructions on vectors of 256 bits, for processors whose clock falls with wide ones.
+    _row(150, "int8", "avx512vlvnni"),
+    # Intel's client processors without AVX-512.
+    _row(140, "int8", "avxvnni"),
+    # Pairs of int8 products in 16 bits, then sums of pairs.
+    _row(130, "int8", "avx2"),
+    # Arm's dot products (Armv8.2 and newer).
+    _row(120, "int8", "neon"),
+    _row(60, "float", "avx512vnni"),
+    _row(50, "float", "avx512vlvnni"),
+    _row(40, "float", "avxvnni"),
+    _row(30, "float", "avx2"),
+    _row(20, "float", "neon"),
+    # Portable C++, on every processor.
+    _row(15, "int8", "scalar"),
+    _row(10, "float", "scalar"),
+)

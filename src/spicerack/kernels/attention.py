@@ -1,0 +1,71 @@
+"""Attention of many heads by the native kernel, in float32 whatever the type."""
+
+from __future__ import annotations
+
+import torch
+
+from spicerack import _native
+from spicerack.errors import ShapeError
+from spicerack.kernels.panels import PANEL, TYPES
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float,
+    engine: int = 0,
+) -> torch.Tensor:
+    """softmax(q k^T * scale) v, in float32 whatever the type -> [B, L, H, V], contiguous, in q's type.
+
+    q [B, H, L, D], k [B, G, S, D], v [B, G, S, V]: H / G heads of q share one of k and v. mask: bool, broadcast to
+    [B, H, L, S]; False hides a key. causal: query i sees keys 0..i. A query that sees no key gets zeros. No gradients;
+    as many threads as torch uses. Raises ShapeError and TypeError; `obstacle` tells beforehand.
+    """
+    reason = obstacle(q, k, v, mask)
+    if reason is not None:
+        raise ShapeError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: {reason}", "use torch's attention")
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    batch, heads, queries, width = q.shape
+    kv_heads, keys, value_width = k.shape[1], k.shape[2], v.shape[3]
+    y = q.new_empty(batch, queries, heads, value_width)
+    if not y.numel():
+        return y
+    if not keys:
+        return y.zero_()
+    hidden = (0, 0, 0, 0)
+    if mask is not None:
+        mask = mask.expand(batch, heads, queries, keys)
+        mask = mask if mask.stride(3) == 1 or keys == 1 else mask.contiguous()
+        hidden = _place(mask)
+    sizes = (batch, heads, kv_heads, queries, keys, width, value_width)
+    _native.attention(
+        engine, TYPES[q.dtype], _place(q), _place(k), _place(v), hidden, y.data_ptr(), sizes, causal, scale
+    )
+    return y
+
+
+def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
+    """Why `attention` cannot run these, or None."""
+    if not (q.dim() == k.dim() == v.dim() == 4 and q.is_cpu and k.is_cpu and v.is_cpu):
+        return "it takes three tensors of four axes, on the CPU"
+    if q.dtype not in TYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return "it takes one type: float32, float16 or bfloat16"
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        return "shapes do not belong together"
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        return "heads of k do not divide those of q"
+    if not q.shape[3] or q.shape[3] % PANEL or not v.shape[3] or v.shape[3] % PANEL:
+        return f"widths are no multiples of {PANEL}"
+    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu):
+        return "it takes boolean masks of four axes"
+    return None
+
+
+def _place(t: torch.Tensor) -> tuple[int, int, int, int]:
+    """Address and the steps of the first three axes, in elements."""
+    batch, head, row, _ = t.stride()
+    return t.data_ptr(), batch, head, row

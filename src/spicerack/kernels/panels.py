@@ -1,0 +1,151 @@
+"""Panels: how the CPU kernels lay packed weights out in memory, and back; tiles are told in native/kernels/kernel.h."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+from contextlib import suppress
+from typing import Literal, NamedTuple
+
+import torch
+
+from spicerack import _native
+from spicerack.numerics import native
+from spicerack.numerics.packed import Tensors
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import IntLevels, Scheme
+
+NAMES: tuple[str, ...] = tuple(_native.engines())
+"""Engines that this processor runs, fastest first; "scalar" is always the last."""
+PANEL, BLOCK, UNIT = 16, 32, 64
+"""Rows of a panel, columns of a tile, bytes of a tile for each bit: native/kernels/kernel.h."""
+TRITS, BUNDLE, TRITS_BYTES = 1, 5, 512
+"""Instead of a number of bits: ternary codes in 1.6 bits; panels that share a tile of them; bytes of such a tile."""
+FLOATS, BLOCKS, TOKENS, FIXED = range(4)
+"""How activations enter: float32; int8 with a scale for 32 columns of a row, for a row, or one that is given."""
+MAX_EXACT_COLUMNS = 1 << 16
+"""Columns whose products are summed in int32 without overflow: 255 * 127 * 2^16 < 2^31."""
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Of x, y, bias and scales, as the native module counts them."""
+_HUGE = 2 << 20
+"""Bytes of a huge page."""
+
+
+class Spec(NamedTuple):
+    """A matrix [N, K]: w = scale * (u - offset or zero + half / 2), u below 2^bits. group: columns, 0 for the row.
+
+    bits may be TRITS: u is 0, 1 or 2.
+    """
+
+    n: int
+    k: int
+    group: int
+    bits: int
+    offset: int
+    half: bool
+
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """The shape of the packed codes."""
+        if self.bits == TRITS:
+            return -(-self.n // (BUNDLE * PANEL)), -(-self.k // BLOCK), TRITS_BYTES
+        return -(-self.n // PANEL), -(-self.k // BLOCK), UNIT * self.bits
+
+
+Layout = Literal["planes", "trits"]
+"""Of codes: planes of bits for any scheme, or five ternary codes to a byte."""
+
+
+def spec_of(scheme: Scheme, shape: tuple[int, int], layout: Layout = "planes") -> Spec:
+    """The scheme's integer levels for a matrix of this shape."""
+    assert isinstance(scheme.levels, IntLevels)
+    levels = scheme.levels
+    group = scheme.group or 0
+    bits = scheme.bits if layout == "planes" else TRITS
+    return Spec(*shape, 0 if group == shape[1] else group, bits, -levels.lo, levels.half)
+
+
+def obstacle(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a weight has no panels, or None if it has."""
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}"
+    if dtype not in TYPES:
+        return f"takes float32, float16 and bfloat16, not {dtype}"
+    if not isinstance(scheme.levels, IntLevels):
+        return "its levels are a table, not integers"
+    if scheme.bits < 2:
+        return "codes have 2 to 8 bits"
+    if scheme.min is not None or isinstance(scheme.scale, Scheme) or scheme.scale == "float8_e8m0fnu":
+        return "scales are plain floats and there are no minima"
+    rows, columns = scheme.block
+    if rows != (1 if columns is not None else rows) or rows not in (1, None):
+        return f"a scale belongs to one row or to the whole matrix, not to {rows} rows"
+    if columns is not None and columns != shape[1] and columns % BLOCK:
+        return f"groups are multiples of {BLOCK}, not {columns}"
+    return None
+
+
+def pack(q: QTensor, layout: Layout = "planes") -> dict[str, torch.Tensor]:
+    """codes uint8 [N/16, K/32, 64 bits], scale [N/16, groups, 16] as stored, zero uint8 like scale; N, K rounded up.
+
+    Trits: codes uint8 [N/80, K/32, 512]. input_scale as it is.
+    """
+    n, k = q.shape
+    spec = spec_of(q.scheme, (n, k), layout)
+    assert isinstance(q.scale, torch.Tensor)
+    tiles = zeros(math.prod(spec.tiles)).view(spec.tiles)
+    height = PANEL * (BUNDLE if layout == "trits" else 1)
+    codes = q.codes.cpu().contiguous().view(torch.uint8)
+
+    def work(first: int, last: int) -> None:
+        _native.to_panels(codes[first * height : last * height], spec.bits, spec.offset, tiles[first:last])
+
+    with native.team(torch.get_num_threads()) as workers:
+        workers.run(work, len(tiles))
+    tensors = {"codes": tiles, "scale": _to_lanes(q.scale.cpu(), n)}
+    if q.zero is not None:
+        tensors["zero"] = _to_lanes((q.zero.cpu().to(torch.int16) + spec.offset).to(torch.uint8), n)
+    if q.input_scale is not None:
+        tensors["input_scale"] = q.input_scale.cpu()
+    return tensors
+
+
+def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, layout: Layout = "planes") -> QTensor:
+    """Inverse of `pack`."""
+    n, k = shape
+    spec = spec_of(scheme, shape, layout)
+    signed = spec.offset > 0
+    codes = torch.empty((n, k), dtype=torch.uint8)
+    _native.from_panels(tensors["codes"].cpu(), spec.bits, spec.offset, codes)
+    scale = _from_lanes(tensors["scale"], n)
+    if scheme.block == (None, None):
+        scale = scale[:1]
+    zero = None
+    if scheme.zero:
+        zero = _from_lanes(tensors["zero"], n).to(torch.int16).sub_(spec.offset)
+        zero = zero.to(torch.int8 if signed else torch.uint8)
+    codes = codes.view(torch.int8) if signed else codes
+    return QTensor(scheme, codes, scale, zero, input_scale=tensors.get("input_scale"))
+
+
+def zeros(nbytes: int) -> torch.Tensor:
+    """uint8 zeros, on huge pages where Linux gives them: with small ones memory reads a fifth to a third slower."""
+    if sys.platform != "linux" or nbytes < _HUGE:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE
+    with suppress(OSError):  # a kernel that was built without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)
+
+
+def _to_lanes(values: torch.Tensor, n: int) -> torch.Tensor:
+    """[N or 1, groups] -> [N/16, groups, 16]; rows beyond N are zeros."""
+    padded = values.new_zeros((-(-n // PANEL) * PANEL, values.shape[1]))
+    padded[:n] = values
+    return padded.view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _from_lanes(lanes: torch.Tensor, n: int) -> torch.Tensor:
+    return lanes.transpose(1, 2).reshape(-1, lanes.shape[1])[:n].contiguous()

@@ -1,5 +1,0 @@
-"""Int8 activations on AVX-VNNI, 256-bit vectors: Intel client processors without AVX-512."""
-
-from spicerack.kernels.table._panels import kernel
-
-KERNEL = kernel("int8", "avxvnni", speed=140)

@@ -1,5 +1,0 @@
-"""Int8 activations on NEON with dot products (Armv8.2 and newer)."""
-
-from spicerack.kernels.table._panels import kernel
-
-KERNEL = kernel("int8", "neon", speed=120)

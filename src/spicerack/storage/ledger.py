@@ -1,0 +1,157 @@
+"""The ledger of a quantized folder, `spicerack.json`: what became of every tensor, and what it was made from.
+
+It is written once, when a folder is finished, and read by whoever tells people of that folder: `inspect`, `eval`, the
+table behind `quantize`, the demo. `Entry` is one tensor, `Ledger` the file; nobody else knows its keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spicerack.errors import CheckpointError
+from spicerack.storage.durable import json_bytes
+from spicerack.storage.files import LEDGER, read_json
+
+What = Literal["quantize", "copy", "drop"]
+_MAX_BYTES = 256 << 20
+"""Of a ledger that is read: a model of a million tensors has 250 MB of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the source: its name, what was done with it and why, and what that took.
+
+    layer_type    what all layers of its kind are called
+    scheme        the scheme's name; None for what is not quantized
+    dtype, shape  the source's, dtype as safetensors calls it
+    error         ||decoded - w|| / ||w||; None where nobody measured it
+    events        what a person should know of how it came about
+    """
+
+    tensor: str
+    action: What
+    why: str
+    layer_type: str
+    scheme: str | None
+    dtype: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    error: float | None = None
+    events: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry as JSON holds it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Entry:
+        """The inverse of `as_dict`. Raises KeyError, TypeError, ValueError or OverflowError for anything else."""
+        scheme, error = record["scheme"], record["error"]
+        if record["action"] not in ("quantize", "copy", "drop"):
+            raise ValueError(f"unknown action {record['action']!r}")
+        return cls(
+            tensor=str(record["tensor"]),
+            action=record["action"],
+            why=str(record["why"]),
+            layer_type=str(record["layer_type"]),
+            scheme=None if scheme is None else str(scheme),
+            dtype=str(record["dtype"]),
+            shape=tuple(map(int, record["shape"])),
+            bytes_before=int(record["bytes_before"]),
+            bytes_after=int(record["bytes_after"]),
+            error=None if error is None else float(error),
+            events=tuple(map(str, record["events"])),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """identity: facts of origin (recipe, source, format, versions, calibration), in which a continued run must agree.
+    entries: one for each tensor of the source, in the order of its files."""
+
+    identity: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+
+    def content(self) -> bytes:
+        """The file's bytes."""
+        return json_bytes({"identity": self.identity, "tensors": [entry.as_dict() for entry in self.entries]})
+
+    @property
+    def recipe(self) -> str:
+        """The recipe on one line; "" for a folder that was saved from memory."""
+        recipe = self.identity.get("recipe")
+        if recipe is None:
+            return ""
+        rules = [f"{pattern}={scheme}" for rule in recipe["rules"] for pattern, scheme in rule.items()]
+        return " ".join([str(recipe["scheme"]), f"range={recipe['range']}", *rules])
+
+    @property
+    def calibration_text(self) -> str | None:
+        """sha256 of the text that the folder was calibrated with; None for none."""
+        facts = self.identity.get("calibration")
+        text = facts.get("text") if isinstance(facts, Mapping) else None
+        return text if isinstance(text, str) else None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerType:
+    """All tensors of one type and scheme, added up.
+
+    numbers  the scheme, or what the numbers are that were not quantized
+    error    root mean square of the tensors' relative errors; None where there are none
+    """
+
+    layers: str
+    numbers: str
+    count: int
+    bytes_before: int
+    bytes_after: int
+    error: float | None
+
+
+def read(folder: Path) -> Ledger | None:
+    """The ledger of a finished folder; None if it has none. Raises CheckpointError for a file that is no ledger."""
+    path = folder / LEDGER
+    if not path.is_file():
+        return None
+    record = read_json(path, _MAX_BYTES)
+    try:
+        identity = record["identity"]
+        if not isinstance(identity, Mapping):
+            raise TypeError("identity is no object")
+        found = Ledger(identity, tuple(Entry.of(entry) for entry in record["tensors"]))
+        str(found.recipe)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a ledger that spicerack wrote: {error!r}", "quantize the model again"
+        ) from error
+    return found
+
+
+def by_layer_type(entries: Iterable[Entry]) -> list[LayerType]:
+    """A row for each type of quantized layer and its scheme, then for the rest by what its numbers are."""
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.action != "quantize"):
+        if entry.action == "quantize":
+            key = entry.layer_type, str(entry.scheme)
+        else:
+            key = ("everything else", entry.dtype.lower()) if entry.action == "copy" else ("tied copies", "dropped")
+        groups.setdefault(key, []).append(entry)
+    return [
+        LayerType(
+            layers, numbers, len(group), sum(e.bytes_before for e in group), sum(e.bytes_after for e in group),
+            _root_mean_square([e.error or 0.0 for e in group]),
+        )
+        for (layers, numbers), group in groups.items()
+    ]  # fmt: skip
+
+
+def _root_mean_square(errors: list[float]) -> float | None:
+    squares = sum(error**2 for error in errors)
+    return math.sqrt(squares / len(errors)) if squares else None
