@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from spicerack.machine.ranks import Ranks
-    from spicerack.quantization.calibration.loop import Finished
     from spicerack.quantization.job import Job
     from spicerack.quantization.memory import Plan
-    from spicerack.quantization.preflight import Trial
     from spicerack.quantization.recipe import Recipe, Rule
+    from spicerack.quantization.watch import Finished, Trial
     from spicerack.text.calibration import Calibration
 
 _LENGTH = 512

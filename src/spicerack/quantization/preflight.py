@@ -11,7 +11,6 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ from spicerack.models import blocks
 from spicerack.models.architecture import destinations, on_meta
 from spicerack.models.census import LAYERS
 from spicerack.quantization.calibration.chunks import Text, tokens
-from spicerack.quantization.calibration.loop import Finished
 from spicerack.quantization.calibration.states import States, blocks_folder
 from spicerack.quantization.job import Job, decide
 from spicerack.quantization.rotation import original
+from spicerack.quantization.watch import Finished, Trial
 from spicerack.runtime.load import load, load_apart
 from spicerack.text.calibration import Calibration
 
@@ -36,18 +35,6 @@ FEWEST = 6
 SEQUENCES, LENGTH = 4, 64
 SAME = 0.02
 """Of the output, how far off it may be: roundings of activations that fall the other way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """blocks: of how many (count). difference: of the loaded folder's output from what was computed, relative; error:
-    of that from the float model's."""
-
-    blocks: int
-    count: int
-    difference: float
-    error: float
-    seconds: float
 
 
 def run(whole: Job, calibration: Calibration, folder: Path, execute: Callable[..., Any]) -> Trial | None:

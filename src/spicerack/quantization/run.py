@@ -28,13 +28,12 @@ from spicerack.quantization import memory as calibrating_plan
 from spicerack.quantization import preflight, recipe
 from spicerack.quantization.calibration import loop
 from spicerack.quantization.calibration.chunks import Text
-from spicerack.quantization.calibration.loop import Finished
 from spicerack.quantization.calibration.states import Solutions, blocks_folder, clear
 from spicerack.quantization.job import Action, Job, prepare
 from spicerack.quantization.memory import Plan
 from spicerack.quantization.module import quantize_module
-from spicerack.quantization.preflight import Trial
 from spicerack.quantization.recipe import ObserverName, Range, Recipe, Rule, check_observer, check_range
+from spicerack.quantization.watch import Finished, Trial
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER, RUN
 from spicerack.storage.ledger import Entry, Ledger

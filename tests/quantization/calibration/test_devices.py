@@ -27,10 +27,10 @@ from spicerack.numerics.scheme import parse
 from spicerack.quantization import preflight
 from spicerack.quantization import run as quantization
 from spicerack.quantization.calibration import inputs, loop
-from spicerack.quantization.calibration.loop import Finished
 from spicerack.quantization.job import Job, prepare
 from spicerack.quantization.recipe import Recipe
 from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.watch import Finished
 from spicerack.text.calibration import Calibration
 
 

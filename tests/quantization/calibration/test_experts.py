@@ -19,10 +19,10 @@ from spicerack.numerics import rounding
 from spicerack.numerics.scheme import parse
 from spicerack.quantization import memory
 from spicerack.quantization.calibration import inputs
-from spicerack.quantization.calibration.loop import Finished
 from spicerack.quantization.job import prepare
 from spicerack.quantization.recipe import Recipe
 from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.watch import Finished
 from spicerack.runtime.load import load_apart
 from spicerack.storage.reader import Checkpoint
 

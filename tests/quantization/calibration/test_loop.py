@@ -28,10 +28,10 @@ from spicerack.evaluation import language
 from spicerack.numerics.scheme import parse
 from spicerack.quantization import memory
 from spicerack.quantization.calibration import loop
-from spicerack.quantization.calibration.loop import Finished
 from spicerack.quantization.job import prepare
 from spicerack.quantization.recipe import Recipe
 from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.watch import Finished
 from spicerack.text import calibration, pieces
 from spicerack.text.calibration import Calibration
 

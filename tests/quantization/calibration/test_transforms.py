@@ -17,10 +17,10 @@ from spicerack.models.families import folds
 from spicerack.numerics.scheme import parse
 from spicerack.quantization.calibration import transforms
 from spicerack.quantization.calibration.block import Work
-from spicerack.quantization.calibration.loop import Finished
 from spicerack.quantization.job import prepare
 from spicerack.quantization.recipe import Recipe
 from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.watch import Finished
 from spicerack.text.calibration import Calibration
 
 IDS = torch.randint(3, 90, (12, 24), generator=torch.Generator().manual_seed(0))

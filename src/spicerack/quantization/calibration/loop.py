@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,31 +41,11 @@ from spicerack.quantization.calibration.static import observe
 from spicerack.quantization.calibration.transforms import Changes, transform
 from spicerack.quantization.job import Job
 from spicerack.quantization.rotation import Rotated, original
+from spicerack.quantization.watch import Finished
 from spicerack.runtime.load import load_apart
 
 _LEARNING = {"signround": signround.solve, "blockap": blockap.solve}
 """Solvers that need all layers of a block at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """One block: its path, number and how many there are; bits a weight with scales; seconds.
-
-    error: ||out - out_float|| / ||out_float|| of its hidden states, against the float model's, earlier blocks included;
-    rounded: the same, were its layers only rounded to nearest, from the first chunk of tokens. peak_rss_bytes: of the
-    process so far. events: what happened to which layer.
-    """
-
-    block: str
-    number: int
-    count: int
-    layers: int
-    bits: float
-    rounded: float
-    error: float
-    seconds: float
-    peak_rss_bytes: int
-    events: tuple[str, ...]
 
 
 @torch.no_grad()

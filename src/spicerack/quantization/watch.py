@@ -1,0 +1,61 @@
+"""`Watch`: whoever looks on while a folder is quantized, and may ask for an end; and the reports that it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What became of the model's first blocks, which were quantized, written and loaded again before the rest was.
+
+    blocks: how many, of `count`. difference: of the loaded folder's output from what was computed while it was
+    quantized, ||loaded - computed|| / ||computed||; error: the same of the computed output and the float model's.
+    seconds: what the trial took.
+    """
+
+    blocks: int
+    count: int
+    difference: float
+    error: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One calibrated block: its path in the model, its number, how many blocks there are, how many layers it has.
+
+    bits: of a quantized weight, scales and zero points included. error: ||out - out_float|| / ||out_float|| of the
+    block's hidden states against the float model's, what earlier blocks lost included; rounded: the same, were its
+    layers only rounded to nearest, estimated from the first chunk of text. seconds: what the block took.
+    peak_rss_bytes: the most memory that the process had so far. events: what a person should know of single layers or
+    of transforms.
+    """
+
+    block: str
+    number: int
+    count: int
+    layers: int
+    bits: float
+    rounded: float
+    error: float
+    seconds: float
+    peak_rss_bytes: int
+    events: tuple[str, ...]
+
+
+class Watch:
+    """Told how a quantization gets on. Its methods do nothing; a subclass has those that its owner cares for."""
+
+    def tried(self, trial: Trial) -> None:
+        """The first blocks were tried, before the rest is calibrated."""
+
+    def finished(self, block: Finished) -> None:
+        """A block is calibrated, and its file is on disk."""
+
+    def stopping(self) -> bool:
+        """Asked behind each block, on every rank: whether the run ends there, with KeyboardInterrupt."""
+        return False
+
+    def progress(self, nbytes: int) -> None:
+        """So many more bytes of the source's tensors are written, or dropped, or were found done."""
