@@ -119,7 +119,8 @@ def folder_speed(folder: Path, size: int, rounds: int, threads: int, console: Co
 def solve_seconds(w: torch.Tensor, scheme: str, range_: Range, threads: int, rounds: int) -> float:
     """Median time of one range search and rounding, after one to warm up."""
     times = [
-        seconds(lambda: rounding.solve(w, parse(scheme), range_=range_, threads=threads)) for _ in range(rounds + 1)
+        seconds(lambda: rounding.to_nearest(w, parse(scheme), range_=range_, threads=threads))
+        for _ in range(rounds + 1)
     ]
     return statistics.median(times[1:])
 

@@ -26,7 +26,7 @@ def linear_case(scheme: str, n: int = 12, k: int = 32) -> tuple[nn.Linear, Layer
     def forward(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return module(x[list(numbers)]).flatten(0, 1), wanted[list(numbers)].flatten(0, 1)
 
-    return module, Layer(module, exact, rounding.solve(exact, parse(scheme))), forward, x
+    return module, Layer(module, exact, rounding.to_nearest(exact, parse(scheme))), forward, x
 
 
 def loss(q: QTensor, weight: torch.Tensor, x: torch.Tensor) -> float:

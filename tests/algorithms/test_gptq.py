@@ -37,7 +37,7 @@ def case(
     scheme: str, n: int = 24, k: int = 128, count: int = 400, seed: int = 0
 ) -> tuple[torch.Tensor, QTensor, torch.Tensor]:
     w = torch.randn(n, k, generator=generator(seed + 100)) * 0.1
-    return w, rounding.solve(w, parse(scheme), range_="absmax"), gram_of(inputs(k, count, seed))
+    return w, rounding.to_nearest(w, parse(scheme), range_="absmax"), gram_of(inputs(k, count, seed))
 
 
 def loss(q: QTensor, w: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,7 @@ def test_not_below_the_best_of_all_codes() -> None:
     """4 columns, every code vector of the full grid."""
     w = torch.randn(40, 4, generator=generator(3))
     gram = gram_of(inputs(4, 50, 3))
-    start = rounding.solve(w, parse("w2"), range_="absmax")
+    start = rounding.to_nearest(w, parse("w2"), range_="absmax")
     found = unfitted(gptq.solve(w, start, gram).q, start)
     grid = torch.tensor(list(itertools.product(range(-2, 2), repeat=4)), dtype=torch.float64)
     errors = grid[None] * start.scale.double()[:, :, None] - w.double()[:, None]
@@ -120,7 +120,7 @@ def test_scales_are_the_least_squares_ones(scheme: str) -> None:
     """In float32 scales nothing is rounded: the gradient with respect to each vanishes."""
     wide = dataclasses.replace(parse(scheme), scale="float32")
     w, start, gram = case(scheme)
-    start = dataclasses.replace(rounding.solve(w, wide, range_="absmax"))
+    start = dataclasses.replace(rounding.to_nearest(w, wide, range_="absmax"))
     q = gptq.solve(w, start, gram).q
     scale = q.scale.double().requires_grad_()  # type: ignore[union-attr]
     zero = 0 if q.zero is None else q.zero.double().repeat_interleave(128 // q.zero.shape[1], 1)
@@ -144,7 +144,7 @@ def test_the_shift_is_the_least_squares_target() -> None:
         direct = (q @ x.t() - w @ float_x.t()).square().mean(1).sum()
         least = (target @ x.t() - w @ float_x.t()).square().mean(1).sum()
         assert torch.isclose(direct - least, ((q - target) @ gram * (q - target)).sum())
-    start = rounding.solve(w.float(), parse("w4"), range_="absmax")
+    start = rounding.to_nearest(w.float(), parse("w4"), range_="absmax")
     with_shift = gptq.solve(w.float(), start, gram, w.float() @ shift.float(), beta=1.0).q
     without = gptq.solve(w.float(), start, gram).q
 
@@ -187,7 +187,7 @@ def test_any_shape(scheme: str, n: int, groups: int, seed: int, dtype: torch.dty
     k = 32 * groups
     w = torch.randn(n, k, generator=generator(seed)).to(dtype)
     gram = gram_of(inputs(k, 64, seed))
-    start = rounding.solve(w, parse(scheme))
+    start = rounding.to_nearest(w, parse(scheme))
     q = gptq.solve(w, start, gram).q
     assert q.scale.dtype == start.scale.dtype and q.codes.shape == (n, k)  # type: ignore[union-attr]
     assert loss(q, w, gram).sum() <= loss(start, w, gram).sum() * (1 + 1e-4)

@@ -50,7 +50,7 @@ def test_shrink_is_the_soft_threshold_for_p_1_and_minimises_below() -> None:
 @pytest.mark.parametrize("name", ["w4g64z", "w3g64z", "w4g64", "w3g64", "w2g32h", "w8", "w3t"])
 def test_no_block_gets_worse_and_many_get_better(name: str) -> None:
     w = heavy(64, 256)
-    start = rounding.solve(w, parse(name), range_="absmax")
+    start = rounding.to_nearest(w, parse(name), range_="absmax")
     found = hqq.solve(w, start)
     blocks = parse(name).block_shape(64, 256)
     before, after = (
@@ -64,7 +64,7 @@ def test_no_block_gets_worse_and_many_get_better(name: str) -> None:
 def test_as_close_as_the_paper_though_zeros_are_whole(bits: int) -> None:
     """Its zeros are real numbers, which is worth a few percent; ours are codes, so that engines can read them."""
     w = heavy(100, 64, seed=1)
-    mine = hqq.solve(w, rounding.solve(w, parse(f"w{bits}g64z"))).q
+    mine = hqq.solve(w, rounding.to_nearest(w, parse(f"w{bits}g64z"))).q
     ours = float((codec.decode(mine) - w).abs().mean())
     theirs = float(np.mean([published(row.double().numpy(), bits) for row in w]))
     assert ours < theirs * 1.05
@@ -77,7 +77,7 @@ def test_blocks_with_nothing_to_gain() -> None:
     w[3] = torch.linspace(0.1, 3, 32)
     w[4] = 1e-7
     for name in ("w4g32", "w4g32z", "w2g32"):
-        start = rounding.solve(w, parse(name))
+        start = rounding.to_nearest(w, parse(name))
         found = hqq.solve(w, start).q
         assert bool(torch.isfinite(codec.decode(found)).all())
         assert torch.equal(codec.decode(found)[0], torch.zeros(32))

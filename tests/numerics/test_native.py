@@ -68,7 +68,7 @@ def test_every_integer_scheme(name: str, dtype: torch.dtype, range_: codec.Range
     w = weights(19, 128, dtype=dtype)
     a = None if importance is None else weights(*((128,) if importance == "columns" else (19, 128)), seed=1).abs()
     slow = codec.encode(w, parse(name), range_=range_, importance=a)
-    assert same(slow, rounding.solve(w, parse(name), range_=range_, importance=a, threads=2))
+    assert same(slow, rounding.to_nearest(w, parse(name), range_=range_, importance=a, threads=2))
 
 
 @settings(max_examples=150, deadline=None)
@@ -132,7 +132,7 @@ def test_every_16_bit_number_and_its_neighbours(dtype: torch.dtype, isa: str) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_blocks(name: str, size: int, dtype: torch.dtype) -> None:
     w = weights(2, 1, size, seed=3, dtype=dtype)  # two experts, one scale each
-    assert same(codec.encode(w, parse(name)), rounding.solve(w, parse(name), threads=2))
+    assert same(codec.encode(w, parse(name)), rounding.to_nearest(w, parse(name), threads=2))
 
 
 def test_blocks_of_several_rows_and_of_strided_tensors() -> None:
@@ -141,14 +141,14 @@ def test_blocks_of_several_rows_and_of_strided_tensors() -> None:
     tiles = Scheme("tiles", IntLevels(-8, 7), (16, 16))
     for scheme in (pair, tiles, parse("w4g32")):
         for view in (w, w.T, w[::2], w.reshape(2, 16, 64)):
-            assert same(codec.encode(view, scheme), rounding.solve(view, scheme, threads=2))
+            assert same(codec.encode(view, scheme), rounding.to_nearest(view, scheme, threads=2))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(threads: int) -> None:
     w = weights(300, 96, dtype=torch.bfloat16)
     for name in ("w8", "w4g32z"):
-        assert same(rounding.solve(w, parse(name), threads=threads), rounding.solve(w, parse(name)))
+        assert same(rounding.to_nearest(w, parse(name), threads=threads), rounding.to_nearest(w, parse(name)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -157,17 +157,19 @@ def test_not_finite_is_refused_with_its_place(name: str, value: float) -> None:
     w = weights(40, 64)
     w[17, 33] = value
     with pytest.raises(codec.WeightError, match=rf"blk: 1 weights are not finite; the first is {value} at \[17, 33\]"):
-        rounding.solve(w, parse(name), name="blk", threads=2)
+        rounding.to_nearest(w, parse(name), name="blk", threads=2)
 
 
 def test_lost_scales_are_lifted_as_the_codec_lifts_them() -> None:
     w = weights(20, 64)
     w[3, :32] *= 1e-9
     for range_ in ("absmax", "opt"):
-        assert same(codec.encode(w, parse("w4g32"), range_=range_), rounding.solve(w, parse("w4g32"), range_=range_))
+        assert same(
+            codec.encode(w, parse("w4g32"), range_=range_), rounding.to_nearest(w, parse("w4g32"), range_=range_)
+        )
     w *= 1e-9
     with pytest.raises(codec.WeightError, match=r"needs a scale below 5\.96e-08, the smallest float16"):
-        rounding.solve(w, parse("w4g32"))
+        rounding.to_nearest(w, parse("w4g32"))
 
 
 @settings(deadline=None)
@@ -181,6 +183,6 @@ def test_packing(width: int, rows: int, columns: int, offset: int, seed: int) ->
 
 
 def test_signed_codes_travel_through_packing() -> None:
-    codes = rounding.solve(weights(2, 3, 50), parse("w3")).codes
+    codes = rounding.to_nearest(weights(2, 3, 50), parse("w3")).codes
     words = native.pack(codes, 3, offset=4)
     assert torch.equal(native.unpack(words, 3, 50, offset=4).view(torch.int8), codes)

@@ -35,7 +35,7 @@ def test_every_scheme_encodes_and_decodes(name: str, range_: codec.Range) -> Non
     error = float((codec.decode(q) - w).square().mean())
     assert error < {"ternary": 0.95 if range_ == "absmax" else 0.2, "fp8": 0.001}.get(name.removesuffix("a8"), 0.02)
     assert int(q.codes.max()) <= 2**scheme.bits - 1
-    solved = rounding.solve(w, scheme, range_=range_, threads=2)
+    solved = rounding.to_nearest(w, scheme, range_=range_, threads=2)
     assert torch.equal(solved.codes, q.codes)
     assert torch.equal(codec.decode(solved), codec.decode(q))
 
@@ -84,7 +84,7 @@ def test_ternary_finds_the_optimum() -> None:
     sums = w.abs().flatten().sort(descending=True).values.double().cumsum(0)
     explained = sums.square() / torch.arange(1, len(sums) + 1)
     best = float(w.double().square().sum() - explained.max())
-    q = rounding.solve(w, parse("ternary"), threads=2)
+    q = rounding.to_nearest(w, parse("ternary"), threads=2)
     assert float((codec.decode(q).double() - w).square().sum()) <= best * 1.0005
     assert float((q.codes == 0).double().mean()) == pytest.approx(0.459, abs=0.01)
 
@@ -146,7 +146,7 @@ def test_a_new_scheme_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     try:
         scheme = parse("shift3")
         w = gaussian(4, 32)
-        q = rounding.solve(w, scheme)
+        q = rounding.to_nearest(w, scheme)
         assert q.stored_bits == 4 * 32 * 3 + 16 * 16
         decoded = codec.decode(q)
         assert float((decoded - w).square().mean()) < 0.1

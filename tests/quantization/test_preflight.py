@@ -88,7 +88,7 @@ def test_a_folder_that_computes_something_else_stops_the_run(tmp_path: Path, mon
     original = type(FORMAT).encode
 
     def broken(self: Any, planned: Any, q: Any) -> dict[str, torch.Tensor]:
-        return original(self, planned, rounding.solve(spicerack.numerics.codec.decode(q).flip(0), q.scheme))
+        return original(self, planned, rounding.to_nearest(spicerack.numerics.codec.decode(q).flip(0), q.scheme))
 
     monkeypatch.setattr(type(FORMAT), "encode", broken)
     with pytest.raises(LoadError, match=r"preflight: the first 2 blocks.* off"):

@@ -1,8 +1,9 @@
-"""Round to nearest: the codec's range search and rounding, natively where the blocks are contiguous integers.
+"""Rounding to nearest: `to_nearest` gives what `codec.encode` gives, bit for bit, and natively where that is written.
 
     s, z = argmin sum_j a_j (s * (q_j - z) - w_j)^2 per block,      q = clamp(round(w / s) + z)
 
-`absmax` only takes the range; see `search`. The native path equals `codec.encode` bit for bit.
+This is the end of every way to quantize that chooses no codes itself, and the start of every solver that does. With
+`range_="absmax"` a block's largest weight gives the scale, with "opt" the sum above is searched: see `search`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from spicerack.numerics.scheme import IntLevels, Scheme
 from spicerack.numerics.search import PIECE, Range, is_ternary, search
 
 
-def solve(
+def to_nearest(
     w: torch.Tensor,
     scheme: Scheme,
     *,

@@ -205,7 +205,7 @@ def _pack(name: str, layer: Layer, scheme: Scheme, what: Recipe, compute: Comput
     weight = layer.weight.detach()
     transposed = isinstance(layer, Conv1D)
     matrix = (weight.t() if transposed else weight).contiguous().cpu()
-    q = rounding.solve(matrix, scheme, range_=what.range_, name=name, threads=os.cpu_count() or 1)
+    q = rounding.to_nearest(matrix, scheme, range_=what.range_, name=name, threads=os.cpu_count() or 1)
     return PackedWeight(dataclasses.replace(q, transposed=transposed), weight.dtype, weight.device, compute)
 
 

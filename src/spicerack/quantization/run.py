@@ -253,7 +253,7 @@ def _one(job: Job, action: Action, out: ShardWriter, solved: Solutions, threads:
     if name in solved:
         q, events, error = solved.read(name, p), solved.events(name), solved.error(name)
     else:
-        q = rounding.solve(w, p.scheme, range_=job.recipe.range_, name=name, threads=threads)
+        q = rounding.to_nearest(w, p.scheme, range_=job.recipe.range_, name=name, threads=threads)
         if job.recipe.method is not None and job.recipe.method.solver == "hqq":
             found = hqq.solve(w, q)
             q, events = found.q, list(found.events)

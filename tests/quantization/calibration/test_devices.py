@@ -22,10 +22,9 @@ from spicerack.cli import cli
 from spicerack.errors import OutputError, UsageError
 from spicerack.machine import devices
 from spicerack.machine.ranks import join
-from spicerack.numerics import qtensor
+from spicerack.numerics import qtensor, rounding
 from spicerack.numerics.scheme import parse
 from spicerack.quantization import preflight
-from spicerack.quantization import run as quantization
 from spicerack.quantization.calibration import inputs, loop
 from spicerack.quantization.job import Job, prepare
 from spicerack.quantization.recipe import Recipe
@@ -96,7 +95,7 @@ def test_operands_that_lie_apart_are_refused_there() -> None:
 
 
 def test_quantized_tensors_move_whole() -> None:
-    q = quantization.rtn.solve(torch.randn(4, 32), parse("w8a8s"))
+    q = rounding.to_nearest(torch.randn(4, 32), parse("w8a8s"))
     q = dataclasses.replace(q, input_scale=torch.ones(1))
     with Pretending():
         there = qtensor.moved(q, DEVICE)

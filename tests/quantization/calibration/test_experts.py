@@ -114,14 +114,14 @@ def test_an_expert_without_tokens_is_shown_others(family: str, tmp_path: Path, g
 def test_an_expert_whose_code_sends_tokens_itself_is_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """JetMoE's stacks are called with sorted tokens and counts: pooled second moments weigh the rounding."""
     given: list[torch.Tensor | None] = []
-    original = rounding.solve
+    original = rounding.to_nearest
 
     def keep(w: torch.Tensor, *args: Any, importance: torch.Tensor | None = None, **named: Any) -> Any:
         if w.shape == (96, 32):
             given.append(importance)
         return original(w, *args, importance=importance, **named)
 
-    monkeypatch.setattr(rounding, "solve", keep)
+    monkeypatch.setattr(rounding, "to_nearest", keep)
     finished = run(starved("jetmoe", tmp_path / "float"), tmp_path / "out", count=40)
     events = [e for f in finished for e in f.events if "input_linear" in e and f".{EXPERT}." in e]
     assert events and all("0 tokens: rounded to nearest, weighted by what all experts get" in event for event in events)

@@ -18,7 +18,7 @@ from spicerack.machine.devices import CPU
 from spicerack.machine.ranks import Ranks
 from spicerack.models import blocks
 from spicerack.models.blocks import Arguments, Stack
-from spicerack.numerics import rounding as rtn
+from spicerack.numerics import rounding
 from spicerack.numerics.activations import quantize_fixed, quantize_tokens
 from spicerack.numerics.qtensor import QTensor, moved
 from spicerack.quantization.calibration.chunks import Text, tokens
@@ -198,12 +198,12 @@ class Work:
     def start(self, layer: Layer, importance: torch.Tensor | None, w: torch.Tensor | None = None) -> QTensor:
         """Rounded to nearest, on the CPU, where the search is: the layer's weight, or `w` in its place."""
         importance = moved(importance, CPU) if importance is not None and bool(importance.any()) else None
-        q = rtn.solve(
+        q = rounding.to_nearest(
             moved(self.weight(layer) if w is None else w, CPU), layer.planned.scheme, range_=self.job.recipe.range_,
             name=layer.tensor, importance=importance, source=layer.planned.source_dtype, threads=self.threads,
         )  # fmt: skip
-        rounding = self.roundings.get(layer.path)
-        return q if rounding is None else dataclasses.replace(q, input_scale=moved(rounding.scale, CPU))
+        of_input = self.roundings.get(layer.path)
+        return q if of_input is None else dataclasses.replace(q, input_scale=moved(of_input.scale, CPU))
 
     def weight(self, layer: Layer) -> torch.Tensor:
         """float32 [N, K], not quantized."""

@@ -181,7 +181,7 @@ def start(name: str, layer: Convertible, plan: Plan, init: Init) -> Learned:
     elif init == "absmax" and plan.quantizer == "seq" and not plan.scheme.zero:
         scale = 2 * tiles.amax((1, 3)) / (levels.hi - levels.lo + 1)
     else:
-        q = rounding.solve(w, plan.scheme, range_=init, name=module.weight_of(name))
+        q = rounding.to_nearest(w, plan.scheme, range_=init, name=module.weight_of(name))
         assert isinstance(q.scale, torch.Tensor)
         scale, zero = q.scale, q.zero
     return tuple(  # type: ignore[return-value]
