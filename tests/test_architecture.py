@@ -26,7 +26,7 @@ FLOORS = (
 )
 PLUGINS = ("numerics/schemes", "algorithms/solvers", "algorithms/transforms", "storage/formats", "kernels/table")
 WAITING = {  # arrows that the cuts which come next turn round
-    "quantization/memory", "quantization/rotation", "quantization/run", "quantization/calibration/loop",
+    "quantization/memory", "quantization/rotation", "quantization/stream", "quantization/calibration/loop",
     "quantization/calibration/transforms",
 }  # fmt: skip
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

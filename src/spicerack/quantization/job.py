@@ -45,6 +45,18 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """A folder's tensors in bytes, before and after; bits of a quantized weight, with its share of scales and zero
+    points; bits of a parameter, over all of them. scheme: the recipe's."""
+
+    scheme: str
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    bits_per_weight_total: float
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A quantization, decided: every source tensor has its action, every output tensor its name, type and shape."""
 
@@ -80,18 +92,18 @@ class Job:
             "versions": {"spicerack": __version__, "torch": torch.__version__},
         }
 
-    def summary(self) -> dict[str, Any]:
-        """The sizes, as the command line's contract names them. Bits include scales and zero points."""
+    def sizes(self) -> Sizes:
+        """What it makes of how much."""
         planned = [a.planned for a in self.actions if a.planned is not None]
         weights = sum(torch.Size(p.shape).numel() for p in planned)
         stored = sum(p.scheme.stored_bits(p.shape) for p in planned)
-        return {
-            "scheme": self.recipe.scheme.name,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "bits_per_weight": stored / weights if weights else 0.0,
-            "bits_per_weight_total": 8 * self.bytes_after / self.parameters,
-        }
+        return Sizes(
+            scheme=self.recipe.scheme.name,
+            bytes_before=self.bytes_before,
+            bytes_after=self.bytes_after,
+            bits_per_weight=stored / weights if weights else 0.0,
+            bits_per_weight_total=8 * self.bytes_after / self.parameters,
+        )
 
 
 def prepare(model: str | Path, what: Recipe, *, shard_bytes: int = SHARD_BYTES) -> Job:
