@@ -53,16 +53,16 @@ class Spec(NamedTuple):
         return -(-self.n // PANEL), -(-self.k // BLOCK), UNIT * self.bits
 
 
-Layout = Literal["planes", "trits"]
+Tiling = Literal["planes", "trits"]
 """Of codes: planes of bits for any scheme, or five ternary codes to a byte."""
 
 
-def spec_of(scheme: Scheme, shape: tuple[int, int], layout: Layout = "planes") -> Spec:
+def spec_of(scheme: Scheme, shape: tuple[int, int], tiling: Tiling = "planes") -> Spec:
     """The scheme's integer levels for a matrix of this shape."""
     assert isinstance(scheme.levels, IntLevels)
     levels = scheme.levels
     group = scheme.group or 0
-    bits = scheme.bits if layout == "planes" else TRITS
+    bits = scheme.bits if tiling == "planes" else TRITS
     return Spec(*shape, 0 if group == shape[1] else group, bits, -levels.lo, levels.half)
 
 
@@ -86,16 +86,16 @@ def obstacle(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device:
     return None
 
 
-def pack(q: QTensor, layout: Layout = "planes") -> dict[str, torch.Tensor]:
+def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
     """codes uint8 [N/16, K/32, 64 bits], scale [N/16, groups, 16] as stored, zero uint8 like scale; N, K rounded up.
 
     Trits: codes uint8 [N/80, K/32, 512]. input_scale as it is.
     """
     n, k = q.shape
-    spec = spec_of(q.scheme, (n, k), layout)
+    spec = spec_of(q.scheme, (n, k), tiling)
     assert isinstance(q.scale, torch.Tensor)
     tiles = zeros(math.prod(spec.tiles)).view(spec.tiles)
-    height = PANEL * (BUNDLE if layout == "trits" else 1)
+    height = PANEL * (BUNDLE if tiling == "trits" else 1)
     codes = q.codes.cpu().contiguous().view(torch.uint8)
 
     def work(first: int, last: int) -> None:
@@ -111,10 +111,10 @@ def pack(q: QTensor, layout: Layout = "planes") -> dict[str, torch.Tensor]:
     return tensors
 
 
-def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, layout: Layout = "planes") -> QTensor:
+def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Tiling = "planes") -> QTensor:
     """Inverse of `pack`."""
     n, k = shape
-    spec = spec_of(scheme, shape, layout)
+    spec = spec_of(scheme, shape, tiling)
     signed = spec.offset > 0
     codes = torch.empty((n, k), dtype=torch.uint8)
     _native.from_panels(tensors["codes"].cpu(), spec.bits, spec.offset, codes)

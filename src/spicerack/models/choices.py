@@ -68,7 +68,7 @@ def layers(folder: str | Path, compute: Compute | None = None) -> list[Layers]:
     said = _dtype(census.architecture(fmt.float_config(checkpoint.config)).dtype)
     picked: dict[tuple[Scheme, Shape, torch.dtype], Choice] = {}
     counts: dict[tuple[str, Scheme, Shape, torch.dtype], int] = {}
-    for planned in fmt.plan(checkpoint).values():
+    for planned in fmt.contents(checkpoint).values():
         rows, columns = planned.shape[-2:]
         key = (planned.scheme, (rows, columns), said or planned.source_dtype)
         if key not in picked:

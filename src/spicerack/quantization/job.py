@@ -18,7 +18,7 @@ from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
 from spicerack.storage import format
 from spicerack.storage.files import CONTAINER
-from spicerack.storage.format import Format, Planned
+from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.reader import Checkpoint, TensorInfo
 from spicerack.storage.writer import SHARD_BYTES, Shard, Slot, Unit, plan_shards
 
@@ -41,7 +41,7 @@ class Action:
     role: str
     layer_type: str
     slots: tuple[Slot, ...]
-    planned: Planned | None = None
+    planned: StoredTensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def decide(source: Checkpoint, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
     decisions = recipe.resolve(what, {entry.module: entry.role for entry in entries.values()}, tied)
     modules = modules_of(source.config, source.tensors)
     calibrated = _calibrated(source) if what.is_static else frozenset()
-    planned: dict[str, Planned] = {}
+    planned: dict[str, StoredTensor] = {}
     reasons: dict[str, str] = {}
     for name, entry in entries.items():
         decision = _checked(decisions[entry.module], entry, modules, name in seen.tied)
@@ -164,7 +164,7 @@ def decide(source: Checkpoint, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
 def _notes(
     source: Checkpoint,
     seen: census.Census,
-    plan: Mapping[str, Planned],
+    plan: Mapping[str, StoredTensor],
     modules: Mapping[str, str] | None,
     reasons: Mapping[str, str],
 ) -> Iterator[str]:
@@ -219,13 +219,13 @@ def _calibrated(source: Checkpoint) -> frozenset[str]:
     return frozenset(t for t, place in places if place.parameter in inside and not place.operations)
 
 
-def _plan(entry: census.Entry, decision: Decision, bias: bool) -> Planned:
+def _plan(entry: census.Entry, decision: Decision, bias: bool) -> StoredTensor:
     assert decision.scheme is not None
     dtype = SOURCE_TYPES[entry.info.dtype]
-    return Planned(entry.module, decision.scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
+    return StoredTensor(entry.module, decision.scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
 
-def _check_shapes(planned: Mapping[str, Planned]) -> None:
+def _check_shapes(planned: Mapping[str, StoredTensor]) -> None:
     problems = []
     for name, p in planned.items():
         try:
@@ -243,7 +243,7 @@ def _check_shapes(planned: Mapping[str, Planned]) -> None:
 def _actions(
     entries: Mapping[str, census.Entry],
     seen: census.Census,
-    planned: Mapping[str, Planned],
+    planned: Mapping[str, StoredTensor],
     reasons: Mapping[str, str],
     chosen: Format,
     source: Checkpoint,

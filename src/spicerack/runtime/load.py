@@ -22,7 +22,7 @@ from spicerack.runtime import hf
 from spicerack.runtime.cache import use_quantized_cache
 from spicerack.runtime.slots import Expert, experts_in_slots, fill, float_names, make_slot, make_stack_slot, read_floats
 from spicerack.storage import format
-from spicerack.storage.format import Format, Planned
+from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.reader import Checkpoint
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -74,7 +74,7 @@ def load(
             raise UsageError("cache is for transformers models, and into is a module of your own", "leave one out")
     checkpoint = Checkpoint.open(folder)
     fmt = format.of_folder(checkpoint)
-    plan = fmt.plan(checkpoint) if fmt is not None else {}
+    plan = fmt.contents(checkpoint) if fmt is not None else {}
     if into is not None:
         return _into(into, checkpoint, fmt, plan, device, compute)
     model, floats = _with_slots(checkpoint, fmt, plan, dtype, trust_remote_code=trust_remote_code)
@@ -102,7 +102,7 @@ def load_apart(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str, Exper
 def _with_slots(
     checkpoint: Checkpoint,
     fmt: Format | None,
-    plan: Mapping[str, Planned],
+    plan: Mapping[str, StoredTensor],
     dtype: torch.dtype | None,
     *,
     apart: bool = False,
@@ -144,27 +144,27 @@ def _transposed(checkpoint: Checkpoint, floats: Iterable[str]) -> dict[str, bool
 
 
 def _make_slots(
-    model: PreTrainedModel, plan: Mapping[str, Planned], floats: Mapping[str, bool], apart: bool
+    model: PreTrainedModel, plan: Mapping[str, StoredTensor], floats: Mapping[str, bool], apart: bool
 ) -> list[str]:
     """Slots for the whole plan -> float tensors that are experts in a stack with packed ones, or in any if apart.
 
     floats: tensor -> whether it is stored [..., K, N].
     """
-    sources: dict[str, Planned | str] = {name: name for name in floats}
+    sources: dict[str, StoredTensor | str] = {name: name for name in floats}
     sources |= {f"{p.module}.weight": p for p in plan.values()}
     sources |= {p.module: p for p in plan.values() if p.role == "experts"}  # named in either way
     places = destinations(model, sources)
-    layers: dict[str, Planned] = {}
-    whole: dict[str, Planned | str] = {}
+    layers: dict[str, StoredTensor] = {}
+    whole: dict[str, StoredTensor | str] = {}
     stacks: dict[str, list[tuple[str, Destination]]] = {}
     for name, planned in sources.items():
         place = places.get(name)
         if place is not None and place.stacked:
             stacks.setdefault(place.parameter, []).append((name, place))
-        elif isinstance(planned, Planned) and planned.role == "experts":
+        elif isinstance(planned, StoredTensor) and planned.role == "experts":
             if place is not None:
                 whole[_parameter_of(planned, place, model)] = planned
-        elif isinstance(planned, Planned):
+        elif isinstance(planned, StoredTensor):
             layers[_parameter_of(planned, place, model)] = planned
         elif apart and place is not None and is_stack(model, place):
             whole[place.parameter] = planned
@@ -176,18 +176,18 @@ def _make_slots(
         _parameter_of(lost[min(lost)], None, model)
     withheld = []
     for parameter, source in whole.items():
-        transposed = source.transposed if isinstance(source, Planned) else floats[source]
+        transposed = source.transposed if isinstance(source, StoredTensor) else floats[source]
         parts = [[Expert(source, number)] for number in range(model.get_parameter(parameter).shape[0])]
         make_stack_slot(model, parameter, parts, transposed=transposed)
         withheld += [source] if isinstance(source, str) else []
     for parameter, some in stacks.items():
-        if apart or any(isinstance(sources[name], Planned) for name, _ in some):
+        if apart or any(isinstance(sources[name], StoredTensor) for name, _ in some):
             make_stack_slot(model, parameter, _by_expert(some, sources), transposed=False)
             withheld += [name for name, _ in some if name in floats]
     return withheld
 
 
-def _parameter_of(planned: Planned, place: Destination | None, model: nn.Module) -> str:
+def _parameter_of(planned: StoredTensor, place: Destination | None, model: nn.Module) -> str:
     if place is None:
         raise LoadError(
             f"{planned.module}: {type(model).__name__} has no use for it", "is config.json the model's own?"
@@ -197,7 +197,7 @@ def _parameter_of(planned: Planned, place: Destination | None, model: nn.Module)
     return place.parameter
 
 
-def _tie(model: PreTrainedModel, layers: dict[str, Planned], stored: set[str]) -> None:
+def _tie(model: PreTrainedModel, layers: dict[str, StoredTensor], stored: set[str]) -> None:
     """Give the packed weight of a layer to those tied to it, unless the folder has weights of their own for them.
 
     transformers must not tie them: there is no parameter any more.
@@ -214,7 +214,9 @@ def _tie(model: PreTrainedModel, layers: dict[str, Planned], stored: set[str]) -
                 ties.pop(name, None)
 
 
-def _by_expert(parts: Iterable[tuple[str, Destination]], sources: Mapping[str, Planned | str]) -> list[list[Expert]]:
+def _by_expert(
+    parts: Iterable[tuple[str, Destination]], sources: Mapping[str, StoredTensor | str]
+) -> list[list[Expert]]:
     """[expert][part], from tensors named by the expert's number."""
     experts: dict[int, dict[int, Expert]] = {}
     for name, place in parts:
@@ -226,7 +228,7 @@ def _into(
     module: nn.Module,
     checkpoint: Checkpoint,
     fmt: Format | None,
-    plan: Mapping[str, Planned],
+    plan: Mapping[str, StoredTensor],
     device: str | torch.device,
     compute: Compute | None,
 ) -> nn.Module:

@@ -26,7 +26,7 @@ from spicerack.numerics.scheme import Scheme
 from spicerack.storage import format
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
-from spicerack.storage.format import Planned
+from spicerack.storage.format import StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
 from spicerack.storage.writer import Slot, Unit, Writer, plan_shards, safetensors_dtype
 
@@ -49,14 +49,14 @@ def save(module: nn.Module, folder: str | Path) -> Path:
     layers = _quantized_layers(module)
     weights = _owners(module, layers)
     state, checkpoint_name = _state(module, weights)
-    plan: dict[str, Planned] = {}
+    plan: dict[str, StoredTensor] = {}
     packed: dict[str, PackedWeight] = {}
     for path, weight in weights.items():
         name = checkpoint_name[_weight_of(path)].removesuffix(".weight")
         users = [layer for layer in layers.values() if layer.packed is weight]
         role, dtype = _strictest({_role(layer) for layer in users}), _source_dtype(path, weight)
         bias = any(not isinstance(layer, QEmbedding) and layer.bias is not None for layer in users)
-        plan[name] = Planned(name, weight.scheme, weight.shape, role, dtype, weight.transposed, bias)
+        plan[name] = StoredTensor(name, weight.scheme, weight.shape, role, dtype, weight.transposed, bias)
         packed[name] = weight
     chosen = format.choose(plan)
     units = [Unit(p.module, tuple(Slot(n, *slot) for n, slot in chosen.layout(p).items())) for p in plan.values()]
@@ -212,7 +212,7 @@ def _side_files(module: nn.Module) -> dict[str, Any]:
     return {"generation_config.json": json.loads(module.generation_config.to_json_string()), CONFIG: config}
 
 
-def _entry(unit: Unit, planned: Planned | None) -> Entry:
+def _entry(unit: Unit, planned: StoredTensor | None) -> Entry:
     """A tensor's line in the ledger; what only quantizing knows, such as the error, is not there."""
     slot = unit.slots[0]
     if planned is None:

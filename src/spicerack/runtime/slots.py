@@ -22,7 +22,7 @@ from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.experts import ExpertStack
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
-from spicerack.storage.format import Format, Planned
+from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.reader import Checkpoint
 
 
@@ -30,7 +30,7 @@ from spicerack.storage.reader import Checkpoint
 class Expert:
     """One matrix in a stack of experts: packed, or the name of a float tensor. number: in a tensor of all experts."""
 
-    source: Planned | str
+    source: StoredTensor | str
     number: int | None = None
 
 
@@ -39,7 +39,7 @@ class Slot(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, layer: nn.Linear | nn.Embedding | nn.Conv2d | Conv1D, planned: Planned) -> None:
+    def __init__(self, layer: nn.Linear | nn.Embedding | nn.Conv2d | Conv1D, planned: StoredTensor) -> None:
         super().__init__()
         self.planned, self.dtype, self.training = planned, layer.weight.dtype, layer.training
         self.out_features, self.in_features = planned.shape  # initializers look at these, and at weight
@@ -60,7 +60,7 @@ class StackSlot(nn.Module):
         vars(self)["_is_hf_initialized"] = True
 
 
-def make_slot(model: nn.Module, name: str, planned: Planned) -> None:
+def make_slot(model: nn.Module, name: str, planned: StoredTensor) -> None:
     """Replace the layer `name` of `model` by a slot. Raises LoadError if it is not a layer that `planned` fits."""
     try:
         layer = model.get_submodule(name)
@@ -104,7 +104,7 @@ def fill(
     """Put the packed layers into all slots of `model`; what is tied shares one PackedWeight. floats: of experts."""
     done: dict[tuple[str, int | None], PackedWeight] = {}
 
-    def packed(planned: Planned, dtype: torch.dtype, number: int | None = None) -> PackedWeight:
+    def packed(planned: StoredTensor, dtype: torch.dtype, number: int | None = None) -> PackedWeight:
         assert fmt is not None, "slots of packed layers come from a folder that has them"
         if (planned.module, number) not in done:
             tensors = {name: checkpoint.read(name) for name in fmt.layout(planned)}
@@ -114,7 +114,7 @@ def fill(
         return done[planned.module, number]
 
     def layer(expert: Expert, slot: StackSlot) -> nn.Module:
-        if isinstance(expert.source, Planned):
+        if isinstance(expert.source, StoredTensor):
             return QLinear(packed(expert.source, slot.dtype, expert.number))
         weight = floats[expert.source]
         weight = weight if expert.number is None else weight[expert.number]
@@ -144,7 +144,7 @@ def experts_in_slots(model: nn.Module) -> dict[str, Expert]:
     }  # fmt: skip
 
 
-def float_names(checkpoint: Checkpoint, fmt: Format | None, plan: Mapping[str, Planned]) -> list[str]:
+def float_names(checkpoint: Checkpoint, fmt: Format | None, plan: Mapping[str, StoredTensor]) -> list[str]:
     """Tensors that are no part of a packed one."""
     packed = {name for planned in plan.values() for name in fmt.layout(planned)} if fmt is not None else set()
     return [name for name in checkpoint.tensors if name not in packed]

@@ -12,7 +12,7 @@ from spicerack.models.blocks import Stack
 from spicerack.quantization.calibration.states import solution_name
 from spicerack.quantization.job import Action, Job
 from spicerack.runtime.slots import Expert
-from spicerack.storage.format import Planned
+from spicerack.storage.format import StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Layer:
 
     path: str
     tensor: str
-    planned: Planned
+    planned: StoredTensor
     stack: str = ""
     number: int | None = None
 
