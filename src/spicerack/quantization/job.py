@@ -13,6 +13,7 @@ from spicerack._version import __version__
 from spicerack.errors import CheckpointError, SchemeError, ShapeError
 from spicerack.models import blocks, census
 from spicerack.models.architecture import destinations, modules_of, on_meta
+from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
@@ -22,7 +23,6 @@ from spicerack.storage.format import Format, Planned
 from spicerack.storage.reader import Checkpoint, TensorInfo
 from spicerack.storage.writer import SHARD_BYTES, Shard, Slot, Unit, plan_shards
 
-SOURCE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CLASSES = {
     "linear": "Linear", "head": "Linear", "router": "Linear", "embedding": "Embedding", "conv1d": "Conv1D",
     "experts": "experts",
@@ -179,7 +179,7 @@ def _checked(decision: Decision, entry: census.Entry, modules: Mapping[str, str]
     """The recipe's decision, unless the tensor is of a type or in a module that cannot be quantized."""
     if decision.scheme is None or alias:
         return decision if not alias else Decision(None, "tied")
-    if entry.info.dtype not in SOURCE_TYPES:
+    if entry.info.dtype not in SOURCE_BY_NAME:
         return Decision(None, f"{entry.info.dtype} tensors are copied as they are")
     if entry.role == "experts" and not _runs_packed(entry, modules):
         return Decision(None, "the architecture's code needs its experts whole")
@@ -209,7 +209,7 @@ def _calibrated(source: Checkpoint) -> frozenset[str]:
 
 def _plan(entry: census.Entry, decision: Decision, bias: bool) -> Planned:
     assert decision.scheme is not None
-    dtype = SOURCE_TYPES[entry.info.dtype]
+    dtype = SOURCE_BY_NAME[entry.info.dtype]
     return Planned(entry.module, decision.scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
 

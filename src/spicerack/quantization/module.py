@@ -22,16 +22,15 @@ from spicerack.nn.fused import fuse
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import rounding
+from spicerack.numerics.dtypes import SOURCES, safetensors_dtype
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Recipe
 from spicerack.runtime.hf import tell_transformers
 from spicerack.storage.reader import Checkpoint, TensorInfo
-from spicerack.storage.writer import safetensors_dtype
 
 Layer = nn.Linear | nn.Embedding | Conv1D
 _HEADS = ("lm_head", "embed_out")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LISTED = 8
 
 
@@ -77,7 +76,7 @@ def quantize_module(module: nn.Module, what: Recipe, compute: Compute | None = N
 def layers_of(module: nn.Module) -> Iterator[tuple[str, Layer]]:
     """Under all their names, those of tied and repeated layers too."""
     for name, layer in module.named_modules(remove_duplicate=False):
-        if isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)) and layer.weight.dtype in _FLOATS:
+        if isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)) and layer.weight.dtype in SOURCES:
             exact = type(layer) in (nn.Linear, nn.Embedding, Conv1D)
             if exact or type(layer).__name__ in names.PLAIN_LINEAR:
                 yield name, layer
