@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import CheckpointError, SchemeError, ShapeError
+from spicerack.errors import CheckpointError, SchemeError, ShapeError, listed
 from spicerack.models import blocks, census
 from spicerack.models.architecture import destinations, modules_of, on_meta
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
@@ -160,8 +160,7 @@ def _notes(
     yield from source.notes
     outside = [_module(name) for name, why in reasons.items() if why.endswith(_OUTSIDE)]
     if outside:
-        more = f" and {len(outside) - _LISTED} more" if len(outside) > _LISTED else ""
-        yield f"{', '.join(outside[:_LISTED])}{more}: {_OUTSIDE}"
+        yield f"{listed(outside, _LISTED)}: {_OUTSIDE}"
     if modules is None:
         yield "transformers does not know this architecture: what each tensor is was told from names alone"
     left = [entry for entry in seen.entries.values() if entry.role == "experts" and not _runs_packed(entry, modules)]
@@ -222,10 +221,11 @@ def _check_shapes(planned: Mapping[str, Planned]) -> None:
             problems.append(error)
     if not problems:
         return
-    listed = "\n  ".join(p.message for p in problems[:_LISTED])
-    more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
     hints = sorted({p.hint for p in problems})
-    raise ShapeError(listed + more, "; ".join(hints) + ": --set 'PATTERN=SCHEME' or --skip 'PATTERN'")
+    raise ShapeError(
+        listed([p.message for p in problems], _LISTED, between="\n  "),
+        "; ".join(hints) + ": --set 'PATTERN=SCHEME' or --skip 'PATTERN'",
+    )
 
 
 def _actions(

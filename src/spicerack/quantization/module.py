@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spicerack.errors import RecipeError, SchemeError, ShapeError, WeightError
+from spicerack.errors import RecipeError, SchemeError, ShapeError, WeightError, listed
 from spicerack.kernels.kernel import Compute
 from spicerack.models import census
 from spicerack.models.families import names
@@ -178,9 +178,10 @@ def check(layers: Mapping[str, Layer], chosen: Mapping[str, Scheme]) -> None:
         except ShapeError as error:
             problems.append(error)
     if problems:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "\n  ".join(p.message for p in problems[:_LISTED])
-        raise ShapeError(listed + more, "; ".join(sorted({p.hint for p in problems})) + ": rules=['PATTERN=SCHEME']")
+        raise ShapeError(
+            listed([p.message for p in problems], _LISTED, between="\n  "),
+            "; ".join(sorted({p.hint for p in problems})) + ": rules=['PATTERN=SCHEME']",
+        )
 
 
 def check_owners(module: nn.Module, layers: Mapping[str, Layer | nn.Conv2d], chosen: Mapping[str, Scheme]) -> None:
