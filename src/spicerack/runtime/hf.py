@@ -26,8 +26,6 @@ from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.linear import QLinear
 
 METHOD = "spicerack"
-CACHES = ("cache", "past_key_values")
-"""What models call their cache, as an output and as an input: transformers renamed it."""
 Prepare = Callable[[PreTrainedModel], None]
 
 
