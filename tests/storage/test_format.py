@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from spicerack.errors import CheckpointError, SchemeError
 from spicerack.numerics import codec, packed
+from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import IntLevels, Scheme, TableLevels, float_levels, parse
 from spicerack.storage import format
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
-from spicerack.storage.writer import safetensors_dtype
 
 CT, OWN = format.get("compressed_tensors"), format.get("spicerack")
 CT_SCHEMES = [f"w{bits}{g}{z}" for bits in range(2, 9) for g in ("", "g32") for z in ("", "z")]

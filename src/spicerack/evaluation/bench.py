@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from spicerack.errors import UsageError
 from spicerack.evaluation.evaluate import compute
 from spicerack.evaluation.logits import computes_some
+from spicerack.models.families.names import KEY_VALUE_CACHES
 from spicerack.models.kind import kind_of, positions
 from spicerack.nn.cache import nbytes
-from spicerack.runtime.hf import CACHES
 from spicerack.runtime.load import load
 from spicerack.storage import files
 
@@ -146,7 +146,7 @@ def _decoder_turn(model: PreTrainedModel, *, prefill: int, decode: int) -> Sampl
     last = {"logits_to_keep": 1} if computes_some(model) else {}
     begin = _now(model)
     step = model(input_ids=ids, use_cache=True, **last)
-    token, name = step.logits[:, -1:].argmax(-1), next(name for name in CACHES if name in step)
+    token, name = step.logits[:, -1:].argmax(-1), next(name for name in KEY_VALUE_CACHES if name in step)
     cache = {name: step[name]}
     middle = _now(model)
     for _ in range(decode):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spicerack.runtime.hf import CACHES
+from spicerack.models.families.names import KEY_VALUE_CACHES
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at once, in elements: 64 MiB each time they are held in float64."""
@@ -58,7 +58,7 @@ def logits_through_cache(
         parts = []
         for part in group.split(step, dim=1):
             output = model(input_ids=part, use_cache=True, **cache)
-            name = next(name for name in CACHES if name in output)
+            name = next(name for name in KEY_VALUE_CACHES if name in output)
             cache = {name: output[name]}
             parts.append(output.logits)
         yield torch.cat(parts, dim=1)

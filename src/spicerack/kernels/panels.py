@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from spicerack import _native
-from spicerack.numerics import native
+from spicerack.numerics import dtypes, native
 from spicerack.numerics.packed import Tensors
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import IntLevels, Scheme
@@ -26,7 +26,7 @@ FLOATS, BLOCKS, TOKENS, FIXED = range(4)
 """How activations enter: float32; int8 with a scale for 32 columns of a row, for a row, or one that is given."""
 MAX_EXACT_COLUMNS = 1 << 16
 """Columns whose products are summed in int32 without overflow: 255 * 127 * 2^16 < 2^31."""
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = {dtype: number for number, dtype in enumerate(dtypes.SOURCES)}
 """Of x, y, bias and scales, as the native module counts them."""
 _HUGE = 2 << 20
 """Bytes of a huge page."""

@@ -14,6 +14,7 @@ from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Choice, Compute, Shape
 from spicerack.models import census
 from spicerack.models.overview import pattern_of
+from spicerack.numerics import dtypes
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage import format
 from spicerack.storage.reader import Checkpoint
@@ -95,4 +96,4 @@ def _obstacle(row: kernel.Kernel) -> str | None:
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(name or "")
+    return dtypes.SOURCE_BY_WORD.get(name or "")

@@ -16,6 +16,7 @@ import torch
 
 from spicerack import _native
 from spicerack.errors import ShapeError
+from spicerack.numerics import dtypes
 from spicerack.numerics.scheme import IntLevels, Scheme
 from spicerack.numerics.search import (
     FINE,
@@ -29,7 +30,7 @@ from spicerack.numerics.search import (
     shifts,
 )
 
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
+TYPES = dtypes.SOURCES
 _NUMBERS = {dtype: number for number, dtype in enumerate(TYPES)}
 """As the native module counts them."""
 ISAS: tuple[str, ...] = tuple(_native.instruction_sets())

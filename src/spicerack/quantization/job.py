@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import CheckpointError, SchemeError, ShapeError
+from spicerack.errors import CheckpointError, SchemeError, ShapeError, listed
 from spicerack.models import blocks, census
 from spicerack.models.architecture import destinations, modules_of, on_meta
+from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
@@ -22,7 +23,6 @@ from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.reader import Checkpoint, TensorInfo
 from spicerack.storage.writer import SHARD_BYTES, Shard, Slot, Unit, plan_shards
 
-SOURCE_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CLASSES = {
     "linear": "Linear", "head": "Linear", "router": "Linear", "embedding": "Embedding", "conv1d": "Conv1D",
     "experts": "experts",
@@ -172,8 +172,7 @@ def _notes(
     yield from source.notes
     outside = [_module(name) for name, why in reasons.items() if why.endswith(_OUTSIDE)]
     if outside:
-        more = f" and {len(outside) - _LISTED} more" if len(outside) > _LISTED else ""
-        yield f"{', '.join(outside[:_LISTED])}{more}: {_OUTSIDE}"
+        yield f"{listed(outside, _LISTED)}: {_OUTSIDE}"
     if modules is None:
         yield "transformers does not know this architecture: what each tensor is was told from names alone"
     left = [entry for entry in seen.entries.values() if entry.role == "experts" and not _runs_packed(entry, modules)]
@@ -191,7 +190,7 @@ def _checked(decision: Decision, entry: census.Entry, modules: Mapping[str, str]
     """The recipe's decision, unless the tensor is of a type or in a module that cannot be quantized."""
     if decision.scheme is None or alias:
         return decision if not alias else Decision(None, "tied")
-    if entry.info.dtype not in SOURCE_TYPES:
+    if entry.info.dtype not in SOURCE_BY_NAME:
         return Decision(None, f"{entry.info.dtype} tensors are copied as they are")
     if entry.role == "experts" and not _runs_packed(entry, modules):
         return Decision(None, "the architecture's code needs its experts whole")
@@ -221,7 +220,7 @@ def _calibrated(source: Checkpoint) -> frozenset[str]:
 
 def _plan(entry: census.Entry, decision: Decision, bias: bool) -> StoredTensor:
     assert decision.scheme is not None
-    dtype = SOURCE_TYPES[entry.info.dtype]
+    dtype = SOURCE_BY_NAME[entry.info.dtype]
     return StoredTensor(entry.module, decision.scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
 
@@ -234,10 +233,11 @@ def _check_shapes(planned: Mapping[str, StoredTensor]) -> None:
             problems.append(error)
     if not problems:
         return
-    listed = "\n  ".join(p.message for p in problems[:_LISTED])
-    more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
     hints = sorted({p.hint for p in problems})
-    raise ShapeError(listed + more, "; ".join(hints) + ": --set 'PATTERN=SCHEME' or --skip 'PATTERN'")
+    raise ShapeError(
+        listed([p.message for p in problems], _LISTED, between="\n  "),
+        "; ".join(hints) + ": --set 'PATTERN=SCHEME' or --skip 'PATTERN'",
+    )
 
 
 def _actions(

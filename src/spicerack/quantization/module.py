@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spicerack.errors import RecipeError, SchemeError, ShapeError, WeightError
+from spicerack.errors import RecipeError, SchemeError, ShapeError, WeightError, listed
 from spicerack.kernels.kernel import Compute
 from spicerack.models import census
 from spicerack.models.families import names
@@ -22,16 +22,15 @@ from spicerack.nn.fused import fuse
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import rounding
+from spicerack.numerics.dtypes import SOURCES, safetensors_dtype
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Recipe
 from spicerack.runtime.hf import tell_transformers
 from spicerack.storage.reader import Checkpoint, TensorInfo
-from spicerack.storage.writer import safetensors_dtype
 
 Layer = nn.Linear | nn.Embedding | Conv1D
 _HEADS = ("lm_head", "embed_out")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LISTED = 8
 
 
@@ -77,7 +76,7 @@ def quantize_module(module: nn.Module, what: Recipe, compute: Compute | None = N
 def layers_of(module: nn.Module) -> Iterator[tuple[str, Layer]]:
     """Under all their names, those of tied and repeated layers too."""
     for name, layer in module.named_modules(remove_duplicate=False):
-        if isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)) and layer.weight.dtype in _FLOATS:
+        if isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)) and layer.weight.dtype in SOURCES:
             exact = type(layer) in (nn.Linear, nn.Embedding, Conv1D)
             if exact or type(layer).__name__ in names.PLAIN_LINEAR:
                 yield name, layer
@@ -179,9 +178,10 @@ def check(layers: Mapping[str, Layer], chosen: Mapping[str, Scheme]) -> None:
         except ShapeError as error:
             problems.append(error)
     if problems:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "\n  ".join(p.message for p in problems[:_LISTED])
-        raise ShapeError(listed + more, "; ".join(sorted({p.hint for p in problems})) + ": rules=['PATTERN=SCHEME']")
+        raise ShapeError(
+            listed([p.message for p in problems], _LISTED, between="\n  "),
+            "; ".join(sorted({p.hint for p in problems})) + ": rules=['PATTERN=SCHEME']",
+        )
 
 
 def check_owners(module: nn.Module, layers: Mapping[str, Layer | nn.Conv2d], chosen: Mapping[str, Scheme]) -> None:

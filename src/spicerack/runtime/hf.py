@@ -20,14 +20,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from spicerack.errors import CheckpointError, LoadError, UntrustedCodeError
+from spicerack.errors import CheckpointError, LoadError, UntrustedCodeError, listed
 from spicerack.models.architecture import harmless
 from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.linear import QLinear
 
 METHOD = "spicerack"
-CACHES = ("cache", "past_key_values")
-"""What models call their cache, as an output and as an input: transformers renamed it."""
 Prepare = Callable[[PreTrainedModel], None]
 
 
@@ -179,7 +177,7 @@ def _check(info: Mapping[str, Any], folder: Path, model_class: type) -> None:
         names = sorted(map(str, info[kind]))
         if names:
             raise LoadError(
-                f"{folder}: {names[0]} of {model_class.__name__} {what}, and {len(names) - 1} more",
+                f"{folder}: " + listed([f"{names[0]} of {model_class.__name__} {what}", *names[1:]], 1),
                 "the folder is incomplete, or its config.json names another architecture",
             )
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spicerack.errors import CheckpointError, LoadError, UsageError
+from spicerack.errors import CheckpointError, LoadError, UsageError, listed
 from spicerack.kernels.kernel import Compute
 from spicerack.models import census
 from spicerack.models.architecture import Destination, destinations, is_stack
@@ -129,12 +129,10 @@ def _with_slots(
         model_class, built, tensors, checkpoint.folder, dtype=dtype, prepare=prepare if plan or apart else None
     )
     if unused:
-        warnings.warn(f"{checkpoint.folder}: {model_class.__name__} has no use for {_few(unused)}", stacklevel=2)
+        warnings.warn(
+            f"{checkpoint.folder}: {model_class.__name__} has no use for {listed(unused, 3, 'tensors')}", stacklevel=2
+        )
     return model, withheld
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
 
 
 def _transposed(checkpoint: Checkpoint, floats: Iterable[str]) -> dict[str, bool]:
@@ -249,7 +247,8 @@ def _into(
     ):
         if names:
             raise LoadError(
-                f"{checkpoint.folder}: {_few(names)} {what}", "build the module as it was when it was saved"
+                f"{checkpoint.folder}: {listed(names, 3, 'tensors')} {what}",
+                "build the module as it was when it was saved",
             )
     try:
         module.load_state_dict(tensors, strict=False)

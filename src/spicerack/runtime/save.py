@@ -20,6 +20,7 @@ from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.experts import ExpertStack
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
+from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
@@ -28,7 +29,7 @@ from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
-from spicerack.storage.writer import Slot, Unit, Writer, plan_shards, safetensors_dtype
+from spicerack.storage.writer import Slot, Unit, Writer, plan_shards
 
 _Layer = QLinear | QConv2d | QEmbedding
 _Names = dict[str, str]

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import ActivationError, UsageError
+from spicerack.models.families.names import STATES
 from spicerack.models.kind import positions
 from spicerack.text.calibration import Calibration, checked
 from spicerack.text.pieces import start_token
@@ -22,8 +23,6 @@ EVEN_TOKENS = 4
 EVEN_TEMPERATURE = 2.0
 BATCH = 16
 """Sequences that are written together. Each draws its own random numbers, whatever it is written with."""
-CACHES = ("cache", "past_key_values", "cache_params")
-"""What versions of transformers call a model's memory of the tokens before."""
 REMEDY = "give a calibration text"
 
 
@@ -38,7 +37,7 @@ def from_model(
     Raises UsageError for a model that writes no text, has no start token or too few positions, ActivationError for
     logits that are not finite, and TextError if hardly any different tokens are written.
     """
-    name = next((name for name in CACHES if name in inspect.signature(model.forward).parameters), None)
+    name = next((name for name in STATES if name in inspect.signature(model.forward).parameters), None)
     if name is None or not model.can_generate() or model.config.is_encoder_decoder:
         raise UsageError(f"{type(model).__name__} does not write text token by token", REMEDY)
     limit = positions(model.config)

@@ -20,19 +20,18 @@ from typing import Any
 import torch
 
 from spicerack.errors import CheckpointError
+from spicerack.numerics.dtypes import SOURCE_BY_NAME, safetensors_dtype
 from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage.format import Contents, Layout, StoredTensor
 from spicerack.storage.reader import Checkpoint
-from spicerack.storage.writer import safetensors_dtype
 
 METHOD, SCHEME = "bitnet", "ternarya8"
 _PARTS = 4
 """Codes in a byte."""
 _INVERSE = {"bitlinear": True, "autobitlinear": False}
 """Whether the folder holds 1 / scale."""
-_SOURCES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ELSEWHERE = "load it with transformers"
 _DAMAGED = "the folder is damaged, or in a variant of bitnet that is not read"
 
@@ -149,7 +148,7 @@ def _stored(module: str, inverse: bool, checkpoint: Checkpoint) -> StoredTensor:
             f"{checkpoint.folder}: {weight.name} is {weight.dtype} {list(weight.shape)}, not U8 [N/{_PARTS}, K]",
             _DAMAGED,
         )
-    if scale.dtype not in _SOURCES or scale.numel != 1:
+    if scale.dtype not in SOURCE_BY_NAME or scale.numel != 1:
         raise CheckpointError(
             f"{checkpoint.folder}: {scale.name} is {scale.dtype} {list(scale.shape)}, not one float", _DAMAGED
         )
@@ -159,7 +158,7 @@ def _stored(module: str, inverse: bool, checkpoint: Checkpoint) -> StoredTensor:
             _ELSEWHERE,
         )
     shape = (_PARTS * weight.shape[0], weight.shape[1])
-    return StoredTensor(module, parse(SCHEME), shape, source_dtype=_SOURCES[scale.dtype], inverse_scale=inverse)
+    return StoredTensor(module, parse(SCHEME), shape, source_dtype=SOURCE_BY_NAME[scale.dtype], inverse_scale=inverse)
 
 
 FORMAT = BitNet()

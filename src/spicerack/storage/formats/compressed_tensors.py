@@ -25,16 +25,17 @@ import torch
 
 from spicerack.errors import CheckpointError
 from spicerack.numerics import bits, native
+from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import IntLevels, Scheme, parse
 from spicerack.storage.format import Contents, Layout, StoredTensor, checked_input_scale
 from spicerack.storage.reader import Checkpoint
-from spicerack.storage.writer import safetensors_dtype
 
 METHOD = "compressed-tensors"
 PACKED, INTEGER = "pack-quantized", "int-quantized"
 _SOURCES = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16}
+"""Type of scales -> the source that has such: float16 is what the scales of float32 weights are stored in, too."""
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "observer": None}
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "token": {**_INT8, "strategy": "token", "dynamic": True},

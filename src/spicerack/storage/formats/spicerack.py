@@ -22,15 +22,14 @@ import torch
 
 from spicerack.errors import CheckpointError, SchemeError, ShapeError
 from spicerack.numerics import packed
+from spicerack.numerics.dtypes import SOURCE_BY_WORD, safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import IntLevels, Scheme, parse
 from spicerack.storage.files import CONTAINER
 from spicerack.storage.format import Contents, Layout, StoredTensor, checked_input_scale
 from spicerack.storage.reader import Checkpoint
-from spicerack.storage.writer import safetensors_dtype
 
 VERSION = 1
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ROLES = ("linear", "conv1d", "conv2d", "embedding", "head", "router", "experts")
 _REMEDY = "the folder is damaged, or was written by a newer spicerack"
 
@@ -126,7 +125,8 @@ def _read_group(group: Any, where: str) -> list[StoredTensor]:
     try:
         scheme = parse(group["scheme"])
         shape = tuple(group["shape"])
-        role, dtype, transposed, modules = group["role"], _DTYPES[group["dtype"]], group["transposed"], group["modules"]
+        role, transposed, modules = group["role"], group["transposed"], group["modules"]
+        dtype = SOURCE_BY_WORD[group["dtype"]]
         sound = (
             all(type(size) is int and 0 < size < 1 << 40 for size in shape)
             and role in _ROLES

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spicerack.algorithms.method import Method
-from spicerack.errors import SchemeError, UsageError
+from spicerack.errors import SchemeError, UsageError, listed
 from spicerack.kernels.kernel import Compute
 from spicerack.nn.conv import Geometry, QConv2d
 from spicerack.nn.embedding import QEmbedding
@@ -118,7 +118,9 @@ def _converted(
         if id(layer) not in made:
             made[id(layer)] = convert(layer, plans[name], *started[id(layer.weight)], static.get(id(layer)))
     if frozen := [name for name, layer in layers.items() if not layer.weight.requires_grad]:
-        warnings.warn(f"{_few(frozen)}: rounded, but not trained (requires_grad is False)", stacklevel=3)
+        warnings.warn(
+            f"{listed(frozen, _LISTED, 'layers')}: rounded, but not trained (requires_grad is False)", stacklevel=3
+        )
     if "" in layers:
         return made[id(model)]
     for name, layer in layers.items():
@@ -244,11 +246,6 @@ def _separate(model: nn.Module) -> None:
     for name, part in list(model.named_modules(remove_duplicate=False)):
         if isinstance(part, JoinedGELU):
             model.set_submodule(name, part.activation)
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more layers" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 # ---- what is frozen --------------------------------------------------------------------------------------------------

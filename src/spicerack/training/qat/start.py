@@ -17,6 +17,7 @@ from spicerack.errors import RecipeError, SchemeError, UsageError
 from spicerack.nn.conv import QConv2d
 from spicerack.nn.embedding import QEmbedding
 from spicerack.numerics import rounding
+from spicerack.numerics.dtypes import SOURCE_BY_WORD
 from spicerack.numerics.fake import Clip, Grid
 from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
@@ -126,7 +127,7 @@ def plan_of(name: str, layer: Convertible, scheme: Scheme, config: QATConfig) ->
         scheme,
         quantizer,
         Grid(levels, block, _CLIPS[quantizer]),
-        dtype_of(scheme.scale, layer.weight.dtype if config.stored is None else getattr(torch, config.stored)),
+        dtype_of(scheme.scale, layer.weight.dtype if config.stored is None else SOURCE_BY_WORD[config.stored]),
         config.ranges,
     )
 

@@ -24,13 +24,13 @@ from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import packed
+from spicerack.numerics.dtypes import SOURCES
 from spicerack.numerics.fake import Grid, fake_tensor, fake_tokens, stored
 from spicerack.numerics.levels import level_values
 from spicerack.numerics.packed import Rows
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import IntLevels, Scheme
 
-_SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _ALL = slice(None)
 
 
@@ -147,7 +147,7 @@ class Shared:
         """Raises SchemeError for scales that are quantized themselves, or powers of two."""
         q, device = weight.qtensor(), next(iter(weight.tensors.values())).device
         scheme, block = q.scheme, q.scheme.block_shape(*q.shape)
-        if not isinstance(q.scale, torch.Tensor) or q.scale.dtype not in _SCALES or q.min is not None:
+        if not isinstance(q.scale, torch.Tensor) or q.scale.dtype not in SOURCES or q.min is not None:
             raise SchemeError(f"{name}: {scheme} is not trained: its scales are no plain floats", "leave it packed")
         if isinstance(scheme.levels, IntLevels):
             factor = Grid(scheme.levels, block).factor(scheme.zero)
