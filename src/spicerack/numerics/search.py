@@ -1,4 +1,4 @@
-"""The specification of the range search: which scale (and zero) a block gets. In torch; native/search.cpp equals it.
+"""The specification of the range search: which scale (and zero) a block gets. In torch; native/quantizers/ equals it.
 
 For a block x with importance a >= 0 (one by default) the search looks for the stored scale s and zero z that minimize
 
