@@ -28,6 +28,7 @@ def _row(speed: int, compute: Compute, engine: str, layout: Layout = "planes") -
         rows=partial(multiply.rows, layout=layout),
         prepare=partial(_prepare, compute, layout),
         run=partial(_run, index),
+        engine=engine,
     )
 
 
