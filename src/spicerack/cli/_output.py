@@ -23,6 +23,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 cache_option = click.option(
     "--cache", type=int, metavar="8|4", help="Bits that keys and values of attention are kept in. Default: as computed."
 )
+engine_option = click.option(
+    "--engine",
+    metavar="NAME",
+    help="Instruction set that quantized layers compute with: avx2, scalar ... Default: the fastest of this processor.",
+)
 model_argument = click.argument("model", metavar="MODEL")
 
 

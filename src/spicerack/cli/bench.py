@@ -28,6 +28,7 @@ _LABELS = {
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: as torch chooses.")
 @click.option("--device", default="cpu", show_default=True, help="Where the models run: cpu, cuda ...")
 @click.option("--float32", is_flag=True, help="Also time the original in float32: bfloat16 is slow on many CPUs.")
+@_output.engine_option
 @_output.cache_option
 @click.option("--trust-remote-code", is_flag=True, help="Run code that came with the model.")
 @_output.json_option
@@ -41,6 +42,7 @@ def command(
     threads: int | None,
     device: str,
     float32: bool,
+    engine: str | None,
     cache: int | None,
     trust_remote_code: bool,
     as_json: bool,
@@ -69,6 +71,7 @@ def command(
             threads=threads,
             device=device,
             float32=float32,
+            engine=engine,
             cache=cache,
             trust_remote_code=trust_remote_code,
             progress=lambda doing, share: bar.update(task, description=doing, completed=share),

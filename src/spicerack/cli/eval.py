@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--window", type=click.IntRange(min=2), help="Tokens read together. Default: 512, or the most.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after so many tokens.")
 @click.option("--device", default="cpu", show_default=True, help="Where both models run: cpu, cuda ...")
+@_output.engine_option
 @_output.cache_option
 @click.option("--trust-remote-code", is_flag=True, help="Run code that came with the model.")
 @_output.json_option
@@ -31,6 +32,7 @@ def command(
     window: int | None,
     max_tokens: int | None,
     device: str,
+    engine: str | None,
     cache: int | None,
     trust_remote_code: bool,
     as_json: bool,
@@ -57,6 +59,7 @@ def command(
             window=window,
             max_tokens=max_tokens,
             device=device,
+            engine=engine,
             cache=cache,
             trust_remote_code=trust_remote_code,
             progress=lambda doing, share: bar.update(task, description=doing, completed=share),

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from spicerack.errors import UsageError
 from spicerack.evaluation.evaluate import compute
 from spicerack.evaluation.logits import computes_some
+from spicerack.kernels import kernel
 from spicerack.models.families.names import KEY_VALUE_CACHES
 from spicerack.models.kind import kind_of, positions
 from spicerack.nn.cache import nbytes
@@ -46,6 +47,7 @@ def bench(
     threads: int | None = None,
     device: str = "cpu",
     float32: bool = False,
+    engine: str | None = None,
     cache: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -56,19 +58,23 @@ def bench(
     after a run), and for decoders prefill_tokens_per_s and decode_tokens_per_s, for encoders items_per_s (sequences),
     each a median with `_min` and `_max` beside it; decoders have cache_bytes, too: keys and values at the end of a run.
     speedup: the quantized model's decode_tokens_per_s (items_per_s) over the original's. prefill: None is 512, or what
-    the model has room for. float32: time the original in float32, too. cache: bits of the quantized model's key-value
-    cache, as in `load`; the original's stays as it is. Raises UsageError, CheckpointError, LoadError.
+    the model has room for. float32: time the original in float32, too. engine: of the quantized model, as in
+    `load`. cache: bits of its key-value cache; the original's stays as it is. Raises UsageError, CheckpointError,
+    LoadError.
     """
     out, source = files.locate(folder), files.locate(against)
     config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)
     what = kind_of(config, source)
     report = progress or (lambda _what, _share: None)
 
-    def open_model(where: Path, dtype: torch.dtype | None = None, cache: int | None = None) -> PreTrainedModel:
-        return load(where, device=device, dtype=dtype, cache=cache, trust_remote_code=trust_remote_code)
+    kernel.check_engine(engine, device)
+
+    def open_model(where: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return load(where, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     report("loading", 0.0)
-    models = {"original": open_model(source), "quantized": open_model(out, cache=cache)}
+    quantized = load(out, device=device, engine=engine, cache=cache, trust_remote_code=trust_remote_code)
+    models = {"original": open_model(source), "quantized": quantized}
     if float32 and models["original"].dtype != torch.float32:
         models["original, float32"] = open_model(source, torch.float32)
     folders = {name: out if name == "quantized" else source for name in models}

@@ -22,6 +22,7 @@ from spicerack.evaluation import folder as evaluation_folder
 from spicerack.evaluation.encoder import EncoderComparison
 from spicerack.evaluation.language import Comparison
 from spicerack.evaluation.sentences import SENTENCES
+from spicerack.kernels import kernel
 from spicerack.models.kind import Kind, kind_of
 from spicerack.nn.cache_blocks import CacheScheme
 from spicerack.nn.weight import PackedWeight
@@ -74,6 +75,7 @@ def evaluate(
     max_tokens: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    engine: str | None = None,
     cache: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -82,9 +84,9 @@ def evaluate(
 
     text: a file; None is `heldout.txt` in the model's folder, or for encoders the built-in sentences. window: tokens
     that are read together, None is 512 or the model's longest; longer sentences are cut there. max_tokens: None is the
-    whole text. dtype: float type that `folder` computes in; None is its own, which is what ships. cache: bits of its
-    key-value cache, as in `load`; it then reads 16 tokens at a time, and the earlier ones through that cache. Raises
-    TextError, UsageError, CheckpointError, LoadError.
+    whole text. dtype: float type that `folder` computes in; None is its own, which is what ships. engine: that it
+    computes with, as in `load`. cache: bits of its key-value cache; it then reads 16 tokens at a time, and the earlier
+    ones through that cache. Raises TextError, UsageError, CheckpointError, LoadError.
     """
     return measure(
         folder,
@@ -94,6 +96,7 @@ def evaluate(
         max_tokens=max_tokens,
         device=device,
         dtype=dtype,
+        engine=engine,
         cache=cache,
         trust_remote_code=trust_remote_code,
         progress=progress,
@@ -109,6 +112,7 @@ def measure(
     max_tokens: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    engine: str | None = None,
     cache: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -116,8 +120,9 @@ def measure(
     """As `evaluate`, keeping the figures of every window: `evaluation_lm.paired_difference` compares two of these."""
     out, source = locate(folder), locate(against)
     kind = kind_of(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
+    kernel.check_engine(engine, device)  # what is wrong is said before the long part
     if cache is not None:
-        CacheScheme(cache)  # what is wrong is said before the long part
+        CacheScheme(cache)
         if kind == "encoder":
             raise UsageError(f"{source} is an encoder: it has no cache to quantize", "leave the cache out")
     tokenizer = evaluation_folder.tokenizer(out, source, trust_remote_code)
@@ -127,11 +132,11 @@ def measure(
         warnings.warn(f"{path} is what {out} was calibrated with: use another text, this one flatters", stacklevel=2)
     report = progress or (lambda _doing, _share: None)
 
-    def open_model(where: Path, dtype: torch.dtype | None, cache: int | None = None) -> PreTrainedModel:
+    def original(dtype: torch.dtype) -> PreTrainedModel:
         report("loading", 0.0)
-        return load(where, device=device, dtype=dtype, cache=cache, trust_remote_code=trust_remote_code)
+        return load(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
-    reference = open_model(source, torch.float32)
+    reference = original(torch.float32)
     length = evaluation_folder.window(window, reference, source)
 
     def compare(
@@ -147,11 +152,12 @@ def measure(
 
     beginning = max(FLOOR_TOKENS, length)
     floor = compare(
-        open_model(source, torch.bfloat16),
+        original(torch.bfloat16),
         beginning if max_tokens is None else min(beginning, max_tokens),
         "noise floor",
     )
-    quantized = open_model(out, dtype, cache)
+    report("loading", 0.0)
+    quantized = load(out, device=device, dtype=dtype, engine=engine, cache=cache, trust_remote_code=trust_remote_code)
     figures = compare(quantized, max_tokens, "evaluating", None if cache is None else CACHE_STEP)
     if figures.unknown_share > UNKNOWN_LIMIT:
         unknown = f"{figures.unknown_share:.1%} of the text's tokens are unknown to the tokenizer"

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from spicerack import _native
+from spicerack.errors import UsageError
 from spicerack.numerics import dtypes, native
 from spicerack.numerics.packed import Tensors
 from spicerack.numerics.qtensor import QTensor
@@ -55,6 +56,17 @@ class Spec(NamedTuple):
 
 Tiling = Literal["planes", "trits"]
 """Of codes: planes of bits for any scheme, or five ternary codes to a byte."""
+
+
+def engine_index(engine: str | None = None) -> int:
+    """The place in NAMES of an engine; None is the fastest. Raises UsageError for one that this processor has not."""
+    if engine is None:
+        return 0
+    if engine not in NAMES:
+        raise UsageError(
+            f"engine {engine}: this processor, or this build, does not have it", f"it has {', '.join(NAMES)}"
+        )
+    return NAMES.index(engine)
 
 
 def spec_of(scheme: Scheme, shape: tuple[int, int], tiling: Tiling = "planes") -> Spec:

@@ -57,11 +57,12 @@ def rows() -> list[Row]:
     return [Row(row.name, row.compute, _obstacle(row)) for row in kernel.table()]
 
 
-def layers(folder: str | Path, compute: Compute | None = None) -> list[Layers]:
-    """What `load(folder, compute=compute)` would choose on the CPU, in the order of the files; [] for a float model.
+def layers(folder: str | Path, compute: Compute | None = None, engine: str | None = None) -> list[Layers]:
+    """What `load` would choose on the CPU for this `compute` and `engine`, in the order of the files.
 
-    folder: local, or a hub id. Raises CheckpointError, SchemeError and UsageError.
+    [] for a float model. folder: local, or a hub id. Raises CheckpointError, SchemeError and UsageError.
     """
+    kernel.check_engine(engine)  # also where nothing is quantized
     checkpoint = Checkpoint.open(folder)
     fmt = format.of_folder(checkpoint)
     if fmt is None:
@@ -73,7 +74,7 @@ def layers(folder: str | Path, compute: Compute | None = None) -> list[Layers]:
         rows, columns = planned.shape[-2:]
         key = (planned.scheme, (rows, columns), said or planned.source_dtype)
         if key not in picked:
-            picked[key] = kernel.pick(*key, _CPU, compute)
+            picked[key] = kernel.pick(*key, _CPU, compute, engine)
         kind = (pattern_of(planned.module), *key)
         counts[kind] = counts.get(kind, 0) + 1
     return [

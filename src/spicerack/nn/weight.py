@@ -21,7 +21,8 @@ class PackedWeight(nn.Module):
     """W [N, K], packed. Two layers that are tied (a head and an embedding) hold the same PackedWeight.
 
     q: two axes. dtype: of the float weight it replaces; decides nothing but the type of `decode`.
-    device: where it will run, which decides the kernel; the tensors are moved there. compute: as in `kernel.pick`.
+    device: where it will run, which decides the kernel; the tensors are moved there. compute, engine: as in
+    `kernel.pick`.
     """
 
     def __init__(
@@ -30,11 +31,12 @@ class PackedWeight(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         compute: Compute | None = None,
+        engine: str | None = None,
     ) -> None:
         super().__init__()
         rows, columns = q.shape
         self.scheme, self.shape, self.transposed, self.dtype = q.scheme, (rows, columns), q.transposed, dtype
-        self.choice = kernel.pick(q.scheme, self.shape, dtype, torch.device(device), compute)
+        self.choice = kernel.pick(q.scheme, self.shape, dtype, torch.device(device), compute, engine)
         self._names: dict[str, str] = {}
         for name, tensor in self.choice.kernel.pack(q).items():
             self._names[name] = name.replace(".", "_")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spicerack.errors import CheckpointError, LoadError, UsageError, listed
+from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Compute
 from spicerack.models import census
 from spicerack.models.architecture import Destination, destinations, is_stack
@@ -34,6 +35,7 @@ def load(
     *,
     device: str | torch.device = ...,
     compute: Compute | None = ...,
+    engine: str | None = ...,
     dtype: torch.dtype | None = ...,
     cache: int | None = ...,
     trust_remote_code: bool = ...,
@@ -45,6 +47,7 @@ def load(
     into: _Module,
     device: str | torch.device = ...,
     compute: Compute | None = ...,
+    engine: str | None = ...,
 ) -> _Module: ...
 def load(
     folder: str | Path,
@@ -52,6 +55,7 @@ def load(
     into: nn.Module | None = None,
     device: str | torch.device = "cpu",
     compute: Compute | None = None,
+    engine: str | None = None,
     dtype: torch.dtype | None = None,
     cache: int | None = None,
     trust_remote_code: bool = False,
@@ -60,28 +64,31 @@ def load(
 
     Quantized layers become `QLinear` and `QEmbedding`, whose weights stay packed in memory, a mixture's experts an
     `ExpertStack` of them; float folders load as they are. compute: "int8" rounds activations on the fly, in blocks of
-    32, "float" does not; None is int8 on processors with vector instructions for it. dtype: of the float parameters;
-    None keeps the stored one. cache: bits, 8 or 4, that keys and values of attention are kept in while generating; None
-    keeps them as they are. into: your own module, for folders written by `spicerack.save`; it is changed in place and
-    returned.
+    32, "float" does not; None is int8 on processors with vector instructions for it. engine: the instruction set that
+    quantized layers and attention compute with, one of `spicerack kernels`' that this processor has; None is the
+    fastest. dtype: of the float parameters; None keeps the stored one. cache: bits, 8 or 4, that keys and values of
+    attention are kept in while generating; None keeps them as they are. into: your own module, for folders written by
+    `spicerack.save`; it is changed in place and returned.
 
-    Raises CheckpointError, LoadError (the tensors do not fit the model, named), UntrustedCodeError, and for `cache`
-    SchemeError (other widths) and UsageError (a model without such a cache).
+    Raises CheckpointError, LoadError (the tensors do not fit the model, named), UntrustedCodeError, for `cache`
+    SchemeError (other widths) and UsageError (a model without such a cache), and UsageError for an `engine` that this
+    processor has not, or that is named for another device.
     """
+    kernel.check_engine(engine, device)  # before weights are read, as all that can be refused
     if cache is not None:
-        CacheScheme(cache)  # before weights are read
+        CacheScheme(cache)
         if into is not None:
             raise UsageError("cache is for transformers models, and into is a module of your own", "leave one out")
     checkpoint = Checkpoint.open(folder)
     fmt = format.of_folder(checkpoint)
     plan = fmt.contents(checkpoint) if fmt is not None else {}
     if into is not None:
-        return _into(into, checkpoint, fmt, plan, device, compute)
+        return _into(into, checkpoint, fmt, plan, device, compute, engine)
     model, floats = _with_slots(checkpoint, fmt, plan, dtype, trust_remote_code=trust_remote_code)
     nn.Module.to(model, device)
     if fmt is not None:
-        fill(model, checkpoint, fmt, floats, device, compute)
-        fuse(model)
+        fill(model, checkpoint, fmt, floats, device, compute, engine)
+        fuse(model, engine)
     if cache is not None:
         use_quantized_cache(model, cache)
     return model
@@ -229,6 +236,7 @@ def _into(
     plan: Mapping[str, StoredTensor],
     device: str | torch.device,
     compute: Compute | None,
+    engine: str | None,
 ) -> nn.Module:
     """Fill a module whose own names are the checkpoint's."""
     layers = {name: layer.weight for name, layer in module.named_modules(remove_duplicate=False) if _has_weight(layer)}
@@ -256,8 +264,8 @@ def _into(
         raise LoadError(f"{checkpoint.folder}: {error}", "build the module as it was when it was saved") from error
     module.to(device)
     if fmt is not None:
-        fill(module, checkpoint, fmt, {}, device, compute)
-        fuse(module)
+        fill(module, checkpoint, fmt, {}, device, compute, engine)
+        fuse(module, engine)
     return module
 
 

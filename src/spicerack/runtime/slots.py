@@ -100,6 +100,7 @@ def fill(
     floats: Mapping[str, torch.Tensor],
     device: str | torch.device,
     compute: Compute | None = None,
+    engine: str | None = None,
 ) -> None:
     """Put the packed layers into all slots of `model`; what is tied shares one PackedWeight. floats: of experts."""
     done: dict[tuple[str, int | None], PackedWeight] = {}
@@ -110,7 +111,7 @@ def fill(
             tensors = {name: checkpoint.read(name) for name in fmt.layout(planned)}
             q = fmt.decode(planned, tensors)
             for which, matrix in [(None, q)] if number is None else enumerate(q.matrices()):
-                done[planned.module, which] = PackedWeight(matrix, dtype, device, compute)
+                done[planned.module, which] = PackedWeight(matrix, dtype, device, compute, engine)
         return done[planned.module, number]
 
     def layer(expert: Expert, slot: StackSlot) -> nn.Module:

@@ -28,6 +28,7 @@ def _row(speed: int, compute: Compute, engine: str, tiling: Tiling = "planes") -
         rows=partial(multiply.rows, tiling=tiling),
         prepare=partial(_prepare, compute, tiling),
         run=partial(_run, index),
+        engine=engine,
     )
 
 

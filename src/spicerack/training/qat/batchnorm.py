@@ -98,4 +98,5 @@ def _scaled(packed: PackedWeight, factor: torch.Tensor, name: str) -> PackedWeig
         raise WeightError(f"{name}: a scale times its channel's factor is too large for {scale.dtype}", "keep the norm")
     folded = dataclasses.replace(q, scale=scale)
     device = next(iter(packed.tensors.values())).device
-    return PackedWeight(folded, packed.dtype, device, packed.choice.kernel.compute)
+    kernel = packed.choice.kernel
+    return PackedWeight(folded, packed.dtype, device, kernel.compute, kernel.engine)
