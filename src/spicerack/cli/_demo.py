@@ -19,7 +19,7 @@ from spicerack.quantization.run import quantize
 from spicerack.runtime.generate import generate
 from spicerack.runtime.load import load
 from spicerack.storage import ledger
-from spicerack.text import tokenizer as tokenizing
+from spicerack.text.tokenizer import read_tokenizer
 
 PROMPT = 'def read_csv(path):\n    """'
 QUESTION = "How can I get back into my account?"
@@ -115,7 +115,7 @@ def _sample(subject: Subject, folder: Path) -> str:
     if subject.decoder:
         return generate(folder, PROMPT, max_new_tokens=NEW_TOKENS).text
     model = load(folder)
-    tokenizer = tokenizing.read(folder, model.config)
+    tokenizer = read_tokenizer(folder, model.config)
     inputs = tokenizer([QUESTION, *SENTENCES], padding=True, truncation=True, max_length=128, return_tensors="pt")
     with torch.no_grad():
         vectors = embed(model, inputs["input_ids"], inputs["attention_mask"], pooling(folder))

@@ -223,11 +223,11 @@ def _calibration(job: Job, source: str, samples: int, length: int | None, seed: 
     from spicerack.runtime import hf
     from spicerack.runtime.load import load
     from spicerack.text import calibration, generated
-    from spicerack.text import tokenizer as tokenizing
+    from spicerack.text.tokenizer import read_tokenizer
 
     folder = job.source.folder
     config, _ = hf.config_and_class(job.source.config, folder)
-    tokenizer = tokenizing.read(folder, config)
+    tokenizer = read_tokenizer(folder, config)
     longest = positions(config)
     if length is not None and longest is not None and length > longest:
         raise UsageError(f"--length {length}: the model has {longest} positions", f"use --length {longest} or less")

@@ -12,7 +12,7 @@ from spicerack.evaluation.encoder import Pooling, check_pooling
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.models.kind import MODULES, POOLING, positions
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
-from spicerack.text import tokenizer as tokenizing
+from spicerack.text.tokenizer import read_tokenizer
 
 DEFAULT_WINDOW = 512
 _SENTENCE_CONFIG = "sentence_bert_config.json"
@@ -81,10 +81,10 @@ def tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTrainedTok
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: config.json cannot be read: {error}", "is it a model's folder?") from error
-    ours = tokenizing.read(source, config, trust_remote_code=trust_remote_code)
+    ours = read_tokenizer(source, config, trust_remote_code=trust_remote_code)
     if out == source or not any(out.glob("tokenizer*")):
         return ours
-    theirs = tokenizing.read(out, config, trust_remote_code=trust_remote_code)
+    theirs = read_tokenizer(out, config, trust_remote_code=trust_remote_code)
     probe = " ".join(SENTENCES)
     if (
         ours.get_vocab() != theirs.get_vocab()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 from spicerack.errors import UsageError
 from spicerack.runtime.load import load
 from spicerack.storage.files import locate
-from spicerack.text import tokenizer as tokenizing
+from spicerack.text.tokenizer import read_tokenizer
 
 Write = Callable[[str], None]
 
@@ -59,7 +59,7 @@ def generate(
         )
     return continue_text(
         loaded,
-        tokenizing.read(folder, loaded.config, trust_remote_code=trust_remote_code),
+        read_tokenizer(folder, loaded.config, trust_remote_code=trust_remote_code),
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
