@@ -183,6 +183,6 @@ def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -
 def _entry(action: Action, bytes_after: int, error: float | None = None, events: Iterable[str] = ()) -> Entry:
     info, planned = action.info, action.planned
     return Entry(
-        info.name, action.what, action.why, action.layer_type, None if planned is None else planned.scheme.name,
+        info.name, action.fate, action.why, action.layer_type, None if planned is None else planned.scheme.name,
         info.dtype, info.shape, info.nbytes, bytes_after, error, tuple(events),
     )  # fmt: skip
