@@ -15,8 +15,9 @@ from spicerack.kernels.table import reference
 from spicerack.nn.linear import QLinear
 from spicerack.numerics import codec
 from spicerack.numerics.activations import quantize_tokens
+from spicerack.numerics.levels import IntLevels, TableLevels
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme, TableLevels, parse
+from spicerack.numerics.scheme import Scheme, parse
 
 NAMES = [
     "w8",

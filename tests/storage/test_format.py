@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from spicerack.errors import CheckpointError, SchemeError
 from spicerack.numerics import codec, packed
 from spicerack.numerics.dtypes import safetensors_dtype
+from spicerack.numerics.levels import FloatLevels, IntLevels, TableLevels
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme, TableLevels, float_levels, parse
+from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage import format
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
@@ -23,8 +24,8 @@ from spicerack.storage.reader import Checkpoint
 CT, OWN = format.get("compressed_tensors"), format.get("spicerack")
 CT_SCHEMES = [f"w{bits}{g}{z}" for bits in range(2, 9) for g in ("", "g32") for z in ("", "z")]
 CT_SCHEMES += ["w8a8", "w8a8s"]
-E4M3 = Scheme("e4m3", float_levels(4, 3, max_value=448.0), block=(None, None), scale="float32")
-NVFP4_LIKE = Scheme("nvfp4_like", float_levels(2, 1), block=(1, 16), scale=E4M3)
+E4M3 = Scheme("e4m3", FloatLevels(4, 3, max_value=448.0), block=(None, None), scale="float32")
+NVFP4_LIKE = Scheme("nvfp4_like", FloatLevels(2, 1), block=(1, 16), scale=E4M3)
 Q4K_PART = Scheme("q4k_part", IntLevels(0, 63), block=(1, 8), scale="float16")
 Q4K_LIKE = Scheme(
     "q4k_like", IntLevels(0, 15), block=(1, 32), scale=Q4K_PART, min=Scheme("m", IntLevels(-63, 0), (1, 8))

@@ -19,8 +19,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spicerack.algorithms.solved import Solved
+from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.scheme import Scheme
 
 BATCH = 8
 """Sequences of a step."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spicerack.errors import RecipeError
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.levels import IntLevels
+from spicerack.numerics.scheme import Scheme
 
 TRANSFORMS = ("hadamard", "smoothquant", "awq")
 SOLVERS = ("rtn", "hqq", "gptq", "signround", "blockap")

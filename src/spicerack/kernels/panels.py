@@ -14,8 +14,8 @@ from spicerack import _native
 from spicerack.errors import UsageError
 from spicerack.numerics import dtypes, native
 from spicerack.numerics.packed import Tensors
-from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.qtensor import QTensor, codes_dtype
+from spicerack.numerics.scheme import Scheme
 
 NAMES: tuple[str, ...] = tuple(_native.engines())
 """Engines that this processor runs, fastest first; "scalar" is always the last."""
@@ -70,9 +70,8 @@ def engine_index(engine: str | None = None) -> int:
 
 
 def spec_of(scheme: Scheme, shape: tuple[int, int], tiling: Tiling = "planes") -> Spec:
-    """The scheme's integer levels for a matrix of this shape."""
-    assert isinstance(scheme.levels, IntLevels)
-    levels = scheme.levels
+    """The numbers of a plain scheme for a matrix [N, K] of this shape. Raises SchemeError for levels in a table."""
+    levels = scheme.integers
     group = scheme.group or 0
     bits = scheme.bits if tiling == "planes" else TRITS
     return Spec(*shape, 0 if group == shape[1] else group, bits, -levels.lo, levels.half)
@@ -84,17 +83,13 @@ def obstacle(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device:
         return f"runs on the CPU, not on {device.type}"
     if dtype not in TYPES:
         return f"takes float32, float16 and bfloat16, not {dtype}"
-    if not isinstance(scheme.levels, IntLevels):
-        return "its levels are a table, not integers"
+    if scheme.plain_obstacle is not None:
+        return scheme.plain_obstacle
     if scheme.bits < 2:
         return "codes have 2 to 8 bits"
-    if scheme.min is not None or isinstance(scheme.scale, Scheme) or scheme.scale == "float8_e8m0fnu":
-        return "scales are plain floats and there are no minima"
-    rows, columns = scheme.block
-    if rows != (1 if columns is not None else rows) or rows not in (1, None):
-        return f"a scale belongs to one row or to the whole matrix, not to {rows} rows"
-    if columns is not None and columns != shape[1] and columns % BLOCK:
-        return f"groups are multiples of {BLOCK}, not {columns}"
+    group = scheme.group or shape[1]
+    if group != shape[1] and group % BLOCK:
+        return f"groups are multiples of {BLOCK}, not {group}"
     return None
 
 
@@ -105,7 +100,6 @@ def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
     """
     n, k = q.shape
     spec = spec_of(q.scheme, (n, k), tiling)
-    assert isinstance(q.scale, torch.Tensor)
     tiles = zeros(math.prod(spec.tiles)).view(spec.tiles)
     height = PANEL * (BUNDLE if tiling == "trits" else 1)
     codes = q.codes.cpu().contiguous().view(torch.uint8)
@@ -115,7 +109,7 @@ def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
 
     with native.team(torch.get_num_threads()) as workers:
         workers.run(work, len(tiles))
-    tensors = {"codes": tiles, "scale": _to_lanes(q.scale.cpu(), n)}
+    tensors = {"codes": tiles, "scale": _to_lanes(q.plain_scale.cpu(), n)}
     if q.zero is not None:
         tensors["zero"] = _to_lanes((q.zero.cpu().to(torch.int16) + spec.offset).to(torch.uint8), n)
     if q.input_scale is not None:
@@ -127,7 +121,6 @@ def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Til
     """Inverse of `pack`."""
     n, k = shape
     spec = spec_of(scheme, shape, tiling)
-    signed = spec.offset > 0
     codes = torch.empty((n, k), dtype=torch.uint8)
     _native.from_panels(tensors["codes"].cpu(), spec.bits, spec.offset, codes)
     scale = _from_lanes(tensors["scale"], n)
@@ -136,9 +129,8 @@ def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Til
     zero = None
     if scheme.zero:
         zero = _from_lanes(tensors["zero"], n).to(torch.int16).sub_(spec.offset)
-        zero = zero.to(torch.int8 if signed else torch.uint8)
-    codes = codes.view(torch.int8) if signed else codes
-    return QTensor(scheme, codes, scale, zero, input_scale=tensors.get("input_scale"))
+        zero = zero.to(codes_dtype(scheme))
+    return QTensor(scheme, codes.view(codes_dtype(scheme)), scale, zero, input_scale=tensors.get("input_scale"))
 
 
 def zeros(nbytes: int) -> torch.Tensor:

@@ -17,7 +17,8 @@ import torch
 from spicerack import _native
 from spicerack.errors import ShapeError
 from spicerack.numerics import dtypes
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.levels import IntLevels
+from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import (
     FINE,
     PIECE,
@@ -74,8 +75,8 @@ class Found:
 
 def levels_of(scheme: Scheme) -> _native.Levels:
     """The scheme's integer levels in the form that native functions take."""
-    assert isinstance(scheme.levels, IntLevels)
-    return _native.Levels(scheme.levels.lo, scheme.levels.hi, scheme.levels.half, scheme.zero)
+    integers = scheme.integers
+    return _native.Levels(integers.lo, integers.hi, integers.half, scheme.zero)
 
 
 def quantize(

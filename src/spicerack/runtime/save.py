@@ -21,9 +21,8 @@ from spicerack.nn.experts import ExpertStack
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics.dtypes import safetensors_dtype
-from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.scales import dtype_of
 from spicerack.storage import format
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
@@ -177,9 +176,7 @@ def _source_dtype(name: str, weight: PackedWeight) -> torch.dtype:
     """
     scheme, scale = weight.scheme, weight.qtensor().scale
     while isinstance(scale, QTensor):
-        assert isinstance(scheme.scale, Scheme)
-        scheme, scale = scheme.scale, scale.scale
-    assert isinstance(scheme.scale, str)
+        scheme, scale = scale.scheme, scale.scale
     kinds = (weight.dtype, torch.float32, torch.bfloat16)
     found = next((dtype for dtype in kinds if dtype_of(scheme.scale, dtype) == scale.dtype), None)
     if found is None:

@@ -19,8 +19,8 @@ import torch
 from spicerack.algorithms.descent import Forward, Layer, descend
 from spicerack.algorithms.solved import Solved
 from spicerack.numerics.fake import Grid, Parts, fake, rounded, stored
+from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels
 
 STEPS = 200
 

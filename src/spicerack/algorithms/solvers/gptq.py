@@ -20,8 +20,9 @@ import dataclasses
 import torch
 
 from spicerack.algorithms.solved import Solved
-from spicerack.numerics.levels import level_values, nearest, store
+from spicerack.numerics.levels import level_values, nearest
 from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scales import store
 from spicerack.numerics.scheme import Scheme
 
 DAMPING = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

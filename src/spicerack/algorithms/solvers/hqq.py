@@ -20,9 +20,10 @@ import torch
 
 from spicerack.algorithms.solved import Solved
 from spicerack.numerics.codec import from_blocks, to_blocks
-from spicerack.numerics.levels import level_values, nearest, store
+from spicerack.numerics.levels import IntLevels, level_values, nearest
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.scales import store
+from spicerack.numerics.scheme import Scheme
 
 P = 0.7
 BETA = 10.0

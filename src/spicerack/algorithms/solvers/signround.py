@@ -16,9 +16,9 @@ import torch
 
 from spicerack.algorithms.descent import Forward, Layer, descend
 from spicerack.algorithms.solved import Solved
-from spicerack.numerics.levels import level_values, store
+from spicerack.numerics.levels import IntLevels, level_values
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels
+from spicerack.numerics.scales import store
 
 STEPS = 200
 

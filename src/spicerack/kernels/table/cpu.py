@@ -11,7 +11,7 @@ from spicerack.kernels import multiply, panels, torch_op
 from spicerack.kernels.kernel import Compute, Kernel, Shape
 from spicerack.kernels.panels import Tiling
 from spicerack.numerics.packed import Tensors
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.scheme import Scheme
 
 
 def _row(speed: int, compute: Compute, engine: str, tiling: Tiling = "planes") -> Kernel:
@@ -43,7 +43,7 @@ def _obstacle(
 ) -> str | None:
     if engine not in panels.NAMES:
         return f"this processor, or this build, has no {engine}"
-    if tiling == "trits" and (scheme.levels != IntLevels(-1, 1) or scheme.zero):
+    if tiling == "trits" and not scheme.is_ternary:
         return "its levels are not -1, 0 and 1"
     if compute == "float" and scheme.activations is not None:
         return f"{scheme} rounds activations to int8"

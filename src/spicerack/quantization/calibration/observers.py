@@ -21,7 +21,7 @@ import torch
 from spicerack.algorithms.stats import tokens
 from spicerack.errors import ActivationError
 from spicerack.machine.ranks import Ranks
-from spicerack.numerics.levels import SMALLEST
+from spicerack.numerics.scales import SMALLEST
 from spicerack.quantization.calibration.histogram import LARGEST_CODE, Histogram, entropy, least_squares, percentile
 from spicerack.quantization.recipe import ObserverName
 

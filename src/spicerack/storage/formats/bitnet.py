@@ -21,9 +21,9 @@ import torch
 
 from spicerack.errors import CheckpointError
 from spicerack.numerics.dtypes import SOURCE_BY_NAME, safetensors_dtype
-from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import Scheme, parse
+from spicerack.numerics.scales import dtype_of
+from spicerack.numerics.scheme import parse
 from spicerack.storage.format import Contents, Layout, StoredTensor
 from spicerack.storage.reader import Checkpoint
 
@@ -48,17 +48,16 @@ class BitNet:
 
     def layout(self, stored: StoredTensor) -> Layout:
         module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
-        assert not isinstance(scheme.scale, Scheme)
         scale = safetensors_dtype(dtype_of(scheme.scale, stored.source_dtype))
         return {f"{module}.weight": ("U8", (rows // _PARTS, columns)), f"{module}.weight_scale": (scale, (1,))}
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
-        assert isinstance(q.scale, torch.Tensor) and not stored.inverse_scale
+        assert not stored.inverse_scale, "1 / scale is read, never written"
         parts = (q.codes + 1).view(torch.uint8).chunk(_PARTS)
         packed = torch.zeros_like(parts[0])
         for place, part in enumerate(parts):
             packed |= part << 2 * place
-        return {f"{stored.module}.weight": packed, f"{stored.module}.weight_scale": q.scale.reshape(1)}
+        return {f"{stored.module}.weight": packed, f"{stored.module}.weight_scale": q.plain_scale.reshape(1)}
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         module = stored.module

@@ -26,9 +26,9 @@ import torch
 from spicerack.errors import CheckpointError
 from spicerack.numerics import bits, native
 from spicerack.numerics.dtypes import safetensors_dtype
-from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme, parse
+from spicerack.numerics.scales import dtype_of
+from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage.format import Contents, Layout, StoredTensor, checked_input_scale
 from spicerack.storage.reader import Checkpoint
 
@@ -58,7 +58,6 @@ class CompressedTensors:
     def layout(self, stored: StoredTensor) -> Layout:
         module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
         groups = columns // (scheme.group or columns)
-        assert not isinstance(scheme.scale, Scheme)
         scale = (safetensors_dtype(dtype_of(scheme.scale, stored.source_dtype)), (rows, groups))
         if scheme.activations:
             found: Layout = {f"{module}.weight": ("I8", (rows, columns)), f"{module}.weight_scale": scale}
@@ -71,12 +70,11 @@ class CompressedTensors:
         return tensors
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
-        assert isinstance(q.scale, torch.Tensor)
-        module, scheme = stored.module, stored.scheme
+        module, scheme, scale = stored.module, stored.scheme, q.plain_scale
         if scheme.activations:
-            found = {f"{module}.weight": q.codes, f"{module}.weight_scale": q.scale}
+            found = {f"{module}.weight": q.codes, f"{module}.weight_scale": scale}
             return found if q.input_scale is None else {**found, f"{module}.input_scale": q.input_scale}
-        tensors = {f"{module}.weight_packed": _pack(q.codes, scheme.bits), f"{module}.weight_scale": q.scale}
+        tensors = {f"{module}.weight_packed": _pack(q.codes, scheme.bits), f"{module}.weight_scale": scale}
         if q.zero is not None:
             tensors[f"{module}.weight_zero_point"] = _pack(q.zero.t(), scheme.bits).t().contiguous()
         tensors[f"{module}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
@@ -208,15 +206,15 @@ def _decodes_on_loading(config: Mapping[str, Any], schemes: Sequence[Scheme]) ->
 
 def _obstacle(p: StoredTensor) -> str | None:
     """What compressed-tensors lacks for `p`; None if it holds it exactly."""
-    scheme, levels = p.scheme, p.scheme.levels
+    scheme, integers = p.scheme, p.scheme.levels.integers
     if p.role not in ("linear", "head", "router") or p.transposed or len(p.shape) != 2:
         return f"quantized {p.role}"
     top = 2 ** (scheme.bits - 1)
-    if not isinstance(levels, IntLevels) or (levels.lo, levels.hi) != (-top, top - 1):
+    if integers is None or (integers.lo, integers.hi) != (-top, top - 1):
         return f"levels of {scheme.name}"
-    if levels.half:
+    if integers.half:
         return f"half-integer levels ({scheme.name})"
-    if scheme.block[0] != 1 or isinstance(scheme.scale, Scheme) or scheme.min is not None:
+    if scheme.plain_obstacle is not None or scheme.block[0] != 1:
         return f"scales like those of {scheme.name}"
     if scheme.activations and (scheme.bits, scheme.block, scheme.zero) != (8, (1, None), False):
         return f"activations like those of {scheme.name} here"

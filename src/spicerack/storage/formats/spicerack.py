@@ -24,7 +24,7 @@ from spicerack.errors import CheckpointError, SchemeError, ShapeError
 from spicerack.numerics import packed
 from spicerack.numerics.dtypes import SOURCE_BY_WORD, safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme, parse
+from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage.files import CONTAINER
 from spicerack.storage.format import Contents, Layout, StoredTensor, checked_input_scale
 from spicerack.storage.reader import Checkpoint
@@ -59,8 +59,7 @@ class SpicerackFormat:
         parts = packed.part(tensors, stored.module)
         q = packed.unpack(stored.scheme, stored.shape, parts, stored.transposed)
         levels = stored.scheme.levels
-        last = (levels.lo if isinstance(levels, IntLevels) else 0) + len(levels.values) - 1
-        if len(levels.values) < 1 << levels.bits and q.codes.max() > last:
+        if levels.hi - levels.lo + 1 < 1 << levels.bits and q.codes.max() > levels.hi:
             raise CheckpointError(f"{stored.module}: a code that is none of {stored.scheme}'s levels", _REMEDY)
         if q.input_scale is not None:
             checked_input_scale(stored.module, q.input_scale)

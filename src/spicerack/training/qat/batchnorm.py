@@ -19,6 +19,7 @@ from spicerack.nn.conv import QConv2d
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import codec
+from spicerack.numerics.scales import smallest_scale
 from spicerack.training.qat.fake_layers import FakeLayer
 
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -90,10 +91,10 @@ def _line(norm: _Norm) -> tuple[torch.Tensor, torch.Tensor]:
 def _scaled(packed: PackedWeight, factor: torch.Tensor, name: str) -> PackedWeight:
     """The same codes; scales, one row or more of them, times each row's factor."""
     q = packed.qtensor()
-    if q.scheme.block[0] != 1 or not isinstance(q.scale, torch.Tensor) or q.min is not None:
+    if q.scheme.block[0] != 1 or q.scheme.scale_obstacle is not None:
         raise RecipeError(f"{name}: {q.scheme} has no scales for each row that a factor could go into", "keep the norm")
-    scale = (q.scale.float() * factor.to(q.scale.device)[:, None]).to(q.scale.dtype)
-    scale = torch.where(scale == 0, codec.smallest_scale(scale.dtype), scale)
+    scale = (q.plain_scale.float() * factor.to(q.plain_scale.device)[:, None]).to(q.plain_scale.dtype)
+    scale = torch.where(scale == 0, smallest_scale(scale.dtype), scale)
     if not codec.scale_fits(scale):
         raise WeightError(f"{name}: a scale times its channel's factor is too large for {scale.dtype}", "keep the norm")
     folded = dataclasses.replace(q, scale=scale)

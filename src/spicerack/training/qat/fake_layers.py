@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from spicerack.errors import WeightError
 from spicerack.numerics import codec
 from spicerack.numerics.fake import Grid, Parts, fake, fake_linear, fake_tensor, rounded, stored
-from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import TensorBlocks, search
 
@@ -103,7 +103,7 @@ class FakeLayer(nn.Module):
         codes = plan.grid.round(plan.grid.places(w, (scale, zero))).flatten(2).flatten(0, 1)
         return QTensor(
             scheme=plan.scheme,
-            codes=codes.to(torch.int8 if plan.grid.levels.lo < 0 else torch.uint8).contiguous(),
+            codes=codes.to(codes_dtype(plan.scheme)).contiguous(),
             scale=scale.to(plan.dtype),
             zero=None if zero is None else zero.to(torch.int8),
             transposed=isinstance(self, Conv1D),

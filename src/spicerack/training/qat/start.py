@@ -19,10 +19,9 @@ from spicerack.nn.embedding import QEmbedding
 from spicerack.numerics import rounding
 from spicerack.numerics.dtypes import SOURCE_BY_WORD
 from spicerack.numerics.fake import Clip, Grid
-from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme
-from spicerack.numerics.search import is_ternary
+from spicerack.numerics.scales import dtype_of
+from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import module
 from spicerack.quantization.recipe import Recipe
 from spicerack.training.qat.fake_layers import LEARNED, Convertible, Plan, Quantizer, Ranges, range_of
@@ -114,19 +113,18 @@ def _check_convolution(name: str, layer: nn.Conv2d, scheme: Scheme) -> None:
 
 def plan_of(name: str, layer: Convertible, scheme: Scheme, config: QATConfig) -> Plan:
     """How `layer` is rounded. Raises SchemeError for a scheme that cannot be trained."""
-    levels = scheme.levels
-    if not isinstance(levels, IntLevels) or not isinstance(scheme.scale, str) or scheme.min is not None:
-        what = "its levels are a table" if not isinstance(levels, IntLevels) else "its scales are quantized themselves"
-        raise SchemeError(f"{name}: {scheme} is not trained: {what}", "use integer levels, such as w4g32 or ternary")
+    reason = scheme.levels_obstacle or scheme.scale_obstacle
+    if reason is not None:
+        raise SchemeError(f"{name}: {scheme} is not trained: {reason}", "use integer levels, such as w4g32 or ternary")
     quantizer = config.quantizer or default_quantizer(scheme)
-    if quantizer == "absmean" and not is_ternary(scheme):
+    if quantizer == "absmean" and not scheme.is_ternary:
         raise SchemeError(f"{name}: absmean is for ternary weights, not for {scheme}", "use lsq, seq or absmax")
     rows = layer.weight.shape[1] if isinstance(layer, Conv1D) else layer.weight.shape[0]
     block = scheme.block_shape(rows, layer.weight.numel() // rows)
     return Plan(
         scheme,
         quantizer,
-        Grid(levels, block, _CLIPS[quantizer]),
+        Grid(scheme.integers, block, _CLIPS[quantizer]),
         dtype_of(scheme.scale, layer.weight.dtype if config.stored is None else SOURCE_BY_WORD[config.stored]),
         config.ranges,
     )
@@ -164,7 +162,7 @@ def observed(model: nn.Module, layers: Mapping[str, Convertible], inputs: Iterab
 
 def default_quantizer(scheme: Scheme) -> Quantizer:
     """BitNet's for ternary weights, LSQ for all others (docs/training.md has what was measured)."""
-    return "absmean" if is_ternary(scheme) else "lsq"
+    return "absmean" if scheme.is_ternary else "lsq"
 
 
 def start(name: str, layer: Convertible, plan: Plan, init: Init) -> Learned:
@@ -183,8 +181,7 @@ def start(name: str, layer: Convertible, plan: Plan, init: Init) -> Learned:
         scale = 2 * tiles.amax((1, 3)) / (levels.hi - levels.lo + 1)
     else:
         q = rounding.to_nearest(w, plan.scheme, range_=init, name=module.weight_of(name))
-        assert isinstance(q.scale, torch.Tensor)
-        scale, zero = q.scale, q.zero
+        scale, zero = q.plain_scale, q.zero
     return tuple(  # type: ignore[return-value]
         None if part is None else nn.Parameter(part.to(weight), layer.weight.requires_grad) for part in (scale, zero)
     )
@@ -222,12 +219,10 @@ def plan_from(name: str, layer: Convertible, q: QTensor, config: QATConfig) -> P
     if config.init is not None:
         raise SchemeError(f"{name}: its scales begin where they are, not at {config.init}", "leave init out")
     plan = plan_of(name, layer, q.scheme, dataclasses.replace(config, quantizer=quantizer))
-    assert isinstance(q.scale, torch.Tensor)
-    return dataclasses.replace(plan, dtype=q.scale.dtype)
+    return dataclasses.replace(plan, dtype=q.plain_scale.dtype)
 
 
 def begun(q: QTensor, weight: torch.Tensor) -> Learned:
     """Scale and zero point of a packed weight, to be learned."""
     zero = None if q.zero is None else nn.Parameter(q.zero.to(weight))
-    assert isinstance(q.scale, torch.Tensor)
-    return nn.Parameter(q.scale.to(weight)), zero
+    return nn.Parameter(q.plain_scale.to(weight)), zero

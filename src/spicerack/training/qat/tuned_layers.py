@@ -26,10 +26,9 @@ from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import packed
 from spicerack.numerics.dtypes import SOURCES
 from spicerack.numerics.fake import Grid, fake_tensor, fake_tokens, stored
-from spicerack.numerics.levels import level_values
 from spicerack.numerics.packed import Rows
-from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.qtensor import QTensor, codes_dtype
+from spicerack.numerics.scheme import Scheme
 
 _ALL = slice(None)
 
@@ -54,7 +53,7 @@ class Layout:
         codes = packed.code_rows(self.scheme, self.shape, {"codes": words}, rows)
         codes = codes.view(len(codes), -1, self.block[1])
         offset = 0.0 if zero is None else self.spread(zero, rows)
-        return level_values(codes, self.scheme.levels, offset)
+        return self.scheme.levels.decode(codes, offset)
 
     def decode(
         self, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, rows: Rows = _ALL
@@ -147,14 +146,15 @@ class Shared:
         """Raises SchemeError for scales that are quantized themselves, or powers of two."""
         q, device = weight.qtensor(), next(iter(weight.tensors.values())).device
         scheme, block = q.scheme, q.scheme.block_shape(*q.shape)
-        if not isinstance(q.scale, torch.Tensor) or q.scale.dtype not in SOURCES or q.min is not None:
+        if scheme.scale_obstacle is not None or q.plain_scale.dtype not in SOURCES:
             raise SchemeError(f"{name}: {scheme} is not trained: its scales are no plain floats", "leave it packed")
-        if isinstance(scheme.levels, IntLevels):
-            factor = Grid(scheme.levels, block).factor(scheme.zero)
+        integers, levels = scheme.levels.integers, scheme.levels
+        if integers is not None:
+            factor = Grid(integers, block).factor(scheme.zero)
         else:
-            factor = 1 / math.sqrt(math.prod(block) * max(map(abs, scheme.levels.values)))
-        self.layout = Layout(scheme, weight.shape, q.transposed, q.scale.dtype, weight.dtype, block, factor)
-        self.scale = nn.Parameter(q.scale.float().to(device))
+            factor = 1 / math.sqrt(math.prod(block) * max(-levels.lowest, levels.highest))
+        self.layout = Layout(scheme, weight.shape, q.transposed, q.plain_scale.dtype, weight.dtype, block, factor)
+        self.scale = nn.Parameter(q.plain_scale.float().to(device))
         self.codes = packed.pack(q)["codes"].to(device)
         self.zero = None if q.zero is None else q.zero.to(device)
         self.input_scale = None if q.input_scale is None else q.input_scale.to(device)
@@ -204,11 +204,10 @@ class TunedLayer(nn.Module):
                 f"{name}: a scale was learned that is not finite, or too large for {layout.dtype}",
                 "train with a lower learning rate",
             )
-        signed = isinstance(layout.scheme.levels, IntLevels) and layout.scheme.levels.lo < 0
-        integers = packed.code_rows(layout.scheme, layout.shape, {"codes": self.codes}, _ALL)
+        codes = packed.code_rows(layout.scheme, layout.shape, {"codes": self.codes}, _ALL)
         return QTensor(
             scheme=layout.scheme,
-            codes=integers.to(torch.int8 if signed else torch.uint8),
+            codes=codes.to(codes_dtype(layout.scheme)),
             scale=scale.to(layout.dtype),
             zero=None if self.zero is None else self.zero.to(torch.int8),
             transposed=layout.transposed,
