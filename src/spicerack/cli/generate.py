@@ -7,6 +7,9 @@ import dataclasses
 import click
 
 from spicerack.cli import _output
+from spicerack.cli._commands import About
+
+ABOUT = About(place=60, summary="Let a model continue a text.")
 
 
 @click.command()

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from spicerack.cli import _output
+from spicerack.cli._commands import About
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from spicerack.models.choices import Layers, Row
+
+ABOUT = About(place=70, summary="What can multiply on this machine, and what a folder's layers get.")
 
 
 @click.command()

@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from spicerack.cli import _output, _rules
+from spicerack.cli._commands import About
 from spicerack.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from spicerack.quantization.watch import Finished, Trial, Watch
     from spicerack.text.calibration import Calibration
 
+ABOUT = About(place=20, summary="Turn a model folder into a smaller one that runs.", resumes=True)
 _LENGTH = 512
 
 
