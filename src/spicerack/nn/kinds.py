@@ -158,13 +158,21 @@ def named(name: str) -> LayerKind:
     return {kind.name: kind for kind in KINDS}[name]
 
 
-def of(layer: nn.Module) -> LayerKind | None:
+def find(layer: nn.Module) -> LayerKind | None:
     """The kind of a float layer, None if it has none: of another class, or a subclass that may compute otherwise."""
     for kind in KINDS:
         same = isinstance(layer, kind.float_class) and type(layer).__name__ in kind.subclasses
         if same or type(layer) is kind.float_class:
             return kind
     return None
+
+
+def of(layer: nn.Module) -> LayerKind:
+    """The kind of a float layer that has one. Raises KeyError where `find` gives None."""
+    kind = find(layer)
+    if kind is None:
+        raise KeyError(type(layer).__name__)
+    return kind
 
 
 def of_packed(layer: PackedLayer) -> LayerKind:

@@ -78,7 +78,7 @@ def make_slot(model: nn.Module, name: str, planned: Planned) -> None:
         layer = model.get_submodule(name)
     except AttributeError:
         raise LoadError(f"{planned.module}: the model has no layer {name}", "is config.json the model's own?") from None
-    kind = kinds.of(layer)
+    kind = kinds.find(layer)
     if kind is None:
         raise LoadError(
             f"{planned.module}: {name} is a {type(layer).__name__}, which has no packed form",
