@@ -1,4 +1,4 @@
-"""`PackedWeight`: a quantized matrix as a module whose buffers are what its kernel packed."""
+"""`PackedWeight`: a quantized matrix as a module, whose buffers are what its kernel packed. `PackedLayer` holds one."""
 
 from __future__ import annotations
 
@@ -101,3 +101,24 @@ class PackedWeight(nn.Module):
         for name, dtype in types.items():
             self._buffers[name] = self.get_buffer(name).view(dtype)
         return self
+
+
+class PackedLayer(nn.Module):
+    """What layers with packed weights have in common.
+
+    packed: the weight as a matrix [N, K]; layers that are tied hold the same one. bias: [N], a parameter like any
+    other, or None.
+    """
+
+    packed: PackedWeight
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float weight in the shape that the float layer has it in, decoded anew at each access."""
+        return self.packed.decode()

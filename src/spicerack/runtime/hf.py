@@ -22,8 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 
 from spicerack.errors import CheckpointError, LoadError, UntrustedCodeError, listed
 from spicerack.models.architecture import harmless
-from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.linear import QLinear
+from spicerack.nn.weight import PackedLayer
 
 METHOD = "spicerack"
 Prepare = Callable[[PreTrainedModel], None]
@@ -184,7 +183,7 @@ def _check(info: Mapping[str, Any], folder: Path, model_class: type) -> None:
 
 def tell_transformers(model: PreTrainedModel) -> None:
     """As after loading: what is packed is no parameter to tie, and save_pretrained refuses to write it."""
-    if any(isinstance(layer, (QLinear, QEmbedding)) for layer in model.modules()):
+    if any(isinstance(layer, PackedLayer) for layer in model.modules()):
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         ties: dict[str, str] = model.all_tied_weights_keys
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in parameters and b in parameters}
