@@ -12,7 +12,7 @@ import torch
 
 from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Choice, Compute, Shape
-from spicerack.models import census
+from spicerack.models.config import architecture
 from spicerack.models.overview import pattern_of
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage import format
@@ -21,11 +21,16 @@ from spicerack.storage.reader import Checkpoint
 _CPU = torch.device("cpu")
 _PROBES = ("w8", "w8a8", "ternary")
 """Between them they fit every row that the machine can run; the first one tells why a row does not run."""
+_PROBED = (64, 64)
+"""(N, K) that they are asked for: every kernel's tiles fit into it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A kernel, what it multiplies with ("int8" or "float" activations), and why this machine does not run it."""
+    """A row of the kernels' table: a kernel, and what it multiplies with ("int8" or "float" activations).
+
+    obstacle: why this machine does not run it; None: it does.
+    """
 
     name: str
     compute: Compute
@@ -36,9 +41,11 @@ class Row:
 class Layers:
     """Layers of one kind that get the same kernel.
 
-    pattern      what a recipe calls them: `model.layers.*.mlp.up_proj`
+    pattern      what a recipe calls them: `model.layers.*.mlp.up_proj`;  count: how many there are
+    scheme       their numbers
     shape        (N, K)
     dtype        of the layer's inputs: what config.json says, else what the weight had before it was quantized
+    kernel       the one that they get
     passed_over  faster kernel -> why it was not taken, fastest first
     """
 
@@ -52,7 +59,7 @@ class Layers:
 
 
 def rows() -> list[Row]:
-    """The whole table, fastest first."""
+    """The whole table of kernels, fastest first, each with why it does not run here."""
     return [Row(row.name, row.compute, _obstacle(row)) for row in kernel.table()]
 
 
@@ -62,15 +69,15 @@ def layers(folder: str | Path, compute: Compute | None = None) -> list[Layers]:
     folder: local, or a hub id. Raises CheckpointError, SchemeError and UsageError.
     """
     checkpoint = Checkpoint.open(folder)
-    fmt = format.of_folder(checkpoint)
-    if fmt is None:
+    layout = format.of_folder(checkpoint)
+    if layout is None:
         return []
-    said = _dtype(census.architecture(fmt.float_config(checkpoint.config)).dtype)
+    declared = _dtype(architecture(layout.float_config(checkpoint.config)).dtype)
     picked: dict[tuple[Scheme, Shape, torch.dtype], Choice] = {}
     counts: dict[tuple[str, Scheme, Shape, torch.dtype], int] = {}
-    for planned in fmt.plan(checkpoint).values():
+    for planned in layout.plan(checkpoint).values():
         rows, columns = planned.shape[-2:]
-        key = (planned.scheme, (rows, columns), said or planned.source_dtype)
+        key = (planned.scheme, (rows, columns), declared or planned.source_dtype)
         if key not in picked:
             picked[key] = kernel.pick(*key, _CPU, compute)
         kind = (pattern_of(planned.module), *key)
@@ -90,9 +97,11 @@ def layers(folder: str | Path, compute: Compute | None = None) -> list[Layers]:
 
 
 def _obstacle(row: kernel.Kernel) -> str | None:
-    reasons = [row.obstacle(parse(name), (64, 64), torch.float32, _CPU) for name in _PROBES]
+    """Why this machine does not run a kernel; None: it does."""
+    reasons = [row.obstacle(parse(name), _PROBED, torch.float32, _CPU) for name in _PROBES]
     return None if None in reasons else reasons[0]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
+    """The float type of this name that kernels take; None for others."""
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(name or "")
