@@ -82,8 +82,7 @@ def bench(
     report = progress or (lambda _doing, _share: None)
 
     def open_model(where: Path, dtype: torch.dtype | None = None, cache: int | None = None) -> PreTrainedModel:
-        trusted = options.trust_remote_code
-        return load(where, device=options.device, dtype=dtype, cache=cache, trust_remote_code=trusted)
+        return load(where, device=options.device, dtype=dtype, cache=cache, trust_remote_code=options.trust_remote_code)
 
     report("loading", 0.0)
     models = {_ORIGINAL: open_model(source), _QUANTIZED: open_model(out, cache=options.cache)}

@@ -159,8 +159,7 @@ def measure(
 
     def open_model(where: Path, dtype: torch.dtype | None, cache: int | None = None) -> PreTrainedModel:
         report("loading", 0.0)
-        trusted = options.trust_remote_code
-        return load(where, device=options.device, dtype=dtype, cache=cache, trust_remote_code=trusted)
+        return load(where, device=options.device, dtype=dtype, cache=cache, trust_remote_code=options.trust_remote_code)
 
     model = open_model(source, torch.float32)
     reference = _Reference(kind, model, tokenizer, source, path, window_of(options.window, model, source))
