@@ -1,1 +1,2 @@
-"""How codes are chosen: chains of transforms and one solver, and what they are given and return."""
+"""How codes are chosen: chains of transforms and one solver, what they are given (statistics of a layer's inputs), and
+what they return."""

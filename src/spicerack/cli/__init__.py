@@ -1,5 +1,4 @@
-"""The command line: parses, calls, prints; the only room that may read the environment, beside what started the
-process.
+"""The command line: parses, calls, prints. It and `machine` are the only rooms that read the environment.
 
 Each command is one file here, imported when it is asked for, so that `--help` stays instant.
 """

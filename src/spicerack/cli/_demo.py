@@ -86,7 +86,11 @@ class Outcome:
 
 
 def subjects() -> tuple[Subject, ...]:
-    """The demo's models. Raises CheckpointError if one is not installed."""
+    """The demo's models: an encoder and a decoder. Raises CheckpointError if one is not installed.
+
+    Embeddings are half of the one and a quarter of the other, and stay in float by default: each model has ways that
+    round them, too.
+    """
     embeddings = ("model.embed_tokens=w8",)
     words = ("embeddings.word_embeddings=w8",)
     return (

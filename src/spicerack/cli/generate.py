@@ -47,6 +47,7 @@ def command(
     from spicerack.runtime.generate import generate
 
     def write(piece: str) -> None:
+        """Text appears as it is written, and not at the end."""
         click.echo(piece, nl=False)
 
     result = generate(

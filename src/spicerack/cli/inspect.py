@@ -1,4 +1,7 @@
-"""`spicerack inspect MODEL`: what is in a model folder, and what it would weigh."""
+"""`spicerack inspect MODEL`: what is in a model folder, and what it would weigh.
+
+What is shown fits 80 columns: a narrower terminal than `_WIDE` gets fewer of them, and long names in two lines.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,25 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from spicerack.models.config import Architecture
     from spicerack.models.outliers import Spread
     from spicerack.models.overview import Estimate, Report, Row
 
 ABOUT = About(place=10, summary="What is in a model folder, and what it would weigh.")
 _SMALL = {"norm": "all norms", "bias": "all biases"}
+"""Roles that are many, small and alike: a line for all of them."""
 _BLOCKS = "·▁▂▃▄▅▆▇█"
+"""Bars of eight heights, behind a dot for none."""
 _SHARE_OF_LOWEST_BAR = 1e-7
+"""A step of the bars is then about a power of ten, and the lowest one a weight in ten million."""
 _NARROW_NAME = 32
 """Longest name on one line of a narrower terminal."""
 _SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
 _BARS = f"0{_SIGMA}        12{_SIGMA}"
 _TEXTS = ("layers", "role", "numbers", "linear layers in", _BARS)
+"""Titles of columns that begin at the left; numbers end at the right."""
 _LISTED = 4
+"""Notes that are shown; all of them are in the JSON."""
 _WIDE = 100
 """Columns of a terminal that holds every column; narrower ones get fewer."""
 _LEGEND = (
@@ -64,6 +73,7 @@ def command(model: str, weights: bool, as_json: bool) -> None:
 
 
 def _as_json(report: Report, spreads: list[Spread] | None) -> dict[str, Any]:
+    """The report under the contract's names: `bytes`, and words for the three totals of each type."""
     result = asdict(report, dict_factory=_json_names)
     result["folder"] = str(report.folder)
     totals = ("tensors", "parameters", "bytes")
@@ -72,10 +82,12 @@ def _as_json(report: Report, spreads: list[Spread] | None) -> dict[str, Any]:
 
 
 def _json_names(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of one dataclass. `bytes` is a type in Python, so that attributes are called nbytes."""
     return {"bytes" if name == "nbytes" else name: value for name, value in fields}
 
 
 def _measure(report: Report) -> list[Spread]:
+    """Read all weights, behind a bar on standard error: how far the largest stick out."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from spicerack.models.outliers import measure
@@ -90,17 +102,12 @@ def _measure(report: Report) -> list[Spread]:
 
 
 def _show(report: Report, console: Console) -> None:
+    """What kind of model it is, its tensors, and for a float model its size in common schemes."""
     from rich.markup import escape
 
-    about = report.architecture
-    facts = [about.model_type, *about.classes[:1]]
-    facts += [
-        f"{n} {what}" for n, what in ((about.layers, "layers"), (about.heads, "heads"), (about.experts, "experts")) if n
-    ]
-    facts += [f"{what} {n:,}" for what, n in (("width", about.hidden), ("vocabulary", about.vocabulary)) if n]
     files = "1 file" if report.shards == 1 else f"{report.shards} files"
     console.print(f"[bold]{escape(str(report.folder))}[/bold]", soft_wrap=True)
-    console.print(escape(" · ".join(facts)))
+    console.print(escape(" · ".join(_facts(report.architecture))))
     console.print(f"{_count(report.parameters)} parameters · {size(report.nbytes)} in {files} · {_types(report)}")
     if report.quantized:
         console.print(f"quantized: [bold]{escape(report.quantized)}[/bold]")
@@ -119,6 +126,15 @@ def _show(report: Report, console: Console) -> None:
         console.print(_REST)
         for line in _misfits(report.estimates):
             console.print(escape(line), style="yellow")
+
+
+def _facts(architecture: Architecture) -> list[str]:
+    """Family and class, then what there is so many of; what config.json does not say is left out."""
+    facts = [architecture.model_type, *architecture.classes[:1]]
+    counts = {"layers": architecture.layers, "heads": architecture.heads, "experts": architecture.experts}
+    facts += [f"{count} {name}" for name, count in counts.items() if count]
+    sizes = {"width": architecture.hidden, "vocabulary": architecture.vocabulary}
+    return facts + [f"{name} {size:,}" for name, size in sizes.items() if size]
 
 
 def _table(titles: Iterable[str], width: int = _WIDE) -> Table:
@@ -176,6 +192,7 @@ def _merged(rows: Iterable[Row]) -> Iterable[Row]:
 
 
 def _sizes(report: Report) -> Table:
+    """What the model would weigh; a star where some layers stay in float, which `_misfits` explains."""
     table = _table(("linear layers in", "whole model", "of now", "bits/weight", "over the whole model"))
     for estimate in report.estimates:
         table.add_row(
@@ -189,7 +206,8 @@ def _sizes(report: Report) -> Table:
 
 
 def _misfits(estimates: Iterable[Estimate]) -> list[str]:
-    """What blocks do not tile: `* 5 layers stay in float (K=172: use group 4 or skip it): w4g128, w3g64`."""
+    """What blocks do not tile, schemes with the same trouble in one line: `* w4g128, w3g64: 5 layers with K=172
+    ...`."""
     schemes: dict[tuple[int, str], list[str]] = {}
     for estimate in estimates:
         counts: dict[str, int] = {}
@@ -197,10 +215,11 @@ def _misfits(estimates: Iterable[Estimate]) -> list[str]:
             counts[misfit.remedy] = counts.get(misfit.remedy, 0) + misfit.count
         for remedy, count in counts.items():
             schemes.setdefault((count, remedy), []).append(estimate.scheme)
-    return [f"* {', '.join(found)}: {count} layers with {remedy}" for (count, remedy), found in schemes.items()]
+    return [f"* {', '.join(names)}: {count} layers with {remedy}" for (count, remedy), names in schemes.items()]
 
 
 def _show_spreads(spreads: list[Spread], console: Console) -> None:
+    """A row for each kind of layer, those with the farthest outliers first, and how to read it."""
     from rich.text import Text
 
     console.print()
@@ -240,10 +259,12 @@ def _bar(share: float) -> str:
 
 
 def _share(share: float) -> str:
+    """Per cent, or a power of ten below a hundredth of one; 0 for none at all."""
     return f"{share:.1e}" if 0 < share < 1e-4 else f"{share:.2%}" if share else "0"
 
 
 def _types(report: Report) -> str:
+    """Types and schemes of the tensors, with their share of the bytes where there are several that matter."""
     total = max(report.nbytes, 1)
     shares = {kind: nbytes / total for kind, (_, _, nbytes) in report.types.items()}
     return ", ".join(f"{kind} {share:.0%}" if 0.005 < share < 0.995 else kind for kind, share in shares.items())

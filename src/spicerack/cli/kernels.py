@@ -52,17 +52,19 @@ def command(out: str | None, compute: Literal["int8", "float"] | None, engine: s
         return
     layers = choices.layers(out, compute, engine)
     if as_json:
-        found = [asdict(some) for some in layers]
-        _output.emit({"folder": out, "compute": compute, "engine": engine, **_table_as_json(rows), "layers": found})
+        chosen = [asdict(some) for some in layers]
+        _output.emit({"folder": out, "compute": compute, "engine": engine, **_table_as_json(rows), "layers": chosen})
     else:
         _show_layers(out, layers, _output.console())
 
 
 def _table_as_json(rows: Iterable[Row]) -> dict[str, Any]:
+    """The table, with a plain yes or no beside each reason."""
     return {"kernels": [{**asdict(row), "runs": row.obstacle is None} for row in rows]}
 
 
 def _show_table(rows: Iterable[Row], console: Console) -> None:
+    """All kernels, fastest first; those that do not run here are dim, and say why."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
@@ -76,6 +78,7 @@ def _show_table(rows: Iterable[Row], console: Console) -> None:
 
 
 def _show_layers(out: str, layers: list[Layers], console: Console) -> None:
+    """Which kernel each kind of layer gets, then for each kernel why no faster one was taken."""
     from rich.table import Table
     from rich.text import Text
 
@@ -105,15 +108,16 @@ def _show_layers(out: str, layers: list[Layers], console: Console) -> None:
 
 def _choices(layers: Iterable[Layers]) -> list[tuple[str, dict[str, str], list[str]]]:
     """Kernel, what it was preferred to, and the schemes for which that holds."""
-    found: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
+    choices: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
     for some in layers:
-        schemes = found.setdefault((some.kernel, tuple(some.passed_over.items())), [])
+        schemes = choices.setdefault((some.kernel, tuple(some.passed_over.items())), [])
         if some.scheme not in schemes:
             schemes.append(some.scheme)
-    return [(kernel, dict(passed_over), schemes) for (kernel, passed_over), schemes in found.items()]
+    return [(kernel, dict(passed_over), schemes) for (kernel, passed_over), schemes in choices.items()]
 
 
 def _by_reason(passed_over: dict[str, str]) -> dict[str, list[str]]:
+    """Reason -> the kernels that were passed over for it: mostly one instruction set, and all its kernels."""
     reasons: dict[str, list[str]] = {}
     for name, reason in passed_over.items():
         reasons.setdefault(reason, []).append(name)

@@ -18,7 +18,7 @@ from spicerack.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
-    from transformers import TrainerCallback
+    from transformers import TrainerCallback, TrainerState
 
     from spicerack.training.run import Trained
     from spicerack.training.start import Twin
@@ -168,15 +168,18 @@ def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
 
         loss = float("nan")
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
             bar.update(task, completed=state.global_step)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "loss" in logs:
+        def on_log(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+            logs = kwargs["logs"]
+            if isinstance(logs, dict) and "loss" in logs:
                 self.loss = logs["loss"]
                 bar.update(task, description=f"loss {self.loss:.4f}")
 
-        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        def on_evaluate(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+            metrics = kwargs["metrics"]
+            assert isinstance(metrics, dict)
             kl = f", KL from the teacher {metrics['eval_kl']:.4f}" if "eval_kl" in metrics else ""
             trained = "" if math.isnan(self.loss) else f"training loss {self.loss:.4f}, "
             bar.console.print(
@@ -184,7 +187,7 @@ def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
 
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_save(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
             bar.console.print(f"step {state.global_step}: checkpoint", soft_wrap=True, highlight=False)
 
     return Lines()

@@ -1,1 +1,1 @@
-"""What a program runs on: devices, processes that work together, memory."""
+"""What a program runs on: devices, processes that work together, memory; nothing here knows what is computed."""

@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 _UNSAFE_KEYS = ("attn_implementation", "experts_implementation", "auto_map", "quantization_config", "_name_or_path")
 """Dropped from a stranger's config: they can name kernels and code on the hub, or change the layers' classes."""
 _MOST_LAYERS = 10_000
+"""Blocks, or experts, that a config may ask for: each takes time and memory to build, even without weights."""
 _BUILD_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
     StrictDataclassError, TypeError, ValueError,
 )  # fmt: skip
+"""What constructors in transformers raise where a config makes no sense to them; none of them is a fault of ours."""
 
 
 def modules_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, str] | None:
     """Checkpoint module name (no `.weight`) -> class of the module that reads it, for a folder with these tensors.
 
+    config: its config.json, of a float model; tensors: names in its files.
     "Linear", "Embedding", "Conv1D", "LayerNorm" ... are exact classes: a subclass that computes something else has its
     own name (`Gemma3TextScaledWordEmbedding`). "experts" is a fused expert tensor or becomes part of one; "Linear via
     Chunk" is a tensor that transformers converts on loading, by more than renaming. A tied head that is absent from the
@@ -51,6 +54,7 @@ def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
 
 
 def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
+    """The model, from classes of transformers only; None where it has none for it."""
     import torch
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
@@ -105,7 +109,11 @@ class Destination:
 
 
 def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, Destination]:
-    """Follow tensors of a checkpoint through transformers' conversion mapping. Those that lead nowhere are left out."""
+    """Where each tensor of a checkpoint goes: tensor -> parameter, through transformers' own conversion mapping.
+
+    model: on the meta device is enough. A tensor that the mapping would rename, but whose own name is a parameter's,
+    keeps it. Those that lead nowhere are left out.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -114,7 +122,7 @@ def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, De
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = model.state_dict()
-    found: dict[str, Destination] = {}
+    places: dict[str, Destination] = {}
     for tensor in tensors:
         target, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
         if target not in state and tensor in state:
@@ -122,7 +130,7 @@ def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, De
         if target not in state:
             continue
         if pattern is None:
-            found[tensor] = Destination(target)
+            places[tensor] = Destination(target)
             continue
         converter = by_pattern[pattern]
         operations = tuple(type(operation).__name__ for operation in converter.operations)
@@ -130,38 +138,39 @@ def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, De
         stacked = (operations, axes) in ((("MergeModulelist",), [0]), (("MergeModulelist", "Concatenate"), [0, 1]))
         expert = re.search(r"\d+", tensor.rpartition("experts")[2]) if stacked else None
         part = converter.source_patterns.index(pattern)
-        found[tensor] = Destination(target, operations, part, stacked, int(expert[0]) if expert else 0)
-    return found
+        places[tensor] = Destination(target, operations, part, stacked, int(expert[0]) if expert else 0)
+    return places
 
 
 def is_stack(model: PreTrainedModel, place: Destination) -> bool:
-    """Whether an unchanged tensor is one of all experts, whose code takes one matrix at a time."""
+    """Whether a tensor that goes to `place` unchanged is one of all experts, whose code takes one matrix at a time."""
     owner, _, parameter = place.parameter.rpartition(".")
     axes = model.get_parameter_or_buffer(place.parameter).ndim
-    return axes == 3 and not place.operations and _kind(model.get_submodule(owner), parameter, axes) == "experts"
+    return axes == 3 and not place.operations and _class_of(model.get_submodule(owner), parameter, axes) == "experts"
 
 
 def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """The class of the module that reads each tensor."""
+    """The class of the module that reads each tensor, as `modules_of` has it."""
     state = model.state_dict()
     modules = dict(model.named_modules())
-    found: dict[str, str] = {}
+    classes: dict[str, str] = {}
     reached: set[str] = set()
     for tensor, destination in destinations(model, tensors).items():
         reached.add(destination.parameter)
         owner, _, parameter = destination.parameter.rpartition(".")
-        kind = _kind(modules[owner], parameter, state[destination.parameter].ndim)
-        if destination.operations and not (kind == "experts" and destination.stacked):
-            kind = f"{kind} via {', '.join(destination.operations)}"
-        found[tensor.removesuffix(".weight")] = kind
+        name = _class_of(modules[owner], parameter, state[destination.parameter].ndim)
+        if destination.operations and not (name == "experts" and destination.stacked):
+            name = f"{name} via {', '.join(destination.operations)}"
+        classes[tensor.removesuffix(".weight")] = name
     for target in state.keys() - reached:  # tied, or missing and made anew by transformers
         owner, _, parameter = target.rpartition(".")
         if parameter == "weight":
-            found.setdefault(owner, _kind(modules[owner], parameter, state[target].ndim))
-    return found
+            classes.setdefault(owner, _class_of(modules[owner], parameter, state[target].ndim))
+    return classes
 
 
-def _kind(module: nn.Module, parameter: str, axes: int) -> str:
+def _class_of(module: nn.Module, parameter: str, axes: int) -> str:
+    """What the parameter of a module is called here: its class, with the parameter's name where it is not `weight`."""
     name = type(module).__name__
     if "Expert" in name and axes > 1 and not parameter.endswith("bias"):
         # decorated by transformers, there is an eager loop that takes one expert's matrix at a time

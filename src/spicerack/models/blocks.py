@@ -1,4 +1,13 @@
-"""The repeated blocks of a transformers model, found by their shape, and what the model's own code calls them with."""
+"""The repeated blocks of a transformers model, found by their shape, and what the model's own code calls them with.
+
+How it works. No family's forward is written anew here: the model runs its own code, and what is asked for is caught on
+the way. Blocks whose forward is replaced by a recorder show with what arguments each is called; hooks in front of
+layers show their inputs; an exception that never leaves this module ends a forward whose rest nobody needs.
+
+What is given up. A block is taken to turn hidden states into hidden states, once in each forward, and its other
+arguments to depend on the model's inputs alone. An architecture that calls a block twice, or without hidden states, is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +30,7 @@ Inputs = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Of one call of a block: everything but the hidden states, which come first or are called `hidden_states`."""
+    """What a block is called with beside its hidden states, which come first or are called `hidden_states`."""
 
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
@@ -29,9 +38,10 @@ class Arguments:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The blocks of `model`, in the order in which they run. path: of their list in the model.
+    """The blocks of a model, in the order in which they run.
 
-    results: how many a block returns, hidden states first, in a tuple; 0: it returns them alone.
+    path      of their list in the model
+    results   how many a block returns, hidden states first, in a tuple; 0: it returns them alone
     """
 
     model: PreTrainedModel
@@ -45,15 +55,18 @@ class Stack:
 
     @torch.no_grad()
     def calls(self, inputs: Inputs) -> tuple[torch.Tensor, list[Arguments]]:
-        """The first block's hidden states [B, L, H] and each block's arguments, for these inputs; no block computes."""
+        """The first block's hidden states [B, L, H] and each block's arguments, for these inputs; no block computes.
+
+        Raises UsageError for a model that does not call each of its blocks once, with hidden states.
+        """
         first: list[torch.Tensor] = []
-        seen: list[Arguments] = []
+        calls: list[Arguments] = []
 
         def record(*positional: Any, **named: Any) -> Any:
             hidden = _hidden(positional, named)
             first.append(hidden)
             rest = {name: value for name, value in named.items() if name != "hidden_states"}
-            seen.append(Arguments(positional[1:] if positional else (), rest))
+            calls.append(Arguments(positional[1:] if positional else (), rest))
             return (hidden, *[None] * (self.results - 1)) if self.results else hidden
 
         for block in self.blocks:
@@ -63,12 +76,12 @@ class Stack:
         finally:
             for block in self.blocks:
                 del block.forward
-        if len(seen) != len(self.blocks):
+        if len(calls) != len(self.blocks):
             raise UsageError(
-                f"{type(self.model).__name__} called its {len(self.blocks)} blocks {len(seen)} times",
+                f"{type(self.model).__name__} called its {len(self.blocks)} blocks {len(calls)} times",
                 "this architecture cannot be calibrated block by block",
             )
-        return first[0], seen
+        return first[0], calls
 
     def run(self, block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """The block's result, hidden states [B, L, H]."""
@@ -84,7 +97,10 @@ def find(model: PreTrainedModel) -> Stack:
 
 
 def repeated(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
-    """The list of blocks of one type with the most parameters, and its path. Raises UsageError where there is none."""
+    """The path of the list of blocks of one type that has the most parameters, and the blocks.
+
+    Raises UsageError where there is none, and for a model of two stacks.
+    """
     if model.config.is_encoder_decoder:
         raise UsageError(
             f"{type(model).__name__} is an encoder-decoder model", "only decoders and encoders are calibrated so far"
@@ -102,12 +118,16 @@ def repeated(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
 
 
 def layers(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Path in the block -> linear layer."""
+    """Path in the block -> linear layer, of torch's own class or GPT-2's; subclasses may compute something else."""
     return {name: layer for name, layer in block.named_modules() if type(layer) in (nn.Linear, Conv1D)}
 
 
 def shared_inputs(calls: Sequence[tuple[str, torch.Tensor]]) -> tuple[tuple[str, ...], ...]:
-    """Layers in the order of their calls, grouped by the tensor that they were called with."""
+    """Layers in the order of their calls, grouped by the tensor that they were called with.
+
+    calls: (path, input), as `watched` hands them over. The same memory is the same tensor: a layer's reshaped view of
+    it counts as it.
+    """
     groups: dict[tuple[int, int], list[str]] = {}
     for name, x in calls:
         groups.setdefault((x.data_ptr(), x.numel()), []).append(name)
@@ -133,28 +153,28 @@ def inputs_of(
 ) -> dict[str, torch.Tensor]:
     """What layers of `block` are called with, first; nothing behind the last of them is computed.
 
-    Those that are not called at all are left out.
+    Those that are not called at all are left out, as experts of a mixture may be.
     """
-    found: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
 
     def look(call: tuple[str, torch.Tensor]) -> None:
-        found.setdefault(*call)
-        if len(found) == len(paths):
+        inputs.setdefault(*call)
+        if len(inputs) == len(paths):
             raise _EnoughError
 
     with watched(block, paths, look), suppress(_EnoughError):
         stack.run(block, hidden, arguments)
-    return found
+    return inputs
 
 
 def arguments_of(
     path: str, stack: Stack, block: nn.Module, hidden: torch.Tensor, arguments: Arguments
 ) -> tuple[Any, ...]:
     """What a module in `block` is called with, keywords behind the rest; nothing is computed from there on."""
-    found: list[Any] = []
+    caught: list[Any] = []
 
     def look(_: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        found.extend((*positional, *named.values()))
+        caught.extend((*positional, *named.values()))
         raise _EnoughError
 
     hook = block.get_submodule(path).register_forward_pre_hook(look, with_kwargs=True)
@@ -163,16 +183,16 @@ def arguments_of(
             stack.run(block, hidden, arguments)
     finally:
         hook.remove()
-    return tuple(found)
+    return tuple(caught)
 
 
 @torch.no_grad()
 def output_of(model: PreTrainedModel, path: str, inputs: Inputs) -> torch.Tensor:
-    """The hidden states that a block of `model` makes; nothing behind it is computed."""
-    found: list[torch.Tensor] = []
+    """The hidden states [B, L, H] that the block at `path` makes of these inputs; nothing behind it is computed."""
+    caught: list[torch.Tensor] = []
 
-    def look(_: nn.Module, __: Any, made: Any) -> None:
-        found.append(made[0] if isinstance(made, tuple) else made)
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
         raise _EnoughError
 
     hook = model.get_submodule(path).register_forward_hook(look)
@@ -181,7 +201,7 @@ def output_of(model: PreTrainedModel, path: str, inputs: Inputs) -> torch.Tensor
             _call(model, inputs)
     finally:
         hook.remove()
-    return found[0]
+    return caught[0]
 
 
 class _EnoughError(Exception):
@@ -191,13 +211,13 @@ class _EnoughError(Exception):
 @torch.no_grad()
 def _results(model: PreTrainedModel, block: nn.Module) -> int:
     """What the first block returns, for two tokens; the model is not run any further."""
-    found: list[int] = []
+    counts: list[int] = []
     original = block.forward
 
     @functools.wraps(original)
     def counted(*positional: Any, **named: Any) -> Any:
-        made = original(*positional, **named)
-        found.append(len(made) if isinstance(made, tuple) else 0)
+        output = original(*positional, **named)
+        counts.append(len(output) if isinstance(output, tuple) else 0)
         raise _EnoughError
 
     block.forward = counted
@@ -206,18 +226,19 @@ def _results(model: PreTrainedModel, block: nn.Module) -> int:
             _call(model, {"input_ids": torch.zeros((1, 2), dtype=torch.long)})
     finally:
         del block.forward
-    if not found:
+    if not counts:
         raise UsageError(f"{type(model).__name__} does not run its blocks", "quantize it without --calib")
-    return found[0]
+    return counts[0]
 
 
 def _call(model: PreTrainedModel, inputs: Inputs) -> None:
-    """Without the head, which nothing is needed of."""
+    """Run the model without its head, which nothing is needed of, and without a cache."""
     extra = {"use_cache": False} if model.can_generate() else {}
     model.base_model(**inputs, **extra)
 
 
 def _hidden(positional: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states among a block's arguments. Raises UsageError where there are none."""
     hidden = positional[0] if positional else named.get("hidden_states")
     if not isinstance(hidden, torch.Tensor):
         raise UsageError("a block is not called with hidden states", "this architecture cannot be calibrated")

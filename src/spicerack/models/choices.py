@@ -12,7 +12,7 @@ import torch
 
 from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Choice, Compute, Shape
-from spicerack.models import census
+from spicerack.models.config import architecture
 from spicerack.models.overview import pattern_of
 from spicerack.numerics import dtypes
 from spicerack.numerics.scheme import Scheme, parse
@@ -22,11 +22,16 @@ from spicerack.storage.reader import Checkpoint
 _CPU = torch.device("cpu")
 _PROBES = ("w8", "w8a8", "ternary")
 """Between them they fit every row that the machine can run; the first one tells why a row does not run."""
+_PROBED = (64, 64)
+"""(N, K) that they are asked for: every kernel's tiles fit into it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A kernel, what it multiplies with ("int8" or "float" activations), and why this machine does not run it."""
+    """A row of the kernels' table: a kernel, and what it multiplies with ("int8" or "float" activations).
+
+    obstacle: why this machine does not run it; None: it does.
+    """
 
     name: str
     compute: Compute
@@ -37,9 +42,11 @@ class Row:
 class Layers:
     """Layers of one kind that get the same kernel.
 
-    pattern      what a recipe calls them: `model.layers.*.mlp.up_proj`
+    pattern      what a recipe calls them: `model.layers.*.mlp.up_proj`;  count: how many there are
+    scheme       their numbers
     shape        (N, K)
     dtype        of the layer's inputs: what config.json says, else what the weight had before it was quantized
+    kernel       the one that they get
     passed_over  faster kernel -> why it was not taken, fastest first
     """
 
@@ -53,7 +60,7 @@ class Layers:
 
 
 def rows() -> list[Row]:
-    """The whole table, fastest first."""
+    """The whole table of kernels, fastest first, each with why it does not run here."""
     return [Row(row.name, row.compute, _obstacle(row)) for row in kernel.table()]
 
 
@@ -64,15 +71,15 @@ def layers(folder: str | Path, compute: Compute | None = None, engine: str | Non
     """
     kernel.check_engine(engine)  # also where nothing is quantized
     checkpoint = Checkpoint.open(folder)
-    fmt = format.of_folder(checkpoint)
-    if fmt is None:
+    layout = format.of_folder(checkpoint)
+    if layout is None:
         return []
-    said = _dtype(census.architecture(fmt.float_config(checkpoint.config)).dtype)
+    declared = _dtype(architecture(layout.float_config(checkpoint.config)).dtype)
     picked: dict[tuple[Scheme, Shape, torch.dtype], Choice] = {}
     counts: dict[tuple[str, Scheme, Shape, torch.dtype], int] = {}
-    for planned in fmt.contents(checkpoint).values():
+    for planned in layout.contents(checkpoint).values():
         rows, columns = planned.shape[-2:]
-        key = (planned.scheme, (rows, columns), said or planned.source_dtype)
+        key = (planned.scheme, (rows, columns), declared or planned.source_dtype)
         if key not in picked:
             picked[key] = kernel.pick(*key, _CPU, compute, engine)
         kind = (pattern_of(planned.module), *key)
@@ -92,9 +99,11 @@ def layers(folder: str | Path, compute: Compute | None = None, engine: str | Non
 
 
 def _obstacle(row: kernel.Kernel) -> str | None:
-    reasons = [row.obstacle(parse(name), (64, 64), torch.float32, _CPU) for name in _PROBES]
+    """Why this machine does not run a kernel; None: it does."""
+    reasons = [row.obstacle(parse(name), _PROBED, torch.float32, _CPU) for name in _PROBES]
     return None if None in reasons else reasons[0]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
+    """The float type of this name that kernels take; None for others."""
     return dtypes.SOURCE_BY_WORD.get(name or "")

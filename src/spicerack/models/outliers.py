@@ -25,14 +25,18 @@ MATRICES = ("linear", "conv1d", "experts", "embedding", "head", "router")
 BINS = 12
 """Histogram of |w - m| / sigma: one bin per sigma, the last one open."""
 _CHUNK = 1 << 22
+"""Weights that are looked at once, 16 MB in float32: chunks of any size give the same figures, but for rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
     """What one tensor, or all tensors of a kind, look like. Shares are of all finite weights, 0 to 1.
 
+    pattern      what a recipe calls them;  role: what they do;  count: tensors;  parameters: finite weights in them
+    rms, absmax  of the weights themselves
     worst        the tensor with the largest max/rms, which is `max_over_rms`
     kurtosis     mean over the tensors, by size; 0 for constant ones
+    beyond_4, beyond_6   share of weights farther than so many sigma from their tensor's mean
     histogram    share of weights per sigma of distance from the mean
     nonfinite    number of NaN and infinite weights; they are left out of everything else
     """
@@ -64,7 +68,10 @@ def measure(checkpoint: Checkpoint, progress: Callable[[int], None] = lambda _: 
 
 
 def _one(checkpoint: Checkpoint, entry: census.Entry, pattern: str) -> Spread:
-    """Two passes: the second needs the mean and sigma of the first."""
+    """The spread of one tensor, in two passes: the second needs the mean and sigma of the first.
+
+    Sums are in float64: over a billion weights float32 would lose most of its digits.
+    """
     count, total, squares, absmax = 0, 0.0, 0.0, 0.0
     for x in _chunks(checkpoint, entry.name):
         count += x.numel()
@@ -111,7 +118,7 @@ def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
 
 
 def _gather(members: list[Spread]) -> Spread:
-    """One Spread of many, weighted by size."""
+    """One Spread of many tensors of a kind, weighted by size."""
     total = sum(m.parameters for m in members)
     weights = [m.parameters / total if total else 0.0 for m in members]
 

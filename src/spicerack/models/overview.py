@@ -11,23 +11,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spicerack import plugins
 from spicerack.errors import ShapeError
-from spicerack.models import census
-from spicerack.models.census import BY_DEFAULT, Architecture, Census, Entry
+from spicerack.models.census import BY_DEFAULT, Census, Entry, take
+from spicerack.models.config import Architecture
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage import files, ledger
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import Checkpoint, TensorInfo
 
-COMMON_SCHEMES = ("w8", "w4g128", "w4g32z", "w3g64", "w2g32z")
+COMMON_SCHEMES = ("w8", "w4g128", "w4g32z", "w3g64", "w2g32z", "ternary")
+"""What a float model's size is estimated in."""
 FLOATS = ("F32", "F16", "BF16")
 """Stored types that are quantized."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a ledger says became of one tensor: scheme or safetensors type, bytes, relative error."""
+    """What a ledger says became of one tensor: scheme or safetensors type, bytes, relative error.
+
+    The error is ||decoded - w|| / ||w||; None for what is not quantized.
+    """
 
     kind: str
     nbytes: int
@@ -36,12 +39,13 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """All tensors of one kind.
+    """All tensors of one kind: a row of the table that people see.
 
     pattern    what a recipe calls them: `model.layers.*.mlp.down_proj`
+    role       what they do;  count: how many they are
     shape      stored shape; None if they differ
     stored     safetensors type, or the scheme
-    nbytes     of the files
+    parameters numbers in all of them;  nbytes: their bytes in the files
     error      ||decoded - w|| / ||w||, root mean square over the tensors; None for what is not quantized
     """
 
@@ -68,7 +72,9 @@ class Indivisible:
 class Estimate:
     """What the model weighs with its linear layers in `scheme` and the rest as it is.
 
-    nbytes counts codes, scales and zero points; headers and padding of files add a few bytes per tensor.
+    nbytes           codes, scales and zero points counted; headers and padding of files add a few bytes per tensor
+    bits_per_weight  of the quantized layers;  bits_per_weight_total: of the whole model
+    indivisible      layers that would stay in float, because the scheme's blocks do not tile them
     """
 
     scheme: str
@@ -80,7 +86,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that headers, config and ledger tell."""
+    """Everything that headers, config and ledger tell of a folder: what `inspect` shows, and its JSON."""
 
     folder: Path
     architecture: Architecture
@@ -99,25 +105,25 @@ class Report:
 
 
 def look(model: str | Path) -> Report:
-    """Describe a folder or hub id. Raises CheckpointError."""
+    """Describe a folder or hub id, of which only headers are read. Raises CheckpointError."""
     checkpoint = Checkpoint.open(model)
     quantized = quantized_with(checkpoint.config)
     stored: dict[str, Stored] = {}
     written = ledger.read(checkpoint.folder) if quantized else None
     if written is not None:
         checkpoint, stored, quantized = _source(checkpoint, written), _stored(written), written.recipe or quantized
-    seen = census.take(checkpoint)
-    rows = _rows(seen, stored)
+    census = take(checkpoint)
+    rows = _rows(census, stored)
     return Report(
         folder=checkpoint.folder,
-        architecture=seen.architecture,
+        architecture=census.architecture,
         parameters=sum(row.parameters for row in rows),
         nbytes=sum(row.nbytes for row in rows),
         shards=len(checkpoint.shards),
         types=_by_type(rows),
         rows=rows,
-        tied=seen.tied,
-        estimates=() if quantized else tuple(estimate(seen, scheme) for scheme in _schemes()),
+        tied=census.tied,
+        estimates=() if quantized else tuple(estimate(census, parse(name)) for name in COMMON_SCHEMES),
         quantized=quantized,
         notes=checkpoint.notes,
     )
@@ -140,16 +146,17 @@ def _source(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
 
 
 def _stored(written: Ledger) -> dict[str, Stored]:
+    """Tensor of the source -> what became of it."""
     return {e.tensor: Stored(e.scheme or e.dtype, e.bytes_after, e.error) for e in written.entries}
 
 
-def estimate(seen: Census, scheme: Scheme) -> Estimate:
-    """The size of a model of which nothing is read but headers."""
+def estimate(census: Census, scheme: Scheme) -> Estimate:
+    """The size of a model in this scheme, of which nothing is read but headers."""
     quantized_bits = weights = rest = 0
-    bits: dict[tuple[int, ...], int | str] = {}
+    bits: dict[tuple[int, ...], int | str] = {}  # by shape: models have few of them, and many layers
     misfits: dict[tuple[str, str], int] = {}
-    for name, entry in seen.entries.items():
-        if name in seen.tied:
+    for name, entry in census.entries.items():
+        if name in census.tied:
             continue
         if not is_quantized(entry):
             rest += entry.info.nbytes
@@ -157,26 +164,29 @@ def estimate(seen: Census, scheme: Scheme) -> Estimate:
         shape = entry.matrix_shape
         if shape not in bits:
             bits[shape] = _bits_or_remedy(scheme, shape)
-        found = bits[shape]
-        if isinstance(found, int):
-            quantized_bits += found
+        size = bits[shape]
+        if isinstance(size, int):
+            quantized_bits += size
             weights += entry.info.numel
         else:
             rest += entry.info.nbytes
-            kind = (pattern_of(entry.module), found)
+            kind = (pattern_of(entry.module), size)
             misfits[kind] = misfits.get(kind, 0) + 1
     nbytes = quantized_bits // 8 + rest
     return Estimate(
         scheme=scheme.name,
         nbytes=nbytes,
         bits_per_weight=quantized_bits / weights if weights else 0.0,
-        bits_per_weight_total=8 * nbytes / max(seen.parameters, 1),
+        bits_per_weight_total=8 * nbytes / max(census.parameters, 1),
         indivisible=tuple(Indivisible(pattern, count, remedy) for (pattern, remedy), count in misfits.items()),
     )
 
 
 def is_quantized(entry: Entry) -> bool:
-    """By default. Of experts in one tensor those are that have an axis for them, whatever the family's code does."""
+    """Whether a tensor is quantized by default.
+
+    Of experts in one tensor those are that have an axis for them, whatever the family's code does.
+    """
     whole = entry.role == "experts" and len(entry.info.shape) != 3
     return entry.role in BY_DEFAULT and not whole and entry.info.dtype in FLOATS
 
@@ -186,14 +196,8 @@ def pattern_of(module: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in module.split("."))
 
 
-def _schemes() -> list[Scheme]:
-    return [
-        parse(name)
-        for name in (*COMMON_SCHEMES, *(["ternary"] if "ternary" in plugins.names("numerics.schemes") else []))
-    ]
-
-
 def _bits_or_remedy(scheme: Scheme, shape: tuple[int, ...]) -> int | str:
+    """What a matrix takes in this scheme, in bits; where its blocks do not tile it, the group that fits."""
     try:
         scheme.check_shape("layer", shape)
     except ShapeError as error:
@@ -201,11 +205,11 @@ def _bits_or_remedy(scheme: Scheme, shape: tuple[int, ...]) -> int | str:
     return scheme.stored_bits(shape)
 
 
-def _rows(seen: Census, stored: Mapping[str, Stored]) -> tuple[Row, ...]:
+def _rows(census: Census, stored: Mapping[str, Stored]) -> tuple[Row, ...]:
     """One row per pattern, role and stored type, in the order of the files."""
     groups: dict[tuple[str, str, str], list[tuple[Entry, Stored]]] = {}
-    for name, entry in seen.entries.items():
-        if name not in seen.tied:
+    for name, entry in census.entries.items():
+        if name not in census.tied:
             kept = stored.get(name) or Stored(entry.info.dtype, entry.info.nbytes, None)
             groups.setdefault((pattern_of(entry.module), entry.role, kept.kind), []).append((entry, kept))
     return tuple(
@@ -232,8 +236,9 @@ def _common(shapes: set[tuple[int, ...]]) -> tuple[int, ...] | None:
 
 
 def _by_type(rows: Iterable[Row]) -> dict[str, tuple[int, int, int]]:
-    found: dict[str, tuple[int, int, int]] = {}
+    """Type or scheme -> tensors, parameters, bytes; the largest first."""
+    totals: dict[str, tuple[int, int, int]] = {}
     for row in rows:
-        tensors, parameters, nbytes = found.get(row.stored, (0, 0, 0))
-        found[row.stored] = tensors + row.count, parameters + row.parameters, nbytes + row.nbytes
-    return dict(sorted(found.items(), key=lambda item: -item[1][2]))
+        tensors, parameters, nbytes = totals.get(row.stored, (0, 0, 0))
+        totals[row.stored] = tensors + row.count, parameters + row.parameters, nbytes + row.nbytes
+    return dict(sorted(totals.items(), key=lambda item: -item[1][2]))

@@ -1,1 +1,2 @@
-"""What the numbers are, and exact arithmetic on them."""
+"""What the numbers are, and exact arithmetic on them: schemes, codes, scales, rounding; nothing here knows layers,
+models or files."""

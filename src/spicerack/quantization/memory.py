@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from spicerack.algorithms.solvers import gptq
 from spicerack.algorithms.stats import WIDE
 from spicerack.errors import UsageError
-from spicerack.models.census import architecture
+from spicerack.models.config import architecture
 from spicerack.quantization.job import Action, Job
 
 PROCESS = 700 << 20

@@ -21,7 +21,7 @@ from spicerack.errors import CheckpointError, LoadError, RecipeError
 from spicerack.machine.ranks import ALONE
 from spicerack.models import blocks
 from spicerack.models.architecture import destinations, on_meta
-from spicerack.models.census import LAYERS
+from spicerack.models.config import LAYERS
 from spicerack.quantization.calibration.chunks import Text, tokens
 from spicerack.quantization.calibration.states import States, blocks_folder
 from spicerack.quantization.job import Job, decide

@@ -1,1 +1,1 @@
-"""A model in memory: loaded, run, saved."""
+"""A model in memory: loaded with packed layers in it, run, saved again."""

@@ -1,1 +1,1 @@
-"""How tensors live on disk: folders in, folders out, whole or not at all."""
+"""How tensors lie on disk: folders read and written whole or not at all, and what became of every tensor."""

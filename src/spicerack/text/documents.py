@@ -121,7 +121,7 @@ def _document(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizer
     yield Passage(rendered, True, rendered=True)
 
 
-def _is_chat(messages: Any) -> TypeGuard[list[dict[str, str]]]:
+def _is_chat(messages: object) -> TypeGuard[list[dict[str, str]]]:
     return (
         isinstance(messages, list)
         and bool(messages)

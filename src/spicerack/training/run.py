@@ -149,9 +149,6 @@ def _require_packages() -> None:
             raise UsageError(f"training needs the package {package}", "pip install 'spicerack[train]'")
 
 
-# ---- the text --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Run:
     """A job at work in one process. folder: `OUT.training`; checkpoint: what it goes on from, None from the start."""
@@ -185,9 +182,6 @@ def _with_text(job: Job, args: TrainingArguments, folder: Path, tell: Callable[[
     times = settings.rows / len(corpus.train)
     tell(f"{settings.tokens:,} tokens in {settings.steps} steps, {times:.2f} times through the text")
     return _Run(job, args, folder, corpus, files.last_checkpoint(folder))
-
-
-# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 def _begin(run: _Run, stopping: Callable[[], bool], callbacks: Iterable[TrainerCallback]) -> FewBitsTrainer:
@@ -243,9 +237,6 @@ def _prepare(run: _Run, net: PreTrainedModel) -> None:
         raise UsageError("no scale is learned here, so none has a rate", "leave scale_lr out")
 
 
-# ---- the steps -------------------------------------------------------------------------------------------------------
-
-
 def _trainer(run: _Run, net: PreTrainedModel, teacher: Teacher | None) -> FewBitsTrainer:
     """The Trainer of a prepared model, which is sharded if that was asked for."""
     settings = run.job.settings
@@ -273,9 +264,6 @@ def _take_steps(run: _Run, trainer: FewBitsTrainer) -> None:
         trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     if any(isinstance(callback, Stopping) and callback.stopped for callback in trainer.callback_handler.callbacks):
         raise KeyboardInterrupt
-
-
-# ---- what comes out --------------------------------------------------------------------------------------------------
 
 
 def _finish(run: _Run, trainer: FewBitsTrainer, began: float) -> Trained:

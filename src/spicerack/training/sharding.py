@@ -84,7 +84,7 @@ class ShardedTrainer(FewBitsTrainer):
     """The Trainer for models that `shard` returned: the same steps, with checkpoints that are gathered and dealt
     out."""
 
-    def _wrap_model(self, model: nn.Module, *_args: Any, **_kwargs: Any) -> nn.Module:
+    def _wrap_model(self, model: nn.Module, *_args: object, **_kwargs: object) -> nn.Module:
         return _Wrapped(model, self)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -92,7 +92,7 @@ class ShardedTrainer(FewBitsTrainer):
         norm = self.accelerator.clip_grad_norm_(model.parameters(), float("inf")) if grad_norm is None else grad_norm
         return super()._get_grad_norm(model, norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
         """Leaves parameters sharded, which a forward without a backward does not, and which all others expect."""
         metrics = super().evaluate(*args, **kwargs)
         assert self.model is not None
@@ -101,11 +101,11 @@ class ShardedTrainer(FewBitsTrainer):
                 part.reshard()
         return metrics
 
-    def state_of_model(self) -> dict[str, Any]:
+    def state_of_model(self) -> dict[str, torch.Tensor]:
         """The model's tensors, gathered on the CPU of the first rank; {} in the others, which must call it, too."""
         assert self.model is not None
         names = set(super().state_of_model())
-        whole = get_model_state_dict(self.model, options=_WHOLE)
+        whole: dict[str, Any] = get_model_state_dict(self.model, options=_WHOLE)
         return {name: tensor for name, tensor in whole.items() if name in names}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

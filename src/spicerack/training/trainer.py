@@ -16,7 +16,7 @@ smoothing, evaluation by epochs, hub, hyper-parameter search) cannot be reached.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,7 +67,9 @@ class FewBitsTrainer(Trainer):
 
     # ---- what is minimised ----
 
-    def compute_loss(self, model: nn.Module, inputs: Any, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, torch.Tensor], *_args: object, **_kwargs: object
+    ) -> torch.Tensor:
         """Of one micro-batch, in nats a token: (1 - kl) cross-entropy + kl divergence. With kl = 1 no token is a
         label."""
         ids, numbers = inputs["input_ids"], inputs["numbers"]
@@ -116,7 +118,7 @@ class FewBitsTrainer(Trainer):
 
     # ---- how ----
 
-    def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Sampler[int]:
+    def _get_train_sampler(self, *_args: object, **_kwargs: object) -> Sampler[int]:
         assert isinstance(self.train_dataset, Order)
         return SequentialSampler(self.train_dataset)  # which is shuffled itself
 
@@ -150,11 +152,12 @@ class FewBitsTrainer(Trainer):
                 groups.setdefault((rates.get(id(part), lr), decays), []).append(part)
         return groups
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """The learning rate's, on top of each group's own; the decay's factor is set in front of each step."""
         if self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
-            stepped: Any = optimizer or self.optimizer
+            stepped = optimizer or self.optimizer
+            assert stepped is not None
             self.lr_scheduler = LambdaLR(
                 stepped, lambda step: rate(self.settings.schedule, step, num_training_steps, warmup)
             )
@@ -164,7 +167,7 @@ class FewBitsTrainer(Trainer):
     # ---- what is measured ----
 
     @torch.no_grad()
-    def evaluate(self, *_args: Any, **_kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *_args: object, **_kwargs: object) -> dict[str, float]:
         """Cross-entropy (`eval_loss`), and with a teacher the divergence from its predictions (`eval_kl`), held out.
 
         Means over the held-out rows in nats a token. Each rank takes its share; all compute equally often, as sharded
@@ -224,7 +227,7 @@ class FewBitsTrainer(Trainer):
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
 
-    def state_of_model(self) -> dict[str, Any]:
+    def state_of_model(self) -> dict[str, torch.Tensor]:
         """The model's tensors by their names, each under the first one that it has.
 
         transformers drops the second names of tied weights only where its own classes declare them; layers that train
@@ -232,14 +235,14 @@ class FewBitsTrainer(Trainer):
         """
         assert self.model is not None
         kept: set[int] = set()
-        state: dict[str, Any] = {}
+        state: dict[str, torch.Tensor] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if id(tensor) not in kept:
                 kept.add(id(tensor))
                 state[name] = tensor.detach()
         return state
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """As Trainer's, and then a mark that it is whole: a run that is killed before goes on from the one before."""
         super()._save_checkpoint(model, trial)
         if self.args.world_size > 1:

@@ -1,1 +1,2 @@
-"""Transforms, one file each: float weights moved so that they are easier to round."""
+"""Transforms, one file each: a block's float weights changed so that they are easier to round, and what it computes is
+not."""

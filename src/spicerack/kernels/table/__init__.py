@@ -1,1 +1,1 @@
-"""Kernels, one row each: what it runs, how it lays weights out, how it multiplies."""
+"""Kernels, one row each: what it runs, why not, how it lays weights out and how it multiplies."""

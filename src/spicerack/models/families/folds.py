@@ -7,6 +7,7 @@ projection only a weighted sum over tokens.
 """
 
 Fold = tuple[str, tuple[str, ...]]
+"""(source, readers)."""
 
 _ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")

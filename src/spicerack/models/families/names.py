@@ -1,6 +1,8 @@
 """Data only: what the parts of models are called in checkpoints, over all families that transformers knows.
 
 A name below is one component of a tensor's name (`model.layers.0.self_attn.q_proj.weight` has the component `q_proj`).
+A new family whose parts are called as others' are needs nothing here; one with words of its own adds them to these
+sets.
 """
 
 LINEAR = frozenset({
@@ -15,6 +17,7 @@ LINEAR = frozenset({
 """Linear layers beyond doubt, whatever their shape."""
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "decision_transformer", "imagegpt", "clvp", "clvp_decoder"})
+"""Families that have GPT-2's Conv1D."""
 CONV1D = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
 """GPT-2's Conv1D: a linear layer that stores [in, out]. Other families use these names for plain Linear."""
 
@@ -40,6 +43,7 @@ LINEAR_DESPITE_EMBED = frozenset({
     "predictor_embeddings", "decoder_embeddings", "relative_pos_embeddings", "box_linear_embeddings",
     "xpath_unitseq2_embeddings",
 })  # fmt: skip
+"""Matrices that are multiplied with, although they are called embeddings: of patches, boxes, classes ..."""
 
 HEADS = frozenset({
     "lm_head", "embed_out", "score", "classifier", "cls", "qa_outputs", "classification_head", "generator_lm_head",
@@ -58,9 +62,10 @@ GATES = frozenset({"gate", "wg", "gating"})
 """Routers anywhere in a name; and last components that are routers where they have one row per expert."""
 
 EXPERTS = frozenset({"experts", "expert"})
+"""Parents of experts, one by one or fused."""
 STACKED_EXPERTS = frozenset({"input_linear", "output_linear", "w13_weight", "w2_weight"})
 DBRX_EXPERTS = frozenset({"w1", "v1", "w2"})
-"""Parents of fused expert tensors [experts, out, in]; and fused tensors that have no such parent (Granite, JetMoE).
+"""Fused expert tensors [experts, out, in] that have no such parent (Granite, JetMoE), and DBRX's own.
 DBRX stacks its experts along the rows: [experts * inner, hidden], of which w2 is stored [in, out]."""
 
 EXPERTS_ONE_BY_ONE = frozenset({"JetMoeParallelExperts", "Llama4TextExperts"})

@@ -8,8 +8,14 @@ from typing import NamedTuple
 
 
 class Residual(NamedTuple):
-    """writers: layers of a block whose output is added to the stream. `folds` has the norms of a block and what reads
-    them."""
+    """Where a family's residual stream begins, is written to and ends, as modules in checkpoints.
+
+    embedding  what the stream begins with
+    blocks     the list of blocks
+    writers    layers of a block whose output is added to the stream; `folds` has a block's norms and what reads them
+    norm       the last norm, behind all blocks
+    head       what reads it
+    """
 
     embedding: str
     blocks: str

@@ -1,1 +1,1 @@
-"""Named schemes, one file each."""
+"""Named schemes, one file each: levels, block, and the types of scale and zero point."""

@@ -1,1 +1,1 @@
-"""Layouts of quantized tensors on disk, one file each."""
+"""Layouts of quantized tensors on disk, one file each: names, bytes and config, there and back."""

@@ -1,0 +1,77 @@
+"""What config.json says of a model, as far as all families say it: no torch, no transformers.
+
+Families call the same thing by many names, and models nest: one for text inside one for text and images. What is asked
+here is asked of all names, and the text model's word counts first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+"""What families call the number of blocks; the other names below are of the same kind."""
+HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "model_dim")
+INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+VOCABULARY = ("vocab_size", "n_vocab", "padded_vocab_size", "text_vocab_size")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
+_TEXT_MODELS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+_MAX_DEPTH = 6
+"""How deep models nest, at most: a stranger's file could nest for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What config.json says of the (text) model; None where it does not.
+
+    model_type  the family's name in transformers;  classes: of the model, as declared
+    dtype       float type that the weights are stored in
+    layers, hidden, heads, experts, vocabulary   how many: blocks, channels, heads, experts, tokens
+    """
+
+    model_type: str
+    classes: tuple[str, ...]
+    dtype: str | None
+    layers: int | None
+    hidden: int | None
+    heads: int | None
+    experts: int | None
+    vocabulary: int | None
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """The facts of config.json, those of a nested text model first. What is of the wrong type counts as not said."""
+    text: dict[str, Any] = next((config[key] for key in _TEXT_MODELS if isinstance(config.get(key), dict)), {})
+    merged = {**config, **text}
+    classes = config.get("architectures")
+    dtype = merged.get("dtype") or merged.get("torch_dtype")
+    return Architecture(
+        model_type=str(config.get("model_type", "unknown")),
+        classes=tuple(map(str, classes)) if isinstance(classes, list) else (),
+        dtype=dtype if isinstance(dtype, str) else None,
+        layers=_first(merged, *LAYERS),
+        hidden=_first(merged, *HIDDEN),
+        heads=_first(merged, *_HEADS),
+        experts=_first(merged, *EXPERTS),
+        vocabulary=_first(merged, "vocab_size", "n_vocab"),
+    )
+
+
+def nested(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The config itself, and all configs inside it, to a depth of six."""
+    yield config
+    if depth < _MAX_DEPTH:
+        for value in config.values():
+            if isinstance(value, dict):
+                yield from nested(value, depth + 1)
+
+
+def sizes(configs: Iterable[Mapping[str, Any]], *keys: str) -> frozenset[int]:
+    """All numbers above 0 that stand under one of these names in one of the configs."""
+    return frozenset(c[key] for c in configs for key in keys if type(c.get(key)) is int and c[key] > 0)
+
+
+def _first(config: Mapping[str, Any], *keys: str) -> int | None:
+    return next((config[key] for key in keys if type(config.get(key)) is int), None)

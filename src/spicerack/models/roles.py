@@ -1,0 +1,124 @@
+"""What one tensor of a checkpoint is, from its name, its shape and what config.json says of sizes.
+
+Where that is not enough it says "other", and what is "other" stays in float: a matrix that could be a table of tokens
+is not guessed to be a linear layer, because what is guessed wrong here is quantized wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spicerack.models.config import EXPERTS, HIDDEN, INNER, VOCABULARY, nested, sizes
+from spicerack.models.families import names
+
+Role = Literal[
+    "linear", "conv1d", "embedding", "head", "router", "norm", "bias", "experts", "conv", "other"
+]  # fmt: skip
+
+_NORM = re.compile(r".*norm\d*$|.*norm_.*|^(ln|bn)(_?\w+)?$", re.IGNORECASE)
+_EMBEDDING = re.compile(r".*_(embeddings?|embeds?|emb)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What of config.json tells tensors apart; sets, because models nest.
+
+    types            families;  vocabularies: sizes of vocabularies;  hidden: channels between blocks
+    widths           of hidden and inner layers: numbers of rows that say nothing about a vocabulary
+    experts          numbers of experts
+    fused_attention  what tensors are called in front of `in_proj_weight`: torch's own attention modules
+    """
+
+    types: frozenset[str]
+    vocabularies: frozenset[int]
+    widths: frozenset[int]
+    hidden: frozenset[int]
+    experts: frozenset[int]
+    fused_attention: frozenset[str]
+
+
+def facts_of(config: Mapping[str, Any], tensors: Iterable[str]) -> Facts:
+    """The facts of a config.json and of the tensors' names."""
+    inside = tuple(nested(config))
+    return Facts(
+        types=frozenset(c["model_type"] for c in inside if isinstance(c.get("model_type"), str)),
+        vocabularies=sizes(inside, *VOCABULARY),
+        widths=sizes(inside, *HIDDEN, *INNER),
+        hidden=sizes(inside, *HIDDEN),
+        experts=sizes(inside, *EXPERTS),
+        fused_attention=frozenset(n.removesuffix("in_proj_weight") for n in tensors if n.endswith("in_proj_weight")),
+    )
+
+
+def role_of(name: str, shape: tuple[int, ...], facts: Facts) -> Role:
+    """The role of the tensor `name` of this stored shape."""
+    parts = name.split(".")
+    owner = parts[-2] if len(parts) > 1 else ""  # the module, if parts[-1] is its parameter
+    if parts[-1].endswith("bias"):
+        return "bias" if len(shape) <= 2 else "other"
+    if len(shape) < 2:
+        return "norm" if len(shape) == 1 and _NORM.match(owner if parts[-1] == "weight" else parts[-1]) else "other"
+    if _is_experts(parts, shape):
+        return "experts"
+    if parts[-1] != "weight" or not owner:
+        return "other"  # a bare parameter: no layer class that we could replace
+    if len(shape) > 2:
+        return "conv"
+    if owner == "out_proj" and name.removesuffix("out_proj.weight") in facts.fused_attention:
+        return "other"  # torch's MultiheadAttention reads this weight itself: no layer to replace
+    return _matrix_role(parts[:-1], shape, facts)
+
+
+def is_transposed(name: str, role: Role, shape: tuple[int, ...], facts: Facts) -> bool:
+    """Whether a matrix is stored [..., in, out]. Shapes decide; for square ones, the family."""
+    if role != "experts":
+        return role == "conv1d"
+    if len(shape) == 2:
+        return name.endswith(".w2")
+    if len(facts.hidden) == 1 and (shape[1] in facts.hidden) != (shape[2] in facts.hidden):
+        writes_hidden = any(part in name.split(".") for part in ("down_proj", "w2", "wo", "output_linear", "w2_weight"))
+        return (shape[2] in facts.hidden) == writes_hidden
+    return bool(facts.types & names.EXPERTS_IN_OUT)
+
+
+def _is_experts(parts: list[str], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor holds the matrices of several experts, stacked along an axis, or along the rows as DBRX does."""
+    stacked = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
+    in_experts = any(part in names.EXPERTS for part in parts[:-1]) and "conv" not in stacked
+    if len(shape) == 2:
+        return in_experts and parts[-1] in names.DBRX_EXPERTS
+    return len(shape) == 3 and (in_experts or stacked in names.STACKED_EXPERTS)
+
+
+def _matrix_role(module: list[str], shape: tuple[int, ...], facts: Facts) -> Role:
+    """The role of a 2-D `<module>.weight`: names beyond doubt first, then names that need a shape to mean something.
+
+    A name that nobody knows is a linear layer's, unless the matrix has as many rows or columns as a vocabulary.
+    """
+    last = module[-1]
+    vocabulary = shape[0] in facts.vocabularies
+    if any(part in names.ROUTERS for part in module):
+        return "router"
+    if last in names.GATES and (shape[0] in facts.experts or "moe" in "".join(module[:-1])):
+        return "router"
+    if last in names.CONV1D and facts.types & names.CONV1D_TYPES:
+        return "conv1d"
+    if _is_embedding(last):
+        return "embedding"
+    if any(part in names.HEADS for part in module) or (last in names.HEADS_BY_SHAPE and vocabulary):
+        return "head"
+    if last in names.LINEAR:
+        return "linear"
+    if any(part.startswith("mtp") for part in module):
+        return "other"  # heads that predict several tokens: what is in them has no common names
+    size_is_telling = facts.vocabularies - facts.widths
+    return "other" if not size_is_telling.isdisjoint(shape) else "linear"
+
+
+def _is_embedding(last: str) -> bool:
+    if last in names.EMBEDDINGS:
+        return True
+    return _EMBEDDING.match(last) is not None and last not in names.LINEAR_DESPITE_EMBED
