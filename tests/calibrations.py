@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,33 @@ def saved(family: str, folder: Path) -> Path:
     return folder
 
 
+def uneven_llama(folder: Path) -> Path:
+    """A Llama with a few channels of every norm 40 times as large, and the columns behind them a tenth."""
+    model = families.build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, readers in (
+                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                norm.weight[[3, 17]] *= 40
+                for reader in readers:
+                    reader.weight[:, [3, 17]] /= 10
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
     """Gram, pull and weight that GPTQ was given, in order; it changes nothing: all layers are rounded to nearest."""
-    seen: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
+    given: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
 
     def keep(w: torch.Tensor, start: Any, gram: torch.Tensor, pull: torch.Tensor | None = None) -> Any:
-        seen.append((gram.double(), None if pull is None else pull.double(), w.double()))
+        given.append((gram.double(), None if pull is None else pull.double(), w.double()))
         return Solved(start)
 
-    monkeypatch.setattr(gptq, "solve", keep)
-    return seen
+    monkeypatch.setattr(gptq, "SOLVER", dataclasses.replace(gptq.SOLVER, solve=keep))
+    return given
 
 
 def made(ids: torch.Tensor, mask: torch.Tensor | None) -> Calibration:

@@ -110,8 +110,8 @@ def decide(source: Checkpoint, what: Recipe, *, shard_bytes: int = SHARD_BYTES) 
         raise CheckpointError(
             f"{source.folder} is quantized already", "start from the float model: every rounding adds up"
         )
-    if what.method is not None and what.method.rotates:
-        source = rotate(source)
+    if what.method is not None and what.method.rotation is not None:
+        source = rotate(source, what.method.rotation)
     seen = census.take(source)
     entries = seen.entries
     tied = {_module(alias): _module(owner) for alias, owner in seen.tied.items()}

@@ -15,8 +15,8 @@ from typing import Any, overload
 import torch
 
 from spicerack.algorithms import method as methods
+from spicerack.algorithms import solver as solvers
 from spicerack.algorithms.method import Method
-from spicerack.algorithms.solvers import hqq
 from spicerack.errors import RecipeError, SchemeError, UsageError
 from spicerack.kernels.kernel import Compute
 from spicerack.machine import devices
@@ -30,17 +30,17 @@ from spicerack.quantization.calibration import loop
 from spicerack.quantization.calibration.chunks import Text
 from spicerack.quantization.calibration.states import Solutions, blocks_folder, clear
 from spicerack.quantization.job import Action, Job, prepare
-from spicerack.quantization.memory import Plan
+from spicerack.quantization.memory import MemoryPlan
 from spicerack.quantization.module import quantize_module
-from spicerack.quantization.recipe import ObserverName, Range, Recipe, Rule, check_observer, check_range
-from spicerack.quantization.watch import Finished, Trial
+from spicerack.quantization.recipe import Range, Recipe, Rule, check_observer, check_range
+from spicerack.quantization.watch import Finished, Trial, Watch
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER, RUN
 from spicerack.storage.ledger import Entry, Ledger
 from spicerack.storage.writer import SHARD_BYTES, ShardWriter, Writer
 from spicerack.text.calibration import Calibration
 
-OBSERVER: ObserverName = "percentile"
+OBSERVER = "percentile"
 """The best measured (docs/quality.md)."""
 Progress = Callable[[int], None]
 
@@ -91,7 +91,7 @@ def quantize(
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a summary of it.
 
     scheme: a name such as "w4g128", a Scheme, or a Recipe. range_: "opt" (default) or "absmax"; method: a chain
-    such as "gptq" or "awq+gptq", for folders; observer: of `recipe.OBSERVERS`, for static activations; all three win
+    such as "gptq" or "awq+gptq", for folders; observer: such as "mse", for static activations; all three win
     over the Recipe's. calibration: what flows through a folder's model, of `calibration.read`. rules: "PATTERN=SCHEME"
     or "PATTERN=skip"; later ones win, and all over the Recipe's. device: where a folder's blocks compute while they are
     calibrated.
@@ -145,7 +145,7 @@ def calibrated(what: Recipe, with_text: bool) -> Recipe:
     return dataclasses.replace(what, method=method, observer=observer)
 
 
-def plan(job: Job, calibration: Calibration | None, memory: int | None) -> Plan:
+def plan(job: Job, calibration: Calibration | None, memory: int | None) -> MemoryPlan:
     """What will be in memory. Raises UsageError if that cannot be made to fit in `memory` bytes."""
     text = None if calibration is None else (len(calibration.ids), calibration.ids.shape[1])
     return calibrating_plan.make(job, text, memory)
@@ -184,7 +184,7 @@ def execute(
         try:
             loop.run(
                 job, Text(calibration, planned.sequences), blocks_folder(output), threads=threads,
-                device=device, ranks=ranks, finished=finished, stopping=stopping,
+                device=device, ranks=ranks, watch=_Callbacks(finished, stopping),
             )  # fmt: skip
         except torch.OutOfMemoryError as error:  # of a GPU
             raise UsageError(
@@ -238,6 +238,19 @@ def execute(
     return result
 
 
+class _Callbacks(Watch):
+    """The calibrated loop's watch, as `execute` is given it."""
+
+    def __init__(self, finished: Callable[[Finished], None], stopping: Callable[[], bool]) -> None:
+        self._finished, self._stopping = finished, stopping
+
+    def finished(self, block: Finished) -> None:
+        self._finished(block)
+
+    def stopping(self) -> bool:
+        return self._stopping()
+
+
 def _one(job: Job, action: Action, out: ShardWriter, solved: Solutions, threads: int) -> Entry:
     """Read, quantize or copy, write one tensor -> its ledger entry."""
     name = action.info.name
@@ -254,9 +267,9 @@ def _one(job: Job, action: Action, out: ShardWriter, solved: Solutions, threads:
         q, events, error = solved.read(name, p), solved.events(name), solved.error(name)
     else:
         q = rounding.to_nearest(w, p.scheme, range_=job.recipe.range_, name=name, threads=threads)
-        if job.recipe.method is not None and job.recipe.method.solver == "hqq":
-            found = hqq.solve(w, q)
-            q, events = found.q, list(found.events)
+        if job.recipe.method is not None:
+            alone = solvers.solve_weight(job.recipe.method.solver, w, q)
+            q, events = alone.q, list(alone.events)
         error = rounding.relative_error(w, q, threads=threads)
     for key, tensor in job.format.encode(p, q).items():
         out.write(key, tensor)

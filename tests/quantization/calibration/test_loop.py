@@ -13,7 +13,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from calibrations import made, saved, text
+from calibrations import grams, made, saved, text  # noqa: F401  # the fixture
 from conftest import STDLIB_LM, LlamaFolder, importing
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
@@ -57,7 +57,11 @@ def inputs_of(model: PreTrainedModel, names: list[str], given: Calibration) -> d
 
 @pytest.mark.parametrize(("family", "padded"), [("llama", False), ("bert", True), ("gpt2", False), ("qwen3", False)])
 def test_statistics_are_those_of_what_flows_behind_quantized_layers(
-    family: str, padded: bool, tmp_path: Path, grams: list[Any], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    padded: bool,
+    tmp_path: Path,
+    grams: list[Any],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With float scales, the result itself is the model in which each layer saw what it was solved for."""
     monkeypatch.setattr(memory, "TOKENS", 100)  # several chunks
@@ -105,7 +109,9 @@ def test_families_get_nearer_to_the_float_model(family: str, tmp_path: Path) -> 
 
 
 def test_layers_that_only_some_of_the_text_reaches(
-    tmp_path: Path, grams: list[Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    grams: list[Any],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As experts are: the last chunk, a single sequence, takes another way through the block."""
 
