@@ -24,7 +24,7 @@ bench: $(PEERS)
 	$(BIN)/python benchmarks/models.py
 
 # torch goes first and by its full range, so that nothing that depends on it pulls another build.
-$(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/* native/kernels/*)
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/* native/kernels/* native/quantizers/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch>=2.6,<2.14"

@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 import spicerack
-from spicerack.evaluation.bench import take_turns
 from spicerack.evaluation.intervals import mean_interval
+from spicerack.evaluation.turns import take_turns
 from spicerack.models.bundled import language_model
 from spicerack.nn.cache import QuantizedCache, nbytes
 from spicerack.nn.cache_blocks import CacheScheme

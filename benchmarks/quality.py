@@ -21,7 +21,7 @@ import torch
 
 import spicerack
 from spicerack.evaluation.encoder import EncoderComparison
-from spicerack.evaluation.evaluate import measure
+from spicerack.evaluation.evaluate import EvaluationOptions, measure
 from spicerack.evaluation.language import Comparison
 from spicerack.models.bundled import encoder as minilm
 from spicerack.models.bundled import language_model
@@ -87,7 +87,8 @@ def main(
                 made = spicerack.quantize(source, scheme, output=folder, rules=map(skip, skipped), **options)
                 bits = made["bits_per_weight"]
                 dtype = None if encoder else torch.float32
-                figures = measure(folder, against=source, text=heldout, max_tokens=max_tokens, dtype=dtype).figures
+                conditions = EvaluationOptions(text=heldout, max_tokens=max_tokens, dtype=dtype)
+                figures = measure(folder, against=source, options=conditions).figures
                 if isinstance(figures, EncoderComparison):
                     cells.append(f"{figures.mean:.5f}, {float(figures.cosine.min()):.4f}")
                 else:

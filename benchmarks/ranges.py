@@ -16,7 +16,7 @@ import torch
 
 import spicerack
 from spicerack.evaluation.encoder import EncoderComparison
-from spicerack.evaluation.evaluate import Evaluation, measure
+from spicerack.evaluation.evaluate import Evaluation, EvaluationOptions, measure
 from spicerack.evaluation.language import Comparison, paired_difference
 from spicerack.models.bundled import encoder, language_model
 from spicerack.numerics.search import Range
@@ -38,12 +38,13 @@ def language(work: Path, max_tokens: int) -> None:
     click.echo("| scheme | bits | KL absmax | KL opt | opt - absmax, 95 % | same top token | perplexity |")
     click.echo("|---|---|---|---|---|---|---|")
     floor = perplexity = 0.0
+    options = EvaluationOptions(max_tokens=max_tokens, dtype=torch.float32)
     for scheme in SCHEMES:
         found: dict[Range, Comparison] = {}
         for range_ in RANGES:
             folder = work / f"lm-{scheme}-{range_}"
             bits = spicerack.quantize(language_model(), scheme, output=folder, range_=range_)["bits_per_weight"]
-            evaluation = measure(folder, against=language_model(), max_tokens=max_tokens, dtype=torch.float32)
+            evaluation = measure(folder, against=language_model(), options=options)
             assert isinstance(evaluation.figures, Comparison)
             found[range_] = evaluation.figures
             floor = evaluation.noise_floor

@@ -14,8 +14,8 @@ function(set_options target)
   target_compile_options(${target} PRIVATE ${exact} ${ARGN})
 endfunction()
 
-# Some sources are compiled once per instruction set, each time in a namespace of its own; dispatch.cpp and
-# kernels/engines.cpp pick at run time, so one binary runs on every processor of its architecture.
+# Some sources are compiled once per instruction set, each time in a namespace of its own; quantizers/dispatch.cpp
+# and kernels/engines.cpp pick at run time, so one binary runs on every processor of its architecture.
 function(add_isa target sources isa)
   add_library(${target}_${isa} OBJECT ${sources})
   set_options(${target}_${isa} ${ARGN})
@@ -25,12 +25,12 @@ endfunction()
 
 set(native ${CMAKE_CURRENT_LIST_DIR})
 set(engine ${native}/kernels/linear.cpp ${native}/kernels/attention.cpp)
-set(quantizer ${native}/search.cpp ${native}/fake.cpp)
+set(quantizer ${native}/quantizers/search.cpp ${native}/quantizers/fake.cpp)
 find_package(Threads REQUIRED)
 add_library(kernels STATIC ${native}/kernels/engines.cpp ${native}/kernels/layout.cpp ${native}/kernels/team.cpp)
 set_options(kernels)
 target_link_libraries(kernels PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
-add_library(quantizers STATIC ${native}/dispatch.cpp ${native}/pack.cpp)
+add_library(quantizers STATIC ${native}/quantizers/dispatch.cpp ${native}/quantizers/pack.cpp)
 set_options(quantizers)
 add_isa(kernels "${engine}" scalar)
 add_isa(quantizers "${quantizer}" baseline)

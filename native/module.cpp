@@ -13,11 +13,11 @@
 #include <memory>
 #include <stdexcept>
 
-#include "dispatch.h"
 #include "kernels/kernel.h"
 #include "kernels/layout.h"
 #include "kernels/team.h"
-#include "pack.h"
+#include "quantizers/dispatch.h"
+#include "quantizers/pack.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import families
-import pytest
 import torch
 
-from spicerack.algorithms.solved import Solved
-from spicerack.algorithms.solvers import gptq
+from spicerack.quantization.watch import Watch
 from spicerack.text.calibration import Calibration
 
 
@@ -43,18 +40,13 @@ def uneven_llama(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-    """Gram, pull and weight that GPTQ was given, in order; it changes nothing: all layers are rounded to nearest."""
-    given: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
-
-    def keep(w: torch.Tensor, start: Any, gram: torch.Tensor, pull: torch.Tensor | None = None) -> Any:
-        given.append((gram.double(), None if pull is None else pull.double(), w.double()))
-        return Solved(start)
-
-    monkeypatch.setattr(gptq, "SOLVER", dataclasses.replace(gptq.SOLVER, solve=keep))
-    return given
-
-
 def made(ids: torch.Tensor, mask: torch.Tensor | None) -> Calibration:
     return Calibration(ids, mask, "of no text", 0.0, "made up")
+
+
+class Watching(Watch):
+    """Calls what it is given, each where it is a Watch's to be called."""
+
+    def __init__(self, *, finished: Any = None, tried: Any = None, stopping: Any = None, progress: Any = None) -> None:
+        given = {"finished": finished, "tried": tried, "stopping": stopping, "progress": progress}
+        vars(self).update({name: call for name, call in given.items() if call is not None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from spicerack.algorithms.solved import Solved
+from spicerack.algorithms.solvers import gptq
 from spicerack.kernels import kernel
 from spicerack.numerics.scheme import parse
 
@@ -97,6 +100,19 @@ def reference_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers compute with decoded weights in torch, to the bit, where a test is about something other than kernels."""
     reference = [kernel.get("reference")]
     monkeypatch.setattr(kernel, "table", lambda: reference)
+
+
+@pytest.fixture
+def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Gram, pull and weight that GPTQ was given, in order; it changes nothing: all layers are rounded to nearest."""
+    given: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
+
+    def keep(w: torch.Tensor, start: Any, gram: torch.Tensor, pull: torch.Tensor | None = None) -> Any:
+        given.append((gram.double(), None if pull is None else pull.double(), w.double()))
+        return Solved(start)
+
+    monkeypatch.setattr(gptq, "SOLVER", dataclasses.replace(gptq.SOLVER, solve=keep))
+    return given
 
 
 def kernel_here(scheme: str) -> str:

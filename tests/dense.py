@@ -25,7 +25,7 @@ def decoded_folder(quantized: Path, destination: Path) -> Path:
     ledger = json.loads((quantized / LEDGER).read_text())["tensors"]
     names = {entry["tensor"].removesuffix(".weight"): entry["tensor"] for entry in ledger}
     tensors = {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
-    for planned in fmt.plan(checkpoint).values():
+    for planned in fmt.contents(checkpoint).values():
         parts = {name: tensors.pop(name) for name in fmt.layout(planned)}
         tensors[names[planned.module]] = codec.decode(fmt.decode(planned, parts), planned.source_dtype).contiguous()
     shutil.copytree(quantized, destination, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))

@@ -104,7 +104,7 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
     fmt = of_folder(checkpoint)
     assert fmt is not None
     found = {}
-    for name, planned in fmt.plan(checkpoint).items():
+    for name, planned in fmt.contents(checkpoint).items():
         tensors = {key: checkpoint.read(key) for key in fmt.layout(planned)}
         found[name] = fmt.decode(planned, tensors).codes
     return found

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from peers.layer import Prepared
-from spicerack.runtime.hf import CACHES
+from spicerack.models.families.names import KEY_VALUE_CACHES
 
 _FILE = "model.safetensors"
 
@@ -155,7 +155,7 @@ def in_torch(model: Any) -> Prepared:
     def turn(decode: int = DECODE) -> dict[str, float]:
         begin = time.perf_counter()
         step = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        token, name = step.logits[:, -1:].argmax(-1), next(name for name in CACHES if name in step)
+        token, name = step.logits[:, -1:].argmax(-1), next(name for name in KEY_VALUE_CACHES if name in step)
         cache = {name: step[name]}
         middle = time.perf_counter()
         for _ in range(decode):

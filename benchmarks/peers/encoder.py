@@ -18,7 +18,7 @@ import spicerack
 from peers.layer import Prepared, timed
 from spicerack.evaluation.encoder import pool
 from spicerack.evaluation.sentences import SENTENCES
-from spicerack.text import tokenizer as tokenizing
+from spicerack.text.tokenizer import read_tokenizer
 
 Run = Callable[[NDArray[np.int64], NDArray[np.int64]], torch.Tensor]
 """ids, mask [B, L] -> hidden states [B, L, H]."""
@@ -40,7 +40,7 @@ class Encoder:
 
     def sentences(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """ids and mask of the built-in sentences, in padded batches of 16."""
-        tokenizer = tokenizing.read(self.folder, AutoConfig.from_pretrained(self.folder))
+        tokenizer = read_tokenizer(self.folder, AutoConfig.from_pretrained(self.folder))
         for i in range(0, len(SENTENCES), 16):
             inputs = tokenizer(list(SENTENCES[i : i + 16]), padding=True, truncation=True, max_length=128)
             yield np.array(inputs["input_ids"], np.int64), np.array(inputs["attention_mask"], np.int64)

@@ -1,5 +1,5 @@
 // Fake quantization against the formula, value by value: the same bits on every instruction set, sums to a bound.
-#include "../dispatch.h"
+#include "../quantizers/dispatch.h"
 #include "support.h"
 
 using namespace spicerack;

@@ -19,6 +19,8 @@ Each carries a `hint`: the remedy, in one sentence. The command line prints both
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class SpicerackError(Exception):
     """Base of all deliberate errors: a message that names the thing, and a hint that names the remedy."""
@@ -82,3 +84,13 @@ class TrainingError(SpicerackError):
 
 class LoadError(SpicerackError):
     """A quantized folder does not fit the model that it names."""
+
+
+def listed(items: Sequence[str], most: int, noun: str = "", *, between: str = ", ") -> str:
+    """The first `most` of the items, and how many more there are, for messages: "a, b, c and 4 more layers".
+
+    noun: what the items are, where the sentence does not say it. between: a line break and what each line begins with,
+    for items that have a line each; then the rest has one, too.
+    """
+    more = f"{' ' if between == ', ' else between}and {len(items) - most} more" if len(items) > most else ""
+    return between.join(items[:most]) + more + (f" {noun}" if more and noun else "")

@@ -78,7 +78,7 @@ def test_logits_stay(family: str, tmp_path: Path) -> None:
     assert not torch.equal(other.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
-def calibrated(vocabulary: int) -> Calibration:
+def decided(vocabulary: int) -> Calibration:
     ids = torch.randint(3, vocabulary, (12, 24), generator=torch.Generator().manual_seed(0))
     return Calibration(ids, None, "of no text", 0.0, "made up")
 
@@ -88,7 +88,7 @@ def calibrated(vocabulary: int) -> Calibration:
 @torch.no_grad()
 def test_a_rotated_model_is_quantized(method: str, tied: bool, llama_folder: LlamaFolder, tmp_path: Path) -> None:
     source = llama_folder(tie_word_embeddings=tied)
-    text = calibrated(200) if "gptq" in method else None
+    text = decided(200) if "gptq" in method else None
     spicerack.quantize(source, "w8", output=tmp_path / "out", method=method, calibration=text)
     out, model = spicerack.load(tmp_path / "out", compute="float"), spicerack.load(source)
     ids = torch.randint(3, 200, (2, 16), generator=torch.Generator().manual_seed(5))

@@ -90,4 +90,4 @@ def test_other_number_systems_are_rounded_and_said() -> None:
     start = codec.encode(w, parse("nf4"))
     solved = solver.solve_weight("hqq", w, start)
     assert solved.q is start
-    assert solved.events == ("hqq cannot do nf4 (its levels are a table): rounded to nearest",)
+    assert solved.events == ("hqq cannot do nf4 (its levels are a table, not integers): rounded to nearest",)

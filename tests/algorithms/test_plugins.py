@@ -27,7 +27,7 @@ from spicerack.quantization import memory
 from spicerack.quantization.calibration import observers
 from spicerack.quantization.job import Job, prepare
 from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import calibrated
+from spicerack.quantization.run import decided
 
 Drop = Callable[[ModuleType, str, str], None]
 """Folder of plug-ins, name of the new one, its file's text."""
@@ -53,7 +53,7 @@ def drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drop]:
 
 
 def job(source: Path, scheme: str, chain: str) -> Job:
-    return prepare(source, calibrated(Recipe(parse(scheme), method=method.parse(chain)), True))
+    return prepare(source, decided(Recipe(parse(scheme), method=method.parse(chain)), True))
 
 
 def entries(folder: Path) -> dict[str, dict[str, Any]]:

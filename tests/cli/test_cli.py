@@ -8,9 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
-from spicerack.cli import COMMANDS, _output, cli
+import spicerack.cli
+from spicerack import plugins
+from spicerack.cli import _output, cli
+from spicerack.cli._commands import about
 
 
 def run(*args: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -54,9 +58,65 @@ def test_the_first_help_comes_at_once() -> None:
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in COMMANDS:
+    for name in cli.list_commands(click.Context(cli)):
         assert in_process(name, "--help") == 0
         assert "Usage" in capsys.readouterr().out
+
+
+def test_commands_come_in_the_order_of_a_model_s_way() -> None:
+    names = cli.list_commands(click.Context(cli))
+    assert names == ["inspect", "quantize", "train", "eval", "bench", "generate", "kernels", "demo"]
+    files = {path.stem for path in Path(spicerack.cli.__file__).parent.glob("[!_]*.py")}
+    assert set(names) == files
+
+
+DROPPED = """
+import click
+
+from spicerack.cli import _output
+from spicerack.cli._commands import About
+
+ABOUT = About(place=25, summary="Counts the letters of a word.", resumes=True)
+
+
+@click.command()
+@click.argument("word")
+@_output.json_option
+def command(word: str, as_json: bool) -> None:
+    if not word:
+        raise KeyboardInterrupt
+    _output.emit({"letters": len(word)})
+"""
+
+
+def test_a_new_command_is_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Listed where it says and with what it says, before it is imported; then run; its own words on Ctrl+C."""
+    (tmp_path / "letters.py").write_text(DROPPED)
+    (tmp_path / "_helper.py").write_text("raise AssertionError('an underscore is no command')")
+    monkeypatch.setattr(spicerack.cli, "__path__", [*spicerack.cli.__path__, str(tmp_path)])
+    plugins.names.cache_clear()
+    try:
+        assert in_process("--help") == 0
+        shown = capsys.readouterr().out
+        assert "spicerack.cli.letters" not in sys.modules
+        order = [shown.index(text) for text in ("quantize", "letters", "Counts the letters of a word.", "train")]
+        assert order == sorted(order)
+        assert in_process("letters", "lemon", "--json") == 0
+        assert json.loads(capsys.readouterr().out) == {"letters": 5}
+        assert in_process("letters", "", "--json") == 130
+        assert "continues" in json.loads(capsys.readouterr().out)["hint"]
+    finally:
+        plugins.names.cache_clear()
+        sys.modules.pop("spicerack.cli.letters", None)
+
+
+def test_a_file_that_says_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mute.py").write_text("command = None")
+    monkeypatch.setattr(spicerack.cli, "__path__", [*spicerack.cli.__path__, str(tmp_path)])
+    with pytest.raises(LookupError, match=r"mute\.py declares no ABOUT"):
+        about("mute")
 
 
 def test_quantize_prints_one_json_object(llama_folder, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import spicerack
-from spicerack.cli._demo import Row, Subject, run, subjects
-from spicerack.evaluation.evaluate import measure
+from spicerack.cli._demo import Subject, Variant, run, subjects
+from spicerack.evaluation.encoder import EncoderComparison
+from spicerack.evaluation.evaluate import EvaluationOptions, measure
 from spicerack.evaluation.language import Comparison, paired_difference
 from spicerack.models.bundled import encoder, language_model
 
@@ -18,11 +19,16 @@ from spicerack.models.bundled import encoder, language_model
 @pytest.mark.parametrize(("scheme", "share", "cosine"), [("w8", 0.27, 0.999), ("w4g32z", 0.16, 0.97)])
 def test_the_encoder_keeps_its_promises(tmp_path: Path, scheme: str, share: float, cosine: float) -> None:
     """Bytes of codes, scales and zeros over the float32 bytes of the same layers; 80 varied sentences."""
-    subject = Subject("MiniLM", encoder(), False, (Row(scheme, scheme),))
+    subject = Subject("MiniLM", encoder(), False, (Variant(scheme, scheme),))
     original, quantized = run(subject, tmp_path, lambda doing: None)
-    assert quantized["layer_bytes"] <= share * original["layer_bytes"]
-    assert quantized["sentences"] >= 64 and quantized["cosine_mean"] >= cosine
-    assert quantized["bytes_on_disk"] < original["bytes_on_disk"] and quantized["sample"]
+    assert quantized.layer_bytes <= share * original.layer_bytes
+    assert quantized.evaluation is not None
+    figures = quantized.evaluation.figures
+    assert isinstance(figures, EncoderComparison)
+    assert len(figures.cosine) >= 64 and figures.mean >= cosine
+    assert quantized.timing.bytes_on_disk < original.timing.bytes_on_disk and quantized.sample
+    shown = quantized.as_dict()
+    assert shown["cosine_mean"] == figures.mean and shown["label"] == scheme and "cosine_mean" not in original.as_dict()
 
 
 @pytest.mark.slow
@@ -30,9 +36,10 @@ def test_the_encoder_keeps_its_promises(tmp_path: Path, scheme: str, share: floa
 def test_opt_is_no_worse_than_absmax(tmp_path: Path, scheme: str) -> None:
     """Mean KL on held-out text, beyond the 95 % interval paired over windows. docs/quality.md has it on more text."""
     found = {}
+    options = EvaluationOptions(max_tokens=4096, dtype=torch.float32)
     for range_ in ("opt", "absmax"):
         spicerack.quantize(language_model(), scheme, output=tmp_path / range_, range_=range_)
-        figures = measure(tmp_path / range_, against=language_model(), max_tokens=4096, dtype=torch.float32).figures
+        figures = measure(tmp_path / range_, against=language_model(), options=options).figures
         assert isinstance(figures, Comparison)
         found[range_] = figures
     difference = paired_difference(found["opt"], found["absmax"])
@@ -46,11 +53,11 @@ def test_every_way_in_the_demo_can_be_planned() -> None:
     from spicerack.quantization.recipe import Recipe, rule
 
     for subject in subjects():
-        for row in subject.rows:
-            job = prepare(subject.folder, Recipe(parse(row.scheme)).then(map(rule, row.rules)))
+        for variant in subject.variants:
+            job = prepare(subject.folder, Recipe(parse(variant.scheme)).then(map(rule, variant.rules)))
             assert job.bytes_after < job.bytes_before
             embeddings = [a for a in job.actions if a.planned is not None and a.role == "embedding"]
-            assert len(embeddings) == len(row.rules)
+            assert len(embeddings) == len(variant.rules)
 
 
 def test_the_language_model_is_what_its_page_says() -> None:

@@ -15,7 +15,9 @@ from spicerack.cli import _output, cli
 from spicerack.cli import bench as command_module
 from spicerack.errors import UsageError
 from spicerack.evaluation import bench as module
-from spicerack.evaluation.bench import bench, bytes_on_disk, resident_bytes, take_turns
+from spicerack.evaluation.bench import BenchOptions, bench, bytes_on_disk, resident_bytes
+from spicerack.evaluation.timing import Benchmark, Speed, Timing
+from spicerack.evaluation.turns import EncoderTurn, take_turns
 from spicerack.models.bundled import encoder
 from spicerack.quantization.run import quantize
 from spicerack.runtime.load import load
@@ -54,26 +56,30 @@ def test_a_language_model_beside_its_quantized_copy(llama_folder, tmp_path: Path
     model, out = llama_folder(dtype=torch.bfloat16), tmp_path / "out"
     quantize(model, "w4g32", output=out)
     before = torch.get_num_threads()
-    result = bench(out, against=model, threads=1, float32=True, **SMALL)
+    result = bench(out, against=model, options=BenchOptions(threads=1, float32=True, **SMALL))
     assert torch.get_num_threads() == before
-    assert [row["name"] for row in result["rows"]] == ["original", "quantized", "original, float32"]
-    original, quantized, full = result["rows"]
-    assert [row["compute"] for row in result["rows"]] == [
+    assert [timing.name for timing in result.models] == ["original", "quantized", "original, float32"]
+    original, quantized, full = result.models
+    assert (original, quantized) == (result.original, result.quantized)
+    assert [timing.compute for timing in result.models] == [
         "torch/bfloat16",
         f"{kernel_here('w4g32')}/bfloat16",
         "torch/float32",
     ]
-    for row in result["rows"]:
-        for figure in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            assert 0 < row[f"{figure}_min"] <= row[figure] <= row[f"{figure}_max"]
-        assert "items_per_s" not in row
-    assert result["speedup"] == quantized["decode_tokens_per_s"] / original["decode_tokens_per_s"]
-    assert original["bytes_on_disk"] == (model / "model.safetensors").stat().st_size == bytes_on_disk(model)
-    assert quantized["resident_bytes"] < original["resident_bytes"], "weights stay packed after they were used"
+    for timing in result.models:
+        assert list(timing.speeds) == ["prefill_tokens_per_s", "decode_tokens_per_s"]
+        assert all(0 < speed.least <= speed.median <= speed.most for speed in timing.speeds.values())
+    medians = [timing.speeds["decode_tokens_per_s"].median for timing in result.models]
+    assert result.speedup == medians[1] / medians[0]
+    assert original.bytes_on_disk == (model / "model.safetensors").stat().st_size == bytes_on_disk(model)
+    assert quantized.resident_bytes < original.resident_bytes, "weights stay packed after they were used"
     parameters = sum(p.numel() for p in load(model).parameters())
-    assert original["resident_bytes"] == pytest.approx(2 * parameters, abs=200)  # and the rotary frequencies
-    assert full["resident_bytes"] == pytest.approx(4 * parameters, abs=200)
-    assert (result["threads"], result["prefill"], result["decode"], result["repeats"]) == (1, 16, 3, 2)
+    assert original.resident_bytes == pytest.approx(2 * parameters, abs=200)  # and the rotary frequencies
+    assert full.resident_bytes == pytest.approx(4 * parameters, abs=200)
+    shown = result.as_dict()
+    assert (shown["threads"], shown["prefill"], shown["decode"], shown["repeats"]) == (1, 16, 3, 2)
+    assert shown["speedup"] == result.speedup and shown["speedup_prefill"] > 0 and "cache" not in shown
+    assert shown["rows"][1]["decode_tokens_per_s"] == medians[1] and "items_per_s" not in shown["rows"][1]
 
 
 def test_a_sharded_folder_is_counted_whole(llama_folder) -> None:
@@ -86,7 +92,7 @@ def test_a_sharded_folder_is_counted_whole(llama_folder) -> None:
 def test_what_does_not_fit_is_refused(llama_folder) -> None:
     model = llama_folder()
     with pytest.raises(UsageError, match="100 prompt tokens and 64 new ones do not fit into the model's 128 positions"):
-        bench(model, against=model, prefill=100)
+        bench(model, against=model, options=BenchOptions(prefill=100))
     assert module._prefill(load(model), None, 64) == 64
 
 
@@ -120,15 +126,12 @@ def test_the_command(llama_folder, capsys: pytest.CaptureFixture[str], monkeypat
     ],
 )
 def test_what_is_said_of_the_speed(speeds: tuple[float, float], kernel: str, said: str) -> None:
-    rows = [
-        {
-            "bytes_on_disk": size,
-            "compute": compute,
-            "items_per_s": v,
-            "items_per_s_min": v - 2,
-            "items_per_s_max": v + 2,
-        }
-        for size, compute, v in ((400, "torch/float32", speeds[0]), (100, kernel, speeds[1]))
-    ]
-    sentence = command_module._meaning({"rows": rows, "speedup": speeds[1] / speeds[0]})
+    models = tuple(
+        Timing(name, compute, {"items_per_s": Speed(v, v - 2, v + 2)}, size, size, None)
+        for name, size, compute, v in (
+            ("original", 400, "torch/float32", speeds[0]),
+            ("quantized", 100, kernel, speeds[1]),
+        )
+    )
+    sentence = command_module._meaning(Benchmark(models, EncoderTurn(1, 1), None, 1, 1, "cpu"))
     assert said in sentence and "4.00 times smaller" in sentence

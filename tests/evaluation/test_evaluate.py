@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spicerack.errors import SpicerackError, TextError, UsageError
-from spicerack.evaluation import language
-from spicerack.evaluation import logits as evaluation_logits
 from spicerack.evaluation.intervals import mean_interval, spearman, t_quantile
 from spicerack.evaluation.language import compare, paired_difference
+from spicerack.evaluation.logits import chunk_positions, logits
 from spicerack.text.pieces import Window, pieces, sentences, start_token, windows
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -158,7 +157,7 @@ def test_chunked_logits_are_the_whole_logits(family: str, positions: int) -> Non
     ids = torch.randint(97, (1, 16), generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         whole = model(input_ids=ids).logits
-        chunks = list(evaluation_logits.logits(model, ids, positions))
+        chunks = list(logits(model, ids, positions))
         again = model(input_ids=ids).logits
     assert [chunk.shape[1] for chunk in chunks[:-1]] == [positions] * (len(chunks) - 1)
     torch.testing.assert_close(torch.cat(chunks, dim=1), whole, rtol=1e-5, atol=1e-6)
@@ -189,9 +188,9 @@ def test_the_comparison_does_not_depend_on_the_chunk() -> None:
 
 
 def test_a_larger_vocabulary_means_fewer_positions() -> None:
-    assert evaluation_logits.chunk_positions(32) > 100_000
-    assert evaluation_logits.chunk_positions(262_144) == 32
-    assert evaluation_logits.chunk_positions(1 << 40) == 1
+    assert chunk_positions(32) > 100_000
+    assert chunk_positions(262_144) == 32
+    assert chunk_positions(1 << 40) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- a trained model
@@ -372,5 +371,5 @@ def test_sentences_are_lines(text: Path) -> None:
 def test_progress_follows_the_text() -> None:
     seen: list[float] = []
     table = Table(torch.zeros(4, 9))
-    language.compare(table, table, random_windows(4, 4, 9), progress=seen.append)
+    compare(table, table, random_windows(4, 4, 9), progress=seen.append)
     assert seen == [0.25, 0.5, 0.75, 1.0]

@@ -14,9 +14,9 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from spicerack.cli import _output, cli
 from spicerack.errors import CheckpointError, TextError, UsageError
-from spicerack.evaluation import encoder as evaluation_encoder
-from spicerack.evaluation import folder as evaluation_folder
-from spicerack.evaluation.evaluate import evaluate, measure
+from spicerack.evaluation.encoder import POOLINGS, embed, pool
+from spicerack.evaluation.evaluate import EvaluationOptions, evaluate, measure
+from spicerack.evaluation.folder import common_tokenizer, pooling_of
 from spicerack.evaluation.language import Comparison, paired_difference
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.models.bundled import encoder
@@ -57,7 +57,7 @@ def text(tmp_path: Path) -> Path:
 # ----------------------------------------------------------------------------------------------------------- encoders
 
 
-@pytest.mark.parametrize("pooling", evaluation_encoder.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pooling_matches_sentence_transformers(pooling: Any, side: str) -> None:
     from sentence_transformers.sentence_transformer.modules import Pooling
@@ -73,7 +73,7 @@ def test_pooling_matches_sentence_transformers(pooling: Any, side: str) -> None:
         expected = torch.stack([hidden[row, 7 - length] for row, length in enumerate((7, 4, 1, 6))])
     else:
         expected = theirs["sentence_embedding"]
-    torch.testing.assert_close(evaluation_encoder.pool(hidden, mask, pooling), expected)
+    torch.testing.assert_close(pool(hidden, mask, pooling), expected)
 
 
 @pytest.mark.slow
@@ -83,13 +83,11 @@ def test_embeddings_are_those_of_sentence_transformers() -> None:
     from spicerack.runtime.load import load
 
     folder = encoder()
-    tokenizer = evaluation_folder.tokenizer(folder, folder, False)
+    tokenizer = common_tokenizer(folder, folder, False)
     texts = list(SENTENCES[:12])
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
     with torch.inference_mode():
-        ours = evaluation_encoder.embed(
-            load(folder), inputs["input_ids"], inputs["attention_mask"], evaluation_folder.pooling(folder)
-        )
+        ours = embed(load(folder), inputs["input_ids"], inputs["attention_mask"], pooling_of(folder))
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True).double()
     cosine = torch.nn.functional.cosine_similarity(ours, theirs)
     assert float(cosine.min()) > 1 - 1e-9
@@ -114,17 +112,17 @@ def test_the_built_in_sentences_are_many_and_varied() -> None:
 def test_pooling_is_read_in_its_old_and_new_form(tmp_path: Path, config: dict[str, Any], expected: str) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    assert evaluation_folder.pooling(tmp_path) == expected
+    assert pooling_of(tmp_path) == expected
 
 
 def test_other_poolings_and_hostile_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": ["mean", "max"]}))
     with pytest.raises(UsageError, match=r"mean\+max"):
-        evaluation_folder.pooling(tmp_path)
+        pooling_of(tmp_path)
     (tmp_path / "modules.json").write_text(json.dumps([{"type": "x.Pooling", "path": "../../etc"}]))
     with pytest.raises(CheckpointError, match="not a folder beside it"):
-        evaluation_folder.pooling(tmp_path)
+        pooling_of(tmp_path)
 
 
 def test_an_encoder_against_itself_and_its_quantized_copy(bert_folder: Path, tmp_path: Path) -> None:
@@ -159,9 +157,10 @@ def test_a_model_against_itself_and_its_quantized_copies(llama_folder, text: Pat
     assert same["perplexity"] == same["perplexity_reference"] and same["kl_noise_floor"] > 0
     assert (same["windows"], same["tokens"]) == (14, 14 * 63)
     evaluations = {}
+    options = EvaluationOptions(text=text, window=64)
     for scheme in ("w8", "w3g32"):
         quantize(model, scheme, output=tmp_path / scheme)
-        evaluations[scheme] = measure(tmp_path / scheme, against=model, text=text, window=64)
+        evaluations[scheme] = measure(tmp_path / scheme, against=model, options=options)
     w8, w3 = (evaluations[scheme].as_dict() for scheme in ("w8", "w3g32"))
     assert w8["compute"] == f"{kernel_here('w8')}/float32"
     assert 0 < w8["kl_mean"] < w3["kl_mean"]

@@ -12,8 +12,9 @@ from spicerack.nn.experts import ExpertStack, linear, put
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import codec
+from spicerack.numerics.levels import TableLevels
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import Scheme, TableLevels, parse
+from spicerack.numerics.scheme import Scheme, parse
 
 pytestmark = pytest.mark.usefixtures("reference_kernel")
 

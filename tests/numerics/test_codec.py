@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from spicerack.errors import ShapeError, WeightError
 from spicerack.numerics import codec, search
-from spicerack.numerics.scheme import IntLevels, Scheme, parse
+from spicerack.numerics.levels import IntLevels
+from spicerack.numerics.scheme import Scheme, parse
 
 WIDTHS = range(2, 9)
 KINDS = ["", "z", "h"]
@@ -54,16 +55,16 @@ def test_nearest_is_nearest(bits: int, kind: str) -> None:
     scheme = parse(f"w{bits}{kind}")
     zero = 1.0 if kind == "z" else 0.0
     u = torch.linspace(-1.3 * 2 ** (bits - 1), 1.3 * 2 ** (bits - 1), 4001)
-    chosen = codec.level_values(codec.nearest(u, scheme.levels, zero), scheme.levels, zero)
+    chosen = scheme.levels.decode(scheme.levels.encode(u, zero), zero)
     distances = (u[:, None] - (torch.tensor(scheme.levels.values) - zero)).abs()
     assert torch.equal((u - chosen).abs(), distances.amin(1))
 
 
 def test_ties_go_to_the_even_code_and_outliers_to_the_end() -> None:
     levels = IntLevels(-8, 7)
-    assert codec.nearest(torch.tensor([0.5, 1.5, -0.5, -1.5, 99.0, -99.0]), levels).tolist() == [0, 2, 0, -2, 7, -8]
+    assert levels.encode(torch.tensor([0.5, 1.5, -0.5, -1.5, 99.0, -99.0])).tolist() == [0, 2, 0, -2, 7, -8]
     half = IntLevels(-2, 1, half=True)
-    assert codec.level_values(codec.nearest(torch.tensor([0.1, -0.1, 0.9, 9.0]), half), half).tolist() == [
+    assert half.decode(half.encode(torch.tensor([0.1, -0.1, 0.9, 9.0]))).tolist() == [
         0.5,
         -0.5,
         0.5,
@@ -319,5 +320,5 @@ def test_no_stored_ternary_scale_beside_the_chosen_one_is_better(dtype: torch.dt
     least = (codec.decode(q) - w.float()).double().square().sum(1)
     for step in (-1, 1):
         beside = (q.scale.view(torch.int16) + step).view(dtype).float()
-        v = codec.nearest(w.float() / beside, scheme.levels)
+        v = scheme.levels.encode(w.float() / beside)
         assert bool(((beside * v - w.float()).double().square().sum(1) >= least).all())

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from spicerack.numerics import codec
 from spicerack.numerics.activations import quantize_tokens
 from spicerack.numerics.fake import Grid, fake, fake_linear, fake_tokens, rounded, stored
-from spicerack.numerics.scheme import IntLevels, parse
+from spicerack.numerics.levels import IntLevels
+from spicerack.numerics.scheme import parse
 from spicerack.training.qat.fake_layers import FakeLayer, Quantizer
 from spicerack.training.qat.prepare import QATConfig, prepare_qat
 

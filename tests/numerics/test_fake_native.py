@@ -14,7 +14,7 @@ from spicerack.errors import ShapeError
 from spicerack.numerics import fake as module
 from spicerack.numerics import native
 from spicerack.numerics.fake import Clip, Grid, Parts, fake, fake_linear
-from spicerack.numerics.scheme import IntLevels
+from spicerack.numerics.levels import IntLevels
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 LEVELS = [IntLevels(-8, 7), IntLevels(-128, 127), IntLevels(0, 15), IntLevels(-2, 1, half=True), IntLevels(-1, 1)]

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spicerack.numerics import bits, codec, native, rounding
+from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme, parse
+from spicerack.numerics.scheme import Scheme, parse
 from spicerack.numerics.search import PIECE, TensorBlocks, search
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -103,7 +104,7 @@ def test_any_shape_kind_and_processor(
     assert found.fits == codec.scale_fits(scales)
     if found.fits:
         u = blocks.float() * (1 / expected)[:, None]
-        assert torch.equal(codes, codec.nearest(u, scheme.levels, expected_zeros[:, None]).to(torch.int8))
+        assert torch.equal(codes, scheme.levels.encode(u, expected_zeros[:, None]).to(torch.int8))
         zero = zeros if scheme.zero else None
         assert torch.equal(native.encode(blocks, scheme, scales, zero, threads=threads, isa=isa), codes)
 

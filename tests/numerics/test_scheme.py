@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from spicerack.errors import SchemeError, ShapeError
-from spicerack.numerics.scheme import IntLevels, Scheme, TableLevels, float_levels, parse
+from spicerack.numerics.levels import FloatLevels, IntLevels, TableLevels
+from spicerack.numerics.scheme import Scheme, parse
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -51,11 +52,11 @@ def test_what_is_no_name(name: str) -> None:
 def test_levels() -> None:
     assert IntLevels(-2, 1, half=True).values == (-1.5, -0.5, 0.5, 1.5)
     assert [IntLevels(-1, 1).bits, IntLevels(0, 63).bits, IntLevels(0, 0).bits] == [2, 6, 1]
-    e2m1 = float_levels(2, 1)
+    e2m1 = FloatLevels(2, 1)
     assert e2m1.values[:8] == (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     assert e2m1.values[8:] == tuple(-v for v in e2m1.values[:8])
-    assert max(float_levels(4, 3, max_value=448).values) == 448
-    assert max(float_levels(5, 2, ieee_specials=True).values) == 57344
+    assert max(FloatLevels(4, 3, max_value=448).values) == 448
+    assert max(FloatLevels(5, 2, ieee_specials=True).values) == 57344
 
 
 def test_contradictions_are_refused() -> None:

@@ -12,8 +12,9 @@ from gguf import GGMLQuantizationType, dequantize
 
 from spicerack import plugins
 from spicerack.numerics import codec, rounding, schemes
+from spicerack.numerics.levels import FloatLevels, TableLevels
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import TableLevels, parse
+from spicerack.numerics.scheme import parse
 
 NAMES = plugins.names("numerics.schemes")
 
@@ -55,16 +56,16 @@ def test_searching_is_not_worse_than_absmax(name: str) -> None:
 )
 def test_small_floats_are_those_of_ml_dtypes(name: str, dtype: type) -> None:
     levels = parse(name).levels
-    assert isinstance(levels, TableLevels)
+    assert isinstance(levels, FloatLevels)
     theirs = np.arange(len(levels.values), dtype=np.uint8).view(dtype).astype(np.float32)
     finite = np.isfinite(theirs)
     assert np.array_equal(np.array(levels.values, dtype=np.float32)[finite], theirs[finite])
     # Rounding: every midpoint and its neighbours, and far outside. Halves differ: theirs go to even, ours down.
     middles = (np.unique(theirs[finite])[1:] + np.unique(theirs[finite])[:-1]) / 2
     u = np.concatenate([np.nextafter(middles, np.float32(np.inf)), np.nextafter(middles, np.float32(-np.inf))])
-    ours = codec.level_values(codec.nearest(torch.from_numpy(u), levels), levels).numpy()
+    ours = levels.decode(levels.encode(torch.from_numpy(u))).numpy()
     assert np.array_equal(ours, u.astype(dtype).astype(np.float32))
-    codes = codec.nearest(torch.tensor([1e9, -1e9, 0.0, -0.0, 1e-9, -1e-9]), levels)
+    codes = levels.encode(torch.tensor([1e9, -1e9, 0.0, -0.0, 1e-9, -1e-9]))
     assert finite[codes.numpy()].all(), "a code that other readers take for NaN"
     assert codes[2:].tolist() == [0, 0, 0, 0]
 
@@ -75,7 +76,9 @@ def test_nf4_is_the_published_table() -> None:
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]  # fmt: skip
-    assert parse("nf4").levels.values == pytest.approx(published, abs=2e-7)
+    levels = parse("nf4").levels
+    assert isinstance(levels, TableLevels)
+    assert levels.values == pytest.approx(published, abs=2e-7)
 
 
 def test_ternary_finds_the_optimum() -> None:
@@ -96,7 +99,7 @@ def test_mxfp4_scales_are_powers_of_two_and_the_best_ones() -> None:
     levels = q.scheme.levels
 
     def error(scale: torch.Tensor) -> torch.Tensor:
-        v = codec.level_values(codec.nearest(w / scale, levels), levels)
+        v = levels.decode(levels.encode(w / scale))
         return (v * scale - w).square().sum(1)
 
     ours = error(q.scale.float())
@@ -134,7 +137,8 @@ def q4_k_bytes(q: QTensor) -> np.ndarray:
 
 NEW_SCHEME = '''
 """Signed powers of two, for a shifter."""
-from spicerack.numerics.scheme import Scheme, TableLevels
+from spicerack.numerics.levels import FloatLevels, TableLevels
+from spicerack.numerics.scheme import Scheme
 SCHEME = Scheme(name="shift3", levels=TableLevels((-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)), block=(1, 8))
 '''
 

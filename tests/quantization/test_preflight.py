@@ -10,7 +10,7 @@ import families
 import pytest
 import torch
 import transformers
-from calibrations import text
+from calibrations import Watching, text
 from safetensors.torch import load_file
 
 import spicerack
@@ -22,7 +22,7 @@ from spicerack.quantization import preflight
 from spicerack.quantization.job import prepare
 from spicerack.quantization.preflight import Trial
 from spicerack.quantization.recipe import Recipe, rule
-from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.run import decided, execute
 from spicerack.storage.formats.compressed_tensors import FORMAT
 from spicerack.storage.reader import Checkpoint
 
@@ -41,8 +41,10 @@ def deep(family: str, folder: Path, blocks: int = 8) -> Path:
 def run(source: Path, output: Path, scheme: str = "w4g8", chain: str = "rtn", **named: Any) -> list[Trial]:
     tried: list[Trial] = []
     recipe = Recipe(parse(scheme), method=parse_method(chain)).then(map(rule, named.pop("rules", ())))
-    result = execute(prepare(source, calibrated(recipe, True)), output, calibration=text(**named), tried=tried.append)
-    assert not (output / "preflight").exists() and result["bytes_after"]
+    result = execute(
+        prepare(source, decided(recipe, True)), output, calibration=text(**named), watch=Watching(tried=tried.append)
+    )
+    assert not (output / "preflight").exists() and result.sizes.bytes_after
     return tried
 
 
@@ -65,15 +67,15 @@ def test_what_is_written_computes_what_was_computed(family: str, scheme: str, ch
 def test_small_models_and_runs_that_continue_are_not_tried(tmp_path: Path) -> None:
     assert run(deep("llama", tmp_path / "small", 5), tmp_path / "a") == []
     source = deep("llama", tmp_path / "float")
-    job = prepare(source, calibrated(Recipe(parse("w4g8")), True))
+    job = prepare(source, decided(Recipe(parse("w4g8")), True))
 
     def stop(_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute(job, tmp_path / "out", calibration=text(), finished=stop)
+        execute(job, tmp_path / "out", calibration=text(), watch=Watching(finished=stop))
     tried: list[Trial] = []
-    execute(job, tmp_path / "out", calibration=text(), tried=tried.append)
+    execute(job, tmp_path / "out", calibration=text(), watch=Watching(tried=tried.append))
     assert tried == []
 
 
@@ -98,7 +100,7 @@ def test_a_folder_that_computes_something_else_stops_the_run(tmp_path: Path, mon
 
 def test_the_cut_model_is_the_first_blocks(tmp_path: Path) -> None:
     source = deep("qwen3", tmp_path / "float")
-    found = preflight._first_blocks(prepare(source, calibrated(Recipe(parse("w4g8")), True)))
+    found = preflight._first_blocks(prepare(source, decided(Recipe(parse("w4g8")), True)))
     assert found is not None
     part, path, count = found
     assert (path, count) == ("model.layers", 8) and part.config["num_hidden_layers"] == 2

@@ -232,9 +232,9 @@ def test_weights_stay_packed_in_memory(tmp_path: Path) -> None:
     for name, shape in shapes.items():
         if "proj" in name:
             module = name.removesuffix(".weight")
-            plan[module] = format.Planned(module, scheme, tuple(shape))
+            plan[module] = format.StoredTensor(module, scheme, tuple(shape))
             small = codec.encode(torch.randn(16, shape[1], generator=generator) / 64, scheme, range_="absmax")
-            packed = fmt.encode(format.Planned(module, scheme, (16, shape[1])), small)
+            packed = fmt.encode(format.StoredTensor(module, scheme, (16, shape[1])), small)
             for key, tensor in packed.items():
                 tensors[key] = tensor.repeat(shape[0] // 16, 1) if tensor.ndim == 2 else torch.tensor(shape)
         else:
@@ -280,7 +280,7 @@ def net_folder(folder: Path, net: Net) -> Path:
     own = format.get("spicerack")
     for module, role in (("table", "embedding"), ("body.0", "linear"), ("body.3", "linear")):
         weight = net.get_submodule(module).weight.detach()
-        plan[module] = format.Planned(module, parse("w8"), tuple(weight.shape), role)
+        plan[module] = format.StoredTensor(module, parse("w8"), tuple(weight.shape), role)
         tensors |= own.encode(plan[module], codec.encode(weight, parse("w8")))
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")

@@ -220,7 +220,8 @@ def test_load_generate_eval_and_bench(llama_folder: Callable[..., Path], tmp_pat
     }
     assert losses[4]["cache"] == 4 and "cache" not in losses[None]
     assert losses[4]["kl_mean"] > losses[None]["kl_mean"] and losses[8]["kl_mean"] < losses[4]["kl_mean"]
-    figures = bench.bench(tmp_path / "out", against=folder, prefill=96, decode=4, repeats=1, cache=4)
+    options = bench.BenchOptions(prefill=96, decode=4, repeats=1, cache=4)
+    figures = bench.bench(tmp_path / "out", against=folder, options=options).as_dict()
     original, small = figures["rows"]
     assert original["cache_bytes"] == 2 * 2 * 2 * 100 * 16 * 4 and figures["cache"] == 4
     assert small["cache_bytes"] < original["cache_bytes"]

@@ -19,7 +19,7 @@ from spicerack.errors import CheckpointError, UsageError
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
 from spicerack.storage import format
-from spicerack.storage.format import Planned
+from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
 from spicerack.training.qat import bitnet
 from spicerack.training.qat.fake_layers import FakeLayer
@@ -75,14 +75,14 @@ def random_q(rows: int = 8, columns: int = 6, dtype: torch.dtype = torch.float16
 def test_golden_bytes() -> None:
     rows = [[-1, 0], [1, 1], [0, -1], [1, 0], [0, 1], [-1, -1], [-1, 1], [1, 0]]
     q = QTensor(TERNARY, torch.tensor(rows, dtype=torch.int8), torch.tensor([[1.5]], dtype=torch.bfloat16))
-    planned = Planned("p", TERNARY, (8, 2), source_dtype=torch.bfloat16)
-    assert FMT.layout(planned) == {"p.weight": ("U8", (2, 2)), "p.weight_scale": ("BF16", (1,))}
-    tensors = FMT.encode(planned, q)
+    stored = StoredTensor("p", TERNARY, (8, 2), source_dtype=torch.bfloat16)
+    assert FMT.layout(stored) == {"p.weight": ("U8", (2, 2)), "p.weight_scale": ("BF16", (1,))}
+    tensors = FMT.encode(stored, q)
     assert {name: t.tolist() for name, t in tensors.items()} == {
         "p.weight": [[0b00010100, 0b10100001], [0b10001010, 0b01000110]],
         "p.weight_scale": [1.5],
     }
-    back = FMT.decode(planned, tensors)
+    back = FMT.decode(stored, tensors)
     assert torch.equal(back.codes, q.codes) and torch.equal(back.scale, q.scale) and back.scale.dtype == torch.bfloat16
 
 
@@ -90,40 +90,43 @@ def test_the_bytes_are_those_that_transformers_packs_and_unpacks() -> None:
     from transformers.integrations.bitnet import pack_weights, unpack_weights
 
     q = random_q(52, 17)
-    packed = FMT.encode(Planned("p", TERNARY, (52, 17)), q)["p.weight"]
+    packed = FMT.encode(StoredTensor("p", TERNARY, (52, 17)), q)["p.weight"]
     assert torch.equal(packed, pack_weights(q.codes.clone()))
     assert torch.equal(unpack_weights(packed, torch.float32), q.codes.float())
 
 
-# ---- which plan is held ----------------------------------------------------------------------------------------------
+# ---- which contents are held ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("planned", "reason"),
+    ("stored", "reason"),
     [
-        (Planned("a", parse("ternary"), (64, 64)), "no ternary, only ternarya8"),
-        (Planned("a", parse("w4t"), (64, 64)), "no w4t, only"),
-        (Planned("a", TERNARY, (62, 64)), "no 62 output rows"),
-        (Planned("a", TERNARY, (64, 64), bias=True), "no biases: transformers multiplies"),
-        (Planned("a", TERNARY, (64, 64), "router"), "no quantized router"),
-        (Planned("a", TERNARY, (64, 64), "conv1d", transposed=True), "no quantized conv1d"),
-        (Planned("a", TERNARY, (4, 64, 64), "experts"), "no quantized experts"),
-        (Planned("layers.0.experts.3.up", TERNARY, (64, 64)), "no packed experts"),
+        (StoredTensor("a", parse("ternary"), (64, 64)), "no ternary, only ternarya8"),
+        (StoredTensor("a", parse("w4t"), (64, 64)), "no w4t, only"),
+        (StoredTensor("a", TERNARY, (62, 64)), "no 62 output rows"),
+        (StoredTensor("a", TERNARY, (64, 64), bias=True), "no biases: transformers multiplies"),
+        (StoredTensor("a", TERNARY, (64, 64), "router"), "no quantized router"),
+        (StoredTensor("a", TERNARY, (64, 64), "conv1d", transposed=True), "no quantized conv1d"),
+        (StoredTensor("a", TERNARY, (4, 64, 64), "experts"), "no quantized experts"),
+        (StoredTensor("layers.0.experts.3.up", TERNARY, (64, 64)), "no packed experts"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_what_it_does_not_hold_goes_into_the_container(planned: Planned, reason: str) -> None:
-    plan = {p.module: p for p in (planned, Planned("b", TERNARY, (64, 64)))}
-    [obstacle] = FMT.obstacles(plan)
-    assert obstacle.startswith(f"{planned.module}: bitnet has {reason}")
-    assert format.choose(plan).name == "spicerack"
-    assert format.portability(plan, [])[1] == f"the reason: {obstacle}"
+def test_what_it_does_not_hold_goes_into_the_container(stored: StoredTensor, reason: str) -> None:
+    contents = {p.module: p for p in (stored, StoredTensor("b", TERNARY, (64, 64)))}
+    [obstacle] = FMT.obstacles(contents)
+    assert obstacle.startswith(f"{stored.module}: bitnet has {reason}")
+    assert format.choose(contents).name == "spicerack"
+    assert format.portability(contents, [])[1] == f"the reason: {obstacle}"
 
 
 def test_what_it_holds_is_written_so() -> None:
-    plan = {"a": Planned("a", TERNARY, (64, 64)), "lm_head": Planned("lm_head", TERNARY, (64, 64), "head")}
-    assert format.choose(plan) == FMT
-    [note] = format.portability(plan, [])
+    contents = {
+        "a": StoredTensor("a", TERNARY, (64, 64)),
+        "lm_head": StoredTensor("lm_head", TERNARY, (64, 64), "head"),
+    }
+    assert format.choose(contents) == FMT
+    [note] = format.portability(contents, [])
     assert "accelerate" in note
 
 
@@ -131,15 +134,17 @@ def test_transformers_leaves_alone_what_is_not_packed_and_nothing_else() -> None
     """Its names are regular expressions, beginnings and ends of names."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    plan = {m: Planned(m, TERNARY, (64, 64)) for m in ("model.layers.1.proj", "model.layers.10.up", "model.lm_head")}
+    contents = {
+        m: StoredTensor(m, TERNARY, (64, 64)) for m in ("model.layers.1.proj", "model.layers.10.up", "model.lm_head")
+    }
     floats = ["proj", "lm_head", "model.layers.1.up"]
-    config = FMT.config({"model_type": "llama"}, plan, floats)
+    config = FMT.config({"model_type": "llama"}, contents, floats)
     section = config["quantization_config"]
     assert FMT.recognizes(config) and FMT.float_config(config) == {"model_type": "llama"}
     assert section.pop("modules_to_not_convert") == ["proj$", "lm_head$", "model.layers.1.up"]
     assert section == {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
-    patterns = FMT.config({}, plan, floats)["quantization_config"]["modules_to_not_convert"]
-    assert [m for m in (*plan, *floats) if should_convert_module(m, patterns)] == list(plan)
+    patterns = FMT.config({}, contents, floats)["quantization_config"]["modules_to_not_convert"]
+    assert [m for m in (*contents, *floats) if should_convert_module(m, patterns)] == list(contents)
 
 
 # ---- who reads the folders -------------------------------------------------------------------------------------------
@@ -181,7 +186,7 @@ def test_transformers_reads_what_was_quantized(
     from transformers.integrations.bitnet import ActQuant
 
     dense = decoded_model(LlamaForCausalLM, tmp_path / "out", tmp_path / "dense")
-    packed = FMT.plan(Checkpoint.open(tmp_path / "out"))
+    packed = FMT.contents(Checkpoint.open(tmp_path / "out"))
     assert ("lm_head" in packed) == bool(rules) and len(packed) == (11 if rules else 14)
     for name in packed:
         dense.get_submodule(name).register_forward_pre_hook(lambda _, args: ActQuant.apply(args[0]))
@@ -274,7 +279,7 @@ def test_a_plan_is_read_from_the_tensors(tmp_path: Path, kind: str | None) -> No
     checkpoint = stranger(tmp_path, {**GOOD, "norm.weight": torch.ones(4)}, **({"linear_class": kind} if kind else {}))
     assert format.of_folder(checkpoint) == FMT
     inverse = kind != "autobitlinear"
-    assert FMT.plan(checkpoint) == {"a": Planned("a", TERNARY, (8, 6), inverse_scale=inverse)}
+    assert FMT.contents(checkpoint) == {"a": StoredTensor("a", TERNARY, (8, 6), inverse_scale=inverse)}
 
 
 @pytest.mark.parametrize(
@@ -299,7 +304,7 @@ def test_what_does_not_fit_is_refused(
     tmp_path: Path, tensors: dict[str, torch.Tensor], section: dict[str, object], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        FMT.plan(stranger(tmp_path, tensors, **section))
+        FMT.contents(stranger(tmp_path, tensors, **section))
 
 
 @pytest.mark.parametrize(
@@ -313,9 +318,9 @@ def test_what_does_not_fit_is_refused(
     ],
 )
 def test_damaged_values_are_refused(weight: torch.Tensor, scale: torch.Tensor, inverse: bool, message: str) -> None:
-    planned = Planned("a", TERNARY, (8, 6), inverse_scale=inverse)
+    stored = StoredTensor("a", TERNARY, (8, 6), inverse_scale=inverse)
     with pytest.raises(CheckpointError, match=message):
-        FMT.decode(planned, {"a.weight": weight, "a.weight_scale": scale})
+        FMT.decode(stored, {"a.weight": weight, "a.weight_scale": scale})
 
 
 def test_a_folder_of_another_shape_is_refused_by_its_layer(tmp_path: Path) -> None:

@@ -13,18 +13,19 @@ from safetensors.torch import save_file
 
 from spicerack.errors import CheckpointError, SchemeError
 from spicerack.numerics import codec, packed
+from spicerack.numerics.dtypes import safetensors_dtype
+from spicerack.numerics.levels import FloatLevels, IntLevels, TableLevels
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme, TableLevels, float_levels, parse
+from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage import format
-from spicerack.storage.format import Planned
+from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
-from spicerack.storage.writer import safetensors_dtype
 
 CT, OWN = format.get("compressed_tensors"), format.get("spicerack")
 CT_SCHEMES = [f"w{bits}{g}{z}" for bits in range(2, 9) for g in ("", "g32") for z in ("", "z")]
 CT_SCHEMES += ["w8a8", "w8a8s"]
-E4M3 = Scheme("e4m3", float_levels(4, 3, max_value=448.0), block=(None, None), scale="float32")
-NVFP4_LIKE = Scheme("nvfp4_like", float_levels(2, 1), block=(1, 16), scale=E4M3)
+E4M3 = Scheme("e4m3", FloatLevels(4, 3, max_value=448.0), block=(None, None), scale="float32")
+NVFP4_LIKE = Scheme("nvfp4_like", FloatLevels(2, 1), block=(1, 16), scale=E4M3)
 Q4K_PART = Scheme("q4k_part", IntLevels(0, 63), block=(1, 8), scale="float16")
 Q4K_LIKE = Scheme(
     "q4k_like", IntLevels(0, 15), block=(1, 32), scale=Q4K_PART, min=Scheme("m", IntLevels(-63, 0), (1, 8))
@@ -70,22 +71,22 @@ def matches_layout(layout: format.Layout, tensors: dict[str, torch.Tensor]) -> b
 @pytest.mark.parametrize("name", CT_SCHEMES)
 def test_compressed_tensors_there_and_back(name: str, dtype: torch.dtype) -> None:
     q = encoded(random_weight(5, 96, dtype=dtype), parse(name))
-    planned = Planned("a.b", parse(name), (5, 96), source_dtype=dtype)
-    tensors = CT.encode(planned, q)
-    assert matches_layout(CT.layout(planned), tensors)
-    assert same(CT.decode(planned, tensors), q)
+    stored = StoredTensor("a.b", parse(name), (5, 96), source_dtype=dtype)
+    tensors = CT.encode(stored, q)
+    assert matches_layout(CT.layout(stored), tensors)
+    assert same(CT.decode(stored, tensors), q)
 
 
 @pytest.mark.parametrize("shape", [(8, 256), (3, 8, 256)])
 @pytest.mark.parametrize("scheme", EVERY, ids=str)
 def test_the_container_holds_every_scheme(scheme: Scheme, shape: tuple[int, ...]) -> None:
     q = encoded(random_weight(*shape), scheme)
-    planned = Planned("a.b", scheme, shape, "experts" if len(shape) == 3 else "linear")
+    stored = StoredTensor("a.b", scheme, shape, "experts" if len(shape) == 3 else "linear")
     if not scheme.zero and isinstance(scheme.scale, str):  # the others' rows do not fill whole words
         assert scheme.stored_bits(shape) == 8 * sum(t.nbytes for t in packed.pack(q).values())
-    tensors = OWN.encode(planned, q)
-    assert matches_layout(OWN.layout(planned), tensors)
-    assert same(OWN.decode(planned, tensors), q)
+    tensors = OWN.encode(stored, q)
+    assert matches_layout(OWN.layout(stored), tensors)
+    assert same(OWN.decode(stored, tensors), q)
 
 
 @pytest.mark.parametrize("scheme", EVERY, ids=str)
@@ -110,17 +111,17 @@ def tiny(zero: bool) -> QTensor:
 
 @pytest.mark.parametrize("scheme", [parse("ternary"), BLOCKS], ids=str)
 def test_bits_that_are_no_code_are_refused(scheme: Scheme) -> None:
-    planned = Planned("a.b", scheme, (16, 32))
-    tensors = OWN.encode(planned, codec.encode(random_weight(16, 32), scheme, range_="absmax"))
-    OWN.decode(planned, tensors)
+    stored = StoredTensor("a.b", scheme, (16, 32))
+    tensors = OWN.encode(stored, codec.encode(random_weight(16, 32), scheme, range_="absmax"))
+    OWN.decode(stored, tensors)
     tensors["a.b.codes"][3, 1] |= 3 << 10  # column 16 + 5 in two bits
     with pytest.raises(CheckpointError, match="a code that is none of"):
-        OWN.decode(planned, tensors)
+        OWN.decode(stored, tensors)
 
 
 def test_golden_bytes_of_compressed_tensors() -> None:
-    planned = Planned("p", parse("w4g4z"), (2, 8))
-    tensors = CT.encode(planned, tiny(zero=True))
+    stored = StoredTensor("p", parse("w4g4z"), (2, 8))
+    tensors = CT.encode(stored, tiny(zero=True))
     assert {name: t.view(torch.uint8).reshape(-1).tolist() for name, t in tensors.items()} == {
         "p.weight_packed": [0x10, 0xF8, 0x79, 0x6A, 0xEF, 0xCD, 0xAB, 0x89],
         "p.weight_scale": [0x00, 0x3C, 0x00, 0xB8, 0x00, 0x40, 0x00, 0x34],
@@ -128,16 +129,16 @@ def test_golden_bytes_of_compressed_tensors() -> None:
         "p.weight_shape": [2, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0],
     }
     q = QTensor(parse("w8a8"), torch.tensor([[-128, 127]], dtype=torch.int8), torch.ones(1, 1, dtype=torch.float16))
-    tensors = CT.encode(Planned("p", q.scheme, (1, 2)), q)
+    tensors = CT.encode(StoredTensor("p", q.scheme, (1, 2)), q)
     assert {n: t.tolist() for n, t in tensors.items()} == {"p.weight": [[-128, 127]], "p.weight_scale": [[1.0]]}
     static = dataclasses.replace(q, scheme=parse("w8a8s"), input_scale=torch.tensor([0.25]))
-    tensors = CT.encode(Planned("p", static.scheme, (1, 2)), static)
+    tensors = CT.encode(StoredTensor("p", static.scheme, (1, 2)), static)
     assert tensors.pop("p.input_scale").numpy().tobytes() == b"\0\0\x80\x3e"
     assert {n: t.tolist() for n, t in tensors.items()} == {"p.weight": [[-128, 127]], "p.weight_scale": [[1.0]]}
 
 
 def test_golden_bytes_of_the_container() -> None:
-    tensors = OWN.encode(Planned("p", parse("w4g4z"), (2, 8)), tiny(zero=True))
+    tensors = OWN.encode(StoredTensor("p", parse("w4g4z"), (2, 8)), tiny(zero=True))
     assert {name: t.view(torch.uint8).reshape(-1).tolist() for name, t in tensors.items()} == {
         "p.codes": [0x10, 0xF8, 0x79, 0x6A, 0xEF, 0xCD, 0xAB, 0x89],
         "p.scale": [0x00, 0x3C, 0x00, 0xB8, 0x00, 0x40, 0x00, 0x34],
@@ -146,8 +147,8 @@ def test_golden_bytes_of_the_container() -> None:
 
 
 def test_config_of_compressed_tensors() -> None:
-    plan = {m: Planned(m, parse("w4g128"), (256, 256)) for m in ("model.layers.0.q", "model.layers.1.q")}
-    config = CT.config({"model_type": "llama"}, plan, ["lm_head", "model.layers.0.gate", "model.layers.1.gate"])
+    contents = {m: StoredTensor(m, parse("w4g128"), (256, 256)) for m in ("model.layers.0.q", "model.layers.1.q")}
+    config = CT.config({"model_type": "llama"}, contents, ["lm_head", "model.layers.0.gate", "model.layers.1.gate"])
     assert config == {
         "model_type": "llama",
         "quantization_config": {
@@ -193,15 +194,15 @@ def test_config_of_compressed_tensors() -> None:
 def test_transformers_is_told_to_decode_on_loading_where_it_must(
     architecture: str, schemes: list[str], expected
 ) -> None:
-    plan = plan_of(*(Planned(f"l{i}", parse(s), (64, 64)) for i, s in enumerate(schemes)))
-    section = CT.config({"architectures": [architecture]}, plan, [])["quantization_config"]
+    contents = contents_of(*(StoredTensor(f"l{i}", parse(s), (64, 64)) for i, s in enumerate(schemes)))
+    section = CT.config({"architectures": [architecture]}, contents, [])["quantization_config"]
     assert section.get("dequantize", False) is expected
 
 
 def test_targets_of_several_schemes_never_catch_another_layer() -> None:
-    plan = {f"l.{i}.{n}": Planned(f"l.{i}.{n}", parse("w8" if (i, n) == (0, "up") else "w4"), (8, 32))
+    contents = {f"l.{i}.{n}": StoredTensor(f"l.{i}.{n}", parse("w8" if (i, n) == (0, "up") else "w4"), (8, 32))
             for i in range(2) for n in ("up", "down")}  # fmt: skip
-    groups = CT.config({}, plan, [])["quantization_config"]["config_groups"]
+    groups = CT.config({}, contents, [])["quantization_config"]["config_groups"]
     assert {g["weights"]["num_bits"]: g["targets"] for g in groups.values()} == {
         8: ["l.0.up"],
         4: [r"re:^l\.\d+\.down$", "l.1.up"],
@@ -209,8 +210,8 @@ def test_targets_of_several_schemes_never_catch_another_layer() -> None:
 
 
 def test_config_of_the_container() -> None:
-    plan = {m: Planned(m, parse("w2h"), (8, 32), "conv1d", torch.bfloat16, True) for m in ("a", "b")}
-    config = OWN.config({"model_type": "gpt2"}, plan, [])
+    contents = {m: StoredTensor(m, parse("w2h"), (8, 32), "conv1d", torch.bfloat16, True) for m in ("a", "b")}
+    config = OWN.config({"model_type": "gpt2"}, contents, [])
     assert config == {
         "model_type": "spicerack",
         "quantized": {
@@ -229,43 +230,43 @@ def test_config_of_the_container() -> None:
         "config": {"model_type": "gpt2"},
     }
     assert OWN.float_config(config) == {"model_type": "gpt2"}
-    assert "config" not in OWN.config({}, plan, [])
+    assert "config" not in OWN.config({}, contents, [])
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
 
-def plan_of(*planned: Planned) -> dict[str, Planned]:
-    return {p.module: p for p in planned}
+def contents_of(*stored: StoredTensor) -> dict[str, StoredTensor]:
+    return {p.module: p for p in stored}
 
 
 @pytest.mark.parametrize("name", CT_SCHEMES)
 def test_compressed_tensors_is_chosen_where_it_is_exact(name: str) -> None:
-    assert format.choose(plan_of(Planned("a", parse(name), (64, 64)))).name == "compressed_tensors"
+    assert format.choose(contents_of(StoredTensor("a", parse(name), (64, 64)))).name == "compressed_tensors"
 
 
 @pytest.mark.parametrize(
-    "planned",
+    "stored",
     [
-        Planned("a", parse("w2g32h"), (64, 64)),
-        Planned("a", parse("w8t"), (64, 64)),
-        Planned("a", parse("w4g32a8"), (64, 64)),
-        Planned("a", parse("w8"), (64, 64), "embedding"),
-        Planned("a", parse("w8"), (64, 64), "conv1d", transposed=True),
-        Planned("a", parse("w8"), (4, 64, 64), "experts"),
+        StoredTensor("a", parse("w2g32h"), (64, 64)),
+        StoredTensor("a", parse("w8t"), (64, 64)),
+        StoredTensor("a", parse("w4g32a8"), (64, 64)),
+        StoredTensor("a", parse("w8"), (64, 64), "embedding"),
+        StoredTensor("a", parse("w8"), (64, 64), "conv1d", transposed=True),
+        StoredTensor("a", parse("w8"), (4, 64, 64), "experts"),
     ],
     ids=lambda p: f"{p.scheme}-{p.role}",
 )
-def test_the_container_is_chosen_for_the_rest(planned: Planned) -> None:
-    plan = plan_of(planned, Planned("b", parse("w8"), (64, 64)))
-    assert format.choose(plan).name == "spicerack"
-    notes = format.portability(plan, [])
+def test_the_container_is_chosen_for_the_rest(stored: StoredTensor) -> None:
+    contents = contents_of(stored, StoredTensor("b", parse("w8"), (64, 64)))
+    assert format.choose(contents).name == "spicerack"
+    notes = format.portability(contents, [])
     assert "only spicerack reads this folder" in notes[0] and notes[1].startswith("the reason: a: ")
 
 
 def test_a_scheme_without_a_name_is_refused() -> None:
     with pytest.raises(SchemeError, match="'blocks' cannot be found"):
-        format.choose(plan_of(Planned("a", BLOCKS, (64, 64))))
+        format.choose(contents_of(StoredTensor("a", BLOCKS, (64, 64))))
 
 
 @pytest.mark.parametrize(
@@ -278,14 +279,14 @@ def test_a_scheme_without_a_name_is_refused() -> None:
     ],
 )
 def test_what_a_recipe_costs_is_said(schemes: list[str], word: str) -> None:
-    plan = plan_of(*(Planned(f"l{i}", parse(s), (64, 64)) for i, s in enumerate(schemes)))
-    assert any(word in note for note in format.portability(plan, []))
+    contents = contents_of(*(StoredTensor(f"l{i}", parse(s), (64, 64)) for i, s in enumerate(schemes)))
+    assert any(word in note for note in format.portability(contents, []))
 
 
 def test_splitting_what_vllm_fuses_is_said() -> None:
-    plan = plan_of(Planned("q_proj", parse("w4"), (64, 64)))
-    assert format.portability(plan, [("q_proj",)]) == []
-    assert format.portability(plan, [("q_proj", "k_proj")]) == [
+    contents = contents_of(StoredTensor("q_proj", parse("w4"), (64, 64)))
+    assert format.portability(contents, [("q_proj",)]) == []
+    assert format.portability(contents, [("q_proj", "k_proj")]) == [
         "q_proj, k_proj are float and w4: vLLM fuses them and refuses"
     ]
 
@@ -293,23 +294,23 @@ def test_splitting_what_vllm_fuses_is_said() -> None:
 # ---- reading strangers' folders --------------------------------------------------------------------------------------
 
 
-def folder_of(tmp_path: Path, fmt: format.Format, *planned: Planned) -> Path:
+def folder_of(tmp_path: Path, fmt: format.Format, *stored: StoredTensor) -> Path:
     tensors: dict[str, torch.Tensor] = {"norm.weight": torch.ones(4)}
-    for p in planned:
+    for p in stored:
         tensors |= fmt.encode(p, encoded(random_weight(*p.shape, dtype=p.source_dtype), p.scheme))
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(fmt.config({"model_type": "llama"}, plan_of(*planned), [])))
+    (tmp_path / "config.json").write_text(json.dumps(fmt.config({"model_type": "llama"}, contents_of(*stored), [])))
     return tmp_path
 
 
 @pytest.mark.parametrize("names", [[name] for name in CT_SCHEMES] + [["w4g32", "w3g32z", "w8a8", "w8a8s", "w8"]])
 def test_a_plan_is_read_back_from_the_tensors(tmp_path: Path, names: list[str]) -> None:
-    planned = [Planned(f"layers.{i}", parse(n), (9, 64), source_dtype=torch.bfloat16) for i, n in enumerate(names)]
+    stored = [StoredTensor(f"layers.{i}", parse(n), (9, 64), source_dtype=torch.bfloat16) for i, n in enumerate(names)]
     for i, fmt in enumerate((CT, OWN)):
         (tmp_path / str(i)).mkdir()
-        checkpoint = Checkpoint.open(folder_of(tmp_path / str(i), fmt, *planned))
+        checkpoint = Checkpoint.open(folder_of(tmp_path / str(i), fmt, *stored))
         assert format.of_folder(checkpoint) == fmt
-        assert fmt.plan(checkpoint) == plan_of(*planned)
+        assert fmt.contents(checkpoint) == contents_of(*stored)
 
 
 def edit(folder: Path, old: str, new: str) -> Checkpoint:
@@ -335,9 +336,9 @@ def edit(folder: Path, old: str, new: str) -> Checkpoint:
     ],
 )
 def test_a_config_that_does_not_fit_its_tensors_is_refused(tmp_path: Path, old: str, new: str) -> None:
-    checkpoint = edit(folder_of(tmp_path, CT, Planned("layers.0", parse("w4g32"), (9, 64))), old, new)
+    checkpoint = edit(folder_of(tmp_path, CT, StoredTensor("layers.0", parse("w4g32"), (9, 64))), old, new)
     with pytest.raises(CheckpointError):
-        CT.plan(checkpoint)
+        CT.contents(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -350,18 +351,18 @@ def test_a_config_that_does_not_fit_its_tensors_is_refused(tmp_path: Path, old: 
     ],
 )
 def test_other_activations_than_the_tensors_have_are_refused(tmp_path: Path, old: str, new: str) -> None:
-    checkpoint = edit(folder_of(tmp_path, CT, Planned("layers.0", parse("w8a8s"), (9, 64))), old, new)
+    checkpoint = edit(folder_of(tmp_path, CT, StoredTensor("layers.0", parse("w8a8s"), (9, 64))), old, new)
     with pytest.raises(CheckpointError):
-        CT.plan(checkpoint)
+        CT.contents(checkpoint)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.5, math.nan, math.inf])
 @pytest.mark.parametrize("fmt", [CT, OWN], ids=lambda fmt: fmt.name)
 def test_a_scale_of_activations_that_is_none_is_refused(fmt: format.Format, value: float) -> None:
-    planned = Planned("a.b", parse("w8a8s"), (16, 32))
-    tensors = fmt.encode(planned, encoded(random_weight(16, 32), planned.scheme))
+    stored = StoredTensor("a.b", parse("w8a8s"), (16, 32))
+    tensors = fmt.encode(stored, encoded(random_weight(16, 32), stored.scheme))
     with pytest.raises(CheckpointError, match=r"a\.b: a scale of activations of"):
-        fmt.decode(planned, {**tensors, "a.b.input_scale": torch.tensor([value])})
+        fmt.decode(stored, {**tensors, "a.b.input_scale": torch.tensor([value])})
 
 
 @pytest.mark.parametrize(
@@ -383,9 +384,9 @@ def test_a_scale_of_activations_that_is_none_is_refused(fmt: format.Format, valu
     ],
 )
 def test_a_table_that_does_not_fit_its_tensors_is_refused(tmp_path: Path, old: str, new: str) -> None:
-    checkpoint = edit(folder_of(tmp_path, OWN, Planned("layers.0", parse("w4g32"), (9, 64))), old, new)
+    checkpoint = edit(folder_of(tmp_path, OWN, StoredTensor("layers.0", parse("w4g32"), (9, 64))), old, new)
     with pytest.raises(CheckpointError):
-        OWN.plan(checkpoint)
+        OWN.contents(checkpoint)
 
 
 def test_other_tools_folders_are_refused_and_float_ones_are_not(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 
 from spicerack.errors import OutputError
+from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.storage import writer as module
 from spicerack.storage.ledger import Entry
-from spicerack.storage.writer import CONFIG, INDEX, Shard, Slot, Unit, Writer, plan_shards, safetensors_dtype
+from spicerack.storage.writer import CONFIG, INDEX, Shard, Slot, Unit, Writer, plan_shards
 
 IDENTITY = {"recipe": {"scheme": "w8"}, "source": "abc"}
 TENSORS = {

@@ -18,7 +18,7 @@ from spicerack.errors import OutputError, TextError, UsageError
 from spicerack.training.distillation import Cached, Predictions, divergence
 from spicerack.training.schedule import decay, rate
 from spicerack.training.settings import Settings
-from spicerack.training.text import Order, pack, split
+from spicerack.training.text import Order, Subset, pack, split
 
 LENGTH = 8
 
@@ -62,7 +62,7 @@ def test_of_many_rows_each_is_as_likely(text: Path, tmp_path: Path) -> None:
 def test_each_time_through_the_text_every_row_comes_once(text: Path, tmp_path: Path) -> None:
     rows = pack(text, byte_tokenizer(), tmp_path / "rows.bin", length=LENGTH, most=1000)
     numbers, held = split(len(rows), 5)
-    order = Order(rows, numbers, 250, seed=3)
+    order = Order(Subset(rows, numbers), 250, seed=3)
     seen = [order[i][0] for i in range(len(order))]
     assert not set(seen) & set(held.tolist())
     assert Counter(seen[:120]) == Counter(seen[120:240]) == Counter(numbers.tolist())

@@ -26,7 +26,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spicerack.algorithms import obstacles
 from spicerack.algorithms.solved import Solved
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
@@ -79,7 +78,7 @@ class Learned(Protocol):
 
 def obstacle(scheme: Scheme) -> str | None:
     """Why the codes of a scheme cannot be learned by gradients of rounding; None if they can."""
-    return obstacles.of_scales(scheme) or obstacles.of_rows(scheme) or obstacles.of_levels(scheme)
+    return scheme.scale_obstacle or scheme.rows_obstacle or scheme.levels_obstacle
 
 
 def memory(n: int, k: int) -> int:

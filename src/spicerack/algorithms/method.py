@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from spicerack import plugins
 from spicerack.errors import RecipeError
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.levels import IntLevels
+from spicerack.numerics.scheme import Scheme
 
 NEAREST = "rtn"
 """The solver of a chain that names none."""

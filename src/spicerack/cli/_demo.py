@@ -1,4 +1,7 @@
-"""The demo: two real models through the whole way, INT8 and INT4, ending in one honest table per model."""
+"""The demo: two real models through the whole way, INT8 and INT4, ending in one honest table per model.
+
+Everything in the table is measured here and now, on the folders that were written: nothing is quoted.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,34 @@ from typing import Any
 
 import torch
 
-from spicerack.evaluation.bench import bench
+from spicerack.evaluation.bench import BenchOptions, bench
 from spicerack.evaluation.encoder import embed
-from spicerack.evaluation.evaluate import evaluate
-from spicerack.evaluation.folder import pooling
+from spicerack.evaluation.evaluate import Evaluation, EvaluationOptions, measure
+from spicerack.evaluation.folder import pooling_of
+from spicerack.evaluation.language import Comparison
 from spicerack.evaluation.sentences import SENTENCES
+from spicerack.evaluation.timing import Timing
 from spicerack.models import bundled
 from spicerack.quantization.run import quantize
 from spicerack.runtime.generate import generate
 from spicerack.runtime.load import load
 from spicerack.storage import ledger
-from spicerack.text import tokenizer as tokenizing
+from spicerack.text.tokenizer import read_tokenizer
 
 PROMPT = 'def read_csv(path):\n    """'
 QUESTION = "How can I get back into my account?"
 NEW_TOKENS = 16
 EVALUATED_TOKENS = 30_000
+"""Of the held-out text: enough for a narrow interval, and soon read."""
+_REPEATS = 3
+"""Rounds of the benchmark: a demo is not waited for longer."""
+_LENGTH = 128
+"""Tokens of a sentence, at most, where the nearest one is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One way to quantize a model: label, scheme, rules."""
+class Variant:
+    """One way to quantize a model: what the table calls it, scheme, rules."""
 
     label: str
     scheme: str
@@ -38,12 +48,41 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model of the demo: what it is, where it is, and the ways to quantize it."""
+    """A model of the demo: what it is, where it is, whether it is a decoder, and the ways to quantize it."""
 
     title: str
     folder: Path
     decoder: bool
-    rows: tuple[Row, ...]
+    variants: tuple[Variant, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a model in one way, or of the original.
+
+    label        what the table calls it
+    layer_bytes  of the layers that are quantized; codes, scales and zeros included
+    timing       sizes and speeds
+    evaluation   what was lost; None of the original
+    perplexity   of a decoder; None of an encoder
+    sample       what a person would look at: a continuation, or the sentence nearest to a question
+    """
+
+    label: str
+    layer_bytes: int
+    timing: Timing
+    evaluation: Evaluation | None
+    perplexity: float | None
+    sample: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON: the names of `bench` and of `eval`, and label, layer_bytes and sample beside them."""
+        if self.evaluation is not None:
+            figures = self.evaluation.as_dict()
+        else:
+            figures = {} if self.perplexity is None else {"perplexity": self.perplexity}
+        own = {"label": self.label, "layer_bytes": self.layer_bytes, "sample": self.sample}
+        return {**self.timing.as_dict(), **figures, **own}
 
 
 def subjects() -> tuple[Subject, ...]:
@@ -56,10 +95,10 @@ def subjects() -> tuple[Subject, ...]:
             bundled.encoder(),
             False,
             (
-                Row("w8", "w8"),
-                Row("w4g32z", "w4g32z"),
-                Row("w8 + emb. w8", "w8", words),
-                Row("w4g32z + emb. w8", "w4g32z", words),
+                Variant("w8", "w8"),
+                Variant("w4g32z", "w4g32z"),
+                Variant("w8 + emb. w8", "w8", words),
+                Variant("w4g32z + emb. w8", "w4g32z", words),
             ),
         ),
         Subject(
@@ -67,39 +106,47 @@ def subjects() -> tuple[Subject, ...]:
             bundled.language_model(),
             True,
             (
-                Row("w8", "w8"),
-                Row("w4g128", "w4g128"),
-                Row("w4g32z", "w4g32z"),
-                Row("w4g32z + emb. w8", "w4g32z", embeddings),
+                Variant("w8", "w8"),
+                Variant("w4g128", "w4g128"),
+                Variant("w4g32z", "w4g32z"),
+                Variant("w4g32z + emb. w8", "w4g32z", embeddings),
             ),
         ),
     )
 
 
-def run(subject: Subject, output: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Quantize, evaluate, time and sample -> a row for the original and one for each way. Folders go to `output`.
+def run(subject: Subject, output: Path, report: Callable[[str], None]) -> list[Outcome]:
+    """Quantize, evaluate, time and sample: an outcome of the original, and one of each way. Folders go to `output`.
 
-    Keys: label, layer_bytes (of the layers that are quantized; codes, scales and zeros included), bytes_on_disk,
-    resident_bytes, speeds as in `bench`, figures as in `evaluate`, sample. report: called with what is being done.
+    report: called with what is being done.
     """
-    rows: list[dict[str, Any]] = []
-    for row in subject.rows:
-        folder = output / row.label.replace(" ", "").replace(".", "")
-        report(f"{subject.folder.name}, {row.label}: quantizing")
-        quantize(subject.folder, row.scheme, output=folder, rules=row.rules)
+    outcomes: list[Outcome] = []
+    for variant in subject.variants:
+        name = f"{subject.folder.name}, {variant.label}"
+        folder = output / variant.label.replace(" ", "").replace(".", "")
+        report(f"{name}: quantizing")
+        quantize(subject.folder, variant.scheme, output=folder, rules=variant.rules)
         before, after = _layer_bytes(folder)
-        report(f"{subject.folder.name}, {row.label}: evaluating")
-        figures = evaluate(folder, against=subject.folder, max_tokens=EVALUATED_TOKENS if subject.decoder else None)
-        report(f"{subject.folder.name}, {row.label}: measuring speed")
-        original, quantized = bench(folder, against=subject.folder, repeats=3)["rows"]
-        report(f"{subject.folder.name}, {row.label}: sampling")
-        if not rows:
-            known = {"perplexity": figures["perplexity_reference"]} if subject.decoder else {}
-            rows.append({**original, **known, "label": "original", "layer_bytes": before})
-            rows[0]["sample"] = _sample(subject, subject.folder)
-        rows.append({**quantized, **figures, "label": row.label, "layer_bytes": after})
-        rows[-1]["sample"] = _sample(subject, folder)
-    return rows
+        report(f"{name}: evaluating")
+        most = EVALUATED_TOKENS if subject.decoder else None
+        evaluation = measure(folder, against=subject.folder, options=EvaluationOptions(max_tokens=most))
+        report(f"{name}: measuring speed")
+        timed = bench(folder, against=subject.folder, options=BenchOptions(repeats=_REPEATS))
+        report(f"{name}: sampling")
+        now, then = _perplexities(evaluation)
+        if not outcomes:
+            sample = _sample(subject, subject.folder)
+            outcomes.append(Outcome("original", before, timed.original, None, then, sample))
+        outcomes.append(Outcome(variant.label, after, timed.quantized, evaluation, now, _sample(subject, folder)))
+    return outcomes
+
+
+def _perplexities(evaluation: Evaluation) -> tuple[float | None, float | None]:
+    """Of the quantized model and of the original; None of encoders."""
+    figures = evaluation.figures
+    if not isinstance(figures, Comparison):
+        return None, None
+    return figures.perplexity, figures.perplexity_reference
 
 
 def _layer_bytes(folder: Path) -> tuple[int, int]:
@@ -111,14 +158,14 @@ def _layer_bytes(folder: Path) -> tuple[int, int]:
 
 
 def _sample(subject: Subject, folder: Path) -> str:
-    """What a person would look at: a continuation, or the sentence nearest to a question."""
+    """A continuation of the prompt, or the built-in sentence nearest to the question, with its cosine."""
     if subject.decoder:
         return generate(folder, PROMPT, max_new_tokens=NEW_TOKENS).text
     model = load(folder)
-    tokenizer = tokenizing.read(folder, model.config)
-    inputs = tokenizer([QUESTION, *SENTENCES], padding=True, truncation=True, max_length=128, return_tensors="pt")
+    tokenizer = read_tokenizer(folder, model.config)
+    inputs = tokenizer([QUESTION, *SENTENCES], padding=True, truncation=True, max_length=_LENGTH, return_tensors="pt")
     with torch.no_grad():
-        vectors = embed(model, inputs["input_ids"], inputs["attention_mask"], pooling(folder))
+        vectors = embed(model, inputs["input_ids"], inputs["attention_mask"], pooling_of(folder))
     question, *others = torch.nn.functional.normalize(vectors)
     scores = torch.stack(others) @ question
     return f"{SENTENCES[int(scores.argmax())]} ({float(scores.max()):.3f})"

@@ -1,4 +1,4 @@
-"""What every command shares: the JSON contract, the consoles, errors and exit codes.
+"""What every command shares: the JSON contract, the consoles, progress, errors and exit codes.
 
 With --json exactly one JSON object goes to standard output; everything else (progress, warnings) to standard error.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,19 @@ from spicerack.errors import SpicerackError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from spicerack.cli._commands import Commands
+
+INTERRUPTED = 130
+"""Exit code behind Ctrl+C: 128 and the number of its signal, as shells have it."""
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to standard output.")
 cache_option = click.option(
     "--cache", type=int, metavar="8|4", help="Bits that keys and values of attention are kept in. Default: as computed."
+)
+engine_option = click.option(
+    "--engine",
+    metavar="NAME",
+    help="Instruction set that quantized layers compute with: avx2, scalar ... Default: the fastest of this processor.",
 )
 model_argument = click.argument("model", metavar="MODEL")
 
@@ -33,25 +43,38 @@ def console(as_json: bool = False) -> Console:
     return Console(stderr=as_json, highlight=False)
 
 
-def emit(result: dict[str, Any]) -> None:
-    """Write the command's one JSON object."""
+def emit(result: Mapping[str, Any]) -> None:
+    """Write the command's one JSON object to standard output; NaN, which JSON has not, raises ValueError."""
     click.echo(json.dumps(result, indent=2, allow_nan=False))
 
 
-def run(group: click.Group, args: list[str]) -> int:
-    """Run the command line -> its exit code. Deliberate errors become a message (and JSON), never a traceback."""
+@contextmanager
+def measuring() -> Iterator[Callable[[str, float], None]]:
+    """Within, a bar on standard error that shows what is being done and the share of it, 0 to 1; gone at the end."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(as_json=True), transient=True) as bar:
+        task = bar.add_task("loading", total=1.0)
+        yield lambda doing, share: bar.update(task, description=doing, completed=share)
+
+
+def run(commands: Commands, args: list[str]) -> int:
+    """Run the command line -> its exit code. Deliberate errors become a message (and JSON), never a traceback.
+
+    Others pass through: they are faults of this program, and their traceback is what helps to mend it.
+    """
     warnings.showwarning = _show_warning
     as_json = "--json" in args
     try:
-        result = group.main(args=args, standalone_mode=False)
+        result = commands.main(args=args, standalone_mode=False)
     except SpicerackError as error:
         return _fail(as_json, type(error).__name__, error.message, error.hint, error.exit_code)
     except click.UsageError as error:
         return _fail(as_json, "UsageError", error.format_message(), _usage_hint(error), 2)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        resumes = args[:1] in (["quantize"], ["train"])
-        hint = "the same command continues where it stopped" if resumes else "nothing was changed"
-        return _fail(as_json, "Interrupted", "interrupted", hint, 130)
+        hint = "the same command continues where it stopped" if commands.resumes(args) else "nothing was changed"
+        return _fail(as_json, "Interrupted", "interrupted", hint, INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 
@@ -60,6 +83,7 @@ def _usage_hint(error: click.UsageError) -> str:
 
 
 def _fail(as_json: bool, kind: str, message: str, hint: str, code: int) -> int:
+    """Say what is wrong and what helps, on standard error, and as the JSON object if one was asked for -> `code`."""
     if as_json:
         emit({"error": kind, "message": message, "hint": hint})
     click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
@@ -68,7 +92,8 @@ def _fail(as_json: bool, kind: str, message: str, hint: str, code: int) -> int:
     return code
 
 
-def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
+def _show_warning(message: Warning | str, *_args: object, **_kwargs: object) -> None:
+    """In place of Python's own, which shows a line of source as well."""
     click.echo(click.style("warning: ", fg="yellow") + str(message), err=True)
 
 
@@ -76,7 +101,7 @@ def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
 def interruptible(console: Console, end_of: str | None) -> Iterator[Callable[[], bool]]:
     """Within, the first Ctrl+C only asks to stop behind `end_of`, the second interrupts; None: the first does.
 
-    -> whether it was asked.
+    -> whether it was asked. console: where the first one is answered.
     """
     asked: list[bool] = []
 
@@ -95,7 +120,7 @@ def interruptible(console: Console, end_of: str | None) -> Iterator[Callable[[],
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people: `91.4 MB`, decimal units."""
+    """Bytes for people: `91.4 MB`, in decimal units, as disks are sold."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

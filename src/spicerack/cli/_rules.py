@@ -1,4 +1,4 @@
-"""--set and --skip: options of every command that takes a scheme."""
+"""--set and --skip: options of every command that takes a scheme, whose order counts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from spicerack.quantization.recipe import Rule
 
 _ORDER = "spicerack.rule_order"
+"""Where a context remembers it."""
 
 set_option = click.option(
     "--set", "set_", multiple=True, metavar="PATTERN=SCHEME", help="Another scheme for some tensors; repeatable."
@@ -18,7 +19,11 @@ skip_option = click.option("--skip", multiple=True, metavar="PATTERN", help="Kee
 
 
 class OrderedCommand(click.Command):
-    """Remembers in which order --set and --skip came: later rules win."""
+    """Remembers in which order --set and --skip came: later rules win.
+
+    click hands each option its own values, in order, and forgets how those of two options were mixed; so the command
+    line is parsed once more, for the order alone.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(list(args))
@@ -27,7 +32,7 @@ class OrderedCommand(click.Command):
 
 
 def of(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> list[Rule]:
-    """The rules, in the order in which they were given."""
+    """The rules, in the order in which they were given. ctx: of an `OrderedCommand`; set_, skip: their values."""
     from spicerack.quantization import recipe
 
     values = {"set_": iter(set_), "skip": iter(skip)}

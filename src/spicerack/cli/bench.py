@@ -7,15 +7,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spicerack.cli import _output
+from spicerack.cli._commands import About
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from spicerack.evaluation.timing import Benchmark
+
+ABOUT = About(place=50, summary="What the smaller model gained: size, memory, speed.")
 
 _LABELS = {
     "prefill_tokens_per_s": "prompt tokens/s",
     "decode_tokens_per_s": "new tokens/s",
     "items_per_s": "sentences/s",
 }
+"""What people call a figure."""
 
 
 @click.command()
@@ -28,23 +34,11 @@ _LABELS = {
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: as torch chooses.")
 @click.option("--device", default="cpu", show_default=True, help="Where the models run: cpu, cuda ...")
 @click.option("--float32", is_flag=True, help="Also time the original in float32: bfloat16 is slow on many CPUs.")
+@_output.engine_option
 @_output.cache_option
 @click.option("--trust-remote-code", is_flag=True, help="Run code that came with the model.")
 @_output.json_option
-def command(
-    out: str,
-    against: str,
-    prefill: int | None,
-    decode: int,
-    batch: int,
-    repeats: int,
-    threads: int | None,
-    device: str,
-    float32: bool,
-    cache: int | None,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+def command(out: str, against: str, as_json: bool, **given: Any) -> None:
     """Measure what the quantized folder OUT gained: size on disk, bytes in memory, speed.
 
     Original and quantized take turns in one run; medians with the whole spread are shown.
@@ -52,77 +46,65 @@ def command(
     \b
     spicerack bench out --against MODEL
     """
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from spicerack.evaluation.bench import BenchOptions, bench
 
-    from spicerack.evaluation.bench import bench
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:
-        task = bar.add_task("loading", total=1.0)
-        result = bench(
-            out,
-            against=against,
-            prefill=prefill,
-            decode=decode,
-            batch=batch,
-            repeats=repeats,
-            threads=threads,
-            device=device,
-            float32=float32,
-            cache=cache,
-            trust_remote_code=trust_remote_code,
-            progress=lambda doing, share: bar.update(task, description=doing, completed=share),
-        )
+    with _output.measuring() as progress:
+        result = bench(out, against=against, options=BenchOptions(**given), progress=progress)
     if as_json:
-        _output.emit(result)
+        _output.emit(result.as_dict())
     else:
         _print(result, _output.console())
 
 
-def _print(result: dict[str, Any], console: Console) -> None:
+def _print(result: Benchmark, console: Console) -> None:
+    """A column for each model, then how it was measured, and what it means in one sentence."""
     from rich.table import Table
 
-    rows = result["rows"]
+    models = result.models
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column()
-    for row in rows:
-        table.add_column(row["name"], justify="right")
-    table.add_row("computed with", *(row["compute"] for row in rows))
-    table.add_row("on disk", *(_output.size(row["bytes_on_disk"]) for row in rows))
-    table.add_row("in memory", *(_output.size(row["resident_bytes"]) for row in rows))
-    if "cache_bytes" in rows[0]:
-        table.add_row("its cache", *(_output.size(row["cache_bytes"]) for row in rows))
-    for key, label in _LABELS.items():
-        if key in rows[0]:
-            table.add_row(label, *(f"{row[key]:,.4g}" for row in rows))
-            spread = (f"{row[key + '_min']:,.4g} to {row[key + '_max']:,.4g}" for row in rows)
-            table.add_row("  least to most", *spread, style="dim")
+    for model in models:
+        table.add_column(model.name, justify="right")
+    table.add_row("computed with", *(model.compute for model in models))
+    table.add_row("on disk", *(_output.size(model.bytes_on_disk) for model in models))
+    table.add_row("in memory", *(_output.size(model.resident_bytes) for model in models))
+    if all(model.cache_bytes is not None for model in models):
+        table.add_row("its cache", *(_output.size(model.cache_bytes or 0) for model in models))
+    for figure in result.original.speeds:
+        speeds = [model.speeds[figure] for model in models]
+        table.add_row(_LABELS[figure], *(f"{speed.median:,.4g}" for speed in speeds))
+        spread = (f"{speed.least:,.4g} to {speed.most:,.4g}" for speed in speeds)
+        table.add_row("  least to most", *spread, style="dim")
     console.print(table)
     console.print(_setting(result))
     console.print(_meaning(result))
 
 
-def _setting(result: dict[str, Any]) -> str:
-    work = (
-        f"a prompt of {result['prefill']} tokens, then {result['decode']} new ones"
-        if "prefill" in result
-        else f"{result['batch']} sentences of {result['length']} tokens at once"
+def _setting(result: Benchmark) -> str:
+    """What a turn was, and where: one dim line."""
+    from spicerack.evaluation.turns import DecoderTurn
+
+    work = result.work
+    turn = (
+        f"a prompt of {work.prefill} tokens, then {work.decode} new ones"
+        if isinstance(work, DecoderTurn)
+        else f"{work.batch} sentences of {work.length} tokens at once"
     )
-    where = f"{result['threads']} threads, {result['device']}"
-    return f"[dim]{work}; median of {result['repeats']} turns; {where}[/dim]"
+    where = f"{result.threads} threads, {result.device}"
+    return f"[dim]{turn}; median of {result.repeats} turns; {where}[/dim]"
 
 
-def _meaning(result: dict[str, Any]) -> str:
+def _meaning(result: Benchmark) -> str:
     """One plain sentence. Speeds whose spreads overlap around each other's medians are called equal."""
-    original, quantized = result["rows"][:2]
-    key, doing = ("decode_tokens_per_s", "generating") if "prefill" in result else ("items_per_s", "embedding")
-    size = f"The quantized model is {original['bytes_on_disk'] / quantized['bytes_on_disk']:.2f} times smaller on disk"
-    equal = all(a[f"{key}_min"] <= b[key] <= a[f"{key}_max"] for a, b in ((original, quantized), (quantized, original)))
-    if equal:
+    original, quantized = result.original, result.quantized
+    doing = "embedding" if result.figure == "items_per_s" else "generating"
+    size = f"The quantized model is {original.bytes_on_disk / quantized.bytes_on_disk:.2f} times smaller on disk"
+    before, now = (model.speeds[result.figure] for model in (original, quantized))
+    if before.least <= now.median <= before.most and now.least <= before.median <= now.most:
         return f"{size}; at {doing} it is as fast as the original, within the spread."
-    if result["speedup"] > 1:
-        return f"{size}; at {doing} it is {result['speedup']:.2f} times as fast."
-    slower = f"{size}; at {doing} it is slower: it takes {1 / result['speedup']:.2f} times as long"
-    if quantized["compute"].startswith("reference"):
+    if result.speedup > 1:
+        return f"{size}; at {doing} it is {result.speedup:.2f} times as fast."
+    slower = f"{size}; at {doing} it is slower: it takes {1 / result.speedup:.2f} times as long"
+    if quantized.compute.startswith("reference"):
         return f"{slower}, because its weights are unpacked in torch for every call."
     return f"{slower}."

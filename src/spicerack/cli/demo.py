@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from spicerack.cli import _output
+from spicerack.cli._commands import About
 from spicerack.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spicerack.cli._demo import Subject
+    from spicerack.cli._demo import Outcome, Subject
+
+ABOUT = About(place=80, summary="Two real models through the whole way, in one table.")
 
 
 @click.command()
@@ -31,64 +34,97 @@ def command(keep: Path | None, as_json: bool) -> None:
     if keep is not None and keep.exists():
         raise OutputError(f"{keep} exists", "choose another folder")
     console, progress = _output.console(as_json), _output.console(as_json=True)
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[Outcome]] = {}
     with TemporaryDirectory() as temporary:
         for subject in subjects():
             output = (keep or Path(temporary)) / subject.folder.name
             with progress.status("starting") as status:
-                rows = run(subject, output, status.update)
-            results[subject.title] = rows
+                outcomes = run(subject, output, status.update)
+            results[subject.title] = outcomes
             if not as_json:
-                _print(subject, rows, console)
+                _print(subject, outcomes, console)
     if as_json:
-        _output.emit(results)
+        _output.emit({title: [outcome.as_dict() for outcome in outcomes] for title, outcomes in results.items()})
 
 
-def _print(subject: Subject, rows: list[dict[str, Any]], console: Console) -> None:
+def _print(subject: Subject, outcomes: list[Outcome], console: Console) -> None:
+    """A row for the original and for each way to quantize it; which are slower; and what each of them says."""
     from rich.table import Table
 
-    kind = rows[0]["compute"].rpartition("/")[2]
+    original = outcomes[0]
+    kind = original.timing.compute.rpartition("/")[2]
     console.print(f"\n[bold]{subject.title}[/bold]\n({kind}, {_threads()} threads)")
+    rows = [_cells(outcome, original) for outcome in outcomes]
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for name in (*_SIZES, *_SPEEDS[subject.decoder], *_QUALITY[subject.decoder]):
-        table.add_column(name, justify="right", no_wrap=True)
-    first = rows[0]
-    for row in rows:
-        share = "" if row is first else f"{row['layer_bytes'] / first['layer_bytes']:.1%}"
-        sizes = [f"{row[key] / 1e6:.1f}" if key else share for key in _SIZES.values()]
-        speeds = [f"{row[key]:,.0f}" for key in _SPEEDS[subject.decoder].values()]
-        quality = [f"{row[key]:{form}}" if key in row else "" for key, form in _QUALITY[subject.decoder].values()]
-        table.add_row(row["label"], *sizes, *speeds, *quality)
+    for title in rows[0]:
+        table.add_column(title, justify="right", no_wrap=True)
+    for outcome, row in zip(outcomes, rows, strict=True):
+        table.add_row(outcome.label, *row.values())
     console.print(table)
-    speed = list(_SPEEDS[subject.decoder].values())[-1]
-    slower = [row["label"] for row in rows[1:] if row[speed] < first[speed]]
+    figure = list(original.timing.speeds)[-1]
+    slower = [o.label for o in outcomes[1:] if _speed(o, figure) < _speed(original, figure)]
     if slower:
-        which = "Every quantized model is" if len(slower) == len(rows) - 1 else f"{'; '.join(slower)}:"
+        which = "Every quantized model is" if len(slower) == len(outcomes) - 1 else f"{'; '.join(slower)}:"
         console.print(f"{which} slower than the original here: see `spicerack kernels`.")
-    what = "continues" if subject.decoder else "finds the nearest of the built-in sentences to"
-    console.print(f"Each model {what} {_asked(subject)!r}:")
-    for row in rows:
-        console.print(f"  [bold]{row['label']:16}[/bold] ", end="")
-        console.print(repr(row["sample"]), soft_wrap=True, markup=False)
+    does = "continues" if subject.decoder else "finds the nearest of the built-in sentences to"
+    console.print(f"Each model {does} {_asked(subject)!r}:")
+    for outcome in outcomes:
+        console.print(f"  [bold]{outcome.label:16}[/bold] ", end="")
+        console.print(repr(outcome.sample), soft_wrap=True, markup=False)
 
 
-_SIZES = {"layers\nMB": "layer_bytes", "\nshare": "", "folder\nMB": "bytes_on_disk", "memory\nMB": "resident_bytes"}
-_SPEEDS: dict[bool, dict[str, str]] = {
-    True: {"prompt\ntok/s": "prefill_tokens_per_s", "new\ntok/s": "decode_tokens_per_s"},
-    False: {"sentences\nper s": "items_per_s"},
+_SPEEDS = {
+    "prefill_tokens_per_s": "prompt\ntok/s",
+    "decode_tokens_per_s": "new\ntok/s",
+    "items_per_s": "sentences\nper s",
 }
-_QUALITY: dict[bool, dict[str, tuple[str, str]]] = {
-    True: {
-        "perp-\nlexity": ("perplexity", ".2f"),
-        "KL\nnats": ("kl_mean", ".4f"),
-        "same\ntop": ("top1_agreement", ".1%"),
-    },
-    False: {"cosine\nmean": ("cosine_mean", ".4f"), "cosine\nleast": ("cosine_min", ".4f")},
-}
+"""Figure -> title of its column."""
+
+
+def _cells(outcome: Outcome, original: Outcome) -> dict[str, str]:
+    """Title -> what stands there of an outcome: sizes, speeds, quality."""
+    share = "" if outcome is original else f"{outcome.layer_bytes / original.layer_bytes:.1%}"
+    return {
+        "layers\nMB": _megabytes(outcome.layer_bytes),
+        "\nshare": share,
+        "folder\nMB": _megabytes(outcome.timing.bytes_on_disk),
+        "memory\nMB": _megabytes(outcome.timing.resident_bytes),
+        **{_SPEEDS[figure]: f"{_speed(outcome, figure):,.0f}" for figure in outcome.timing.speeds},
+        **_quality(outcome),
+    }
+
+
+def _quality(outcome: Outcome) -> dict[str, str]:
+    """What was lost; nothing of the original, but for its perplexity."""
+    from spicerack.evaluation.encoder import EncoderComparison
+    from spicerack.evaluation.language import Comparison
+
+    figures = None if outcome.evaluation is None else outcome.evaluation.figures
+    if outcome.perplexity is not None:
+        moved = figures if isinstance(figures, Comparison) else None
+        return {
+            "perp-\nlexity": f"{outcome.perplexity:.2f}",
+            "KL\nnats": f"{moved.mean:.4f}" if moved else "",
+            "same\ntop": f"{moved.top1_agreement:.1%}" if moved else "",
+        }
+    turned = figures if isinstance(figures, EncoderComparison) else None
+    return {
+        "cosine\nmean": f"{turned.mean:.4f}" if turned else "",
+        "cosine\nleast": f"{turned.least:.4f}" if turned else "",
+    }
+
+
+def _speed(outcome: Outcome, figure: str) -> float:
+    return outcome.timing.speeds[figure].median
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f}"
 
 
 def _asked(subject: Subject) -> str:
+    """What each model is given to continue, or to find."""
     from spicerack.cli._demo import PROMPT, QUESTION
 
     return PROMPT if subject.decoder else QUESTION

@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spicerack.cli import _output
+from spicerack.cli._commands import About
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from spicerack.evaluation.encoder import EncoderComparison
+    from spicerack.evaluation.evaluate import Evaluation
+    from spicerack.evaluation.language import Comparison
+
+ABOUT = About(place=40, summary="What the smaller model lost.")
 
 
 @click.command()
@@ -21,20 +28,11 @@ if TYPE_CHECKING:
 @click.option("--window", type=click.IntRange(min=2), help="Tokens read together. Default: 512, or the most.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after so many tokens.")
 @click.option("--device", default="cpu", show_default=True, help="Where both models run: cpu, cuda ...")
+@_output.engine_option
 @_output.cache_option
 @click.option("--trust-remote-code", is_flag=True, help="Run code that came with the model.")
 @_output.json_option
-def command(
-    out: str,
-    against: str,
-    text: Path | None,
-    window: int | None,
-    max_tokens: int | None,
-    device: str,
-    cache: int | None,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+def command(out: str, against: str, as_json: bool, **given: Any) -> None:
     """Measure what the quantized folder OUT lost against the model it was made from.
 
     Language models: perplexity, KL divergence and agreement of next-token predictions, on a text. Encoders: similarity
@@ -43,77 +41,68 @@ def command(
     \b
     spicerack eval out --against MODEL --text held-out.txt
     """
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from spicerack.evaluation.evaluate import EvaluationOptions, measure
+    from spicerack.evaluation.language import Comparison
 
-    from spicerack.evaluation.evaluate import measure
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:
-        task = bar.add_task("loading", total=1.0)
-        evaluation = measure(
-            out,
-            against=against,
-            text=text,
-            window=window,
-            max_tokens=max_tokens,
-            device=device,
-            cache=cache,
-            trust_remote_code=trust_remote_code,
-            progress=lambda doing, share: bar.update(task, description=doing, completed=share),
-        )
-    figures = evaluation.as_dict()
+    with _output.measuring() as progress:
+        evaluation = measure(out, against=against, options=EvaluationOptions(**given), progress=progress)
+    figures = evaluation.figures
     if as_json:
-        _output.emit(figures)
-    elif evaluation.kind == "decoder":
-        _decoder(figures, _output.console())
+        _output.emit(evaluation.as_dict())
+    elif isinstance(figures, Comparison):
+        _decoder(evaluation, figures, _output.console())
     else:
-        _encoder(figures, _output.console())
+        _encoder(evaluation, figures, _output.console())
 
 
-def _decoder(figures: dict[str, Any], console: Console) -> None:
-    kl, floor = figures["kl_mean"], figures["kl_noise_floor"]
-    ci = figures["kl_mean_ci95"]
-    between = f"95 % interval {_short(ci[0])} to {_short(ci[1])}" if ci else "one window: no interval"
+def _decoder(evaluation: Evaluation, figures: Comparison, console: Console) -> None:
+    """A table of figures, each with what it is measured against, and one sentence on what they mean."""
+    kl, floor = figures.kl_interval, evaluation.noise_floor
+    if kl.lo is None or kl.hi is None:
+        between = "one window: no interval"
+    else:
+        between = f"95 % interval {_short(kl.lo)} to {_short(kl.hi)}"
     rows = [
-        ("perplexity", f"{figures['perplexity']:.4g}", f"reference {figures['perplexity_reference']:.4g}"),
-        ("same top token", f"{figures['top1_agreement']:.2%}", "as the reference"),
-        ("KL, mean", _short(kl), f"nats per token; {between}"),
-        ("KL, 99.9 %", _short(figures["kl_p999"]), "one token in a thousand moved more"),
+        ("perplexity", f"{figures.perplexity:.4g}", f"reference {figures.perplexity_reference:.4g}"),
+        ("same top token", f"{figures.top1_agreement:.2%}", "as the reference"),
+        ("KL, mean", _short(kl.mean), f"nats per token; {between}"),
+        ("KL, 99.9 %", _short(figures.kl_p999), "one token in a thousand moved more"),
         ("KL, noise floor", _short(floor), "the reference cast to bfloat16"),
     ]
-    title = f"{figures['tokens']:,} predicted tokens in {figures['windows']} windows of {figures['window']}"
-    _table(console, figures, title, rows)
-    same = round(1000 * figures["top1_agreement"])
-    change = figures["perplexity"] / figures["perplexity_reference"] - 1
-    times = "no more than" if kl <= floor or not floor else _times(kl / floor)
+    title = f"{figures.tokens:,} predicted tokens in {len(figures.kl)} windows of {figures.window}"
+    _table(console, evaluation, title, rows)
+    same = round(1000 * figures.top1_agreement)
+    change = figures.perplexity / figures.perplexity_reference - 1
+    times = "no more than" if kl.mean <= floor or not floor else _times(kl.mean / floor)
     console.print(
         f"Of 1000 next-token choices, {same} are the same; perplexity is {_change(change)}; "
         f"the mean KL is {times} that of a cast to bfloat16."
     )
 
 
-def _encoder(figures: dict[str, Any], console: Console) -> None:
-    mean, least, floor = (figures[key] for key in ("cosine_mean", "cosine_min", "cosine_noise_floor"))
-    rank = figures["spearman"]
+def _encoder(evaluation: Evaluation, figures: EncoderComparison, console: Console) -> None:
+    """The same for embeddings: the sentence says by how many degrees they turned."""
+    rank, floor = figures.spearman, evaluation.noise_floor
     rows = [
-        ("cosine, mean", f"{mean:.5f}", "between the two embeddings of a sentence"),
-        ("cosine, least", f"{least:.5f}", "the sentence that moved most"),
+        ("cosine, mean", f"{figures.mean:.5f}", "between the two embeddings of a sentence"),
+        ("cosine, least", f"{figures.least:.5f}", "the sentence that moved most"),
         ("cosine, noise floor", f"{floor:.5f}", "the reference cast to bfloat16"),
         ("Spearman", "-" if rank is None else f"{rank:.5f}", "do all pairs rank alike in similarity?"),
     ]
-    _table(console, figures, f"{figures['sentences']:,} sentences, {figures['tokens']:,} tokens", rows)
+    _table(console, evaluation, f"{len(figures.cosine):,} sentences, {figures.tokens:,} tokens", rows)
     console.print(
-        f"An embedding turned by about {_angle(mean)}, the worst by {_angle(least)}; "
+        f"An embedding turned by about {_angle(figures.mean)}, the worst by {_angle(figures.least)}; "
         f"a cast to bfloat16 turns it by about {_angle(floor)}."
     )
 
 
-def _table(console: Console, figures: dict[str, Any], title: str, rows: list[tuple[str, str, str]]) -> None:
+def _table(console: Console, evaluation: Evaluation, title: str, rows: list[tuple[str, str, str]]) -> None:
+    """What was measured, on what and with what; then name, figure and explanation of each row."""
     from rich.markup import escape
     from rich.table import Table
 
-    cache = f", cache of {figures['cache']} bits" if "cache" in figures else ""
-    console.print(f"[bold]{escape(figures['text'])}[/bold]: {title}; computed with {figures['compute']}{cache}")
+    cache = "" if evaluation.cache is None else f", cache of {evaluation.cache} bits"
+    console.print(f"[bold]{escape(evaluation.text)}[/bold]: {title}; computed with {evaluation.compute}{cache}")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", style="bold", no_wrap=True)
@@ -124,10 +113,12 @@ def _table(console: Console, figures: dict[str, Any], title: str, rows: list[tup
 
 
 def _short(value: float) -> str:
+    """Three digits, or a power of ten where it is below a thousandth."""
     return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
 def _change(ratio: float) -> str:
+    """What perplexity became: a share of what it was, or a multiple once it is twice as high. ratio: new / old - 1."""
     if abs(ratio) < 5e-5:
         return "unchanged"
     if ratio >= 1:
@@ -136,8 +127,10 @@ def _change(ratio: float) -> str:
 
 
 def _times(ratio: float) -> str:
+    """A multiple, with a digit behind the point as long as that tells something."""
     return f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
 
 
 def _angle(cosine: float) -> str:
+    """The angle of a cosine, which rounding may have put a little above 1."""
     return f"{math.degrees(math.acos(min(cosine, 1.0))):.1f} degrees"

@@ -7,6 +7,9 @@ import dataclasses
 import click
 
 from spicerack.cli import _output
+from spicerack.cli._commands import About
+
+ABOUT = About(place=60, summary="Let a model continue a text.")
 
 
 @click.command()
@@ -17,6 +20,7 @@ from spicerack.cli import _output
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--raw", is_flag=True, help="Continue the prompt itself, without the tokenizer's chat template.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps ...")
+@_output.engine_option
 @_output.cache_option
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that came with the model.")
 @_output.json_option
@@ -28,6 +32,7 @@ def command(
     seed: int,
     raw: bool,
     device: str,
+    engine: str | None,
     cache: int | None,
     trust_remote_code: bool,
     as_json: bool,
@@ -52,6 +57,7 @@ def command(
         seed=seed,
         raw=raw,
         device=device,
+        engine=engine,
         cache=cache,
         trust_remote_code=trust_remote_code,
         write=None if as_json else write,

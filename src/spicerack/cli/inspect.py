@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spicerack.cli import _output
+from spicerack.cli._commands import About
 from spicerack.cli._output import size
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from spicerack.models.outliers import Spread
     from spicerack.models.overview import Estimate, Report, Row
 
+ABOUT = About(place=10, summary="What is in a model folder, and what it would weigh.")
 _SMALL = {"norm": "all norms", "bias": "all biases"}
 _BLOCKS = "·▁▂▃▄▅▆▇█"
 _SHARE_OF_LOWEST_BAR = 1e-7

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from spicerack.cli import _output
+from spicerack.cli._commands import About
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from spicerack.models.choices import Layers, Row
+
+ABOUT = About(place=70, summary="What can multiply on this machine, and what a folder's layers get.")
 
 
 @click.command()
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
     type=click.Choice(["int8", "float"]),
     help="What OUT's layers multiply with, as in load(). Default: int8 where there are vector instructions for it.",
 )
+@_output.engine_option
 @_output.json_option
-def command(out: str | None, compute: Literal["int8", "float"] | None, as_json: bool) -> None:
+def command(out: str | None, compute: Literal["int8", "float"] | None, engine: str | None, as_json: bool) -> None:
     """List the kernels, or those that the layers of the quantized folder OUT get, and why.
 
     Only config.json and the headers of OUT's files are read.
@@ -32,9 +36,11 @@ def command(out: str | None, compute: Literal["int8", "float"] | None, as_json: 
     \b
     spicerack kernels
     spicerack kernels out --compute float
+    spicerack kernels out --engine avx2
     """
-    if out is None and compute is not None:
-        raise click.UsageError("--compute chooses kernels for the layers of OUT, and no OUT is given")
+    for option, value in (("--compute", compute), ("--engine", engine)):
+        if out is None and value is not None:
+            raise click.UsageError(f"{option} chooses kernels for the layers of OUT, and no OUT is given")
     from spicerack.models import choices
 
     rows = choices.rows()
@@ -44,10 +50,10 @@ def command(out: str | None, compute: Literal["int8", "float"] | None, as_json: 
         else:
             _show_table(rows, _output.console())
         return
-    layers = choices.layers(out, compute)
+    layers = choices.layers(out, compute, engine)
     if as_json:
         found = [asdict(some) for some in layers]
-        _output.emit({"folder": out, "compute": compute, **_table_as_json(rows), "layers": found})
+        _output.emit({"folder": out, "compute": compute, "engine": engine, **_table_as_json(rows), "layers": found})
     else:
         _show_layers(out, layers, _output.console())
 

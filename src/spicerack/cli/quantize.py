@@ -5,27 +5,32 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from spicerack import plugins
 from spicerack.cli import _output, _rules
+from spicerack.cli._commands import About
 from spicerack.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from rich.progress import Progress
 
     from spicerack.machine.ranks import Ranks
     from spicerack.quantization.job import Job
     from spicerack.quantization.memory import MemoryPlan
     from spicerack.quantization.recipe import Recipe, Rule
-    from spicerack.quantization.watch import Finished, Trial
+    from spicerack.quantization.run import Summary
+    from spicerack.quantization.watch import Finished, Trial, Watch
     from spicerack.text.calibration import Calibration
 
+ABOUT = About(place=20, summary="Turn a model folder into a smaller one that runs.", resumes=True)
 _LENGTH = 512
 
 
@@ -148,18 +153,21 @@ def command(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from spicerack.quantization.job import prepare
-    from spicerack.quantization.run import calibrated, execute, plan
+    from spicerack.quantization.run import decided, execute
+    from spicerack.quantization.stream import Means, plan
 
     where, ranks = _place(device)
+    means = Means(where, threads, memory, ranks)
     console = _output.console(as_json or not ranks.first)
     console.quiet = not ranks.first
-    job = prepare(model, calibrated(recipe, calib is not None), shard_bytes=shard_bytes)
+    job = prepare(model, decided(recipe, calib is not None), shard_bytes=shard_bytes)
     calibration = None if calib is None else _calibration(job, calib, samples, length, seed)
     planned = plan(job, calibration, memory)
     _announce(job, calibration, planned, where, console)
     if dry_run:
         if as_json:
-            _output.emit({"dry_run": True, **job.summary(), "planned_peak_bytes": planned.peak_bytes})
+            sizes = dataclasses.asdict(job.sizes())
+            _output.emit({"dry_run": True, **sizes, "planned_peak_bytes": planned.peak_bytes})
         return
     columns = (
         TextColumn("{task.description}"),
@@ -168,28 +176,43 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_output.console(as_json=True), transient=True, disable=not ranks.first) as bar:
-        task = bar.add_task("quantizing", total=job.bytes_before)
+    unit = "this block" if calibration is not None else None
+    with (
+        Progress(*columns, console=_output.console(as_json=True), transient=True, disable=not ranks.first) as bar,
+        _output.interruptible(bar.console, unit) as stopping,
+    ):
+        watch = _watch(bar, job, stopping, ranks)
+        summary = execute(job, output, calibration=calibration, means=means, watch=watch)
+    if summary is None:
+        return
+    if as_json:
+        _output.emit(summary.as_dict())
+        return
+    _report(summary, job.source.folder, console)
 
-        def finished(block: Finished) -> None:
+
+def _watch(bar: Progress, job: Job, stopping: Callable[[], bool], ranks: Ranks) -> Watch:
+    """What moves the bar and prints a line for each block, on the first rank."""
+    from spicerack.quantization.watch import Watch
+
+    task = bar.add_task("quantizing", total=job.bytes_before)
+
+    class Bar(Watch):
+        def tried(self, trial: Trial) -> None:
+            bar.console.print(_trial(trial), soft_wrap=True, highlight=False)
+
+        def finished(self, block: Finished) -> None:
             if ranks.first:
                 bar.console.print(_line(block), soft_wrap=True, highlight=False)
             bar.update(task, description=f"block {block.number + 1} of {block.count}")
 
-        def tried(trial: Trial) -> None:
-            bar.console.print(_trial(trial), soft_wrap=True, highlight=False)
+        def stopping(self) -> bool:
+            return stopping()
 
-        with _output.interruptible(bar.console, "this block" if calibration is not None else None) as stopping:
-            result = execute(
-                job, output, calibration=calibration, device=where, threads=threads, memory=memory, ranks=ranks,
-                tried=tried, finished=finished, stopping=stopping, progress=lambda nbytes: bar.advance(task, nbytes),
-            )  # fmt: skip
-    if not ranks.first:
-        return
-    if as_json:
-        _output.emit(result)
-        return
-    _report(result, job.source.folder, console)
+        def progress(self, nbytes: int) -> None:
+            bar.advance(task, nbytes)
+
+    return Bar()
 
 
 def _place(device: str) -> tuple[torch.device, Ranks]:
@@ -208,11 +231,11 @@ def _calibration(job: Job, source: str, samples: int, length: int | None, seed: 
     from spicerack.runtime import hf
     from spicerack.runtime.load import load
     from spicerack.text import calibration, generated
-    from spicerack.text import tokenizer as tokenizing
+    from spicerack.text.tokenizer import read_tokenizer
 
     folder = job.source.folder
     config, _ = hf.config_and_class(job.source.config, folder)
-    tokenizer = tokenizing.read(folder, config)
+    tokenizer = read_tokenizer(folder, config)
     longest = positions(config)
     if length is not None and longest is not None and length > longest:
         raise UsageError(f"--length {length}: the model has {longest} positions", f"use --length {longest} or less")
@@ -263,7 +286,7 @@ def _announce(
     console.print()
 
 
-def _report(result: dict[str, Any], source: Path, console: Console) -> None:
+def _report(summary: Summary, source: Path, console: Console) -> None:
     from rich.table import Table
 
     from spicerack.storage import ledger
@@ -271,20 +294,19 @@ def _report(result: dict[str, Any], source: Path, console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("layers", "numbers", "count", "before", "after", "error"):
         table.add_column(name, justify="left" if name in ("layers", "numbers") else "right", no_wrap=name != "layers")
-    written = ledger.read(Path(result["output"]))
+    written = ledger.read(summary.output)
     assert written is not None, "quantized just now"
     for row in ledger.by_layer_type(written.entries):
         error = "" if row.error is None else f"{row.error:.2%}"
-        before, after = _output.size(row.bytes_before), _output.size(row.bytes_after)
-        table.add_row(row.layers, row.numbers, str(row.count), before, after, error)
+        sizes = (_output.size(row.bytes_before), _output.size(row.bytes_after))
+        table.add_row(row.layers, row.numbers, str(row.count), *sizes, error)
     console.print(table)
-    before, after = result["bytes_before"], result["bytes_after"]
+    total = summary.sizes
+    before, after = total.bytes_before, total.bytes_after
     console.print(
         f"\n[bold]{_output.size(before)} -> {_output.size(after)}[/bold], {before / after:.2f} times smaller; "
-        f"{result['bits_per_weight']:.2f} bits a quantized weight, {result['bits_per_weight_total']:.2f} over all"
+        f"{total.bits_per_weight:.2f} bits a quantized weight, {total.bits_per_weight_total:.2f} over all"
     )
-    resumed = ", resumed" if result["resumed"] else ""
-    console.print(f"{result['seconds']:.1f} s, peak memory {_output.size(result['peak_rss_bytes'])}{resumed}")
-    console.print(
-        f"next: spicerack eval {result['output']} --against {source} --text FILE", soft_wrap=True, markup=False
-    )
+    resumed = ", resumed" if summary.resumed else ""
+    console.print(f"{summary.seconds:.1f} s, peak memory {_output.size(summary.peak_rss_bytes)}{resumed}")
+    console.print(f"next: spicerack eval {summary.output} --against {source} --text FILE", soft_wrap=True, markup=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spicerack.cli import _output, _rules
+from spicerack.cli._commands import About
 from spicerack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from spicerack.training.run import Trained
+    from spicerack.training.start import Twin
+
+ABOUT = About(place=30, summary="Train a model in few bits, or from scratch.", resumes=True)
 
 
 @click.command(cls=_rules.OrderedCommand)
@@ -74,7 +79,7 @@ def command(
     scales_only: bool,
     from_scratch: str | None,
     tokenizer: str | None,
-    twin: Any,
+    twin: Twin | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -89,20 +94,9 @@ def command(
     spicerack train --from-scratch config.json --tokenizer MODEL -o out --scheme ternarya8 --data corpus/
     tensorboard --logdir out.training/logs
     """
-    if (model is None) == (from_scratch is None):
-        raise UsageError("give either MODEL or --from-scratch CONFIG", "spicerack train --help")
-    if from_scratch is not None and not from_scratch.endswith(".json"):
-        raise UsageError(f"--from-scratch {from_scratch} is no config.json", "give the file, not its folder")
+    source = _source(model, from_scratch)
     rules = _rules.of(click.get_current_context(), set_, skip)
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
+    from spicerack.machine.ranks import launched
     from spicerack.training.qat.start import QATConfig
     from spicerack.training.run import train
     from spicerack.training.settings import Settings
@@ -113,40 +107,60 @@ def command(
         raise UsageError("--set and --skip change a scheme, and there is none", "name one, or leave them out")
     if teacher is None and any(given[name] is not None for name in ("kl", "temperature")):
         raise UsageError("--kl and --temperature are about a teacher, and there is none", "name one by --teacher")
-    first = os.environ.get("RANK", "0") == "0"  # as torchrun says
-    console = _output.console(as_json or not first)
-    console.quiet = not first
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=_output.console(as_json=True), transient=True, disable=not first) as bar:
+    first = launched().first
+    with _bar(first) as bar, _output.interruptible(bar.console, "this step") as stopping:
         task = bar.add_task("training", total=settings.steps)
-        with _output.interruptible(bar.console, "this step") as stopping:
-            made = train(
-                model or from_scratch or "", output, data=data, scheme=scheme, rules=rules, config=config,
-                settings=settings, teacher=teacher, predictions=predictions, held_out=held_out, tokenizer=tokenizer,
-                twin=twin, scales_only=scales_only, stopping=stopping, callbacks=[_lines(bar, task)] if first else [],
-                told=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
-            )  # fmt: skip
-    if not first:
-        return
-    if as_json:
-        _output.emit({**asdict(made), "output": str(output)})
-        return
-    _report(made, model or from_scratch or "", console)
+        trained = train(
+            source, output, data=data, scheme=scheme, rules=rules, config=config, settings=settings, teacher=teacher,
+            predictions=predictions, held_out=held_out, tokenizer=tokenizer, twin=twin, scales_only=scales_only,
+            stopping=stopping, callbacks=[_lines(bar, task)] if first else [],
+            told=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
+        )  # fmt: skip
+    if first and as_json:
+        _output.emit({**asdict(trained), "output": str(output)})
+    elif first:
+        _report(trained, source, _output.console())
 
 
-def _given(options: dict[str, Any], what: type) -> dict[str, Any]:
-    """Those of a dataclass's fields that were given."""
-    names = {field.name for field in fields(what)}
+def _source(model: str | None, from_scratch: str | None) -> str:
+    """The one of both that was given. Raises UsageError for both, none, and a folder where a config.json should be."""
+    if (model is None) == (from_scratch is None):
+        raise UsageError("give either MODEL or --from-scratch CONFIG", "spicerack train --help")
+    if from_scratch is not None and not from_scratch.endswith(".json"):
+        raise UsageError(f"--from-scratch {from_scratch} is no config.json", "give the file, not its folder")
+    return model or from_scratch or ""
+
+
+def _given(options: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Those of a dataclass's fields that were given on the command line; 0 is given, a flag that is not set is not."""
+    names = {field.name for field in fields(kind)}
     return {
         name: value for name, value in options.items() if name in names and value is not None and value is not False
     }
 
 
+@contextmanager
+def _bar(first: bool) -> Iterator[Progress]:
+    """Steps done and left, on standard error; of several processes the first one shows them, the others say nothing."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=_output.console(as_json=True), transient=True, disable=not first) as bar:
+        yield bar
+
+
 def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
-    """Moves the bar, and prints a line for each evaluation."""
+    """Moves the bar, and prints a line for each evaluation and each checkpoint."""
     from transformers import TrainerCallback
 
     class Lines(TrainerCallback):
@@ -163,10 +177,10 @@ def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
                 bar.update(task, description=f"loss {self.loss:.4f}")
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-            far = f", KL from the teacher {metrics['eval_kl']:.4f}" if "eval_kl" in metrics else ""
+            kl = f", KL from the teacher {metrics['eval_kl']:.4f}" if "eval_kl" in metrics else ""
             trained = "" if math.isnan(self.loss) else f"training loss {self.loss:.4f}, "
             bar.console.print(
-                f"step {state.global_step}: {trained}held-out loss {metrics['eval_loss']:.4f}{far}",
+                f"step {state.global_step}: {trained}held-out loss {metrics['eval_loss']:.4f}{kl}",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
 
@@ -176,25 +190,26 @@ def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
     return Lines()
 
 
-def _report(made: Trained, source: str, console: Console) -> None:
+def _report(trained: Trained, source: str, console: Console) -> None:
+    """The four losses, how far it came, and what to do next. source: what it was trained from."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("held-out loss")
     table.add_column("nats a token", justify="right")
     for name, value in (
-        ("float", made.loss_float),
-        ("rounded, before training", made.loss_rounded),
-        ("trained", made.loss_trained),
-        ("as stored, read back", made.loss_shipped),
-        ("KL from the teacher", made.kl),
+        ("float", trained.loss_float),
+        ("rounded, before training", trained.loss_rounded),
+        ("trained", trained.loss_trained),
+        ("as stored, read back", trained.loss_shipped),
+        ("KL from the teacher", trained.kl),
     ):
         if value is not None:
             table.add_row(name, f"{value:.4f}")
     console.print(table)
-    resumed = f", continued at step {made.resumed_at}" if made.resumed_at else ""
-    console.print(f"\n{made.tokens:,} tokens, {made.seconds:.1f} s{resumed}", highlight=False)
-    out = made.output
+    resumed = f", continued at step {trained.resumed_at}" if trained.resumed_at else ""
+    console.print(f"\n{trained.tokens:,} tokens, {trained.seconds:.1f} s{resumed}", highlight=False)
+    out = trained.output
     console.print(f"{out} is ready; {out}.training has checkpoints and curves, and may go", soft_wrap=True)
     if not source.endswith(".json"):
         console.print(f"next: spicerack eval {out} --against {source} --text FILE", soft_wrap=True, markup=False)

@@ -1,4 +1,11 @@
-"""How far an encoder's sentence embeddings moved: two models over the same sentences."""
+"""How far an encoder's sentence embeddings moved: two models over the same sentences.
+
+    cosine      between the two models' embeddings of one sentence: 1 if it did not turn
+    Spearman    do all pairs of sentences rank alike in similarity, as the two models see them?
+
+The second is what a search uses: a rotation of all embeddings at once changes every cosine of the first kind, and none
+of the similarities.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +24,24 @@ from spicerack.evaluation.intervals import spearman
 Progress = Callable[[float], None]
 Pooling = Literal["mean", "cls", "max", "lasttoken"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "max", "lasttoken")
+"""How one vector of a sentence can be made of its tokens' hidden states: see `pool`."""
 BATCH = 32
+"""Sentences that are embedded at once."""
 PAIRED_SENTENCES = 2000
 """Spearman's correlation is taken over the pairs of the first 2,000 sentences: two million of them."""
 FEWEST = 3
+"""Sentences: two have one pair, which cannot be ranked."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderComparison:
-    """What was measured. cosine float64 [sentences]: between the two models' embeddings of one sentence.
+    """What was measured, sentence by sentence.
 
-    spearman: rank correlation of the similarities of all pairs of sentences, as the two models see them; None if one
-    model finds all pairs equally similar.
+    cosine     float64 [sentences]: between the two models' embeddings of one sentence
+    spearman   rank correlation of the similarities of all pairs of sentences, as the two models see them; None if one
+               model finds all pairs equally similar
+    tokens     that were read, padding left out
+    unknown    how many of them the tokenizer does not know
     """
 
     cosine: torch.Tensor = field(repr=False)
@@ -42,6 +55,11 @@ class EncoderComparison:
         return float(self.cosine.mean())
 
     @property
+    def least(self) -> float:
+        """The cosine of the sentence that turned most."""
+        return float(self.cosine.min())
+
+    @property
     def unknown_share(self) -> float:
         """Share of the tokens that the tokenizer does not know."""
         return self.unknown / self.tokens
@@ -52,7 +70,7 @@ class EncoderComparison:
             "tokens": self.tokens,
             "sentences": len(self.cosine),
             "cosine_mean": self.mean,
-            "cosine_min": float(self.cosine.min()),
+            "cosine_min": self.least,
             "spearman": self.spearman,
             "unknown_tokens": self.unknown_share,
         }
@@ -70,9 +88,17 @@ def compare(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> EncoderComparison:
-    """Embed (sentence, share of the text read so far) with both models; sentences are cut at `length` tokens.
+    """Embed sentences with both models, and compare the embeddings.
 
-    Stops after the batch that reaches `max_tokens`. Raises TextError for fewer than three sentences.
+    reference, other   each on its own device, in its own float type
+    tokenizer   of both
+    sentences   each with the share of the text, 0 to 1, that has been read behind it
+    pooling     how a sentence's vector is made of its tokens'
+    length      tokens at which sentences are cut
+    max_tokens  stop after the batch that reaches so many; None: read all
+    progress    called behind each batch with the share that has been read
+
+    Raises TextError for fewer than three sentences, SpicerackError for embeddings that are not finite.
     """
     cosines: list[torch.Tensor] = []
     kept: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
@@ -81,11 +107,7 @@ def compare(
         inputs = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         ours, theirs = (embed(model, ids, mask, pooling) for model in (reference, other))
-        if not bool(theirs.isfinite().all() and ours.isfinite().all()):
-            raise SpicerackError(
-                f"an embedding among sentences {count} to {count + len(batch) - 1} is not finite",
-                "the model overflows in its own type: quantize from another float type",
-            )
+        _check_finite(ours, theirs, count)
         cosines.append(F.cosine_similarity(ours, theirs))
         room = max(PAIRED_SENTENCES - count, 0)
         kept[0].append(ours[:room])
@@ -105,6 +127,15 @@ def compare(
     return EncoderComparison(torch.cat(cosines), spearman(*similarities), tokens, unknown)
 
 
+def _check_finite(ours: torch.Tensor, theirs: torch.Tensor, before: int) -> None:
+    """Raises SpicerackError for embeddings [B, H] that are NaN or infinite. before: sentences in front of them."""
+    if not bool(theirs.isfinite().all() and ours.isfinite().all()):
+        raise SpicerackError(
+            f"an embedding among sentences {before} to {before + len(ours) - 1} is not finite",
+            "the model overflows in its own type: quantize from another float type",
+        )
+
+
 def embed(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     """Pooled hidden states [B, H] (float64, on the CPU) of `ids` [B, L], where `mask` [B, L] marks the real tokens."""
     body = model.base_model
@@ -113,7 +144,10 @@ def embed(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, pooling
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """One vector a sentence [B, H] from `hidden` [B, L, H]; padding, wherever it stands, does not count."""
+    """One vector a sentence [B, H] from `hidden` [B, L, H]; padding, where `mask` [B, L] is 0, does not count.
+
+    mean and max are over the real tokens, cls is the first of them and lasttoken the last, whichever side is padded.
+    """
     real = mask.bool()
     first = real.int().argmax(dim=1)
     last = real.shape[1] - 1 - real.flip(1).int().argmax(dim=1)
@@ -130,7 +164,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
 
 
 def check_pooling(name: str) -> Pooling:
-    """The pooling called `name`. Raises UsageError."""
+    """The pooling called `name`. Raises UsageError for one that is not computed here."""
     for known in POOLINGS:
         if name == known:
             return known
@@ -145,6 +179,7 @@ def _pair_similarities(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _batches(sentences: Iterable[tuple[str, float]]) -> Iterator[tuple[list[str], float]]:
+    """Sentences in batches, each with the share of the text that has been read at its end."""
     source = iter(sentences)
     while batch := list(islice(source, BATCH)):
         yield [text for text, _ in batch], batch[-1][1]

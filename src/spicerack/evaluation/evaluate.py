@@ -1,12 +1,17 @@
 """What a quantized folder lost against the model it was made from: `evaluate` on two folders.
 
-Language models are compared by their predictions on a text (`evaluation_lm`), encoders by their embeddings of sentences
-(`evaluation_encoder`). The reference always computes in float32; the quantized model runs as it ships.
+How it works. Language models are compared by their predictions on a text (`language.py`), encoders by their embeddings
+of sentences (`encoder.py`): both models read the same tokens, and what is measured is how far the one's answers are
+from the other's. The reference always computes in float32; the quantized model runs as it ships, in its own type and
+with the kernels that it will run on, so that nothing is measured on a simulation. Beside it stands a noise floor: the
+reference cast to bfloat16, measured in the same way, because a loss means little without one that everybody accepts.
+
+What is given up. Both models are in memory at once, the reference in float32. A divergence of predictions says how much
+was changed and not whether it matters for a task: that needs the task.
 """
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,36 +23,71 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import UsageError
 from spicerack.evaluation import encoder, language
-from spicerack.evaluation import folder as evaluation_folder
 from spicerack.evaluation.encoder import EncoderComparison
+from spicerack.evaluation.folder import common_tokenizer, pooling_of, window_of
 from spicerack.evaluation.language import Comparison
 from spicerack.evaluation.sentences import SENTENCES
+from spicerack.kernels import kernel
 from spicerack.models.kind import Kind, kind_of
 from spicerack.nn.cache_blocks import CacheScheme
 from spicerack.nn.weight import PackedWeight
 from spicerack.runtime.load import load
 from spicerack.storage import ledger
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, locate, read_json
-from spicerack.text.pieces import sentences, windows
+from spicerack.text.pieces import sentences, sha256_of, windows
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
 
 HELDOUT = "heldout.txt"
+"""A text in a model's folder that it was not trained on."""
 FLOOR_TOKENS = 8192
 """The noise floor is measured on the beginning of the text: it varies little, and bfloat16 is slow on many CPUs."""
 UNKNOWN_LIMIT = 0.01
+"""Share of unknown tokens from which on a warning asks whether the model knows the language."""
 CACHE_STEP = 16
 """Tokens that are read at once where the cache counts: about 32 of those before them are in float, as in generating."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationOptions:
+    """What two folders are compared on, and how the models run.
+
+    text        a file; None: `heldout.txt` in the model's folder, or for encoders the built-in sentences
+    window      tokens that are read together; None: 512 or the model's longest. Longer sentences are cut there
+    max_tokens  tokens of the text that are used; None: all of it
+    device      where both models run
+    dtype       float type that the quantized folder computes in; None: its own, which is what ships
+    engine      that its packed layers and attention run on, as in `load`; None: the fastest
+    cache       bits of its key-value cache, as in `load`: it then reads 16 tokens at a time, the earlier ones through
+                that cache; None: no cache is used
+    trust_remote_code   whether code that came with the model may run
+    """
+
+    text: str | Path | None = None
+    window: int | None = None
+    max_tokens: int | None = None
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    engine: str | None = None
+    cache: int | None = None
+    trust_remote_code: bool = False
+
+
+_DEFAULTS = EvaluationOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """The measured figures, and what they were measured with.
 
-    compute: the kernel and type that the quantized model ran with. noise_floor: the reference in bfloat16 against
-    itself in float32, as mean KL in nats per token (decoders) or mean cosine (encoders): what a plain cast costs.
-    cache: bits of the quantized model's cache, None where it was not used.
+    kind         of both models
+    compute      the kernel and type that the quantized model ran with
+    text         name of the file, or "built-in sentences"
+    figures      how far its predictions, or embeddings, are from the reference's
+    noise_floor  the reference in bfloat16 against itself in float32, as mean KL in nats per token (decoders) or mean
+                 cosine (encoders): what a plain cast costs
+    cache        bits of the quantized model's cache, None where it was not used
     """
 
     kind: Kind
@@ -74,6 +114,7 @@ def evaluate(
     max_tokens: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    engine: str | None = None,
     cache: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -82,82 +123,69 @@ def evaluate(
 
     text: a file; None is `heldout.txt` in the model's folder, or for encoders the built-in sentences. window: tokens
     that are read together, None is 512 or the model's longest; longer sentences are cut there. max_tokens: None is the
-    whole text. dtype: float type that `folder` computes in; None is its own, which is what ships. cache: bits of its
-    key-value cache, as in `load`; it then reads 16 tokens at a time, and the earlier ones through that cache. Raises
-    TextError, UsageError, CheckpointError, LoadError.
+    whole text. dtype: float type that `folder` computes in; None is its own, which is what ships. engine: that it
+    computes with, as in `load`. cache: bits of its key-value cache; it then reads 16 tokens at a time, and the earlier
+    ones through that cache. Raises TextError, UsageError, CheckpointError, LoadError.
     """
-    return measure(
-        folder,
-        against=against,
+    options = EvaluationOptions(
         text=text,
         window=window,
         max_tokens=max_tokens,
         device=device,
         dtype=dtype,
+        engine=engine,
         cache=cache,
         trust_remote_code=trust_remote_code,
-        progress=progress,
-    ).as_dict()
+    )
+    return measure(folder, against=against, options=options, progress=progress).as_dict()
 
 
 def measure(
     folder: str | Path,
     *,
     against: str | Path,
-    text: str | Path | None = None,
-    window: int | None = None,
-    max_tokens: int | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    cache: int | None = None,
-    trust_remote_code: bool = False,
+    options: EvaluationOptions = _DEFAULTS,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """As `evaluate`, keeping the figures of every window: `evaluation_lm.paired_difference` compares two of these."""
+    """As `evaluate`, keeping the figures of every window: `language.paired_difference` compares two of these.
+
+    folder, against: folders or hub ids. Raises TextError, UsageError, CheckpointError, LoadError.
+    """
     out, source = locate(folder), locate(against)
     kind = kind_of(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
-    if cache is not None:
-        CacheScheme(cache)  # what is wrong is said before the long part
+    kernel.check_engine(options.engine, options.device)  # what is wrong is said before the long part
+    if options.cache is not None:
+        CacheScheme(options.cache)
         if kind == "encoder":
             raise UsageError(f"{source} is an encoder: it has no cache to quantize", "leave the cache out")
-    tokenizer = evaluation_folder.tokenizer(out, source, trust_remote_code)
-    path = _text(kind, text, out, source)
-    written = ledger.read(out)
-    if path is not None and written is not None and written.calibration_text == (_sha256(path) or ""):
-        warnings.warn(f"{path} is what {out} was calibrated with: use another text, this one flatters", stacklevel=2)
+    tokenizer = common_tokenizer(out, source, options.trust_remote_code)
+    path = _text(kind, options.text, out, source)
+    _warn_of_calibration_text(path, out)
     report = progress or (lambda _doing, _share: None)
 
-    def open_model(where: Path, dtype: torch.dtype | None, cache: int | None = None) -> PreTrainedModel:
+    device, trusted = options.device, options.trust_remote_code
+
+    def original(dtype: torch.dtype) -> PreTrainedModel:
         report("loading", 0.0)
-        return load(where, device=device, dtype=dtype, cache=cache, trust_remote_code=trust_remote_code)
+        return load(source, device=device, dtype=dtype, trust_remote_code=trusted)
 
-    reference = open_model(source, torch.float32)
-    length = evaluation_folder.window(window, reference, source)
-
-    def compare(
-        other: PreTrainedModel, most: int | None, doing: str, step: int | None = None
-    ) -> Comparison | EncoderComparison:
-        def share(done: float) -> None:
-            report(doing, done)
-
-        if path is not None and kind == "decoder":
-            texts = windows(path, tokenizer, length, most)
-            return language.compare(reference, other, texts, progress=share, step=step)
-        return _compare_encoders(reference, other, tokenizer, path, source, length, most, share)
-
-    beginning = max(FLOOR_TOKENS, length)
-    floor = compare(
-        open_model(source, torch.bfloat16),
-        beginning if max_tokens is None else min(beginning, max_tokens),
-        "noise floor",
+    model = original(torch.float32)
+    reference = _Reference(kind, model, tokenizer, source, path, window_of(options.window, model, source))
+    beginning = max(FLOOR_TOKENS, reference.window)
+    floor = reference.compare(
+        original(torch.bfloat16),
+        beginning if options.max_tokens is None else min(beginning, options.max_tokens),
+        lambda share: report("noise floor", share),
     )
-    quantized = open_model(out, dtype, cache)
-    figures = compare(quantized, max_tokens, "evaluating", None if cache is None else CACHE_STEP)
-    if figures.unknown_share > UNKNOWN_LIMIT:
-        unknown = f"{figures.unknown_share:.1%} of the text's tokens are unknown to the tokenizer"
-        warnings.warn(f"{unknown}: is it in a language that the model knows?", stacklevel=2)
+    report("loading", 0.0)
+    quantized = load(
+        out, device=device, dtype=options.dtype, engine=options.engine, cache=options.cache, trust_remote_code=trusted
+    )
+    step = None if options.cache is None else CACHE_STEP
+    figures = reference.compare(quantized, options.max_tokens, lambda share: report("evaluating", share), step)
+    _warn_of_unknown_tokens(figures.unknown_share)
     name = "built-in sentences" if path is None else path.name
-    return Evaluation(kind, compute(quantized), name, figures, floor.mean, cache)
+    return Evaluation(kind, compute(quantized), name, figures, floor.mean, options.cache)
 
 
 def compute(model: PreTrainedModel) -> str:
@@ -166,42 +194,39 @@ def compute(model: PreTrainedModel) -> str:
     return f"{'+'.join(sorted(kernels)) or 'torch'}/{str(model.dtype).removeprefix('torch.')}"
 
 
-def _compare_encoders(
-    reference: PreTrainedModel,
-    other: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    path: Path | None,
-    source: Path,
-    length: int,
-    most: int | None,
-    progress: encoder.Progress,
-) -> EncoderComparison:
-    builtin = ((text, i / len(SENTENCES)) for i, text in enumerate(SENTENCES, start=1))
-    return encoder.compare(
-        reference,
-        other,
-        tokenizer,
-        builtin if path is None else sentences(path),
-        pooling=evaluation_folder.pooling(source),
-        length=length,
-        max_tokens=most,
-        progress=progress,
-    )
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """The float model, and what others read beside it. text: a file; None: the built-in sentences of encoders."""
 
+    kind: Kind
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    text: Path | None
+    window: int
 
-def _sha256(path: Path) -> str | None:
-    """Of a file; None where there is none, which is told later."""
-    if not path.is_file():
-        return None
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    def compare(
+        self, other: PreTrainedModel, most: int | None, progress: Callable[[float], None], step: int | None = None
+    ) -> Comparison | EncoderComparison:
+        """How far `other` is from the model on `most` tokens of the text; step: as in `language.compare`."""
+        if self.text is not None and self.kind == "decoder":
+            read = windows(self.text, self.tokenizer, self.window, most)
+            return language.compare(self.model, other, read, progress=progress, step=step)
+        builtin = ((text, i / len(SENTENCES)) for i, text in enumerate(SENTENCES, start=1))
+        return encoder.compare(
+            self.model,
+            other,
+            self.tokenizer,
+            builtin if self.text is None else sentences(self.text),
+            pooling=pooling_of(self.folder),
+            length=self.window,
+            max_tokens=most,
+            progress=progress,
+        )
 
 
 def _text(kind: Kind, text: str | Path | None, out: Path, source: Path) -> Path | None:
-    """The text to evaluate on; None for the built-in sentences."""
+    """The text to evaluate on; None for the built-in sentences. Raises UsageError where a decoder has none."""
     if text is not None:
         return Path(text).expanduser()
     if kind == "encoder":
@@ -210,3 +235,16 @@ def _text(kind: Kind, text: str | Path | None, out: Path, source: Path) -> Path 
         if (folder / HELDOUT).is_file():
             return folder / HELDOUT
     raise UsageError("no text to evaluate on", "give --text FILE: plain text that the model has not seen in training")
+
+
+def _warn_of_calibration_text(path: Path | None, out: Path) -> None:
+    """Warn of a text that the folder's ledger names; one that is missing is told when it is read."""
+    written = ledger.read(out)
+    if path is not None and path.is_file() and written is not None and written.calibration_text == sha256_of(path):
+        warnings.warn(f"{path} is what {out} was calibrated with: use another text, this one flatters", stacklevel=3)
+
+
+def _warn_of_unknown_tokens(share: float) -> None:
+    if share > UNKNOWN_LIMIT:
+        unknown = f"{share:.1%} of the text's tokens are unknown to the tokenizer"
+        warnings.warn(f"{unknown}: is it in a language that the model knows?", stacklevel=3)

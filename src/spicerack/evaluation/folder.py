@@ -1,4 +1,4 @@
-"""What an evaluation needs to know about a model folder: its kind, tokenizer, pooling and longest window."""
+"""What an evaluation reads of a model folder: tokenizer, pooling, and how many tokens to read together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from spicerack.evaluation.encoder import Pooling, check_pooling
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.models.kind import MODULES, POOLING, positions
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
-from spicerack.text import tokenizer as tokenizing
+from spicerack.text.tokenizer import read_tokenizer
 
 DEFAULT_WINDOW = 512
+"""Tokens that are read together where a model has room for more: long enough that most have a context, and the same for
+all models, so that figures can be compared."""
 _SENTENCE_CONFIG = "sentence_bert_config.json"
 _OLD_POOLING = {
     "pooling_mode_cls_token": "cls",
@@ -22,12 +24,13 @@ _OLD_POOLING = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "lasttoken",
 }
+"""Switches of sentence-transformers before version 5 -> the names that it has for them since."""
 
 
-def pooling(folder: Path) -> Pooling:
+def pooling_of(folder: Path) -> Pooling:
     """How a sentence-transformers folder makes one vector of a sentence; mean where nothing is said.
 
-    Raises UsageError for a pooling that is not computed here.
+    Raises UsageError for a pooling that is not computed here, CheckpointError for files that are damaged.
     """
     path = folder / _pooling_folder(folder) / CONFIG
     if not path.is_file():
@@ -42,6 +45,10 @@ def pooling(folder: Path) -> Pooling:
 
 
 def _pooling_folder(folder: Path) -> str:
+    """The name of the folder inside `folder` that describes the pooling.
+
+    A stranger's file says it: what is not a plain name could lead anywhere, and is refused by CheckpointError.
+    """
     path = folder / MODULES
     if not path.is_file():
         return POOLING
@@ -58,8 +65,12 @@ def _pooling_folder(folder: Path) -> str:
     return POOLING
 
 
-def window(asked: int | None, model: PreTrainedModel, folder: Path) -> int:
-    """Tokens to read together: as asked if there is room, else 512 or the most there is room for. Raises UsageError."""
+def window_of(asked: int | None, model: PreTrainedModel, folder: Path) -> int:
+    """Tokens to read together: as asked if there is room, else 512 or the most there is room for.
+
+    model: whose positions are the limit; folder: where it is from, which may name a lower one for sentences. Raises
+    UsageError where there is no room for what was asked.
+    """
     limit = positions(model.config)
     if asked is not None:
         if limit is not None and asked > limit:
@@ -72,19 +83,20 @@ def window(asked: int | None, model: PreTrainedModel, folder: Path) -> int:
     return min(limits)
 
 
-def tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of `source`, after a check that the folder `out` has the same, or none.
+def common_tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of the folder `source`, after a check that the folder `out` has the same, or none.
 
-    Raises UsageError if they differ, CheckpointError if there is none, UntrustedCodeError if it is code.
+    The same are two that have one vocabulary and make the same tokens of the built-in sentences. Raises UsageError if
+    they differ, CheckpointError if there is none, UntrustedCodeError if it is code.
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: config.json cannot be read: {error}", "is it a model's folder?") from error
-    ours = tokenizing.read(source, config, trust_remote_code=trust_remote_code)
+    ours = read_tokenizer(source, config, trust_remote_code=trust_remote_code)
     if out == source or not any(out.glob("tokenizer*")):
         return ours
-    theirs = tokenizing.read(out, config, trust_remote_code=trust_remote_code)
+    theirs = read_tokenizer(out, config, trust_remote_code=trust_remote_code)
     probe = " ".join(SENTENCES)
     if (
         ours.get_vocab() != theirs.get_vocab()

@@ -6,7 +6,13 @@ With p the reference's and q the other's distribution of the next token, at ever
     perplexity  exp(mean of -log p(next token))
     agreement   share of positions where both have the same most likely token
 
-Tokens of one window depend on each other, so intervals are taken over the means of windows.
+How it works. A window of tokens is read by both models at once, a few positions' logits at a time (`logits.py`), and
+reduced to four numbers a position; logits are compared in float64, where a KL of 1e-9 is still exact, and are gone
+before the next come. Tokens of one window depend on each other, so intervals are taken over the means of windows:
+windows are nearly independent, tokens are not.
+
+What is given up. The first tokens of a window are predicted from little context, as they would not be in a long text;
+that is the same for both models. The KL of every token is kept, four bytes each, for an exact quantile.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,14 +34,20 @@ from spicerack.text.pieces import Window
 
 Progress = Callable[[float], None]
 _NO_FLOAT64 = ("mps",)
+"""Devices that cannot compute in it: there logits come to the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """What was measured, window by window. A window of L tokens predicts L - 1.
 
-    kl, nll, nll_reference float64 [windows]: means over the window's tokens; agreed int64 [windows]: tokens;
-    kl_tokens float32 [tokens]; text: hash of the token ids.
+    window      L
+    kl          float64 [windows]: mean KL over the window's tokens, nats
+    nll, nll_reference   float64 [windows]: mean -log of the probability given to the token that came, nats
+    agreed      int64 [windows]: tokens on which both models' first choice is the same
+    kl_tokens   float32 [tokens]: each token's KL
+    unknown     how many of the text's tokens the tokenizer does not know
+    text        hash of the token ids
     """
 
     window: int
@@ -58,25 +70,59 @@ class Comparison:
         return float(self.kl.mean())
 
     @property
+    def kl_interval(self) -> Interval:
+        """The same with its 95 % interval over windows."""
+        return mean_interval(self.kl)
+
+    @property
+    def kl_p999(self) -> float:
+        """The KL that one token in a thousand exceeds, in nats."""
+        return float(np.quantile(self.kl_tokens.numpy(), 0.999))
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nll, of the quantized model."""
+        return math.exp(float(self.nll.mean()))
+
+    @property
+    def perplexity_reference(self) -> float:
+        """The same of the reference."""
+        return math.exp(float(self.nll_reference.mean()))
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of tokens on which both models' first choice is the same."""
+        return int(self.agreed.sum()) / self.tokens
+
+    @property
     def unknown_share(self) -> float:
         """Share of the text's tokens that the tokenizer does not know."""
         return self.unknown / (len(self.kl) * self.window)
 
     def as_dict(self) -> dict[str, Any]:
         """The figures under the names of the command line's contract."""
-        kl = mean_interval(self.kl)
+        kl = self.kl_interval
         return {
             "tokens": self.tokens,
             "windows": len(self.kl),
             "window": self.window,
-            "perplexity": math.exp(float(self.nll.mean())),
-            "perplexity_reference": math.exp(float(self.nll_reference.mean())),
+            "perplexity": self.perplexity,
+            "perplexity_reference": self.perplexity_reference,
             "kl_mean": kl.mean,
             "kl_mean_ci95": None if kl.lo is None else [kl.lo, kl.hi],
-            "kl_p999": float(np.quantile(self.kl_tokens.numpy(), 0.999)),
-            "top1_agreement": int(self.agreed.sum()) / self.tokens,
+            "kl_p999": self.kl_p999,
+            "top1_agreement": self.top1_agreement,
             "unknown_tokens": self.unknown_share,
         }
+
+
+class _Positions(NamedTuple):
+    """What is kept of n predicted positions: kl, nll, nll_reference float64 [n], agreed bool [n]."""
+
+    kl: torch.Tensor
+    nll: torch.Tensor
+    nll_reference: torch.Tensor
+    agreed: torch.Tensor
 
 
 def compare(
@@ -90,27 +136,24 @@ def compare(
 ) -> Comparison:
     """Run both models over `windows`, all of the same length.
 
-    positions: how many positions' logits are held at once; None: what the vocabulary allows. step: `other` reads so
-    many tokens at a time, through its cache; None: a window at once, without. Raises TextError without a window,
-    UsageError if a vocabulary does not fit the text or the other model's, SpicerackError if a model's logits are not
-    finite.
+    reference, other   each on its own device, in its own float type
+    progress    called behind each window with the share of the text, 0 to 1, that has been read
+    positions   how many positions' logits are held at once; None: what the vocabulary allows
+    step        `other` reads so many tokens at a time, through its cache; None: a window at once, without
+
+    Raises TextError without a window, UsageError if a vocabulary does not fit the text or the other model's,
+    SpicerackError if a model's logits are not finite.
     """
-    rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    rows: list[_Positions] = []
     digest = hashlib.sha256()
     unknown = length = 0
     for number, window in enumerate(windows):
-        ids = window.ids[None]
-        length = ids.shape[1]
+        length = len(window.ids)
         _check_ids(reference, window.ids)
         digest.update(window.ids.numpy().tobytes())
         unknown += window.unknown
-        row = _window(reference, other, ids, positions or _positions(reference), step)
-        for name, nll in (("reference", row[2]), ("quantized", row[1]), ("quantized", row[0])):
-            if not bool(nll.isfinite().all()):
-                raise SpicerackError(
-                    f"window {number}: the {name} model's logits are not finite",
-                    "it overflows in its own type: quantize from another float type, or skip the layers with outliers",
-                )
+        row = _window(reference, other, window.ids[None], positions or _positions(reference), step)
+        _check_finite(row, number)
         rows.append(row)
         if progress is not None:
             progress(window.fraction)
@@ -132,8 +175,8 @@ def compare(
 def paired_difference(a: Comparison, b: Comparison) -> Interval:
     """Mean KL of `a` minus that of `b`, in nats per token, with the 95 % interval over windows, paired.
 
-    Pairing takes the text's own variation out: both were measured on the same windows against the same reference.
-    Raises UsageError if they were not.
+    An interval below 0 says that `a` is nearer to the reference. Pairing takes the text's own variation out: both were
+    measured on the same windows against the same reference. Raises UsageError if they were not.
     """
     if (a.text, a.window) != (b.text, b.window) or not torch.equal(a.nll_reference, b.nll_reference):
         raise UsageError("the evaluations are of different text or references", "use the same text, window and model")
@@ -141,10 +184,12 @@ def paired_difference(a: Comparison, b: Comparison) -> Interval:
 
 
 def _positions(model: PreTrainedModel) -> int:
+    """How many positions' logits are held at once."""
     return chunk_positions(int(model.config.get_text_config().vocab_size))
 
 
 def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Raises UsageError for a token that the model has no embedding for."""
     vocabulary, highest = int(model.config.get_text_config().vocab_size), int(ids.max())
     if highest >= vocabulary:
         raise UsageError(
@@ -153,13 +198,23 @@ def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
         )
 
 
+def _check_finite(row: _Positions, number: int) -> None:
+    """Raises SpicerackError where window `number` has a logit that is NaN, or infinite where it counts."""
+    for name, values in (("reference", row.nll_reference), ("quantized", row.nll), ("quantized", row.kl)):
+        if not bool(values.isfinite().all()):
+            raise SpicerackError(
+                f"window {number}: the {name} model's logits are not finite",
+                "it overflows in its own type: quantize from another float type, or skip the layers with outliers",
+            )
+
+
 @torch.no_grad()
 def _window(
     reference: PreTrainedModel, other: PreTrainedModel, ids: torch.Tensor, positions: int, step: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """kl, nll, nll_reference (float64 [L - 1]) and agreement (bool [L - 1]) of one window `ids` [1, L]."""
+) -> _Positions:
+    """The L - 1 positions of one window `ids` [1, L] that predict a token, on the CPU. Raises UsageError."""
     following = ids[0, 1:]
-    parts = []
+    parts: list[_Positions] = []
     begin = 0
     theirs_ids = ids.to(other.device)
     pairs = zip(
@@ -177,14 +232,11 @@ def _window(
         begin += ours.shape[1]
         if len(target):  # the last position predicts a token that is not there
             parts.append(_chunk(ours[0, : len(target)], theirs[0, : len(target)], target))
-    kl, nll, nll_reference, agreed = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    return kl, nll, nll_reference, agreed
+    return _Positions(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
-def _chunk(
-    ours: torch.Tensor, theirs: torch.Tensor, target: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same for logits [n, V] that predict `target` [n], in float64: a KL of 1e-9 is still exact."""
+def _chunk(ours: torch.Tensor, theirs: torch.Tensor, target: torch.Tensor) -> _Positions:
+    """The same for logits [n, V] of the reference and of the other that predict `target` [n], in float64."""
     device = torch.device("cpu") if ours.device.type in _NO_FLOAT64 else ours.device
     target = target.to(device)
     agreed = ours.argmax(-1).to(device) == theirs.argmax(-1).to(device)
@@ -192,6 +244,6 @@ def _chunk(
     log_q = theirs.to(device, torch.float64).log_softmax(-1)
     nll_reference, nll = (-log.gather(-1, target[:, None])[:, 0] for log in (log_p, log_q))
     p = log_p.exp()
-    log_p.sub_(log_q).mul_(p)
-    kl = torch.where(p > 0, log_p, 0.0).sum(-1).clamp_min(0.0)  # 0 (log 0 - log q) is 0
-    return kl, nll, nll_reference, agreed
+    log_p.sub_(log_q).mul_(p)  # in place: with large vocabularies these are the largest tensors there are
+    kl = torch.where(p > 0, log_p, 0.0).sum(-1).clamp_min(0.0)  # 0 (log 0 - log q) is 0; rounding may go below 0
+    return _Positions(kl, nll, nll_reference, agreed)

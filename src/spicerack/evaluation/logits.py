@@ -1,7 +1,11 @@
 """Logits of one window, a few positions at a time: [window, vocabulary] never exists at once.
 
-The model's body runs once; its own `forward` then makes the logits of each group of positions, while the body answers
-with the output it gave before. So soft-capping, scaling and biases of every family stay in force.
+How it works. The model's body runs once; its own `forward` then makes the logits of each group of positions, while the
+body answers with the output it gave before. So soft-capping, scaling and biases of every family stay in force, without
+a table of families here.
+
+What is given up. Where a family's head goes through a part of the body only, or its `forward` cannot be asked for some
+positions, the whole window's logits are computed at once: right, and large.
 """
 
 from __future__ import annotations
@@ -14,14 +18,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spicerack.runtime.hf import CACHES
+from spicerack.models.families.names import KEY_VALUE_CACHES
 
 CHUNK_ELEMENTS = 1 << 23
-"""Logits held at once, in elements: 64 MiB each time they are held in float64."""
+"""Logits held at once, in elements: 64 MiB each time they are held in float64, whatever the vocabulary."""
 
 
 def chunk_positions(vocabulary: int) -> int:
-    """How many positions are computed at once."""
+    """How many positions are computed at once, for a vocabulary of so many tokens: one at least."""
     return max(CHUNK_ELEMENTS // max(vocabulary, 1), 1)
 
 
@@ -52,13 +56,16 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, positions: int) -> Iterato
 def logits_through_cache(
     model: PreTrainedModel, ids: torch.Tensor, positions: int, step: int
 ) -> Iterator[torch.Tensor]:
-    """As `logits`, reading `step` tokens at a time, so that each step sees the earlier ones through the cache."""
+    """As `logits`, reading `step` tokens at a time, so that each step sees the earlier ones through the cache.
+
+    Chunks are of `positions` tokens, or fewer at the end, and a step does not cross from one to the next.
+    """
     cache: dict[str, Any] = {}
     for group in ids.split(positions, dim=1):
         parts = []
         for part in group.split(step, dim=1):
             output = model(input_ids=part, use_cache=True, **cache)
-            name = next(name for name in CACHES if name in output)
+            name = next(name for name in KEY_VALUE_CACHES if name in output)
             cache = {name: output[name]}
             parts.append(output.logits)
         yield torch.cat(parts, dim=1)
@@ -72,17 +79,20 @@ def computes_some(model: PreTrainedModel) -> bool:
 @contextmanager
 def _outputs(module: torch.nn.Module) -> Iterator[list[Any]]:
     """The list that `module`'s outputs are appended to, while the context is open."""
-    seen: list[Any] = []
-    handle = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
-        yield seen
+        yield outputs
     finally:
         handle.remove()
 
 
 @contextmanager
 def _answering(module: torch.nn.Module, output: Any) -> Iterator[None]:
-    """`module` answers with `output`, without computing, while the context is open."""
+    """`module` answers with `output`, without computing, while the context is open.
+
+    The instance gets a `forward` of its own, which is found before its class's; what was there comes back.
+    """
     attributes = vars(module)
     before = attributes.get("forward")
     attributes["forward"] = lambda *_args, **_kwargs: output

@@ -6,7 +6,7 @@ import torch
 
 from spicerack import _native
 from spicerack.errors import ShapeError
-from spicerack.kernels.panels import PANEL, TYPES
+from spicerack.kernels.panels import PANEL, TYPES, engine_index
 
 
 def attention(
@@ -17,13 +17,14 @@ def attention(
     *,
     causal: bool = False,
     scale: float,
-    engine: int = 0,
+    engine: str | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v, in float32 whatever the type -> [B, L, H, V], contiguous, in q's type.
 
     q [B, H, L, D], k [B, G, S, D], v [B, G, S, V]: H / G heads of q share one of k and v. mask: bool, broadcast to
     [B, H, L, S]; False hides a key. causal: query i sees keys 0..i. A query that sees no key gets zeros. No gradients;
-    as many threads as torch uses. Raises ShapeError and TypeError; `obstacle` tells beforehand.
+    as many threads as torch uses. engine: one of `panels.NAMES`, None is the fastest; all give the same bits. Raises
+    ShapeError, and UsageError for an engine that this processor has not; `obstacle` tells of shapes beforehand.
     """
     reason = obstacle(q, k, v, mask)
     if reason is not None:
@@ -43,7 +44,16 @@ def attention(
         hidden = _place(mask)
     sizes = (batch, heads, kv_heads, queries, keys, width, value_width)
     _native.attention(
-        engine, TYPES[q.dtype], _place(q), _place(k), _place(v), hidden, y.data_ptr(), sizes, causal, scale
+        engine_index(engine),
+        TYPES[q.dtype],
+        _place(q),
+        _place(k),
+        _place(v),
+        hidden,
+        y.data_ptr(),
+        sizes,
+        causal,
+        scale,
     )
     return y
 

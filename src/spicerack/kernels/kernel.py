@@ -14,6 +14,7 @@ import torch
 
 from spicerack import plugins
 from spicerack.errors import SchemeError, UsageError
+from spicerack.kernels import panels
 from spicerack.numerics.packed import Rows, Tensors
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
@@ -41,6 +42,7 @@ class Kernel:
     prepare (scheme, [N, K], tensors) -> a matrix as `run` takes it: made once for these tensors
     run     (x [..., K], matrices, biases, gelu) -> for each x W^T + b [..., N] in x's type, and GELU (by erf) of it if
             asked for; differentiable in x and b
+    engine  the instruction set of the CPU that it is compiled for; None where it is for no certain one
     """
 
     name: str
@@ -53,6 +55,7 @@ class Kernel:
     rows: Callable[[Scheme, Shape, Tensors, Rows], torch.Tensor]
     prepare: Callable[[Scheme, Shape, Tensors], Any]
     run: Callable[[torch.Tensor, Sequence[Any], Sequence[torch.Tensor | None], bool], list[torch.Tensor]]
+    engine: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +77,38 @@ def table() -> list[Kernel]:
     return sorted((kernel for rows in files for kernel in rows), key=lambda kernel: -kernel.speed)
 
 
+def check_engine(engine: str | None, device: str | torch.device = "cpu") -> None:
+    """Raises UsageError, naming the engines of this processor, for one that it has not; and for one beside a GPU."""
+    if engine is None:
+        return
+    panels.engine_index(engine)
+    if torch.device(device).type != "cpu":
+        raise UsageError(f"engine {engine} is an instruction set of CPUs, not of {device}", "leave one of them out")
+
+
 def pick(
     scheme: Scheme,
     shape: Shape,
     dtype: torch.dtype,
     device: torch.device,
     compute: Compute | None = None,
+    engine: str | None = None,
 ) -> Choice:
     """The fastest kernel that fits; the reference, which runs everything anywhere, is the slowest.
 
-    compute: None is int8 on a processor with vector instructions for it, else float. Raises SchemeError if no kernel
-    fits, UsageError for another `compute`.
+    compute: None is int8 on a processor with vector instructions for it, else float. engine: one of `panels.NAMES`; the
+    choice is then that of a processor whose fastest engine it is. Raises SchemeError if no kernel fits, UsageError for
+    another `compute`, and for an `engine` that this processor has not.
     """
     if compute not in (None, "int8", "float"):
         raise UsageError(f"compute={compute!r}", 'use "int8" or "float"')
+    check_engine(engine, device)
+    faster = panels.NAMES[: panels.engine_index(engine)]
     passed_over: dict[str, str] = {}
     for kernel in table():
         reason = kernel.obstacle(scheme, shape, dtype, device)
+        if reason is None and kernel.engine in faster:
+            reason = f"computes with {kernel.engine}, and {engine} was asked for"
         if reason is None and kernel.compute == "int8" and scheme.activations is None:
             if compute == "float":
                 reason = "rounds activations to int8, and float was asked for"

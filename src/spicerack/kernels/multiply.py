@@ -13,7 +13,7 @@ import torch
 
 from spicerack import _native
 from spicerack.errors import ShapeError
-from spicerack.kernels.panels import FIXED, FLOATS, PANEL, TYPES, Layout, Spec, spec_of
+from spicerack.kernels.panels import FIXED, FLOATS, PANEL, TYPES, Spec, Tiling, spec_of
 from spicerack.numerics import native
 from spicerack.numerics.packed import Rows, Tensors
 from spicerack.numerics.scheme import Scheme
@@ -125,11 +125,11 @@ def multiply(
 
 
 def rows(
-    scheme: Scheme, shape: tuple[int, int], tensors: Tensors, which: Rows, layout: Layout = "planes"
+    scheme: Scheme, shape: tuple[int, int], tensors: Tensors, which: Rows, tiling: Tiling = "planes"
 ) -> torch.Tensor:
     """float32 [R, K]: the chosen rows, equal to `codec.decode` bit for bit. Raises IndexError."""
     codes, scale, zero = tensors["codes"], tensors["scale"], tensors.get("zero")
-    return rows_of(Matrix(codes, scale, zero, spec_of(scheme, shape, layout), FLOATS), which)
+    return rows_of(Matrix(codes, scale, zero, spec_of(scheme, shape, tiling), FLOATS), which)
 
 
 def rows_of(matrix: Matrix, which: Rows) -> torch.Tensor:

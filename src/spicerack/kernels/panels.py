@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 import torch
 
 from spicerack import _native
-from spicerack.numerics import native
+from spicerack.errors import UsageError
+from spicerack.numerics import dtypes, native
 from spicerack.numerics.packed import Tensors
-from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.qtensor import QTensor, codes_dtype
+from spicerack.numerics.scheme import Scheme
 
 NAMES: tuple[str, ...] = tuple(_native.engines())
 """Engines that this processor runs, fastest first; "scalar" is always the last."""
@@ -26,7 +27,7 @@ FLOATS, BLOCKS, TOKENS, FIXED = range(4)
 """How activations enter: float32; int8 with a scale for 32 columns of a row, for a row, or one that is given."""
 MAX_EXACT_COLUMNS = 1 << 16
 """Columns whose products are summed in int32 without overflow: 255 * 127 * 2^16 < 2^31."""
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = {dtype: number for number, dtype in enumerate(dtypes.SOURCES)}
 """Of x, y, bias and scales, as the native module counts them."""
 _HUGE = 2 << 20
 """Bytes of a huge page."""
@@ -53,16 +54,26 @@ class Spec(NamedTuple):
         return -(-self.n // PANEL), -(-self.k // BLOCK), UNIT * self.bits
 
 
-Layout = Literal["planes", "trits"]
+Tiling = Literal["planes", "trits"]
 """Of codes: planes of bits for any scheme, or five ternary codes to a byte."""
 
 
-def spec_of(scheme: Scheme, shape: tuple[int, int], layout: Layout = "planes") -> Spec:
-    """The scheme's integer levels for a matrix of this shape."""
-    assert isinstance(scheme.levels, IntLevels)
-    levels = scheme.levels
+def engine_index(engine: str | None = None) -> int:
+    """The place in NAMES of an engine; None is the fastest. Raises UsageError for one that this processor has not."""
+    if engine is None:
+        return 0
+    if engine not in NAMES:
+        raise UsageError(
+            f"engine {engine}: this processor, or this build, does not have it", f"it has {', '.join(NAMES)}"
+        )
+    return NAMES.index(engine)
+
+
+def spec_of(scheme: Scheme, shape: tuple[int, int], tiling: Tiling = "planes") -> Spec:
+    """The numbers of a plain scheme for a matrix [N, K] of this shape. Raises SchemeError for levels in a table."""
+    levels = scheme.integers
     group = scheme.group or 0
-    bits = scheme.bits if layout == "planes" else TRITS
+    bits = scheme.bits if tiling == "planes" else TRITS
     return Spec(*shape, 0 if group == shape[1] else group, bits, -levels.lo, levels.half)
 
 
@@ -72,30 +83,25 @@ def obstacle(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device:
         return f"runs on the CPU, not on {device.type}"
     if dtype not in TYPES:
         return f"takes float32, float16 and bfloat16, not {dtype}"
-    if not isinstance(scheme.levels, IntLevels):
-        return "its levels are a table, not integers"
+    if scheme.plain_obstacle is not None:
+        return scheme.plain_obstacle
     if scheme.bits < 2:
         return "codes have 2 to 8 bits"
-    if scheme.min is not None or isinstance(scheme.scale, Scheme) or scheme.scale == "float8_e8m0fnu":
-        return "scales are plain floats and there are no minima"
-    rows, columns = scheme.block
-    if rows != (1 if columns is not None else rows) or rows not in (1, None):
-        return f"a scale belongs to one row or to the whole matrix, not to {rows} rows"
-    if columns is not None and columns != shape[1] and columns % BLOCK:
-        return f"groups are multiples of {BLOCK}, not {columns}"
+    group = scheme.group or shape[1]
+    if group != shape[1] and group % BLOCK:
+        return f"groups are multiples of {BLOCK}, not {group}"
     return None
 
 
-def pack(q: QTensor, layout: Layout = "planes") -> dict[str, torch.Tensor]:
+def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
     """codes uint8 [N/16, K/32, 64 bits], scale [N/16, groups, 16] as stored, zero uint8 like scale; N, K rounded up.
 
     Trits: codes uint8 [N/80, K/32, 512]. input_scale as it is.
     """
     n, k = q.shape
-    spec = spec_of(q.scheme, (n, k), layout)
-    assert isinstance(q.scale, torch.Tensor)
+    spec = spec_of(q.scheme, (n, k), tiling)
     tiles = zeros(math.prod(spec.tiles)).view(spec.tiles)
-    height = PANEL * (BUNDLE if layout == "trits" else 1)
+    height = PANEL * (BUNDLE if tiling == "trits" else 1)
     codes = q.codes.cpu().contiguous().view(torch.uint8)
 
     def work(first: int, last: int) -> None:
@@ -103,7 +109,7 @@ def pack(q: QTensor, layout: Layout = "planes") -> dict[str, torch.Tensor]:
 
     with native.team(torch.get_num_threads()) as workers:
         workers.run(work, len(tiles))
-    tensors = {"codes": tiles, "scale": _to_lanes(q.scale.cpu(), n)}
+    tensors = {"codes": tiles, "scale": _to_lanes(q.plain_scale.cpu(), n)}
     if q.zero is not None:
         tensors["zero"] = _to_lanes((q.zero.cpu().to(torch.int16) + spec.offset).to(torch.uint8), n)
     if q.input_scale is not None:
@@ -111,11 +117,10 @@ def pack(q: QTensor, layout: Layout = "planes") -> dict[str, torch.Tensor]:
     return tensors
 
 
-def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, layout: Layout = "planes") -> QTensor:
+def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Tiling = "planes") -> QTensor:
     """Inverse of `pack`."""
     n, k = shape
-    spec = spec_of(scheme, shape, layout)
-    signed = spec.offset > 0
+    spec = spec_of(scheme, shape, tiling)
     codes = torch.empty((n, k), dtype=torch.uint8)
     _native.from_panels(tensors["codes"].cpu(), spec.bits, spec.offset, codes)
     scale = _from_lanes(tensors["scale"], n)
@@ -124,9 +129,8 @@ def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, layout: Lay
     zero = None
     if scheme.zero:
         zero = _from_lanes(tensors["zero"], n).to(torch.int16).sub_(spec.offset)
-        zero = zero.to(torch.int8 if signed else torch.uint8)
-    codes = codes.view(torch.int8) if signed else codes
-    return QTensor(scheme, codes, scale, zero, input_scale=tensors.get("input_scale"))
+        zero = zero.to(codes_dtype(scheme))
+    return QTensor(scheme, codes.view(codes_dtype(scheme)), scale, zero, input_scale=tensors.get("input_scale"))
 
 
 def zeros(nbytes: int) -> torch.Tensor:

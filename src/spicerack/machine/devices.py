@@ -1,6 +1,7 @@
 """Where the calibrated loop computes: a device that torch can use, and the one way in which tensors get there and back.
 
-Files, results (QTensors) and random choices stay on the CPU; what a block is computed with goes to the device.
+Files, results (QTensors) and random choices stay on the CPU; what a block is computed with goes to the device. So the
+same seed chooses the same text everywhere, and what is written does not depend on the device but for rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ CPU = torch.device("cpu")
 
 
 def find(name: str) -> torch.device:
-    """The device of this name. Raises UsageError if torch cannot compute there in float64, as statistics are."""
+    """The device of this name, as torch writes it: "cpu", "cuda", "cuda:1", "mps" ...
+
+    Raises UsageError if torch cannot compute there in float64, as statistics are: it is tried, with one number.
+    """
     try:
         device = torch.device(name)
         float(torch.ones(1, dtype=torch.float64, device=device).sum())
@@ -26,9 +30,10 @@ def find(name: str) -> torch.device:
 
 
 def of_rank(name: str, local: int) -> str:
-    """The device of process number `local` of a machine, where several quantize together: each has a GPU of its own.
+    """The device of process number `local` (from 0) of a machine, where several quantize together.
 
-    Raises UsageError for what they cannot share their sums through, and for one GPU of all.
+    name: as given for all of them: "cpu", which they share, or "cuda", of which each has one of its own. Raises
+    UsageError for what they cannot share their sums through, and for one GPU of all.
     """
     if name == "cpu":
         return name

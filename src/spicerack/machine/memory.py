@@ -1,4 +1,4 @@
-"""How much memory this process has used."""
+"""How much memory this process has used, as the operating system counts it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 
 def peak_rss_bytes() -> int:
-    """The process's largest resident memory so far, shared pages included.
+    """The process's largest resident memory so far, in bytes, shared pages included.
 
     getrusage is the second choice: on Linux its figure begins with the memory of the process that started this one.
+    Where it is asked, macOS counts bytes and all others kilobytes.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,13 +1,14 @@
-"""Processes that share one quantization, as `torchrun` starts them; `ALONE` where there is only one.
+"""Processes that share one piece of work, as `torchrun` starts them; `ALONE` where there is only one.
 
 They see one file system: hidden states and solved layers go from one to another as files, statistics through
 torch.distributed: by NCCL where they are on GPUs, else by gloo. Sums are taken in the order of ranks, so that a number
-of ranks always gives the same bytes.
+of ranks always gives the same bytes; another number may not.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,12 +17,15 @@ import torch
 from torch import distributed
 
 _PATIENCE = timedelta(days=1)
-"""One rank may solve a large layer while the others wait."""
+"""How long one rank waits for another before torch gives it up: one may solve a large layer while the others wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """rank: this process; count: all of them."""
+    """One process among those that work together. rank: its number, from 0; count: how many there are.
+
+    With more than one, whatever exchanges something is called by all of them, or they wait for ever.
+    """
 
     rank: int = 0
     count: int = 1
@@ -32,12 +36,15 @@ class Ranks:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Return once all of them have come here."""
         if self.count > 1:
             distributed.barrier()
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in their order."""
+        """The sum of `value`, of one shape everywhere, over all ranks: added in their order, the same bits in each.
+
+        It takes the memory of all values together; torch's all_reduce takes less, but adds in an order of its own.
+        """
         if self.count == 1:
             return value
         parts = [torch.empty_like(value) for _ in range(self.count)]
@@ -48,29 +55,44 @@ class Ranks:
         return result
 
     def largest(self, value: torch.Tensor) -> torch.Tensor:
-        """The maximum over all ranks."""
+        """The elementwise maximum of `value`, of one shape everywhere, over all ranks; `value` itself is not
+        changed."""
         if self.count > 1:
             value = value.clone()
             distributed.all_reduce(value, distributed.ReduceOp.MAX)
         return value
 
     def shares(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Who does what: the costliest first, each to the rank with the least to do so far."""
+        """Who does what: task -> rank, from task -> cost; the costliest first, each to who has the least to do so far.
+
+        Every rank finds the same, without asking: tasks of one cost go by their names.
+        """
         loads = [0.0] * self.count
-        found: dict[str, int] = {}
+        owners: dict[str, int] = {}
         for name in sorted(costs, key=lambda name: (-costs[name], name)):
-            found[name] = loads.index(min(loads))
-            loads[found[name]] += costs[name]
-        return found
+            owners[name] = loads.index(min(loads))
+            loads[owners[name]] += costs[name]
+        return owners
 
 
 ALONE = Ranks()
+"""The one process of a run that nobody shares."""
+
+
+def launched() -> Ranks:
+    """This process and how many there are, as the environment variables of torchrun say; ALONE without them.
+
+    Nothing is joined yet: what exchanges something needs the process group, which `join` opens, or transformers'
+    Trainer for itself.
+    """
+    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def join(device: torch.device) -> Ranks:
     """This process as torchrun started it: among the others of its group, which compute on devices of this type.
 
-    Raises ValueError without torchrun.
+    Opens the process group if there is none, and closes it at the end of the program. Raises ValueError without
+    torchrun.
     """
     if not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -14,6 +14,7 @@ from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Choice, Compute, Shape
 from spicerack.models import census
 from spicerack.models.overview import pattern_of
+from spicerack.numerics import dtypes
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage import format
 from spicerack.storage.reader import Checkpoint
@@ -56,11 +57,12 @@ def rows() -> list[Row]:
     return [Row(row.name, row.compute, _obstacle(row)) for row in kernel.table()]
 
 
-def layers(folder: str | Path, compute: Compute | None = None) -> list[Layers]:
-    """What `load(folder, compute=compute)` would choose on the CPU, in the order of the files; [] for a float model.
+def layers(folder: str | Path, compute: Compute | None = None, engine: str | None = None) -> list[Layers]:
+    """What `load` would choose on the CPU for this `compute` and `engine`, in the order of the files.
 
-    folder: local, or a hub id. Raises CheckpointError, SchemeError and UsageError.
+    [] for a float model. folder: local, or a hub id. Raises CheckpointError, SchemeError and UsageError.
     """
+    kernel.check_engine(engine)  # also where nothing is quantized
     checkpoint = Checkpoint.open(folder)
     fmt = format.of_folder(checkpoint)
     if fmt is None:
@@ -68,11 +70,11 @@ def layers(folder: str | Path, compute: Compute | None = None) -> list[Layers]:
     said = _dtype(census.architecture(fmt.float_config(checkpoint.config)).dtype)
     picked: dict[tuple[Scheme, Shape, torch.dtype], Choice] = {}
     counts: dict[tuple[str, Scheme, Shape, torch.dtype], int] = {}
-    for planned in fmt.plan(checkpoint).values():
+    for planned in fmt.contents(checkpoint).values():
         rows, columns = planned.shape[-2:]
         key = (planned.scheme, (rows, columns), said or planned.source_dtype)
         if key not in picked:
-            picked[key] = kernel.pick(*key, _CPU, compute)
+            picked[key] = kernel.pick(*key, _CPU, compute, engine)
         kind = (pattern_of(planned.module), *key)
         counts[kind] = counts.get(kind, 0) + 1
     return [
@@ -95,4 +97,4 @@ def _obstacle(row: kernel.Kernel) -> str | None:
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(name or "")
+    return dtypes.SOURCE_BY_WORD.get(name or "")

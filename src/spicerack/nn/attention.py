@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,18 +15,23 @@ from spicerack.kernels import attention
 from spicerack.models.families import names
 
 NAME = "spicerack"
-"""Of this attention in `config._attn_implementation`; `model.set_attn_implementation("sdpa")` goes back to torch's."""
+"""Of this attention in `config._attn_implementation`, with `_` and the engine behind it where one was named;
+`model.set_attn_implementation("sdpa")` goes back to torch's."""
 
 
-def use_native_attention(model: PreTrainedModel) -> None:
-    """Let `model` call `forward` below where it would call torch's attention, if its family asks by the usual way."""
+def use_native_attention(model: PreTrainedModel, engine: str | None = None) -> None:
+    """Let `model` call `forward` below where it would call torch's attention, if its family asks by the usual way.
+
+    engine: as in `kernels.attention`; each has a name of its own among transformers', so that it is this model's.
+    """
     if model.config._attn_implementation != "sdpa" or model.config.model_type in names.ATTENTION_BY_NAME:
         return
     if not model._can_set_attn_implementation():
         return
-    AttentionInterface.register(NAME, forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    name = NAME if engine is None else f"{NAME}_{engine}"
+    AttentionInterface.register(name, forward if engine is None else partial(forward, engine=engine))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
 
 
 def forward(
@@ -37,6 +43,7 @@ def forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    engine: str | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers' `sdpa_attention_forward`, which gets what the native kernel does not do.
@@ -57,7 +64,8 @@ def forward(
             is_causal = bool(getattr(module, "is_causal", True))
         causal = is_causal and attention_mask is None and query.shape[2] > 1
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        return attention.attention(query, key, value, attention_mask, causal=causal, scale=scale), None
+        attended = attention.attention(query, key, value, attention_mask, causal=causal, scale=scale, engine=engine)
+        return attended, None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
     )

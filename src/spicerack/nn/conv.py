@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from spicerack.nn.weight import PackedWeight
+from spicerack.nn.weight import PackedLayer, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,24 +22,23 @@ class Geometry:
     groups: int
 
     @classmethod
-    def of(cls, layer: nn.Conv2d) -> Geometry:
-        """That of `layer`, which pads with zeros."""
+    def of(cls, layer: Any) -> Geometry:
+        """That of a float convolution which pads with zeros, or of a layer in its place, which carries it."""
+        if isinstance(geometry := vars(layer).get("geometry"), Geometry):
+            return geometry
         return cls(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-class QConv2d(nn.Module):
+class QConv2d(PackedLayer):
     """x [..., I, H, W] -> [..., O, H', W']; the packed matrix is [O, I / groups * height * width]."""
 
-    bias: nn.Parameter | None
-
     def __init__(self, packed: PackedWeight, geometry: Geometry, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.packed, self.geometry = packed, geometry
-        self.register_parameter("bias", bias)
+        super().__init__(packed, bias)
+        self.geometry = geometry
 
     @property
     def weight(self) -> torch.Tensor:
-        """The float weight, decoded anew at each access."""
+        """The float weight [O, I / groups, height, width], decoded anew at each access."""
         matrix = self.packed.decode()
         return matrix.view(len(matrix), -1, *self.geometry.kernel_size)
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from spicerack.nn.weight import PackedWeight
+from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.numerics.qtensor import QTensor
 
 
-class QEmbedding(nn.Module):
+class QEmbedding(PackedLayer):
     """ids [...] -> rows [..., K]: only the rows that are asked for are decoded, each once."""
 
     def __init__(self, packed: PackedWeight, padding_idx: int | None = None) -> None:
-        super().__init__()
-        self.packed = packed
+        super().__init__(packed)
         self.num_embeddings, self.embedding_dim = packed.shape
         self.padding_idx = padding_idx
 
@@ -29,11 +27,6 @@ class QEmbedding(nn.Module):
     ) -> QEmbedding:
         """The table q [rows, K]; dtype is that of the result."""
         return cls(PackedWeight(q, dtype, device), padding_idx)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The whole float table, decoded anew at each access. For inspection."""
-        return self.packed.decode()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -10,10 +10,13 @@ from spicerack.nn.gelu import join_gelus
 from spicerack.nn.shared import share_inputs
 
 
-def fuse(model: nn.Module) -> None:
-    """Join layers that share an input, and layers with the GELU behind them; attention by the native kernel."""
+def fuse(model: nn.Module, engine: str | None = None) -> None:
+    """Join layers that share an input, and layers with the GELU behind them; attention by the native kernel.
+
+    engine: of that attention, as in `load`; layers have theirs already.
+    """
     share_inputs(model)
     join_gelus(model)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            use_native_attention(part)
+            use_native_attention(part, engine)

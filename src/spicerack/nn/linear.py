@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from spicerack.kernels.kernel import Compute
-from spicerack.nn.weight import PackedWeight
+from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.numerics.qtensor import QTensor
 
 
@@ -19,19 +19,15 @@ class Joined(Protocol):
         """x [..., K], a plain tensor of ordinary (not inference) mode -> what `layer` makes of it, [..., N]."""
 
 
-class QLinear(nn.Module):
+class QLinear(PackedLayer):
     """y = x W^T + b for x [..., K] -> y [..., N]; differentiable in x and b, not in W.
 
     A Conv1D computes the same: its weight is only stored as [K, N].
     """
 
-    bias: nn.Parameter | None
-
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.packed = packed
+        super().__init__(packed, bias)
         self.out_features, self.in_features = packed.shape
-        self.register_parameter("bias", bias)
         self.joined: Joined | None = None
 
     @classmethod
@@ -46,11 +42,6 @@ class QLinear(nn.Module):
     ) -> QLinear:
         """The layer with weight q [N, K]; dtype is that of the layer that it replaces, compute as in `load`."""
         return cls(PackedWeight(q, dtype, device, compute), bias)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The float weight, decoded anew at each access. For inspection; forward never makes it whole."""
-        return self.packed.decode()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

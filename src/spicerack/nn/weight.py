@@ -1,4 +1,4 @@
-"""`PackedWeight`: a quantized matrix as a module whose buffers are what its kernel packed."""
+"""`PackedWeight`: a quantized matrix as a module, whose buffers are what its kernel packed. `PackedLayer` holds one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class PackedWeight(nn.Module):
     """W [N, K], packed. Two layers that are tied (a head and an embedding) hold the same PackedWeight.
 
     q: two axes. dtype: of the float weight it replaces; decides nothing but the type of `decode`.
-    device: where it will run, which decides the kernel; the tensors are moved there. compute: as in `kernel.pick`.
+    device: where it will run, which decides the kernel; the tensors are moved there. compute, engine: as in
+    `kernel.pick`.
     """
 
     def __init__(
@@ -30,11 +31,12 @@ class PackedWeight(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         compute: Compute | None = None,
+        engine: str | None = None,
     ) -> None:
         super().__init__()
         rows, columns = q.shape
         self.scheme, self.shape, self.transposed, self.dtype = q.scheme, (rows, columns), q.transposed, dtype
-        self.choice = kernel.pick(q.scheme, self.shape, dtype, torch.device(device), compute)
+        self.choice = kernel.pick(q.scheme, self.shape, dtype, torch.device(device), compute, engine)
         self._names: dict[str, str] = {}
         for name, tensor in self.choice.kernel.pack(q).items():
             self._names[name] = name.replace(".", "_")
@@ -99,3 +101,24 @@ class PackedWeight(nn.Module):
         for name, dtype in types.items():
             self._buffers[name] = self.get_buffer(name).view(dtype)
         return self
+
+
+class PackedLayer(nn.Module):
+    """What layers with packed weights have in common.
+
+    packed: the weight as a matrix [N, K]; layers that are tied hold the same one. bias: [N], a parameter like any
+    other, or None.
+    """
+
+    packed: PackedWeight
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float weight in the shape that the float layer has it in, decoded anew at each access."""
+        return self.packed.decode()

@@ -3,7 +3,11 @@
     encode: the search (search.py) finds scale s and zero z of every block; then q = nearest code to x / s
     decode: w = s * (level[q] - z) + min
 
-Codes are chosen against the scale as stored, never against the one that was meant.
+Codes are chosen against the scale as stored, never against the one that was meant. A block is a row of a matrix [M, B]
+while it is worked on, whatever its shape in the tensor; one matrix of scales [M, 1] goes with it.
+
+What quantization would ruin is refused here too, by name: weights that are not finite, and blocks whose scale the type
+of scales cannot hold.
 """
 
 from __future__ import annotations
@@ -13,9 +17,9 @@ from collections.abc import Iterator
 import torch
 
 from spicerack.errors import WeightError
-from spicerack.numerics.levels import SMALLEST, dtype_of, level_values, nearest
-from spicerack.numerics.qtensor import QTensor, Scale
-from spicerack.numerics.scheme import FloatType, IntLevels, Scheme
+from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
+from spicerack.numerics.scales import dtype_of, smallest_scale
+from spicerack.numerics.scheme import FloatType, Scheme
 from spicerack.numerics.search import Range, TensorBlocks, search
 
 FLUSH = 1e-4
@@ -26,18 +30,24 @@ FLUSH = 1e-4
 
 
 def to_blocks(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """[..., N, K] -> [blocks, elements], blocks in the order of the scale grid [..., N/rows, K/columns]."""
+    """[..., N, K] -> [blocks, elements], blocks in the order of the scales [..., N/rows, K/columns]."""
     rows, columns = block
     *leading, n, k = w.shape
-    grouped = w.reshape(*leading, n // rows, rows, k // columns, columns).transpose(-3, -2)
-    return grouped.reshape(-1, rows * columns)
+    tiles = w.reshape(*leading, n // rows, rows, k // columns, columns).transpose(-3, -2)
+    return tiles.reshape(-1, rows * columns)
 
 
 def from_blocks(blocks: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:
-    """Inverse of `to_blocks`."""
+    """Inverse of `to_blocks`: [blocks, elements] -> a tensor of `shape`."""
     rows, columns = block
     *leading, n, k = shape
     return blocks.reshape(*leading, n // rows, k // columns, rows, columns).transpose(-3, -2).reshape(shape)
+
+
+def _codes_block(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The block of weights [..., N, K] in codes: fewer columns where a code stands for several weights."""
+    rows, columns = scheme.block_shape(*shape[-2:])
+    return rows, columns // scheme.levels.weights
 
 
 # ---- encode and decode ----------------------------------------------------------------------------------------------
@@ -61,29 +71,28 @@ def encode(
     source = source or w.dtype
     scheme.check_shape(name, shape)
     check_finite(w.float(), name)
-    block = scheme.block_shape(*shape[-2:])
-    grid = (*shape[:-2], shape[-2] // block[0], shape[-1] // block[1])
+    block, blocks = scheme.block_shape(*shape[-2:]), scheme.scale_shape(shape)
     x = to_blocks(w.float(), block)
     a = None if importance is None else to_blocks(importance.float().expand(shape), block)
     min_: Scale | None = None
     if scheme.min is not None:
-        lowest = x.amin(1).clamp(max=0).reshape(grid)
+        lowest = x.amin(1).clamp(max=0).reshape(blocks)
         min_, stored_min = _encode_part(lowest, scheme.min, range_, source, name)
         x = x - stored_min[:, None]
-    search_type = torch.float32 if isinstance(scheme.scale, Scheme) else dtype_of(scheme.scale, source)
-    found, zero = search(TensorBlocks(x, scheme, a), scheme, search_type, range_)
-    found = found.reshape(grid)
-    if not scale_fits(found):
-        found = check_scale(x.abs().amax(1).reshape(grid), found, search_type, name)
-    scale, found = _encode_part(found, scheme.scale, range_, source, name)
-    inverse = torch.where(found == 0, 0, 1 / found)[:, None]
-    codes = nearest(x * inverse, scheme.levels, zero[:, None])
-    signed = isinstance(scheme.levels, IntLevels) and scheme.levels.lo < 0
+    dtype = dtype_of(scheme.scale, source)
+    best, zero = search(TensorBlocks(x, scheme, a), scheme, dtype, range_)
+    best = best.reshape(blocks)
+    if not scale_fits(best):
+        best = check_scale(x.abs().amax(1).reshape(blocks), best, dtype, name)
+    scale, stored = _encode_part(best, scheme.scale, range_, source, name)
+    inverse = torch.where(stored == 0, 0, 1 / stored)[:, None]
+    codes = scheme.levels.encode(x * inverse, zero[:, None])
+    codes = from_blocks(codes, scheme.codes_shape(shape), _codes_block(scheme, shape))
     return QTensor(
         scheme=scheme,
-        codes=from_blocks(codes, shape, block).to(torch.int8 if signed else torch.uint8).contiguous(),
+        codes=codes.to(codes_dtype(scheme)).contiguous(),
         scale=scale,
-        zero=zero.reshape(grid).to(torch.int8) if scheme.zero else None,
+        zero=zero.reshape(blocks).to(torch.int8) if scheme.zero else None,
         min=min_,
     )
 
@@ -101,13 +110,12 @@ def _encode_part(
 
 def decode(q: QTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[..., N, K] in `dtype`: float32 arithmetic, rounded once at the end. The checkpoint's order is restored."""
-    block = q.scheme.block_shape(*q.shape[-2:])
-    codes = to_blocks(q.codes, block)
+    codes = to_blocks(q.codes, _codes_block(q.scheme, q.shape))
     zero = 0.0 if q.zero is None else q.zero.reshape(-1, 1).float()
-    x = _part_values(q.scale) * level_values(codes, q.scheme.levels, zero)
+    x = _part_values(q.scale) * q.scheme.levels.decode(codes, zero)
     if q.min is not None:
         x = x + _part_values(q.min)
-    w = from_blocks(x, q.shape, block).to(dtype)
+    w = from_blocks(x, q.shape, q.scheme.block_shape(*q.shape[-2:])).to(dtype)
     return w.transpose(-1, -2) if q.transposed else w
 
 
@@ -115,7 +123,7 @@ def decode_rows(q: QTensor, rows: int) -> Iterator[torch.Tensor]:
     """`decode` in float32, `rows` of the flattened [rows, K] matrix at a time (whole blocks; output rows first)."""
     *_, n, k = q.shape
     block_rows, block_columns = q.scheme.block_shape(n, k)
-    codes = q.codes.reshape(-1, k)
+    codes = q.codes.reshape(-1, q.codes.shape[-1])
     parts = [
         None if part is None else _part_values(part).reshape(-1, k // block_columns)
         for part in (q.scale, q.zero, q.min)
@@ -125,12 +133,13 @@ def decode_rows(q: QTensor, rows: int) -> Iterator[torch.Tensor]:
         blocks = slice(start // block_rows, (start + len(chunk)) // block_rows)
         scale, zero, low = (None if part is None else part[blocks].reshape(-1, 1) for part in parts)
         assert scale is not None
-        v = level_values(to_blocks(chunk, (block_rows, block_columns)), q.scheme.levels, 0.0 if zero is None else zero)
+        v = q.scheme.levels.decode(to_blocks(chunk, _codes_block(q.scheme, q.shape)), 0.0 if zero is None else zero)
         x = scale * v if low is None else scale * v + low
-        yield from_blocks(x, tuple(chunk.shape), (block_rows, block_columns))
+        yield from_blocks(x, (len(chunk), k), (block_rows, block_columns))
 
 
 def _part_values(part: Scale) -> torch.Tensor:
+    """Scales, zero points or minima as they count in arithmetic, float32 [M, 1]."""
     values = decode(part) if isinstance(part, QTensor) else part.float()
     return values.reshape(-1, 1)
 
@@ -151,7 +160,7 @@ def check_finite(w: torch.Tensor, name: str) -> None:
 
 
 def scale_fits(scale: torch.Tensor) -> bool:
-    """No scale came out as 0 or infinite."""
+    """Whether no stored scale came out as 0 or infinite."""
     return bool(((scale != 0) & torch.isfinite(scale)).all())
 
 
@@ -174,28 +183,6 @@ def check_scale(peak: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, nam
     return torch.where(lost, smallest_scale(dtype), scale)
 
 
-def smallest_scale(dtype: torch.dtype) -> float:
-    """The smallest positive scale that is stored in `dtype`."""
-    info = torch.finfo(dtype)
-    return max(info.smallest_normal * info.eps, SMALLEST)
-
-
 def _place(bad: torch.Tensor, peak: torch.Tensor) -> str:
     place = [int(i) for i in bad.nonzero()[0]]
     return f"block {place} with weights up to {float(peak[tuple(place)]):.3g}"
-
-
-__all__ = [
-    "Range",
-    "check_finite",
-    "check_scale",
-    "decode",
-    "decode_rows",
-    "dtype_of",
-    "encode",
-    "from_blocks",
-    "level_values",
-    "nearest",
-    "scale_fits",
-    "to_blocks",
-]

@@ -27,8 +27,8 @@ from torch import nn
 
 from spicerack.numerics import native
 from spicerack.numerics.activations import quantize_tokens
-from spicerack.numerics.codec import smallest_scale
-from spicerack.numerics.scheme import IntLevels
+from spicerack.numerics.levels import IntLevels
+from spicerack.numerics.scales import smallest_scale
 
 Clip = Literal["levels", "cells", "none"]
 _INT8 = IntLevels(-127, 127)

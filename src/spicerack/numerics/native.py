@@ -16,7 +16,9 @@ import torch
 
 from spicerack import _native
 from spicerack.errors import ShapeError
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics import dtypes
+from spicerack.numerics.levels import IntLevels
+from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import (
     FINE,
     PIECE,
@@ -29,7 +31,7 @@ from spicerack.numerics.search import (
     shifts,
 )
 
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
+TYPES = dtypes.SOURCES
 _NUMBERS = {dtype: number for number, dtype in enumerate(TYPES)}
 """As the native module counts them."""
 ISAS: tuple[str, ...] = tuple(_native.instruction_sets())
@@ -73,8 +75,8 @@ class Found:
 
 def levels_of(scheme: Scheme) -> _native.Levels:
     """The scheme's integer levels in the form that native functions take."""
-    assert isinstance(scheme.levels, IntLevels)
-    return _native.Levels(scheme.levels.lo, scheme.levels.hi, scheme.levels.half, scheme.zero)
+    integers = scheme.integers
+    return _native.Levels(integers.lo, integers.hi, integers.half, scheme.zero)
 
 
 def quantize(

@@ -1,10 +1,14 @@
 """A QTensor as named tensors with its codes bit-packed: in memory, and in spicerack's own container.
 
-codes           int32 words [..., N, ceil(K bits / 32)], code - lo, the stream of `bits`
+codes           int32 words [..., N, ceil(K bits / 32)], code - lo, the stream of `bits`;
+                K / weights in place of K where a code stands for several weights
 scale           [..., N/rows, K/columns] in its stored type; if quantized: scale.codes, scale.scale ...
 zero            int32 words [..., N/rows, ceil(K/columns bits / 32)], zero - lo
 min             like scale
 input_scale     float32 [1], with static activations
+
+What is packed is all that the reference kernel keeps of a weight, on any device: rows are decoded from it as they are
+needed (`decode_rows`), and nothing else of a tensor is touched for them.
 """
 
 from __future__ import annotations
@@ -14,35 +18,37 @@ from collections.abc import Mapping
 import torch
 
 from spicerack.numerics import bits, native
-from spicerack.numerics.levels import dtype_of, level_values
-from spicerack.numerics.qtensor import QTensor, Scale
-from spicerack.numerics.scheme import FloatType, IntLevels, Scheme
+from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
+from spicerack.numerics.scales import dtype_of
+from spicerack.numerics.scheme import FloatType, Scheme
 
 Tensors = Mapping[str, torch.Tensor]
+"""Packed tensors by the names above, or by those of a kernel."""
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name -> (type, shape) of tensors that hold a quantized one."""
 Rows = torch.Tensor | slice
+"""Rows of a matrix: indices int64 [R], or a slice whose step is 1."""
 
 
 def layout(scheme: Scheme, shape: tuple[int, ...], source: torch.dtype) -> Layout:
     """Name -> (type, shape) of what `pack` makes of a tensor [..., N, K] that was of type `source`."""
-    *leading, rows, columns = shape
-    grid = _grid(scheme, shape)
-    parts: Layout = {"codes": (torch.int32, (*leading, rows, bits.word_count(columns, scheme.bits)))}
+    blocks = scheme.scale_shape(shape)
+    parts: Layout = {"codes": _words(scheme.codes_shape(shape), scheme)}
     for name, kind in _parts(scheme):
         if isinstance(kind, Scheme):
-            inner = layout(kind, grid, source)
+            inner = layout(kind, blocks, source)
             parts |= {f"{name}.{key}": value for key, value in inner.items()}
         else:
-            parts[name] = (dtype_of(kind, source), grid)
+            parts[name] = (dtype_of(kind, source), blocks)
     if scheme.zero:
-        parts["zero"] = (torch.int32, (*grid[:-1], bits.word_count(grid[-1], scheme.bits)))
+        parts["zero"] = _words(blocks, scheme)
     if scheme.activations == "static":
         parts["input_scale"] = (torch.float32, (1,))
     return parts
 
 
 def pack(q: QTensor) -> dict[str, torch.Tensor]:
-    """Bit-pack q; `unpack` is the inverse."""
+    """Bit-pack q into tensors of the names, types and shapes that `layout` says; `unpack` is the inverse."""
     tensors = {"codes": _pack_codes(q.codes, q.scheme)}
     for name, part in (("scale", q.scale), ("min", q.min)):
         if isinstance(part, QTensor):
@@ -57,16 +63,16 @@ def pack(q: QTensor) -> dict[str, torch.Tensor]:
 
 
 def unpack(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed: bool = False) -> QTensor:
-    """Inverse of `pack`, for a tensor of shape [..., N, K]."""
-    grid = _grid(scheme, shape)
+    """Inverse of `pack`, for a tensor of shape [..., N, K]. Raises KeyError for a missing tensor, and ShapeError."""
+    blocks = scheme.scale_shape(shape)
     parts: dict[str, Scale] = {}
     for name, kind in _parts(scheme):
-        parts[name] = unpack(kind, grid, part(tensors, name)) if isinstance(kind, Scheme) else tensors[name]
+        parts[name] = unpack(kind, blocks, part(tensors, name)) if isinstance(kind, Scheme) else tensors[name]
     return QTensor(
         scheme=scheme,
-        codes=_unpack_codes(tensors["codes"], scheme, shape[-1]),
+        codes=_unpack_codes(tensors["codes"], scheme, scheme.codes_shape(shape)[-1]),
         scale=parts["scale"],
-        zero=_unpack_codes(tensors["zero"], scheme, grid[-1]) if scheme.zero else None,
+        zero=_unpack_codes(tensors["zero"], scheme, blocks[-1]) if scheme.zero else None,
         min=parts.get("min"),
         transposed=transposed,
         input_scale=tensors.get("input_scale"),
@@ -76,19 +82,19 @@ def unpack(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed:
 def decode_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: Rows) -> torch.Tensor:
     """float32 [R, K]: the chosen rows of a packed [N, K] matrix, equal to `codec.decode` bit for bit.
 
-    rows: indices [R], or a slice whose step is 1. Only their words and scales are touched.
+    Only the words and scales of those rows are touched.
     """
     n, k = shape
     block_rows, block_columns = scheme.block_shape(n, k)
     count = len(range(n)[rows]) if isinstance(rows, slice) else len(rows)
     blocks = rows if block_rows == 1 else _indices(rows, n, tensors["codes"].device) // block_rows
-    grid = _grid(scheme, shape)
-    codes = bits.unpack(tensors["codes"][rows], scheme.bits, k).reshape(count, grid[1], block_columns)
+    grid = scheme.scale_shape(shape)
+    codes = bits.unpack(tensors["codes"][rows], scheme.bits, scheme.codes_shape(shape)[-1])
+    codes = codes.reshape(count, grid[1], block_columns // scheme.levels.weights)
     zero: torch.Tensor | float = 0.0
     if scheme.zero:
-        zero = _offset(bits.unpack(tensors["zero"][blocks], scheme.bits, grid[1]), scheme)[..., None]
-    level = _offset(codes, scheme) if isinstance(scheme.levels, IntLevels) else codes
-    values = level_values(level, scheme.levels, zero)
+        zero = _codes(bits.unpack(tensors["zero"][blocks], scheme.bits, grid[1]), scheme)[..., None]
+    values = scheme.levels.decode(_codes(codes, scheme), zero)
     parts = {name: _part_rows(kind, grid, tensors, name, blocks)[..., None] for name, kind in _parts(scheme)}
     values = parts["scale"] * values
     if "min" in parts:
@@ -97,8 +103,8 @@ def decode_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: 
 
 
 def code_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: Rows) -> torch.Tensor:
-    """float32 [R, K]: the integer codes of the chosen rows of a packed [N, K] matrix."""
-    return _offset(bits.unpack(tensors["codes"][rows], scheme.bits, shape[1]), scheme)
+    """float32 [R, K]: the codes of the chosen rows of a packed [N, K] matrix."""
+    return _codes(bits.unpack(tensors["codes"][rows], scheme.bits, scheme.codes_shape(shape)[-1]), scheme).float()
 
 
 def part(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
@@ -122,26 +128,20 @@ def _parts(scheme: Scheme) -> list[tuple[str, FloatType | Scheme]]:
     return [(name, kind) for name, kind in (("scale", scheme.scale), ("min", scheme.min)) if kind is not None]
 
 
-def _grid(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, ...]:
-    *leading, rows, columns = shape
-    block_rows, block_columns = scheme.block_shape(rows, columns)
-    return (*leading, rows // block_rows, columns // block_columns)
+def _words(shape: tuple[int, ...], scheme: Scheme) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Type and shape of packed codes [..., C]."""
+    return torch.int32, (*shape[:-1], bits.word_count(shape[-1], scheme.bits))
 
 
-def _lowest(scheme: Scheme) -> int:
-    return scheme.levels.lo if isinstance(scheme.levels, IntLevels) else 0
-
-
-def _offset(stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Stored uint8 -> float32 code. (int16 would do as well; the product needs float32 anyway.)"""
-    return stored.float().add_(_lowest(scheme))
+def _codes(stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """uint8 from the stream -> codes, in any type: float32 where the smallest is not 0, as the product needs it."""
+    return stored.float().add_(scheme.levels.lo) if scheme.levels.lo else stored
 
 
 def _pack_codes(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    return native.pack(codes.cpu(), scheme.bits, offset=-_lowest(scheme))
+    return native.pack(codes.cpu(), scheme.bits, offset=-scheme.levels.lo)
 
 
 def _unpack_codes(words: torch.Tensor, scheme: Scheme, columns: int) -> torch.Tensor:
-    low = _lowest(scheme)
-    codes = native.unpack(words.cpu(), scheme.bits, columns, offset=-low)
-    return codes.view(torch.int8) if low < 0 else codes
+    codes = native.unpack(words.cpu(), scheme.bits, columns, offset=-scheme.levels.lo)
+    return codes.view(codes_dtype(scheme))

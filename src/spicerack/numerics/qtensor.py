@@ -1,4 +1,8 @@
-"""`QTensor`: a quantized tensor, unpacked. Schemes, algorithms, formats and kernels meet only here."""
+"""`QTensor`: a quantized tensor, unpacked. Schemes, algorithms, formats and kernels meet only here.
+
+Codes stay one to a byte while a tensor is worked on; they are packed at the two edges, in formats (disk) and in kernels
+(memory), each in its own way.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +14,24 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._pytree import tree_map
 
-from spicerack.errors import ShapeError
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.errors import SchemeError, ShapeError
+from spicerack.numerics.scheme import Scheme
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QTensor:
-    """w = scale * (level[codes] - zero) + min, blockwise; only `codec` interprets codes.
+    """w = scale * (level[codes] - zero) + min, blockwise; only the scheme's levels know what a code stands for.
 
-    codes       int8, or uint8 if no level is negative or levels are a table, [..., N, K]; leading axes are experts
+    scheme      what the numbers are
+    codes       of `codes_dtype`, [..., N, K] (K / weights where a code stands for several); leading axes are experts
     scale       float tensor [..., N/block_rows, K/block_columns] in its stored type, or a QTensor of that shape
     zero        int8 like scale, or None
     min         like scale, or None
     transposed  the checkpoint's tensor is the transpose, [..., K, N] (GPT-2's Conv1D)
     input_scale float32 [1]: what a code of the layer's input counts for; only with static activations, and then None
                 until it is known
+
+    Raises ShapeError for parts of another type or shape than the scheme has.
     """
 
     scheme: Scheme
@@ -36,14 +43,14 @@ class QTensor:
     input_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        signed = isinstance(self.scheme.levels, IntLevels) and self.scheme.levels.lo < 0
-        if self.codes.dtype != (torch.int8 if signed else torch.uint8):
-            raise ShapeError(f"{self.scheme}: codes are {self.codes.dtype}, not {'int8' if signed else 'uint8'}")
+        dtype = codes_dtype(self.scheme)
+        if self.codes.dtype != dtype:
+            raise ShapeError(f"{self.scheme}: codes are {self.codes.dtype}, not {str(dtype).removeprefix('torch.')}")
         self.scheme.check_shape(f"QTensor {self.scheme}", self.shape)
-        grid = self.grid
+        blocks = self.scheme.scale_shape(self.shape)
         for part, name in ((self.scale, "scale"), (self.zero, "zero"), (self.min, "min")):
-            if part is not None and tuple(part.shape) != grid:
-                raise ShapeError(f"{self.scheme}: {name} has shape {list(part.shape)}, its blocks make {list(grid)}")
+            if part is not None and tuple(part.shape) != blocks:
+                raise ShapeError(f"{self.scheme}: {name} has shape {list(part.shape)}, its blocks make {list(blocks)}")
         if (self.zero is not None) != self.scheme.zero or (self.min is not None) != (self.scheme.min is not None):
             raise ShapeError(f"{self.scheme}: zero or min given that the scheme lacks, or the other way round")
         x = self.input_scale
@@ -52,18 +59,21 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[..., N, K], output rows first, whatever the checkpoint's order."""
-        return tuple(self.codes.shape)
+        """Of the weights, [..., N, K]: output rows first, whatever the checkpoint's order."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * self.scheme.levels.weights)
 
     @property
-    def grid(self) -> tuple[int, ...]:
-        """Shape of scale, zero and min."""
-        *leading, rows, columns = self.codes.shape
-        block_rows, block_columns = self.scheme.block_shape(rows, columns)
-        return (*leading, rows // block_rows, columns // block_columns)
+    def plain_scale(self) -> torch.Tensor:
+        """The scale where it is a float tensor, in its stored type. Raises SchemeError where it is quantized itself.
+
+        `Scheme.scale_obstacle` says beforehand.
+        """
+        if isinstance(self.scale, QTensor):
+            raise SchemeError(f"{self.scheme}: {self.scheme.scale_obstacle}", "use a scheme with float scales")
+        return self.scale
 
     def matrices(self) -> list[QTensor]:
-        """[E, N, K] -> E of [N, K]."""
+        """The experts of a stack [E, N, K], each [N, K]; neither transposed nor with an input scale."""
 
         def split(part: Any) -> list[Any]:
             if part is None:
@@ -75,15 +85,15 @@ class QTensor:
 
     @classmethod
     def stack(cls, matrices: Sequence[QTensor], *, transposed: bool = False) -> QTensor:
-        """Inverse of `matrices`."""
+        """Inverse of `matrices`: E of [N, K], of one scheme -> [E, N, K]."""
 
         def joined(parts: Sequence[Any]) -> Any:
             return cls.stack(parts) if isinstance(parts[0], QTensor) else torch.stack(list(parts))
 
         first = matrices[0]
         names = [name for name in ("codes", "scale", "zero", "min") if getattr(first, name) is not None]
-        found = {name: joined([getattr(matrix, name) for matrix in matrices]) for name in names}
-        return cls(first.scheme, **found, transposed=transposed)
+        parts = {name: joined([getattr(matrix, name) for matrix in matrices]) for name in names}
+        return cls(first.scheme, **parts, transposed=transposed)
 
     @property
     def stored_bits(self) -> int:
@@ -92,12 +102,19 @@ class QTensor:
 
 
 Scale = torch.Tensor | QTensor
+"""Scales or minima of blocks: floats as they are stored, or quantized themselves."""
+
+
+def codes_dtype(scheme: Scheme) -> torch.dtype:
+    """The type of codes: int8 where some are negative (integers around 0), uint8 where none is (tables)."""
+    return torch.int8 if scheme.levels.lo < 0 else torch.uint8
+
 
 T = TypeVar("T")
 
 
 def moved(value: T, device: torch.device) -> T:
-    """The same with all tensors in it on `device`: of a tensor, a QTensor, or containers of those."""
+    """The same with all tensors in it on `device`: a tensor, a QTensor, or lists, tuples and dictionaries of those."""
 
     def one(part: Any) -> Any:
         if isinstance(part, torch.Tensor):
@@ -107,5 +124,5 @@ def moved(value: T, device: torch.device) -> T:
             return dataclasses.replace(part, **{name: moved(getattr(part, name), device) for name in names})
         return part
 
-    found: T = tree_map(one, value)
-    return found
+    there: T = tree_map(one, value)
+    return there

@@ -13,10 +13,10 @@ import math
 import torch
 
 from spicerack.numerics import codec, native
-from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme
-from spicerack.numerics.search import PIECE, Range, is_ternary, search
+from spicerack.numerics.scales import dtype_of
+from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.search import PIECE, Range, search
 
 
 def to_nearest(
@@ -38,9 +38,9 @@ def to_nearest(
     scheme.check_shape(name, shape)
     if not _native_fits(w, scheme, importance):
         return codec.encode(w, scheme, range_=range_, importance=importance, name=name, source=source)
-    grid, size = _grid(shape, scheme)
+    grid = scheme.scale_shape(shape)
+    size = math.prod(scheme.block_shape(*shape[-2:]))
     blocks = w.detach().contiguous().reshape(-1, size)
-    assert isinstance(scheme.scale, str)
     dtype = dtype_of(scheme.scale, source or w.dtype)
     codes: torch.Tensor | None = None
     if size > PIECE:
@@ -70,10 +70,10 @@ def to_nearest(
 
 def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
     """||decoded - w|| / ||w|| to four digits, in bounded memory; 0 for a tensor of zeros."""
-    if _native_fits(w, q.scheme, None) and isinstance(q.scale, torch.Tensor):
-        blocks = w.detach().contiguous().reshape(q.scale.numel(), -1)
+    if _native_fits(w, q.scheme, None):
+        blocks = w.detach().contiguous().reshape(q.plain_scale.numel(), -1)
         zero = None if q.zero is None else q.zero.reshape(-1)
-        scale = q.scale.float().reshape(-1)
+        scale = q.plain_scale.float().reshape(-1)
         wrong, total = native.compare(blocks, q.scheme, scale, zero, q.codes.reshape(blocks.shape), threads=threads)
     else:
         columns = w.shape[-1]
@@ -88,21 +88,14 @@ def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
 
 
 def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None) -> bool:
-    """Signed integers in contiguous blocks on the CPU; long blocks only without importance, ternary ones only long."""
-    signed = isinstance(scheme.levels, IntLevels) and scheme.levels.lo < 0
-    plain = scheme.min is None and scheme.scale in ("source", "float16", "bfloat16", "float32")
-    rows, columns = scheme.block_shape(*w.shape[-2:])
-    contiguous = rows == 1 or columns == w.shape[-1]
-    short = rows * columns <= PIECE
-    searched = not is_ternary(scheme) if short else importance is None
-    return signed and plain and contiguous and searched and w.dtype in native.TYPES and w.device.type == "cpu"
+    """Whether the search is written in C++ for these: plain schemes around 0, whose blocks are contiguous, on the CPU.
 
-
-def _grid(shape: tuple[int, ...], scheme: Scheme) -> tuple[tuple[int, ...], int]:
-    """Shape of the scales, and elements of one block."""
-    *leading, n, k = shape
-    rows, columns = scheme.block_shape(n, k)
-    return (*leading, n // rows, k // columns), rows * columns
+    Long blocks only without importance, and ternary ones only where they are long.
+    """
+    short = math.prod(scheme.block_shape(*w.shape[-2:])) <= PIECE
+    searched = not scheme.is_ternary if short else importance is None
+    plain = scheme.plain_obstacle is None and scheme.integers.lo < 0
+    return plain and searched and w.dtype in native.TYPES and w.device.type == "cpu"
 
 
 def _repeating(importance: torch.Tensor | None, shape: tuple[int, ...], size: int) -> torch.Tensor | None:

@@ -8,6 +8,10 @@
                                                              w8a8s     the same, one stored scale per layer
 
 Other number systems (`ternary`, `nf4`, `fp8`, `mxfp4`, `nvfp4`, `q4_k`) are one file each in `schemes/`.
+
+A scheme answers what others would otherwise each find out in their own way: whether it is *plain*, the kind that most
+fast code is written for (integers, times a float scale of a row, of a group of a row or of the tensor, and no minimum),
+and if it is not, why (`plain_obstacle`, and the single questions behind it).
 """
 
 from __future__ import annotations
@@ -21,74 +25,35 @@ from typing import Literal
 
 from spicerack import plugins
 from spicerack.errors import SchemeError, ShapeError
+from spicerack.numerics.levels import IntLevels, Levels
 
 FloatType = Literal["source", "float16", "bfloat16", "float32", "float8_e8m0fnu"]
 """How a scale is stored. `source` is float16 for float32 and float16 models and bfloat16 for bfloat16 models: loaders
 cast scales to the model's type anyway, so nothing is lost that would have survived."""
 
-FLOAT_BITS: dict[str, int] = {"source": 16, "float16": 16, "bfloat16": 16, "float32": 32, "float8_e8m0fnu": 8}
+FLOAT_BITS: dict[FloatType, int] = {"source": 16, "float16": 16, "bfloat16": 16, "float32": 32, "float8_e8m0fnu": 8}
+"""Bits of a scale of each type."""
 
-
-@dataclass(frozen=True, slots=True)
-class IntLevels:
-    """Codes are the integers lo..hi and stand for themselves, or, with `half`, for code + 1/2."""
-
-    lo: int
-    hi: int
-    half: bool = False
-
-    @property
-    def bits(self) -> int:
-        return max((self.hi - self.lo).bit_length(), 1)
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        """The level of each code, in code order from `lo`."""
-        return tuple(code + 0.5 * self.half for code in range(self.lo, self.hi + 1))
-
-
-@dataclass(frozen=True, slots=True)
-class TableLevels:
-    """Code i stands for values[i]; the values need not be sorted (small floats are listed by bit pattern)."""
-
-    values: tuple[float, ...]
-
-    @property
-    def bits(self) -> int:
-        return max((len(self.values) - 1).bit_length(), 1)
-
-
-def float_levels(
-    exponent_bits: int, mantissa_bits: int, *, ieee_specials: bool = False, max_value: float = math.inf
-) -> TableLevels:
-    """Values of a small sign-exponent-mantissa float, by bit pattern, bias 2^(e-1)-1, with subnormals.
-
-    Patterns above `max_value` (E4M3FN's NaN) and, with `ieee_specials`, the whole top exponent, stand for the largest
-    finite value: an encoder never chooses them, because the smaller code with the same value comes first.
-    """
-    bias = 2 ** (exponent_bits - 1) - 1
-    magnitudes: list[float] = []
-    for exponent in range(2**exponent_bits):
-        for mantissa in range(2**mantissa_bits):
-            fraction = mantissa / 2**mantissa_bits
-            value = fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias)
-            special = value > max_value or (ieee_specials and exponent == 2**exponent_bits - 1)
-            magnitudes.append(magnitudes[-1] if special else value)
-    return TableLevels(tuple(magnitudes) + tuple(-m for m in magnitudes))
-
-
-Levels = IntLevels | TableLevels
+MAX_BITS = 8
+"""The widest code: QTensor keeps codes in bytes, and `bits` packs codes of up to one byte."""
+_GROUPS = (256, 128, 64, 32, 16, 8, 4)
+"""Groups that an error suggests where one does not divide a row: those that kernels and other engines have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """w = scale * (level[code] - zero) + min, one scale (and zero, and min) per block of the last two axes.
 
-    block: (rows, columns) that share a scale; None means the whole axis. (1, 128) is group 128, (1, None) one scale per
-    output row, (None, None) one per tensor.
-    scale, min: a float type, or a Scheme: scales that are themselves quantized (q4_k, nvfp4).
-    zero: integer zero points, in the range of the codes and stored like them.
-    activations: "token": int8, one scale per token, found on the fly; "static": int8, one calibrated scale per tensor.
+    name         the grammar's, or that of the file in `schemes/`; folders and recipes know the scheme by it
+    levels       what the codes stand for
+    block        (rows, columns) that share a scale; None means the whole axis. (1, 128) is group 128, (1, None) one
+                 scale per output row, (None, None) one per tensor
+    scale, min   a float type, or a Scheme: scales that are themselves quantized (q4_k, nvfp4). No min: None
+    zero         integer zero points, in the range of the codes and stored like them
+    activations  what layers do with their inputs: "token", int8 with one scale per token, found as they come; "static",
+                 int8 with one calibrated scale per tensor; None, nothing
+
+    Raises SchemeError for parts that do not go together.
     """
 
     name: str
@@ -100,10 +65,58 @@ class Scheme:
     activations: Literal["token", "static"] | None = None
 
     def __post_init__(self) -> None:
-        if self.zero and not isinstance(self.levels, IntLevels):
+        if self.zero and self.levels.integers is None:
             raise SchemeError(f"{self.name}: a zero point needs integer levels", "use min instead")
-        if self.levels.bits > 8:
-            raise SchemeError(f"{self.name}: {self.levels.bits} bits a code; at most 8 are stored", "use fewer levels")
+        if self.levels.bits > MAX_BITS:
+            raise SchemeError(
+                f"{self.name}: {self.levels.bits} bits a code; at most {MAX_BITS} are stored", "use fewer levels"
+            )
+
+    def __str__(self) -> str:
+        return self.name
+
+    # ---- what fast code asks ----------------------------------------------------------------------------------------
+
+    @property
+    def integers(self) -> IntLevels:
+        """The levels of a scheme without a `levels_obstacle`. Raises SchemeError for any other."""
+        integers = self.levels.integers
+        if integers is None:
+            raise SchemeError(f"{self.name}: {self.levels_obstacle}", "use integer levels, such as w4g32")
+        return integers
+
+    @property
+    def levels_obstacle(self) -> str | None:
+        """Why w / scale + zero does not tell a weight's place among the levels (nf4, fp8, mxfp4), or None."""
+        return "its levels are a table, not integers" if self.levels.integers is None else None
+
+    @property
+    def scale_obstacle(self) -> str | None:
+        """Why a block is not its levels times one float (q4_k, nvfp4), or None. `QTensor.plain_scale` is that float."""
+        if isinstance(self.scale, Scheme):
+            return "its scales are quantized themselves"
+        return None if self.min is None else "its blocks have minima"
+
+    @property
+    def rows_obstacle(self) -> str | None:
+        """Why rows are not independent of each other but for a scale of the whole tensor, or None."""
+        return None if self.block in ((None, None), (1, self.block[1])) else "rows of a block share a scale"
+
+    @property
+    def plain_obstacle(self) -> str | None:
+        """Why this scheme is not plain, or None: integers times a float of a row, a group of a row or the tensor.
+
+        Powers of two (mxfp4) are floats but not plain: they are stored in a type that no kernel takes.
+        """
+        powers = "its scales are powers of two" if self.scale == "float8_e8m0fnu" else None
+        return self.levels_obstacle or self.scale_obstacle or powers or self.rows_obstacle
+
+    @property
+    def is_ternary(self) -> bool:
+        """Whether the levels are -1, 0 and 1."""
+        return self.levels == IntLevels(-1, 1) and not self.zero
+
+    # ---- shapes and sizes -------------------------------------------------------------------------------------------
 
     @property
     def bits(self) -> int:
@@ -119,6 +132,16 @@ class Scheme:
         """The block in full for a [rows, columns] matrix."""
         return self.block[0] or rows, self.block[1] or columns
 
+    def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the codes of weights [..., N, K]: the same, but for levels whose codes stand for several."""
+        return (*shape[:-1], shape[-1] // self.levels.weights)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of scales, zero points and minima of weights [..., N, K]: one of each per block."""
+        *leading, rows, columns = shape
+        block_rows, block_columns = self.block_shape(rows, columns)
+        return (*leading, rows // block_rows, columns // block_columns)
+
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise ShapeError unless whole blocks (and blocks of scales) tile the last two axes of `shape`."""
         if len(shape) < 2 or 0 in shape:
@@ -127,26 +150,29 @@ class Scheme:
         block_rows, block_columns = self.block_shape(rows, columns)
         for axis, size, block in (("N", rows, block_rows), ("K", columns, block_columns)):
             if size % block:
-                fits = [g for g in (256, 128, 64, 32, 16, 8, 4) if size % g == 0 and g < block]
+                fits = [g for g in _GROUPS if size % g == 0 and g < block]
                 remedy = f"use group {fits[0]} or skip it" if fits else "use one scale per row, or skip it"
                 raise ShapeError(f"{name}: {axis}={size} is not divisible by {self.name}'s block of {block}", remedy)
+        if block_columns % self.levels.weights:
+            raise ShapeError(
+                f"{name}: blocks of {block_columns} columns are no whole codes of {self.name}, which stand for "
+                f"{self.levels.weights} weights each",
+                "skip it",
+            )
         for part in (self.scale, self.min):
             if isinstance(part, Scheme):
-                part.check_shape(f"{name} (scales)", (*shape[:-2], rows // block_rows, columns // block_columns))
+                part.check_shape(f"{name} (scales)", self.scale_shape(shape))
 
     def stored_bits(self, shape: tuple[int, ...]) -> int:
         """Bits that a tensor of `shape` takes: codes, scales (a static one of activations too), zero points, minima.
 
         Padding of files is not counted.
         """
-        *leading, rows, columns = shape
-        block_rows, block_columns = self.block_shape(rows, columns)
-        grid = (*leading, rows // block_rows, columns // block_columns)
-        blocks = math.prod(grid)
-        total = math.prod(shape) * self.bits + (blocks * self.bits if self.zero else 0)
+        blocks = math.prod(self.scale_shape(shape))
+        total = math.prod(self.codes_shape(shape)) * self.bits + (blocks * self.bits if self.zero else 0)
         for part in (self.scale, self.min):
             if isinstance(part, Scheme):
-                total += part.stored_bits(grid)
+                total += part.stored_bits(self.scale_shape(shape))
             elif part is not None:
                 total += blocks * FLOAT_BITS[part]
         return total + (FLOAT_BITS["float32"] if self.activations == "static" else 0)
@@ -158,11 +184,12 @@ class Scheme:
             return self
         return dataclasses.replace(self, name=self.name.removesuffix("s"), activations="token")
 
-    def __str__(self) -> str:
-        return self.name
-
 
 _NAME = re.compile(r"w(?P<bits>[2-8])(?:g(?P<group>[1-9]\d{0,5})|(?P<tensor>t))?(?P<kind>[zh])?(?P<act>a8s?)?")
+_COMMON = (
+    "w8", "w8a8", "w4g128", "w4g64", "w4g32", "w4g128z", "w4g32z", "w3g64", "w3g128", "w2g32z", "w2g32h", "w6", "w5g64",
+)  # fmt: skip
+"""Names of the grammar that are suggested for those that are nearly like them."""
 
 
 def parse(name: str) -> Scheme:
@@ -170,10 +197,9 @@ def parse(name: str) -> Scheme:
     match = _NAME.fullmatch(name)
     if match is None:
         try:
-            scheme = plugins.get("numerics.schemes", name, "SCHEME")
+            scheme: Scheme = plugins.get("numerics.schemes", name, "SCHEME")
         except KeyError:
             raise SchemeError(f"unknown scheme {name!r}", _suggest(name)) from None
-        assert isinstance(scheme, Scheme)
         return scheme
     half = 2 ** (int(match["bits"]) - 1)
     columns = int(match["group"]) if match["group"] else None
@@ -190,20 +216,5 @@ def parse(name: str) -> Scheme:
 
 
 def _suggest(name: str) -> str:
-    common = [
-        "w8",
-        "w8a8",
-        "w4g128",
-        "w4g64",
-        "w4g32",
-        "w4g128z",
-        "w4g32z",
-        "w3g64",
-        "w3g128",
-        "w2g32z",
-        "w2g32h",
-        "w6",
-        "w5g64",
-    ]
-    near = difflib.get_close_matches(name.lower(), [*common, *plugins.names("numerics.schemes")], n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), [*_COMMON, *plugins.names("numerics.schemes")], n=3, cutoff=0.4)
     return "did you mean " + ", ".join(near or ["w8", "w4g128", "w4g32z"]) + "? Grammar: w<2-8>[g<group>|t][z|h][a8[s]]"

@@ -1,4 +1,4 @@
-"""The specification of the range search: which scale (and zero) a block gets. In torch; native/search.cpp equals it.
+"""The specification of the range search: which scale (and zero) a block gets. In torch; native/quantizers/ equals it.
 
 For a block x with importance a >= 0 (one by default) the search looks for the stored scale s and zero z that minimize
 
@@ -25,8 +25,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from spicerack.numerics.levels import level_values, nearest, store
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.scales import store
+from spicerack.numerics.scheme import Scheme
 
 Range = Literal["absmax", "opt"]
 
@@ -96,7 +96,7 @@ def search(
         return scale, zero
     best = blocks.judge(scale, zero)
     final = (raw == 0) | torch.isinf(scale)  # nothing to search, or to be refused: clipping would hide it
-    if is_ternary(scheme):
+    if scheme.is_ternary:
         best = best.better(blocks.judge(store(blocks.ternary(), dtype), zero))
         return torch.where(final, scale, best.scale), zero
     for factor in coarse_factors(scheme):
@@ -114,16 +114,9 @@ def search(
     return torch.where(final, scale, best.scale), torch.where(final, zero, best.zero)
 
 
-def is_ternary(scheme: Scheme) -> bool:
-    """Whether the levels are -1, 0 and 1."""
-    return scheme.levels == IntLevels(-1, 1) and not scheme.zero
-
-
 def coarse_factors(scheme: Scheme) -> tuple[float, ...]:
     """Factors of the absmax scale in the order in which they are judged; of both signs where that differs."""
-    values = set(scheme.levels.values)
-    mirrored = values == {-value for value in values}
-    signs = (1.0,) if scheme.zero or mirrored else (1.0, -1.0)
+    signs = (1.0,) if scheme.zero or scheme.levels.mirrored else (1.0, -1.0)
     divisors = POWERS if scheme.scale == "float8_e8m0fnu" else DIVISORS
     return tuple(sign / divisor for divisor in divisors for sign in signs)
 
@@ -140,14 +133,13 @@ def _start(bottom: torch.Tensor, top: torch.Tensor, scheme: Scheme) -> tuple[tor
     """absmax: unrounded scale [M], and the centre [M] of the range that it spans (0 without a zero point)."""
     levels = scheme.levels
     if scheme.zero:
-        assert isinstance(levels, IntLevels)
         low, high = bottom.clamp(max=0), top.clamp(min=0)
         return (high - low) / (levels.hi - levels.lo), (high + low) / 2
-    lowest, highest = min(levels.values), max(levels.values)
-    if -lowest == highest:
-        raw = torch.maximum(top, -bottom) / highest
+    if -levels.lowest == levels.highest:
+        raw = torch.maximum(top, -bottom) / levels.highest
     else:  # the longer side takes the weight of largest magnitude, whatever its sign
-        raw = torch.where(top > -bottom, top, bottom) / (lowest if -lowest > highest else highest)
+        longer = levels.lowest if -levels.lowest > levels.highest else levels.highest
+        raw = torch.where(top > -bottom, top, bottom) / longer
     return raw, torch.zeros_like(raw)
 
 
@@ -155,12 +147,10 @@ def _zero_for(centre: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torc
     """The zero point that puts `centre` in the middle of the codes."""
     if not scheme.zero:
         return torch.zeros_like(scale)
-    assert isinstance(scheme.levels, IntLevels)
     return _clip_zero((scheme.levels.lo + scheme.levels.hi) / 2 - centre / scale, scheme)
 
 
 def _clip_zero(zero: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    assert isinstance(scheme.levels, IntLevels)
     return torch.nan_to_num(torch.round(zero), nan=0.0).clamp(scheme.levels.lo, scheme.levels.hi)
 
 
@@ -196,12 +186,12 @@ class TensorBlocks:
 
     def judge(self, scale: torch.Tensor, zero: torch.Tensor) -> Fit:
         usable = (scale != 0) & torch.isfinite(scale)
-        s, z = scale[:, None], zero[:, None]
+        levels, s, z = self.scheme.levels, scale[:, None], zero[:, None]
         inverse = torch.where(usable, 1 / scale, 0)[:, None]
         pieces: list[tuple[torch.Tensor, ...]] = []
         for start in range(0, self.x.shape[1], PIECE):
             x = self.x[:, start : start + PIECE]
-            v = level_values(nearest(x * inverse, self.scheme.levels, z), self.scheme.levels, z)
+            v = levels.decode(levels.encode(x * inverse, z), z)
             e = s * v - x
             if self.importance is None:
                 av, ax, ae = v, x, e
@@ -232,9 +222,9 @@ def best_prefix(size: torch.Tensor, a: torch.Tensor | None = None) -> torch.Tens
         share = torch.ones_like(some) if a is None else a[:, start : start + PIECE].double()
         sums, weights = total + (some * share).cumsum(1), weight + share.cumsum(1)
         gain = sums.square() / weights.clamp(min=1e-300)
-        found, which = gain.max(1, keepdim=True)
-        mean = torch.where(found > best, sums.gather(1, which) / weights.gather(1, which).clamp(min=1e-300), mean)
-        best, total, weight = torch.maximum(best, found), sums[:, -1:], weights[:, -1:]
+        greatest, which = gain.max(1, keepdim=True)
+        mean = torch.where(greatest > best, sums.gather(1, which) / weights.gather(1, which).clamp(min=1e-300), mean)
+        best, total, weight = torch.maximum(best, greatest), sums[:, -1:], weights[:, -1:]
     return mean[:, 0].float()
 
 

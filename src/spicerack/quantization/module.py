@@ -1,136 +1,159 @@
-"""Quantized layers into a module in memory: what `spicerack.quantize(module, ...)` does."""
+"""Quantized layers into a module in memory: what `spicerack.quantize(module, ...)` does.
+
+    layers_of        path -> layer, of all kinds that have a packed form (`nn/kinds.py`)
+    schemes_of       path -> scheme, by the rules and the defaults that the command has; who is tied to whom
+    check            all that can be refused is, before a weight is rounded
+    _pack            each weight once, rounded to nearest and packed where it is
+    with_packed      a copy of the module, with packed layers in the places of those
+
+`prepare_qat` decides by the same functions which layers it trains, so that what is trained is what would be quantized.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from spicerack.errors import RecipeError, SchemeError, ShapeError, WeightError
+from spicerack.errors import RecipeError, SchemeError, ShapeError, WeightError, listed
 from spicerack.kernels.kernel import Compute
 from spicerack.models import census
-from spicerack.models.families import names
-from spicerack.nn.embedding import QEmbedding
+from spicerack.nn import kinds
 from spicerack.nn.fused import fuse
-from spicerack.nn.linear import QLinear
+from spicerack.nn.kinds import LayerKind
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import rounding
+from spicerack.numerics.dtypes import SOURCES, safetensors_dtype
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import recipe
-from spicerack.quantization.recipe import Recipe
+from spicerack.quantization.recipe import Recipe, resolve
 from spicerack.runtime.hf import tell_transformers
 from spicerack.storage.reader import Checkpoint, TensorInfo
-from spicerack.storage.writer import safetensors_dtype
 
-Layer = nn.Linear | nn.Embedding | Conv1D
 _HEADS = ("lm_head", "embed_out")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _LISTED = 8
+_NO_TOKENS = {
+    "ids": "an embedding has no activations to quantize",
+    "maps": "a convolution has no tokens to find scales of",
+}
 
 
-def quantize_module(module: nn.Module, what: Recipe, compute: Compute | None = None) -> nn.Module:
+def quantize_module(module: nn.Module, recipe: Recipe, compute: Compute | None = None) -> nn.Module:
     """A copy of `module` with quantized layers; `module` itself is not changed, floats that stay are copied.
 
-    Layers are exactly nn.Linear, nn.Embedding and transformers' Conv1D, of 16 or 32 bits; subclasses may compute
-    something else and stay as they are. Rules match the layers' paths in the module, which for a layer on its own is
-    empty. Raises RecipeError, SchemeError, ShapeError (all layers at once), WeightError.
+    Layers are exactly the classes of `nn/kinds.py` (nn.Linear, nn.Embedding, nn.Conv2d, transformers' Conv1D), of 16 or
+    32 bits; subclasses may compute something else and stay as they are, and so do convolutions in transformers models.
+    Rules match the layers' paths in the module, which for a layer on its own is empty; then the quantized layer is what
+    comes back. compute: as in `load`.
+
+    Raises RecipeError, SchemeError, ShapeError (all layers at once), WeightError.
     """
-    found = dict(layers_of(module))
-    if not found:
+    layers = layers_of(module)
+    if not layers:
         raise RecipeError(
-            f"{type(module).__name__} has no layer with a packed form", "it needs nn.Linear or nn.Embedding layers"
+            f"{type(module).__name__} has no layer with a packed form",
+            "it needs nn.Linear, nn.Embedding or nn.Conv2d layers",
         )
-    chosen, tied = chosen_of(module, what, found, roles_of(module, found))
-    check(found, chosen)
-    check_owners(module, found, chosen)
-    packed: dict[tuple[int, bool], PackedWeight] = {}
-    for name in sorted(chosen, key=tied.__contains__):  # errors name the owner
-        if (key := _key(found[name])) not in packed:
-            packed[key] = _pack(weight_of(name), found[name], chosen[name], what, compute)
-    shared = {id(found[name].weight): found[name].weight for name in chosen}
-    small = copy.deepcopy(module, dict(shared))  # these the copy shares for a moment: they are never there twice
-    old = {name: small.get_submodule(name) for name in chosen}
-    new: dict[int, nn.Module] = {}
-    for name, layer in old.items():
-        if id(layer) not in new:
-            new[id(layer)] = _quantized(layer, packed[_key(layer)])
-        if not name:
-            return new[id(layer)]
-        small.set_submodule(name, new[id(layer)])
-    fuse(small)
-    for model in small.modules():
-        if isinstance(model, PreTrainedModel):
-            tell_transformers(model)
-    return small
+    schemes, tied = schemes_of(module, recipe, layers)
+    layers = {name: layers[name] for name in schemes}
+    check(layers, schemes)
+    check_owners(module, layers)
+    weights: dict[tuple[int, bool], PackedWeight] = {}
+    for name in sorted(layers, key=tied.__contains__):  # errors name the owner
+        if (key := _key(layers[name])) not in weights:
+            weights[key] = _pack(weight_name(name), layers[name], schemes[name], recipe, compute)
+    packed = {name: weights[_key(layer)] for name, layer in layers.items()}
+    return with_packed(module, packed, kinds.of, map(kinds.weight_of, layers.values()))
 
 
 # ---- what there is ---------------------------------------------------------------------------------------------------
 
 
-def layers_of(module: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """Under all their names, those of tied and repeated layers too."""
-    for name, layer in module.named_modules(remove_duplicate=False):
-        if isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)) and layer.weight.dtype in _FLOATS:
-            exact = type(layer) in (nn.Linear, nn.Embedding, Conv1D)
-            if exact or type(layer).__name__ in names.PLAIN_LINEAR:
-                yield name, layer
+def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Path -> layer with a packed form, under all their names: those of tied and of repeated layers too."""
+    modules = list(module.named_modules(remove_duplicate=False))
+    theirs = tuple(f"{path}." if path else "" for path, part in modules if isinstance(part, PreTrainedModel))
+    layers: dict[str, nn.Module] = {}
+    for name, layer in modules:
+        kind = kinds.find(layer)
+        if kind is None or kinds.weight_of(layer).dtype not in SOURCES:
+            continue
+        if not (kind.plain_only and name.startswith(theirs)):
+            layers[name] = layer
+    return layers
 
 
-def roles_of(module: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
+def schemes_of(
+    module: nn.Module, recipe: Recipe, layers: Mapping[str, nn.Module]
+) -> tuple[dict[str, Scheme], dict[str, str]]:
+    """Path -> scheme, for the layers that the recipe quantizes; and alias -> owner, for all that share a weight.
+
+    Raises RecipeError if that is no layer, and for a rule that names none.
+    """
+    _refuse_stacks(module, recipe, layers)
+    roles = _roles(module, layers)
+    tied = _ties(layers, roles)
+    decisions = resolve(recipe, {name: role for name, role in roles.items() if name not in tied}, tied)
+    schemes = {name: scheme for name in layers if (scheme := decisions[name].scheme) is not None}
+    if not schemes:
+        raise RecipeError(
+            f"{type(module).__name__} has no layer that the recipe quantizes",
+            f"embeddings and heads must be named by a rule, such as '{next(iter(layers))}={recipe.scheme.name}'",
+        )
+    return schemes, tied
+
+
+def _refuse_stacks(module: nn.Module, recipe: Recipe, layers: Mapping[str, nn.Module]) -> None:
+    """Raise RecipeError for a rule that means experts in one parameter, which are layers in a folder only."""
+    for rule in recipe.rules:
+        if rule.scheme is None or any(rule.matches(name) for name in layers):
+            continue
+        for name, parameter in module.named_parameters():
+            if parameter.dim() == 3 and rule.matches(name):
+                raise RecipeError(
+                    f"rule {rule}: {name} is one parameter {list(parameter.shape)}, and in memory those stay in float",
+                    "save the model, and quantize its folder",
+                )
+
+
+def _roles(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """What recipes go by. Inside a transformers model it is what the command would say of the model's folder."""
     roles = {name: _role(name, layer) for name, layer in layers.items()}
-    seen: set[str] = set()
+    covered: set[str] = set()
     for path, model in module.named_modules(remove_duplicate=False):
-        if isinstance(model, PreTrainedModel):
-            prefix = f"{path}." if path else ""
-            inside = {n.removeprefix(prefix): n for n in layers if n.startswith(prefix) and n not in seen}
-            seen.update(inside.values())  # the outermost model knows best
-            tensors = {weight_of(n): _info(weight_of(n), layers[full].weight) for n, full in inside.items()}
-            entries = census.take(Checkpoint(Path(), model.config.to_dict(), tensors, (), ())).entries
-            for name, full in inside.items():
-                role = entries[weight_of(name)].role
-                if roles[full] == "linear" and role not in ("linear", "conv1d", "experts"):
-                    roles[full] = "router" if role == "router" else "head"
+        if not isinstance(model, PreTrainedModel):
+            continue
+        prefix = f"{path}." if path else ""
+        inside = {name.removeprefix(prefix): name for name in layers if name.startswith(prefix) and name not in covered}
+        covered.update(inside.values())  # the outermost model knows best
+        tensors = {weight_name(n): _info(weight_name(n), layers[full]) for n, full in inside.items()}
+        entries = census.take(Checkpoint(Path(), model.config.to_dict(), tensors, (), ())).entries
+        for name, full in inside.items():
+            role = entries[weight_name(name)].role
+            if roles[full] == "linear" and role not in ("linear", "conv1d", "experts"):
+                roles[full] = "router" if role == "router" else "head"
     return roles
 
 
-def _role(name: str, layer: Layer) -> str:
-    if not name:
-        return "linear"  # a layer on its own is what was asked for, whatever its kind
-    if isinstance(layer, nn.Embedding):
-        return "embedding"
-    if isinstance(layer, Conv1D):
-        return "conv1d"
-    return "head" if name.rsplit(".", 1)[-1] in _HEADS else "linear"
+def _role(name: str, layer: nn.Module) -> str:
+    """By class and name alone. A layer on its own, without a name, is what was asked for, whatever its kind."""
+    role = kinds.of(layer).role if name else "linear"
+    return "head" if role == "linear" and name.rsplit(".", 1)[-1] in _HEADS else role
 
 
-def _info(name: str, weight: torch.Tensor) -> TensorInfo:
+def _info(name: str, layer: nn.Module) -> TensorInfo:
+    """The layer's weight, as a folder's header would tell of it."""
+    weight = kinds.weight_of(layer)
     return TensorInfo(name, safetensors_dtype(weight.dtype), tuple(weight.shape), weight.nbytes, "")
 
 
-def chosen_of(
-    module: nn.Module, what: Recipe, layers: Mapping[str, Layer | nn.Conv2d], roles: Mapping[str, str]
-) -> tuple[dict[str, Scheme], dict[str, str]]:
-    """Path -> scheme, for the layers that the recipe quantizes, and alias -> owner. Raises RecipeError for none."""
-    tied = ties_of(layers, roles)
-    decisions = recipe.resolve(what, {name: role for name, role in roles.items() if name not in tied}, tied)
-    chosen = {name: scheme for name in layers if (scheme := decisions[name].scheme) is not None}
-    if not chosen:
-        raise RecipeError(
-            f"{type(module).__name__} has no layer that the recipe quantizes",
-            f"embeddings and heads must be named by a rule, such as '{next(iter(layers))}={what.scheme.name}'",
-        )
-    return chosen, tied
-
-
-def ties_of(layers: Mapping[str, Layer | nn.Conv2d], roles: Mapping[str, str]) -> dict[str, str]:
+def _ties(layers: Mapping[str, nn.Module], roles: Mapping[str, str]) -> dict[str, str]:
     """alias -> owner, for layers that share their weight; an embedding or head is the owner, whatever comes first."""
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
@@ -139,82 +162,114 @@ def ties_of(layers: Mapping[str, Layer | nn.Conv2d], roles: Mapping[str, str]) -
     return {name: owner for owner, group in owners for name in group if name != owner}
 
 
-def weight_of(name: str) -> str:
+def weight_name(name: str) -> str:
+    """What the weight of the layer `name` is called; a layer on its own has no name."""
     return f"{name}.weight" if name else "weight"
 
 
 def _key(layer: nn.Module) -> tuple[int, bool]:
     """Layers with one key share a PackedWeight: a Conv1D reads the same numbers the other way round."""
-    return id(layer.weight), isinstance(layer, Conv1D)
+    return id(layer.weight), kinds.of(layer).transposed
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def check(layers: Mapping[str, Layer], chosen: Mapping[str, Scheme]) -> None:
+def check(layers: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> None:
+    """Raise for the first layer that cannot have its scheme, and for all at once whose shape no whole blocks tile.
+
+    Raises RecipeError (the layer has no packed form), SchemeError (activations that it cannot round), WeightError (it
+    has no values), ShapeError.
+    """
     problems = []
-    for name, scheme in chosen.items():
-        layer = layers[name]
-        if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse):
-            raise RecipeError(
-                f"{name}: an embedding with max_norm, scale_grad_by_freq or sparse stays in float", "skip it"
-            )
-        if isinstance(layer, nn.Embedding) and scheme.activations is not None:
-            raise SchemeError(f"{name}: an embedding has no activations to quantize", "use the scheme without a8")
-        if scheme.activations == "static":
-            raise SchemeError(
-                f"{name or 'the layer'}: static activation scales ({scheme}) are found by calibration, from a folder",
-                f"use {scheme.dynamic}: a scale per token; or save the model, and quantize the folder with calibration",
-            )
-        if "weight" not in dict(layer.named_parameters(recurse=False)):
-            raise RecipeError(
-                f"{weight_of(name)} is computed from other parameters, by weight_norm or pruning",
-                "make it permanent first (remove_weight_norm, prune.remove), or skip it",
-            )
-        if layer.weight.is_meta:
-            raise WeightError(f"{weight_of(name)} is on the meta device: it has no values", "load the weights first")
-        shape = tuple(layer.weight.shape)
+    for name, layer in layers.items():
+        _check_layer(name, layer, schemes[name])
         try:
-            scheme.check_shape(weight_of(name), shape[::-1] if isinstance(layer, Conv1D) else shape)
+            shape = kinds.of(layer).matrix(kinds.weight_of(layer)).shape
+            schemes[name].check_shape(weight_name(name), tuple(shape))
         except ShapeError as error:
             problems.append(error)
     if problems:
-        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "\n  ".join(p.message for p in problems[:_LISTED])
-        raise ShapeError(listed + more, "; ".join(sorted({p.hint for p in problems})) + ": rules=['PATTERN=SCHEME']")
+        raise ShapeError(
+            listed([p.message for p in problems], _LISTED, between="\n  "),
+            "; ".join(sorted({p.hint for p in problems})) + ": rules=['PATTERN=SCHEME']",
+        )
 
 
-def check_owners(module: nn.Module, layers: Mapping[str, Layer | nn.Conv2d], chosen: Mapping[str, Scheme]) -> None:
-    """Raise RecipeError if something else holds a chosen weight: it would stay behind in float, no longer tied."""
-    weights = {id(layers[name].weight): name for name in chosen}
+def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
+    kind = kinds.of(layer)
+    if reason := kind.obstacle(layer):
+        raise RecipeError(f"{name}: {reason}", "skip it")
+    if scheme.activations is not None and kind.inputs in _NO_TOKENS:
+        raise SchemeError(f"{name}: {_NO_TOKENS[kind.inputs]}", "use the scheme without a8")
+    if scheme.activations == "static":
+        raise SchemeError(
+            f"{name or 'the layer'}: static activation scales ({scheme}) are found by calibration, from a folder",
+            f"use {scheme.dynamic}: a scale per token; or save the model, and quantize the folder with calibration",
+        )
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        raise RecipeError(
+            f"{weight_name(name)} is computed from other parameters, by weight_norm or pruning",
+            "make it permanent first (remove_weight_norm, prune.remove), or skip it",
+        )
+    if kinds.weight_of(layer).is_meta:
+        raise WeightError(f"{weight_name(name)} is on the meta device: it has no values", "load the weights first")
+
+
+def check_owners(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Raise RecipeError if something beside `layers` holds a weight of theirs: it would stay float, tied no longer."""
+    weights = {id(layer.weight): name for name, layer in layers.items()}
     for name, owner in module.named_modules(remove_duplicate=False):
         for key, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            if id(parameter) in weights and name not in chosen:
+            if id(parameter) in weights and name not in layers:
                 place = f"{name}.{key}" if name else key
                 raise RecipeError(
-                    f"{weight_of(weights[id(parameter)])} is tied to {place} of a {type(owner).__name__}, "
+                    f"{weight_name(weights[id(parameter)])} is tied to {place} of a {type(owner).__name__}, "
                     "which has no packed form",
                     "skip it",
                 )
 
 
-# ---- what is made ----------------------------------------------------------------------------------------------------
+# ---- what comes of it ------------------------------------------------------------------------------------------------
 
 
-def _pack(name: str, layer: Layer, scheme: Scheme, what: Recipe, compute: Compute | None) -> PackedWeight:
-    weight = layer.weight.detach()
-    transposed = isinstance(layer, Conv1D)
-    matrix = (weight.t() if transposed else weight).contiguous().cpu()
-    q = rounding.to_nearest(matrix, scheme, range_=what.range_, name=name, threads=os.cpu_count() or 1)
-    return PackedWeight(dataclasses.replace(q, transposed=transposed), weight.dtype, weight.device, compute)
+def _pack(name: str, layer: nn.Module, scheme: Scheme, recipe: Recipe, compute: Compute | None) -> PackedWeight:
+    """A layer's weight, rounded to nearest on the CPU, packed on its own device. Raises WeightError, naming `name`."""
+    kind, weight = kinds.of(layer), kinds.weight_of(layer).detach()
+    matrix = kind.matrix(weight).contiguous().cpu()
+    q = rounding.to_nearest(matrix, scheme, range_=recipe.range_, name=name, threads=os.cpu_count() or 1)
+    return PackedWeight(dataclasses.replace(q, transposed=kind.transposed), weight.dtype, weight.device, compute)
 
 
-def _quantized(old: nn.Module, packed: PackedWeight) -> nn.Module:
-    """The layer that takes the place of `old`, with its bias."""
-    if isinstance(old, nn.Embedding):
-        return as_before(QEmbedding(packed, old.padding_idx), old)
-    assert isinstance(old, (nn.Linear, Conv1D))
-    return as_before(QLinear(packed, old.bias), old)
+def with_packed(
+    model: nn.Module,
+    packed: Mapping[str, PackedWeight],
+    kind_of: Callable[[nn.Module], LayerKind],
+    leaving: Iterable[torch.Tensor],
+    copied: Callable[[nn.Module, dict[int, Any]], nn.Module] = copy.deepcopy,
+) -> nn.Module:
+    """A copy of `model` with packed layers in its places, which are one where layers are one.
+
+    packed   path of a layer -> the weight that takes its place; a model that is such a layer itself is at ""
+    kind_of  such a layer -> its kind
+    leaving  tensors of the model that leave it with those layers: they are not copied, so are never there twice
+    copied   makes the copy, as `copy.deepcopy` does, with a memo of what is shared
+    """
+    small = copied(model, {id(tensor): tensor for tensor in leaving})
+    places = {name: small.get_submodule(name) for name in packed}
+    new: dict[int, nn.Module] = {}
+    for name, layer in places.items():
+        if id(layer) not in new:
+            kind = kind_of(layer)
+            new[id(layer)] = as_before(kind.pack(packed[name], kind.options(layer), kinds.bias_of(layer)), layer)
+        if not name:
+            return new[id(layer)]
+        small.set_submodule(name, new[id(layer)])
+    fuse(small)
+    for part in small.modules():
+        if isinstance(part, PreTrainedModel):
+            tell_transformers(part)
+    return small
 
 
 def as_before(new: nn.Module, old: nn.Module) -> nn.Module:

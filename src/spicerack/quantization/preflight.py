@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from spicerack.algorithms.method import Method
 from spicerack.errors import CheckpointError, LoadError, RecipeError
+from spicerack.machine.ranks import ALONE
 from spicerack.models import blocks
 from spicerack.models.architecture import destinations, on_meta
 from spicerack.models.census import LAYERS
@@ -25,7 +26,8 @@ from spicerack.quantization.calibration.chunks import Text, tokens
 from spicerack.quantization.calibration.states import States, blocks_folder
 from spicerack.quantization.job import Job, decide
 from spicerack.quantization.rotation import original
-from spicerack.quantization.watch import Finished, Trial
+from spicerack.quantization.stream import Means, Stream, calibrate, identity, plan
+from spicerack.quantization.watch import Finished, Trial, Watch
 from spicerack.runtime.load import load, load_apart
 from spicerack.text.calibration import Calibration
 
@@ -37,10 +39,11 @@ SAME = 0.02
 """Of the output, how far off it may be: roundings of activations that fall the other way."""
 
 
-def run(whole: Job, calibration: Calibration, folder: Path, execute: Callable[..., Any]) -> Trial | None:
-    """Try it, in `folder`, which is removed again; None where there is nothing to gain or a model cannot be cut.
+def run(whole: Job, calibration: Calibration, folder: Path, means: Means) -> Trial | None:
+    """Try the first blocks of `whole` in `folder`, which is removed again, on a few short sequences of the text.
 
-    execute: of `quantization`. Raises LoadError if what is loaded computes something else, and what `execute` raises.
+    None where there is nothing to gain, or the model cannot be cut. Raises LoadError if what is loaded computes
+    something else than what was computed while it was quantized, and what the stages of a run raise.
     """
     begin = time.monotonic()
     cut = _first_blocks(whole)
@@ -49,21 +52,14 @@ def run(whole: Job, calibration: Calibration, folder: Path, execute: Callable[..
     part, path, count = cut
     mask = None if calibration.mask is None else calibration.mask[:SEQUENCES, :LENGTH]
     text = dataclasses.replace(calibration, ids=calibration.ids[:SEQUENCES, :LENGTH], mask=mask)
-    output = folder / "out"
-    seen: list[tuple[torch.Tensor, float]] = []
-
-    def look(block: Finished) -> None:
-        if block.number == BLOCKS - 1:
-            seen.append((States(blocks_folder(output), 1).read(BLOCKS, 0)[0], block.error))
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        execute(part, output, calibration=text, finished=look)
-        (computed, error), inputs = seen[0], Text(text, SEQUENCES).inputs(slice(None))
-        model = load(output, compute="float", dtype=torch.float32)
+        last = _quantized(part, text, folder / "out", dataclasses.replace(means, memory=None, ranks=ALONE))
+        inputs = Text(text, SEQUENCES).inputs(slice(None))
+        model = load(folder / "out", compute="float", dtype=torch.float32)
         loaded = tokens(blocks.output_of(model, f"{path}.{BLOCKS - 1}", inputs), inputs)
-        computed = tokens(computed, inputs)
+        computed = tokens(last.output, inputs)
         difference = float((loaded - computed).norm() / computed.norm())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +69,32 @@ def run(whole: Job, calibration: Calibration, folder: Path, execute: Callable[..
             f"{difference:.2%} off",
             "this is a fault of spicerack: please report it with the model's config.json",
         )
-    return Trial(BLOCKS, count, difference, error, time.monotonic() - begin)
+    return Trial(BLOCKS, count, difference, last.error, time.monotonic() - begin)
+
+
+class _LastBlock(Watch):
+    """Keeps what comes out of the last block, [B, L, H], and its error; its file goes when the folder is finished."""
+
+    output: torch.Tensor
+    error: float
+
+    def __init__(self, folder: Path) -> None:
+        self._blocks = blocks_folder(folder)
+
+    def finished(self, block: Finished) -> None:
+        if block.number == BLOCKS - 1:
+            self.output, self.error = States(self._blocks, 1).read(BLOCKS, 0)[0], block.error
+
+
+def _quantized(part: Job, text: Calibration, output: Path, means: Means) -> _LastBlock:
+    """Write the job into `output` -> what its last block was seen to compute."""
+    last = _LastBlock(output)
+    planned = plan(part, text, means.memory)
+    stream = Stream(part, output, identity(part, text, planned, means))
+    calibrate(part, text, planned, output, means, last)
+    stream.write(means.workers, last)
+    stream.finish({})
+    return last
 
 
 def _first_blocks(whole: Job) -> tuple[Job, str, int] | None:

@@ -80,6 +80,18 @@ class Recipe:
         observer = {} if self.observer is None else {"observer": self.observer}
         return {"scheme": self.scheme.name, **method, "range": self.range_, **observer, "rules": rules}
 
+    def with_choices(self, range_: str | None, method_: str | Method | None, observer: str | None) -> Recipe:
+        """This recipe with other ways to choose ranges, codes and static scales; None leaves what it has.
+
+        Raises RecipeError for a name that there is not.
+        """
+        return dataclasses.replace(
+            self,
+            range_=self.range_ if range_ is None else check_range(range_),
+            method=(method.parse(method_) if isinstance(method_, str) else method_) or self.method,
+            observer=self.observer if observer is None else check_observer(observer),
+        )
+
     def then(self, rules: Iterable[Rule]) -> Recipe:
         """This recipe with more rules, which win over the present ones."""
         return dataclasses.replace(self, rules=(*self.rules, *rules))

@@ -59,7 +59,3 @@ class Watch:
 
     def progress(self, nbytes: int) -> None:
         """So many more bytes of the source's tensors are written, or dropped, or were found done."""
-
-
-UNWATCHED = Watch()
-"""Nobody looks on."""

@@ -17,9 +17,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DummyLayer
 
 from spicerack.errors import UsageError
+from spicerack.models.families.names import KEY_VALUE_CACHES
 from spicerack.nn.cache import QuantizedCache, QuantizedLayer, layers_for
 from spicerack.nn.cache_blocks import CacheScheme
-from spicerack.runtime.hf import CACHES
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class _Hook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
-        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        cache = next((given[name] for name in KEY_VALUE_CACHES if given.get(name) is not None), None)
         if cache is not None:
             self._adopt(cache)
             return None
@@ -72,7 +72,7 @@ def use_quantized_cache(model: PreTrainedModel, bits: int) -> None:
     typed: Any = model
     decoder: nn.Module = typed.get_decoder()
     parameters = tuple(inspect.signature(decoder.forward).parameters)
-    names = [cache for cache in CACHES if cache in parameters]
+    names = [cache for cache in KEY_VALUE_CACHES if cache in parameters]
     if not names:
         raise UsageError(f"{name} takes no cache that could be quantized", "load it without cache")
     config = model.config.get_text_config(decoder=True)

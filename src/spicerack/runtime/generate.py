@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 from spicerack.errors import UsageError
 from spicerack.runtime.load import load
 from spicerack.storage.files import locate
-from spicerack.text import tokenizer as tokenizing
+from spicerack.text.tokenizer import read_tokenizer
 
 Write = Callable[[str], None]
 
@@ -38,6 +38,7 @@ def generate(
     seed: int = 0,
     raw: bool = False,
     device: str = "cpu",
+    engine: str | None = None,
     cache: int | None = None,
     trust_remote_code: bool = False,
     write: Write | None = None,
@@ -45,20 +46,20 @@ def generate(
     """Continue `prompt` with the model in a folder (or at a hub id).
 
     temperature: 0 takes the most likely token each time, else tokens are sampled. raw: no chat template, even if the
-    tokenizer has one. cache: bits of the key-value cache, as in `load`. write: called with pieces of the text as they
+    tokenizer has one. engine, cache: as in `load`. write: called with pieces of the text as they
     come.
 
     Raises UsageError for a model that does not generate text, CheckpointError if the folder has no tokenizer.
     """
     folder = locate(model)
-    loaded = load(folder, device=device, cache=cache, trust_remote_code=trust_remote_code)
+    loaded = load(folder, device=device, engine=engine, cache=cache, trust_remote_code=trust_remote_code)
     if not loaded.can_generate():
         raise UsageError(
             f"{folder}: {type(loaded).__name__} does not generate text", "spicerack eval compares encoders"
         )
     return continue_text(
         loaded,
-        tokenizing.read(folder, loaded.config, trust_remote_code=trust_remote_code),
+        read_tokenizer(folder, loaded.config, trust_remote_code=trust_remote_code),
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

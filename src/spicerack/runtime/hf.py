@@ -20,14 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from spicerack.errors import CheckpointError, LoadError, UntrustedCodeError
+from spicerack.errors import CheckpointError, LoadError, UntrustedCodeError, listed
 from spicerack.models.architecture import harmless
-from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.linear import QLinear
+from spicerack.nn.weight import PackedLayer
 
 METHOD = "spicerack"
-CACHES = ("cache", "past_key_values")
-"""What models call their cache, as an output and as an input: transformers renamed it."""
 Prepare = Callable[[PreTrainedModel], None]
 
 
@@ -179,14 +176,14 @@ def _check(info: Mapping[str, Any], folder: Path, model_class: type) -> None:
         names = sorted(map(str, info[kind]))
         if names:
             raise LoadError(
-                f"{folder}: {names[0]} of {model_class.__name__} {what}, and {len(names) - 1} more",
+                f"{folder}: " + listed([f"{names[0]} of {model_class.__name__} {what}", *names[1:]], 1),
                 "the folder is incomplete, or its config.json names another architecture",
             )
 
 
 def tell_transformers(model: PreTrainedModel) -> None:
     """As after loading: what is packed is no parameter to tie, and save_pretrained refuses to write it."""
-    if any(isinstance(layer, (QLinear, QEmbedding)) for layer in model.modules()):
+    if any(isinstance(layer, PackedLayer) for layer in model.modules()):
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         ties: dict[str, str] = model.all_tied_weights_keys
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in parameters and b in parameters}

@@ -1,10 +1,17 @@
-"""`spicerack.save`: a quantized module in memory -> a folder, through the same formats and writer as the loop."""
+"""`spicerack.save`: a quantized module in memory -> a folder, by the formats and the writer that folders have.
+
+The module is taken apart first, and all that can be refused is refused there: which layers are packed, by the table of
+kinds; which of them own a weight that several share; what else there is in its state; and what each of these is called
+in checkpoints, which for a transformers model is not what it is called in memory. Then shards are written one by one.
+Packed codes and scales go to the disk as they are: nothing is decoded, and nothing is rounded again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +22,58 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from spicerack._version import __version__
 from spicerack.errors import LoadError, OutputError, UsageError
-from spicerack.nn.conv import QConv2d
-from spicerack.nn.embedding import QEmbedding
+from spicerack.nn import kinds
 from spicerack.nn.experts import ExpertStack
-from spicerack.nn.linear import QLinear
-from spicerack.nn.weight import PackedWeight
-from spicerack.numerics.levels import dtype_of
+from spicerack.nn.weight import PackedLayer, PackedWeight
+from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme
 from spicerack.storage import format
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
-from spicerack.storage.format import Planned
+from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
-from spicerack.storage.writer import Slot, Unit, Writer, plan_shards, safetensors_dtype
+from spicerack.storage.writer import Slot, Unit, Writer, plan_shards
 
-_Layer = QLinear | QConv2d | QEmbedding
-_Names = dict[str, str]
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What will be in the folder, by the names that checkpoints have.
+
+    packed  module -> its packed weight, as `plan` says that it will lie in `format`
+    state   every other tensor
+    files   file -> its JSON; config.json is the last
+    """
+
+    format: Format
+    plan: dict[str, StoredTensor]
+    packed: dict[str, PackedWeight]
+    state: dict[str, torch.Tensor]
+    files: dict[str, Any]
+
+    def units(self) -> list[Unit]:
+        """What is written at a time: all tensors of a packed one, or one that is not."""
+        packed = [Unit(p.module, tuple(Slot(n, *slot) for n, slot in layout)) for p, layout in self._layouts()]
+        return packed + [Unit(n, (Slot(n, _dtype(n, t), tuple(t.shape)),)) for n, t in self.state.items()]
+
+    def _layouts(self) -> list[tuple[StoredTensor, Any]]:
+        return [(planned, self.format.layout(planned).items()) for planned in self.plan.values()]
+
+    def tensors(self, unit: Unit) -> dict[str, torch.Tensor]:
+        """The tensors of one of `units`."""
+        planned = self.plan.get(unit.source)
+        if planned is None:
+            return {unit.source: self.state[unit.source]}
+        return self.format.encode(planned, self.packed[unit.source].qtensor())
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a save that was killed to be continued."""
+        return {
+            "source": _fingerprint(self.packed, self.state, self.files),
+            "format": self.format.name,
+            "versions": {"spicerack": __version__, "torch": torch.__version__},
+        }
 
 
 def save(module: nn.Module, folder: str | Path) -> Path:
@@ -46,45 +88,19 @@ def save(module: nn.Module, folder: str | Path) -> Path:
     target = Path(folder)
     if target.exists():
         raise OutputError(f"{target} exists", "choose another folder, or remove it")
-    layers = _quantized_layers(module)
-    weights = _owners(module, layers)
-    state, checkpoint_name = _state(module, weights)
-    plan: dict[str, Planned] = {}
-    packed: dict[str, PackedWeight] = {}
-    for path, weight in weights.items():
-        name = checkpoint_name[_weight_of(path)].removesuffix(".weight")
-        users = [layer for layer in layers.values() if layer.packed is weight]
-        role, dtype = _strictest({_role(layer) for layer in users}), _source_dtype(path, weight)
-        bias = any(not isinstance(layer, QEmbedding) and layer.bias is not None for layer in users)
-        plan[name] = Planned(name, weight.scheme, weight.shape, role, dtype, weight.transposed, bias)
-        packed[name] = weight
-    chosen = format.choose(plan)
-    units = [Unit(p.module, tuple(Slot(n, *slot) for n, slot in chosen.layout(p).items())) for p in plan.values()]
-    units += [Unit(name, (Slot(name, _dtype(name, t), tuple(t.shape)),)) for name, t in state.items()]
-    linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]  # a tied head too
-    floats = [checkpoint_name.get(_weight_of(path), _weight_of(path)).removesuffix(".weight") for path in linears]
-    side = _side_files(module)
-    side[CONFIG] = chosen.config(side.pop(CONFIG), plan, floats)
-    identity = {
-        "source": _fingerprint(packed, state, side),
-        "format": chosen.name,
-        "versions": {"spicerack": __version__, "torch": torch.__version__},
-    }
-    writer = Writer(target, plan_shards(units), identity)
+    contents = _contents(module)
+    identity = contents.identity()
+    writer = Writer(target, plan_shards(contents.units()), identity)
     for shard in writer.pending():
         with writer.shard(shard) as out:
             for unit in shard.units:
-                planned = plan.get(unit.source)
-                if planned is None:
-                    tensors = {unit.source: state[unit.source]}
-                else:
-                    tensors = chosen.encode(planned, packed[unit.source].qtensor())
-                for name, tensor in tensors.items():
+                for name, tensor in contents.tensors(unit).items():
                     out.write(name, tensor.cpu())
-                out.entries.append(_entry(unit, planned))
+                out.entries.append(_entry(unit, contents.plan.get(unit.source)))
     if not writer.complete:
         ledger = Ledger(identity, writer.entries()).content()
-        writer.finish({LEDGER: ledger, **{name: json_bytes(value) for name, value in side.items()}}, target, [])
+        files = {name: json_bytes(value) for name, value in contents.files.items()}
+        writer.finish({LEDGER: ledger, **files}, target, [])
     writer.seal()
     return target
 
@@ -92,10 +108,39 @@ def save(module: nn.Module, folder: str | Path) -> Path:
 # ---- what is in the module -------------------------------------------------------------------------------------------
 
 
-def _quantized_layers(module: nn.Module) -> dict[str, _Layer]:
+def _contents(module: nn.Module) -> _Contents:
+    """Raises UsageError, LoadError."""
+    layers = _packed_layers(module)
+    weights = _owners(module, layers)
+    state, checkpoint_name = _state(module, weights)
+    plan: dict[str, StoredTensor] = {}
+    packed: dict[str, PackedWeight] = {}
+    for path, weight in weights.items():
+        name = checkpoint_name[_weight_of(path)].removesuffix(".weight")
+        plan[name] = _planned(name, path, weight, [layer for layer in layers.values() if layer.packed is weight])
+        packed[name] = weight
+    chosen = format.choose(plan)
+    # Linear layers that stay in float are named in the config of formats that others read; a tied head is one, too.
+    linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    floats = [checkpoint_name.get(_weight_of(path), _weight_of(path)).removesuffix(".weight") for path in linears]
+    files = _side_files(module)
+    files[CONFIG] = chosen.config(files.pop(CONFIG), plan, floats)
+    return _Contents(chosen, plan, packed, state, files)
+
+
+def _planned(name: str, path: str, weight: PackedWeight, users: list[PackedLayer]) -> StoredTensor:
+    """How the weight of these layers will lie in the folder. Of several kinds it has the first one's name (`KINDS`)."""
+    used = [kinds.of_packed(layer) for layer in users]
+    role = next(kind.name for kind in kinds.KINDS if kind in used)
+    has_bias = any(layer.bias is not None for layer in users)
+    source_dtype = _source_dtype(path, weight)
+    return StoredTensor(name, weight.scheme, weight.shape, role, source_dtype, weight.transposed, has_bias)
+
+
+def _packed_layers(module: nn.Module) -> dict[str, PackedLayer]:
     """Path -> layer. Raises UsageError if there are none, or packed weights elsewhere."""
     modules = dict(module.named_modules())
-    layers = {path: layer for path, layer in modules.items() if isinstance(layer, _Layer)}
+    layers = {path: layer for path, layer in modules.items() if isinstance(layer, PackedLayer)}
     if "" in layers:
         raise UsageError("a layer on its own has no name to be stored under", "save nn.Sequential(layer)")
     for path, part in modules.items():
@@ -109,7 +154,7 @@ def _quantized_layers(module: nn.Module) -> dict[str, _Layer]:
     return layers
 
 
-def _owners(module: nn.Module, layers: Mapping[str, _Layer]) -> dict[str, PackedWeight]:
+def _owners(module: nn.Module, layers: Mapping[str, PackedLayer]) -> dict[str, PackedWeight]:
     """Path -> packed weight, each once: under the name that transformers would store it under."""
     aliases = _aliases(module)
     owners: dict[int, str] = {}
@@ -118,19 +163,14 @@ def _owners(module: nn.Module, layers: Mapping[str, _Layer]) -> dict[str, Packed
     return {path: layer.packed for path, layer in layers.items() if owners[id(layer.packed)] == path}
 
 
-def _state(module: nn.Module, weights: Mapping[str, PackedWeight]) -> tuple[dict[str, torch.Tensor], _Names]:
-    """(float tensors by their names in checkpoints, each once; parameter -> name in checkpoints, packed ones too)."""
-    inside = tuple(f"{path}." for path, part in module.named_modules(remove_duplicate=False) if _is_packed(part))
-    aliases = _aliases(module)
-    state: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    values: dict[str, Any] = module.state_dict(keep_vars=True)
-    for name, tensor in sorted(values.items(), key=lambda item: item[0] in aliases):
-        if not isinstance(tensor, torch.Tensor):
-            raise UsageError(f"{name} is a {type(tensor).__name__}: only tensors are stored", "keep it outside")
-        if not name.startswith(inside) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            state[name] = tensor.detach()
+def _state(module: nn.Module, weights: Mapping[str, PackedWeight]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Float tensors by their names in checkpoints, each once; and parameter -> its name there, packed ones too.
+
+    What a packed weight is called can only be told by asking transformers what it would call the float one: tensors
+    without values stand for those while names are reverted. Raises UsageError for a state that is no tensor, LoadError
+    for a name that is lost on the way.
+    """
+    state = _floats(module)
     for path, weight in weights.items():
         state[_weight_of(path)] = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     renamed = revert_weight_conversion(module, state) if isinstance(module, PreTrainedModel) else state
@@ -139,12 +179,25 @@ def _state(module: nn.Module, weights: Mapping[str, PackedWeight]) -> tuple[dict
     for path in weights:
         if _weight_of(path) not in known:
             raise LoadError(f"{path}: its name in checkpoints cannot be told", "quantize the model's folder instead")
-    stored = {known[_weight_of(path)] for path in weights}
-    return {name: tensor for name, tensor in renamed.items() if name not in stored}, known
+    packed = {known[_weight_of(path)] for path in weights}
+    return {name: tensor for name, tensor in renamed.items() if name not in packed}, known
 
 
-def _is_packed(part: nn.Module) -> bool:
-    return isinstance(part, PackedWeight)
+def _floats(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state that is no part of a packed weight, each tensor once, by its name in the module. Raises UsageError."""
+    modules = module.named_modules(remove_duplicate=False)
+    inside = tuple(f"{path}." for path, part in modules if isinstance(part, PackedWeight))
+    aliases = _aliases(module)
+    values: dict[str, Any] = module.state_dict(keep_vars=True)
+    floats: dict[str, torch.Tensor] = {}
+    stored: set[int] = set()
+    for name, tensor in sorted(values.items(), key=lambda item: item[0] in aliases):
+        if not isinstance(tensor, torch.Tensor):
+            raise UsageError(f"{name} is a {type(tensor).__name__}: only tensors are stored", "keep it outside")
+        if not name.startswith(inside) and id(tensor) not in stored:
+            stored.add(id(tensor))
+            floats[name] = tensor.detach()
+    return floats
 
 
 def _aliases(module: nn.Module) -> set[str]:
@@ -154,19 +207,6 @@ def _aliases(module: nn.Module) -> set[str]:
 
 def _weight_of(path: str) -> str:
     return f"{path}.weight"
-
-
-def _role(layer: _Layer) -> str:
-    if isinstance(layer, QConv2d):
-        return "conv2d"
-    if isinstance(layer, QEmbedding):
-        return "embedding"
-    return "conv1d" if layer.packed.transposed else "linear"
-
-
-def _strictest(roles: set[str]) -> str:
-    """Of a tied weight: a reader that knows no packed embeddings must not take it for a linear layer."""
-    return next(role for role in ("embedding", "conv2d", "conv1d", "linear") if role in roles)
 
 
 def _source_dtype(name: str, weight: PackedWeight) -> torch.dtype:
@@ -179,20 +219,21 @@ def _source_dtype(name: str, weight: PackedWeight) -> torch.dtype:
         assert isinstance(scheme.scale, Scheme)
         scheme, scale = scheme.scale, scale.scale
     assert isinstance(scheme.scale, str)
-    kinds = (weight.dtype, torch.float32, torch.bfloat16)
-    found = next((dtype for dtype in kinds if dtype_of(scheme.scale, dtype) == scale.dtype), None)
-    if found is None:
-        raise UsageError(
-            f"{name}: its scales are {scale.dtype}, which {scheme} does not store",
-            "copy the folder that it was loaded from",
-        )
-    return found
+    stored = scheme.scale
+    for dtype in (weight.dtype, torch.float32, torch.bfloat16):
+        if dtype_of(stored, dtype) == scale.dtype:
+            return dtype
+    raise UsageError(
+        f"{name}: its scales are {scale.dtype}, which {scheme} does not store",
+        "copy the folder that it was loaded from",
+    )
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
 def _dtype(name: str, tensor: torch.Tensor) -> str:
+    """safetensors' name for the tensor's type. Raises UsageError if it has none."""
     try:
         return safetensors_dtype(tensor.dtype)
     except KeyError:
@@ -212,7 +253,7 @@ def _side_files(module: nn.Module) -> dict[str, Any]:
     return {"generation_config.json": json.loads(module.generation_config.to_json_string()), CONFIG: config}
 
 
-def _entry(unit: Unit, planned: Planned | None) -> Entry:
+def _entry(unit: Unit, planned: StoredTensor | None) -> Entry:
     """A tensor's line in the ledger; what only quantizing knows, such as the error, is not there."""
     slot = unit.slots[0]
     if planned is None:

@@ -1,58 +1,67 @@
-"""Packed layers into a model: first empty slots where float layers were, then, when the floats are in, the layers.
+"""Slots: what stands in a model for its packed layers while transformers builds and fills it.
 
-Neither step ever holds more than one float weight.
+transformers fills a model by the names of its parameters, and makes up those for which a folder has no tensor. A layer
+whose weight is packed must therefore not have a parameter `weight` by then, nor may one be allocated: what does not fit
+in memory as floats is the reason to pack it. The packed layer cannot be there either: its buffers have names that no
+folder has, and would count as missing. So there are two steps, and neither holds more than one float weight:
+
+    make_slot, make_stack_slot    before any weight is read: a `Slot` takes the layer's place; it has the layer's bias,
+                                  which is loaded as always, and remembers what the layer was
+    fill                          when the floats are in: each slot becomes the packed layer of its kind (`kinds`)
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from spicerack.errors import LoadError
 from spicerack.kernels.kernel import Compute
-from spicerack.models.families import names
-from spicerack.nn import experts
-from spicerack.nn.conv import Geometry, QConv2d
-from spicerack.nn.embedding import QEmbedding
+from spicerack.nn import experts, kinds
 from spicerack.nn.experts import ExpertStack
+from spicerack.nn.kinds import LayerKind
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
-from spicerack.storage.format import Format, Planned
-from spicerack.storage.reader import Checkpoint
+from spicerack.runtime.folder import Folder
+from spicerack.storage.format import StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One matrix in a stack of experts: packed, or the name of a float tensor. number: in a tensor of all experts."""
+    """One matrix in a stack of experts.
 
-    source: Planned | str
+    source: the packed tensor that it is or is in, or the name of a float one. number: which of that tensor's matrices,
+    where it holds all experts; None where it is this one alone.
+    """
+
+    source: StoredTensor | str
     number: int | None = None
 
 
 class Slot(nn.Module):
-    """Where a layer with packed weights will be. Keeps the bias, which is loaded as always."""
+    """Where a layer with packed weights will be: its bias, its mode, and what `fill` makes the packed layer from."""
 
     bias: nn.Parameter | None
 
-    def __init__(self, layer: nn.Linear | nn.Embedding | nn.Conv2d | Conv1D, planned: Planned) -> None:
+    def __init__(self, layer: nn.Module, kind: LayerKind, planned: StoredTensor) -> None:
         super().__init__()
-        self.planned, self.dtype, self.training = planned, layer.weight.dtype, layer.training
-        self.out_features, self.in_features = planned.shape  # initializers look at these, and at weight
-        self.is_embedding = isinstance(layer, nn.Embedding)
-        self.geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
-        self.padding_idx = layer.padding_idx if isinstance(layer, nn.Embedding) else None
-        self.register_parameter("bias", dict(layer.named_parameters(recurse=False)).get("bias"))
+        self.kind, self.options, self.planned = kind, kind.options(layer), planned
+        self.dtype, self.training = kinds.weight_of(layer).dtype, layer.training
+        self.register_parameter("bias", kinds.bias_of(layer))
+        # transformers' initializers look at these: there is a weight, and it needs no values.
+        self.out_features, self.in_features = planned.shape
         self.weight = torch.empty(0, device="meta")
         vars(self.weight)["_is_hf_initialized"] = vars(self)["_is_hf_initialized"] = True
 
 
 class StackSlot(nn.Module):
-    """Where a stack of experts will be: experts[e] are the matrices of expert e, in order."""
+    """Where an `ExpertStack` will be, in place of a parameter [E, N, K], or [E, K, N] if transposed.
+
+    experts[e]: the matrices of expert e, in the order of their rows.
+    """
 
     def __init__(self, experts: list[list[Expert]], parameter: nn.Parameter, transposed: bool) -> None:
         super().__init__()
@@ -60,79 +69,43 @@ class StackSlot(nn.Module):
         vars(self)["_is_hf_initialized"] = True
 
 
-def make_slot(model: nn.Module, name: str, planned: Planned) -> None:
-    """Replace the layer `name` of `model` by a slot. Raises LoadError if it is not a layer that `planned` fits."""
+def make_slot(model: nn.Module, name: str, planned: StoredTensor) -> None:
+    """Replace the layer `name` of `model` by a slot.
+
+    Raises LoadError unless there is a layer of a kind that has a packed form, whose weight has the planned shape.
+    """
     try:
         layer = model.get_submodule(name)
     except AttributeError:
         raise LoadError(f"{planned.module}: the model has no layer {name}", "is config.json the model's own?") from None
-    plain = type(layer) in (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D) or type(layer).__name__ in names.PLAIN_LINEAR
-    if not plain or not isinstance(layer, (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)):
+    kind = kinds.find(layer)
+    if kind is None:
         raise LoadError(
             f"{planned.module}: {name} is a {type(layer).__name__}, which has no packed form",
             "quantize again and skip it",
         )
-    shape = tuple(layer.weight.shape)
-    rows_first = shape[::-1] if isinstance(layer, Conv1D) else (shape[0], math.prod(shape[1:]))
-    if rows_first != planned.shape or isinstance(layer, Conv1D) != planned.transposed:
+    if reason := kind.obstacle(layer):
+        raise LoadError(f"{planned.module}: {name}: {reason}", "quantize again and skip it")
+    weight, cls = kinds.weight_of(layer), type(layer).__name__
+    if kind.matrix(weight).shape != planned.shape or kind.transposed != planned.transposed:
         raise LoadError(
-            f"{planned.module}: packed {list(planned.shape)}, but {name} is {type(layer).__name__} {list(shape)}",
+            f"{planned.module}: packed {list(planned.shape)}, but {name} is {cls} {list(weight.shape)}",
             "is config.json the model's own?",
         )
-    model.set_submodule(name, Slot(layer, planned))
+    model.set_submodule(name, Slot(layer, kind, planned))
 
 
-def make_stack_slot(model: nn.Module, parameter: str, parts: list[list[Expert]], *, transposed: bool) -> None:
-    """Replace a 3-D parameter by a slot. Raises LoadError unless whole experts fill it."""
+def make_stack_slot(model: nn.Module, parameter: str, matrices: list[list[Expert]], *, transposed: bool) -> None:
+    """Replace a 3-D parameter by a slot for these [expert][part]. Raises LoadError unless whole experts fill it."""
     owner_name, _, attribute = parameter.rpartition(".")
     owner = model.get_submodule(owner_name)
     old = owner.get_parameter(attribute)
-    if len(parts) != old.shape[0] or len({len(some) for some in parts}) != 1:
-        raise LoadError(f"{parameter}: {old.shape[0]} experts, {len(parts)} in the folder", "the folder is incomplete")
-    experts.put(owner, attribute, StackSlot(parts, old, transposed))
+    if len(matrices) != old.shape[0] or len({len(parts) for parts in matrices}) != 1:
+        raise LoadError(
+            f"{parameter}: {old.shape[0]} experts, {len(matrices)} in the folder", "the folder is incomplete"
+        )
+    experts.put(owner, attribute, StackSlot(matrices, old, transposed))
     vars(owner)["_is_hf_initialized"] = True  # its initializer would look for the parameter
-
-
-def fill(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    fmt: Format | None,
-    floats: Mapping[str, torch.Tensor],
-    device: str | torch.device,
-    compute: Compute | None = None,
-) -> None:
-    """Put the packed layers into all slots of `model`; what is tied shares one PackedWeight. floats: of experts."""
-    done: dict[tuple[str, int | None], PackedWeight] = {}
-
-    def packed(planned: Planned, dtype: torch.dtype, number: int | None = None) -> PackedWeight:
-        assert fmt is not None, "slots of packed layers come from a folder that has them"
-        if (planned.module, number) not in done:
-            tensors = {name: checkpoint.read(name) for name in fmt.layout(planned)}
-            q = fmt.decode(planned, tensors)
-            for which, matrix in [(None, q)] if number is None else enumerate(q.matrices()):
-                done[planned.module, which] = PackedWeight(matrix, dtype, device, compute)
-        return done[planned.module, number]
-
-    def layer(expert: Expert, slot: StackSlot) -> nn.Module:
-        if isinstance(expert.source, Planned):
-            return QLinear(packed(expert.source, slot.dtype, expert.number))
-        weight = floats[expert.source]
-        weight = weight if expert.number is None else weight[expert.number]
-        return experts.linear((weight.t() if slot.transposed else weight).to(device, slot.dtype))
-
-    for name, slot in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(slot, Slot) and slot.is_embedding:
-            model.set_submodule(
-                name, QEmbedding(packed(slot.planned, slot.dtype), slot.padding_idx).train(slot.training)
-            )
-        elif isinstance(slot, Slot) and slot.geometry is not None:
-            weight = packed(slot.planned, slot.dtype)
-            model.set_submodule(name, QConv2d(weight, slot.geometry, slot.bias).train(slot.training))
-        elif isinstance(slot, Slot):
-            model.set_submodule(name, QLinear(packed(slot.planned, slot.dtype), slot.bias).train(slot.training))
-        elif isinstance(slot, StackSlot):
-            layers = [[layer(one, slot) for one in parts] for parts in slot.experts]
-            model.set_submodule(name, ExpertStack(layers, slot.shape, transposed=slot.transposed))
 
 
 def experts_in_slots(model: nn.Module) -> dict[str, Expert]:
@@ -144,21 +117,69 @@ def experts_in_slots(model: nn.Module) -> dict[str, Expert]:
     }  # fmt: skip
 
 
-def float_names(checkpoint: Checkpoint, fmt: Format | None, plan: Mapping[str, Planned]) -> list[str]:
-    """Tensors that are no part of a packed one."""
-    packed = {name for planned in plan.values() for name in fmt.layout(planned)} if fmt is not None else set()
-    return [name for name in checkpoint.tensors if name not in packed]
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How packed layers will run: on which device, with which `compute` and `engine`, as in `load`."""
+
+    device: str | torch.device
+    compute: Compute | None = None
+    engine: str | None = None
 
 
-def read_floats(checkpoint: Checkpoint, tensors: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The tensors, mapped from their files rather than copied; each file is opened once."""
-    from safetensors import safe_open
+@dataclass(slots=True)
+class _Packing:
+    """Packed weights of a folder, each read and packed once; what is tied shares it.
 
-    wanted: dict[str, list[str]] = {}
-    for name in tensors:
-        wanted.setdefault(checkpoint.tensors[name].file, []).append(name)
-    found = {}
-    for file, inside in wanted.items():
-        with safe_open(checkpoint.folder / file, framework="pt") as shard:
-            found.update({name: shard.get_tensor(name) for name in inside})
-    return found
+    floats: tensors of experts that stay in float.
+    """
+
+    folder: Folder
+    floats: Mapping[str, torch.Tensor]
+    way: Way
+    packed: dict[tuple[str, int | None], PackedWeight] = field(default_factory=dict)
+
+    def weight(self, planned: StoredTensor, dtype: torch.dtype, number: int | None = None) -> PackedWeight:
+        """The tensor, or one matrix of a tensor of all experts. dtype: of the float weight that it replaces."""
+        if (planned.module, number) not in self.packed:
+            q = self.folder.packed(planned)
+            for place, matrix in [(None, q)] if number is None else enumerate(q.matrices()):
+                way = self.way
+                weight = PackedWeight(matrix, dtype, way.device, way.compute, way.engine)
+                self.packed[planned.module, place] = weight
+        return self.packed[planned.module, number]
+
+    def layer(self, slot: Slot) -> nn.Module:
+        """What becomes of a slot."""
+        weight = self.weight(slot.planned, slot.dtype)
+        return slot.kind.pack(weight, slot.options, slot.bias).train(slot.training)
+
+    def stack(self, slot: StackSlot) -> ExpertStack:
+        """What becomes of a stack's."""
+        layers = [[self._expert(expert, slot) for expert in parts] for parts in slot.experts]
+        return ExpertStack(layers, slot.shape, transposed=slot.transposed)
+
+    def _expert(self, expert: Expert, slot: StackSlot) -> nn.Module:
+        if isinstance(expert.source, StoredTensor):
+            return QLinear(self.weight(expert.source, slot.dtype, expert.number))
+        weight = self.floats[expert.source]
+        weight = weight if expert.number is None else weight[expert.number]
+        return experts.linear((weight.t() if slot.transposed else weight).to(self.way.device, slot.dtype))
+
+
+def fill(
+    model: nn.Module,
+    folder: Folder,
+    floats: Mapping[str, torch.Tensor],
+    way: Way,
+) -> None:
+    """Put the packed layers into all slots of `model`; layers that are tied share one PackedWeight.
+
+    floats: tensors of experts that stay in float, in stacks with packed ones. Raises CheckpointError for codes or
+    scales that no folder of ours has.
+    """
+    packing = _Packing(folder, floats, way)
+    for name, slot in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(slot, Slot):
+            model.set_submodule(name, packing.layer(slot))
+        elif isinstance(slot, StackSlot):
+            model.set_submodule(name, packing.stack(slot))

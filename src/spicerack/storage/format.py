@@ -1,6 +1,6 @@
 """How quantized tensors lie on disk: the `Format` interface, and the choice between formats before a weight is read.
 
-A format is one file in `formats/`. A plan says what will be written, the format says in which tensors, and both
+A format is one file in `formats/`. `Contents` says what a folder holds, the format says in which tensors, and both
 directions go through `QTensor`, so no format knows how codes were chosen.
 """
 
@@ -31,7 +31,7 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class StoredTensor:
     """One tensor that is quantized on disk, or will be.
 
     module        the checkpoint's name without `.weight`
@@ -54,8 +54,8 @@ class Planned:
     inverse_scale: bool = False
 
 
-Plan = Mapping[str, Planned]
-"""Module -> Planned."""
+Contents = Mapping[str, StoredTensor]
+"""Module -> StoredTensor."""
 
 
 class Format(Protocol):
@@ -65,19 +65,21 @@ class Format(Protocol):
     def name(self) -> str:
         """The file's name."""
 
-    def obstacles(self, plan: Plan) -> list[str]:
-        """Why this format cannot hold `plan` exactly; empty if it can."""
+    def obstacles(self, contents: Contents) -> list[str]:
+        """Why this format cannot hold `contents` exactly; empty if it can."""
 
-    def layout(self, planned: Planned) -> Layout:
+    def layout(self, stored: StoredTensor) -> Layout:
         """What `encode` will write, known before any weight is read."""
 
-    def encode(self, planned: Planned, q: QTensor) -> dict[str, torch.Tensor]:
+    def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
         """The tensors that `layout` promised."""
 
-    def decode(self, planned: Planned, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+    def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         """Inverse of `encode`."""
 
-    def config(self, config: Mapping[str, Any], plan: Plan, unquantized_linears: Sequence[str], /) -> dict[str, Any]:
+    def config(
+        self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str], /
+    ) -> dict[str, Any]:
         """The new config.json for a folder whose old one was `config`."""
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
@@ -86,11 +88,11 @@ class Format(Protocol):
     def float_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Inverse of `config`: what the model's config.json says without quantization."""
 
-    def plan(self, checkpoint: Checkpoint) -> dict[str, Planned]:
+    def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
         """What is quantized in a folder, and how. Raises CheckpointError naming tensor and rule."""
 
-    def notes(self, plan: Plan, fused: Sequence[Sequence[str]], /) -> list[str]:
-        """What `plan` in this format costs in portability, in plain sentences."""
+    def notes(self, contents: Contents, fused: Sequence[Sequence[str]], /) -> list[str]:
+        """What `contents` in this format costs in portability, in plain sentences."""
 
 
 def get(name: str) -> Format:
@@ -99,28 +101,28 @@ def get(name: str) -> Format:
     return found
 
 
-def choose(plan: Plan) -> Format:
-    """The first of `STANDARD` that holds every tensor of `plan` exactly, else spicerack's own container.
+def choose(contents: Contents) -> Format:
+    """The first of `STANDARD` that holds every tensor of `contents` exactly, else spicerack's own container.
 
     Raises SchemeError if none does.
     """
     for standard in map(get, STANDARD):
-        if not standard.obstacles(plan):
+        if not standard.obstacles(contents):
             return standard
     own = get("spicerack")
-    obstacles = own.obstacles(plan)
+    obstacles = own.obstacles(contents)
     if obstacles:
         raise SchemeError(obstacles[0], "schemes are read back by name: give it a file in schemes/")
     return own
 
 
-def portability(plan: Plan, fused: Sequence[Sequence[str]]) -> list[str]:
-    """What the choice for `plan` costs in portability. fused: modules that engines merge into one matrix."""
-    chosen = choose(plan)
-    notes = chosen.notes(plan, fused)
+def portability(contents: Contents, fused: Sequence[Sequence[str]]) -> list[str]:
+    """What the choice for `contents` costs in portability. fused: modules that engines merge into one matrix."""
+    chosen = choose(contents)
+    notes = chosen.notes(contents, fused)
     if chosen.name in STANDARD:
         return notes
-    fewest = min((get(name).obstacles(plan) for name in STANDARD), key=len)
+    fewest = min((get(name).obstacles(contents) for name in STANDARD), key=len)
     return [*notes, f"the reason: {fewest[0]}"]
 
 

@@ -17,7 +17,7 @@ from spicerack.errors import CheckpointError
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import LEDGER, read_json
 
-What = Literal["quantize", "copy", "drop"]
+Fate = Literal["quantize", "copy", "drop"]
 _MAX_BYTES = 256 << 20
 """Of a ledger that is read: a model of a million tensors has 250 MB of it."""
 
@@ -34,7 +34,7 @@ class Entry:
     """
 
     tensor: str
-    action: What
+    action: Fate
     why: str
     layer_type: str
     scheme: str | None

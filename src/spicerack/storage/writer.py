@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import torch
 
 from spicerack.errors import CheckpointError, OutputError
+from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.storage import ledger
 from spicerack.storage.durable import (
     LOCK,
@@ -234,31 +235,6 @@ class ShardWriter:
     def finish(self) -> None:
         if self._todo:
             raise AssertionError(f"{len(self._todo)} promised tensors were not written, first {self._todo[-1].name}")
-
-
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
-}
-
-
-def safetensors_dtype(dtype: torch.dtype) -> str:
-    """safetensors' name of a torch type."""
-    return _DTYPE_NAMES[dtype]
 
 
 def refuse_existing(output: Path, identity: Mapping[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """Calibration text: a few sequences of tokens, chosen by seed from a source of any size, for statistics of activations.
 
 For a decoder the documents are joined with the tokenizer's own end and start tokens and cut into sequences of equal
-length; nothing is padded. For an encoder each document is one sequence, and padding is masked.
+length; nothing is padded. For an encoder each document is one sequence, and padding is masked: that is how either is
+used.
 
-Calibrate on other text than is evaluated: the same would flatter the result.
+Calibrate on other text than is evaluated: the same would flatter the result. The hash of the text is kept for that, and
+an evaluation on it warns.
 """
 
 from __future__ import annotations
@@ -20,25 +22,33 @@ from transformers import PreTrainedTokenizerBase
 
 from spicerack.errors import TextError
 from spicerack.models.kind import Kind
-from spicerack.text import documents as calibration_documents
+from spicerack.text import documents
+from spicerack.text.documents import Passage
 from spicerack.text.packing import Packing, Reading
 
 T = TypeVar("T")
 
 BYTES_A_TOKEN = 32
-"""Text that is tokenized for each token asked for: about eight times as much as is used."""
+"""Text that is tokenized for each token asked for: about eight times as much as is used, at four bytes a token."""
 LEAST_BYTES = 1 << 20
+"""Text that is tokenized at least, if there is so much: a few sequences, too, come from all over it."""
 FEWEST_TOKENS = 8
+"""Different tokens that a text has at least: with fewer, statistics of activations are of these tokens, not of text."""
 UNKNOWN_NOTED, UNKNOWN_REFUSED = 0.01, 0.5
+"""Shares of unknown tokens from which on a note is made, and the text refused: it is in another language."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """ids int64 [S, L]; mask bool [S, L], False where padding is, or None where there is none.
+    """S sequences of at most L tokens, and where they are from.
 
-    sha256: of the text that the sequences were chosen from, in UTF-8 with a zero byte between documents; of a text file
-    that was read whole it is the file's own. unknown: share of tokens that the tokenizer does not know. source: what
-    was read. notes: sentences on what was not as asked for.
+    ids      int64 [S, L]
+    mask     bool [S, L], False where padding is; None where there is none
+    sha256   of the text that the sequences were chosen from, in UTF-8 with a zero byte between documents; of a text
+             file that was read whole it is the file's own
+    unknown  share of tokens that the tokenizer does not know, 0 to 1
+    source   what was read
+    notes    sentences on what was not as asked for
     """
 
     ids: torch.Tensor
@@ -68,86 +78,120 @@ def read(
 ) -> Calibration:
     """Choose `samples` sequences from `source`: for a decoder of `length` tokens, for an encoder of at most as many.
 
-    source: a text file, a .jsonl file of {"text"} or {"messages"}, a folder of those, or a dataset (an id, id:config,
-    or a folder of tables), which needs the package `datasets`. All sequences are equally likely; they keep the order of
-    the source. If there are fewer, all are taken. Of large sources a part is tokenized that is spread over the whole.
+    source     a text file, a .jsonl file of {"text"} or {"messages"}, a folder of those, or a dataset (an id,
+               id:config, or a folder of tables), which needs the package `datasets`
+    tokenizer  the model's
+    seed       which sequences: all are equally likely, and keep the order of the source; if there are fewer, all are
+               taken. Of large sources a part is tokenized that is spread over the whole
 
     Raises TextError for text that is missing, broken, too short, of hardly any different tokens, or mostly unknown to
     the tokenizer.
     """
     if samples < 1 or length < 2:
         raise TextError(f"{samples} sequences of {length} tokens are no calibration", "ask for at least 1 of 2 tokens")
-    found = calibration_documents.find(source)
+    origin = documents.find(source)
     budget = max(BYTES_A_TOKEN * samples * length, LEAST_BYTES)
     reading = Reading(
-        share=1.0 if kind == "encoder" or found.dataset else min(budget / max(found.size, 1), 1.0),
-        limit=budget if found.dataset else None,
+        share=1.0 if kind == "encoder" or origin.dataset else min(budget / max(origin.size, 1), 1.0),
+        limit=budget if origin.dataset else None,
         seed=seed,
     )
-    text = reading.keep(calibration_documents.passages(found, tokenizer, by_line=kind == "encoder", seed=seed))
-    mask: torch.Tensor | None = None
-    notes: list[str] = []
-    if kind == "encoder":
-        documents = sample((passage.text for passage in text if passage.first and passage.text.strip()), samples, seed)
-        if not documents:
-            raise TextError(f"{source} has no text", "give one sentence per line")
-        ids, mask = _padded(documents, tokenizer, length)
-        full = int(mask.all(1).sum()) if mask.shape[1] == length else 0
-        if full:
-            notes.append(f"{full} documents fill all {length} tokens; what is beyond was not used")
-    else:
-        packing = Packing(tokenizer, length)
-        sequences = sample(packing.sequences(text), samples, seed)
-        if not sequences:
-            raise TextError(
-                f"{source} has {packing.seen} tokens, and one sequence needs {length}",
-                f"give a longer text, or use sequences of {max(packing.seen, 2)} tokens or fewer",
-            )
-        ids = torch.tensor(sequences)
+    passages = reading.keep(documents.passages(origin, tokenizer, by_line=kind == "encoder", seed=seed))
+    choose = _padded if kind == "encoder" else _packed
+    ids, mask, notes = choose(passages, tokenizer, source, samples=samples, length=length, seed=seed)
     if reading.share < 1:
         notes.append(f"chosen from {reading.share:.2%} of the text, spread over all of it")
     if reading.stopped:
         notes.append(f"chosen from the first {reading.documents} documents of the shuffled dataset")
     if len(ids) < samples:
         notes.append(f"the text has only {len(ids)} of the {samples} sequences asked for")
-    made = Calibration(ids, mask, reading.digest.hexdigest(), 0.0, str(source), tuple(notes))
-    return checked(made, tokenizer)
+    return checked(Calibration(ids, mask, reading.digest.hexdigest(), 0.0, str(source), tuple(notes)), tokenizer)
 
 
-def checked(made: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibration:
-    """`made` with its share of unknown tokens, and notes on what is odd about it. Raises TextError if it is no use."""
+_Chosen = tuple[torch.Tensor, torch.Tensor | None, list[str]]
+"""ids int64 [S, L]; mask bool [S, L], or None; notes."""
+
+
+def _packed(
+    passages: Iterable[Passage],
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | Path,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+) -> _Chosen:
+    """Some of the sequences that the passages make when they are joined, all of `length`. Raises TextError."""
+    packing = Packing(tokenizer, length)
+    sequences = sample(packing.sequences(passages), samples, seed)
+    if not sequences:
+        raise TextError(
+            f"{source} has {packing.tokens} tokens, and one sequence needs {length}",
+            f"give a longer text, or use sequences of {max(packing.tokens, 2)} tokens or fewer",
+        )
+    return torch.tensor(sequences), None, []
+
+
+def _padded(
+    passages: Iterable[Passage],
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | Path,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+) -> _Chosen:
+    """Some of the documents, each a sequence, cut at `length` and padded at the end. Raises TextError."""
+    texts = sample((passage.text for passage in passages if passage.first and passage.text.strip()), samples, seed)
+    if not texts:
+        raise TextError(f"{source} has no text", "give one sentence per line")
+    rows = tokenizer(texts, truncation=True, max_length=length, verbose=False).input_ids
+    ids, mask = (
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in filled], batch_first=True, padding_value=value)
+        for filled, value in ((rows, tokenizer.pad_token_id or 0), ([[True] * len(row) for row in rows], False))
+    )
+    full = int(mask.all(1).sum()) if mask.shape[1] == length else 0
+    return ids, mask, [f"{full} documents fill all {length} tokens; what is beyond was not used"] if full else []
+
+
+def checked(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibration:
+    """`calibration` with its share of unknown tokens, and notes on what is odd about it.
+
+    Special tokens do not count. Raises TextError if it is no use.
+    """
     special = set(tokenizer.all_special_ids)
     unknown_id = tokenizer.unk_token_id
     if unknown_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         unknown_id = None  # GPT-2's end of text also stands for what is unknown, of which there is none
-    real = made.ids if made.mask is None else made.ids[made.mask]
+    real = calibration.ids if calibration.mask is None else calibration.ids[calibration.mask]
     words = real[~torch.isin(real, torch.tensor(sorted(special - {unknown_id}), dtype=torch.int64))]
     unknown = 0.0 if unknown_id is None else int((words == unknown_id).sum()) / max(len(words), 1)
     if unknown > UNKNOWN_REFUSED:
         raise TextError(
-            f"{made.source}: the tokenizer does not know {unknown:.0%} of the tokens",
+            f"{calibration.source}: the tokenizer does not know {unknown:.0%} of the tokens",
             "give text in a language that the model was trained on",
         )
-    kinds = words.unique().tolist()
-    if len(kinds) < FEWEST_TOKENS:
-        shown = ", ".join(repr(tokenizer.decode([token])) for token in kinds)
+    different = words.unique().tolist()
+    if len(different) < FEWEST_TOKENS:
+        shown = ", ".join(repr(tokenizer.decode([token])) for token in different)
         raise TextError(
-            f"{made.source} has only {len(kinds)} different tokens: {shown or 'none'}",
+            f"{calibration.source} has only {len(different)} different tokens: {shown or 'none'}",
             "give text such as the model will meet",
         )
-    notes = list(made.notes)
-    distinct = len(made.ids.unique(dim=0))
-    if distinct < len(made.ids):
-        notes.append(f"only {distinct} of the {len(made.ids)} sequences differ from each other")
+    notes = list(calibration.notes)
+    distinct, count = len(calibration.ids.unique(dim=0)), len(calibration.ids)
+    if distinct < count:
+        notes.append(f"only {distinct} of the {count} sequences differ from each other")
     if unknown > UNKNOWN_NOTED:
         notes.append(f"the tokenizer does not know {unknown:.1%} of the tokens")
-    return replace(made, unknown=unknown, notes=tuple(notes))
+    return replace(calibration, unknown=unknown, notes=tuple(notes))
 
 
 def sample(items: Iterable[T], count: int, seed: int) -> list[T]:
     """`count` of the items, or all if there are fewer, in their order; every choice is equally likely.
 
-    Keeps `count` items in memory. (Vitter's algorithm R, ACM TOMS 11, 1985.)
+    The stream may be of any length: `count` items are kept in memory, and the n-th takes the place of one of them with
+    probability count / n. (Vitter's algorithm R, ACM TOMS 11, 1985.)
     """
     rng = random.Random(seed)
     kept: list[tuple[int, T]] = []
@@ -157,13 +201,3 @@ def sample(items: Iterable[T], count: int, seed: int) -> list[T]:
         elif (place := int(rng.random() * (number + 1))) < count:
             kept[place] = number, item
     return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
-
-
-def _padded(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids int64 and mask bool [S, L], L the longest document but at most `length`; padding comes last."""
-    rows = tokenizer(documents, truncation=True, max_length=length, verbose=False).input_ids
-    ids, mask = (
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in filled], batch_first=True, padding_value=value)
-        for filled, value in ((rows, tokenizer.pad_token_id or 0), ([[True] * len(row) for row in rows], False))
-    )
-    return ids, mask

@@ -1,4 +1,8 @@
-"""Where calibration text comes from: a text file, JSON lines, a folder of those, or a dataset; as documents."""
+"""Where text for calibration and training comes from: a text file, JSON lines, a folder of those, or a dataset.
+
+Whatever it is, it is read as a stream of passages, of which each says whether a document begins with it: a long
+document is several passages, so that no source has to fit into memory.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +23,20 @@ from spicerack.text.pieces import PIECE_BYTES, pieces, sentences
 TEXT, LINES = ".txt", ".jsonl"
 TABLES = (".parquet", ".arrow")
 LONGEST_LINE = 1 << 26
+"""Characters of one JSON line, which must be in memory as a whole: 64 MiB of ASCII. What is longer is no JSON lines."""
 SHUFFLED = 1000
-"""Rows of a dataset that are shuffled at once, beside its shards."""
+"""Rows of a dataset that are shuffled at once, beside its shards: they are held in memory."""
 _ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 _FILE_ENDS = (TEXT, LINES, *TABLES, ".json", ".md", ".csv")
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Some text. first: a document begins with it; rendered: by a chat template, whose special tokens are meant."""
+    """Some text of one document.
+
+    first      whether the document begins with it
+    rendered   whether a chat template wrote it, whose special tokens are meant; in other text they are only text
+    """
 
     text: str
     first: bool
@@ -36,7 +45,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Files to read one after the other, or the id or folder of a dataset."""
+    """Where text is: files to read one after the other, or the id or folder of a dataset."""
 
     files: tuple[Path, ...] = ()
     dataset: str | None = None
@@ -48,7 +57,11 @@ class Source:
 
 
 def find(source: str | Path) -> Source:
-    """What `source` names. Raises TextError if there is no such thing, or nothing in it."""
+    """What `source` names: a file, a folder of text or of tables, a dataset's id (`name`, `owner/name`, `name:config`).
+
+    A name of the form of an id that is no file here is one. Raises TextError if there is nothing of use in it; a file
+    that is missing is told when it is read.
+    """
     path = Path(source)
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -68,7 +81,8 @@ def find(source: str | Path) -> Source:
 def passages(source: Source, tokenizer: PreTrainedTokenizerBase, *, by_line: bool, seed: int) -> Iterator[Passage]:
     """The text of `source`, file by file; a text file is one document, or with `by_line` each of its lines is one.
 
-    A dataset's rows come shuffled by `seed`. Raises TextError for what is no text, naming file and line.
+    tokenizer: its chat template renders chats. A dataset's rows come shuffled by `seed`. Raises TextError for what is
+    no text, naming file and line.
     """
     if source.dataset is not None:
         for number, row in enumerate(_rows(source.dataset, seed), start=1):
@@ -86,7 +100,7 @@ def passages(source: Source, tokenizer: PreTrainedTokenizerBase, *, by_line: boo
 
 
 def _document(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:
-    """A record's text in pieces, or its chat, rendered."""
+    """A record's text in pieces, or its chat, rendered. where: what an error calls the record. Raises TextError."""
     text, messages = record.get("text"), record.get("messages")
     if isinstance(text, str):
         for at in range(0, len(text) or 1, PIECE_BYTES):
@@ -116,42 +130,44 @@ def _is_chat(messages: Any) -> TypeGuard[list[dict[str, str]]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
-    held: list[str] = []
+    """The lines that are not blank, with their numbers, from 1. Raises TextError for one beyond `LONGEST_LINE`."""
+    parts: list[str] = []
     number = length = 0
     for piece in pieces(path):
-        held.append(piece.text)
+        parts.append(piece.text)
         length += len(piece.text)
         if piece.fraction < 1.0 and not piece.text.endswith("\n"):
             if length > LONGEST_LINE:
                 raise TextError(f"{path}, line {number + 1} is longer than 64 MiB", f"is it a {LINES} file?")
             continue
-        for line in "".join(held).removesuffix("\n").split("\n"):
+        for line in "".join(parts).removesuffix("\n").split("\n"):  # JSON has other line ends inside its strings
             number += 1
             if line.strip():
                 yield number, line
-        held, length = [], 0
+        parts, length = [], 0
 
 
 def _object(line: str, path: Path, number: int) -> dict[str, Any]:
+    """The JSON object in a line. Raises TextError for anything else, naming the line."""
     try:
-        found = json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise TextError(f"{path}, line {number} is not JSON: {error}", "give one JSON object a line") from error
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise TextError(
-            f"{path}, line {number} is {type(found).__name__}, not an object", "give one JSON object a line"
+            f"{path}, line {number} is {type(record).__name__}, not an object", "give one JSON object a line"
         )
-    return found
+    return record
 
 
 def _rows(dataset: str, seed: int) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset's `train` split, streamed. Raises TextError, also where its package is missing."""
     try:
         library: Any = importlib.import_module("datasets")
     except ImportError as error:
-        what = f"{dataset} is no file here" if not Path(dataset).exists() else f"{dataset} holds tables"
+        reason = f"{dataset} is no file here" if not Path(dataset).exists() else f"{dataset} holds tables"
         raise TextError(
-            f"{what}, and reading it as a dataset needs the package `datasets`",
+            f"{reason}, and reading it as a dataset needs the package `datasets`",
             f"pip install datasets, or give a {TEXT} or {LINES} file that exists",
         ) from error
     try:

@@ -14,7 +14,13 @@ from spicerack.text.pieces import start_token
 
 
 class Reading:
-    """Lets an evenly spread share of the passages through, or all up to a limit in bytes, and hashes them."""
+    """Lets an evenly spread share of a source's passages through, or all up to a limit, and hashes what it lets
+    through.
+
+    share      of the passages, 0 to 1: every n-th, beginning at a place that `seed` chooses
+    limit      bytes after which it stops; None: it reads to the end
+    documents  how many began so far;  digest: sha256 of their text;  stopped: whether the limit was reached
+    """
 
     def __init__(self, *, share: float, limit: int | None, seed: int) -> None:
         self.share, self.limit = share, limit
@@ -24,7 +30,10 @@ class Reading:
         self.stopped = False
 
     def keep(self, passages: Iterable[Passage]) -> Iterator[Passage]:
-        """What is let through; where something before it is missing, a document begins."""
+        """The passages that are let through; where something before one is missing, a document begins.
+
+        The hash has a zero byte between documents, so that two ways to divide a text are two texts.
+        """
         gap = False
         size = 0
         for passage in passages:
@@ -48,7 +57,7 @@ class Packing:
     """Documents to sequences of `length` tokens, joined as a causal model expects.
 
     Between documents stand the end token, and the start token if the tokenizer puts one before every text; such a one
-    also begins every sequence. What is left at the end is dropped. seen: tokens so far.
+    also begins every sequence. What is left at the end is dropped. tokens: of the text, so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
@@ -57,10 +66,10 @@ class Packing:
         self.prefix = [] if start is None else [start]
         self.joint = [t for t in (tokenizer.eos_token_id,) if t is not None and t != start] + self.prefix
         self.fresh = length - len(self.prefix)
-        self.seen = 0
+        self.tokens = 0
 
     def sequences(self, passages: Iterable[Passage]) -> Iterator[list[int]]:
-        """The sequences, in order."""
+        """The sequences, in order, as soon as there are tokens enough for one."""
         waiting: list[int] = []
         last: int | None = None
         for passage in passages:
@@ -70,17 +79,17 @@ class Packing:
             ).input_ids
             if not new:
                 continue
-            self.seen += len(new)
+            self.tokens += len(new)
             if passage.first and last is not None:  # a chat template may have written such tokens itself
                 waiting += [token for token in self.joint if token not in (last, new[0])]
             waiting += new
             last = new[-1]
-            at = 0
+            begin = 0
             while True:
-                while waiting[at : at + 1] == self.prefix != []:
-                    at += 1
-                if len(waiting) - at < self.fresh:
+                while waiting[begin : begin + 1] == self.prefix != []:  # every sequence gets one in front of it anyway
+                    begin += 1
+                if len(waiting) - begin < self.fresh:
                     break
-                yield self.prefix + waiting[at : at + self.fresh]
-                at += self.fresh
-            waiting = waiting[at:]
+                yield self.prefix + waiting[begin : begin + self.fresh]
+                begin += self.fresh
+            waiting = waiting[begin:]

@@ -1,10 +1,15 @@
-"""Evaluation text: a file of any size, read in pieces, as windows of tokens or as sentences."""
+"""Plain text: a file of any size, read in pieces, as windows of tokens or as sentences.
+
+Pieces end at line ends, where a cut hardly changes what a tokenizer makes of the text; only a line that is longer than
+a piece is cut where the piece ends. Tokens are joined across pieces without a gap.
+"""
 
 from __future__ import annotations
 
 import codecs
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,11 +19,13 @@ from spicerack.errors import TextError
 
 PIECE_BYTES = 1 << 16
 """What is tokenized at once: small, because some tokenizers take more than linear time."""
+_HASHED_BYTES = 1 << 20
+"""What is hashed at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some lines of the file, and the share of the file that has been read at its end."""
+    """Some lines of the file, and the share of the file, 0 to 1, that has been read at its end."""
 
     text: str
     fraction: float
@@ -26,7 +33,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """ids int64 [length], the tokenizer's start token in front if it has one; unknown: how many are unknown tokens."""
+    """Tokens that a model reads together.
+
+    ids       int64 [length], the tokenizer's start token in front if it has one
+    unknown   how many of them are unknown tokens
+    fraction  share of the text, 0 to 1, that has been read at its end
+    """
 
     ids: torch.Tensor
     unknown: int
@@ -36,7 +48,8 @@ class Window:
 def pieces(path: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
     """Read UTF-8 text (with or without a byte-order mark), cut at line ends where a piece has one.
 
-    Raises TextError for a file that is missing, empty, or not text.
+    piece_bytes: bytes that are read at once; what is behind the last line end waits for the next piece. Raises
+    TextError for a file that is missing, empty, or not text.
     """
     size = _size(path)
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
@@ -47,7 +60,7 @@ def pieces(path: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
             done += len(chunk)
             cut = rest.rfind("\n") + 1 or len(rest)
             if cut:
-                yield Piece(rest[:cut], min(done / size, 1.0))
+                yield Piece(rest[:cut], min(done / size, 1.0))  # the file may grow while it is read
             rest = rest[cut:]
     rest += _decode(decoder, b"", path, done)
     if rest:
@@ -55,6 +68,7 @@ def pieces(path: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
 
 
 def _size(path: Path) -> int:
+    """Bytes of a regular file that is not empty. Raises TextError for anything else."""
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else "is not a regular file"
         raise TextError(f"{path} {kind}", "give a plain text file")
@@ -65,6 +79,10 @@ def _size(path: Path) -> int:
 
 
 def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, path: Path, offset: int) -> str:
+    """The text in a chunk, which begins at byte `offset` of the file; an empty one ends it. Raises TextError.
+
+    A zero byte is valid UTF-8, but no text has one: it tells archives and UTF-16 from what was meant.
+    """
     remedy = "give plain text in UTF-8"
     try:
         text = decoder.decode(chunk, final=not chunk)
@@ -75,8 +93,17 @@ def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, path: Path, offset
     return text
 
 
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASHED_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that this tokenizer puts before every text, if it does."""
+    """The token that this tokenizer puts before every text; None if it puts none there, even if it has one."""
     with_special = tokenizer("a").input_ids
     if with_special and with_special[0] == tokenizer.bos_token_id:
         return int(with_special[0])
@@ -94,50 +121,67 @@ def windows(
     """
     if length < 2:
         raise TextError(f"a window of {length} tokens predicts nothing", "use --window 2 or more")
-    start = start_token(tokenizer)
-    prefix = [] if start is None else [start]
-    fresh = length - len(prefix)
     most = None if max_tokens is None else max_tokens // length
     if most == 0:
         raise TextError(f"--max-tokens {max_tokens} is less than one window of {length} tokens", "lower --window")
-    waiting: list[int] = []
-    made, seen = 0, 0
-    before = 0.0
+    cutting = _Cutting(tokenizer, length)
+    count = 0
     for piece in pieces(path):
-        # verbose=False: a piece is longer than the model's window on purpose
-        new = tokenizer(piece.text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-        seen += len(new)
-        waiting += new
-        at = 0
-        while len(waiting) - at >= fresh:
-            ids = waiting[at : at + fresh]
-            at += fresh
-            made += 1
-            read = piece.fraction - (piece.fraction - before) * (len(waiting) - at) / max(len(new), 1)
-            fraction = max(read, 0.0) if most is None else max(read, made / most)
-            unknown = 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
-            yield Window(torch.tensor(prefix + ids), unknown, min(fraction, 1.0))
-            if made == most:
+        for window in cutting.windows(piece):
+            count += 1
+            yield window if most is None else replace(window, fraction=max(window.fraction, count / most))
+            if count == most:
                 return
-        waiting = waiting[at:]
-        before = piece.fraction
-    if not made:
+    if not count:
         raise TextError(
-            f"{path} has {seen} tokens, less than one window of {length}",
-            f"give a longer text, or --window {max(seen, 2)} or less",
+            f"{path} has {cutting.tokens} tokens, less than one window of {length}",
+            f"give a longer text, or --window {max(cutting.tokens, 2)} or less",
         )
 
 
+class _Cutting:
+    """Pieces to windows: holds the tokens that have not filled one yet. tokens: of the text, so far."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        start = start_token(tokenizer)
+        self.tokenizer = tokenizer
+        self.prefix = [] if start is None else [start]
+        self.fresh = length - len(self.prefix)
+        self.waiting: list[int] = []
+        self.tokens = 0
+        self.before = 0.0
+
+    def windows(self, piece: Piece) -> Iterator[Window]:
+        """The windows that this piece completes, in order."""
+        # verbose=False: a piece is longer than the model's window on purpose
+        new = self.tokenizer(piece.text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        self.tokens += len(new)
+        self.waiting += new
+        begin = 0
+        while len(self.waiting) - begin >= self.fresh:
+            ids = self.waiting[begin : begin + self.fresh]
+            begin += self.fresh
+            unread = (len(self.waiting) - begin) / max(len(new), 1)  # of the piece, if its tokens are of one size
+            fraction = piece.fraction - (piece.fraction - self.before) * unread
+            unknown = 0 if self.tokenizer.unk_token_id is None else ids.count(self.tokenizer.unk_token_id)
+            yield Window(torch.tensor(self.prefix + ids), unknown, min(max(fraction, 0.0), 1.0))
+        self.waiting = self.waiting[begin:]
+        self.before = piece.fraction
+
+
 def sentences(path: Path) -> Iterator[tuple[str, float]]:
-    """The non-empty lines of a file, each with the share of the file that has been read. Raises TextError."""
-    found = False
+    """The non-empty lines of a file without their margins, each with the share of the file that has been read.
+
+    Raises TextError for a file that is no text, or has only blank lines.
+    """
+    empty = True
     before = 0.0
     for piece in pieces(path):
         lines = [line.strip() for line in piece.text.splitlines()]
         for i, line in enumerate(lines, start=1):
             if line:
-                found = True
+                empty = False
                 yield line, before + (piece.fraction - before) * i / len(lines)
         before = piece.fraction
-    if not found:
+    if empty:
         raise TextError(f"{path} has only blank lines", "give one sentence per line")

@@ -9,13 +9,16 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from spicerack.errors import CheckpointError, UntrustedCodeError
 
 
-def read(folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`. config: of the float model; transformers need not know what our own folders say.
+def read_tokenizer(
+    folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`; nothing is fetched.
 
-    Raises CheckpointError if there is none, UntrustedCodeError if it is code.
+    config: of the float model: transformers chooses the tokenizer's class by it, and need not know what our own folders
+    say. Raises CheckpointError if there is no tokenizer, UntrustedCodeError if it is code that is not trusted.
     """
     try:
-        made = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError) as error:
@@ -26,5 +29,5 @@ def read(folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool = Fa
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder} has no tokenizer: {reason}", "add the model's tokenizer files") from error
-    assert isinstance(made, PreTrainedTokenizerBase)
-    return made
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer

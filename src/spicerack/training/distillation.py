@@ -1,13 +1,17 @@
 """Knowledge distillation: what a teacher predicts, and how far a student is from it.
 
+    loss = (1 - kl) cross-entropy + kl t^2 KL(teacher || student)          both softened by the temperature t
+
 A teacher's predictions can be kept on disk, the largest of each position and what is left over: the second run with
-the same teacher and text, or the second time through the text, needs no teacher any more.
+the same teacher and text, or the second time through the text, needs no teacher any more. What is given up is how the
+teacher divides that rest among the thousands of tokens that it hardly expects, and the last digits of the others, which
+are kept in float16.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,16 +25,17 @@ from spicerack.errors import UsageError
 from spicerack.storage.durable import json_bytes, read_json, refuse_other, write_atomically
 
 TOP = 64
-"""Predictions that are kept of each position."""
+"""Predictions that are kept of each position: six bytes each, a logarithm in float16 and a token in int32."""
 _LEAST = 1e-9
-"""Of what is left over, so that its logarithm exists in float32."""
+"""Probability that what is left over has at least, so that its logarithm exists: float32 sums of 64 probabilities may
+reach 1, or go beyond it by their rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
     """What a teacher says of each of T positions: log-probabilities float32 [T, V], or with ids [T, K] of these.
 
-    With ids the rest of the vocabulary is one outcome.
+    With ids the rest of the vocabulary is one outcome. Softened by the temperature already.
     """
 
     logs: torch.Tensor
@@ -40,19 +45,20 @@ class Predictions:
 def divergence(logits: torch.Tensor, wanted: Predictions, temperature: float) -> torch.Tensor:
     """t^2 KL(teacher || student) in nats, mean over positions, at temperature t (Hinton et al. 2015, arXiv:1503.02531).
 
-    logits: the student's, [T, V]. Between the kept outcomes and the rest it is never more than between all.
+    logits: the student's, [T, V], in any float type; wanted: the teacher's, of the same positions. t^2 keeps the
+    gradient's size where t changes, as the paper has it. Between the kept outcomes and the rest it is never more than
+    between all: to merge outcomes only takes differences away.
     """
     logs = F.log_softmax(logits.float() / temperature, -1)
     if wanted.ids is None:
         return temperature**2 * F.kl_div(logs, wanted.logs, reduction="batchmean", log_target=True)
     kept = logs.gather(-1, wanted.ids)
-    both = (torch.cat((some, _rest(some)), -1) for some in (kept, wanted.logs))
-    found, target = both
-    return temperature**2 * F.kl_div(found, target, reduction="batchmean", log_target=True)
+    student, teacher = (torch.cat((some, _rest(some)), -1) for some in (kept, wanted.logs))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def _rest(logs: torch.Tensor) -> torch.Tensor:
-    """log(1 - sum(exp(logs))) [T, 1]."""
+    """log(1 - sum(exp(logs))) [T, 1]: what is left over of each position."""
     return (1 - logs.exp().sum(-1, keepdim=True)).clamp(min=_LEAST).log()
 
 
@@ -60,12 +66,15 @@ class Teacher(Protocol):
     """Who predicts."""
 
     def predict(self, numbers: Sequence[int] | None, ids: torch.Tensor) -> Predictions:
-        """Of rows `ids` [B, L], all positions but each row's last. numbers: theirs in the text, None for other rows."""
+        """Of rows `ids` [B, L], all positions but each row's last, which predicts a token that is not there.
+
+        numbers: theirs in the text that is trained on, so that they can be recognized; None for rows of another text.
+        """
         ...
 
 
 class Live:
-    """A model that predicts when it is asked."""
+    """A model that predicts when it is asked, in its own float type, at one temperature."""
 
     def __init__(self, model: PreTrainedModel, temperature: float) -> None:
         self.model, self.temperature = model.eval().requires_grad_(False), temperature
@@ -79,12 +88,17 @@ class Live:
 class Cached:
     """A teacher whose predictions are kept in `folder`, for `rows` rows of `length` tokens.
 
-    identity: what they depend on, beside this. Several processes may share the folder; a row counts once all of it is
-    there. Raises OutputError for a folder of another teacher or text.
+    teacher    is asked for what is not there yet, and for rows without numbers
+    identity   what the predictions depend on, beside rows, length and top: the teacher, the text ...
+    top        how many of each position are kept, the largest
+
+    Several processes may share the folder: each row has its place in the files, and counts once all of it is there; two
+    that compute the same row write the same. Raises OutputError for a folder of another teacher or text, UsageError for
+    one that is damaged.
     """
 
     def __init__(
-        self, teacher: Teacher, folder: Path, *, rows: int, length: int, identity: dict[str, Any], top: int = TOP
+        self, teacher: Teacher, folder: Path, *, rows: int, length: int, identity: Mapping[str, Any], top: int = TOP
     ) -> None:
         self.teacher, self.top = teacher, top
         identity = {**identity, "rows": rows, "length": length, "kept": top}
@@ -106,26 +120,31 @@ class Cached:
             return self.teacher.predict(None, ids)
         missing = [place for place, number in enumerate(numbers) if not self._done[number]]
         if missing:
-            made = self.teacher.predict([numbers[place] for place in missing], ids[missing])
-            top = made.logs.topk(self.top, -1)
-            where = [numbers[place] for place in missing]
-            shape = (len(missing), -1, self.top)
-            self._logs[where] = top.values.reshape(shape).half().cpu().numpy()
-            self._ids[where] = top.indices.reshape(shape).int().cpu().numpy()
-            self._logs.flush()
-            self._ids.flush()
-            self._done[where] = 1
-        logs, places = (torch.from_numpy(part[list(numbers)]).flatten(0, 1) for part in (self._logs, self._ids))
-        return Predictions(logs.float().to(ids.device), places.long().to(ids.device))
+            self._keep([numbers[place] for place in missing], ids[missing])
+        logs, tokens = (torch.from_numpy(part[list(numbers)]).flatten(0, 1) for part in (self._logs, self._ids))
+        return Predictions(logs.float().to(ids.device), tokens.long().to(ids.device))
+
+    def _keep(self, numbers: list[int], ids: torch.Tensor) -> None:
+        """Ask the teacher for rows `ids` [B, L], and write down the largest of its predictions."""
+        top = self.teacher.predict(numbers, ids).logs.topk(self.top, -1)
+        shape = (len(numbers), -1, self.top)
+        self._logs[numbers] = top.values.reshape(shape).half().cpu().numpy()
+        self._ids[numbers] = top.indices.reshape(shape).int().cpu().numpy()
+        self._logs.flush()
+        self._ids.flush()
+        self._done[numbers] = 1  # last: a process that is killed leaves rows that are asked for again
 
 
-def _mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
-    """`file`, made with zeros if it is not there, as an array that is written through."""
+def _mapped(file: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """`file`, made with zeros if it is not there, as an array that is written through.
+
+    Raises UsageError for a file of another size.
+    """
     size = int(np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64))
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if os.fstat(descriptor).st_size == 0:
-            os.ftruncate(descriptor, size)
+            os.ftruncate(descriptor, size)  # sparse: pages that nothing is written to take no room on the disk
         if os.fstat(descriptor).st_size != size:
             raise UsageError(f"{file} is damaged: it does not have {size} bytes", "remove its folder")
     finally:
@@ -134,7 +153,7 @@ def _mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
 
 
 def check_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel, name: Path) -> None:
-    """Raises UsageError where a teacher predicts over other tokens than the student."""
+    """Raises UsageError where a teacher, read from the folder `name`, predicts over other tokens than the student."""
     ours, theirs = student.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
     if ours != theirs:
         raise UsageError(

@@ -1,7 +1,15 @@
 """Where a run lives until its model is whole: `OUT.training`, with packed text, checkpoints and logs.
 
 A run that is killed and started again with the same command continues from its last whole checkpoint; another command
-is refused by what differs, and a second run while one is at work.
+is refused by what differs, and a second run while one is at work. Whole is a checkpoint that has the file `complete`,
+which is written behind everything else in it.
+
+    OUT.training/run.json          what the run depends on
+                 text.bin .json    packed rows (and held_out.bin), see text.py
+                 before.json       losses of the float model, and rounded, before the first step
+                 checkpoint-N/     a model folder, the optimizer's state, `complete`
+                 logs/             curves for TensorBoard
+                 shipped/          the folder that becomes OUT by one rename
 """
 
 from __future__ import annotations
@@ -20,6 +28,8 @@ from spicerack.storage.durable import json_bytes, locked, read_json, refuse_othe
 
 COMPLETE = "complete"
 """In a checkpoint: all of it is on the disk."""
+BEFORE = "before.json"
+SHIPPED = "shipped"
 _IDENTITY = "run.json"
 _FILES = (".json", ".bin")
 """What a run has beside checkpoints and curves: packed text, and what was measured."""
@@ -33,11 +43,13 @@ def folder_of(output: Path) -> Path:
 
 @contextmanager
 def entered(output: Path, identity: Mapping[str, Any], *, first: bool) -> Iterator[Path]:
-    """The folder of the run, this process's own within. first: of several ranks; the others must come later.
+    """The folder of the run, this process's own within: of several ranks the first one holds it for all of them.
 
-    Before there is a checkpoint another run may take it over, which then begins anew.
+    identity   what must be the same for a run to continue, as JSON; a key that differs is what a refusal names
+    first      whether this is the first of the ranks, which must come before the others; they only read
 
-    Raises OutputError: `output` exists, the folder is another run's, or is at work.
+    Before there is a checkpoint another run may take the folder over, which then begins anew: nothing is lost but
+    packed text. Raises OutputError: `output` exists, the folder is another run's, or is at work.
     """
     folder = folder_of(output)
     if output.exists():
@@ -50,29 +62,42 @@ def entered(output: Path, identity: Mapping[str, Any], *, first: bool) -> Iterat
     folder.mkdir(parents=True, exist_ok=True)
     lock = locked(folder)
     try:
-        for _, found in _checkpoints(folder):
-            if not (found / COMPLETE).exists():
-                shutil.rmtree(found)
-        before = read_json(folder / _IDENTITY)
-        if before is not None and before != json.loads(json_bytes(dict(identity))):
-            if last_checkpoint(folder) is not None:
-                refuse_other(folder, before, identity)
-            for made in folder.iterdir():
-                if made.suffix in _FILES:
-                    made.unlink()
-        write_atomically(folder / _IDENTITY, json_bytes(dict(identity)))
+        _take_over(folder, identity)
         yield folder
     finally:
         os.close(lock)
 
 
+def _take_over(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Remove what was not completed, and what belongs to another run that has no checkpoint yet; refuse one that has.
+
+    The identities are compared as they are stored: JSON makes lists of tuples.
+    """
+    for _, checkpoint in _checkpoints(folder):
+        if not (checkpoint / COMPLETE).exists():
+            shutil.rmtree(checkpoint)
+    before = read_json(folder / _IDENTITY)
+    if before is not None and before != json.loads(json_bytes(dict(identity))):
+        if last_checkpoint(folder) is not None:
+            refuse_other(folder, before, identity)
+        for file in folder.iterdir():
+            if file.suffix in _FILES:
+                file.unlink()
+    write_atomically(folder / _IDENTITY, json_bytes(dict(identity)))
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest one that is whole."""
-    whole = [(number, found) for number, found in _checkpoints(folder) if (found / COMPLETE).exists()]
+    """The newest checkpoint that is whole; None where there is none."""
+    whole = [(step, checkpoint) for step, checkpoint in _checkpoints(folder) if (checkpoint / COMPLETE).exists()]
     return max(whole)[1] if whole else None
 
 
+def step_of(checkpoint: Path | None) -> int:
+    """The step behind which a checkpoint was written; 0 for none."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
 def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    for found in sorted(folder.glob("checkpoint-*")):
-        if (match := _CHECKPOINT.fullmatch(found.name)) and found.is_dir():
-            yield int(match[1]), found
+    for path in sorted(folder.glob("checkpoint-*")):
+        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir():
+            yield int(match[1]), path

@@ -2,27 +2,37 @@
 
     start -> text, packed -> prepare_qat -> the Trainer's steps -> freeze -> the folder, read back and measured
 
-Everything before the last arrow lies in `OUT.training`; `OUT` appears whole.
+How it works. What a run is asked to do becomes a `Job`, which refuses what cannot be. Everything before the last arrow
+lies in `OUT.training`; `OUT` appears whole, by one rename. The model computes with the weights that would be stored
+while its float weights learn, so that freezing it rounds nothing that training did not see. Losses are measured in
+front of the first step (of the float model, and with its weights rounded), behind the last one, and of the folder that
+was written, by the kernels that it will run on: the four that tell what rounding cost, what training won back, and
+whether the folder kept it.
+
+A run can be killed anywhere. Its order of rows, its text and its schedule depend on its settings alone, and the states
+of the optimizer and of random generators are in each checkpoint, so that the same call goes on from the last whole
+checkpoint, to the same bytes.
+
+What is given up. Weights, gradients and AdamW's moments are float32, sixteen bytes a parameter, whatever the scheme:
+few bits save memory in what comes out, not while it is learned. The same bytes need the same number of processes,
+because their sums have an order.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from spicerack._version import __version__
 from spicerack.errors import UsageError
+from spicerack.machine.ranks import launched
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Recipe, Rule
@@ -30,20 +40,22 @@ from spicerack.runtime import hf
 from spicerack.runtime.load import load
 from spicerack.storage.durable import json_bytes, read_json, sync, write_atomically
 from spicerack.storage.reader import Checkpoint
-from spicerack.training import files, start
+from spicerack.training import files, text
 from spicerack.training.distillation import TOP, Cached, Live, Teacher, check_vocabulary
-from spicerack.training.qat import prepare as qat
+from spicerack.training.job import Job
+from spicerack.training.qat.prepare import freeze, prepare_qat, scales
 from spicerack.training.qat.start import QATConfig
 from spicerack.training.settings import Settings, arguments
 from spicerack.training.sharding import ShardedTrainer, shard
 from spicerack.training.shipping import loss_of, ship
-from spicerack.training.start import Start, Twin
-from spicerack.training.text import Order, Rows, prepare
+from spicerack.training.start import Twin, find_start
+from spicerack.training.text import Corpus, Order
 from spicerack.training.trainer import FewBitsTrainer, Stopping
 
 _OBSERVED = 4
-"""Rows that ranges of static activations begin with."""
-_BEFORE, _SHIPPED = "before.json", "shipped"
+"""Rows that ranges of static activations begin with: they learn from there, or follow as moving averages."""
+_CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+"""What versions of transformers call it, the newest first."""
 REPORT = "training.json"
 """In the folder that comes out: losses, and what they depend on."""
 
@@ -54,7 +66,8 @@ class Trained:
     training, trained, and of the folder read back, by the kernels that it will run on. None where there is none (a run
     in float; the folder is read by the first process).
 
-    kl: the trained model's divergence from the teacher. tokens: seen. resumed_at: step, 0 if from the beginning.
+    kl: the trained model's divergence from the teacher. tokens: how many were learned from, those that came again
+    counted each time. resumed_at: step, 0 if from the beginning.
     """
 
     output: Path
@@ -89,102 +102,162 @@ def train(
 ) -> Trained:
     """Train a model on text in few bits, and write it, frozen, to the folder `output`.
 
-    model: a folder or hub id; or a config.json, for random weights, with the tokenizer in the folder `tokenizer`, None
-    for that of the config. twin: turns a Llama into BitNet's classes. scheme, rules, config: as for `prepare_qat`; no
-    scheme: a float model trains in float, to compare with, and a quantized folder goes on in its own, with scales_only
-    without changing a code. data, held_out: text as for calibration; without held_out one row of `data` in
-    a hundred is held out. teacher: a folder or hub id whose predictions are learned; predictions: a folder to keep them
-    in, for other runs too. told: is given sentences on the way. stopping: asked behind each step, whether to save and
-    raise KeyboardInterrupt.
+    model        a folder or hub id; or a config.json, for random weights. A quantized folder goes on in its own scheme
+    data         text to learn from, as for calibration: a file, JSON lines, a folder, a dataset
+    scheme, rules, config   as for `prepare_qat`; without a scheme a float model trains in float, to compare with
+    settings     steps, rates, batch ...; None: the defaults of `Settings`
+    teacher      a folder or hub id whose predictions are learned
+    predictions  a folder to keep these in, for other runs too
+    held_out     text to measure on; None: one row of `data` in a hundred is held out
+    tokenizer    folder, for a config.json; None: that of the config
+    twin         turns a Llama into BitNet's classes
+    scales_only  of a quantized folder: no code changes
+    told         is given sentences on the way
+    stopping     is asked behind each step whether to save and raise KeyboardInterrupt
+    callbacks    of transformers' Trainer, beside its own
 
     Under torchrun all processes call it. Killed anywhere, the same call continues, to the same bytes. Raises UsageError
     and its kinds, TrainingError where a loss is not finite (checkpoints stay).
     """
     began = time.time()
+    _require_packages()
+    job = Job(
+        output=Path(output),
+        recipe=None if scheme is None else recipe.of(scheme, rules),
+        settings=settings or Settings(),
+        config=config or QATConfig(),
+        start=find_start(model, tokenizer=tokenizer, twin=twin),
+        teacher=None if teacher is None else Checkpoint.open(teacher),
+        scales_only=scales_only,
+        data=data,
+        held_out=held_out,
+        predictions=None if predictions is None else Path(predictions),
+    )
+    args = arguments(job.settings, files.folder_of(job.output), launched().count)
+    identity = job.identity(args.world_size)
+    with files.entered(job.output, identity, first=args.process_index == 0) as folder:
+        run = _with_text(job, args, folder, told)
+        trainer = _begin(run, stopping, callbacks)
+        _take_steps(run, trainer)
+        return _finish(run, trainer, began)
+
+
+def _require_packages() -> None:
+    """Raises UsageError for a package that only training needs, and that is not there."""
     for package in ("accelerate", "tensorboard"):
         if find_spec(package) is None:
             raise UsageError(f"training needs the package {package}", "pip install 'spicerack[train]'")
-    target = Path(output)
-    what = None if scheme is None else recipe.of(scheme, rules)
-    settings, config = settings or Settings(), config or QATConfig()
-    begin = start.find(model, tokenizer=tokenizer, twin=twin)
-    guide = None if teacher is None else Checkpoint.open(teacher)
-    if scales_only and not begin.packed:
-        raise UsageError(f"{model} is not quantized: its scales cannot train alone", "quantize it first")
-    if scales_only and settings.embedding_lr is not None:
-        raise UsageError("embeddings do not train where scales do alone", "leave embedding_lr out")
-    rounds = what is not None or (begin.packed and not scales_only)
-    if not rounds and dataclasses.replace(config, stored=None) != QATConfig():
-        raise UsageError("nothing is rounded anew, however it is configured", "name a scheme, or train weights as well")
-    if begin.longest is not None and settings.length > begin.longest:
-        raise UsageError(
-            f"--length {settings.length}: the model has {begin.longest} positions", f"use {begin.longest} or less"
-        )
-    if guide is None and predictions is not None:
-        raise UsageError("there is no teacher whose predictions are kept", "name one")
-    stored = settings.dtype or begin.dtype
-    config = dataclasses.replace(config, stored=stored)
-    args = arguments(settings, files.folder_of(target))
-    first = args.process_index == 0
-    identity = {
-        "model": begin.identity,
-        "recipe": None if what is None else what.as_dict(),
-        "qat": asdict(config) | {"scales_only": scales_only},
-        "settings": asdict(settings),
-        "data": str(data),
-        "held_out": None if held_out is None else str(held_out),
-        "teacher": None if guide is None else guide.fingerprint(),
-        "processes": args.world_size,
-        "versions": {"spicerack": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    with files.entered(target, identity, first=first) as folder:
-        with args.main_process_first(local=False):
-            rows, numbers, held = prepare(
-                data, held_out, begin.tokenizer, folder, length=settings.length, batch=settings.batch,
-                steps=settings.steps,
-            )  # fmt: skip
-        for note in dict.fromkeys((*rows.notes, *held[0].notes)):
-            told(note)
-        order = Order(rows, numbers, settings.steps * settings.batch, settings.seed)
-        tokens = len(order) * settings.length
-        told(f"{tokens:,} tokens in {settings.steps} steps, {len(order) / len(numbers):.2f} times through the text")
-        set_seed(settings.seed)
-        net = begin.model()
-        kept = None if guide is None else _teacher(net, guide, rows, predictions, settings, args)
-        resumed = files.last_checkpoint(folder)
-        measure = partial(loss_of, held=held, batch=args.per_device_eval_batch_size, device=args.device)
-        before = {"float": measure(net)} if first and resumed is None and what is not None else {}
-        if begin.packed:
-            qat.prepare_qat(net, what, config=QATConfig() if scales_only else config, weights=not scales_only)
-        elif what is not None:
-            some = [{"input_ids": rows.ids(numbers[:_OBSERVED].tolist())}] if what.is_static else ()
-            qat.prepare_qat(net, what, config=config, inputs=some)
-        if settings.scale_lr is not None and not qat.scales(net):
-            raise UsageError("no scale is learned here, so none has a rate", "leave scale_lr out")
-        trainer = _trainer(net, args, order, held, settings, kept)
-        stop = Stopping(stopping)
-        for callback in (stop, *([_curves(folder)] if first else []), *callbacks):
-            trainer.add_callback(callback)
-        quantized = begin.packed or what is not None
-        if resumed is None and quantized:
-            rounded = trainer.evaluate()["eval_loss"]
-            if first:
-                write_atomically(folder / _BEFORE, json_bytes({**before, "rounded": rounded}))
-        with hf.quiet():  # it draws a bar for each checkpoint
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        if stop.stopped:
-            raise KeyboardInterrupt
-        losses = {f"loss_{when}": loss for when, loss in (read_json(folder / _BEFORE) or {}).items()}
-        losses |= _last(trainer)
-        small = qat.freeze(_whole(trainer)) if quantized else _result(trainer, begin)
-        nn.Module.to(small, dtype=getattr(torch, stored))  # scales are in it already, and stay as they are
-        if first:
-            losses |= {"loss_shipped": measure(ship(small, begin.tokenizer, folder / _SHIPPED))}
-            write_atomically(folder / _SHIPPED / REPORT, json_bytes({**losses, "tokens": tokens, "identity": identity}))
-            (folder / _SHIPPED).replace(target)
-            sync(target.parent)
-        at = 0 if resumed is None else int(resumed.name.rpartition("-")[2])
-        return Trained(target, tokens=tokens, seconds=time.time() - began, resumed_at=at, **losses)
+
+
+# ---- the text --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A job at work in one process. folder: `OUT.training`; checkpoint: what it goes on from, None from the start."""
+
+    job: Job
+    args: TrainingArguments
+    folder: Path
+    corpus: Corpus
+    checkpoint: Path | None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes what belongs to all."""
+        return int(self.args.process_index) == 0
+
+    def loss_of(self, model: PreTrainedModel) -> float:
+        """Its loss on the held-out rows, nats a token, in its own float type; moves it to the run's device."""
+        return loss_of(model, self.corpus.held_out, self.args.per_device_eval_batch_size, self.args.device)
+
+
+def _with_text(job: Job, args: TrainingArguments, folder: Path, tell: Callable[[str], None]) -> _Run:
+    """The run with its text packed: by the first process of all, while the others wait, who then find it there."""
+    settings = job.settings
+    with args.main_process_first(local=False):
+        corpus = text.read(
+            job.data, job.held_out, job.start.tokenizer, folder, length=settings.length, batch=settings.batch,
+            steps=settings.steps,
+        )  # fmt: skip
+    for note in corpus.notes:
+        tell(note)
+    times = settings.rows / len(corpus.train)
+    tell(f"{settings.tokens:,} tokens in {settings.steps} steps, {times:.2f} times through the text")
+    return _Run(job, args, folder, corpus, files.last_checkpoint(folder))
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def _begin(run: _Run, stopping: Callable[[], bool], callbacks: Iterable[TrainerCallback]) -> FewBitsTrainer:
+    """The Trainer in front of its first step, or of the one behind its checkpoint.
+
+    Of a run that begins, the losses before the first step are written down: one that continues cannot measure them.
+    """
+    job = run.job
+    set_seed(job.settings.seed)
+    net = job.start.model()
+    teacher = None if job.teacher is None else _teacher(run, job.teacher, net)
+    begins = run.checkpoint is None
+    before = {"float": run.loss_of(net)} if begins and run.first and job.recipe is not None else {}
+    _prepare(run, net)
+    trainer = _trainer(run, net, teacher)
+    for callback in (Stopping(stopping), *([_curves(run.folder)] if run.first else []), *callbacks):
+        trainer.add_callback(callback)
+    if begins and job.quantizes:
+        rounded = trainer.evaluate()["eval_loss"]
+        if run.first:
+            write_atomically(run.folder / files.BEFORE, json_bytes({**before, "rounded": rounded}))
+    return trainer
+
+
+def _teacher(run: _Run, checkpoint: Checkpoint, student: PreTrainedModel) -> Teacher:
+    """Who predicts: the checkpoint's model on the run's device, or what it predicted before, and itself for the
+    rest."""
+    job, settings = run.job, run.job.settings
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    model = load(checkpoint.folder, dtype=dtype, device=run.args.device)
+    check_vocabulary(student, model, checkpoint.folder)
+    live = Live(model, settings.temperature)
+    if job.predictions is None:
+        return live
+    rows = run.corpus.train.rows
+    identity = {"teacher": checkpoint.fingerprint(), "text": rows.sha256, "temperature": settings.temperature,
+                "bf16": settings.bf16}  # fmt: skip
+    top = min(TOP, model.config.get_text_config().vocab_size)
+    return Cached(live, job.predictions, rows=len(rows), length=settings.length, identity=identity, top=top)
+
+
+def _prepare(run: _Run, net: PreTrainedModel) -> None:
+    """Make `net`, in place, compute with weights as they would be stored; a float run leaves it as it is."""
+    job = run.job
+    if job.start.packed:
+        rounding = QATConfig() if job.scales_only else job.rounding
+        prepare_qat(net, job.recipe, config=rounding, weights=not job.scales_only)
+    elif job.recipe is not None:
+        train = run.corpus.train
+        observed = [{"input_ids": train.rows.ids(train.numbers[:_OBSERVED].tolist())}] if job.recipe.is_static else ()
+        prepare_qat(net, job.recipe, config=job.rounding, inputs=observed)
+    if job.settings.scale_lr is not None and not scales(net):
+        raise UsageError("no scale is learned here, so none has a rate", "leave scale_lr out")
+
+
+# ---- the steps -------------------------------------------------------------------------------------------------------
+
+
+def _trainer(run: _Run, net: PreTrainedModel, teacher: Teacher | None) -> FewBitsTrainer:
+    """The Trainer of a prepared model, which is sharded if that was asked for."""
+    settings = run.job.settings
+    if settings.checkpointing:
+        next(getattr(net, name) for name in _CHECKPOINTING if hasattr(net, name))()
+    if settings.fsdp:
+        shard(net, run.args.device)
+    kind = ShardedTrainer if settings.fsdp else FewBitsTrainer
+    order = Order(run.corpus.train, settings.rows, settings.seed)
+    trainer = kind(net, run.args, settings, order, run.corpus.held_out, teacher)
+    trainer.remove_callback(PrinterCallback)  # it prints every line of the log
+    return trainer
 
 
 def _curves(folder: Path) -> TrainerCallback:
@@ -194,62 +267,42 @@ def _curves(folder: Path) -> TrainerCallback:
     return TensorBoardCallback(SummaryWriter(str(folder / "logs")))
 
 
-def _teacher(
-    model: PreTrainedModel,
-    guide: Checkpoint,
-    rows: Rows,
-    predictions: str | Path | None,
-    settings: Settings,
-    args: TrainingArguments,
-) -> Teacher:
-    made = load(guide.folder, dtype=torch.bfloat16 if settings.bf16 else torch.float32, device=args.device)
-    check_vocabulary(model, made, guide.folder)
-    live = Live(made, settings.temperature)
-    if predictions is None:
-        return live
-    identity = {"teacher": guide.fingerprint(), "text": rows.sha256, "temperature": settings.temperature,
-                "bf16": settings.bf16}  # fmt: skip
-    top = min(TOP, made.config.get_text_config().vocab_size)
-    return Cached(live, Path(predictions), rows=len(rows), length=settings.length, identity=identity, top=top)
+def _take_steps(run: _Run, trainer: FewBitsTrainer) -> None:
+    """All steps that are left. Raises KeyboardInterrupt if the run was stopped, behind a checkpoint."""
+    with hf.quiet():  # it draws a bar for each checkpoint
+        trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    if any(isinstance(callback, Stopping) and callback.stopped for callback in trainer.callback_handler.callbacks):
+        raise KeyboardInterrupt
 
 
-def _trainer(
-    net: PreTrainedModel,
-    args: TrainingArguments,
-    order: Order,
-    held: tuple[Rows, torch.Tensor],
-    settings: Settings,
-    teacher: Teacher | None,
-) -> FewBitsTrainer:
-    if settings.checkpointing:
-        enable = getattr(net, "activation_checkpointing_enable", None)  # what newer transformers call it
-        (enable or net.gradient_checkpointing_enable)()
-    if settings.fsdp:
-        shard(net, args.device)
-    kind = ShardedTrainer if settings.fsdp else FewBitsTrainer
-    trainer = kind(net, args, settings, order, held, teacher)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+# ---- what comes out --------------------------------------------------------------------------------------------------
 
 
-def _last(trainer: FewBitsTrainer) -> dict[str, float]:
-    """What was measured behind the last step."""
-    done = trainer.state.global_step
-    measured = (entry for entry in trainer.state.log_history if entry["step"] == done and "eval_loss" in entry)
-    found = next(measured, None) or trainer.evaluate()
-    return {"loss_trained": found["eval_loss"]} | ({"kl": found["eval_kl"]} if "eval_kl" in found else {})
+def _finish(run: _Run, trainer: FewBitsTrainer, began: float) -> Trained:
+    """Freeze the model, write the folder and measure it; by the first process, while the others only freeze."""
+    job = run.job
+    before = read_json(run.folder / files.BEFORE) or {}
+    last = trainer.last_metrics()
+    losses = {f"loss_{when}": loss for when, loss in before.items()} | {"loss_trained": last["eval_loss"]}
+    losses |= {"kl": last["eval_kl"]} if "eval_kl" in last else {}
+    small = freeze(trainer.whole_model()) if job.quantizes else _float_result(run, trainer)
+    nn.Module.to(small, dtype=getattr(torch, job.stored))  # scales are in it already, and stay as they are
+    tokens = job.settings.tokens
+    if run.first:
+        shipped = run.folder / files.SHIPPED
+        losses |= {"loss_shipped": run.loss_of(ship(small, job.start.tokenizer, shipped))}
+        report = {**losses, "tokens": tokens, "identity": job.identity(run.args.world_size)}
+        write_atomically(shipped / REPORT, json_bytes(report))
+        shipped.replace(job.output)
+        sync(job.output.parent)
+    resumed_at = files.step_of(run.checkpoint)
+    return Trained(job.output, tokens=tokens, seconds=time.time() - began, resumed_at=resumed_at, **losses)
 
 
-def _whole(trainer: FewBitsTrainer) -> nn.Module:
-    """The model without what distributes it."""
-    found: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
-    return found
-
-
-def _result(trainer: FewBitsTrainer, begin: Start) -> nn.Module:
+def _float_result(run: _Run, trainer: FewBitsTrainer) -> nn.Module:
     """The float model, gathered if it was sharded."""
     if not isinstance(trainer, ShardedTrainer):
-        return _whole(trainer)
-    made = begin.model()
-    made.load_state_dict(trainer.state_of_model(), strict=False)
-    return made
+        return trainer.whole_model()
+    model = run.job.start.model()
+    model.load_state_dict(trainer.state_of_model(), strict=False)  # tied weights are there under one name
+    return model

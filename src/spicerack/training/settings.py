@@ -1,9 +1,8 @@
-"""How a run trains, in its own words and in those of transformers' Trainer."""
+"""How a run trains, in its own words (`Settings`) and in those of transformers' Trainer (`arguments`)."""
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -16,11 +15,12 @@ from spicerack.training.qat.start import Stored
 from spicerack.training.schedule import Schedule
 
 _BETAS = (0.9, 0.95)
+"""AdamW's, as language models are trained since GPT-3 (Brown et al. 2020, appendix B); torch's second one is 0.999."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """A run that is resumed must have the same.
+    """How a run trains; one that is resumed must have the same. Raises UsageError for numbers that make no sense.
 
     steps           of the optimizer, which is AdamW
     batch           rows a step, over all processes and accumulated gradients
@@ -84,8 +84,22 @@ class Settings:
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {getattr(self, name)!r}", f"use one of {', '.join(filter(None, known))}")
 
+    @property
+    def rows(self) -> int:
+        """Rows that a run looks at, those that come again counted each time."""
+        return self.steps * self.batch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in these rows."""
+        return self.rows * self.length
+
     def micro(self, processes: int) -> int:
-        """Rows that each of some processes computes at once. Raises UsageError where the batch cannot be cut so."""
+        """Rows that each of some processes computes at once. Raises UsageError where the batch cannot be cut so.
+
+        All micro-batches are of one size: then the mean of their losses is the loss of the batch, and the number of
+        processes changes the order of sums only.
+        """
         micro = self.micro_batch or max(self.batch // processes, 1)
         if self.batch % (micro * processes):
             raise UsageError(
@@ -95,10 +109,13 @@ class Settings:
         return micro
 
 
-def arguments(settings: Settings, folder: Path) -> TrainingArguments:
-    """As transformers' Trainer takes them; joins the processes of torchrun. Raises UsageError."""
+def arguments(settings: Settings, folder: Path, processes: int) -> TrainingArguments:
+    """The settings as transformers' Trainer takes them; joins the processes of torchrun, if there are several.
+
+    folder: where checkpoints go. processes: as `machine.ranks.launched` counts them: how a batch is cut must be known
+    before the processes have joined. Raises UsageError where they cannot share the work as asked.
+    """
     cpu = settings.cpu or not torch.accelerator.is_available()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.fsdp and processes == 1:
         raise UsageError("--fsdp shards over several processes, and this is one", "start it by torchrun")
     micro = settings.micro(processes)
@@ -123,11 +140,11 @@ def arguments(settings: Settings, folder: Path) -> TrainingArguments:
         eval_steps=settings.eval_every,
         save_strategy="steps",
         save_steps=settings.save_every,
-        save_total_limit=2,
+        save_total_limit=2,  # the one before the newest is what a crash while saving goes back to
         logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # it would show the last finite loss instead of one that is not
         report_to="none",
         disable_tqdm=True,
-        remove_unused_columns=False,
+        remove_unused_columns=False,  # the Trainer drops what forward() does not name, and rows have numbers
         dataloader_pin_memory=not cpu,
     )

@@ -1,8 +1,13 @@
 """Parameters, gradients and the optimizer's state sharded over processes: torch's FSDP2, on any device.
 
-accelerate shards on accelerators only, and rounds a parameter for mixed precision before a layer sees it, learned
-scales too; here parameters stay float32, and autocast is for products alone. Checkpoints hold whole tensors: they are
-the same files as those of other runs.
+How it works. Each process keeps its share of every parameter, of its gradient and of the optimizer's moments; a block's
+parameters are gathered while it computes and let go behind it. transformers' Trainer would ask accelerate to do this,
+which shards on accelerators only, and rounds a parameter for mixed precision before a layer sees it, learned scales
+too; here parameters stay float32, and autocast is for products alone. Checkpoints hold whole tensors: they are the same
+files as those of other runs, each a model folder that can be loaded.
+
+What is given up. Every process reads the whole model before it is sharded, and has the whole teacher; a checkpoint is
+gathered in the memory of the first process.
 """
 
 from __future__ import annotations
@@ -31,11 +36,16 @@ from spicerack.models import blocks
 from spicerack.training.trainer import FewBitsTrainer
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+"""Gathered to the first rank, on the CPU."""
 _LOADED = StateDictOptions(full_state_dict=True, strict=False)
+"""From whole tensors, which every rank has read; names of tied weights that a checkpoint leaves out may be missing."""
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """`model` on `device`, each of its repeated blocks a unit that is gathered while it computes."""
+    """`model` on `device`, changed in place: each of its repeated blocks a unit that is gathered while it computes.
+
+    All ranks call it, with the same weights. Raises UsageError for a model without repeated blocks.
+    """
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     nn.Module.to(model, device)
     for block in blocks.repeated(model)[1]:
@@ -45,7 +55,10 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 class _Wrapped(nn.Module):
-    """What the Trainer takes for a model that is distributed already; it would wrap any other in DDP."""
+    """A sharded model as the Trainer sees it: distributed already; it would wrap any other in DDP.
+
+    What is kept of the Trainer's wrapping is autocast, and that micro-batches before the last exchange nothing.
+    """
 
     def __init__(self, module: nn.Module, trainer: FewBitsTrainer) -> None:
         super().__init__()
@@ -68,12 +81,14 @@ class _Wrapped(nn.Module):
 
 
 class ShardedTrainer(FewBitsTrainer):
-    """For models that `shard` returned."""
+    """The Trainer for models that `shard` returned: the same steps, with checkpoints that are gathered and dealt
+    out."""
 
     def _wrap_model(self, model: nn.Module, *_args: Any, **_kwargs: Any) -> nn.Module:
         return _Wrapped(model, self)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm over all shards, as a plain number: what clipping returns is a sharded one, or nothing at all."""
         norm = self.accelerator.clip_grad_norm_(model.parameters(), float("inf")) if grad_norm is None else grad_norm
         return super()._get_grad_norm(model, norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -87,7 +102,7 @@ class ShardedTrainer(FewBitsTrainer):
         return metrics
 
     def state_of_model(self) -> dict[str, Any]:
-        """Gathered, on the CPU, in the first rank; nothing in the others, which must call it, too."""
+        """The model's tensors, gathered on the CPU of the first rank; {} in the others, which must call it, too."""
         assert self.model is not None
         names = set(super().state_of_model())
         whole = get_model_state_dict(self.model, options=_WHOLE)
@@ -116,7 +131,8 @@ class ShardedTrainer(FewBitsTrainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
-        """Without accelerate's wrapper."""
-        found: Any = self.optimizer
-        plain: torch.optim.Optimizer = getattr(found, "optimizer", found)
+        """The optimizer without the wrapper that accelerate puts around it in front of the first step."""
+        assert self.optimizer is not None
+        optimizer = self.optimizer
+        plain: torch.optim.Optimizer = vars(optimizer).get("optimizer", optimizer)
         return plain

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import (
@@ -25,7 +25,7 @@ from spicerack.runtime.load import load
 from spicerack.storage import format
 from spicerack.storage.files import MAX_CONFIG_BYTES, read_json
 from spicerack.storage.reader import Checkpoint
-from spicerack.text import tokenizer as tokenizing
+from spicerack.text.tokenizer import read_tokenizer
 from spicerack.training.qat import bitnet
 from spicerack.training.qat.start import Stored
 
@@ -35,9 +35,18 @@ Twin = Literal["bitnet", "subln"]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """identity: what a resumed run must agree in. dtype: that the model is stored in. packed: whether it is quantized.
-    longest: positions that it has, None if without limit. model: makes it, its floats in float32, in eval mode."""
+    """What is known of a model that is to be trained, before its weights are read.
 
+    name        what it was called by whoever named it
+    identity    what a resumed run must agree in: a hash of config and weights, or of the config alone
+    dtype       float type that the model is stored in, bfloat16 where it is none of those that can be stored
+    packed      whether it is quantized
+    longest     positions that it has, None if without limit
+    tokenizer   its own, or the one that was named for a config.json
+    model       makes it, its floats in float32, in eval mode; random weights depend on torch's seed
+    """
+
+    name: str
     identity: str
     dtype: Stored
     packed: bool
@@ -46,52 +55,86 @@ class Start:
     model: Callable[[], PreTrainedModel]
 
 
-def find(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | None) -> Start:
-    """model: a folder or hub id, or a config.json. tokenizer: a folder; None: the model's own.
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a model comes from: its float config as JSON and as transformers' object, the folder of its tokenizer."""
 
-    Raises UsageError (an encoder, a tokenizer that does not fit, no twin), CheckpointError.
+    config: Mapping[str, Any]
+    built: PreTrainedConfig
+    folder: Path
+    identity: str
+    packed: bool
+    model: Callable[[], PreTrainedModel]
+
+
+def find_start(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | None) -> Start:
+    """What training `model` would start from.
+
+    model: a folder or hub id, or a config.json. tokenizer: a folder, for a config.json only; None: beside it. twin:
+    which classes of BitNet take a Llama's place; None: none. Raises UsageError (an encoder, a tokenizer that does not
+    fit, no twin), CheckpointError.
     """
     if twin not in (None, *get_args(Twin)):
         raise UsageError(f"there is no twin {twin!r}", f"one of {', '.join(get_args(Twin))}")
     path = Path(model)
     if path.suffix == ".json":
-        config, folder, form = read_json(path, MAX_CONFIG_BYTES), path.parent, None
-        built, model_class = _classes(config, folder, twin)
-        digest = hashlib.sha256(json.dumps([config, twin], sort_keys=True).encode()).hexdigest()
-
-        def make() -> PreTrainedModel:
-            made: PreTrainedModel = model_class(built).float().eval()
-            return made
-
+        source = _from_config(path, twin)
+    elif tokenizer is not None:
+        raise UsageError("a model folder has its own tokenizer", "leave --tokenizer out")
     else:
-        if tokenizer is not None:
-            raise UsageError("a model folder has its own tokenizer", "leave --tokenizer out")
-        checkpoint = Checkpoint.open(model)
-        form, folder = format.of_folder(checkpoint), checkpoint.folder
-        config = checkpoint.config if form is None else form.float_config(checkpoint.config)
-        if form is not None and twin is not None:
-            raise UsageError(f"{folder} is quantized, and a twin is made of floats", "start from the float model")
-        built, model_class = _classes(config, folder, twin)
-        digest = checkpoint.fingerprint() + (f" as {twin}" if twin else "")
-
-        def make() -> PreTrainedModel:
-            source = load(folder, dtype=torch.float32)
-            return source if twin is None else _warm(model_class(built).eval(), source)
-
-    if kind_of(config, folder) != "decoder":
+        source = _from_folder(model, twin)
+    if kind_of(source.config, source.folder) != "decoder":
         raise UsageError(f"{path} is no model that predicts tokens", "train it in a loop of your own, with prepare_qat")
-    words = tokenizing.read(Path(tokenizer) if tokenizer is not None else folder, built)
-    size = built.get_text_config().vocab_size
+    words = read_tokenizer(Path(tokenizer) if tokenizer is not None else source.folder, source.built)
+    size = source.built.get_text_config().vocab_size
     if len(words) > size:
         raise UsageError(f"the tokenizer has {len(words)} tokens, the model {size}", "use the model's own tokenizer")
-    declared = str(built.dtype).removeprefix("torch.")
-    stored: Stored = next((dtype for dtype in get_args(Stored) if dtype == declared), "bfloat16")
-    return Start(digest, stored, form is not None, positions(built), words, make)
+    declared = str(source.built.dtype).removeprefix("torch.")
+    return Start(
+        name=str(model),
+        identity=source.identity,
+        dtype=next((dtype for dtype in get_args(Stored) if dtype == declared), "bfloat16"),
+        packed=source.packed,
+        longest=positions(source.built),
+        tokenizer=words,
+        model=source.model,
+    )
+
+
+def _from_config(path: Path, twin: Twin | None) -> _Source:
+    """Random weights, made anew by each call of `model`."""
+    config = read_json(path, MAX_CONFIG_BYTES)
+    built, model_class = _classes(config, path.parent, twin)
+    identity = hashlib.sha256(json.dumps([config, twin], sort_keys=True).encode()).hexdigest()
+
+    def make() -> PreTrainedModel:
+        model: PreTrainedModel = model_class(built).float().eval()
+        return model
+
+    return _Source(config, built, path.parent, identity, False, make)
+
+
+def _from_folder(model: str | Path, twin: Twin | None) -> _Source:
+    """The weights of a folder, quantized or not; a twin keeps them, too, as far as it has a place for them."""
+    checkpoint = Checkpoint.open(model)
+    layout, folder = format.of_folder(checkpoint), checkpoint.folder
+    config = checkpoint.config if layout is None else layout.float_config(checkpoint.config)
+    if layout is not None and twin is not None:
+        raise UsageError(f"{folder} is quantized, and a twin is made of floats", "start from the float model")
+    built, model_class = _classes(config, folder, twin)
+
+    def make() -> PreTrainedModel:
+        source = load(folder, dtype=torch.float32)
+        return source if twin is None else _warm(model_class(built).eval(), source)
+
+    identity = checkpoint.fingerprint() + (f" as {twin}" if twin else "")
+    return _Source(config, built, folder, identity, layout is not None, make)
 
 
 def _classes(
-    config: dict[str, object], folder: Path, twin: Twin | None
+    config: Mapping[str, Any], folder: Path, twin: Twin | None
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """transformers' config object and class for a config.json, or those of its twin."""
     built, model_class = hf.config_and_class(config, folder)
     if twin is None:
         return built, model_class
@@ -101,7 +144,7 @@ def _classes(
 
 
 def _warm(twin: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
-    """`twin` with the weights of the Llama; its own norms stay at 1."""
+    """`twin`, changed in place: with the weights of the Llama; its own norms stay at 1."""
     missing, unexpected = twin.load_state_dict(source.state_dict(), strict=False)
     assert not unexpected and all(name.endswith("sub_norm.weight") for name in missing), (missing, unexpected)
     return twin

@@ -10,6 +10,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from calibrations import Watching
 from conftest import STDLIB_LM, LlamaFolder
 from pretending import DEVICE, Pretending, There
 from transformers import AutoTokenizer
@@ -28,7 +29,8 @@ from spicerack.quantization import preflight
 from spicerack.quantization.calibration import inputs, loop
 from spicerack.quantization.job import Job, prepare
 from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.run import decided, execute
+from spicerack.quantization.stream import Means
 from spicerack.quantization.watch import Finished
 from spicerack.text.calibration import Calibration
 
@@ -42,7 +44,7 @@ def text(padded: bool = False) -> Calibration:
 
 def job(family: str, scheme: str, chain: str, folder: Path) -> Job:
     families.build(family).save_pretrained(folder)
-    return prepare(folder, calibrated(Recipe(parse(scheme), method=method.parse(chain)), True))
+    return prepare(folder, decided(Recipe(parse(scheme), method=method.parse(chain)), True))
 
 
 CASES = [
@@ -72,9 +74,15 @@ def test_blocks_compute_on_the_device(
     here: list[Finished] = []
     there: list[Finished] = []
     work, given = job(family, scheme, chain, tmp_path / "float"), text(padded=family == "bert")
-    execute(work, tmp_path / "cpu", calibration=given, threads=1, finished=here.append)
+    execute(work, tmp_path / "cpu", calibration=given, means=Means(threads=1), watch=Watching(finished=here.append))
     with Pretending() as pretending:
-        execute(work, tmp_path / "there", calibration=given, device=DEVICE, threads=1, finished=there.append)
+        execute(
+            work,
+            tmp_path / "there",
+            calibration=given,
+            means=Means(device=DEVICE, threads=1),
+            watch=Watching(finished=there.append),
+        )
     for one, other in zip(here, there, strict=True):
         assert (other.error, other.rounded) == pytest.approx((one.error, one.rounded), rel=0.02)
         assert other.events == one.events
@@ -133,9 +141,9 @@ def test_another_device_does_not_continue(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute(work, tmp_path / "out", calibration=text(), finished=stop)
+        execute(work, tmp_path / "out", calibration=text(), watch=Watching(finished=stop))
     with Pretending(), pytest.raises(OutputError, match="another device"):
-        execute(work, tmp_path / "out", calibration=text(), device=DEVICE)
+        execute(work, tmp_path / "out", calibration=text(), means=Means(device=DEVICE))
 
 
 def test_memory_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,5 +198,5 @@ def test_the_first_blocks_are_tried_on_the_device(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(loop, "run", run)
     with Pretending():
         work = job("llama", "w4g16", "rtn", tmp_path / "float")
-        execute(work, tmp_path / "out", calibration=text(), device=DEVICE)
+        execute(work, tmp_path / "out", calibration=text(), means=Means(device=DEVICE))
     assert seen == [DEVICE, DEVICE]

@@ -9,7 +9,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from calibrations import grams, saved, text  # noqa: F401  # the fixture
+from calibrations import Watching, saved, text
 from safetensors.torch import load_file, save_file
 
 import spicerack
@@ -21,7 +21,7 @@ from spicerack.quantization import memory
 from spicerack.quantization.calibration import inputs
 from spicerack.quantization.job import prepare
 from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.run import decided, execute
 from spicerack.quantization.watch import Finished
 from spicerack.runtime.load import load_apart
 from spicerack.storage.reader import Checkpoint
@@ -52,8 +52,8 @@ def starved(family: str, folder: Path) -> Path:
 
 def run(source: Path, output: Path, scheme: str = "w4g8", chain: str = "gptq", **options: Any) -> list[Finished]:
     finished: list[Finished] = []
-    job = prepare(source, calibrated(Recipe(parse(scheme), method=parse_method(chain)), True))
-    execute(job, output, calibration=text(**options), finished=finished.append)
+    job = prepare(source, decided(Recipe(parse(scheme), method=parse_method(chain)), True))
+    execute(job, output, calibration=text(**options), watch=Watching(finished=finished.append))
     return finished
 
 
@@ -61,7 +61,7 @@ def run(source: Path, output: Path, scheme: str = "w4g8", chain: str = "gptq", *
 def test_statistics_of_experts_are_those_of_their_tokens(
     family: str,
     tmp_path: Path,
-    grams: list[Any],  # noqa: F811
+    grams: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "TOKENS", 100)  # several chunks
@@ -90,7 +90,7 @@ def test_statistics_of_experts_are_those_of_their_tokens(
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe"])
-def test_an_expert_without_tokens_is_shown_others(family: str, tmp_path: Path, grams: list[Any]) -> None:  # noqa: F811
+def test_an_expert_without_tokens_is_shown_others(family: str, tmp_path: Path, grams: list[Any]) -> None:
     """All of its first layer's inputs are the first tokens of the stack's own input."""
     source = starved(family, tmp_path / "float")
     finished = run(source, tmp_path / "out", count=40)

@@ -13,7 +13,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from calibrations import grams, made, saved, text  # noqa: F401  # the fixture
+from calibrations import Watching, made, saved, text
 from conftest import STDLIB_LM, LlamaFolder, importing
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
@@ -30,7 +30,7 @@ from spicerack.quantization import memory
 from spicerack.quantization.calibration import loop
 from spicerack.quantization.job import prepare
 from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.run import decided, execute
 from spicerack.quantization.watch import Finished
 from spicerack.text import calibration, pieces
 from spicerack.text.calibration import Calibration
@@ -57,18 +57,14 @@ def inputs_of(model: PreTrainedModel, names: list[str], given: Calibration) -> d
 
 @pytest.mark.parametrize(("family", "padded"), [("llama", False), ("bert", True), ("gpt2", False), ("qwen3", False)])
 def test_statistics_are_those_of_what_flows_behind_quantized_layers(
-    family: str,
-    padded: bool,
-    tmp_path: Path,
-    grams: list[Any],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    family: str, padded: bool, tmp_path: Path, grams: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With float scales, the result itself is the model in which each layer saw what it was solved for."""
     monkeypatch.setattr(memory, "TOKENS", 100)  # several chunks
     source, given = saved(family, tmp_path / "float"), text(padded=padded)
     events: list[Finished] = []
-    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
-    execute(job, tmp_path / "out", calibration=given, finished=events.append)
+    job = prepare(source, decided(Recipe(parse("w4g16")), True))
+    execute(job, tmp_path / "out", calibration=given, watch=Watching(finished=events.append))
     exact = spicerack.load(source).eval()
     small = spicerack.load(tmp_path / "out", compute="float").eval()
     small.set_attn_implementation("sdpa")
@@ -109,9 +105,7 @@ def test_families_get_nearer_to_the_float_model(family: str, tmp_path: Path) -> 
 
 
 def test_layers_that_only_some_of_the_text_reaches(
-    tmp_path: Path,
-    grams: list[Any],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, grams: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As experts are: the last chunk, a single sequence, takes another way through the block."""
 
@@ -121,8 +115,8 @@ def test_layers_that_only_some_of_the_text_reaches(
     monkeypatch.setattr(memory, "TOKENS", 4 * 24)
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     source, seen = saved("llama", tmp_path / "float"), []
-    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
-    execute(job, tmp_path / "out", calibration=text(count=13), finished=seen.append)
+    job = prepare(source, decided(Recipe(parse("w4g16")), True))
+    execute(job, tmp_path / "out", calibration=text(count=13), watch=Watching(finished=seen.append))
     assert len(grams) == 14 and all(bool(gram.any()) and pull is not None for gram, pull, _ in grams)
     assert not any(finished.events for finished in seen)
 
@@ -130,7 +124,7 @@ def test_layers_that_only_some_of_the_text_reaches(
 @pytest.mark.parametrize(("scheme", "block"), [("w4g16", 0), ("w4g16", 1), ("w4g16a8s", 0)])
 def test_a_killed_run_continues_to_the_same_bytes(scheme: str, block: int, tmp_path: Path) -> None:
     source, given = saved("llama", tmp_path / "float"), text()
-    job = prepare(source, calibrated(Recipe(parse(scheme)), True))
+    job = prepare(source, decided(Recipe(parse(scheme)), True))
     execute(job, tmp_path / "whole", calibration=given)
 
     class Killed(BaseException):
@@ -141,17 +135,17 @@ def test_a_killed_run_continues_to_the_same_bytes(scheme: str, block: int, tmp_p
             raise Killed
 
     with pytest.raises(Killed):
-        execute(job, tmp_path / "out", calibration=given, finished=kill)
+        execute(job, tmp_path / "out", calibration=given, watch=Watching(finished=kill))
     assert not (tmp_path / "out").exists()
     rest: list[int] = []
-    result = execute(job, tmp_path / "out", calibration=given, finished=lambda f: rest.append(f.number))
-    assert rest == [1][block:] and result["resumed"] and same_files(tmp_path / "out", tmp_path / "whole")
+    result = execute(job, tmp_path / "out", calibration=given, watch=Watching(finished=lambda f: rest.append(f.number)))
+    assert rest == [1][block:] and result.resumed and same_files(tmp_path / "out", tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out" / "blocks").exists()
 
 
 def test_killed_between_states_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, given = saved("llama", tmp_path / "float"), text()
-    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+    job = prepare(source, decided(Recipe(parse("w4g16")), True))
     execute(job, tmp_path / "whole", calibration=given)
     with monkeypatch.context() as broken:
         broken.setattr(loop, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -163,13 +157,13 @@ def test_killed_between_states_and_commit(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_other_text_does_not_continue(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "float")
-    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+    job = prepare(source, decided(Recipe(parse("w4g16")), True))
 
     def stop(_: Finished) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute(job, tmp_path / "out", calibration=text(), finished=stop)
+        execute(job, tmp_path / "out", calibration=text(), watch=Watching(finished=stop))
     with pytest.raises(OutputError, match="another calibration"):
         execute(job, tmp_path / "out", calibration=text(count=13))
 
@@ -272,8 +266,13 @@ def test_learned_codes_in_the_loop(chain: str, family: str, tmp_path: Path, monk
     source, given = saved(family, tmp_path / "float"), text(count=20, padded=family == "bert")
     seen: dict[str, list[float]] = {"rtn": [], chain: []}
     for name, errors in seen.items():
-        job = prepare(source, calibrated(dataclasses.replace(Recipe(parse("w2g16")), method=method.parse(name)), True))
-        execute(job, tmp_path / name, calibration=given, finished=lambda f, errors=errors: errors.append(f.error))
+        job = prepare(source, decided(dataclasses.replace(Recipe(parse("w2g16")), method=method.parse(name)), True))
+        execute(
+            job,
+            tmp_path / name,
+            calibration=given,
+            watch=Watching(finished=lambda f, errors=errors: errors.append(f.error)),
+        )
     assert all(a < b for a, b in zip(seen[chain], seen["rtn"], strict=True))
     assert not same_files(tmp_path / "rtn", tmp_path / chain)
 
@@ -296,20 +295,20 @@ def test_a_real_model_loses_less(tmp_path: Path) -> None:
 _FULL = """
 import resource, sys
 from pathlib import Path
-from calibrations import text
+from calibrations import Watching, text
 from spicerack.errors import OutputError
 from spicerack.quantization.job import prepare
-from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.run import decided, execute
 from spicerack.quantization.recipe import Recipe
 from spicerack.numerics.scheme import parse
 
-job = prepare(sys.argv[1], calibrated(Recipe(parse("w4g16")), True))
+job = prepare(sys.argv[1], decided(Recipe(parse("w4g16")), True))
 
 def fill(_):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # no file may grow beyond that
 
 try:
-    execute(job, Path(sys.argv[2]), calibration=text(), finished=fill)
+    execute(job, Path(sys.argv[2]), calibration=text(), watch=Watching(finished=fill))
 except OutputError as error:
     print(error)
 """
@@ -324,9 +323,9 @@ def test_a_disk_that_fills_up_loses_no_block(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "cannot be written" in done.stdout and "finished blocks are kept" in done.stdout, done.stderr
     assert not (tmp_path / "out").exists() and len(list((tmp_path / "out.partial" / "blocks").glob("block-*"))) == 1
-    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
+    job = prepare(source, decided(Recipe(parse("w4g16")), True))
     rest: list[int] = []
-    execute(job, tmp_path / "out", calibration=given, finished=lambda f: rest.append(f.number))
+    execute(job, tmp_path / "out", calibration=given, watch=Watching(finished=lambda f: rest.append(f.number)))
     execute(job, tmp_path / "whole", calibration=given)
     assert rest == [1] and same_files(tmp_path / "out", tmp_path / "whole")
 
@@ -344,8 +343,8 @@ def test_two_runs_at_once_are_refused_by_name(tmp_path: Path) -> None:
             )  # fmt: skip
             said.append(done.stdout)
 
-    job = prepare(source, calibrated(Recipe(parse("w4g16")), True))
-    execute(job, tmp_path / "out", calibration=text(), finished=again)
+    job = prepare(source, decided(Recipe(parse("w4g16")), True))
+    execute(job, tmp_path / "out", calibration=text(), watch=Watching(finished=again))
     assert len(said) == 1 and f"out.partial is being written by process {os.getpid()}" in said[0]
 
 

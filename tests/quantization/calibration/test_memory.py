@@ -11,7 +11,7 @@ from pathlib import Path
 import folders
 import pytest
 import torch
-from calibrations import saved, text
+from calibrations import Watching, saved, text
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,13 +22,13 @@ from spicerack.numerics.scheme import parse
 from spicerack.quantization import memory
 from spicerack.quantization.job import Job, prepare
 from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.run import decided, execute
 
 GB = 10**9
 
 
 def job(folder: Path, scheme: str = "w4g128", method: str = "gptq") -> Job:
-    return prepare(folder, calibrated(Recipe(parse(scheme), method=parse_method(method)), True))
+    return prepare(folder, decided(Recipe(parse(scheme), method=parse_method(method)), True))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_other_chunks_do_not_continue(tmp_path: Path, monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute(job(source, "w4g16"), tmp_path / "out", calibration=text(), finished=stop)
+        execute(job(source, "w4g16"), tmp_path / "out", calibration=text(), watch=Watching(finished=stop))
     monkeypatch.setattr(memory, "TOKENS", 4 * 24)
     with pytest.raises(OutputError, match="another calibration"):
         execute(job(source, "w4g16"), tmp_path / "out", calibration=text())
@@ -82,16 +82,17 @@ from spicerack.algorithms.solvers import blockap, signround
 from spicerack.text.calibration import Calibration
 from spicerack.quantization.job import prepare
 from spicerack.algorithms.method import parse as chain
-from spicerack.quantization.run import calibrated, execute, plan
+from spicerack.quantization.run import decided, execute
+from spicerack.quantization.stream import Means, plan
 from spicerack.quantization.recipe import Recipe
 from spicerack.numerics.scheme import parse
 source, out, scheme, method = sys.argv[1:]
 blockap.STEPS = signround.STEPS = 3  # what more of them need is time
 ids = torch.randint(3, 99, (4, 256), generator=torch.Generator().manual_seed(0))
 given = Calibration(ids, None, "of no text", 0.0, "made up")
-job = prepare(source, calibrated(Recipe(parse(scheme), method=chain(method)), True))
-result = execute(job, pathlib.Path(out), calibration=given, threads=1)
-print(json.dumps(result))
+job = prepare(source, decided(Recipe(parse(scheme), method=chain(method)), True))
+result = execute(job, pathlib.Path(out), calibration=given, means=Means(threads=1))
+print(json.dumps(result.as_dict()))
 """
 
 

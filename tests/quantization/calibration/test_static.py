@@ -11,6 +11,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from calibrations import Watching
 from conftest import LlamaFolder
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -27,7 +28,7 @@ from spicerack.quantization import memory
 from spicerack.quantization.calibration import observer as observers
 from spicerack.quantization.job import prepare
 from spicerack.quantization.recipe import Recipe, read, rule
-from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.run import decided, execute
 from spicerack.text.calibration import Calibration
 
 
@@ -131,7 +132,7 @@ def test_observers_differ_and_the_ledger_says_which(tmp_path: Path) -> None:
 
 def test_layers_outside_of_blocks_keep_a_scale_per_token_and_it_is_said(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "float")
-    job = prepare(source, calibrated(Recipe(parse("w8a8s")), True).then([rule("lm_head=w8a8s")]))
+    job = prepare(source, decided(Recipe(parse("w8a8s")), True).then([rule("lm_head=w8a8s")]))
     assert any(note.startswith("lm_head: an expert, or outside of the blocks") for note in job.notes)
     tensors = rounded(source, tmp_path / "out", rules=["lm_head=w8a8s"])
     assert "lm_head.input_scale" not in tensors and tensors["lm_head.weight"].dtype == torch.int8
@@ -285,10 +286,10 @@ def test_another_observer_does_not_continue(tmp_path: Path) -> None:
 
     names = ("mse", "kl")
     jobs = [
-        prepare(source, calibrated(Recipe(parse("w8a8s"), method=method.parse("rtn"), observer=n), True)) for n in names
+        prepare(source, decided(Recipe(parse("w8a8s"), method=method.parse("rtn"), observer=n), True)) for n in names
     ]
     with pytest.raises(KeyboardInterrupt):
-        execute(jobs[0], tmp_path / "out", calibration=text(), finished=stop)
+        execute(jobs[0], tmp_path / "out", calibration=text(), watch=Watching(finished=stop))
     with pytest.raises(OutputError, match="another recipe"):
         execute(jobs[1], tmp_path / "out", calibration=text())
 

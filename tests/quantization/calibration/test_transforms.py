@@ -8,7 +8,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from calibrations import uneven_llama
+from calibrations import Watching, uneven_llama
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +20,7 @@ from spicerack.quantization.calibration import transforms
 from spicerack.quantization.calibration.pair import Pair
 from spicerack.quantization.job import prepare
 from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import calibrated, execute
+from spicerack.quantization.run import decided, execute
 from spicerack.quantization.watch import Finished
 from spicerack.text.calibration import Calibration
 
@@ -44,8 +44,8 @@ def off(folder: Path, source: Path, compute: str = "float") -> float:
 
 def run(source: Path, out: Path, scheme: str, how: str) -> list[Finished]:
     seen: list[Finished] = []
-    job = prepare(source, calibrated(Recipe(parse(scheme), method=method(how)), True))
-    execute(job, out, calibration=TEXT, finished=seen.append)
+    job = prepare(source, decided(Recipe(parse(scheme), method=method(how)), True))
+    execute(job, out, calibration=TEXT, watch=Watching(finished=seen.append))
     return seen
 
 

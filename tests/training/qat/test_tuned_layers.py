@@ -18,7 +18,7 @@ from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.gelu import JoinedGELU
 from spicerack.nn.linear import QLinear
 from spicerack.numerics import codec
-from spicerack.numerics.scheme import IntLevels
+from spicerack.numerics.levels import IntLevels
 from spicerack.training.qat import prepare
 from spicerack.training.qat.tuned_layers import TunedEmbedding, TunedLayer, TunedLinear
 

@@ -20,8 +20,8 @@ from spicerack.algorithms.descent import Forward, Tunable, descend, memory, obst
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
 from spicerack.numerics.fake import Grid, Parts, fake, rounded, stored
+from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels
 
 STEPS = 200
 """T, as many as `signround` takes: what the two gain is compared at the same cost (docs/quality.md)."""

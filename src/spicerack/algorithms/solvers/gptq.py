@@ -19,11 +19,11 @@ import dataclasses
 
 import torch
 
-from spicerack.algorithms import obstacles
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import GramSolver
-from spicerack.numerics.levels import level_values, nearest, store
+from spicerack.numerics.levels import level_values, nearest
 from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scales import store
 from spicerack.numerics.scheme import Scheme
 
 DAMPING = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -43,7 +43,7 @@ _PIECES = 256 << 20
 
 def obstacle(scheme: Scheme) -> str | None:
     """Why rows cannot be walked one by one, or their scales fitted; None if they can. One scale may be the tensor's."""
-    return obstacles.of_scales(scheme) or obstacles.of_rows(scheme)
+    return scheme.scale_obstacle or scheme.rows_obstacle
 
 
 def memory(n: int, k: int) -> int:

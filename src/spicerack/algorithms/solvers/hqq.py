@@ -22,13 +22,13 @@ import dataclasses
 
 import torch
 
-from spicerack.algorithms import obstacles
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import WeightSolver
 from spicerack.numerics.codec import from_blocks, to_blocks
-from spicerack.numerics.levels import level_values, nearest, store
+from spicerack.numerics.levels import IntLevels, level_values, nearest
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.scales import store
+from spicerack.numerics.scheme import Scheme
 
 P = 0.7
 """p, the authors' for weights of language models: the smaller, the more a few weights may be off."""
@@ -44,7 +44,7 @@ _CHUNK = 1 << 24
 
 def obstacle(scheme: Scheme) -> str | None:
     """Why the equations above do not hold for the scheme; None if they do. Blocks may have any shape."""
-    return obstacles.of_scales(scheme) or obstacles.of_levels(scheme)
+    return scheme.scale_obstacle or scheme.levels_obstacle
 
 
 def memory(n: int, k: int) -> int:

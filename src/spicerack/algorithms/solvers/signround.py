@@ -22,9 +22,9 @@ import torch
 from spicerack.algorithms.descent import Forward, Tunable, descend, memory, obstacle
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
-from spicerack.numerics.levels import level_values, store
+from spicerack.numerics.levels import IntLevels, level_values
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels
+from spicerack.numerics.scales import store
 
 STEPS = 200
 """T, as in the authors' program by default; what more of them would gain has not been measured."""

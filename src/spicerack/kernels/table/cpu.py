@@ -9,32 +9,33 @@ import torch
 
 from spicerack.kernels import multiply, panels, torch_op
 from spicerack.kernels.kernel import Compute, Kernel, Shape
-from spicerack.kernels.panels import Layout
+from spicerack.kernels.panels import Tiling
 from spicerack.numerics.packed import Tensors
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.scheme import Scheme
 
 
-def _row(speed: int, compute: Compute, engine: str, layout: Layout = "planes") -> Kernel:
+def _row(speed: int, compute: Compute, engine: str, tiling: Tiling = "planes") -> Kernel:
     """The row for `compute` on the engine of that name, which this processor need not have."""
     index = panels.NAMES.index(engine) if engine in panels.NAMES else -1  # which never fits
     return Kernel(
-        name=f"{compute if layout == 'planes' else 'ternary'}_{engine}",
+        name=f"{compute if tiling == 'planes' else 'ternary'}_{engine}",
         speed=speed,
         vector=engine != "scalar",
         compute=compute,
-        obstacle=partial(_obstacle, compute, engine, layout),
-        pack=partial(panels.pack, layout=layout),
-        unpack=partial(panels.unpack, layout=layout),
-        rows=partial(multiply.rows, layout=layout),
-        prepare=partial(_prepare, compute, layout),
+        obstacle=partial(_obstacle, compute, engine, tiling),
+        pack=partial(panels.pack, tiling=tiling),
+        unpack=partial(panels.unpack, tiling=tiling),
+        rows=partial(multiply.rows, tiling=tiling),
+        prepare=partial(_prepare, compute, tiling),
         run=partial(_run, index),
+        engine=engine,
     )
 
 
 def _obstacle(
     compute: Compute,
     engine: str,
-    layout: Layout,
+    tiling: Tiling,
     scheme: Scheme,
     shape: Shape,
     dtype: torch.dtype,
@@ -42,7 +43,7 @@ def _obstacle(
 ) -> str | None:
     if engine not in panels.NAMES:
         return f"this processor, or this build, has no {engine}"
-    if layout == "trits" and (scheme.levels != IntLevels(-1, 1) or scheme.zero):
+    if tiling == "trits" and not scheme.is_ternary:
         return "its levels are not -1, 0 and 1"
     if compute == "float" and scheme.activations is not None:
         return f"{scheme} rounds activations to int8"
@@ -51,11 +52,11 @@ def _obstacle(
     return panels.obstacle(scheme, shape, dtype, device)
 
 
-def _prepare(compute: Compute, layout: Layout, scheme: Scheme, shape: Shape, tensors: Tensors) -> multiply.Matrix:
+def _prepare(compute: Compute, tiling: Tiling, scheme: Scheme, shape: Shape, tensors: Tensors) -> multiply.Matrix:
     activations = panels.FLOATS
     if compute == "int8":
         activations = {None: panels.BLOCKS, "token": panels.TOKENS, "static": panels.FIXED}[scheme.activations]
-    spec = panels.spec_of(scheme, shape, layout)
+    spec = panels.spec_of(scheme, shape, tiling)
     zero, fixed = tensors.get("zero"), tensors.get("input_scale")
     return multiply.Matrix(tensors["codes"], tensors["scale"], zero, spec, activations, fixed)
 

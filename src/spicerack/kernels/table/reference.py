@@ -20,7 +20,7 @@ from spicerack.numerics import packed
 from spicerack.numerics.activations import quantize_fixed, quantize_tokens
 from spicerack.numerics.packed import Tensors
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.scheme import Scheme
 
 CHUNK = 1 << 22
 """Weights decoded at once: 16 MiB of float32."""
@@ -112,10 +112,8 @@ def _integer_linear(codes: torch.Tensor, scheme: Scheme, shape: Shape, tensors: 
 
 def _is_integer(scheme: Scheme) -> bool:
     """Whether all products of a row share one scale and are integers."""
-    whole_rows = scheme.block in ((1, None), (None, None)) and scheme.min is None and not scheme.zero
-    return (
-        whole_rows and isinstance(scheme.levels, IntLevels) and not scheme.levels.half and isinstance(scheme.scale, str)
-    )
+    plain = scheme.plain_obstacle is None and scheme.group is None and not scheme.zero
+    return plain and not scheme.integers.half
 
 
 def _chunks(shape: Shape) -> Iterator[slice]:

@@ -147,3 +147,9 @@ THEN_ACTIVATION = (
 
 In some families something stands between the two; there the activation is not called with the layer's own result.
 """
+
+KEY_VALUE_CACHES = ("cache", "past_key_values")
+"""What models call their cache of keys and values, as an argument and in their output: transformers renamed it."""
+
+STATES = (*KEY_VALUE_CACHES, "cache_params")
+"""What models call whatever they remember of the tokens before: such a cache, or the state of a recurrence."""

@@ -2,7 +2,8 @@
 
 from statistics import NormalDist
 
-from spicerack.numerics.scheme import Scheme, TableLevels
+from spicerack.numerics.levels import TableLevels
+from spicerack.numerics.scheme import Scheme
 
 OUTERMOST = 1 - (1 / 30 + 1 / 32) / 2
 """Probability of the largest: the mean of the middles of the last of 15 and of 16 equal shares."""

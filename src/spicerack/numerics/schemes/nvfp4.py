@@ -1,6 +1,7 @@
 """NVIDIA's 4-bit floats: E2M1, an E4M3 scale for every 16 columns, and one float32 scale for the tensor."""
 
-from spicerack.numerics.scheme import Scheme, float_levels
+from spicerack.numerics.levels import FloatLevels
+from spicerack.numerics.scheme import Scheme
 
-SCALES = Scheme(name="nvfp4 scales", levels=float_levels(4, 3, max_value=448), block=(None, None), scale="float32")
-SCHEME = Scheme(name="nvfp4", levels=float_levels(2, 1), block=(1, 16), scale=SCALES)
+SCALES = Scheme(name="nvfp4 scales", levels=FloatLevels(4, 3, max_value=448), block=(None, None), scale="float32")
+SCHEME = Scheme(name="nvfp4", levels=FloatLevels(2, 1), block=(1, 16), scale=SCALES)

@@ -1,6 +1,7 @@
 """llama.cpp's Q4_K: 4 bits with a minimum, 6-bit scales and minima of 32 columns, float16 scales of those for 256."""
 
-from spicerack.numerics.scheme import IntLevels, Scheme
+from spicerack.numerics.levels import IntLevels
+from spicerack.numerics.scheme import Scheme
 
 SIX_BITS = IntLevels(0, 63)
 SCHEME = Scheme(

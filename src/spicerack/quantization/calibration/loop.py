@@ -36,9 +36,8 @@ from pathlib import Path
 import torch
 
 from spicerack.algorithms.solved import Solved
-from spicerack.machine.devices import CPU
 from spicerack.machine.memory import peak_rss_bytes
-from spicerack.machine.ranks import ALONE, Ranks
+from spicerack.machine.ranks import Ranks
 from spicerack.models import blocks
 from spicerack.numerics.qtensor import QTensor
 from spicerack.quantization.calibration import solving, transforms
@@ -52,7 +51,7 @@ from spicerack.quantization.calibration.transforms import Changes
 from spicerack.quantization.job import Job
 from spicerack.quantization.recipe import Recipe
 from spicerack.quantization.rotation import Rotated, original
-from spicerack.quantization.watch import UNWATCHED, Finished, Watch
+from spicerack.quantization.watch import Finished, Watch
 from spicerack.runtime.load import load_apart
 
 
@@ -63,9 +62,9 @@ def run(
     folder: Path,
     *,
     threads: int,
-    device: torch.device = CPU,
-    ranks: Ranks = ALONE,
-    watch: Watch = UNWATCHED,
+    device: torch.device,
+    ranks: Ranks,
+    watch: Watch,
 ) -> None:
     """Solve all layers that lie in blocks, into `folder`: one file for each block. Continues what is there.
 

@@ -16,7 +16,7 @@ import torch
 from spicerack import plugins
 from spicerack.errors import ActivationError
 from spicerack.machine.ranks import Ranks
-from spicerack.numerics.levels import SMALLEST
+from spicerack.numerics.scales import SMALLEST
 
 LARGEST_CODE = 127
 """The range of codes is symmetric, as kernels want it: -128 is not used."""

@@ -28,7 +28,7 @@ from spicerack.machine.devices import CPU
 from spicerack.numerics import packed
 from spicerack.numerics.qtensor import QTensor, moved
 from spicerack.numerics.scheme import Scheme
-from spicerack.storage.format import Planned
+from spicerack.storage.format import StoredTensor
 from spicerack.storage.writer import partial_folder
 
 _CHANGED = "float"
@@ -76,7 +76,7 @@ class Solutions:
         errors = [self._layers[name]["error"] for name in self._of(tensor)]
         return errors[0] if len(errors) == 1 else float(f"{math.hypot(*errors) / math.sqrt(len(errors)):.4g}")
 
-    def read(self, tensor: str, planned: Planned) -> QTensor:
+    def read(self, tensor: str, planned: StoredTensor) -> QTensor:
         """The tensor as it was solved, output rows first."""
         if tensor in self._layers:
             return self._read(tensor, planned.scheme, planned.shape)
@@ -145,7 +145,7 @@ class States:
         }
         _save(tensors, self.folder / f"part-{path}.safetensors", {"spicerack": json.dumps(solved.events)})
 
-    def read_part(self, path: str, planned: Planned) -> tuple[QTensor, Solved]:
+    def read_part(self, path: str, planned: StoredTensor) -> tuple[QTensor, Solved]:
         """What a rank has written of the layer at `path`, whose plan is `planned`."""
         with safe_open(self.folder / f"part-{path}.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.offset_keys()}

@@ -14,7 +14,7 @@ from spicerack.models.blocks import Stack
 from spicerack.quantization.calibration.states import solution_name
 from spicerack.quantization.job import Action, Job
 from spicerack.runtime.slots import Expert
-from spicerack.storage.format import Planned
+from spicerack.storage.format import StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Target:
 
     path: str
     tensor: str
-    planned: Planned
+    planned: StoredTensor
     stack: str = ""
     number: int | None = None
 

@@ -20,19 +20,18 @@ from typing import Any
 import torch
 
 from spicerack.errors import CheckpointError
-from spicerack.numerics.levels import dtype_of
+from spicerack.numerics.dtypes import SOURCE_BY_NAME, safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import Scheme, parse
-from spicerack.storage.format import Layout, Plan, Planned
+from spicerack.numerics.scales import dtype_of
+from spicerack.numerics.scheme import parse
+from spicerack.storage.format import Contents, Layout, StoredTensor
 from spicerack.storage.reader import Checkpoint
-from spicerack.storage.writer import safetensors_dtype
 
 METHOD, SCHEME = "bitnet", "ternarya8"
 _PARTS = 4
 """Codes in a byte."""
 _INVERSE = {"bitlinear": True, "autobitlinear": False}
 """Whether the folder holds 1 / scale."""
-_SOURCES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ELSEWHERE = "load it with transformers"
 _DAMAGED = "the folder is damaged, or in a variant of bitnet that is not read"
 
@@ -43,41 +42,42 @@ class BitNet:
 
     name: str = "bitnet"
 
-    def obstacles(self, plan: Plan) -> list[str]:
-        reasons = ((p, _obstacle(p)) for p in plan.values())
+    def obstacles(self, contents: Contents) -> list[str]:
+        reasons = ((p, _obstacle(p)) for p in contents.values())
         return [f"{p.module}: bitnet has no {reason}" for p, reason in reasons if reason]
 
-    def layout(self, planned: Planned) -> Layout:
-        module, scheme, (rows, columns) = planned.module, planned.scheme, planned.shape
-        assert not isinstance(scheme.scale, Scheme)
-        scale = safetensors_dtype(dtype_of(scheme.scale, planned.source_dtype))
+    def layout(self, stored: StoredTensor) -> Layout:
+        module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
+        scale = safetensors_dtype(dtype_of(scheme.scale, stored.source_dtype))
         return {f"{module}.weight": ("U8", (rows // _PARTS, columns)), f"{module}.weight_scale": (scale, (1,))}
 
-    def encode(self, planned: Planned, q: QTensor) -> dict[str, torch.Tensor]:
-        assert isinstance(q.scale, torch.Tensor) and not planned.inverse_scale
+    def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
+        assert not stored.inverse_scale, "1 / scale is read, never written"
         parts = (q.codes + 1).view(torch.uint8).chunk(_PARTS)
         packed = torch.zeros_like(parts[0])
         for place, part in enumerate(parts):
             packed |= part << 2 * place
-        return {f"{planned.module}.weight": packed, f"{planned.module}.weight_scale": q.scale.reshape(1)}
+        return {f"{stored.module}.weight": packed, f"{stored.module}.weight_scale": q.plain_scale.reshape(1)}
 
-    def decode(self, planned: Planned, tensors: Mapping[str, torch.Tensor]) -> QTensor:
-        module = planned.module
+    def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+        module = stored.module
         packed, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"].reshape(1, 1)
         codes = torch.cat([packed >> 2 * place & 3 for place in range(_PARTS)]).view(torch.int8) - 1
         if codes.max() > 1:
             raise CheckpointError(f"{module}.weight: a code that is none of -1, 0 and 1", _DAMAGED)
-        scale = 1 / scale.float() if planned.inverse_scale else scale
+        scale = 1 / scale.float() if stored.inverse_scale else scale
         if not torch.isfinite(scale):
             raise CheckpointError(f"{module}: a scale of {float(scale)}", _DAMAGED)
-        return QTensor(planned.scheme, codes, scale)
+        return QTensor(stored.scheme, codes, scale)
 
-    def config(self, config: Mapping[str, Any], plan: Plan, unquantized_linears: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]
+    ) -> dict[str, Any]:
         quantization = {
             "quant_method": METHOD,
             "linear_class": "autobitlinear",
             "quantization_mode": "offline",
-            "modules_to_not_convert": [_pattern(module, plan) for module in unquantized_linears],
+            "modules_to_not_convert": [_pattern(module, contents) for module in unquantized_linears],
         }
         return {**config, "quantization_config": quantization}
 
@@ -88,7 +88,7 @@ class BitNet:
     def float_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in config.items() if key != "quantization_config"}
 
-    def plan(self, checkpoint: Checkpoint) -> dict[str, Planned]:
+    def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
         section, where = checkpoint.config["quantization_config"], f"{checkpoint.folder}: config.json"
         kind, mode = section.get("linear_class", "bitlinear"), section.get("quantization_mode", "offline")
         if not isinstance(kind, str) or kind not in _INVERSE:
@@ -107,13 +107,13 @@ class BitNet:
         ]
         if not modules:
             raise CheckpointError(f"{checkpoint.folder} has no packed weights", _DAMAGED)
-        return {module: _planned(module, _INVERSE[kind], checkpoint) for module in dict.fromkeys(modules)}
+        return {module: _stored(module, _INVERSE[kind], checkpoint) for module in dict.fromkeys(modules)}
 
-    def notes(self, plan: Plan, _fused: Sequence[Sequence[str]], /) -> list[str]:
+    def notes(self, contents: Contents, _fused: Sequence[Sequence[str]], /) -> list[str]:
         return ["transformers decodes all weights while loading, and needs accelerate for that; vLLM does not read it"]
 
 
-def _obstacle(p: Planned) -> str | None:
+def _obstacle(p: StoredTensor) -> str | None:
     """What the layout lacks for `p`; None if it holds it exactly."""
     if p.scheme != parse(SCHEME):
         return f"{p.scheme.name}, only {SCHEME}"
@@ -128,13 +128,13 @@ def _obstacle(p: Planned) -> str | None:
     return None
 
 
-def _pattern(module: str, plan: Plan) -> str:
+def _pattern(module: str, contents: Contents) -> str:
     """What transformers leaves alone: it takes names for regular expressions, and for ends of longer names."""
-    longer = any(name.endswith(module) for name in plan)
+    longer = any(name.endswith(module) for name in contents)
     return f"{re.escape(module)}$" if longer else module
 
 
-def _planned(module: str, inverse: bool, checkpoint: Checkpoint) -> Planned:
+def _stored(module: str, inverse: bool, checkpoint: Checkpoint) -> StoredTensor:
     """`module`, whose tensors must be those of the layout."""
     tensors = checkpoint.tensors
     weight, scale = (tensors.get(f"{module}.{part}") for part in ("weight", "weight_scale"))
@@ -147,7 +147,7 @@ def _planned(module: str, inverse: bool, checkpoint: Checkpoint) -> Planned:
             f"{checkpoint.folder}: {weight.name} is {weight.dtype} {list(weight.shape)}, not U8 [N/{_PARTS}, K]",
             _DAMAGED,
         )
-    if scale.dtype not in _SOURCES or scale.numel != 1:
+    if scale.dtype not in SOURCE_BY_NAME or scale.numel != 1:
         raise CheckpointError(
             f"{checkpoint.folder}: {scale.name} is {scale.dtype} {list(scale.shape)}, not one float", _DAMAGED
         )
@@ -157,7 +157,7 @@ def _planned(module: str, inverse: bool, checkpoint: Checkpoint) -> Planned:
             _ELSEWHERE,
         )
     shape = (_PARTS * weight.shape[0], weight.shape[1])
-    return Planned(module, parse(SCHEME), shape, source_dtype=_SOURCES[scale.dtype], inverse_scale=inverse)
+    return StoredTensor(module, parse(SCHEME), shape, source_dtype=SOURCE_BY_NAME[scale.dtype], inverse_scale=inverse)
 
 
 FORMAT = BitNet()

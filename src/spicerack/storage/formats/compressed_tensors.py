@@ -25,16 +25,17 @@ import torch
 
 from spicerack.errors import CheckpointError
 from spicerack.numerics import bits, native
-from spicerack.numerics.levels import dtype_of
+from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme, parse
-from spicerack.storage.format import Layout, Plan, Planned, checked_input_scale
+from spicerack.numerics.scales import dtype_of
+from spicerack.numerics.scheme import Scheme, parse
+from spicerack.storage.format import Contents, Layout, StoredTensor, checked_input_scale
 from spicerack.storage.reader import Checkpoint
-from spicerack.storage.writer import safetensors_dtype
 
 METHOD = "compressed-tensors"
 PACKED, INTEGER = "pack-quantized", "int-quantized"
 _SOURCES = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16}
+"""Type of scales -> the source that has such: float16 is what the scales of float32 weights are stored in, too."""
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "observer": None}
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "token": {**_INT8, "strategy": "token", "dynamic": True},
@@ -50,15 +51,14 @@ class CompressedTensors:
 
     name: str = "compressed_tensors"
 
-    def obstacles(self, plan: Plan) -> list[str]:
-        reasons = ((p, _obstacle(p)) for p in plan.values())
+    def obstacles(self, contents: Contents) -> list[str]:
+        reasons = ((p, _obstacle(p)) for p in contents.values())
         return [f"{p.module}: compressed-tensors has no {reason}" for p, reason in reasons if reason]
 
-    def layout(self, planned: Planned) -> Layout:
-        module, scheme, (rows, columns) = planned.module, planned.scheme, planned.shape
+    def layout(self, stored: StoredTensor) -> Layout:
+        module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
         groups = columns // (scheme.group or columns)
-        assert not isinstance(scheme.scale, Scheme)
-        scale = (safetensors_dtype(dtype_of(scheme.scale, planned.source_dtype)), (rows, groups))
+        scale = (safetensors_dtype(dtype_of(scheme.scale, stored.source_dtype)), (rows, groups))
         if scheme.activations:
             found: Layout = {f"{module}.weight": ("I8", (rows, columns)), f"{module}.weight_scale": scale}
             return found if scheme.activations == "token" else {**found, f"{module}.input_scale": ("F32", (1,))}
@@ -69,20 +69,19 @@ class CompressedTensors:
         tensors[f"{module}.weight_shape"] = ("I64", (2,))
         return tensors
 
-    def encode(self, planned: Planned, q: QTensor) -> dict[str, torch.Tensor]:
-        assert isinstance(q.scale, torch.Tensor)
-        module, scheme = planned.module, planned.scheme
+    def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
+        module, scheme, scale = stored.module, stored.scheme, q.plain_scale
         if scheme.activations:
-            found = {f"{module}.weight": q.codes, f"{module}.weight_scale": q.scale}
+            found = {f"{module}.weight": q.codes, f"{module}.weight_scale": scale}
             return found if q.input_scale is None else {**found, f"{module}.input_scale": q.input_scale}
-        tensors = {f"{module}.weight_packed": _pack(q.codes, scheme.bits), f"{module}.weight_scale": q.scale}
+        tensors = {f"{module}.weight_packed": _pack(q.codes, scheme.bits), f"{module}.weight_scale": scale}
         if q.zero is not None:
             tensors[f"{module}.weight_zero_point"] = _pack(q.zero.t(), scheme.bits).t().contiguous()
         tensors[f"{module}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
         return tensors
 
-    def decode(self, planned: Planned, tensors: Mapping[str, torch.Tensor]) -> QTensor:
-        module, scheme, (rows, columns) = planned.module, planned.scheme, planned.shape
+    def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+        module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
         scale = tensors[f"{module}.weight_scale"].reshape(rows, -1)
         if scheme.activations:
             fixed = tensors.get(f"{module}.input_scale")
@@ -94,11 +93,13 @@ class CompressedTensors:
             zero = _unpack(tensors[f"{module}.weight_zero_point"].t(), scheme.bits, rows).t().contiguous()
         return QTensor(scheme, codes, scale, zero)
 
-    def config(self, config: Mapping[str, Any], plan: Plan, unquantized_linears: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]
+    ) -> dict[str, Any]:
         members: dict[Scheme, list[str]] = {}
-        for p in plan.values():
+        for p in contents.values():
             members.setdefault(p.scheme, []).append(p.module)
-        everything = [*plan, *unquantized_linears]
+        everything = [*contents, *unquantized_linears]
         groups: dict[str, Any] = {}
         for i, (scheme, modules) in enumerate(members.items()):
             targets = ["Linear"] if len(members) == 1 else _patterns(modules, everything)
@@ -124,18 +125,18 @@ class CompressedTensors:
     def float_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in config.items() if key != "quantization_config"}
 
-    def plan(self, checkpoint: Checkpoint) -> dict[str, Planned]:
+    def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
         schemes = _schemes(checkpoint)
-        plan: dict[str, Planned] = {}
+        contents: dict[str, StoredTensor] = {}
         for name, info in checkpoint.tensors.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight_packed" or (kind == "weight" and f"{module}.weight_scale" in checkpoint.tensors):
                 if kind == "weight" and info.dtype != "I8":
                     raise CheckpointError(f"{checkpoint.folder}: {name} is {info.dtype}; only int8 is read", _DAMAGED)
-                plan[module] = self._match(module, kind == "weight", schemes, checkpoint)
-        return plan
+                contents[module] = self._match(module, kind == "weight", schemes, checkpoint)
+        return contents
 
-    def _match(self, module: str, integer: bool, schemes: Iterable[Scheme], checkpoint: Checkpoint) -> Planned:
+    def _match(self, module: str, integer: bool, schemes: Iterable[Scheme], checkpoint: Checkpoint) -> StoredTensor:
         """The one scheme of config.json that the tensors of `module` are shaped for."""
         tensors = checkpoint.tensors
         if f"{module}.weight_g_idx" in tensors:
@@ -147,15 +148,15 @@ class CompressedTensors:
             raise CheckpointError(f"{checkpoint.folder}: {module}.weight_scale is missing or not a float", _DAMAGED)
         found = []
         for scheme in schemes:
-            planned = Planned(module, scheme, (rows, columns), source_dtype=source)
+            stored = StoredTensor(module, scheme, (rows, columns), source_dtype=source)
             if integer != (scheme.activations is not None) or columns % (scheme.group or columns):
                 continue
-            wanted = {name: shape for name, (_, shape) in self.layout(planned).items()}
+            wanted = {name: shape for name, (_, shape) in self.layout(stored).items()}
             optional = {f"{module}.{part}" for part in ("weight_zero_point", "input_scale", "input_zero_point")}
             if optional & tensors.keys() == optional & wanted.keys() and all(
                 name in tensors and tensors[name].shape == shape for name, shape in wanted.items()
             ):
-                found.append(planned)
+                found.append(stored)
         if len(found) != 1:
             parts = (f"{module}.weight", f"{module}.input_")
             shapes = {n: list(tensors[n].shape) for n in tensors if n.startswith(parts)}
@@ -165,11 +166,11 @@ class CompressedTensors:
             )
         return found[0]
 
-    def notes(self, plan: Plan, fused: Sequence[Sequence[str]], /) -> list[str]:
-        schemes = {p.scheme for p in plan.values()}
+    def notes(self, contents: Contents, fused: Sequence[Sequence[str]], /) -> list[str]:
+        schemes = {p.scheme for p in contents.values()}
         zero, mixed = any(s.zero for s in schemes), len(schemes) > 1
         notes = []
-        if any("experts" in p.module.split(".") for p in plan.values()):
+        if any("experts" in p.module.split(".") for p in contents.values()):
             notes.append("packed experts: vLLM and spicerack read them, transformers does not")
         elif zero and mixed:
             notes.append("zero points and several schemes: vLLM and spicerack read this folder, transformers does not")
@@ -183,7 +184,7 @@ class CompressedTensors:
         if uneven:
             notes.append(f"{uneven[0]} bits: unreadable before compressed-tensors 0.18, which packs them differently")
         for group in fused:
-            kinds = {plan[m].scheme.name if m in plan else "float" for m in group}
+            kinds = {contents[m].scheme.name if m in contents else "float" for m in group}
             if len(kinds) > 1:
                 notes.append(f"{', '.join(group)} are {' and '.join(sorted(kinds))}: vLLM fuses them and refuses")
                 break
@@ -203,17 +204,17 @@ def _decodes_on_loading(config: Mapping[str, Any], schemes: Sequence[Scheme]) ->
     return len(schemes) == 1 and (schemes[0].zero or encoder)
 
 
-def _obstacle(p: Planned) -> str | None:
+def _obstacle(p: StoredTensor) -> str | None:
     """What compressed-tensors lacks for `p`; None if it holds it exactly."""
-    scheme, levels = p.scheme, p.scheme.levels
+    scheme, integers = p.scheme, p.scheme.levels.integers
     if p.role not in ("linear", "head", "router") or p.transposed or len(p.shape) != 2:
         return f"quantized {p.role}"
     top = 2 ** (scheme.bits - 1)
-    if not isinstance(levels, IntLevels) or (levels.lo, levels.hi) != (-top, top - 1):
+    if integers is None or (integers.lo, integers.hi) != (-top, top - 1):
         return f"levels of {scheme.name}"
-    if levels.half:
+    if integers.half:
         return f"half-integer levels ({scheme.name})"
-    if scheme.block[0] != 1 or isinstance(scheme.scale, Scheme) or scheme.min is not None:
+    if scheme.plain_obstacle is not None or scheme.block[0] != 1:
         return f"scales like those of {scheme.name}"
     if scheme.activations and (scheme.bits, scheme.block, scheme.zero) != (8, (1, None), False):
         return f"activations like those of {scheme.name} here"

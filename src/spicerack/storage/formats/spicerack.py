@@ -22,15 +22,14 @@ import torch
 
 from spicerack.errors import CheckpointError, SchemeError, ShapeError
 from spicerack.numerics import packed
+from spicerack.numerics.dtypes import SOURCE_BY_WORD, safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme, parse
+from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage.files import CONTAINER
-from spicerack.storage.format import Layout, Plan, Planned, checked_input_scale
+from spicerack.storage.format import Contents, Layout, StoredTensor, checked_input_scale
 from spicerack.storage.reader import Checkpoint
-from spicerack.storage.writer import safetensors_dtype
 
 VERSION = 1
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ROLES = ("linear", "conv1d", "conv2d", "embedding", "head", "router", "experts")
 _REMEDY = "the folder is damaged, or was written by a newer spicerack"
 
@@ -41,35 +40,36 @@ class SpicerackFormat:
 
     name: str = "spicerack"
 
-    def obstacles(self, plan: Plan) -> list[str]:
+    def obstacles(self, contents: Contents) -> list[str]:
         return [
             f"{p.module}: scheme {p.scheme.name!r} cannot be found again by its name"
-            for p in plan.values()
+            for p in contents.values()
             if not _is_named(p.scheme)
         ]
 
-    def layout(self, planned: Planned) -> Layout:
-        parts = packed.layout(planned.scheme, planned.shape, planned.source_dtype)
-        return {f"{planned.module}.{key}": (safetensors_dtype(dtype), shape) for key, (dtype, shape) in parts.items()}
+    def layout(self, stored: StoredTensor) -> Layout:
+        parts = packed.layout(stored.scheme, stored.shape, stored.source_dtype)
+        return {f"{stored.module}.{key}": (safetensors_dtype(dtype), shape) for key, (dtype, shape) in parts.items()}
 
-    def encode(self, planned: Planned, q: QTensor) -> dict[str, torch.Tensor]:
-        tensors = {f"{planned.module}.{key}": tensor for key, tensor in packed.pack(q).items()}
-        return {name: tensors[name] for name in self.layout(planned)}
+    def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
+        tensors = {f"{stored.module}.{key}": tensor for key, tensor in packed.pack(q).items()}
+        return {name: tensors[name] for name in self.layout(stored)}
 
-    def decode(self, planned: Planned, tensors: Mapping[str, torch.Tensor]) -> QTensor:
-        parts = packed.part(tensors, planned.module)
-        q = packed.unpack(planned.scheme, planned.shape, parts, planned.transposed)
-        levels = planned.scheme.levels
-        last = (levels.lo if isinstance(levels, IntLevels) else 0) + len(levels.values) - 1
-        if len(levels.values) < 1 << levels.bits and q.codes.max() > last:
-            raise CheckpointError(f"{planned.module}: a code that is none of {planned.scheme}'s levels", _REMEDY)
+    def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+        parts = packed.part(tensors, stored.module)
+        q = packed.unpack(stored.scheme, stored.shape, parts, stored.transposed)
+        levels = stored.scheme.levels
+        if levels.hi - levels.lo + 1 < 1 << levels.bits and q.codes.max() > levels.hi:
+            raise CheckpointError(f"{stored.module}: a code that is none of {stored.scheme}'s levels", _REMEDY)
         if q.input_scale is not None:
-            checked_input_scale(planned.module, q.input_scale)
+            checked_input_scale(stored.module, q.input_scale)
         return q
 
-    def config(self, config: Mapping[str, Any], plan: Plan, _unquantized_linears: Sequence[str], /) -> dict[str, Any]:
+    def config(
+        self, config: Mapping[str, Any], contents: Contents, _unquantized_linears: Sequence[str], /
+    ) -> dict[str, Any]:
         groups: dict[tuple[object, ...], dict[str, Any]] = {}
-        for p in plan.values():
+        for p in contents.values():
             facts = {
                 "scheme": p.scheme.name,
                 "shape": list(p.shape),
@@ -92,39 +92,40 @@ class SpicerackFormat:
             raise CheckpointError("config.json: 'config' is not an object", _REMEDY)
         return nested
 
-    def plan(self, checkpoint: Checkpoint) -> dict[str, Planned]:
+    def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
         where = str(checkpoint.folder / "config.json")
         table = checkpoint.config.get("quantized")
         if not isinstance(table, dict) or not isinstance(table.get("tensors"), list):
             raise CheckpointError(f"{where}: 'quantized' has no list 'tensors'", _REMEDY)
         if table.get("version") != VERSION:
             raise CheckpointError(f"{where}: version {table.get('version')!r} of the container", "update spicerack")
-        plan: dict[str, Planned] = {}
+        contents: dict[str, StoredTensor] = {}
         for group in table["tensors"]:
-            for planned in _read_group(group, where):
-                self._check(planned, checkpoint)
-                plan[planned.module] = planned
-        return plan
+            for stored in _read_group(group, where):
+                self._check(stored, checkpoint)
+                contents[stored.module] = stored
+        return contents
 
-    def _check(self, planned: Planned, checkpoint: Checkpoint) -> None:
-        for name, (dtype, shape) in self.layout(planned).items():
+    def _check(self, stored: StoredTensor, checkpoint: Checkpoint) -> None:
+        for name, (dtype, shape) in self.layout(stored).items():
             info = checkpoint.tensors.get(name)
             if info is None or (info.dtype, info.shape) != (dtype, shape):
                 found = f"is {info.dtype} {list(info.shape)}" if info else "is missing"
-                wanted = f"{planned.scheme} needs {dtype} {list(shape)}"
+                wanted = f"{stored.scheme} needs {dtype} {list(shape)}"
                 raise CheckpointError(f"{checkpoint.folder}: {name} {found}; {wanted}", _REMEDY)
 
-    def notes(self, plan: Plan, _fused: Sequence[Sequence[str]], /) -> list[str]:
-        names = sorted({p.scheme.name for p in plan.values()})
+    def notes(self, contents: Contents, _fused: Sequence[Sequence[str]], /) -> list[str]:
+        names = sorted({p.scheme.name for p in contents.values()})
         return [f"only spicerack reads this folder ({', '.join(names)})"]
 
 
-def _read_group(group: Any, where: str) -> list[Planned]:
+def _read_group(group: Any, where: str) -> list[StoredTensor]:
     """One entry of the table; every value of a stranger's file is checked."""
     try:
         scheme = parse(group["scheme"])
         shape = tuple(group["shape"])
-        role, dtype, transposed, modules = group["role"], _DTYPES[group["dtype"]], group["transposed"], group["modules"]
+        role, transposed, modules = group["role"], group["transposed"], group["modules"]
+        dtype = SOURCE_BY_WORD[group["dtype"]]
         sound = (
             all(type(size) is int and 0 < size < 1 << 40 for size in shape)
             and role in _ROLES
@@ -137,7 +138,7 @@ def _read_group(group: Any, where: str) -> list[Planned]:
         raise CheckpointError(f"{where}: an entry of 'quantized' is not understood: {error}", _REMEDY) from error
     if not sound:
         raise CheckpointError(f"{where}: an entry of 'quantized' has a wrong shape, role or list of modules", _REMEDY)
-    return [Planned(module, scheme, shape, role, dtype, transposed) for module in modules]
+    return [StoredTensor(module, scheme, shape, role, dtype, transposed) for module in modules]
 
 
 def _is_named(scheme: Scheme) -> bool:

@@ -15,15 +15,14 @@ import torch
 from torch import fx, nn
 
 from spicerack.errors import RecipeError, WeightError
-from spicerack.nn.conv import QConv2d
-from spicerack.nn.linear import QLinear
-from spicerack.nn.weight import PackedWeight
+from spicerack.nn import kinds
+from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.numerics import codec
+from spicerack.numerics.scales import smallest_scale
 from spicerack.training.qat.fake_layers import FakeLayer
 
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d
 _Float = nn.Linear | nn.Conv2d
-_Packed = QLinear | QConv2d
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
@@ -37,7 +36,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         factor, shift = _line(norm)
         if isinstance(layer, FakeLayer):
             raise RecipeError(f"{name} is trained in few bits", "fold before prepare_qat, or behind freeze")
-        if isinstance(layer, _Packed):
+        if isinstance(layer, PackedLayer):
             layer.packed = _scaled(layer.packed, factor, name)
         else:
             assert isinstance(layer, _Float)
@@ -53,7 +52,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (_Packed, FakeLayer)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (PackedLayer, FakeLayer)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, _Norm]]:
@@ -73,8 +72,13 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, _Norm]]:
             continue
         name = str(before.target)
         layer = model.get_submodule(name)
-        if calls.count(name) == 1 and isinstance(layer, (_Float, _Packed)):
+        if calls.count(name) == 1 and _has_channels(layer):
             yield name, layer, str(node.target), norm
+
+
+def _has_channels(layer: nn.Module) -> bool:
+    """Whether what a layer computes has a channel for each row of its matrix, where a factor can go."""
+    return isinstance(layer, _Float) or (isinstance(layer, PackedLayer) and kinds.of_packed(layer).inputs != "ids")
 
 
 def _line(norm: _Norm) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,12 +94,13 @@ def _line(norm: _Norm) -> tuple[torch.Tensor, torch.Tensor]:
 def _scaled(packed: PackedWeight, factor: torch.Tensor, name: str) -> PackedWeight:
     """The same codes; scales, one row or more of them, times each row's factor."""
     q = packed.qtensor()
-    if q.scheme.block[0] != 1 or not isinstance(q.scale, torch.Tensor) or q.min is not None:
+    if q.scheme.block[0] != 1 or q.scheme.scale_obstacle is not None:
         raise RecipeError(f"{name}: {q.scheme} has no scales for each row that a factor could go into", "keep the norm")
-    scale = (q.scale.float() * factor.to(q.scale.device)[:, None]).to(q.scale.dtype)
-    scale = torch.where(scale == 0, codec.smallest_scale(scale.dtype), scale)
+    scale = (q.plain_scale.float() * factor.to(q.plain_scale.device)[:, None]).to(q.plain_scale.dtype)
+    scale = torch.where(scale == 0, smallest_scale(scale.dtype), scale)
     if not codec.scale_fits(scale):
         raise WeightError(f"{name}: a scale times its channel's factor is too large for {scale.dtype}", "keep the norm")
     folded = dataclasses.replace(q, scale=scale)
     device = next(iter(packed.tensors.values())).device
-    return PackedWeight(folded, packed.dtype, device, packed.choice.kernel.compute)
+    kernel = packed.choice.kernel
+    return PackedWeight(folded, packed.dtype, device, kernel.compute, kernel.engine)

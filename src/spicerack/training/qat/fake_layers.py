@@ -1,7 +1,8 @@
 """Layers that are trained in few bits: subclasses of torch's, with the same parameters under the same names.
 
 What is learned beside them is `weight_scale` and, with zero points, `weight_zero`, one per block; all are plain
-parameters. `convert` is the way in, `qtensor` the way out.
+parameters, so that names in state dicts, optimizers and wrappers see what they saw before. `twins.fake_twin` is the way
+in, `qtensor` the way out. What is computed, and its gradients, are told in `numerics/fake.py`.
 """
 
 from __future__ import annotations
@@ -16,25 +17,30 @@ from transformers.pytorch_utils import Conv1D
 from spicerack.errors import WeightError
 from spicerack.numerics import codec
 from spicerack.numerics.fake import Grid, Parts, fake, fake_linear, fake_tensor, rounded, stored
-from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import TensorBlocks, search
+from spicerack.training.qat.trained import TrainedLayer
 
 Quantizer = Literal["lsq", "seq", "absmax", "absmean"]
 Ranges = Literal["lsq", "ema"]
 LEARNED: tuple[Quantizer, ...] = ("lsq", "seq")
 """Quantizers whose scales are parameters; those of the others follow from the weights at each step."""
 LEAST_MEAN = 1e-5
-"""BitNet's smallest scale."""
+"""BitNet's smallest scale, as transformers clamps it: of a matrix of zeros, 1 / scale must be finite."""
 _NEW = 0.1
-"""Share of the newest step in a moving average."""
+"""Share of the newest step in a moving average of ranges: ten steps forget two thirds of what was before."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How one weight is rounded, and the layer's inputs. dtype: that scales are stored in.
+class Rounding:
+    """How one weight is rounded while it trains, and the layer's inputs.
 
-    ranges: how the static scale of activations moves, learned or the moving average of what would hold the largest.
+    scheme     what it will be stored in
+    quantizer  where scales come from
+    grid       the scheme's levels and block, and where weights count as clipped
+    dtype      that scales are stored in
+    ranges     how the static scale of activations moves: learned, or the average of what would hold the largest
     """
 
     scheme: Scheme
@@ -44,44 +50,69 @@ class Plan:
     ranges: Ranges
 
 
-class FakeLayer(nn.Module):
-    """What the layers below have in common."""
+class FakeLayer(TrainedLayer):
+    """What the layers below have in common.
+
+    weight        the float layer's own parameter
+    weight_scale  [N/rows, K/columns] of the blocks' scales, in the weight's type; None where they are not learned
+    weight_zero   the same of zero points; None where the scheme has none, or they are not learned
+    input_scale   [1, 1], of static int8 activations: a parameter, or a buffer that moves; None if they are not static
+    """
 
     weight: Any
     weight_scale: nn.Parameter | None
     weight_zero: nn.Parameter | None
     input_scale: torch.Tensor | None
-    plan: Plan
+    rounding: Rounding
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.rounding.scheme
+
+    @property
+    def tied(self) -> nn.Parameter:
+        weight: nn.Parameter = self.weight
+        return weight
+
+    @property
+    def largest(self) -> torch.Tensor:
+        return self.tied
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.tied.dtype
 
     def matrix(self) -> torch.Tensor:
         """The float weight as [N, K], a view."""
-        matrix: torch.Tensor = self.weight.flatten(1)
-        return matrix
+        return self.kind.matrix(self.weight)
 
     def parts(self) -> Parts:
-        """Scale and zero point of each block as they would be stored now."""
-        plan = self.plan
+        """Scale and zero point of each block as they would be stored now, float32 [N/rows, K/columns].
+
+        They have gradients where they are learned.
+        """
+        how = self.rounding
         if self.weight_scale is not None:
             zero = self.weight_zero
-            return stored(self.weight_scale, plan.dtype), None if zero is None else rounded(zero, plan.grid.levels)
+            return stored(self.weight_scale, how.dtype), None if zero is None else rounded(zero, how.grid.levels)
         w = self.matrix().detach()
-        if plan.quantizer == "absmean":
-            mean = plan.grid.tiles(w).float().abs().mean((1, 3)).clamp_(min=LEAST_MEAN)
-            return stored(mean, plan.dtype), None
-        blocks = TensorBlocks(codec.to_blocks(w.float(), plan.grid.block), plan.scheme)
-        found, zeros = search(blocks, plan.scheme, plan.dtype, "absmax")
-        shape = (w.shape[0] // plan.grid.block[0], -1)
-        return stored(found.reshape(shape), plan.dtype), zeros.reshape(shape) if plan.scheme.zero else None
+        if how.quantizer == "absmean":
+            mean = how.grid.tiles(w).float().abs().mean((1, 3)).clamp_(min=LEAST_MEAN)
+            return stored(mean, how.dtype), None
+        blocks = TensorBlocks(codec.to_blocks(w.float(), how.grid.block), how.scheme)
+        scales, zeros = search(blocks, how.scheme, how.dtype, "absmax")
+        shape = (w.shape[0] // how.grid.block[0], -1)
+        return stored(scales.reshape(shape), how.dtype), zeros.reshape(shape) if how.scheme.zero else None
 
     def rounded_weight(self) -> torch.Tensor:
         """w^ [N, K], float32, with gradients."""
-        return fake(self.matrix(), self.parts(), self.plan.grid)
+        return fake(self.matrix(), self.parts(), self.rounding.grid)
 
     def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
         """x, rounded to int8 by the static scale if there is one."""
         if self.input_scale is None:
             return x
-        if self.training and self.plan.ranges == "ema":
+        if self.training and self.rounding.ranges == "ema":
             self.input_scale.lerp_(range_of(x).to(self.input_scale), _NEW)
         return fake_tensor(x, self.input_scale)
 
@@ -91,28 +122,28 @@ class FakeLayer(nn.Module):
 
         Raises WeightError where a weight or a scale is not finite.
         """
-        plan, w = self.plan, self.matrix()
+        how, w = self.rounding, self.matrix()
         codec.check_finite(w.float(), name)
         scale, zero = self.parts()
         learned = [part for part in (scale, zero, self.input_scale) if part is not None]
         if not all(bool(torch.isfinite(part).all()) for part in learned):
             raise WeightError(
-                f"{name}: a scale was learned that is not finite, or too large for {plan.dtype}",
+                f"{name}: a scale was learned that is not finite, or too large for {how.dtype}",
                 "train with a lower learning rate",
             )
-        codes = plan.grid.round(plan.grid.places(w, (scale, zero))).flatten(2).flatten(0, 1)
+        codes = how.grid.round(how.grid.places(w, (scale, zero))).flatten(2).flatten(0, 1)
         return QTensor(
-            scheme=plan.scheme,
-            codes=codes.to(torch.int8 if plan.grid.levels.lo < 0 else torch.uint8).contiguous(),
-            scale=scale.to(plan.dtype),
+            scheme=how.scheme,
+            codes=codes.to(codes_dtype(how.scheme)).contiguous(),
+            scale=scale.to(how.dtype),
             zero=None if zero is None else zero.to(torch.int8),
-            transposed=isinstance(self, Conv1D),
+            transposed=self.kind.transposed,
             input_scale=None if self.input_scale is None else self.input_scale.detach().float().reshape(1),
         )
 
     def extra_repr(self) -> str:
         """As torch's layer, and what it is rounded to."""
-        return f"{super().extra_repr()}, {self.plan.scheme}, {self.plan.quantizer}"
+        return f"{super().extra_repr()}, {self.rounding.scheme}, {self.rounding.quantizer}"
 
 
 def range_of(x: torch.Tensor) -> torch.Tensor:
@@ -121,7 +152,7 @@ def range_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def _tokens(layer: FakeLayer) -> bool:
-    return layer.plan.scheme.activations == "token"
+    return layer.rounding.scheme.activations == "token"
 
 
 def _type_of_products(x: torch.Tensor) -> torch.Tensor:
@@ -135,19 +166,15 @@ class FakeLinear(FakeLayer, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.rounded_input(_type_of_products(x))
-        return fake_linear(x, self.weight, self.parts(), self.bias, self.plan.grid, tokens=_tokens(self))
+        return fake_linear(x, self.weight, self.parts(), self.bias, self.rounding.grid, tokens=_tokens(self))
 
 
 class FakeConv1D(FakeLayer, Conv1D):
     """transformers' Conv1D, a linear layer with a transposed weight."""
 
-    def matrix(self) -> torch.Tensor:
-        matrix: torch.Tensor = self.weight.t()
-        return matrix
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.rounded_input(_type_of_products(x))
-        return fake_linear(x, self.matrix(), self.parts(), self.bias, self.plan.grid, tokens=_tokens(self))
+        return fake_linear(x, self.matrix(), self.parts(), self.bias, self.rounding.grid, tokens=_tokens(self))
 
 
 class FakeConv2d(FakeLayer, nn.Conv2d):
@@ -166,38 +193,7 @@ class FakeEmbedding(FakeLayer, nn.Embedding):
         flat = ids.flatten()
         scale, zero = self.parts()
         rows = nn.functional.embedding(flat, self.weight, self.padding_idx)
-        blocks = flat // self.plan.grid.block[0]
-        grid = Grid(self.plan.grid.levels, (1, self.plan.grid.block[1]), self.plan.grid.clip)
+        blocks = flat // self.rounding.grid.block[0]
+        grid = Grid(self.rounding.grid.levels, (1, self.rounding.grid.block[1]), self.rounding.grid.clip)
         looked_up = fake(rows, (scale[blocks], None if zero is None else zero[blocks]), grid)
         return looked_up.view(*ids.shape, -1).to(self.weight.dtype)
-
-
-Convertible = nn.Linear | Conv1D | nn.Conv2d | nn.Embedding
-_KINDS: tuple[tuple[type[nn.Module], type[FakeLayer]], ...] = (
-    (nn.Linear, FakeLinear), (Conv1D, FakeConv1D), (nn.Conv2d, FakeConv2d), (nn.Embedding, FakeEmbedding),
-)  # fmt: skip
-
-
-def convert(
-    layer: Convertible,
-    plan: Plan,
-    scale: nn.Parameter | None,
-    zero: nn.Parameter | None,
-    static: torch.Tensor | None = None,
-) -> FakeLayer:
-    """The layer that trains in the place of `layer`: the same parameters, mode, hooks.
-
-    scale, zero: None if not learned. static: the first scale [1, 1] of its activations, None if that is not static.
-    """
-    cls = next(fake for kind, fake in _KINDS if isinstance(layer, kind))
-    new = cls.__new__(cls)
-    vars(new).update(vars(layer))
-    new._parameters = dict(layer._parameters)
-    new.plan = plan
-    new.register_parameter("weight_scale", scale)
-    new.register_parameter("weight_zero", zero)
-    if static is not None and plan.ranges == "ema":
-        new._buffers = {**layer._buffers, "input_scale": static}
-    else:
-        new.register_parameter("input_scale", None if static is None else nn.Parameter(static))
-    return new

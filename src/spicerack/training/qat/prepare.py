@@ -5,53 +5,54 @@
     small = spicerack.freeze(model)
     spicerack.save(small, "out")
 
-The layers are those of `nn/fake_layers.py`, what is learned that of `nn/fake.py`. A model that is packed already trains
-its scales alone, in the layers of `nn/tuned_layers.py`.
+A float model gets the layers of `fake_layers` in the places of its own, with its own parameters in them, which round
+as they compute; what is learned beside the weights, and every gradient, is told in `numerics/fake.py`. A packed model
+gets those of `tuned_layers`, whose codes stay and whose scales train; or, with weights=True, it becomes a float model
+first, its weights in the middle of their codes' cells, and is then prepared like any other.
+
+Replacing is the last step: all that can be refused is refused before the model changes. `freeze` asks each layer for
+the codes that it computes with, so that nothing is searched or rounded once more, and puts packed layers into a copy.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from spicerack.algorithms.method import Method
-from spicerack.errors import SchemeError, UsageError
+from spicerack.errors import SchemeError, UsageError, listed
 from spicerack.kernels.kernel import Compute
-from spicerack.nn.conv import Geometry, QConv2d
-from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.fused import fuse
+from spicerack.nn import kinds
 from spicerack.nn.gelu import JoinedGELU
-from spicerack.nn.linear import QLinear
-from spicerack.nn.weight import PackedWeight
+from spicerack.nn.kinds import LayerKind
+from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import module, recipe
+from spicerack.quantization import module
+from spicerack.quantization import recipe as recipes
 from spicerack.quantization.recipe import Recipe, Rule
 from spicerack.runtime import hf
 from spicerack.training.qat import gather
-from spicerack.training.qat.fake_layers import Convertible, FakeLayer, Plan, convert
 from spicerack.training.qat.start import (
-    Learned,
     QATConfig,
-    begun,
     choose,
-    float_twin,
+    first_scales,
+    learned_of,
     observed,
-    plan_from,
-    plan_of,
-    start,
+    rounding_as,
+    rounding_of,
 )
-from spicerack.training.qat.tuned_layers import Packed, Shared, TunedConv2d, TunedEmbedding, TunedLayer, tuned
+from spicerack.training.qat.trained import TrainedLayer
+from spicerack.training.qat.tuned_layers import SharedWeight
+from spicerack.training.qat.twins import Learned, Start, fake_twin, tuned_twin
 
 _DEFAULTS = QATConfig()
 _LISTED = 8
-Trained = FakeLayer | TunedLayer
 
 
 def prepare_qat(
@@ -78,63 +79,34 @@ def prepare_qat(
     Raises RecipeError, SchemeError, ShapeError, WeightError, UsageError (prepared already, no inputs for static
     activations, no scheme for a float model or one for a packed model).
     """
-    if any(True for _ in _trained(model)):
+    if _trained(model):
         raise UsageError(f"{type(model).__name__} is prepared already", "prepare the float model, and once")
-    if packed := {n: part for n, part in model.named_modules(remove_duplicate=False) if isinstance(part, Packed)}:
+    if packed := _packed(model):
         if scheme is not None or tuple(rules) or (config != _DEFAULTS and not weights):
             raise UsageError(
                 f"{type(model).__name__} is packed: " + ("it has its scheme" if weights else "only its scales train"),
                 "leave scheme, rules and config out (weights=True takes a config), or prepare the float model",
             )
-        return _unpacked(model, packed, config) if weights else _tune(model, packed)
+        return _unpacked(model, packed, config) if weights else _tuned(model, packed)
     if scheme is None or weights:
         raise UsageError(
             f"{type(model).__name__} is not packed" + ("" if weights else ", and no scheme was given"),
             "prepare_qat(model, 'w4g32')",
         )
-    what = recipe.of(scheme, rules)
-    if what.method not in (None, Method()):
-        raise UsageError(f"training has no use for {what.method}", "leave the method out: it begins with rounding")
-    layers, chosen = choose(model, what)
-    plans = {name: plan_of(name, layer, chosen[name], config) for name, layer in layers.items()}
-    static = observed(model, {n: layers[n] for n, s in chosen.items() if s.activations == "static"}, inputs)
-    started: dict[int, Learned] = {}
-    for name, layer in layers.items():
-        if id(layer.weight) not in started:
-            started[id(layer.weight)] = start(name, layer, plans[name], config.init or what.range_)
-    return _converted(model, layers, plans, started, static)
-
-
-def _converted(
-    model: nn.Module,
-    layers: Mapping[str, Convertible],
-    plans: Mapping[str, Plan],
-    started: Mapping[int, Learned],
-    static: Mapping[int, torch.Tensor],
-) -> nn.Module:
-    """`model`, changed in place. started: by id of weights; static: by id of layers."""
-    made: dict[int, FakeLayer] = {}
-    for name, layer in layers.items():
-        if id(layer) not in made:
-            made[id(layer)] = convert(layer, plans[name], *started[id(layer.weight)], static.get(id(layer)))
-    if frozen := [name for name, layer in layers.items() if not layer.weight.requires_grad]:
-        warnings.warn(f"{_few(frozen)}: rounded, but not trained (requires_grad is False)", stacklevel=3)
-    if "" in layers:
-        return made[id(model)]
-    for name, layer in layers.items():
-        model.set_submodule(name, made[id(layer)])
-    _tell(model)
-    return model
+    recipe = recipes.of(scheme, rules)
+    if recipe.method not in (None, Method()):
+        raise UsageError(f"training has no use for {recipe.method}", "leave the method out: it begins with rounding")
+    return _rounded(model, recipe, config, inputs)
 
 
 def scales(model: nn.Module) -> list[nn.Parameter]:
     """The learned scales and zero points, each once: for an optimizer's group without weight decay."""
-    found = [
+    parameters = [
         layer._parameters.get(name)
-        for _, layer in _trained(model)
+        for layer in _trained(model).values()
         for name in ("weight_scale", "weight_zero", "input_scale")
     ]
-    return list(dict.fromkeys(part for part in found if part is not None))
+    return list(dict.fromkeys(part for part in parameters if part is not None))
 
 
 def freeze(model: nn.Module, *, compute: Compute | None = None) -> nn.Module:
@@ -146,91 +118,149 @@ def freeze(model: nn.Module, *, compute: Compute | None = None) -> nn.Module:
     """
     model = gather.unwrapped(model)
     sharded = gather.resharded(model)
-    layers = dict(_trained(model))
+    layers = _trained(model)
     if not layers:
         raise UsageError(f"{type(model).__name__} is not prepared", "use spicerack.prepare_qat(model, scheme) first")
-    packed: dict[tuple[int, bool], PackedWeight] = {}
+    weights: dict[tuple[int, bool], PackedWeight] = {}
     for name, layer in layers.items():
-        if isinstance(layer, nn.Conv2d) and layer.plan.scheme.activations is not None:
+        if layer.kind.inputs == "maps" and layer.scheme.activations is not None:
             raise SchemeError(
-                f"{name}: {layer.plan.scheme}: packed convolutions compute with float activations so far",
+                f"{name}: {layer.scheme}: packed convolutions compute with float activations so far",
                 "train it without a8",
             )
-        if (key := _key(layer)) not in packed:
-            own = _own(layer)
-            dtype = layer.layout.weight_dtype if isinstance(layer, TunedLayer) else own.dtype
-            q = (gather.whole(layer) if sharded else layer).qtensor(module.weight_of(name))
-            packed[key] = PackedWeight(q, dtype, "cpu" if sharded else own.device, compute)
-    large = [layer.codes if isinstance(layer, TunedLayer) else layer.weight for layer in layers.values()]
-    copied = gather.copied if sharded else copy.deepcopy
-    small = copied(model, {id(one): one for one in large})  # they leave at once, and are never there twice
-    old = {name: small.get_submodule(name) for name in layers}
-    new: dict[int, nn.Module] = {}
-    for name, trained in old.items():
-        assert isinstance(trained, Trained)
-        if id(trained) not in new:
-            new[id(trained)] = _frozen(trained, packed[_key(layers[name])])
-        if not name:
-            return new[id(trained)]
-        small.set_submodule(name, new[id(trained)])
+        if (key := _key(layer)) not in weights:
+            q = (gather.whole(layer) if sharded else layer).qtensor(module.weight_name(name))
+            device = torch.device("cpu") if sharded else layer.tied.device
+            weights[key] = PackedWeight(q, layer.weight_dtype, device, compute)
+    small = module.with_packed(
+        model,
+        {name: weights[_key(layer)] for name, layer in layers.items()},
+        _kind_of,
+        [layer.largest for layer in layers.values()],
+        gather.copied if sharded else copy.deepcopy,
+    )
     if "_original_forward" in vars(small):  # accelerate's wrapper, which would call the model that was copied
         del vars(small)["_original_forward"], vars(small)["forward"]
-    fuse(small)
-    for part in small.modules():
-        if isinstance(part, PreTrainedModel):
-            hf.tell_transformers(part)
     return small
+
+
+# ---- what is there ---------------------------------------------------------------------------------------------------
+
+
+def _trained(model: nn.Module) -> dict[str, TrainedLayer]:
+    """Path -> layer that is trained in few bits, under all their names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: layer for name, layer in modules if isinstance(layer, TrainedLayer)}
+
+
+def _packed(model: nn.Module) -> dict[str, PackedLayer]:
+    """Path -> packed layer, under all their names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: layer for name, layer in modules if isinstance(layer, PackedLayer)}
+
+
+def _kind_of(layer: nn.Module) -> LayerKind:
+    assert isinstance(layer, TrainedLayer)
+    return layer.kind
+
+
+def _key(layer: TrainedLayer) -> tuple[int, bool]:
+    """Layers with one key are frozen to one PackedWeight: a Conv1D reads the same numbers the other way round."""
+    return id(layer.tied), layer.kind.transposed
 
 
 # ---- what is prepared ------------------------------------------------------------------------------------------------
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[str, Trained]]:
-    """Under all their names."""
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, Trained):
-            yield name, layer
-
-
-def _tune(model: nn.Module, layers: dict[str, Packed]) -> nn.Module:
-    """`model`, changed in place: the scales of its packed layers train, and nothing else."""
-    shared = {id(layer.packed): Shared(name, layer.packed) for name, layer in layers.items()}
-    made = {id(layer): module.as_before(tuned(layer, shared[id(layer.packed)]), layer) for layer in layers.values()}
-    model.requires_grad_(False)
-    if "" in layers:
-        return made[id(model)]
+def _rounded(model: nn.Module, recipe: Recipe, config: QATConfig, inputs: Iterable[Any]) -> nn.Module:
+    """A float model, changed in place: the recipe's layers round as they compute."""
+    layers, schemes = choose(model, recipe)
+    roundings = {name: rounding_of(name, layer, schemes[name], config) for name, layer in layers.items()}
+    static = {name: layers[name] for name, scheme in schemes.items() if scheme.activations == "static"}
+    ranges = observed(model, static, inputs)
+    learned: dict[int, Learned] = {}
     for name, layer in layers.items():
-        model.set_submodule(name, made[id(layer)])
-    _separate(model)
-    _tell(model)
-    return model
+        if id(layer.weight) not in learned:
+            learned[id(layer.weight)] = first_scales(name, layer, roundings[name], config.init or recipe.range_)
+    starts = {
+        name: Start(layer, roundings[name], learned[id(layer.weight)], ranges.get(id(layer)))
+        for name, layer in layers.items()
+    }
+    return _converted(model, starts)
 
 
-def _unpacked(model: nn.Module, layers: dict[str, Packed], config: QATConfig) -> nn.Module:
-    """`model`, changed in place: all of it trains, from what its packed layers hold."""
-    tied: dict[int, nn.Parameter] = {}
+def _unpacked(model: nn.Module, layers: Mapping[str, PackedLayer], config: QATConfig) -> nn.Module:
+    """A packed model, changed in place: all of it trains, from what its packed layers hold."""
     codes = {id(layer.packed): layer.packed.qtensor() for layer in layers.values()}
-    floats: dict[str, Convertible] = {}
-    made: dict[int, Convertible] = {}
-    for name, layer in layers.items():
-        if id(layer.packed) not in tied:
-            tied[id(layer.packed)] = nn.Parameter(layer.weight.detach().contiguous())
-        if id(layer) not in made:
-            made[id(layer)] = float_twin(layer, tied[id(layer.packed)])
-        floats[name] = made[id(layer)]
-    plans, started, static = {}, {}, {}
-    for name, layer in layers.items():
-        q = codes[id(layer.packed)]
-        plans[name] = plan_from(name, floats[name], q, config)
-        started[id(floats[name].weight)] = begun(q, floats[name].weight)
-        if q.input_scale is not None:
-            static[id(floats[name])] = q.input_scale.to(floats[name].weight).reshape(1, 1)
+    floats = _float_twins(layers)
+    learned: dict[int, Learned] = {}
+    starts: dict[str, Start] = {}
+    for name, layer in floats.items():
+        q, weight = codes[id(layers[name].packed)], kinds.weight_of(layer)
+        how = rounding_as(name, layer, q, config)
+        if id(weight) not in learned:
+            learned[id(weight)] = learned_of(q, weight)
+        static = None if q.input_scale is None else q.input_scale.to(weight).reshape(1, 1)
+        starts[name] = Start(layer, how, learned[id(weight)], static)
     for name, old in layers.items():
         module.as_before(floats[name], old)
         if name:
             model.set_submodule(name, floats[name])
     _separate(model)
-    return _converted(model if "" not in layers else floats[""], floats, plans, started, static)
+    return _converted(floats.get("", model), starts)
+
+
+def _float_twins(layers: Mapping[str, PackedLayer]) -> dict[str, nn.Module]:
+    """Path -> the float layer that each was quantized from, with the weight that it holds; one where they are one."""
+    weights: dict[int, nn.Parameter] = {}
+    floats: dict[int, nn.Module] = {}
+    for layer in layers.values():
+        kind = kinds.of_packed(layer)
+        if id(layer.packed) not in weights:
+            weights[id(layer.packed)] = nn.Parameter(layer.weight.detach().contiguous())
+        if id(layer) not in floats:
+            floats[id(layer)] = kind.unpack(weights[id(layer.packed)], kind.options(layer), layer.bias)
+    return {name: floats[id(layer)] for name, layer in layers.items()}
+
+
+def _converted(model: nn.Module, starts: Mapping[str, Start]) -> nn.Module:
+    """`model`, changed in place: the layers at these paths train in few bits. Warns of those whose weight does not."""
+    trained: dict[int, TrainedLayer] = {}
+    for name, start in starts.items():
+        if id(start.layer) not in trained:
+            trained[id(start.layer)] = fake_twin(name, start)
+    if frozen := [name for name, start in starts.items() if not kinds.weight_of(start.layer).requires_grad]:
+        warnings.warn(
+            f"{listed(frozen, _LISTED, 'layers')}: rounded, but not trained (requires_grad is False)", stacklevel=4
+        )
+    return _replaced(model, {name: trained[id(start.layer)] for name, start in starts.items()})
+
+
+def _tuned(model: nn.Module, layers: Mapping[str, PackedLayer]) -> nn.Module:
+    """A packed model, changed in place: the scales of its packed layers train, and nothing else."""
+    shared: dict[int, SharedWeight] = {}
+    trained: dict[int, TrainedLayer] = {}
+    for name, layer in layers.items():
+        if id(layer.packed) not in shared:
+            shared[id(layer.packed)] = SharedWeight(name, layer.packed)
+        if id(layer) not in trained:
+            new = tuned_twin(name, layer, shared[id(layer.packed)])
+            module.as_before(new, layer)
+            trained[id(layer)] = new
+    model.requires_grad_(False)
+    if "" not in layers:
+        _separate(model)
+    return _replaced(model, {name: trained[id(layer)] for name, layer in layers.items()})
+
+
+def _replaced(model: nn.Module, layers: Mapping[str, TrainedLayer]) -> nn.Module:
+    """`model` with these layers, or the layer itself if it is all there is."""
+    if "" in layers:
+        return layers[""]
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    _tell(model)
+    return model
 
 
 def _tell(model: nn.Module) -> None:
@@ -244,33 +274,3 @@ def _separate(model: nn.Module) -> None:
     for name, part in list(model.named_modules(remove_duplicate=False)):
         if isinstance(part, JoinedGELU):
             model.set_submodule(name, part.activation)
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more layers" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
-# ---- what is frozen --------------------------------------------------------------------------------------------------
-
-
-def _own(layer: Trained) -> nn.Parameter:
-    """What tied layers have in common."""
-    own = layer.weight_scale if isinstance(layer, TunedLayer) else layer.weight
-    assert isinstance(own, nn.Parameter)
-    return own
-
-
-def _key(layer: Trained) -> tuple[int, bool]:
-    return id(_own(layer)), isinstance(layer, Conv1D)
-
-
-def _frozen(old: Trained, packed: PackedWeight) -> nn.Module:
-    """The packed layer in the place of `old`, with its bias, its mode and its hooks."""
-    bias = old._parameters.get("bias")
-    if isinstance(old, nn.Conv2d | TunedConv2d):
-        geometry = old.geometry if isinstance(old, TunedConv2d) else Geometry.of(old)
-        return module.as_before(QConv2d(packed, geometry, bias), old)
-    if isinstance(old, nn.Embedding | TunedEmbedding):
-        return module.as_before(QEmbedding(packed, old.padding_idx), old)
-    return module.as_before(QLinear(packed, bias), old)

@@ -1,31 +1,34 @@
-"""What `prepare_qat` decides before it changes anything: which layers, how each is rounded, where scales begin."""
+"""What `prepare_qat` decides before it changes anything: which layers, how each is rounded, where scales begin.
+
+Of a float model `choose` says which layers train, by the rules that `quantize` has; `rounding_of` how each is rounded;
+`first_scales` and `observed` where what is learned begins. Of a packed model the folder has said all that already:
+`rounding_as` and `learned_of` take it from its QTensors.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from spicerack.errors import RecipeError, SchemeError, UsageError
-from spicerack.nn.conv import QConv2d
-from spicerack.nn.embedding import QEmbedding
+from spicerack.nn import kinds
 from spicerack.numerics import rounding
+from spicerack.numerics.dtypes import SOURCE_BY_WORD
 from spicerack.numerics.fake import Clip, Grid
-from spicerack.numerics.levels import dtype_of
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scheme import IntLevels, Scheme
-from spicerack.numerics.search import is_ternary
+from spicerack.numerics.scales import dtype_of
+from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import module
 from spicerack.quantization.recipe import Recipe
-from spicerack.training.qat.fake_layers import LEARNED, Convertible, Plan, Quantizer, Ranges, range_of
-from spicerack.training.qat.tuned_layers import Packed
+from spicerack.training.qat import twins
+from spicerack.training.qat.fake_layers import LEARNED, Quantizer, Ranges, Rounding, range_of
+from spicerack.training.qat.twins import Learned
 
 Init = Literal["opt", "absmax", "lsq"]
 Stored = Literal["float32", "float16", "bfloat16"]
@@ -59,88 +62,93 @@ class QATConfig:
                 raise UsageError(f"QATConfig has no {given!r}", f"one of {', '.join(known)}")
 
 
-Learned = tuple[nn.Parameter | None, nn.Parameter | None]
-"""Scale and zero point."""
+# ---- of float models -------------------------------------------------------------------------------------------------
 
 
-def choose(model: nn.Module, what: Recipe) -> tuple[dict[str, Convertible], dict[str, Scheme]]:
-    """Path -> layer, and its scheme, for what is trained in few bits."""
-    found = dict(module.layers_of(model))
-    roles = module.roles_of(model, found)
-    convolutions = dict(_convolutions(model))
-    everything: dict[str, Convertible] = {**found, **convolutions}
-    if not everything:
+def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, nn.Module], dict[str, Scheme]]:
+    """Path -> layer, and its scheme, for what is trained in few bits: what `quantize` would round, and nothing else.
+
+    Raises RecipeError, SchemeError, ShapeError, WeightError as that does. Static activations, which it refuses, can be
+    trained.
+    """
+    layers = module.layers_of(model)
+    if not layers:
         raise RecipeError(f"{type(model).__name__} has no layer that is trained in few bits", "it needs linear layers")
-    roles |= dict.fromkeys(convolutions, "linear")
-    chosen, _ = module.chosen_of(model, what, everything, roles)
-    weights_of = {
-        name: dataclasses.replace(scheme, activations=None)
-        if scheme.activations == "static" and not isinstance(everything[name], nn.Embedding)
-        else scheme
-        for name, scheme in chosen.items()
-    }
-    module.check({n: found[n] for n in chosen if n in found}, {n: s for n, s in weights_of.items() if n in found})
-    for name, scheme in chosen.items():
-        if name in convolutions:
-            _check_convolution(name, convolutions[name], scheme)
-    module.check_owners(model, everything, chosen)
-    return {name: everything[name] for name in chosen}, chosen
+    schemes, _ = module.schemes_of(model, recipe, layers)
+    layers = {name: layers[name] for name in schemes}
+    for name, layer in layers.items():
+        twins.of(name, kinds.of(layer))
+    module.check(layers, {name: _of_weights(layers[name], scheme) for name, scheme in schemes.items()})
+    module.check_owners(model, layers)
+    return layers, schemes
 
 
-def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
-    """Those of plain modules: `load` fills convolutions of modules that are passed to it."""
-    inside = [f"{name}." for name, part in model.named_modules() if isinstance(part, PreTrainedModel)]
-    if any(prefix == "." for prefix in inside):
-        return
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if type(layer) is nn.Conv2d and not name.startswith(tuple(inside)):
-            yield name, layer
+def _of_weights(layer: nn.Module, scheme: Scheme) -> Scheme:
+    """The scheme without static activations, for layers that have activations at all."""
+    if scheme.activations == "static" and kinds.of(layer).inputs != "ids":
+        return dataclasses.replace(scheme, activations=None)
+    return scheme
 
 
-def _check_convolution(name: str, layer: nn.Conv2d, scheme: Scheme) -> None:
-    if layer.padding_mode != "zeros":
-        raise RecipeError(
-            f"{name}: a convolution with padding_mode={layer.padding_mode!r} has no packed form", "skip it"
-        )
-    if scheme.activations == "token":
-        raise SchemeError(f"{name}: a convolution has no tokens to find scales of", "use the scheme without a8")
-    if "weight" not in dict(layer.named_parameters(recurse=False)) or layer.weight.is_meta:
-        raise RecipeError(
-            f"{module.weight_of(name)} is no parameter with values", "load it, or remove what computes it"
-        )
-    scheme.check_shape(module.weight_of(name), (layer.out_channels, layer.weight[0].numel()))
-
-
-def plan_of(name: str, layer: Convertible, scheme: Scheme, config: QATConfig) -> Plan:
-    """How `layer` is rounded. Raises SchemeError for a scheme that cannot be trained."""
-    levels = scheme.levels
-    if not isinstance(levels, IntLevels) or not isinstance(scheme.scale, str) or scheme.min is not None:
-        what = "its levels are a table" if not isinstance(levels, IntLevels) else "its scales are quantized themselves"
-        raise SchemeError(f"{name}: {scheme} is not trained: {what}", "use integer levels, such as w4g32 or ternary")
+def rounding_of(name: str, layer: nn.Module, scheme: Scheme, config: QATConfig) -> Rounding:
+    """How `layer`, whose path is `name`, is rounded. Raises SchemeError for a scheme that cannot be trained."""
+    reason = scheme.levels_obstacle or scheme.scale_obstacle
+    if reason is not None:
+        raise SchemeError(f"{name}: {scheme} is not trained: {reason}", "use integer levels, such as w4g32 or ternary")
     quantizer = config.quantizer or default_quantizer(scheme)
-    if quantizer == "absmean" and not is_ternary(scheme):
+    if quantizer == "absmean" and not scheme.is_ternary:
         raise SchemeError(f"{name}: absmean is for ternary weights, not for {scheme}", "use lsq, seq or absmax")
-    rows = layer.weight.shape[1] if isinstance(layer, Conv1D) else layer.weight.shape[0]
-    block = scheme.block_shape(rows, layer.weight.numel() // rows)
-    return Plan(
-        scheme,
-        quantizer,
-        Grid(levels, block, _CLIPS[quantizer]),
-        dtype_of(scheme.scale, layer.weight.dtype if config.stored is None else getattr(torch, config.stored)),
-        config.ranges,
-    )
+    weight = kinds.weight_of(layer)
+    rows, columns = kinds.of(layer).matrix(weight).shape
+    source = weight.dtype if config.stored is None else SOURCE_BY_WORD[config.stored]
+    grid = Grid(scheme.integers, scheme.block_shape(rows, columns), _CLIPS[quantizer])
+    return Rounding(scheme, quantizer, grid, dtype_of(scheme.scale, source), config.ranges)
+
+
+def default_quantizer(scheme: Scheme) -> Quantizer:
+    """BitNet's for ternary weights, LSQ for all others (docs/training.md has what was measured)."""
+    return "absmean" if scheme.is_ternary else "lsq"
+
+
+def first_scales(name: str, layer: nn.Module, how: Rounding, init: Init) -> Learned:
+    """What is learned, at its beginning. Scales have the weight's type, because FSDP takes no mixture.
+
+    Raises SchemeError for LSQ's own first step where there are zero points, WeightError.
+    """
+    if how.quantizer not in LEARNED:
+        return None, None
+    weight = kinds.weight_of(layer).detach()
+    w = kinds.of(layer).matrix(weight).contiguous().cpu()
+    levels, tiles = how.grid.levels, how.grid.tiles(w).float().abs()
+    zero: torch.Tensor | None = None
+    if init == "lsq":
+        if how.scheme.zero:
+            raise SchemeError(f"{name}: LSQ's first step is for symmetric levels, not for {how.scheme}", "init='opt'")
+        scale = 2 * tiles.mean((1, 3)) / math.sqrt(levels.hi + 0.5 * levels.half)
+    elif init == "absmax" and how.quantizer == "seq" and not how.scheme.zero:
+        scale = 2 * tiles.amax((1, 3)) / (levels.hi - levels.lo + 1)
+    else:
+        q = rounding.to_nearest(w, how.scheme, range_=init, name=module.weight_name(name))
+        scale, zero = q.plain_scale, q.zero
+    trains = kinds.weight_of(layer).requires_grad
+    zeros = None if zero is None else nn.Parameter(zero.to(weight), trains)
+    return nn.Parameter(scale.to(weight), trains), zeros
 
 
 @torch.no_grad()
-def observed(model: nn.Module, layers: Mapping[str, Convertible], inputs: Iterable[Any]) -> dict[int, torch.Tensor]:
-    """id of layer -> the scale [1, 1] that holds the largest of its inputs."""
+def observed(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Iterable[Any]) -> dict[int, torch.Tensor]:
+    """id of layer -> the scale [1, 1] that holds the largest of its inputs, in the weight's type.
+
+    inputs: batches that the model is called with, in eval mode; its parts keep their modes, and no hook stays. Raises
+    UsageError for a layer that nothing flowed through.
+    """
     if not layers:
         return {}
-    found: dict[int, torch.Tensor] = {}
+    ranges: dict[int, torch.Tensor] = {}
 
     def look(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen = range_of(args[0]).to(layer.get_parameter("weight"))
-        found[id(layer)] = torch.maximum(found.get(id(layer), seen), seen)
+        newest = range_of(args[0]).to(layer.get_parameter("weight"))
+        ranges[id(layer)] = torch.maximum(ranges.get(id(layer), newest), newest)
 
     modes = {part: part.training for part in model.modules()}
     hooks = [layer.register_forward_pre_hook(look) for layer in dict.fromkeys(layers.values())]
@@ -154,79 +162,28 @@ def observed(model: nn.Module, layers: Mapping[str, Convertible], inputs: Iterab
         for part, mode in modes.items():
             part.training = mode
     for name, layer in layers.items():
-        if id(layer) not in found:
+        if id(layer) not in ranges:
             raise UsageError(
                 f"{name}: nothing flowed through it to find its static scale by", "pass inputs=[batch, ...]"
             )
-    return found
-
-
-def default_quantizer(scheme: Scheme) -> Quantizer:
-    """BitNet's for ternary weights, LSQ for all others (docs/training.md has what was measured)."""
-    return "absmean" if is_ternary(scheme) else "lsq"
-
-
-def start(name: str, layer: Convertible, plan: Plan, init: Init) -> Learned:
-    """What is learned, at its beginning. Scales have the weight's type, because FSDP takes no mixture."""
-    if plan.quantizer not in LEARNED:
-        return None, None
-    weight = layer.weight.detach()
-    w = (weight.t() if isinstance(layer, Conv1D) else weight.flatten(1)).contiguous().cpu()
-    levels, tiles = plan.grid.levels, plan.grid.tiles(w).float().abs()
-    zero: torch.Tensor | None = None
-    if init == "lsq":
-        if plan.scheme.zero:
-            raise SchemeError(f"{name}: LSQ's first step is for symmetric levels, not for {plan.scheme}", "init='opt'")
-        scale = 2 * tiles.mean((1, 3)) / math.sqrt(levels.hi + 0.5 * levels.half)
-    elif init == "absmax" and plan.quantizer == "seq" and not plan.scheme.zero:
-        scale = 2 * tiles.amax((1, 3)) / (levels.hi - levels.lo + 1)
-    else:
-        q = rounding.to_nearest(w, plan.scheme, range_=init, name=module.weight_of(name))
-        assert isinstance(q.scale, torch.Tensor)
-        scale, zero = q.scale, q.zero
-    return tuple(  # type: ignore[return-value]
-        None if part is None else nn.Parameter(part.to(weight), layer.weight.requires_grad) for part in (scale, zero)
-    )
+    return ranges
 
 
 # ---- of packed models ------------------------------------------------------------------------------------------------
 
 
-def float_twin(layer: Packed, weight: nn.Parameter) -> Convertible:
-    """The layer that `layer` was quantized from, with `weight` and the bias that is there."""
-    made: Convertible
-    rows, columns = weight.shape[:2]
-    if isinstance(layer, QEmbedding):
-        made = nn.Embedding(rows, columns, layer.padding_idx, device="meta")
-    elif isinstance(layer, QConv2d):
-        g: Any = layer.geometry
-        made = nn.Conv2d(
-            columns * g.groups, rows, g.kernel_size, g.stride, g.padding, g.dilation, g.groups, device="meta"
-        )
-    elif layer.packed.transposed:
-        made = Conv1D(columns, rows)
-    else:
-        made = nn.Linear(columns, rows, device="meta")
-    made.weight = weight
-    if not isinstance(layer, QEmbedding):
-        made.register_parameter("bias", layer.bias)
-    return made
-
-
-def plan_from(name: str, layer: Convertible, q: QTensor, config: QATConfig) -> Plan:
-    """How a layer is rounded as `q` is, whose scales are where learning begins. Raises SchemeError."""
+def rounding_as(name: str, layer: nn.Module, q: QTensor, config: QATConfig) -> Rounding:
+    """How a float layer is rounded as `q`, its weight when it was packed, is. Raises SchemeError."""
     quantizer = config.quantizer or "lsq"
     if quantizer not in LEARNED:
         raise SchemeError(f"{name}: {quantizer} finds scales anew, and does not begin where they are", "use lsq or seq")
     if config.init is not None:
         raise SchemeError(f"{name}: its scales begin where they are, not at {config.init}", "leave init out")
-    plan = plan_of(name, layer, q.scheme, dataclasses.replace(config, quantizer=quantizer))
-    assert isinstance(q.scale, torch.Tensor)
-    return dataclasses.replace(plan, dtype=q.scale.dtype)
+    how = rounding_of(name, layer, q.scheme, dataclasses.replace(config, quantizer=quantizer))
+    return dataclasses.replace(how, dtype=q.plain_scale.dtype)
 
 
-def begun(q: QTensor, weight: torch.Tensor) -> Learned:
-    """Scale and zero point of a packed weight, to be learned."""
+def learned_of(q: QTensor, weight: torch.Tensor) -> Learned:
+    """Scale and zero point of a packed weight, to be learned, in the type of the float one."""
     zero = None if q.zero is None else nn.Parameter(q.zero.to(weight))
-    assert isinstance(q.scale, torch.Tensor)
-    return nn.Parameter(q.scale.to(weight)), zero
+    return nn.Parameter(q.plain_scale.to(weight)), zero

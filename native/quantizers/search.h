@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "number.h"
+#include "../number.h"
 
 namespace spicerack {
 

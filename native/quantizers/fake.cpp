@@ -1,7 +1,7 @@
 // See fake.h. Row by row, block by block, in float32; rows of a block need not end with a vector.
 #include "fake.h"
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace spicerack::SPICERACK_ISA {
 namespace {

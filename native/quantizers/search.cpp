@@ -4,7 +4,7 @@
 
 #include <new>
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace spicerack::SPICERACK_ISA {
 namespace {

@@ -18,7 +18,7 @@ import pytest
 from spicerack.kernels import panels
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ON_X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86 processors")
 CROSS = "aarch64-linux-gnu"
 SANITIZERS = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"

@@ -1,0 +1,79 @@
+"""The commands, found by their files: their names, order and summaries, without importing any of them.
+
+A file here without an underscore is a command. It declares `command`, which click calls, and `ABOUT`, which is read
+from the syntax tree, so that `--help` needs no command's imports.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from spicerack import plugins
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a command's file says about it, in literals.
+
+    place     where it stands in the list, the lowest number first; of equal ones by name
+    summary   what it does, in one line
+    resumes   whether the same command continues what was interrupted
+    """
+
+    place: int
+    summary: str
+    resumes: bool = False
+
+
+_ABOUT = re.compile(r"^ABOUT = (About\(.*?\))$", re.MULTILINE | re.DOTALL)
+"""The declaration, to the first line that ends with a bracket: all that is parsed of a file. To parse the files whole
+took 18 ms of processor time, in a `--help` of 60."""
+
+
+def about(name: str) -> About:
+    """What the file of command `name` says, which is not imported. Raises LookupError where it says nothing."""
+    spec = importlib.util.find_spec(f"spicerack.cli.{name}")
+    assert spec is not None and spec.origin is not None
+    declared = _ABOUT.search(Path(spec.origin).read_text(encoding="utf-8"))
+    if declared is None:
+        raise LookupError(f"{spec.origin} declares no ABOUT = About(place=..., summary=...)")
+    call = ast.parse(declared[1], mode="eval").body
+    assert isinstance(call, ast.Call)
+    return About(**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
+
+
+class Commands(click.Group):
+    """A group of commands, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, in the order of their places."""
+        return list(self._abouts())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name; None if there is none."""
+        if cmd_name not in plugins.names("cli"):
+            return None
+        command = plugins.get("cli", cmd_name, "command")
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands in the group's own help."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about.summary) for name, about in self._abouts().items()])
+
+    def resumes(self, args: Sequence[str]) -> bool:
+        """Whether the command line `args` continues what it began, when it is given again."""
+        return args[0] in plugins.names("cli") and about(args[0]).resumes if args else False
+
+    @staticmethod
+    def _abouts() -> dict[str, About]:
+        abouts = {name: about(name) for name in plugins.names("cli")}
+        return dict(sorted(abouts.items(), key=lambda item: (item[1].place, item[0])))

@@ -1,0 +1,204 @@
+"""Kinds of layers: a row of `KINDS` says all that is needed to quantize one, to save it, to load it, to open it again.
+
+Who replaces layers (`quantize`, `freeze`, `save`, `load`, `prepare_qat`) asks this table and never for a class. A new
+kind is a row here and a file with its packed layer; to be trained in few bits it needs a row of
+`training/qat/twins.py` as well, which is keyed by `LayerKind.name`.
+
+Heads, routers and the matrices of experts (`ExpertStack` holds a layer for each) are no kinds of their own: they are
+linear layers, and what they are for is told by their names (`models/census.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from spicerack.models.families import names
+from spicerack.nn.conv import Geometry, QConv2d
+from spicerack.nn.embedding import QEmbedding
+from spicerack.nn.linear import QLinear
+from spicerack.nn.weight import PackedLayer, PackedWeight
+
+Inputs = Literal["tokens", "maps", "ids"]
+"""What flows into a layer: [..., K], of which each token may have a scale of its own; [..., I, H, W], which has no
+tokens; or indices of rows."""
+Bias = nn.Parameter | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """One kind of layer whose weight has a packed form.
+
+    name          what folders call it (`storage.format.Planned.role`)
+    role          what recipes go by, as a role of `models.census`: convolutions are quantized where linear layers are
+    float_class   torch's class; its subclasses may compute something else and are of no kind
+    packed_class  the layer that takes its place
+    options       float layer, or one in its place -> what it is beside weight and bias; None if that is all
+    pack          (weight, options, bias) -> the packed layer
+    blank         (weight, options) -> a float layer on the meta device that this weight fits, for `unpack`
+    obstacle      float layer -> why it stays in float, None if it does not
+    inputs        what flows into it
+    transposed    the weight is stored [K, N], inputs first
+    plain_only    only in modules of one's own: in a transformers model it stays in float
+    subclasses    names of the subclasses that compute the same
+    """
+
+    name: str
+    role: str
+    float_class: type[nn.Module]
+    packed_class: type[PackedLayer]
+    options: Callable[[Any], Any]
+    pack: Callable[[PackedWeight, Any, Bias], PackedLayer]
+    blank: Callable[[torch.Tensor, Any], nn.Module]
+    obstacle: Callable[[Any], str | None]
+    inputs: Inputs
+    transposed: bool = False
+    plain_only: bool = False
+    subclasses: frozenset[str] = frozenset()
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """A float layer's weight -> the matrix [N, K] that is quantized. `PackedLayer.weight` is the way back."""
+        return weight.t() if self.transposed else weight.flatten(1)
+
+    def unpack(self, weight: nn.Parameter, options: Any, bias: Bias) -> nn.Module:
+        """The float layer with these; weight in the layer's own shape."""
+        with torch.device("meta"):
+            layer = self.blank(weight, options)
+        layer.register_parameter("weight", weight)
+        if "bias" in layer._parameters:
+            layer.register_parameter("bias", bias)
+        return layer
+
+    def __reduce__(self) -> tuple[Callable[[str], LayerKind], tuple[str]]:
+        """Copies and pickles of layers that hold a row hold that row, and no functions."""
+        return named, (self.name,)
+
+
+def _plain(_layer: nn.Module) -> None:
+    """No options, or no obstacle."""
+
+
+def _looks_up_more(layer: nn.Embedding) -> str | None:
+    if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
+        return "an embedding with max_norm, scale_grad_by_freq or sparse stays in float"
+    return None
+
+
+def _pads_otherwise(layer: nn.Conv2d) -> str | None:
+    if layer.padding_mode != "zeros":
+        return f"a convolution with padding_mode={layer.padding_mode!r} has no packed form"
+    return None
+
+
+def _blank_conv2d(weight: torch.Tensor, g: Any) -> nn.Module:
+    rows, inputs = weight.shape[:2]
+    return nn.Conv2d(inputs * g.groups, rows, g.kernel_size, g.stride, g.padding, g.dilation, g.groups)
+
+
+KINDS: tuple[LayerKind, ...] = (
+    LayerKind(
+        name="embedding",
+        role="embedding",
+        float_class=nn.Embedding,
+        packed_class=QEmbedding,
+        options=lambda layer: layer.padding_idx,
+        pack=lambda weight, padding_idx, _bias: QEmbedding(weight, padding_idx),
+        blank=lambda weight, padding_idx: nn.Embedding(weight.shape[0], weight.shape[1], padding_idx),
+        obstacle=_looks_up_more,
+        inputs="ids",
+    ),
+    LayerKind(
+        name="conv2d",
+        role="linear",
+        float_class=nn.Conv2d,
+        packed_class=QConv2d,
+        options=Geometry.of,
+        pack=QConv2d,
+        blank=_blank_conv2d,
+        obstacle=_pads_otherwise,
+        inputs="maps",
+        plain_only=True,
+    ),
+    LayerKind(
+        name="conv1d",
+        role="conv1d",
+        float_class=Conv1D,
+        packed_class=QLinear,
+        options=_plain,
+        pack=lambda weight, _options, bias: QLinear(weight, bias),
+        blank=lambda weight, _options: Conv1D(weight.shape[1], weight.shape[0]),
+        obstacle=_plain,
+        inputs="tokens",
+        transposed=True,
+    ),
+    LayerKind(
+        name="linear",
+        role="linear",
+        float_class=nn.Linear,
+        packed_class=QLinear,
+        options=_plain,
+        pack=lambda weight, _options, bias: QLinear(weight, bias),
+        blank=lambda weight, _options: nn.Linear(weight.shape[1], weight.shape[0]),
+        obstacle=_plain,
+        inputs="tokens",
+        subclasses=names.PLAIN_LINEAR,
+    ),
+)
+"""Of kinds that share a weight the first gives it its name in a folder: whoever reads that as a linear layer would miss
+that it is a table, too."""
+
+
+def named(name: str) -> LayerKind:
+    """The row of this name. Raises KeyError."""
+    return {kind.name: kind for kind in KINDS}[name]
+
+
+def find(layer: nn.Module) -> LayerKind | None:
+    """The kind of a float layer, None if it has none: of another class, or a subclass that may compute otherwise."""
+    for kind in KINDS:
+        same = isinstance(layer, kind.float_class) and type(layer).__name__ in kind.subclasses
+        if same or type(layer) is kind.float_class:
+            return kind
+    return None
+
+
+def of(layer: nn.Module) -> LayerKind:
+    """The kind of a float layer that has one. Raises KeyError where `find` gives None."""
+    kind = find(layer)
+    if kind is None:
+        raise KeyError(type(layer).__name__)
+    return kind
+
+
+def of_packed(layer: PackedLayer) -> LayerKind:
+    """The kind of the float layer in whose place a packed one is: the row of its class, or of the next one above it.
+
+    Raises KeyError for a class that has no row.
+    """
+    for cls in type(layer).__mro__:
+        for kind in KINDS:
+            if cls is kind.packed_class and layer.packed.transposed == kind.transposed:
+                return kind
+    raise KeyError(type(layer).__name__)
+
+
+def may_be_tied(layer: nn.Module) -> bool:
+    """Whether a layer is of a kind, or of any subclass of one: then its `weight` may be another layer's as well."""
+    return any(isinstance(layer, kind.float_class) for kind in KINDS)
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """The weight of a float layer, typed."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def bias_of(layer: nn.Module) -> Bias:
+    """The bias of a layer, None if it has none."""
+    return layer._parameters.get("bias")

@@ -1,0 +1,188 @@
+"""The stages that turn a job into a folder: plan memory, calibrate, write tensor after tensor, finish.
+
+    plan         what will be in memory, and how much of the calibration text goes through a block at once
+    calibrate    blocks are solved, a file for each beside the output; only where there is calibration text
+    write        one tensor is read, rounded (or what was solved is taken), laid out as the format says, appended to a
+                 shard; a shard that is whole is renamed, and never made again
+    finish       ledger, index, config.json; then the folder appears under its name
+
+One tensor is in memory and one shard unfinished at a time, so that a model may be far larger than memory, and what a
+crash costs is at most a shard and a block. What is given up: a tensor is written where the source had it, so that
+shards cannot be balanced by what their tensors become; and an error is known only once its tensor is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spicerack.algorithms import solver as solvers
+from spicerack.errors import UsageError
+from spicerack.machine.devices import CPU
+from spicerack.machine.ranks import ALONE, Ranks
+from spicerack.numerics import rounding
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import Scheme
+from spicerack.quantization import memory
+from spicerack.quantization.calibration import loop
+from spicerack.quantization.calibration.chunks import Text
+from spicerack.quantization.calibration.states import Solutions, blocks_folder, clear
+from spicerack.quantization.job import Action, Job
+from spicerack.quantization.memory import MemoryPlan
+from spicerack.quantization.watch import Watch
+from spicerack.storage.durable import json_bytes
+from spicerack.storage.files import CONFIG, LEDGER, RUN
+from spicerack.storage.ledger import Entry, Ledger
+from spicerack.storage.writer import ShardWriter, Writer
+from spicerack.text.calibration import Calibration
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a run may use of the machine; none of it changes what the numbers mean.
+
+    device    where blocks compute while they are calibrated; another type of device is another run
+    threads   of the CPU; None: one for each core, shared between the ranks
+    memory    bytes that each process must not exceed, pages mapped from files left out; None: no limit
+    ranks     processes that calibrate together; the first of them writes
+    """
+
+    device: torch.device = CPU
+    threads: int | None = None
+    memory: int | None = None
+    ranks: Ranks = ALONE
+
+    @property
+    def workers(self) -> int:
+        """Threads of this process."""
+        return self.threads or max((os.cpu_count() or 1) // self.ranks.count, 1)
+
+
+def plan(job: Job, calibration: Calibration | None, limit: int | None) -> MemoryPlan:
+    """What the run will have in memory. Raises UsageError if that cannot be made to fit in `limit` bytes."""
+    text = None if calibration is None else (len(calibration.ids), calibration.ids.shape[1])
+    return memory.make(job, text, limit)
+
+
+def identity(job: Job, calibration: Calibration | None, planned: MemoryPlan, means: Means) -> dict[str, Any]:
+    """The facts in which a run that goes on must agree with the one that began: in progress.json and in the ledger."""
+    facts = job.identity()
+    if calibration is not None:
+        text = {"text": calibration.sha256, "tokens": calibration.fingerprint, "chunk": planned.sequences}
+        facts |= {"calibration": text}
+    if means.device.type != "cpu":
+        facts |= {"device": means.device.type}
+    if means.ranks.count > 1:
+        facts |= {"ranks": means.ranks.count}
+    return facts
+
+
+def calibrate(
+    job: Job, calibration: Calibration, planned: MemoryPlan, output: Path, means: Means, watch: Watch
+) -> None:
+    """Solve what lies in the model's blocks, a file for each beside `output`; continues what is there.
+
+    Raises ActivationError (block, layer, token), and UsageError where the memory of a GPU does not do.
+    """
+    try:
+        loop.run(
+            job, Text(calibration, planned.sequences), blocks_folder(output), threads=means.workers,
+            device=means.device, ranks=means.ranks, watch=watch,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:  # of a GPU
+        raise UsageError(
+            f"--device {means.device}: its memory is full; {planned.block_bytes / 1e9:.1f} GB were planned at most",
+            "begin anew with a smaller --memory, which less of the text at once then fits in",
+        ) from error
+
+
+class Stream:
+    """A job on its way into the folder `output`, begun or continued.
+
+    Raises OutputError for an output that exists, is another run's, or is at work; and where the disk is too small.
+    """
+
+    def __init__(self, job: Job, output: Path, facts: dict[str, Any]) -> None:
+        self.job, self.output, self.facts = job, output, facts
+        side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
+        self._writer = Writer(output, job.shards, facts, side_bytes)
+        self.resumed = self._writer.resumed or bool(Solutions(blocks_folder(output)))
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a shard is missing yet."""
+        return next(self._writer.pending(), None) is not None
+
+    @property
+    def workshop(self) -> Path:
+        """A folder for what is tried on the way; it goes when the output appears."""
+        return self._writer.partial / "preflight"
+
+    def write(self, threads: int, watch: Watch) -> None:
+        """All shards that are missing. Raises WeightError (tensor, place, value) and OutputError."""
+        solutions = Solutions(blocks_folder(self.output))
+        actions = {action.info.name: action for action in self.job.actions}
+        shards = list(self._writer.pending())
+        pending = sum(actions[unit.source].info.nbytes for shard in shards for unit in shard.units)
+        watch.progress(self.job.bytes_before - pending)
+        for shard in shards:
+            with self._writer.shard(shard) as out:
+                for unit in shard.units:
+                    action = actions[unit.source]
+                    out.entries.append(_write(self.job, action, out, solutions, threads))
+                    watch.progress(action.info.nbytes)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Complete the folder and let it appear. record: what is true of this run only, for run.json."""
+        writer = self._writer
+        if not writer.complete:
+            dropped = (_entry(action, 0) for action in self.job.actions if not action.slots)
+            ledger = Ledger(self.facts, (*writer.entries(), *dropped))
+            config = json_bytes(dict(self.job.config))
+            files = {RUN: json_bytes(record), LEDGER: ledger.content(), CONFIG: config}
+            writer.finish(files, self.job.source.folder, self.job.source.side_files)
+        clear(blocks_folder(self.output))
+        writer.seal()
+
+
+def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, threads: int) -> Entry:
+    """Read, quantize or copy, and write one tensor -> its ledger entry."""
+    name, planned = action.info.name, action.planned
+    w = job.source.read(name)
+    if planned is None:
+        changed = solutions.changed(name)
+        out.write(name, w if changed is None else changed)
+        moved = () if changed is None else ("divided by factors that the layers behind it have now",)
+        return _entry(action, action.info.nbytes, events=moved)
+    w = w.transpose(-1, -2).contiguous() if planned.transposed else w
+    if name in solutions:
+        q, error = solutions.read(name, planned), solutions.error(name)
+        events = tuple(solutions.events(name))
+    else:
+        q, events = _solve(job, w, planned.scheme, name, threads)
+        error = rounding.relative_error(w, q, threads=threads)
+    for key, tensor in job.format.encode(planned, q).items():
+        out.write(key, tensor)
+    return _entry(action, sum(slot.nbytes for slot in action.slots), error, events)
+
+
+def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -> tuple[QTensor, tuple[str, ...]]:
+    """w [..., N, K], which no calibration reached -> its codes, by a solver that needs nothing else, and events."""
+    q = rounding.to_nearest(w, scheme, range_=job.recipe.range_, name=name, threads=threads)
+    if job.recipe.method is None:
+        return q, ()
+    solved = solvers.solve_weight(job.recipe.method.solver, w, q)
+    return solved.q, solved.events
+
+
+def _entry(action: Action, bytes_after: int, error: float | None = None, events: Iterable[str] = ()) -> Entry:
+    info, planned = action.info, action.planned
+    return Entry(
+        info.name, action.fate, action.why, action.layer_type, None if planned is None else planned.scheme.name,
+        info.dtype, info.shape, info.nbytes, bytes_after, error, tuple(events),
+    )  # fmt: skip

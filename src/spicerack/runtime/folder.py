@@ -1,0 +1,60 @@
+"""`Folder`: what there is in a model folder that is being loaded, and its tensors, packed ones and floats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from spicerack.numerics.qtensor import QTensor
+from spicerack.storage import format as formats
+from spicerack.storage.format import Format, StoredTensor
+from spicerack.storage.reader import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A model folder, opened: headers and config.json are read, weights are not.
+
+    format  in which its packed tensors lie; None if all that is read from it is float
+    plan    module in the checkpoint's names -> what is packed there
+    """
+
+    checkpoint: Checkpoint
+    format: Format | None
+    plan: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Folder:
+        """The folder at a path or hub id. Raises CheckpointError."""
+        checkpoint = Checkpoint.open(folder)
+        form = formats.of_folder(checkpoint)
+        return cls(checkpoint, form, form.contents(checkpoint) if form is not None else {})
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config.json of the float model; empty if the folder holds a plain module."""
+        return self.checkpoint.config if self.format is None else self.format.float_config(self.checkpoint.config)
+
+    def packed(self, planned: StoredTensor) -> QTensor:
+        """Codes and scales of one tensor of `plan`, read from the disk. Raises CheckpointError."""
+        assert self.format is not None, "a plan comes from a format"
+        return self.format.decode(planned, {name: self.checkpoint.read(name) for name in self.format.layout(planned)})
+
+    def floats(self) -> dict[str, torch.Tensor]:
+        """Tensors that are no part of a packed one, by name: mapped from their files, each of which is opened once."""
+        layouts = [self.format.layout(planned) for planned in self.plan.values()] if self.format is not None else []
+        packed = {name for layout in layouts for name in layout}
+        names_in: dict[str, list[str]] = {}
+        for name, info in self.checkpoint.tensors.items():
+            if name not in packed:
+                names_in.setdefault(info.file, []).append(name)
+        tensors: dict[str, torch.Tensor] = {}
+        for file, names in names_in.items():
+            with safe_open(self.checkpoint.folder / file, framework="pt") as shard:
+                tensors.update({name: shard.get_tensor(name) for name in names})
+        return tensors

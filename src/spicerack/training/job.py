@@ -1,0 +1,105 @@
+"""What a run is asked to do: everything that is knowable before a text is read or a weight is computed with.
+
+What cannot be, or would have no effect, is refused here by name, before anything is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from spicerack._version import __version__
+from spicerack.errors import UsageError
+from spicerack.quantization.recipe import Recipe
+from spicerack.storage.reader import Checkpoint
+from spicerack.training.qat.start import QATConfig, Stored
+from spicerack.training.settings import Settings
+from spicerack.training.start import Start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run, fully named and checked. Raises UsageError for what contradicts itself or would have no effect.
+
+    output        folder that the trained model becomes
+    recipe        which layers are rounded, and to what; None: as `start` is, quantized or float
+    start         the model that it begins with
+    teacher       whose predictions are learned; None: the text alone
+    settings      how it trains
+    config        how weights are rounded, as given: what type scales are stored in is `rounding`'s to say
+    scales_only   of a quantized model: no code changes
+    data, held_out   text to learn from and to measure on; None: a part of `data`
+    predictions   folder to keep the teacher's predictions in; None: they are not kept
+    """
+
+    output: Path
+    recipe: Recipe | None
+    start: Start
+    teacher: Checkpoint | None
+    settings: Settings
+    config: QATConfig
+    scales_only: bool
+    data: str | Path
+    held_out: str | Path | None
+    predictions: Path | None
+
+    def __post_init__(self) -> None:
+        if self.scales_only:
+            self._check_scales_only()
+        rounds_anew = self.recipe is not None or (self.start.packed and not self.scales_only)
+        if not rounds_anew and dataclasses.replace(self.config, stored=None) != QATConfig():
+            raise UsageError(
+                "nothing is rounded anew, however it is configured", "name a scheme, or train weights as well"
+            )
+        longest, length = self.start.longest, self.settings.length
+        if longest is not None and length > longest:
+            raise UsageError(f"--length {length}: the model has {longest} positions", f"use {longest} or less")
+        if self.teacher is None and self.predictions is not None:
+            raise UsageError("there is no teacher whose predictions are kept", "name one")
+
+    def _check_scales_only(self) -> None:
+        if not self.start.packed:
+            raise UsageError(f"{self.start.name} is not quantized: its scales cannot train alone", "quantize it first")
+        if self.settings.embedding_lr is not None:
+            raise UsageError("embeddings do not train where scales do alone", "leave embedding_lr out")
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether what comes out is quantized; a run in float is a control."""
+        return self.start.packed or self.recipe is not None
+
+    @property
+    def stored(self) -> Stored:
+        """Float type that the folder's float tensors and scales are stored in."""
+        return self.settings.dtype or self.start.dtype
+
+    @property
+    def rounding(self) -> QATConfig:
+        """How weights are rounded while they train, with scales in the type that they are stored in."""
+        return dataclasses.replace(self.config, stored=self.stored)
+
+    def identity(self, processes: int) -> dict[str, Any]:
+        """What must be the same for a run to continue, as JSON: all that its bytes depend on.
+
+        Texts are named and not hashed: what was packed of them is kept, and is what a resumed run reads.
+        """
+        return {
+            "model": self.start.identity,
+            "recipe": None if self.recipe is None else self.recipe.as_dict(),
+            "qat": asdict(self.rounding) | {"scales_only": self.scales_only},
+            "settings": asdict(self.settings),
+            "data": str(self.data),
+            "held_out": None if self.held_out is None else str(self.held_out),
+            "teacher": None if self.teacher is None else self.teacher.fingerprint(),
+            "processes": processes,
+            "versions": {
+                "spicerack": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
