@@ -24,6 +24,22 @@ def saved(family: str, folder: Path) -> Path:
     return folder
 
 
+def uneven_llama(folder: Path) -> Path:
+    """A Llama with a few channels of every norm 40 times as large, and the columns behind them a tenth."""
+    model = families.build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm, readers in (
+                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                norm.weight[[3, 17]] *= 40
+                for reader in readers:
+                    reader.weight[:, [3, 17]] /= 10
+    model.save_pretrained(folder)
+    return folder
+
+
 def made(ids: torch.Tensor, mask: torch.Tensor | None) -> Calibration:
     return Calibration(ids, mask, "of no text", 0.0, "made up")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -104,14 +105,14 @@ def reference_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
     """Gram, pull and weight that GPTQ was given, in order; it changes nothing: all layers are rounded to nearest."""
-    seen: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
+    given: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
 
     def keep(w: torch.Tensor, start: Any, gram: torch.Tensor, pull: torch.Tensor | None = None) -> Any:
-        seen.append((gram.double(), None if pull is None else pull.double(), w.double()))
+        given.append((gram.double(), None if pull is None else pull.double(), w.double()))
         return Solved(start)
 
-    monkeypatch.setattr(gptq, "solve", keep)
-    return seen
+    monkeypatch.setattr(gptq, "SOLVER", dataclasses.replace(gptq.SOLVER, solve=keep))
+    return given
 
 
 def kernel_here(scheme: str) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from spicerack.algorithms.descent import Forward, Layer
+from spicerack.algorithms.descent import Forward, Tunable
 from spicerack.numerics import codec, rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
 
 
-def linear_case(scheme: str, n: int = 12, k: int = 32) -> tuple[nn.Linear, Layer, Forward, torch.Tensor]:
+def linear_case(scheme: str, n: int = 12, k: int = 32) -> tuple[nn.Linear, Tunable, Forward, torch.Tensor]:
     """One layer, its inputs [16 sequences, 10 tokens, K], and a forward over them."""
     generator = torch.Generator().manual_seed(0)
     module = nn.Linear(k, n).requires_grad_(False)
@@ -26,7 +26,7 @@ def linear_case(scheme: str, n: int = 12, k: int = 32) -> tuple[nn.Linear, Layer
     def forward(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return module(x[list(numbers)]).flatten(0, 1), wanted[list(numbers)].flatten(0, 1)
 
-    return module, Layer(module, exact, rounding.to_nearest(exact, parse(scheme))), forward, x
+    return module, Tunable(module, exact, rounding.to_nearest(exact, parse(scheme))), forward, x
 
 
 def loss(q: QTensor, weight: torch.Tensor, x: torch.Tensor) -> float:

@@ -66,7 +66,7 @@ def test_logits_stay(family: str, tmp_path: Path) -> None:
         if parameter.ndim == 1:
             parameter += 0.5 * torch.rand(parameter.shape, generator=generator)
     model.save_pretrained(tmp_path / "float")
-    turned = rotate(Checkpoint.open(tmp_path / "float"))
+    turned = rotate(Checkpoint.open(tmp_path / "float"), "hadamard")
     (tmp_path / "turned").mkdir()
     save_file({name: turned.read(name) for name in turned.tensors}, tmp_path / "turned" / "model.safetensors",
               {"format": "pt"})  # fmt: skip

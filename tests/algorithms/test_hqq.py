@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from spicerack.algorithms import solver
 from spicerack.algorithms.solvers import hqq
 from spicerack.numerics import codec, rounding
 from spicerack.numerics.scheme import parse
@@ -87,6 +88,6 @@ def test_blocks_with_nothing_to_gain() -> None:
 def test_other_number_systems_are_rounded_and_said() -> None:
     w = heavy(8, 64)
     start = codec.encode(w, parse("nf4"))
-    found = hqq.solve(w, start)
-    assert found.q is start
-    assert found.events == ("hqq cannot do nf4: rounded to nearest",)
+    solved = solver.solve_weight("hqq", w, start)
+    assert solved.q is start
+    assert solved.events == ("hqq cannot do nf4 (its levels are a table, not integers): rounded to nearest",)

@@ -1,9 +1,17 @@
-"""What methods have in common that learn codes by a block's output: the steps, and which of them is kept.
+"""What solvers have in common that learn codes by a block's output: the steps, which of them is kept, what it takes.
 
     minimise  || block_q(x) - y ||^2
 
-x are hidden states behind quantized blocks, y what the float block made of the float model's. The best of some steps is
-kept, the first (nothing learned) among them, judged on the same sequences each time.
+x are hidden states behind quantized blocks, y what the float block made of the float model's. A step is one gradient,
+taken through the block with all of its layers rounded; what is done with it is the learner's (`Learned`). The best of
+some steps is kept, the first (nothing learned) among them, judged on the same sequences each time.
+
+Rounding has no gradient of its own: what is learned passes it straight through, so that a step knows which way a weight
+should go, and not whether it crosses a border between two codes. That is why steps are many and small, why they shrink
+to 0 at the end, and why the loss of a step is not trusted but taken again at some of them, without noise of batches.
+
+What is given up: learners see a block alone, so that what a later block could make good is not used; and all of the
+block's layers are in memory with their gradients, where GPTQ needs one at a time.
 """
 
 from __future__ import annotations
@@ -19,22 +27,30 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spicerack.algorithms.solved import Solved
-from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
 
 BATCH = 8
 """Sequences of a step."""
 _LOOKS = 10
-"""How often the loss over the judging sequences is taken, after the first time."""
+"""How often the loss over the judging sequences is taken, after the first time: each look is a forward pass over four
+batches or more, beside the twenty steps with gradients that are between two of them at 200 steps."""
+_JUDGES = 4 * BATCH
+"""Sequences that judge, spread over the text: at least so many, where the text has them. They are learned from as well,
+which a text of its own would avoid, at the price of as much less to learn from."""
+_BYTES = 40
+"""Of a weight while its block learns: ten float32 values. They are the weight, what is learned of it, its gradient, the
+best so far and, for Adam, two averages, besides what autograd keeps of the rounding until the step's end, for all
+layers of the block. `tests/quantization/calibration/test_memory.py` holds runs to it."""
 
 Forward = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
 """Numbers of sequences -> (the block's output now, what it should be), both [rows, H] without padding."""
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """A layer of the block, its weight [N, K], and how that is rounded to begin with."""
+class Tunable:
+    """A layer of the block whose codes are learned: its module, which computes in float32 on the device of all, its
+    weight, float32 [N, K], and how that is rounded to begin with."""
 
     module: nn.Linear | Conv1D
     weight: torch.Tensor
@@ -45,66 +61,78 @@ class Learned(Protocol):
     """What is learned of one layer, and the best of it so far."""
 
     def decoded(self) -> torch.Tensor:
-        """The weight [N, K] as it would be shipped now, with gradients."""
+        """The weight, float32 [N, K], as it would be shipped now, with gradients for what is learned."""
 
     def step(self, rate: float) -> None:
-        """By the gradients that there are; none where no token came. rate: from 1/T down to 0, in T steps."""
+        """Learn from the gradients of one step; there are none where no token came, as to an expert.
+
+        rate: from 1/T down to 0, in T steps.
+        """
 
     def keep(self) -> None:
-        """What is learned now is the best so far."""
+        """Remember what is learned now: it is the best so far."""
 
     def result(self) -> QTensor:
-        """The best: its codes themselves, nothing is rounded again."""
+        """The codes that were best, or those of the beginning; they themselves, nothing is rounded again."""
 
 
-def fits(scheme: Scheme) -> bool:
-    """Whether levels are integers, and scales plain numbers."""
-    plain = scheme.min is None and not isinstance(scheme.scale, Scheme) and scheme.block[0] in (1, None)
-    return plain and isinstance(scheme.levels, IntLevels)
+def obstacle(scheme: Scheme) -> str | None:
+    """Why the codes of a scheme cannot be learned by gradients of rounding; None if they can."""
+    return scheme.scale_obstacle or scheme.rows_obstacle or scheme.levels_obstacle
+
+
+def memory(n: int, k: int) -> int:
+    """Bytes for a weight [N, K] while its block learns, beside hidden states."""
+    return _BYTES * n * k
 
 
 def descend(
-    layers: Mapping[str, Layer],
-    learn: Callable[[Layer], Learned],
+    layers: Mapping[str, Tunable],
+    learn: Callable[[Tunable], Learned],
     forward: Forward,
     sequences: int,
     *,
     steps: int,
     seed: int,
 ) -> dict[str, Solved]:
-    """Name -> codes and scales with which the block's output is nearest, of those that are learned on the way.
+    """Learn the codes of a block's layers in some steps, and return the best that there were, by name.
 
-    forward: runs the block whose layers these are; while it does they multiply by what is being learned.
+    layers      what is learned, of schemes without an obstacle
+    learn       a layer -> what is learned of it, at its beginning
+    forward     runs the block whose layers these are; while it does they multiply by what is being learned
+    sequences   how many `forward` can be asked for
+    steps       T; 0 keeps how the layers are rounded already
+    seed        decides which sequences a step is given
     """
     learned = {name: learn(layer) for name, layer in layers.items()}
     generator = torch.Generator().manual_seed(seed)
-    judges = range(0, sequences, max(sequences // (4 * BATCH), 1))
+    judges = range(0, sequences, max(sequences // _JUDGES, 1))
     with _in_place(layers, learned):
-        best = _loss(forward, judges)
+        least = _loss(forward, judges)
         for step in range(steps):
-            some = torch.randint(sequences, (BATCH,), generator=generator).tolist()
+            batch = torch.randint(sequences, (BATCH,), generator=generator).tolist()
             with torch.enable_grad():
-                output, wanted = forward(some)
-                (output - wanted).square().mean().backward()
-            for one in learned.values():
-                one.step((1 - step / steps) / steps)
-            if (step + 1) % max(steps // _LOOKS, 1) == 0 and (loss := _loss(forward, judges)) < best:
-                best = loss
-                for one in learned.values():
-                    one.keep()
-    return {name: Solved(one.result()) for name, one in learned.items()}
+                output, target = forward(batch)
+                (output - target).square().mean().backward()
+            for layer in learned.values():
+                layer.step((1 - step / steps) / steps)
+            if (step + 1) % max(steps // _LOOKS, 1) == 0 and (loss := _loss(forward, judges)) < least:
+                least = loss
+                for layer in learned.values():
+                    layer.keep()
+    return {name: Solved(layer.result()) for name, layer in learned.items()}
 
 
 @contextmanager
-def _in_place(layers: Mapping[str, Layer], learned: Mapping[str, Learned]) -> Iterator[None]:
-    """The modules multiply by what is learned."""
+def _in_place(layers: Mapping[str, Tunable], learned: Mapping[str, Learned]) -> Iterator[None]:
+    """Within, the layers' modules multiply by what is learned, and not by their parameters."""
 
-    def forward(module: nn.Linear | Conv1D, one: Learned, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, one.decoded(), module.bias)
+    def forward(module: nn.Linear | Conv1D, layer: Learned, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, layer.decoded(), module.bias)
 
     for name, layer in layers.items():
         changed: Any = layer.module
-        changed.forward = partial(forward, layer.module, learned[name])
+        changed.forward = partial(forward, layer.module, learned[name])  # the instance's own, before the class's
     try:
         yield
     finally:
@@ -115,9 +143,10 @@ def _in_place(layers: Mapping[str, Layer], learned: Mapping[str, Learned]) -> It
 
 @torch.no_grad()
 def _loss(forward: Forward, sequences: Sequence[int]) -> float:
-    wrong = count = 0.0
+    """Mean squared error of the block's output over these sequences, a batch at a time, summed in float64."""
+    total = count = 0.0
     for first in range(0, len(sequences), BATCH):
-        output, wanted = forward(sequences[first : first + BATCH])
-        wrong += float((output - wanted).square().sum(dtype=torch.float64))
+        output, target = forward(sequences[first : first + BATCH])
+        total += float((output - target).square().sum(dtype=torch.float64))
         count += output.numel()
-    return wrong / count
+    return total / count

@@ -1,59 +1,74 @@
 """How codes are chosen: a chain of transforms of the float model, then one solver. `awq+gptq`, `smoothquant`, `rtn`.
 
-Transforms leave what the model computes as it is and make it easier to round; a chain without a solver ends in rtn.
+Transforms leave what the model computes as it is and make it easier to round; a chain without a solver ends in rounding
+to nearest. What each can and needs is told by its own file in `transforms/` or `solvers/`; here are only their names,
+and which of them is best for what, as it was measured. Importing this loads no torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spicerack import plugins
 from spicerack.errors import RecipeError
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.scheme import Scheme
 
-TRANSFORMS = ("hadamard", "smoothquant", "awq")
-SOLVERS = ("rtn", "hqq", "gptq", "signround", "blockap")
-_DATA_FREE = ("hadamard", "rtn", "hqq")
+NEAREST = "rtn"
+"""The solver of a chain that names none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """transforms: in the order in which they are applied."""
+    """A chain: the names of transforms, in the order in which they are applied, and of the solver behind them."""
 
     transforms: tuple[str, ...] = ()
-    solver: str = "rtn"
+    solver: str = NEAREST
 
     @property
     def needs_text(self) -> bool:
-        """Whether it looks at what flows through the model."""
-        return not {*self.transforms, self.solver} <= set(_DATA_FREE)
+        """Whether a part of it looks at what flows through the model."""
+        from spicerack.algorithms import solver, transform
+
+        return bool(transform.scalings(self.transforms)) or solver.get(self.solver).needs != "nothing"
 
     @property
-    def rotates(self) -> bool:
-        """Whether the residual stream is rotated, before all else."""
-        return "hadamard" in self.transforms
+    def rotation(self) -> str | None:
+        """The name of the transform that rotates the model's residual stream before all else; None if there is none."""
+        return next(iter(_rotations(self.transforms)), None)
 
     def __str__(self) -> str:
         return "+".join((*self.transforms, self.solver))
 
 
 def parse(text: str) -> Method:
-    """`awq+gptq` -> Method. Raises RecipeError."""
+    """The Method that `text` names, as in `awq+gptq`.
+
+    Raises RecipeError, with all names that there are, for a name that is unknown, twice, or in the wrong place.
+    """
+    transforms, solvers = plugins.names("algorithms.transforms"), plugins.names("algorithms.solvers")
     *before, last = text.split("+")
-    transforms, solver = ((*before, last), "rtn") if last in TRANSFORMS else (tuple(before), last)
-    known = f"transforms are {', '.join(TRANSFORMS)}; solvers {', '.join(SOLVERS)}"
-    for name in transforms:
-        if name in SOLVERS:
+    chain, solver = ((*before, last), NEAREST) if last in transforms else (tuple(before), last)
+    known = f"transforms are {', '.join(transforms)}; solvers {', '.join(solvers)}"
+    for name in chain:
+        if name in solvers:
             raise RecipeError(f"method {text!r}: the solver {name} comes last, and only one", known)
-        if name not in TRANSFORMS:
+        if name not in transforms:
             raise RecipeError(f"unknown method {name!r}", known)
-    if solver not in SOLVERS:
+    if solver not in solvers:
         raise RecipeError(f"unknown method {solver!r}", known)
-    if "hadamard" in transforms[1:]:
-        raise RecipeError(f"method {text!r}: hadamard rotates the whole model, and comes first", known)
-    if len(set(transforms)) < len(transforms):
+    if late := _rotations(chain[1:]):
+        raise RecipeError(f"method {text!r}: {late[0]} rotates the whole model, and comes first", known)
+    if len(set(chain)) < len(chain):
         raise RecipeError(f"method {text!r} has a transform twice", known)
-    return Method(transforms, solver)
+    return Method(chain, solver)
+
+
+def _rotations(names: tuple[str, ...]) -> list[str]:
+    """Those of the named transforms that rotate the whole model."""
+    from spicerack.algorithms import transform  # here: it loads torch, which `parse` is quicker without
+
+    return [name for name in names if isinstance(transform.get(name), transform.Rotation)] if names else []
 
 
 _MANY = 8
@@ -63,7 +78,7 @@ _TWO_BITS = 3
 
 
 def auto(scheme: Scheme, with_text: bool) -> Method:
-    """The best measured for the scheme (docs/quality.md); without text, round to nearest."""
+    """The best measured for the scheme (docs/quality.md), with calibration text; without, rounding to nearest."""
     if not with_text:
         return Method()
     steps = scheme.levels.hi - scheme.levels.lo if isinstance(scheme.levels, IntLevels) else _MANY

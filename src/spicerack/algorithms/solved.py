@@ -9,7 +9,11 @@ from spicerack.numerics.qtensor import QTensor
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """q: the quantized tensor. events: what a person should know of how it came about, for the ledger."""
+    """A weight with its codes, and how they came about.
+
+    q: the quantized weight. events: what a person should know of it (a scheme that the solver cannot do, columns that
+    are always 0), for the ledger and the screen; most weights have none.
+    """
 
     q: QTensor
     events: tuple[str, ...] = ()

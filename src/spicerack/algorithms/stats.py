@@ -35,7 +35,10 @@ LARGEST = 2.0**57
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """fold: adds to the total, or takes into it, a chunk float32 [T, K]; reduction: how totals make one."""
+    """How one statistic is collected.
+
+    fold: adds to the total, or takes into it, a chunk float32 [T, K]; reduction: how the totals of ranks make one.
+    """
 
     fold: Callable[[torch.Tensor, torch.Tensor], object]
     reduction: Reduction
@@ -52,7 +55,7 @@ NEEDS: tuple[Need, ...] = tuple(_KINDS)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stats:
-    """What was seen, float32; None where it was not asked for, zeros where there was no token.
+    """Statistics of the inputs x of a layer, float32; None where one was not asked for, zeros where there was no token.
 
     tokens: how many, padding not counted; gram [K, K], exactly symmetric; second_moment, absmax, absmean [K].
     """
@@ -65,7 +68,10 @@ class Stats:
 
 
 class Accumulator:
-    """Collects the `needs` of one layer with K input columns; the totals lie and are computed on `device`."""
+    """Collects statistics of one layer's inputs, chunk by chunk, until `result` is asked for.
+
+    needs: which; columns: K, of the inputs; device: where the totals lie and are computed.
+    """
 
     def __init__(self, needs: Collection[Need], columns: int, *, device: torch.device | str = "cpu") -> None:
         self.columns = columns
@@ -79,54 +85,55 @@ class Accumulator:
     def add(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Take in x [..., K] of any float type; mask [...]: 0 where a token is padding.
 
-        Raises ActivationError as `tokens` does; then nothing was taken in.
+        Raises ActivationError as `tokens` does, and ValueError for another K; then nothing was taken in.
         """
         rows = tokens(x, mask)
         if rows.shape[1] != self.columns:
             raise ValueError(f"activations have {rows.shape[1]} columns, not {self.columns}")
         for chunk in rows.split(CHUNK) if len(rows) else ():
-            moved = chunk.to(self.count.device, torch.float32)
+            here = chunk.to(self.count.device, torch.float32)
             for need, total in self.totals.items():
-                _KINDS[need].fold(total, moved)
+                _KINDS[need].fold(total, here)
         self.count += len(rows)
 
     def state(self) -> Iterator[tuple[torch.Tensor, Reduction]]:
-        """The tensors themselves, always in the same order, with what an all-reduce in place has to do with each."""
+        """The totals themselves, always in the same order, with what an all-reduce in place has to do with each."""
         yield self.count, "sum"
         for need, total in self.totals.items():
             yield total, _KINDS[need].reduction
 
     def result(self) -> Stats:
-        """Means and maxima of all that was added, and the end of this: the totals may be theirs now."""
+        """Means and maxima of all that was added. This ends the collection: the result may be the totals themselves."""
         count = int(self.count)
-        found: dict[Need, torch.Tensor] = {}
+        values: dict[Need, torch.Tensor] = {}
         for need in list(self.totals):
             total = self.totals.pop(need)
             if _KINDS[need].reduction == "sum":
                 total.div_(max(count, 1))
-            found[need] = _mirrored(total).float() if need == "gram" else total.float()
-        return Stats(count, **found)
+            values[need] = _mirrored(total).float() if need == "gram" else total.float()
+        return Stats(count, **values)
 
 
 def products(columns: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Zeros [K, K] to add products of chunks to."""
+    """Zeros [K, K] on `device` to add products of chunks to: float64, or float32 above WIDE columns."""
     dtype = torch.float64 if columns <= WIDE else torch.float32
     return torch.zeros((columns, columns), dtype=dtype, device=device)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total [K, K] += a^T b, for a few rows of float32 [T, K]."""
+    """total [K, K] += a^T b, in place, for a few rows a and b, float32 [T, K]; the product itself is float32."""
     for first in range(0, len(total), BLOCK):
         _add(total[first : first + BLOCK], a[:, first : first + BLOCK], b)
 
 
 def _add_upper(total: torch.Tensor, x: torch.Tensor) -> None:
-    """total [K, K] += x^T x, but for blocks below its diagonal."""
+    """total [K, K] += x^T x for x float32 [T, K], but for blocks below the diagonal, which `_mirrored` fills."""
     for first in range(0, len(total), BLOCK):
         _add(total[first : first + BLOCK, first:], x[:, first : first + BLOCK], x[:, first:])
 
 
 def _add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a^T b; without a temporary of its size where both are float32."""
     if total.dtype == torch.float32:
         total.addmm_(a.T, b)
     else:
@@ -134,7 +141,7 @@ def _add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def _mirrored(total: torch.Tensor) -> torch.Tensor:
-    """Exactly symmetric, in place: from blocks on the diagonal and above."""
+    """The total [K, K] made exactly symmetric, in place, from its blocks on the diagonal and above."""
     for first in range(0, len(total), BLOCK):
         rows = total[first : first + BLOCK, first:]
         square = rows[:, : len(rows)]
@@ -144,10 +151,10 @@ def _mirrored(total: torch.Tensor) -> torch.Tensor:
 
 
 def tokens(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., K] -> [T, K], the tokens where `mask` [...] is not 0, all of them without a mask.
+    """The tokens of x [..., K], [T, K]: those where `mask` [...] is not 0, all of them without a mask.
 
-    Raises ActivationError for the first value that is NaN, infinite or above LARGEST, with its token (the place in
-    [...]) and column; what padding holds does not matter.
+    Raises ValueError for a mask of another shape, and ActivationError for the first value that is NaN, infinite or
+    above LARGEST, with its token (the place in [...]) and column; what padding holds does not matter.
     """
     rows = x.detach().reshape(-1, x.shape[-1])
     if mask is not None:

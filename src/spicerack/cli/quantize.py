@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from spicerack import plugins
 from spicerack.cli import _output, _rules
 from spicerack.cli._commands import About
 from spicerack.errors import RecipeError, UsageError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from spicerack.machine.ranks import Ranks
     from spicerack.quantization.job import Job
-    from spicerack.quantization.memory import Plan
+    from spicerack.quantization.memory import MemoryPlan
     from spicerack.quantization.recipe import Recipe, Rule
     from spicerack.quantization.run import Summary
     from spicerack.quantization.watch import Finished, Trial, Watch
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 
 ABOUT = About(place=20, summary="Turn a model folder into a smaller one that runs.", resumes=True)
 _LENGTH = 512
+
+
+def _names(folder: str) -> str:
+    """Names of the plug-ins of a folder, for help."""
+    return ", ".join(plugins.names(folder))
 
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -84,12 +90,12 @@ def _recipe(
 @click.option(
     "--method",
     metavar="CHAIN",
-    help="How codes are chosen: rtn, gptq, signround, blockap, or transforms before one: awq+gptq. Default: auto.",
+    help=f"How codes are chosen: {_names('algorithms.solvers')}, or transforms before one: awq+gptq. Default: auto.",
 )
 @click.option(
     "--observer",
     metavar="NAME",
-    help="How static scales (a8s) are found: minmax, moving_average, percentile, mse, kl. Default: percentile.",
+    help=f"How static scales (a8s) are found: {_names('quantization.calibration.observers')}. Default: percentile.",
 )
 @click.option("--calib", metavar="TEXT", help="Text to run the model on: file, folder, dataset; none: its own.")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")
@@ -259,7 +265,9 @@ def _line(block: Finished) -> str:
     )
 
 
-def _announce(job: Job, calibration: Calibration | None, planned: Plan, device: torch.device, console: Console) -> None:
+def _announce(
+    job: Job, calibration: Calibration | None, planned: MemoryPlan, device: torch.device, console: Console
+) -> None:
     from rich.markup import escape
 
     console.print(f"[bold]model [/bold] {escape(str(job.source.folder))}", soft_wrap=True)

@@ -124,8 +124,8 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, shard_bytes: int = SHARD_BY
         raise CheckpointError(
             f"{checkpoint.folder} is quantized already", "start from the float model: every rounding adds up"
         )
-    if asked.method is not None and asked.method.rotates:
-        checkpoint = rotate(checkpoint)
+    if asked.method is not None and asked.method.rotation is not None:
+        checkpoint = rotate(checkpoint, asked.method.rotation)
     source = Source.of(checkpoint)
     decided = decisions.decide(source, asked)
     planned = {name: _stored(source, name, choice.scheme) for name, choice in decided.items() if choice.scheme}

@@ -3,12 +3,14 @@ calibration text goes through a block at once.
 
 A block's weights are mapped from their files, and made float32 a layer at a time; its codes stay, one byte a weight,
 for rounding to nearest and for the solution. On top come either statistics (two K x K matrices for the layers that
-share an input, one for an expert) and a chunk's activations, or what a solver needs of one layer:
+share an input, one for an expert) and a chunk's activations, or what the solver needs of one layer or of the block:
 
     statistics    2 w K^2 + one temporary,   w = 8 bytes up to 8192 columns, 4 above
-    solving       H once more and factored, in float64 up to 4096 columns;  four matrices of the weight's shape
+    solving       H once more in float32, the targets' pulls, and what the solver says of itself (`Solver.memory`)
+    learning      what a solver of whole blocks says of itself, for all of its layers, and a chunk's activations
 
-`PROCESS` is the interpreter with torch and transformers in it. What was measured is in docs/calibrate.md.
+Transforms say what they leave in memory of a block (`Transform.memory`). The plan is a promise: `execute` keeps to the
+number of sequences, and what was measured beside it is in docs/calibrate.md.
 """
 
 from __future__ import annotations
@@ -18,13 +20,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from spicerack.algorithms.solvers import gptq
+from spicerack.algorithms import solver as solvers
+from spicerack.algorithms import transform
+from spicerack.algorithms.method import Method
+from spicerack.algorithms.solver import Solver
 from spicerack.algorithms.stats import WIDE
+from spicerack.algorithms.transform import Rotation
 from spicerack.errors import UsageError
 from spicerack.models.config import architecture
 from spicerack.quantization.job import Action, Job
 
 PROCESS = 700 << 20
+"""Bytes of the interpreter with torch and transformers in it, measured before any model is loaded."""
 TOKENS = 8192
 """Of a chunk, at most, but at least one sequence."""
 STATISTICS = 2 << 30
@@ -36,10 +43,13 @@ _GRID = 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """sequences: of a chunk, 0 without calibration. peak_bytes: the most that will be in memory, but for pages that are
-    mapped from files; where: during what. block_bytes: the most that a block at work takes, on its device; if that is
-    not the CPU, the peak counts them all the same.
+class MemoryPlan:
+    """How a quantization goes about its memory.
+
+    sequences    of a chunk of calibration text; 0 without calibration
+    peak_bytes   the most that will be in the process's memory, but for pages that are mapped from files
+    where        during what that is
+    block_bytes  the most that a block at work takes, on its device; the peak counts it, even if that is not the CPU
     """
 
     sequences: int
@@ -48,13 +58,18 @@ class Plan:
     block_bytes: int = 0
 
 
-def make(job: Job, text: tuple[int, int] | None, memory: int | None = None) -> Plan:
-    """text: sequences and their length, None without calibration. memory: bytes that the peak must not exceed.
+def make(job: Job, text: tuple[int, int] | None, memory: int | None = None) -> MemoryPlan:
+    """The plan with the largest chunks of text that fit.
+
+    job     what was decided of the model; with text its recipe has a method
+    text    sequences and their length; None without calibration
+    memory  bytes that the peak must not exceed; None: no limit
 
     Raises UsageError if it would whatever the chunk.
     """
     largest = max((a.info.numel * 4 for a in job.actions), default=0)
-    writing = Plan(0, PROCESS + 3 * largest, "reading, rounding and writing the largest tensor")
+    # The float32 weight, its codes and blocks while it is rounded, and what is written of it: three of its size.
+    writing = MemoryPlan(0, PROCESS + 3 * largest, "reading, rounding and writing the largest tensor")
     plans = [writing]
     if text is not None:
         plans = [
@@ -74,8 +89,12 @@ def make(job: Job, text: tuple[int, int] | None, memory: int | None = None) -> P
 
 
 @dataclass(frozen=True, slots=True)
-class _Matrix:
-    """rows, columns: of one; count: experts."""
+class _Weight:
+    """One source tensor that gets codes: `count` matrices [rows, columns], of experts if more than one.
+
+    layer: name of its module; parent: of the module around it. expert: whether it is an expert's, alone or with others.
+    itemsize: bytes of a stored value.
+    """
 
     layer: str
     parent: str
@@ -86,8 +105,8 @@ class _Matrix:
     itemsize: int
 
 
-def _calibrating(job: Job, count: int, length: int) -> Iterator[Plan]:
-    """With ever smaller chunks; the first is the one to take where nothing limits it."""
+def _calibrating(job: Job, count: int, length: int) -> Iterator[MemoryPlan]:
+    """Plans with ever smaller chunks; the first is the one to take where nothing limits it."""
     blocks = _blocks(job)
     sequences = min(max(TOKENS // length, 1), count)
     while sequences > 1 and max(_activations(job, b, sequences * length) for b in blocks) > _ACTIVATIONS:
@@ -101,77 +120,92 @@ def _blocks(job: Job) -> list[list[Action]]:
     """The actions of each block: those that differ by the first number in their names only."""
     stacks: dict[str, dict[str, list[Action]]] = {}
     for action in job.actions:
-        found = re.match(r"(.*?)\.(\d+)\.", action.info.name)
-        if found is not None:
-            stacks.setdefault(found[1], {}).setdefault(found[2], []).append(action)
+        numbered = re.match(r"(.*?)\.(\d+)\.", action.info.name)
+        if numbered is not None:
+            stacks.setdefault(numbered[1], {}).setdefault(numbered[2], []).append(action)
     if not stacks:
         return [list(job.actions)]
     largest = max(stacks.values(), key=lambda stack: sum(a.info.nbytes for actions in stack.values() for a in actions))
     return list(largest.values())
 
 
-def _matrices(block: Sequence[Action]) -> list[_Matrix]:
-    found = []
+def _weights(block: Sequence[Action]) -> list[_Weight]:
+    """What is quantized of a block."""
+    weights = []
     for action in block:
         if action.planned is None:
             continue
         *experts, rows, columns = action.planned.shape
-        parent = action.planned.module.rpartition(".")[0]
-        is_expert = "experts" in action.info.name
-        found.append(_Matrix(
-            action.planned.module, parent, rows, columns, math.prod(experts), is_expert,
-            action.planned.source_dtype.itemsize,
+        weights.append(_Weight(
+            layer=action.planned.module, parent=action.planned.module.rpartition(".")[0], rows=rows, columns=columns,
+            count=math.prod(experts), expert="experts" in action.info.name,
+            itemsize=action.planned.source_dtype.itemsize,
         ))  # fmt: skip
-    return found
+    return weights
 
 
 def _activations(job: Job, block: Sequence[Action], tokens: int) -> int:
-    """What lives at once in a feed-forward part, and inputs that are kept. The copies of the block run in turn."""
+    """Bytes that live at once in a feed-forward part, float32, and inputs that are kept. The copies of the block run in
+    turn."""
     hidden = architecture(job.source.config).hidden or 0
-    matrices = _matrices(block)
-    widest = max((m.rows for m in matrices), default=0)
-    longest = max((m.columns for m in matrices), default=0)
+    weights = _weights(block)
+    widest = max((w.rows for w in weights), default=0)
+    longest = max((w.columns for w in weights), default=0)
     return 4 * tokens * (6 * hidden + 4 * widest + 3 * longest)
 
 
-def _of_block(job: Job, block: Sequence[Action], sequences: int, length: int) -> Plan:
-    matrices = _matrices(block)
+def _of_block(job: Job, block: Sequence[Action], sequences: int, length: int) -> MemoryPlan:
+    """The plan for one block: what is held all the time, and the most that one of its steps takes."""
+    weights = _weights(block)
     method = job.recipe.method
     assert method is not None, "decided before work starts"
-    weights = sum(m.rows * m.columns * m.count for m in matrices)
+    total = sum(w.rows * w.columns * w.count for w in weights)
     rest = sum(a.info.numel for a in block if a.planned is None)
-    held = PROCESS + int((2 + _GRID) * weights) + 8 * rest
-    if method.rotates:
-        held += max((m.itemsize for m in matrices), default=0) * weights
-    if {"awq", "smoothquant"} & set(method.transforms):
-        held += 4 * weights
+    # Two codes a weight, their scales, and everything else float32 in both copies of the block.
+    held = PROCESS + int((2 + _GRID) * total) + 8 * rest
+    held += _transformed(method, total, max((w.itemsize for w in weights), default=0))
     activations = _activations(job, block, sequences * length)
-    plans = []
-    for group in _groups(matrices):
-        first, largest = group[0], max(group, key=lambda m: m.rows)
-        size = largest.rows * largest.columns
-        made = 8 * size  # a weight, and what it is decoded by
-        plans.append((f"gathering statistics for {first.layer}", _statistics(group) + activations + made))
-        plans.append((f"solving {largest.layer}", _solving(group, method.solver)))
-    if method.solver in ("signround", "blockap"):
-        plans.append(("learning the codes of a block", 40 * weights + activations))
-    where, most = max(plans, key=lambda pair: pair[1], default=("", 0))
-    return Plan(sequences, held + most, f"while {where}", held + most - PROCESS)
+    where, most = max(_steps(method, weights, activations), key=lambda step: step[1], default=("", 0))
+    return MemoryPlan(sequences, held + most, f"while {where}", held + most - PROCESS)
 
 
-def _groups(matrices: Sequence[_Matrix]) -> list[list[_Matrix]]:
+def _transformed(method: Method, total: int, itemsize: int) -> int:
+    """Bytes of a block's weights that transforms leave in memory instead of in their files."""
+    transforms = [transform.get(name) for name in method.transforms]
+    rotated = [t.memory(total, itemsize) for t in transforms if isinstance(t, Rotation)]
+    scaled = [t.memory(total, itemsize) for t in transforms if not isinstance(t, Rotation)]
+    return sum(rotated) + max(scaled, default=0)  # scalings share one copy
+
+
+def _steps(method: Method, weights: Sequence[_Weight], activations: int) -> Iterator[tuple[str, int]]:
+    """What a block goes through, and the bytes that each takes."""
+    solver = solvers.get(method.solver)
+    opening = solvers.opening(method.solver)
+    for group in _groups(weights):
+        first, largest = group[0], max(group, key=lambda w: w.rows)
+        decoded = 8 * largest.rows * largest.columns  # a weight, and what it is decoded by
+        yield f"gathering statistics for {first.layer}", _statistics(group) + activations + decoded
+        yield f"solving {largest.layer}", _solving(group, opening)
+    if solver.needs == "block":
+        learning = sum(w.count * solver.memory(w.rows, w.columns) for w in weights)
+        yield "learning the codes of a block", learning + activations
+
+
+def _groups(weights: Sequence[_Weight]) -> list[list[_Weight]]:
     """Those that may share an input: of one parent and as many columns."""
-    found: dict[tuple[str, int], list[_Matrix]] = {}
-    for matrix in matrices:
-        found.setdefault((matrix.parent, matrix.columns), []).append(matrix)
-    return list(found.values())
+    groups: dict[tuple[str, int], list[_Weight]] = {}
+    for weight in weights:
+        groups.setdefault((weight.parent, weight.columns), []).append(weight)
+    return list(groups.values())
 
 
 def _gram(columns: int) -> int:
+    """Bytes of a K x K matrix while products are added to it."""
     return (8 if columns <= WIDE else 4) * columns**2
 
 
-def _statistics(group: Sequence[_Matrix]) -> int:
+def _statistics(group: Sequence[_Weight]) -> int:
+    """Bytes of the statistics that a group needs at once, gram and shift, while they are gathered."""
     first = group[0]
     temporary = 4 * first.columns**2 if first.columns <= WIDE else 0  # the gram is float32 in the end
     if first.expert:
@@ -179,15 +213,14 @@ def _statistics(group: Sequence[_Matrix]) -> int:
     return 2 * _gram(first.columns) + temporary
 
 
-def _solving(group: Sequence[_Matrix], solver: str) -> int:
-    first, largest = group[0], max(m.rows * m.columns for m in group)
+def _solving(group: Sequence[_Weight], opening: Solver) -> int:
+    """Bytes while the largest weight of a group is solved: its own, and what waits meanwhile for the others."""
+    first, rows = group[0], max(w.rows for w in group)
     grams = max(STATISTICS // 2, 4 * first.columns**2) if first.expert else 4 * first.columns**2
-    if solver in ("rtn", "hqq"):
-        return grams + 24 * largest
-    double = first.columns <= gptq.DOUBLE
-    factor = (20 if double else 4) * first.columns**2
-    pulls = 0 if first.expert else 4 * sum(m.rows * m.columns for m in group)
-    return grams + pulls + factor + 16 * largest + (256 << 20)
+    pulls = 0
+    if opening.needs == "gram" and not first.expert:  # targets of experts are not shifted
+        pulls = 4 * sum(w.rows * w.columns for w in group)
+    return grams + pulls + opening.memory(rows, first.columns)
 
 
 def _gb(nbytes: int) -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from spicerack import plugins
 from spicerack.algorithms import method
 from spicerack.algorithms.method import Method
 from spicerack.errors import RecipeError
@@ -29,8 +30,6 @@ from spicerack.numerics.scheme import Scheme, parse
 
 Range = Literal["absmax", "opt"]
 RANGES: tuple[Range, ...] = ("opt", "absmax")
-ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "kl"]
-OBSERVERS: tuple[ObserverName, ...] = ("minmax", "moving_average", "percentile", "mse", "kl")
 SKIP = "skip"
 _MAX_BYTES = 1 << 20
 
@@ -66,7 +65,7 @@ class Recipe:
     range_: Range = "opt"
     rules: tuple[Rule, ...] = ()
     method: Method | None = None
-    observer: ObserverName | None = None
+    observer: str | None = None
 
     @property
     def is_static(self) -> bool:
@@ -197,12 +196,12 @@ def check_range(text: str) -> Range:
     raise RecipeError(f"unknown range {text!r}", f"one of {', '.join(RANGES)}")
 
 
-def check_observer(text: str) -> ObserverName:
-    """`text` as an observer. Raises RecipeError."""
-    for known in OBSERVERS:
-        if text == known:
-            return known
-    raise RecipeError(f"unknown observer {text!r}", f"one of {', '.join(OBSERVERS)}")
+def check_observer(text: str) -> str:
+    """`text` as an observer's name. Raises RecipeError."""
+    known = plugins.names("quantization.calibration.observers")
+    if text not in known:
+        raise RecipeError(f"unknown observer {text!r}", f"one of {', '.join(known)}")
+    return text
 
 
 def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, Decision]:

@@ -2,103 +2,123 @@
 
     embedding E -> E R,  readers W -> W diag(gain) R,  writers W -> R^T W, b -> R^T b,  gains -> 1,  head like a reader
 
-A head that is tied to the embedding gets a tensor of its own, because the last gain is in it.
+R is the rotation of a transform. A head that is tied to the embedding gets a tensor of its own, because the last gain
+is in it. Nothing is written: tensors are rotated one by one when they are read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
-from spicerack.algorithms.transforms import hadamard
+from spicerack.algorithms import transform
+from spicerack.algorithms.transform import Rotation
 from spicerack.errors import RecipeError
 from spicerack.models.families.folds import FOLDS
 from spicerack.models.families.residual import RESIDUAL, Residual
 from spicerack.storage.reader import Checkpoint
 
 
-@dataclass(frozen=True)
-class Rotated(Checkpoint):
-    """parts: module -> "reader", "writer" or "norm", and the norm whose gain it takes. embedding: what an untied head
-    was."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a module has to do with the residual stream: whether it reads it, writes to it, or scales it by its gains.
 
-    base: Checkpoint | None = None
-    parts: dict[str, tuple[str, str]] = field(default_factory=dict)
-    embedding: str = ""
+    norm: of a reader, the norm whose gains move into it; empty where there is none in front of it.
+    """
+
+    kind: Literal["reader", "writer", "norm"]
+    norm: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotated(Checkpoint):
+    """A checkpoint whose tensors are those of `base`, rotated.
+
+    rotation: R, of the transform that did it. parts: module -> what it has to do with the stream; others stay as they
+    are. embedding: the tensor that an untied head is made of, which `base` does not have.
+    """
+
+    base: Checkpoint
+    rotation: Rotation
+    parts: Mapping[str, Part]
+    embedding: str
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, rotated, in its stored type."""
-        assert self.base is not None
+        """The tensor, rotated in float32, in its stored type."""
         module, _, parameter = name.rpartition(".")
-        kind, norm = self.parts.get(module, ("", ""))
+        part = self.parts.get(module)
         w = self.base.read(name if name in self.base.tensors else self.embedding)
-        if not kind:
+        if part is None:
             return w
-        if kind == "norm":
+        if part.kind == "norm":
             return torch.ones_like(w)
-        if kind == "writer":
-            turned = hadamard.rotate(w.float() if parameter == "bias" else w.float().t())
+        if part.kind == "writer":
+            turned = self.turn(w.float() if parameter == "bias" else w.float().t())
             return (turned if parameter == "bias" else turned.t()).to(w.dtype).contiguous()
         if parameter == "bias":
             return w
-        gain = self.base.read(f"{norm}.weight").float() if norm else 1.0
-        return hadamard.rotate(w.float() * gain).to(w.dtype)
+        gain = self.base.read(f"{part.norm}.weight").float() if part.norm else 1.0
+        return self.turn(w.float() * gain).to(w.dtype)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of the tensor; all of it is read and rotated for them."""
         return self.read(name)[start:stop]
 
     def fingerprint(self) -> str:
         """That of the checkpoint that is rotated; the recipe says that it is."""
-        assert self.base is not None
         return self.base.fingerprint()
 
-    def turn(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the original, rotated."""
-        return hadamard.rotate(hidden)
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        """x R, float32, for hidden states of the original (or rows of a weight), [..., H]."""
+        return self.rotation.rotate(x)
 
 
 def original(source: Checkpoint) -> Checkpoint:
-    """What was rotated, or `source` itself."""
-    if not isinstance(source, Rotated):
-        return source
-    assert source.base is not None
-    return source.base
+    """The checkpoint that was rotated, or `source` itself."""
+    return source.base if isinstance(source, Rotated) else source
 
 
-def rotate(base: Checkpoint) -> Rotated:
-    """`base` with its residual stream rotated. Raises RecipeError for families whose stream is not known."""
+def rotate(base: Checkpoint, name: str) -> Rotated:
+    """`base` with its residual stream rotated by the transform `name`.
+
+    Raises RecipeError for families whose stream is not known.
+    """
+    rotation = transform.get(name)
+    assert isinstance(rotation, Rotation), f"{name} rotates nothing"
     family = base.config.get("model_type")
-    found = RESIDUAL.get(family) if isinstance(family, str) else None
+    stream = RESIDUAL.get(family) if isinstance(family, str) else None
     classes = base.config.get("architectures") or [""]
-    if found is None or not str(classes[0]).endswith("ForCausalLM") or f"{found.embedding}.weight" not in base.tensors:
+    is_decoder = str(classes[0]).endswith("ForCausalLM")
+    if stream is None or not is_decoder or f"{stream.embedding}.weight" not in base.tensors:
         raise RecipeError(
-            f"hadamard: the residual stream of {classes[0] or family} is not known",
+            f"{name}: the residual stream of {classes[0] or family} is not known",
             f"language models of {', '.join(sorted(RESIDUAL))} can be rotated",
         )
-    parts = dict(_parts(base, found))
     tensors, config = dict(base.tensors), dict(base.config)
-    head = f"{found.head}.weight"
-    embedding = f"{found.embedding}.weight"
+    head = f"{stream.head}.weight"
+    embedding = f"{stream.embedding}.weight"
     if head not in tensors:
         tensors[head] = replace(base.tensors[embedding], name=head)
     config["tie_word_embeddings"] = False
     return Rotated(
         base.folder, config, tensors, base.shards, base.side_files, base.notes,
-        base=base, parts=parts, embedding=embedding,
+        base=base, rotation=rotation, parts=dict(_parts(base, stream)), embedding=embedding,
     )  # fmt: skip
 
 
-def _parts(base: Checkpoint, names: Residual) -> list[tuple[str, tuple[str, str]]]:
-    found = [(names.embedding, ("reader", "")), (names.norm, ("norm", "")), (names.head, ("reader", names.norm))]
-    prefix = f"{names.blocks}."
-    blocks = {name.removeprefix(prefix).split(".")[0] for name in base.tensors if name.startswith(prefix)}
-    for block in blocks:
-        path = f"{names.blocks}.{block}"
-        found += [(f"{path}.{writer}", ("writer", "")) for writer in names.writers]
+def _parts(base: Checkpoint, stream: Residual) -> Iterator[tuple[str, Part]]:
+    """Each module of the checkpoint that has to do with the stream, and what."""
+    yield stream.embedding, Part("reader")
+    yield stream.norm, Part("norm")
+    yield stream.head, Part("reader", stream.norm)
+    prefix = f"{stream.blocks}."
+    for block in {name.removeprefix(prefix).split(".")[0] for name in base.tensors if name.startswith(prefix)}:
+        path = f"{stream.blocks}.{block}"
+        yield from ((f"{path}.{writer}", Part("writer")) for writer in stream.writers)
         for norm, readers in FOLDS[base.config["model_type"]]:
-            if not norm.endswith("norm"):
-                continue
-            found.append((f"{path}.{norm}", ("norm", "")))
-            found += [(f"{path}.{reader}", ("reader", f"{path}.{norm}")) for reader in readers]
-    return found
+            if norm.endswith("norm"):
+                yield f"{path}.{norm}", Part("norm")
+                yield from ((f"{path}.{reader}", Part("reader", f"{path}.{norm}")) for reader in readers)

@@ -24,13 +24,13 @@ from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import preflight, recipe
 from spicerack.quantization.job import Job, Sizes, prepare
 from spicerack.quantization.module import quantize_module
-from spicerack.quantization.recipe import ObserverName, Range, Recipe, Rule
+from spicerack.quantization.recipe import Range, Recipe, Rule
 from spicerack.quantization.stream import Means, Stream, calibrate, identity, plan
 from spicerack.quantization.watch import Watch
 from spicerack.storage.writer import SHARD_BYTES
 from spicerack.text.calibration import Calibration
 
-OBSERVER: ObserverName = "percentile"
+OBSERVER = "percentile"
 """The best measured (docs/quality.md)."""
 Progress = Callable[[int], None]
 

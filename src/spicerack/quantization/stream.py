@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from spicerack.algorithms.solvers import hqq
+from spicerack.algorithms import solver as solvers
 from spicerack.errors import UsageError
 from spicerack.machine.devices import CPU
 from spicerack.machine.ranks import ALONE, Ranks
@@ -33,7 +33,7 @@ from spicerack.quantization.calibration import loop
 from spicerack.quantization.calibration.chunks import Text
 from spicerack.quantization.calibration.states import Solutions, blocks_folder, clear
 from spicerack.quantization.job import Action, Job
-from spicerack.quantization.memory import Plan as MemoryPlan
+from spicerack.quantization.memory import MemoryPlan
 from spicerack.quantization.watch import Watch
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER, RUN
@@ -92,7 +92,7 @@ def calibrate(
     try:
         loop.run(
             job, Text(calibration, planned.sequences), blocks_folder(output), threads=means.workers,
-            device=means.device, ranks=means.ranks, finished=watch.finished, stopping=watch.stopping,
+            device=means.device, ranks=means.ranks, watch=watch,
         )  # fmt: skip
     except torch.OutOfMemoryError as error:  # of a GPU
         raise UsageError(
@@ -174,9 +174,9 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
 def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -> tuple[QTensor, tuple[str, ...]]:
     """w [..., N, K], which no calibration reached -> its codes, by a solver that needs nothing else, and events."""
     q = rounding.to_nearest(w, scheme, range_=job.recipe.range_, name=name, threads=threads)
-    if job.recipe.method is None or job.recipe.method.solver != "hqq":
+    if job.recipe.method is None:
         return q, ()
-    solved = hqq.solve(w, q)
+    solved = solvers.solve_weight(job.recipe.method.solver, w, q)
     return solved.q, solved.events
 
 

@@ -150,7 +150,7 @@ def test_memory_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "_exact", full)
+    monkeypatch.setattr(loop, "_keep_exact", full)
     with pytest.raises(UsageError, match=r"--device cpu: its memory is full; 0\.\d GB were planned"):
         execute(job("llama", "w4g16", "rtn", tmp_path / "float"), tmp_path / "out", calibration=text())
 

@@ -15,18 +15,14 @@ from scipy.stats import entropy as scipy_entropy
 from scipy.stats import norm
 
 from spicerack.errors import ActivationError
-from spicerack.quantization.calibration.histogram import (
-    BINS,
-    Histogram,
-    entropy,
-    least_divergence,
-    least_squares,
-    percentile,
-)
-from spicerack.quantization.calibration.observers import OBSERVERS, FromHistogram, MovingAverage
-from spicerack.quantization.recipe import ObserverName
+from spicerack.quantization.calibration import observer as observers
+from spicerack.quantization.calibration.histogram import BINS, FromHistogram, Histogram
+from spicerack.quantization.calibration.observers.kl import entropy, least_divergence
+from spicerack.quantization.calibration.observers.moving_average import MovingAverage
+from spicerack.quantization.calibration.observers.mse import least_squares
+from spicerack.quantization.calibration.observers.percentile import percentile
 
-UNORDERED: tuple[ObserverName, ...] = ("minmax", "percentile", "mse", "kl")
+UNORDERED = ("minmax", "percentile", "mse", "kl")
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -39,8 +35,8 @@ def heavy(*shape: int, seed: int = 0) -> torch.Tensor:
     return x * x.square() + 0.1
 
 
-def scale(name: ObserverName, batches: Sequence[torch.Tensor]) -> float:
-    observer = OBSERVERS[name]()
+def scale(name: str, batches: Sequence[torch.Tensor]) -> float:
+    observer = observers.begin(name)
     for x in batches:
         observer.add(x)
     return observer.scale()
@@ -71,7 +67,7 @@ def test_bins_merge_without_losing_a_count(values: list[float], cut: int) -> Non
 
 
 @pytest.mark.parametrize("name", UNORDERED)
-def test_batches_and_their_order_do_not_matter(name: ObserverName) -> None:
+def test_batches_and_their_order_do_not_matter(name: str) -> None:
     """Also where the first batch is all zeros, or a thousand times smaller, or a thousand times larger."""
     x = heavy(600, 8)
     x[:100] = 0
@@ -195,40 +191,40 @@ def test_kl_clips_a_lone_outlier_and_keeps_what_fits() -> None:
 # ---- traps ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OBSERVERS)
-def test_padding_does_not_count(name: ObserverName) -> None:
+@pytest.mark.parametrize("name", observers.names())
+def test_padding_does_not_count(name: str) -> None:
     x, mask = heavy(4, 50, 6), torch.ones(4, 50)
     mask[0, 30:], mask[2] = 0, 0
     real = [row[kept.bool()] for row, kept in zip(x, mask, strict=True) if kept.any()]
     right = scale(name, real)
     x[mask == 0] = torch.nan
-    observer = OBSERVERS[name]()
+    observer = observers.begin(name)
     for row, kept in zip(x, mask, strict=True):
         observer.add(row, kept)
     assert observer.scale() == right
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", OBSERVERS)
-def test_what_is_not_finite_is_refused(name: ObserverName, value: float) -> None:
+@pytest.mark.parametrize("name", observers.names())
+def test_what_is_not_finite_is_refused(name: str, value: float) -> None:
     x = torch.ones(3, 4)
     x[1, 2] = value
     with pytest.raises(ActivationError, match=r"token \[1\], column 2"):
-        OBSERVERS[name]().add(x)
+        observers.begin(name).add(x)
 
 
-@pytest.mark.parametrize("name", OBSERVERS)
-def test_zeros_have_scale_one_and_nothing_has_none(name: ObserverName) -> None:
+@pytest.mark.parametrize("name", observers.names())
+def test_zeros_have_scale_one_and_nothing_has_none(name: str) -> None:
     assert scale(name, [torch.zeros(5, 3)]) == 1.0
-    observer = OBSERVERS[name]()
+    observer = observers.begin(name)
     observer.add(torch.ones(2, 3), torch.zeros(2))
     with pytest.raises(ActivationError, match="no token"):
         observer.scale()
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("name", OBSERVERS)
-def test_one_sided_and_constant_inputs_fit(name: ObserverName, sign: float) -> None:
+@pytest.mark.parametrize("name", observers.names())
+def test_one_sided_and_constant_inputs_fit(name: str, sign: float) -> None:
     """Zero is in the range however far the values are from it."""
     assert scale(name, [torch.full((9, 3), sign * 5.0)] * 2) == pytest.approx(5 / 127, rel=1e-4)
     near = gaussian(3000, 2).abs() * 0.01 + 5
@@ -236,14 +232,14 @@ def test_one_sided_and_constant_inputs_fit(name: ObserverName, sign: float) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", OBSERVERS)
-def test_half_precision_is_seen_as_it_is(name: ObserverName, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", observers.names())
+def test_half_precision_is_seen_as_it_is(name: str, dtype: torch.dtype) -> None:
     x = heavy(500, 4).to(dtype)
     assert scale(name, [x]) == scale(name, [x.float()])
 
 
-@pytest.mark.parametrize("name", OBSERVERS)
-def test_tiny_and_huge_inputs_have_usable_scales(name: ObserverName) -> None:
+@pytest.mark.parametrize("name", observers.names())
+def test_tiny_and_huge_inputs_have_usable_scales(name: str) -> None:
     assert scale(name, [torch.full((4, 2), 1e-44)]) == 2.0**-126
     for size in (1e-30, 1e15):
         x = gaussian(5000, 2)

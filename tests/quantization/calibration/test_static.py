@@ -25,9 +25,9 @@ from spicerack.errors import ActivationError, OutputError, RecipeError, SchemeEr
 from spicerack.machine.ranks import Ranks
 from spicerack.numerics.scheme import parse
 from spicerack.quantization import memory
-from spicerack.quantization.calibration.observers import OBSERVERS
+from spicerack.quantization.calibration import observer as observers
 from spicerack.quantization.job import prepare
-from spicerack.quantization.recipe import ObserverName, Recipe, read, rule
+from spicerack.quantization.recipe import Recipe, read, rule
 from spicerack.quantization.run import decided, execute
 from spicerack.text.calibration import Calibration
 
@@ -120,7 +120,7 @@ def test_padding_and_chunks_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_observers_differ_and_the_ledger_says_which(tmp_path: Path) -> None:
     source, found = saved("llama", tmp_path / "float"), {}
-    for name in OBSERVERS:
+    for name in observers.names():
         found[name] = scales(rounded(source, tmp_path / name, observer=name))["model.layers.0.mlp.down_proj"]
         ledger = json.loads((tmp_path / name / "spicerack.json").read_text())
         assert ledger["identity"]["recipe"]["observer"] == name
@@ -190,12 +190,12 @@ def test_casting_a_model_leaves_its_scales(tmp_path: Path) -> None:
 
 _SHARE = """
 import sys, torch
-from spicerack.quantization.calibration.observers import OBSERVERS
+from spicerack.quantization.calibration import observer as observers
 from spicerack.machine.ranks import join
 ranks = join(torch.device("cpu"))
 x = torch.load(sys.argv[1])
-for name, make in OBSERVERS.items():
-    observer = make()
+for name in observers.names():
+    observer = observers.begin(name)
     for batch in x if observer.in_order else x[ranks.rank :: ranks.count]:
         observer.add(batch)
     observer.share(ranks)
@@ -217,8 +217,8 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     expected = []
-    for name, make in OBSERVERS.items():
-        observer = make()
+    for name in observers.names():
+        observer = observers.begin(name)
         for batch in x:
             observer.add(batch)
         expected.append(f"{name} {observer.scale().hex()}")
@@ -233,10 +233,10 @@ def test_a_rank_that_saw_nothing_takes_in_what_others_saw() -> None:
         def total(self, value: torch.Tensor) -> torch.Tensor:
             return value + 0
 
-    observer = OBSERVERS["minmax"]()
+    observer = observers.begin("minmax")
     observer.share(Other(0, 2))
     assert observer.scale() == pytest.approx(0.1)
-    alone = OBSERVERS["minmax"]()
+    alone = observers.begin("minmax")
     alone.share(Ranks())
     with pytest.raises(ActivationError, match="no token"):
         alone.scale()
@@ -284,7 +284,7 @@ def test_another_observer_does_not_continue(tmp_path: Path) -> None:
     def stop(_: Any) -> None:
         raise KeyboardInterrupt
 
-    names: tuple[ObserverName, ...] = ("mse", "kl")
+    names = ("mse", "kl")
     jobs = [
         prepare(source, decided(Recipe(parse("w8a8s"), method=method.parse("rtn"), observer=n), True)) for n in names
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from calibrations import Watching
+from calibrations import Watching, uneven_llama
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +17,7 @@ from spicerack.algorithms.method import parse as method
 from spicerack.models.families import folds
 from spicerack.numerics.scheme import parse
 from spicerack.quantization.calibration import transforms
-from spicerack.quantization.calibration.block import Work
+from spicerack.quantization.calibration.pair import Pair
 from spicerack.quantization.job import prepare
 from spicerack.quantization.recipe import Recipe
 from spicerack.quantization.run import decided, execute
@@ -31,19 +31,7 @@ HELD_OUT = torch.randint(3, 90, (8, 24), generator=torch.Generator().manual_seed
 
 @pytest.fixture
 def uneven(tmp_path: Path) -> Path:
-    """A Llama with a few channels of every norm 40 times as large, and the columns behind them a tenth."""
-    model = families.build("llama")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            for norm, readers in (
-                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
-                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
-            ):
-                norm.weight[[3, 17]] *= 40
-                for reader in readers:
-                    reader.weight[:, [3, 17]] /= 10
-    model.save_pretrained(tmp_path / "uneven")
-    return tmp_path / "uneven"
+    return uneven_llama(tmp_path / "uneven")
 
 
 @torch.no_grad()
@@ -82,11 +70,11 @@ def test_trials_have_the_static_scale_of_what_the_factors_leave(
     uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     largest: list[float] = []
-    found = transforms.on_trial
+    original = transforms.on_trial
 
-    def watched(work: Work, path: str, x: torch.Tensor) -> torch.Tensor | None:
+    def watched(pair: Pair, path: str, x: torch.Tensor, name: str | None) -> torch.Tensor | None:
         largest.append(float(x.abs().max()))
-        return found(work, path, x)
+        return original(pair, path, x, name)
 
     monkeypatch.setattr(transforms, "on_trial", watched)
     run(uneven, tmp_path / "out", "w8a8s", "smoothquant")

@@ -1,6 +1,6 @@
 """Block-AP: all that a block's layers are rounded from, learned by the block's output (`descent`).
 
-    w^ = s (clip(round(w / s + z)) - z),  s and z as stored         the fake quantization of training, `nn/fake.py`
+    w^ = s (clip(round(w / s + z)) - z),  s and z as stored       the fake quantization of training, `numerics/fake.py`
     w -= eta |s_0| m,   s -= eta |s_0| m / (hi - lo),   z -= eta m       m: Adam's direction;  eta from 2/T down to 0
 
 w begins as what `start` decodes to, in the middle of its cells: from the weights that were rounded, moved into their
@@ -16,13 +16,15 @@ from collections.abc import Mapping
 
 import torch
 
-from spicerack.algorithms.descent import Forward, Layer, descend
+from spicerack.algorithms.descent import Forward, Tunable, descend, memory, obstacle
 from spicerack.algorithms.solved import Solved
+from spicerack.algorithms.solver import BlockSolver
 from spicerack.numerics.fake import Grid, Parts, fake, rounded, stored
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
 
 STEPS = 200
+"""T, as many as `signround` takes: what the two gain is compared at the same cost (docs/quality.md)."""
 
 _FARTHEST = 2.0
 """Twice the levels that a weight can move in all steps."""
@@ -33,19 +35,19 @@ _LEAST = 1e-16
 
 
 def solve(
-    layers: Mapping[str, Layer], forward: Forward, sequences: int, *, steps: int | None = None, seed: int = 0
+    layers: Mapping[str, Tunable], forward: Forward, sequences: int, *, steps: int | None = None, seed: int = 0
 ) -> dict[str, Solved]:
     """Name -> codes, scales and zero points with which the block's output is nearest; `start` where none was nearer.
 
-    forward, sequences: as in `descend`. steps: None is STEPS.
+    layers, forward, sequences, seed: as in `descend`. steps: T; None is STEPS.
     """
     return descend(layers, _Learned, forward, sequences, steps=STEPS if steps is None else steps, seed=seed)
 
 
 class _Learned:
-    """w in tiles, s and z of one layer, and the best codes so far."""
+    """w in tiles, s and z of one layer, what moves them, and the best codes so far; see `descent.Learned`."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Tunable) -> None:
         q = layer.start
         assert isinstance(q.scale, torch.Tensor) and isinstance(q.scheme.levels, IntLevels)
         self.best, self.dtype, self.levels = q, q.scale.dtype, q.scheme.levels
@@ -60,24 +62,26 @@ class _Learned:
             self.moved.append(_Moved(self.zero, torch.ones(())))
 
     def _parts(self) -> Parts:
+        """s and z as they would be stored now, with gradients."""
         zero = None if self.zero is None else rounded(self.zero, self.levels)
         return stored(self.scale, self.dtype), zero
 
     def _matrix(self) -> torch.Tensor:
+        """w [N, K], out of its tiles."""
         return self.weight.flatten(2).flatten(0, 1)
 
     def decoded(self) -> torch.Tensor:
-        """The weight [N, K] as it would be shipped now."""
+        """w^, float32 [N, K], the weight as it would be shipped now, with gradients for w, s and z."""
         return fake(self._matrix(), self._parts(), self.grid)
 
     def step(self, rate: float) -> None:
-        """Against Adam's direction."""
-        for one in self.moved:
-            one.step(_FARTHEST * rate)
+        """Move w, s and z against Adam's direction of each."""
+        for part in self.moved:
+            part.step(_FARTHEST * rate)
 
     @torch.no_grad()
     def keep(self) -> None:
-        """What is learned now is the best so far: its codes are those that `decoded` has."""
+        """Remember the codes, scales and zero points of now: exactly those that `decoded` computes with."""
         scale, zero = self._parts()
         codes = self.grid.round(self.grid.places(self._matrix(), (scale, zero))).flatten(2).flatten(0, 1)
         self.best = dataclasses.replace(
@@ -88,12 +92,14 @@ class _Learned:
         )
 
     def result(self) -> QTensor:
-        """The best."""
+        """What was remembered last; `start` if nothing was."""
         return self.best
 
 
 class _Moved:
-    """A value that Adam (Kingma and Ba 2014, arXiv:1412.6980) moves, by `unit` at rate 1."""
+    """A value that Adam (Kingma and Ba 2014, arXiv:1412.6980) moves, by `unit` at rate 1 (a number for each, or
+    shared).
+    """
 
     def __init__(self, value: torch.Tensor, unit: torch.Tensor) -> None:
         self.value, self.unit = value.requires_grad_(), unit
@@ -102,7 +108,9 @@ class _Moved:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Nothing moves an expert to whom no token went."""
+        """Move the value by its gradient, which is then gone; without one, as of an expert no token went to, not at
+        all.
+        """
         grad, self.value.grad = self.value.grad, None
         if grad is None:
             return
@@ -112,3 +120,6 @@ class _Moved:
         unbiased = (1 - _SQUARE**self.count) ** 0.5 / (1 - _MEAN**self.count)
         direction = torch.sqrt(self.square).add_(_LEAST).reciprocal_().mul_(self.mean)
         self.value.sub_(direction.mul_(self.unit), alpha=rate * unbiased)
+
+
+SOLVER = BlockSolver(solve=solve, starts_from="gptq", obstacle=obstacle, memory=memory)

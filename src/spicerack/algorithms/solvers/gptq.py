@@ -20,92 +20,116 @@ import dataclasses
 import torch
 
 from spicerack.algorithms.solved import Solved
+from spicerack.algorithms.solver import GramSolver
 from spicerack.numerics.levels import level_values, nearest
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import store
 from spicerack.numerics.scheme import Scheme
 
 DAMPING = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Shares of the mean of H's diagonal that are added to it, until H is positive definite."""
+"""Shares of the mean of H's diagonal that are added to it, until H is positive definite; the first is the paper's."""
 BETA = 0.5
 """Of the pull: all of it overfits small calibration sets."""
-_BLOCK = 128
 DOUBLE = 4096
-"""Columns up to which H is factored in float64."""
+"""Columns up to which H is factored in float64; above, in float32, memory is what counts."""
+_BLOCK = 128
+"""Columns after which errors are made good in all that is left at once, the paper's B: only faster, not another
+result."""
 _ROWS, _COLUMNS, _PIECE = 512, 1024, 1 << 24
 """In memory at once: rows and columns while losses are taken and scales are fitted, values while a matrix is turned."""
+_PIECES = 256 << 20
+"""Bytes of those: the systems P of `_ROWS` rows are most of them, 206 MB at K = 28672 in groups of 128."""
 
 
-def fits(scheme: Scheme) -> bool:
-    """Whether rows are independent of each other but for a scale of the tensor, and scales are plain numbers."""
-    return scheme.min is None and not isinstance(scheme.scale, Scheme) and scheme.block[0] in (1, None)
+def obstacle(scheme: Scheme) -> str | None:
+    """Why rows cannot be walked one by one, or their scales fitted; None if they can. One scale may be the tensor's."""
+    return scheme.scale_obstacle or scheme.rows_obstacle
+
+
+def memory(n: int, k: int) -> int:
+    """Bytes for W [N, K] beside H in float32 and the pull: factoring H, and 16 of a weight, as four float32 matrices.
+
+    Up to DOUBLE columns H is made float64, factored in a second such matrix, and U is float32: 8 + 8 + 4 bytes for each
+    of its values; above, only U is beside it. The four are W, what the walk leaves of it, and the codes, start's and
+    new ones, before and after they are turned, with what decodes them. Measured on a block of Llama-70B's shapes: with
+    all else 13.9 of 14.2 GB planned (docs/calibrate.md).
+    """
+    factoring = (8 + 8 + 4 if k <= DOUBLE else 4) * k * k
+    return factoring + 16 * n * k + _PIECES
 
 
 def solve(
-    w: torch.Tensor, start: QTensor, gram: torch.Tensor, pull: torch.Tensor | None = None, *, beta: float = BETA
+    w: torch.Tensor, start: QTensor, h: torch.Tensor, pull: torch.Tensor | None = None, *, beta: float = BETA
 ) -> Solved:
-    """w [N, K], rounded to `start` -> codes and scales with less error in the output; no row gets worse, but for
-    rows that share one scale of the tensor, which together do not.
+    """W [N, K], rounded to `start` -> codes and scales with less error in the output; no row gets worse, but for rows
+    that share one scale of the tensor, which together do not.
 
-    gram: H, float [K, K]; pull: W C, float32 [N, K], which is overwritten. `start` itself, with an event that says why,
-    if H is not finite or cannot be factored. The scheme must be one that `fits`.
+    w        W, float [N, K]
+    start    of a scheme without an obstacle
+    h        H, float [K, K], symmetric
+    pull     W C, float32 [N, K], which is overwritten; None: the target is W
+    beta     how much of the pull counts, 0 to 1
+
+    `start` itself, with an event that says why, if H is not finite or cannot be factored.
     """
-    gram = gram.double() if w.shape[1] <= DOUBLE else gram.float()
-    if not bool(torch.isfinite(torch.stack([gram.amin(), gram.amax()])).all()):
+    h = h.double() if w.shape[1] <= DOUBLE else h.float()
+    if not bool(torch.isfinite(torch.stack([h.amin(), h.amax()])).all()):
         return Solved(start, ("inputs are not finite: kept round-to-nearest",))
-    events = []
-    dead = int((gram.diagonal() == 0).sum())
-    if dead:
-        events.append(f"{dead} input columns are always 0")
-    order = _order(gram.diagonal(), start.scheme.block_shape(*w.shape)[1])
-    damping, upper = _factor(gram, order)
-    if upper is None:
+    dead = int((h.diagonal() == 0).sum())
+    events = [f"{dead} input columns are always 0"] if dead else []
+    order = _order(h.diagonal(), start.scheme.block_shape(*w.shape)[1])
+    damping, u = _factor(h, order)
+    if u is None:
         return Solved(start, (*events, "inputs are not positive definite: kept round-to-nearest"))
     if damping > DAMPING[0]:
         events.append(f"damping raised to {damping:g}")
     target = w.float()
     if pull is not None:
         for rows, some in zip(pull.split(_ROWS), target.split(_ROWS), strict=True):
-            rows.copy_(some + beta * _divided(rows, upper, order))
+            rows.copy_(some + beta * _divided(rows, u, order))
         target = pull
-    codes = _walk(target, start, upper, order)
-    del upper
-    return Solved(_fitted(start, codes, target, gram.float()), tuple(events))
+    codes = _walk(target, start, u, order)
+    del u
+    return Solved(_fitted(start, codes, target, h.float()), tuple(events))
 
 
-def objective(error: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """float64 [N]: e H e^T of every row of `error` [N, K], for a symmetric H [K, K] of its type."""
-    total = torch.zeros(len(error), dtype=torch.float64, device=error.device)
-    for first in range(0, error.shape[1], _COLUMNS):
-        rest, width = error[:, first:], min(_COLUMNS, error.shape[1] - first)
-        products = (rest[:, :width] @ gram[first : first + width, first:]).mul_(rest)
+def objective(e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """float64 [N]: e H e^T of every row of the errors e [N, K], for a symmetric H [K, K] of its type."""
+    total = torch.zeros(len(e), dtype=torch.float64, device=e.device)
+    for first in range(0, e.shape[1], _COLUMNS):
+        rest, width = e[:, first:], min(_COLUMNS, e.shape[1] - first)
+        products = (rest[:, :width] @ h[first : first + width, first:]).mul_(rest)
         total += 2 * products.sum(1, dtype=torch.float64) - products[:, :width].sum(1, dtype=torch.float64)
     return total
 
 
-def _factor(gram: torch.Tensor, order: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+# ---- the walk over the columns ---------------------------------------------------------------------------------------
+
+
+def _factor(h: torch.Tensor, order: torch.Tensor) -> tuple[float, torch.Tensor | None]:
     """The damping that it took, and U, float32, with U U^T = H + damping * mean(diag H), columns of H by `order`.
 
-    Columns that are always 0 have 1 on H's diagonal. There is one matrix in memory beside H.
+    Columns that are always 0 have 1 on H's diagonal. There is one matrix in memory beside H: it is filled backwards,
+    its lower triangular factor is taken in place, and turned round that is the upper one of H.
     """
-    mean = gram.diagonal().mean()
+    mean = h.diagonal().mean()
     backwards = order.flip(0)
-    diagonal = gram.diagonal()[backwards]
-    h, failed = torch.empty_like(gram), torch.empty((), dtype=torch.int32, device=gram.device)
+    diagonal = h.diagonal()[backwards]
+    damped, failed = torch.empty_like(h), torch.empty((), dtype=torch.int32, device=h.device)
     for damping in DAMPING:
-        for rows, some in zip(h.split(_ROWS), backwards.split(_ROWS), strict=True):
-            torch.index_select(gram[some], 1, backwards, out=rows)
-        h.diagonal().add_(damping * mean + (diagonal == 0).to(h.dtype))
-        torch.linalg.cholesky_ex(h, out=(h, failed))  # in place
+        for rows, some in zip(damped.split(_ROWS), backwards.split(_ROWS), strict=True):
+            torch.index_select(h[some], 1, backwards, out=rows)
+        damped.diagonal().add_(damping * mean + (diagonal == 0).to(damped.dtype))
+        torch.linalg.cholesky_ex(damped, out=(damped, failed))  # in place
         if not int(failed):
-            _reverse(h.view(-1))
-            upper = h.float()
-            return damping, upper if bool(torch.isfinite(torch.stack([upper.amin(), upper.amax()])).all()) else None
+            _reverse(damped.view(-1))
+            u = damped.float()
+            return damping, u if bool(torch.isfinite(torch.stack([u.amin(), u.amax()])).all()) else None
     return DAMPING[-1], None
 
 
 def _reverse(x: torch.Tensor) -> None:
-    """x [n], last value first, in place."""
+    """Turn x [n] round in place, last value first, a piece at a time."""
     half = len(x) // 2
     for first in range(0, half, _PIECE):
         size = min(_PIECE, half - first)
@@ -115,54 +139,63 @@ def _reverse(x: torch.Tensor) -> None:
         tail.copy_(kept)
 
 
-def _divided(x: torch.Tensor, upper: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """x [N, K] times H^-1."""
-    half = torch.linalg.solve_triangular(upper.t(), x[:, order], upper=False, left=False)
-    found = torch.empty_like(x)
-    found[:, order] = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
-    return found
+def _divided(x: torch.Tensor, u: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """x H^-1, float32 [N, K], for x [N, K] and the factor U [K, K] of H, whose columns go by `order`."""
+    half = torch.linalg.solve_triangular(u.t(), x[:, order], upper=False, left=False)
+    quotient = torch.empty_like(x)
+    quotient[:, order] = torch.linalg.solve_triangular(u, half, upper=True, left=False)
+    return quotient
 
 
 def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:
-    """Columns in the order of the walk. Ties keep their order, so that it depends on nothing else."""
+    """Columns in the order of the walk, int64 [K], from H's diagonal [K]: in groups, see the top of this file.
+
+    Ties keep their order, so that it depends on nothing else.
+    """
     within = diagonal.view(-1, group).argsort(dim=1, descending=True, stable=True)
     groups = diagonal.view(-1, group).amax(1).argsort(descending=True, stable=True)
     return (within + torch.arange(0, len(diagonal), group, device=diagonal.device)[:, None])[groups].reshape(-1)
 
 
-def _walk(target: torch.Tensor, start: QTensor, upper: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Codes like start's. Blocks of columns: what is before a block is made good in all of it at once."""
+def _walk(target: torch.Tensor, start: QTensor, u: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Codes [N, K] of start's type for the target [N, K], column by column in `order`, with the factor U [K, K].
+
+    Blocks of columns: what is wrong before a block is made good in all of it at once.
+    """
     n, k = target.shape
-    left = target.t()[order].contiguous()  # [K, N]: a column of W in one piece; behind the walk, what is wrong with it
+    e = target.t()[order].contiguous()  # [K, N]: a column of W in one piece; behind the walk, what is wrong with it
     scale, zero = (part.t().contiguous() for part in (_scale(start), _zero(start)))  # [groups or 1, N or 1]
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     wide, levels = k // len(scale), start.scheme.levels
     groups = (order // wide).tolist()
-    codes = torch.empty((k, n), dtype=start.codes.dtype, device=target.device)
+    q = torch.empty((k, n), dtype=start.codes.dtype, device=target.device)
     for first in range(0, k, _BLOCK):
         last = min(first + _BLOCK, k)
-        factors = (upper[:last, first:last] / upper.diagonal()[first:last]).t().contiguous()
-        wanted = left[first:last].addmm(factors[:, :first], left[:first])
+        factors = (u[:last, first:last] / u.diagonal()[first:last]).t().contiguous()
+        w = e[first:last].addmm(factors[:, :first], e[:first])
         for i in range(first, last):
             g = groups[i]
             offset = zero[g % len(zero)]
-            now = wanted[i - first].addmv_(left[first:i].t(), factors[i - first, first:i])
-            code = nearest(now * inverse[g], levels, offset)
-            codes[i] = code
-            left[i].sub_(scale[g] * level_values(code, levels, offset))
-    found = torch.empty_like(codes)
-    found[order] = codes
-    return found.t().contiguous()
+            corrected = w[i - first].addmv_(e[first:i].t(), factors[i - first, first:i])
+            code = nearest(corrected * inverse[g], levels, offset)
+            q[i] = code
+            e[i].sub_(scale[g] * level_values(code, levels, offset))
+    codes = torch.empty_like(q)
+    codes[order] = q
+    return codes.t().contiguous()
 
 
-def _fitted(start: QTensor, codes: torch.Tensor, target: torch.Tensor, gram: torch.Tensor) -> QTensor:
+# ---- scales behind it ------------------------------------------------------------------------------------------------
+
+
+def _fitted(start: QTensor, codes: torch.Tensor, target: torch.Tensor, h: torch.Tensor) -> QTensor:
     """Row by row `codes` or start's, with which it has less error, and for those least-squares scales, as stored, for
     the rows (or the tensor) that they make better.
 
     Scales s + d have  d P d - 2 d r  more loss, P = D H D^T and r = D H (target - decoded).
     """
     n, k = codes.shape
-    _, group = start.scheme.block_shape(n, k)
+    group = start.scheme.block_shape(n, k)[1]
     assert isinstance(start.scale, torch.Tensor)
     one = len(start.scale) != n
     nothing = torch.zeros((1, k // group), dtype=torch.float64, device=target.device)
@@ -170,67 +203,68 @@ def _fitted(start: QTensor, codes: torch.Tensor, target: torch.Tensor, gram: tor
     chosen, scales = [], []
     for first in range(0, n, _ROWS):
         some = slice(first, first + _ROWS)
-        q, pulls = _better(_rows(start, some), codes[some], target[some], gram)
-        levels = _levels(q)
-        products = _products(levels, gram, group)
-        wanted = pulls.mul_(levels).view(len(levels), -1, group).sum(-1, dtype=torch.float64)
+        q, pulls = _better(_rows(start, some), codes[some], target[some], h)
+        d = _levels(q)
+        p = _products(d, h, group)
+        r = pulls.mul_(d).view(len(d), -1, group).sum(-1, dtype=torch.float64)
         chosen.append(q.codes)
         if one:
-            total = total[0] + products.sum(0, keepdim=True), total[1] + wanted.sum(0, keepdim=True)
+            total = total[0] + p.sum(0, keepdim=True), total[1] + r.sum(0, keepdim=True)
         else:
-            scales.append(_rescaled(_scale(q), products, wanted, start.scale.dtype))
+            scales.append(_rescaled(_scale(q), p, r, start.scale.dtype))
     scale = _rescaled(_scale(start), *total, start.scale.dtype) if one else torch.cat(scales)
     return dataclasses.replace(start, codes=torch.cat(chosen), scale=scale)
 
 
-def _better(
-    start: QTensor, codes: torch.Tensor, target: torch.Tensor, gram: torch.Tensor
-) -> tuple[QTensor, torch.Tensor]:
-    """Row by row the better of start's codes and `codes`; and (target - decoded) H, float32 [N, K]."""
-    found = dataclasses.replace(start, codes=codes)
-    error = target - _decoded(found)
-    pulls = error @ gram
-    losses = (pulls * error).sum(1, dtype=torch.float64)
+def _better(start: QTensor, codes: torch.Tensor, target: torch.Tensor, h: torch.Tensor) -> tuple[QTensor, torch.Tensor]:
+    """Row by row the better of start's codes and `codes` [N, K]; and (target - decoded) H, float32 [N, K]."""
+    better = dataclasses.replace(start, codes=codes)
+    e = target - _decoded(better)
+    pulls = e @ h
+    losses = (pulls * e).sum(1, dtype=torch.float64)
     plain = target - _decoded(start)
-    worse = (losses >= objective(plain, gram)).nonzero().squeeze(1)
+    worse = (losses >= objective(plain, h)).nonzero().squeeze(1)
     if len(worse):
-        pulls[worse] = plain[worse] @ gram
-        found = dataclasses.replace(start, codes=codes.index_copy(0, worse, start.codes[worse]))
-    return found, pulls
+        pulls[worse] = plain[worse] @ h
+        better = dataclasses.replace(start, codes=codes.index_copy(0, worse, start.codes[worse]))
+    return better, pulls
 
 
-def _products(levels: torch.Tensor, gram: torch.Tensor, group: int) -> torch.Tensor:
-    """P = D H D^T, float64 [N, groups, groups], for levels [N, K]."""
-    n, k = levels.shape
-    found = torch.empty((n, k // group, k // group), dtype=torch.float64, device=levels.device)
+def _products(d: torch.Tensor, h: torch.Tensor, group: int) -> torch.Tensor:
+    """P = D H D^T, float64 [N, groups, groups], for levels d [N, K]."""
+    n, k = d.shape
+    p = torch.empty((n, k // group, k // group), dtype=torch.float64, device=d.device)
     width = max(_COLUMNS // group, 1) * group
     for first in range(0, k, group):
         for left in range(first, k, width):  # H is symmetric, and so is P
-            some = levels[:, left : left + width]
-            spread = (levels[:, first : first + group] @ gram[first : first + group, left : left + width]).mul_(some)
+            some = d[:, left : left + width]
+            spread = (d[:, first : first + group] @ h[first : first + group, left : left + width]).mul_(some)
             sums = spread.view(n, -1, group).sum(-1).double()
-            g, h = first // group, left // group
-            found[:, g, h : h + sums.shape[1]] = sums
-            found[:, h : h + sums.shape[1], g] = sums
-    return found
+            i, j = first // group, left // group
+            p[:, i, j : j + sums.shape[1]] = sums
+            p[:, j : j + sums.shape[1], i] = sums
+    return p
 
 
-def _rescaled(old: torch.Tensor, products: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales [N, groups] in `dtype`: the least-squares ones, or the old ones where those are as good."""
-    old = old.double()
-    diagonal = products.diagonal(dim1=1, dim2=2)
+def _rescaled(s: torch.Tensor, p: torch.Tensor, r: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales [N, groups] in `dtype`: s plus the least-squares step P d = r, or s where that is as good once stored."""
+    s = s.double()
+    diagonal = p.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0  # a group of zeros may have any scale
-    ridge = 1e-9 * diagonal.mean(1, keepdim=True) + empty.double()
-    solved, failed = torch.linalg.solve_ex(products + torch.diag_embed(ridge), wanted)
-    stored = torch.where(empty, old, store((old + solved).float(), dtype).double())
-    step = stored - old
-    loss = torch.einsum("ng,ngh,nh->n", step, products, step) - 2 * (wanted * step).sum(1)
+    ridge = 1e-9 * diagonal.mean(1, keepdim=True) + empty.double()  # far below float32's rounding of P, but regular
+    solved, failed = torch.linalg.solve_ex(p + torch.diag_embed(ridge), r)
+    stored = torch.where(empty, s, store((s + solved).float(), dtype).double())
+    d = stored - s
+    loss = torch.einsum("ng,ngh,nh->n", d, p, d) - 2 * (r * d).sum(1)
     usable = ((stored != 0) & torch.isfinite(stored)).all(1) & (failed == 0)
-    return torch.where((usable & (loss < 0))[:, None], stored, old).to(dtype)
+    return torch.where((usable & (loss < 0))[:, None], stored, s).to(dtype)
+
+
+# ---- parts of a QTensor ----------------------------------------------------------------------------------------------
 
 
 def _rows(q: QTensor, some: slice) -> QTensor:
-    """Of q, whose scale may be the tensor's."""
+    """Some rows of q; its scale and zero point may be the tensor's, and are then theirs too."""
     assert isinstance(q.scale, torch.Tensor)
     scale = q.scale[some] if len(q.scale) > 1 else q.scale
     zero = q.zero[some] if q.zero is not None and len(q.zero) > 1 else q.zero
@@ -243,18 +277,24 @@ def _levels(q: QTensor) -> torch.Tensor:
 
 
 def _decoded(q: QTensor) -> torch.Tensor:
+    """float32 [N, K], the weight that the codes stand for."""
     return _levels(q) * _by_column(_scale(q), *q.codes.shape)
 
 
 def _scale(q: QTensor) -> torch.Tensor:
+    """float32 [N or 1, groups or 1]."""
     assert isinstance(q.scale, torch.Tensor)
     return q.scale.float()
 
 
 def _zero(q: QTensor) -> torch.Tensor:
+    """float32 [N or 1, groups or 1]; 0 [1, 1] without zero points."""
     return torch.zeros((1, 1), device=q.codes.device) if q.zero is None else q.zero.float()
 
 
 def _by_column(grid: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """[N or 1, groups or 1] -> [N, K]."""
+    """A value for each block [N or 1, groups or 1] -> one for each weight [N, K]."""
     return grid.repeat_interleave(k // grid.shape[1], dim=1).expand(n, k)
+
+
+SOLVER = GramSolver(solve=solve, obstacle=obstacle, memory=memory)

@@ -8,6 +8,10 @@
     s = sum v (w - e) / sum v^2,    v = q - z
     beta *= kappa
 
+It is what there is for low bits without a text: rounding to nearest weighs all errors by their squares, so that a far
+outlier widens its block's steps for all; to the power 0.7 it may be off instead. Where calibration text tells which
+columns matter, `gptq` is nearer (docs/quality.md).
+
 After each step scale and zero are judged as they are stored, by the sum itself; each block keeps its best, those of
 `start` among them, so that no block gets worse by this measure. https://mobiusml.github.io/hqq_blog
 """
@@ -19,6 +23,7 @@ import dataclasses
 import torch
 
 from spicerack.algorithms.solved import Solved
+from spicerack.algorithms.solver import WeightSolver
 from spicerack.numerics.codec import from_blocks, to_blocks
 from spicerack.numerics.levels import IntLevels, level_values, nearest
 from spicerack.numerics.qtensor import QTensor
@@ -26,84 +31,97 @@ from spicerack.numerics.scales import store
 from spicerack.numerics.scheme import Scheme
 
 P = 0.7
+"""p, the authors' for weights of language models: the smaller, the more a few weights may be off."""
 BETA = 10.0
-"""Of weights divided by the mean magnitude of their block: the penalty is no matter of units."""
+"""beta at first, the authors'; of weights divided by the mean magnitude of their block: the penalty has no unit."""
 KAPPA = 1.01
+"""kappa, the authors': what beta grows by in a step."""
 STEPS = 20
+"""The authors' number of steps; the best step counts, so that more of them cost time only."""
 _CHUNK = 1 << 24
-"""Weights at once."""
+"""Weights whose blocks are worked on at once: 64 MB for each of the float32 temporaries of a step."""
 
 
-def fits(scheme: Scheme) -> bool:
-    """Whether levels are integers, and scales plain numbers."""
-    return scheme.min is None and not isinstance(scheme.scale, Scheme) and isinstance(scheme.levels, IntLevels)
+def obstacle(scheme: Scheme) -> str | None:
+    """Why the equations above do not hold for the scheme; None if they do. Blocks may have any shape."""
+    return scheme.scale_obstacle or scheme.levels_obstacle
+
+
+def memory(n: int, k: int) -> int:
+    """Bytes for a weight [N, K]: 24 of a weight, planned as for rounding to nearest, which comes before.
+
+    Its own temporaries are those of a step over `_CHUNK` weights, however large the weight is.
+    """
+    return 24 * n * k
 
 
 def solve(w: torch.Tensor, start: QTensor) -> Solved:
-    """w [..., N, K], rounded to `start` -> codes, scales and zero points with less error to the power P.
-
-    `start` itself, with an event, for a scheme that does not fit.
-    """
-    if not fits(start.scheme):
-        return Solved(start, (f"hqq cannot do {start.scheme}: rounded to nearest",))
+    """Codes, scales and zero points of w [..., N, K], float; no block has more error to the power P than in `start`."""
     assert isinstance(start.scale, torch.Tensor)
     block = start.scheme.block_shape(*start.shape[-2:])
     x = to_blocks(w, block)
-    scale = start.scale.float().reshape(-1, 1)
-    zero = torch.zeros_like(scale) if start.zero is None else start.zero.float().reshape(-1, 1)
-    step = max(_CHUNK // x.shape[1], 1)
-    found = [
-        _blocks(some, s, z, start.scheme, start.scale.dtype)
-        for some, s, z in zip(x.split(step), scale.split(step), zero.split(step), strict=True)
+    s = start.scale.float().reshape(-1, 1)
+    z = torch.zeros_like(s) if start.zero is None else start.zero.float().reshape(-1, 1)
+    count = max(_CHUNK // x.shape[1], 1)
+    solved = [
+        _solve_blocks(*some, start.scheme, start.scale.dtype)
+        for some in zip(x.split(count), s.split(count), z.split(count), strict=True)
     ]
-    codes, scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
-    q = dataclasses.replace(
-        start,
-        codes=from_blocks(codes, start.shape, block).to(start.codes.dtype).contiguous(),
-        scale=scale.reshape(start.scale.shape).to(start.scale.dtype),
-        zero=None if start.zero is None else zero.reshape(start.zero.shape).to(start.zero.dtype),
+    q, s, z = (torch.cat(parts) for parts in zip(*solved, strict=True))
+    return Solved(
+        dataclasses.replace(
+            start,
+            codes=from_blocks(q, start.shape, block).to(start.codes.dtype).contiguous(),
+            scale=s.reshape(start.scale.shape).to(start.scale.dtype),
+            zero=None if start.zero is None else z.reshape(start.zero.shape).to(start.zero.dtype),
+        )
     )
-    return Solved(q)
 
 
 def shrink(r: torch.Tensor, beta: float, p: float = P) -> torch.Tensor:
-    """The e that (nearly) minimises |e|^p + beta / 2 (e - r)^2; exactly for p = 1, the soft threshold."""
+    """The e, of r's shape, that (nearly) minimises |e|^p + beta / 2 (e - r)^2; for p = 1 exactly, the soft threshold.
+
+    Below 1e-8 the power of a residual is that of 1e-8: of 0 it would be infinite.
+    """
     size = r.abs()
     return r.sign() * (size - size.clamp(min=1e-8) ** (p - 1) / beta).clamp(min=0)
 
 
-def _blocks(
-    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+def _solve_blocks(
+    w: torch.Tensor, s: torch.Tensor, z: torch.Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [M, B], scale and zero [M, 1] -> codes, scale, zero."""
+    """M blocks w [M, B] and their first s and z [M, 1] -> q [M, B], s and z [M, 1], float32; s is as stored."""
     levels = scheme.levels
     assert isinstance(levels, IntLevels)
-    unit = x.float().abs().mean(1, keepdim=True)
+    unit = w.float().abs().mean(1, keepdim=True)
     unit = torch.where(unit == 0, 1.0, unit)
-    x = x.float() / unit
-    best_scale, best_zero, best = scale, zero, _error(x, scale / unit, zero, levels)
+    w = w.float() / unit
+    best_s, best_z, least = s, z, _error(w, s / unit, z, levels)
     beta = BETA
     for _ in range(STEPS):
-        s = scale / unit
-        v = level_values(nearest(x / s, levels, zero), levels, zero)
-        rest = x - shrink(x - s * v, beta)
+        scaled = s / unit
+        v = level_values(nearest(w / scaled, levels, z), levels, z)
+        rest = w - shrink(w - scaled * v, beta)
         if scheme.zero:
-            shift = (v - rest / s).mean(1, keepdim=True)
-            zero, v = zero + shift, v - shift
-        wanted = (v * rest).sum(1, keepdim=True) / v.square().sum(1, keepdim=True) * unit
-        scale = torch.where(torch.isfinite(wanted) & (wanted != 0), wanted, scale)
+            shift = (v - rest / scaled).mean(1, keepdim=True)
+            z, v = z + shift, v - shift
+        fitted = (v * rest).sum(1, keepdim=True) / v.square().sum(1, keepdim=True) * unit
+        s = torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, s)
         beta *= KAPPA
-        stored, rounded = store(scale, dtype), zero.round().clamp(levels.lo, levels.hi)
+        stored, whole = store(s, dtype), z.round().clamp(levels.lo, levels.hi)
         usable = (stored != 0) & torch.isfinite(stored)
-        stored = torch.where(usable, stored, best_scale)
-        error = _error(x, stored / unit, rounded, levels)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero = torch.where(better, stored, best_scale), torch.where(better, rounded, best_zero)
-    return nearest(x * unit / best_scale, levels, best_zero), best_scale, best_zero
+        stored = torch.where(usable, stored, best_s)
+        error = _error(w, stored / unit, whole, levels)
+        better = error < least
+        least = torch.where(better, error, least)
+        best_s, best_z = torch.where(better, stored, best_s), torch.where(better, whole, best_z)
+    return nearest(w * unit / best_s, levels, best_z), best_s, best_z
 
 
-def _error(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: IntLevels) -> torch.Tensor:
-    """float64 [M, 1]: sum |x - s (q - z)|^P."""
-    decoded = scale * level_values(nearest(x / scale, levels, zero), levels, zero)
-    return (x - decoded).abs().pow(P).sum(1, keepdim=True, dtype=torch.float64)
+def _error(w: torch.Tensor, s: torch.Tensor, z: torch.Tensor, levels: IntLevels) -> torch.Tensor:
+    """float64 [M, 1]: sum |w - s (q - z)|^P over each block of w [M, B], q the nearest codes; s and z are [M, 1]."""
+    decoded = s * level_values(nearest(w / s, levels, z), levels, z)
+    return (w - decoded).abs().pow(P).sum(1, keepdim=True, dtype=torch.float64)
+
+
+SOLVER = WeightSolver(solve=solve, obstacle=obstacle, memory=memory)

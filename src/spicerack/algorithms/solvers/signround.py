@@ -5,6 +5,11 @@
 
 w are the weights, moved as little as it takes to be rounded to the codes of `start`, where another solver chose those.
 Rounding and storing pass gradients straight through, clipping stops them (Cheng et al. 2023, arXiv:2309.05516).
+
+A weight goes to one of its two neighbours at most, because |v| <= 1/2, and zero points stay. Of a gradient only the
+sign counts: a weight with little to say moves as far as one with much, which keeps the method free of learning rates by
+layer, and needs no averages. a is the paper's alpha and beta in one: the paper scales the largest and the least weight
+of a block, from which the scale follows; here the scale is what is searched already, and moves itself.
 """
 
 from __future__ import annotations
@@ -14,32 +19,34 @@ from collections.abc import Mapping
 
 import torch
 
-from spicerack.algorithms.descent import Forward, Layer, descend
+from spicerack.algorithms.descent import Forward, Tunable, descend, memory, obstacle
 from spicerack.algorithms.solved import Solved
+from spicerack.algorithms.solver import BlockSolver
 from spicerack.numerics.levels import IntLevels, level_values
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import store
 
 STEPS = 200
+"""T, as in the authors' program by default; what more of them would gain has not been measured."""
 
 _CELL = 0.499
-"""How far from a code a weight may be that is rounded to it."""
+"""How far from a code a weight may be that is rounded to it: at 1/2 float32 could round to the neighbour."""
 
 
 def solve(
-    layers: Mapping[str, Layer], forward: Forward, sequences: int, *, steps: int | None = None, seed: int = 0
+    layers: Mapping[str, Tunable], forward: Forward, sequences: int, *, steps: int | None = None, seed: int = 0
 ) -> dict[str, Solved]:
-    """Name -> codes and scales with which the block's output is nearest; `start` where nothing better was found.
+    """Name -> codes and scales with which the block's output is nearest; `start` where no step was nearer.
 
-    forward, sequences: as in `descend`. steps: None is STEPS.
+    layers, forward, sequences, seed: as in `descend`. steps: T; None is STEPS.
     """
     return descend(layers, _Learned, forward, sequences, steps=STEPS if steps is None else steps, seed=seed)
 
 
 class _Learned:
-    """v and a of one layer, and the best of them so far."""
+    """v [N, K] and a [N or 1, groups or 1] of one layer, and the best of them so far; see `descent.Learned`."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Tunable) -> None:
         q = layer.start
         assert isinstance(q.scale, torch.Tensor)
         self.start, self.levels, self.dtype = q, q.scheme.levels, q.scale.dtype
@@ -52,11 +59,12 @@ class _Learned:
         self.best: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _by_column(self, grid: torch.Tensor) -> torch.Tensor:
+        """A value for each block [N or 1, groups or 1] -> one for each weight [N, K]."""
         n, k = self.weight.shape
         return grid.repeat_interleave(k // grid.shape[1], dim=1).expand(n, k)
 
     def _shift(self) -> torch.Tensor | float:
-        """From w / s to codes."""
+        """z, what stands between w / s and codes; half-integer levels are codes with a zero of -1/2."""
         assert isinstance(self.levels, IntLevels)
         return -0.5 if self.levels.half else self._by_column(self.zero)
 
@@ -72,25 +80,25 @@ class _Learned:
         return torch.where(same, self.weight, (inside - shift) * scale)
 
     def _scale(self) -> torch.Tensor:
-        """As stored; at first exactly what `start` has."""
-        wanted = self.scale * self.a
-        stored = store(wanted, self.dtype)
-        return wanted + (torch.where(stored == 0, self.scale, stored) - wanted).detach()
+        """s, float32 with values as stored; at first exactly what `start` has. Its gradient is that of s_0 a."""
+        exact = self.scale * self.a
+        stored = store(exact, self.dtype)
+        return exact + (torch.where(stored == 0, self.scale, stored) - exact).detach()
 
     def _codes(self, scale: torch.Tensor) -> torch.Tensor:
-        """Floats; rounded ones, whose gradient is that of what was rounded."""
+        """q, float32 [N, K], whose gradient is that of what was rounded."""
         assert isinstance(self.levels, IntLevels)
         u = self.weight / self._by_column(scale) + self.v + self._shift()
         return (u + (torch.round(u) - u).detach()).clamp(self.levels.lo, self.levels.hi)
 
     def decoded(self) -> torch.Tensor:
-        """The weight [N, K] as it would be shipped now."""
+        """The weight, float32 [N, K], as it would be shipped now, with gradients for v and a."""
         scale = self._scale()
         return self._by_column(scale) * level_values(self._codes(scale), self.levels, self._by_column(self.zero))
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Against the sign of the gradient."""
+        """Move v and a by `rate` against the signs of their gradients, and keep them in their ranges."""
         for value, low, high in ((self.v, -0.5, 0.5), (self.a, 0.5, 1.5)):
             if value.grad is None:  # an expert to whom no token went
                 continue
@@ -98,15 +106,18 @@ class _Learned:
             value.grad = None
 
     def keep(self) -> None:
-        """What is learned now is the best so far."""
+        """Remember v and a as they are now."""
         self.best = self.v.detach().clone(), self.a.detach().clone()
 
     @torch.no_grad()
     def result(self) -> QTensor:
-        """The codes themselves: nothing is rounded again."""
+        """The codes of the v and a that were remembered; `start` if none were. Nothing is rounded again."""
         if self.best is None:
             return self.start
         self.v, self.a = self.best
         scale = self._scale()
         codes = self._codes(scale).to(self.start.codes.dtype)
         return dataclasses.replace(self.start, codes=codes.contiguous(), scale=scale.to(self.dtype).contiguous())
+
+
+SOLVER = BlockSolver(solve=solve, starts_from="gptq", obstacle=obstacle, memory=memory)

@@ -2,6 +2,11 @@
 
     x' = x R,    R = diag(signs) H / sqrt(n),    H of entries +-1 with H H^T = n I
 
+All entries of a row of R that are not 0 have one size, so that a channel which is a thousand times the others becomes a
+share of all that it is mixed with; and R is orthogonal, so that a layer behind the stream, W R, gives for x' what W
+gave for x. Norms without a mean do not see the rotation once their gains are in the layers behind them. Nothing has to
+be computed for it when the model runs.
+
 H is a Kronecker product of Sylvester's matrix of size 2^k with one of Paley's, of size m, where n = 2^k m and there is
 one; else it is block diagonal, of Sylvester's of size 2^k. Takes n log n operations for the power of two.
 """
@@ -13,9 +18,11 @@ import math
 
 import torch
 
+from spicerack.algorithms.transform import Rotation
+
 
 def rotate(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """x [..., n] -> x R, float32."""
+    """x R, float32 [..., n], for x [..., n] of any float type. seed: of R's signs, which are the same each time."""
     n = x.shape[-1]
     two, m = factors(n)
     generator = torch.Generator().manual_seed(seed)
@@ -32,7 +39,11 @@ def rotate(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 
 def factors(n: int) -> tuple[int, int]:
-    """(2^k, m): the sizes of the two matrices; m = 1 where there is none for the odd part, or none is needed."""
+    """The sizes of the two matrices that H is a product of, (2^k, m), for n columns.
+
+    m = 1 where none is needed, or none is known for the odd part of n: H then has n / 2^k blocks. m is the odd part
+    times 4, 8, 16 or 32, because Paley's matrices have sizes that 4 divides.
+    """
     two = n & -n
     if two == n:
         return n, 1
@@ -45,7 +56,7 @@ def factors(n: int) -> tuple[int, int]:
 
 @functools.cache
 def paley(m: int) -> torch.Tensor:
-    """Paley's Hadamard matrix [m, m]: of a prime q = m - 1 = 3 mod 4, or q = m / 2 - 1 = 1 mod 4."""
+    """Paley's Hadamard matrix, float32 [m, m]: of a prime q = m - 1 = 3 mod 4, or q = m / 2 - 1 = 1 mod 4."""
     q = _paley_prime(m)
     assert q, f"no such matrix of size {m}"
     squares = {i * i % q for i in range(1, q)}
@@ -62,8 +73,16 @@ def paley(m: int) -> torch.Tensor:
 
 
 def _paley_prime(m: int) -> int:
-    """The q of `paley`; 0 if there is none."""
+    """The prime q that `paley` makes a matrix of size m from; 0 if there is none."""
     for q, rest in ((m - 1, 3), (m // 2 - 1, 1)):
         if m % 4 == 0 and q % 4 == rest and q > 1 and all(q % i for i in range(2, math.isqrt(q) + 1)):
             return q
     return 0
+
+
+def memory(weights: int, itemsize: int) -> int:
+    """Bytes of a block's rotated weights: in their stored type, made when they are read, and not mapped from files."""
+    return itemsize * weights
+
+
+TRANSFORM = Rotation(rotate=rotate, memory=memory)

@@ -13,32 +13,35 @@ from spicerack.text.calibration import Calibration
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """rows: sequences of a chunk."""
+    """The calibration text, cut into chunks of `rows` sequences each; the last may have fewer."""
 
     calibration: Calibration
     rows: int
 
     @property
     def count(self) -> int:
-        """Chunks, of all ranks."""
+        """Number of chunks, those of all ranks."""
         return -(-len(self.calibration.ids) // self.rows)
 
     def chunks(self, ranks: Ranks) -> Iterator[tuple[int, slice]]:
-        """A few sequences at a time, those that are this rank's, by number."""
+        """The chunks that are this rank's, in the order of the text: their number, and which sequences they are."""
         numbers = range(ranks.rank, self.count, ranks.count)
         return ((number, slice(number * self.rows, (number + 1) * self.rows)) for number in numbers)
 
-    def inputs(self, some: slice | Sequence[int]) -> dict[str, torch.Tensor]:
-        """What the model is called with, for these sequences."""
-        some = some if isinstance(some, slice) else list(some)
-        chunk = {"input_ids": self.calibration.ids[some]}
+    def inputs(self, sequences: slice | Sequence[int]) -> dict[str, torch.Tensor]:
+        """What the model is called with for these sequences: input_ids [B, L], attention_mask if there is padding."""
+        rows = sequences if isinstance(sequences, slice) else list(sequences)
+        inputs = {"input_ids": self.calibration.ids[rows]}
         if self.calibration.mask is not None:
-            chunk["attention_mask"] = self.calibration.mask[some].long()
-        return chunk
+            inputs["attention_mask"] = self.calibration.mask[rows].long()
+        return inputs
 
 
-def tokens(x: torch.Tensor, chunk: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """[tokens, K] without padding; layers that see other rows than tokens, such as experts, have none to drop."""
+def tokens(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The tokens of x [..., K], [tokens, K], without the padding that `inputs`, the model's, mark.
+
+    Layers that see other rows than tokens, such as experts, have no padding to drop.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    mask = chunk.get("attention_mask")
+    mask = inputs.get("attention_mask")
     return rows if mask is None or mask.numel() != len(rows) else rows[mask.reshape(-1).bool()]

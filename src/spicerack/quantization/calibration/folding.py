@@ -2,7 +2,9 @@
 
     y = W x = (W diag(c)) (x / c),    and x / c comes from dividing what makes x: a norm's gain, or a layer's rows
 
-What the block computes stays as it is; what is rounded changes. `models/folds.py` lists where this can be done.
+What the block computes stays as it is; what is rounded changes. Factors pass through whatever is linear in each channel
+between the two: a product with a gate, a weighted sum over tokens. `models/families/folds.py` lists where this can be
+done.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from spicerack.models.families.folds import FOLDS, UNIT_OFFSET
+from spicerack.quantization.calibration.weights import columns_of
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where factors can be moved. source, readers: paths in the block.
+    """A place in a block where factors can be moved.
 
-    channels: int64 [K], the source's channel that each input column of the readers comes from: grouped heads share one.
+    source       path of what makes the inputs: a norm, or a linear layer
+    readers      paths of the linear layers that have these inputs, and nothing else has
+    channels     int64 [K], the source's channel that each input column of the readers comes from; grouped heads share
+    unit_offset  the source multiplies by 1 + its weight
     """
 
     source: str
@@ -31,14 +37,15 @@ class Site:
     unit_offset: bool
 
     def tied(self, factors: torch.Tensor) -> torch.Tensor:
-        """[K], columns of one channel with their geometric mean."""
+        """The factors [K] with which columns of one channel have one factor, the geometric mean of their own."""
         count = int(self.channels.max()) + 1
         total = torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, factors.double().log())
         return (total / torch.bincount(self.channels, minlength=count)).exp()[self.channels].float()
 
 
 def sites(block: nn.Module, config: PreTrainedConfig, quantized: Collection[str]) -> Iterator[Site]:
-    """Those of the family, in the order of what runs, whose layers (not norms) are all quantized.
+    """Sites of a block, in the order of what runs: those of the model's family whose layers (not norms) are
+    `quantized`.
 
     A layer that stays in float would be rounded anew to its own type, which gains nothing and costs a little.
     """
@@ -46,7 +53,7 @@ def sites(block: nn.Module, config: PreTrainedConfig, quantized: Collection[str]
     for source, readers in FOLDS.get(config.model_type, ()):
         if source not in paths or not set(readers) <= set(quantized):
             continue
-        maker, columns = paths[source], {_columns(paths[reader]) for reader in readers}
+        maker, columns = paths[source], {columns_of(paths[reader]) for reader in readers}
         if isinstance(maker, (nn.Linear, Conv1D)) and source not in quantized:
             continue
         channels = _channels(len(_rows(maker)), columns.pop(), config) if len(columns) == 1 else None
@@ -55,10 +62,11 @@ def sites(block: nn.Module, config: PreTrainedConfig, quantized: Collection[str]
 
 
 def move(block: nn.Module, site: Site, factors: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, list[str]]:
-    """Divide at the source, multiply at the readers, in place -> (the factors as moved [K], parameters that changed
-    and are not weights of layers).
+    """Divide at the site's source and multiply at its readers by factors [K], in the block itself.
 
-    Those are rounded to `dtype`, in which they are stored; what that changes of a gain is made good at the readers.
+    Returns the factors as they were moved [K], and the paths of parameters that changed and are not weights of layers.
+    Those are rounded to `dtype`, in which they are stored; what that changes of a gain is made good at the readers. A
+    channel whose gain is 0 keeps it, and has the factor 1: nothing comes out of it that could be multiplied.
     """
     maker = block.get_submodule(site.source)
     weight = block.get_parameter(f"{site.source}.weight")
@@ -71,10 +79,10 @@ def move(block: nn.Module, site: Site, factors: torch.Tensor, dtype: torch.dtype
     else:
         gain = weight + 1 if site.unit_offset else weight.clone()
         stored = (gain / by_channel - (1 if site.unit_offset else 0)).to(dtype).float()
-        moved = gain / (stored + 1 if site.unit_offset else stored)
-        usable = torch.isfinite(moved) & (moved > 0)
+        exact = gain / (stored + 1 if site.unit_offset else stored)
+        usable = torch.isfinite(exact) & (exact > 0)
         weight.copy_(torch.where(usable, stored, weight))
-        by_channel = torch.where(usable, moved, 1.0)
+        by_channel = torch.where(usable, exact, 1.0)
         changed.append(f"{site.source}.weight")
     bias = dict(maker.named_parameters(recurse=False)).get("bias")
     if bias is not None:
@@ -87,27 +95,27 @@ def move(block: nn.Module, site: Site, factors: torch.Tensor, dtype: torch.dtype
     return factors, changed
 
 
-def _channels(made: int, read: int, config: PreTrainedConfig) -> torch.Tensor | None:
-    """Of each column; None where the counts fit in no way that is known."""
-    if made == read:
-        return torch.arange(read)
+def _channels(channels: int, columns: int, config: PreTrainedConfig) -> torch.Tensor | None:
+    """The channel, of so many, that each of the columns comes from; None where the counts fit in no way that is known.
+
+    Fewer channels than columns are values of grouped heads: each head is read by several of the attention's.
+    """
+    if channels == columns:
+        return torch.arange(columns)
     heads: int = config.get_text_config().num_attention_heads
-    if read % made or read % heads:
+    if columns % channels or columns % heads:
         return None
-    size, repeats = read // heads, read // made
-    columns = torch.arange(read)
-    return columns // (size * repeats) * size + columns % size
+    size, repeats = columns // heads, columns // channels
+    numbers = torch.arange(columns)
+    return numbers // (size * repeats) * size + numbers % size
 
 
 def _rows(module: nn.Module) -> torch.Tensor:
+    """A layer's weight with a row for each channel that it makes, or a norm's gains."""
     weight = module.get_parameter("weight")
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def _columns(module: nn.Module) -> int:
-    weight = module.get_parameter("weight")
-    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
-
-
 def _is_layer(module: nn.Module) -> bool:
+    """Whether a source is a linear layer, and no norm."""
     return isinstance(module, (nn.Linear, Conv1D))

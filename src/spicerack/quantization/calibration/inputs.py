@@ -16,22 +16,27 @@ import torch
 from spicerack.algorithms.stats import CHUNK, Accumulator, add_product, products
 from spicerack.machine.ranks import ALONE
 from spicerack.models import blocks
-from spicerack.quantization.calibration.block import Work
+from spicerack.quantization.calibration.flow import Flow
+from spicerack.quantization.calibration.pair import Pair
 from spicerack.quantization.memory import STATISTICS
 
 Group = tuple[str, ...]
 """Paths of layers that share an input."""
 
 FEW = 0.25
-"""Tokens of a column below which an expert has too few."""
+"""Tokens of a column below which an expert has too few: its gram would have a rank of a quarter of its columns or
+less."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """mean x x^T, and mean (x' - x) x^T, [K, K]: x what a layer gets now, x' in the float model.
+    """What is known of the inputs of a group of layers: x what they get now, x' in the float model.
 
-    shift: None where the float model calls the layer with other rows, so that nothing can be compared. gram: None where
-    there are too few tokens; importance, [K], is then what is known of the columns. events: what was done about that.
+    gram        H = mean x x^T, float32 [K, K]; None where there are too few tokens
+    shift       C = mean (x' - x) x^T, float [K, K]; None where the float model calls the layers with other rows, so
+                that nothing can be compared
+    importance  what is known of the columns, [K]: the gram's diagonal, or that of all experts
+    events      what was done about too few tokens
     """
 
     gram: torch.Tensor | None
@@ -40,45 +45,51 @@ class Moments:
     events: tuple[str, ...] = ()
 
     def pull(self, w: torch.Tensor) -> torch.Tensor | None:
-        """W shift, float32 [N, K], for a weight W [N, K]."""
+        """W C, float32 [N, K], for a weight W [N, K]."""
         return None if self.shift is None else w @ self.shift.to(w.dtype)
 
 
-def stages(work: Work) -> list[list[Group]]:
-    """All layers that the text reaches, in the order of their calls; groups of a stage do not wait for each other."""
-    missing = {layer.path for layer in work.layers}
-    stacks = _stacks(work)
-    found: list[list[Group]] = []
-    for number, _, arguments in work.calls(ALONE):
+# ---- who goes together -----------------------------------------------------------------------------------------------
+
+
+def stages(pair: Pair, flow: Flow) -> list[list[Group]]:
+    """All targets that the text reaches, in the order of their calls; groups of a stage do not wait for each other.
+
+    The exact block is run chunk by chunk until all were called.
+    """
+    missing = {target.path for target in pair.targets}
+    stacks = _stacks(pair)
+    order: list[list[Group]] = []
+    for call in flow.calls(ALONE):
         if not missing:
             break
-        seen: list[tuple[str, torch.Tensor]] = []
-        with blocks.watched(work.exact, sorted(missing), seen.append):
-            work.run(work.exact, work.states.read(work.index, number)[1], arguments)
-        for group in blocks.shared_inputs([(path, x) for path, x in seen if len(x)]):
+        called: list[tuple[str, torch.Tensor]] = []
+        with blocks.watched(pair.exact, sorted(missing), called.append):
+            flow.run(pair.exact, flow.hidden(call)[1], call)
+        for group in blocks.shared_inputs([(path, x) for path, x in called if len(x)]):
             if group[0] in missing:
                 stage = stacks.get(group[0], [group])
-                found.append(stage)
+                order.append(stage)
                 missing.difference_update(*stage)
-    return found
+    return order
 
 
-def _stacks(work: Work) -> dict[str, list[Group]]:
+def _stacks(pair: Pair) -> dict[str, list[Group]]:
     """For each layer of an expert the groups of its stack: the layers of one expert."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for layer in work.layers:
-        if layer.stack:
-            found.setdefault(layer.stack, {}).setdefault(layer.expert, []).append(layer.path)
-    stages = ([tuple(paths) for paths in experts.values()] for experts in found.values())
+    stacks: dict[str, dict[str, list[str]]] = {}
+    for target in pair.targets:
+        if target.stack:
+            stacks.setdefault(target.stack, {}).setdefault(target.expert, []).append(target.path)
+    stages = ([tuple(paths) for paths in experts.values()] for experts in stacks.values())
     return {path: stage for stage in stages for group in stage for path in group}
 
 
-def rounds(work: Work, stage: Sequence[Group]) -> Iterator[list[Group]]:
-    """The stage, in parts whose statistics fit in memory."""
+def rounds(pair: Pair, stage: Sequence[Group]) -> Iterator[list[Group]]:
+    """The groups of a stage, in parts whose statistics fit in STATISTICS bytes, or which are a single group."""
     part: list[Group] = []
     nbytes = 0
     for group in stage:
-        needed = 8 * work.columns(group[0]) ** 2
+        needed = 8 * pair.columns(group[0]) ** 2
         if part and nbytes + needed > STATISTICS:
             yield part
             part, nbytes = [], 0
@@ -87,77 +98,78 @@ def rounds(work: Work, stage: Sequence[Group]) -> Iterator[list[Group]]:
     yield part
 
 
-def moments(work: Work, groups: Sequence[Group]) -> dict[Group, Moments]:
-    """Of groups of one stage, over the whole text. Raises ActivationError."""
-    if any(layer.stack for layer in work.layers if layer.path == groups[0][0]):
-        return _of_experts(work, groups)
-    return {group: _of_layers(work, group[0]) for group in groups}
+# ---- moments ---------------------------------------------------------------------------------------------------------
 
 
-def _of_layers(work: Work, path: str) -> Moments:
-    seen = Accumulator(["gram"], work.columns(path), device=work.device)
-    shift = products(seen.columns, work.device)
+def moments(pair: Pair, flow: Flow, groups: Sequence[Group]) -> dict[Group, Moments]:
+    """The moments of groups of one stage, over the whole text. Raises ActivationError naming block, layer and chunk."""
+    if any(target.stack for target in pair.targets if target.path == groups[0][0]):
+        return _of_experts(pair, flow, groups)
+    return {group: _of_layers(pair, flow, group[0]) for group in groups}
+
+
+def _of_layers(pair: Pair, flow: Flow, path: str) -> Moments:
+    """The moments of layers that share the inputs of the one at `path`, which every token reaches."""
+    accumulator = Accumulator(["gram"], pair.columns(path), device=flow.device)
+    shift = products(accumulator.columns, flow.device)
     comparable = True
-    for number, chunk, arguments in work.calls():
-        quantized, exact = work.states.read(work.index, number)
-        x = work.input(work.block, path, quantized, arguments, chunk)
-        before = work.input(work.exact, path, exact, arguments, chunk)
+    for call in flow.calls():
+        quantized, exact = flow.hidden(call)
+        x = flow.input(pair.quantized, path, quantized, call)
+        before = flow.input(pair.exact, path, exact, call)
         comparable &= x.shape == before.shape
-        work.add(seen, path, number, x)
+        flow.collect(accumulator, path, call, x)
         if comparable:
-            for now, moved in zip(x.split(CHUNK), (before - x).split(CHUNK), strict=True):
-                add_product(shift, moved, now)
-    found = work.result(seen)
-    shift = work.ranks.total(shift)
-    apart = bool(work.ranks.largest(torch.tensor(not comparable)))
-    assert found.gram is not None
-    return Moments(found.gram, None if apart or not found.tokens else shift.div_(found.tokens), found.gram.diagonal())
+            for some, difference in zip(x.split(CHUNK), (before - x).split(CHUNK), strict=True):
+                add_product(shift, difference, some)
+    stats = flow.total(accumulator)
+    shift = flow.ranks.total(shift)
+    apart = bool(flow.ranks.largest(torch.tensor(not comparable)))
+    assert stats.gram is not None
+    return Moments(stats.gram, None if apart or not stats.tokens else shift.div_(stats.tokens), stats.gram.diagonal())
 
 
-def _of_experts(work: Work, groups: Sequence[Group]) -> dict[Group, Moments]:
-    """Without shifts: the float model's router sends an expert other tokens."""
+def _of_experts(pair: Pair, flow: Flow, groups: Sequence[Group]) -> dict[Group, Moments]:
+    """The moments of experts of one stack; without shifts: the float model's router sends an expert other tokens."""
     paths = [group[0] for group in groups]
-    seen = {path: Accumulator(["gram"], work.columns(path), device=work.device) for path in paths}
-    for number, chunk, arguments in work.calls():
-        hidden, _ = work.states.read(work.index, number)
-        for path, x in work.inputs(work.block, paths, hidden, arguments, chunk).items():
-            work.add(seen[path], path, number, x[x.any(1)])  # Llama 4 sends all tokens to all experts, most as zeros
-    counts = {path: int(work.ranks.total(seen[path].count.clone())) for path in paths}
-    few = [path for path, count in counts.items() if count < FEW * work.columns(path)]
-    shown = _shown(work, few, seen) if few else {}
-    found = {path: work.result(one) for path, one in seen.items()}
-    pooled = torch.zeros(work.columns(paths[0]), device=work.device)
+    accumulators = {path: Accumulator(["gram"], pair.columns(path), device=flow.device) for path in paths}
+    for call in flow.calls():
+        for path, x in flow.inputs(pair.quantized, paths, flow.hidden(call)[0], call).items():
+            routed = x[x.any(1)]  # Llama 4 sends all tokens to all experts, most as zeros
+            flow.collect(accumulators[path], path, call, routed)
+    counts = {path: int(flow.ranks.total(accumulators[path].count.clone())) for path in paths}
+    few = [path for path, count in counts.items() if count < FEW * pair.columns(path)]
+    shown = _show(pair, flow, few, accumulators) if few else {}
+    stats = {path: flow.total(accumulator) for path, accumulator in accumulators.items()}
+    pooled = torch.zeros(pair.columns(paths[0]), device=flow.device)
     for path, count in counts.items():
-        gram = found[path].gram
+        gram = stats[path].gram
         assert gram is not None
         pooled += gram.diagonal() * (count / max(sum(counts.values()), 1))
-    return {group: _expert(group[0], found[group[0]].gram, counts, shown, few, pooled) for group in groups}
+    return {group: _of_expert(stats[group[0]].gram, pooled, counts[group[0]], shown.get(group[0])) for group in groups}
 
 
-def _expert(
-    path: str,
-    gram: torch.Tensor | None,
-    counts: Mapping[str, int],
-    shown: Mapping[str, int],
-    few: Sequence[str],
-    pooled: torch.Tensor,
-) -> Moments:
+def _of_expert(gram: torch.Tensor | None, pooled: torch.Tensor, count: int, shown: int | None) -> Moments:
+    """The moments of one expert, whom the router sent `count` tokens.
+
+    gram: of all that it saw. pooled: second moments of what all experts got, [K]. shown: how many tokens it was shown
+    besides, because its own were too few; None: they were enough.
+    """
     assert gram is not None
-    if path not in few:
+    if shown is None:
         return Moments(gram, None, gram.diagonal())
-    if shown[path]:
-        event = f"{counts[path]} tokens of its own: solved with {shown[path]} more that were sent elsewhere"
+    if shown:
+        event = f"{count} tokens of its own: solved with {shown} more that were sent elsewhere"
         return Moments(gram, None, gram.diagonal(), (event,))
-    event = f"{counts[path]} tokens: rounded to nearest, weighted by what all experts get"
+    event = f"{count} tokens: rounded to nearest, weighted by what all experts get"
     return Moments(None, None, pooled, (event,))
 
 
-def _shown(work: Work, paths: Sequence[str], seen: Mapping[str, Accumulator]) -> dict[str, int]:
-    """Let these experts' layers see tokens that are sent to each of them, whatever the router says -> how many."""
-    spread = {x: -(-work.columns(x.path) // work.text.count) for x in work.layers if x.path in paths}
-    before = {path: int(seen[path].count) for path in paths}
-    for number, chunk, arguments in work.calls():
-        hidden, _ = work.states.read(work.index, number)
-        for layer, x in work.routed(spread, hidden, arguments, chunk).items():
-            work.add(seen[layer.path], layer.path, number, x)
-    return {path: int(work.ranks.total(seen[path].count - before[path])) for path in paths}
+def _show(pair: Pair, flow: Flow, paths: Sequence[str], accumulators: Mapping[str, Accumulator]) -> dict[str, int]:
+    """Show these experts' layers tokens that are sent to each of them, whatever the router says; how many, by path."""
+    spread = {x: -(-pair.columns(x.path) // flow.text.count) for x in pair.targets if x.path in paths}
+    before = {path: int(accumulators[path].count) for path in paths}
+    for call in flow.calls():
+        for target, x in flow.routed(pair.quantized, spread, flow.hidden(call)[0], call).items():
+            flow.collect(accumulators[target.path], target.path, call, x)
+    return {path: int(flow.ranks.total(accumulators[path].count - before[path])) for path in paths}

@@ -1,51 +1,58 @@
 """The calibrated loop: block by block, with what really flows through the model.
 
-One block is at work at a time, next to an untouched copy of it; the hidden states of the calibration text lie on disk,
-in chunks, twice: as the float model has them, and as they are behind the blocks that are quantized already.
-First the block is transformed, where the method says so; then its layers are solved in the order in which they run,
-those that share an input together:
+One block is at work at a time, next to an untouched copy of it (`Pair`); the hidden states of the calibration text lie
+on disk, in chunks, twice: as the float model has them, and as they are behind the blocks that are quantized already
+(`Flow`). A block goes through four steps:
 
-    each group of layers:  a scale of x, where that is static;  H = mean x x^T over all tokens;
-                           round to nearest, weighted by diag H;  refine;  put in place
-    then the block runs once more, and what comes out is what the next block gets
+    transform   where the method says so: factors that make its layers easier to round move in, judged by its output
+    exact       what the float copy makes of the float model's states, which all that follows is compared with
+    solve       its layers get their codes in the order in which they run, those that share an input together:
+                    a scale of x, where that is static;  H = mean x x^T over all tokens;
+                    round to nearest, weighted by diag H;  solve;  put in place
+                and, where the solver learns, all of them once more by the block's output
+    errors      the block runs with its codes, and what comes out is what the next block gets
+
+Each layer is so solved for what it will be given, errors of all layers before it included, and GPTQ's targets undo a
+part of these. The price is that nothing can be solved ahead: layers wait for those in front of them, and blocks for
+blocks.
+
+What is given up for memory that does not grow with the model or the text is time: the text goes through every block
+several times, twice for each group of layers that share an input (once exact, once quantized), and hidden states are
+read from disk each time. Of a block nothing is kept but its codes.
 
 A block is finished when its file is there, so that a run that is killed continues with the block that it was at.
 
 Several ranks share the chunks of hidden states, and the layers of a group once its statistics are added up; each solved
-layer is a file that the others read. What follows from all of the text alone (order, transforms) each finds for itself.
+layer is a file that the others read (`Exchange`). What follows from all of the text alone (order, transforms) each
+finds for itself. Learning is the first rank's alone, because every step needs the one before.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from spicerack.algorithms import descent
 from spicerack.algorithms.solved import Solved
-from spicerack.algorithms.solvers import blockap, gptq, hqq, signround
-from spicerack.machine.devices import CPU
 from spicerack.machine.memory import peak_rss_bytes
-from spicerack.machine.ranks import ALONE, Ranks
+from spicerack.machine.ranks import Ranks
 from spicerack.models import blocks
-from spicerack.numerics import rounding
-from spicerack.numerics.qtensor import QTensor, moved
-from spicerack.quantization.calibration.block import Work
-from spicerack.quantization.calibration.chunks import Text, tokens
-from spicerack.quantization.calibration.inputs import Moments, moments, rounds, stages
-from spicerack.quantization.calibration.layers import Layer, inside
+from spicerack.numerics.qtensor import QTensor
+from spicerack.quantization.calibration import solving, transforms
+from spicerack.quantization.calibration.chunks import Text
+from spicerack.quantization.calibration.exchange import Exchange
+from spicerack.quantization.calibration.flow import Flow
+from spicerack.quantization.calibration.pair import Pair
 from spicerack.quantization.calibration.states import States, commit, is_done
-from spicerack.quantization.calibration.static import observe
-from spicerack.quantization.calibration.transforms import Changes, transform
+from spicerack.quantization.calibration.targets import tensors_of
+from spicerack.quantization.calibration.transforms import Changes
 from spicerack.quantization.job import Job
+from spicerack.quantization.recipe import Recipe
 from spicerack.quantization.rotation import Rotated, original
-from spicerack.quantization.watch import Finished
+from spicerack.quantization.watch import Finished, Watch
 from spicerack.runtime.load import load_apart
-
-_LEARNING = {"signround": signround.solve, "blockap": blockap.solve}
-"""Solvers that need all layers of a block at once."""
 
 
 @torch.no_grad()
@@ -55,176 +62,126 @@ def run(
     folder: Path,
     *,
     threads: int,
-    device: torch.device = CPU,
-    ranks: Ranks = ALONE,
-    finished: Callable[[Finished], None] = lambda _: None,
-    stopping: Callable[[], bool] = lambda: False,
+    device: torch.device,
+    ranks: Ranks,
+    watch: Watch,
 ) -> None:
     """Solve all layers that lie in blocks, into `folder`: one file for each block. Continues what is there.
 
-    device: where the blocks compute; the model itself, which makes their arguments, stays on the CPU.
-    finished: called with each block. stopping: asked behind each, whether to raise KeyboardInterrupt there. Raises
-    UsageError for an architecture without blocks, ActivationError naming block, layer and token.
+    job        what was decided of the model; its recipe has a method
+    text       the calibration text, in chunks
+    folder     where solved blocks and hidden states lie; made if it is not there
+    threads    of the CPU, for rounding to nearest
+    device     where the blocks compute; the model itself, which makes their arguments, stays on the CPU
+    ranks      processes that do this together
+    watch      told of each block; behind each it is asked, on every rank, whether to raise KeyboardInterrupt there
+
+    Raises UsageError for an architecture without blocks, ActivationError naming block, layer and token, and OutputError
+    where the disk is full.
     """
     folder.mkdir(exist_ok=True)
     model, experts = load_apart(original(job.source))
     stack = blocks.find(model)
-    contents = inside(stack, experts, job)
+    tensors = tensors_of(stack, experts, job)
     states = States(folder, text.rows, device)
-    first = next((i for i in range(len(stack.blocks)) if not is_done(folder, i)), len(stack.blocks))
-    if first == 0:
-        for number, some in text.chunks(ranks):
-            hidden, _ = stack.calls(text.inputs(some))
-            hidden = job.source.turn(hidden) if isinstance(job.source, Rotated) else hidden
-            states.write(0, number, hidden.float(), hidden.float())
+    done = next((i for i in range(len(stack.blocks)) if not is_done(folder, i)), len(stack.blocks))
+    if done == 0:
+        _begin(Flow(stack, 0, text, states, ranks), job)
     ranks.wait()
-    for i in range(first, len(stack.blocks)):
-        finished(_finish(Work(stack, i, contents[i], text, states, job, ranks, threads, device), folder))
-        if bool(ranks.largest(torch.tensor(stopping()))):
+    for i in range(done, len(stack.blocks)):
+        pair = Pair(stack.blocks[i], tensors[i], job.source, device, job.recipe.range_, threads)
+        watch.finished(_finish(pair, Flow(stack, i, text, states, ranks), job.recipe, folder))
+        if bool(ranks.largest(torch.tensor(watch.stopping()))):
             raise KeyboardInterrupt
 
 
-def _finish(work: Work, folder: Path) -> Finished:
-    """One block, committed."""
+def _begin(flow: Flow, job: Job) -> None:
+    """Write the hidden states in front of the first block; those of a rotated model are the original's, rotated."""
+    for number, sequences in flow.text.chunks(flow.ranks):
+        hidden, _ = flow.stack.calls(flow.text.inputs(sequences))
+        hidden = job.source.turn(hidden) if isinstance(job.source, Rotated) else hidden
+        flow.states.write(0, number, hidden.float(), hidden.float())
+
+
+def _finish(pair: Pair, flow: Flow, recipe: Recipe, folder: Path) -> Finished:
+    """Take one block through its four steps, and commit it -> what is reported of it."""
     begin = time.time()
-    changes = transform(work)
-    _exact(work)
-    starts, solved = _solve(work)
-    plain, _ = _errors(work, starts, first_only=True)
-    beginning, error = _errors(work, {tensor: one.q for tensor, one in solved.items()})
-    rounded = error * (plain / beginning) if beginning else plain
-    if work.ranks.first:
-        losses = {x.key: rounding.relative_error(moved(work.weight(x), CPU), solved[x.key].q, threads=work.threads)
-                  for x in work.layers}  # fmt: skip
-        told = {tensor: Solved(one.q, (*changes.of(tensor), *one.events)) for tensor, one in solved.items()}
-        commit(folder, work.index, told, losses, changes.tensors, error)
-        work.states.drop(work.index)
-    work.ranks.wait()
-    weights = sum(s.q.codes.numel() for s in solved.values())
+    assert recipe.method is not None, "decided before work starts"
+    changes = transforms.apply(pair, flow, recipe.method.transforms, recipe.observer)
+    _keep_exact(pair, flow)
+    starts, solutions = solving.solve(
+        pair, flow, Exchange(flow.ranks, flow.states), recipe.method.solver, recipe.observer
+    )
+    rounded, error = _errors(pair, flow, starts, {key: solved.q for key, solved in solutions.items()})
+    if flow.ranks.first:
+        losses = {target.key: pair.error(target, solutions[target.key].q) for target in pair.targets}
+        noted = {key: Solved(solved.q, (*changes.of(key), *solved.events)) for key, solved in solutions.items()}
+        commit(folder, flow.index, noted, losses, changes.tensors, error)
+        flow.states.drop(flow.index)
+    flow.ranks.wait()
+    weights = sum(solved.q.codes.numel() for solved in solutions.values())
     return Finished(
-        block=work.name,
-        number=work.index,
-        count=len(work.stack.blocks),
-        layers=len(solved),
-        bits=sum(s.q.stored_bits for s in solved.values()) / weights if weights else 0.0,
+        block=flow.name,
+        number=flow.index,
+        count=len(flow.stack.blocks),
+        layers=len(solutions),
+        bits=sum(solved.q.stored_bits for solved in solutions.values()) / weights if weights else 0.0,
         rounded=rounded,
         error=error,
         seconds=time.time() - begin,
         peak_rss_bytes=peak_rss_bytes(),
-        events=tuple(_events(work, solved, changes)),
+        events=tuple(_events(pair, solutions, changes)),
     )
 
 
-def _events(work: Work, solved: Mapping[str, Solved], changes: Changes) -> Iterator[str]:
+def _events(pair: Pair, solutions: Mapping[str, Solved], changes: Changes) -> Iterator[str]:
+    """What happened in a block: to all of it by transforms, then to each layer, by path, while it was solved."""
     yield from changes.events
-    for layer in work.layers:
-        yield from (f"{layer.path}: {event}" for event in solved[layer.key].events)
+    for target in pair.targets:
+        yield from (f"{target.path}: {event}" for event in solutions[target.key].events)
 
 
-def _solve(work: Work) -> tuple[dict[str, QTensor], dict[str, Solved]]:
-    """Tensor -> how it is rounded to nearest, and its solution; all layers of the block hold what that decodes to."""
-    by_path = {layer.path: layer for layer in work.layers}
-    starts: dict[str, QTensor] = {}
-    solved: dict[str, Solved] = {}
-    for groups in (part for stage in stages(work) for part in rounds(work, stage)):
-        for group in groups:
-            observe(work, group)
-        seen = moments(work, groups)
-        given = {path: seen[group] for group in groups for path in group}
-        costs = {path: float(work.weight(by_path[path]).numel()) for path in given}
-        mine = [by_path[path] for path, rank in work.ranks.shares(costs).items() if rank == work.ranks.rank]
-        pulls = {layer.path: given[layer.path].pull(work.weight(layer)) for layer in mine}
-        for one in seen.values():
-            one.shift = None  # as large as what solving needs, which comes now
-        for layer in mine:
-            work.hand_over(layer, *_layer(work, layer, given[layer.path], pulls.pop(layer.path)))
-        work.ranks.wait()
-        for layer in map(by_path.__getitem__, given):
-            starts[layer.key], solved[layer.key] = work.take(layer)
-            work.put(layer, solved[layer.key].q)
-    for layer in work.layers:
-        if layer.key not in solved:
-            observe(work, (layer.path,))
-            starts[layer.key] = work.start(layer, None)
-            solved[layer.key] = Solved(starts[layer.key], ("not reached by the calibration text: rounded to nearest",))
-            work.put(layer, starts[layer.key])
-    if _solver(work) in _LEARNING:
-        solved |= _tuned(work, {t: s for t, s in solved.items() if descent.fits(s.q.scheme)})
-    return starts, solved
+def _keep_exact(pair: Pair, flow: Flow) -> None:
+    """Keep what the float block makes of the float model's states, for all who compare with it, and the next block."""
+    for call in flow.calls():
+        exact = flow.run(pair.exact, flow.hidden(call)[1], call)
+        flow.keep(call, exact, exact)  # the first until `_errors` knows better
+    flow.ranks.wait()
 
 
-def _solver(work: Work) -> str:
-    method = work.job.recipe.method
-    assert method is not None, "decided before work starts"
-    return method.solver
+def _errors(
+    pair: Pair, flow: Flow, starts: Mapping[str, QTensor], solutions: Mapping[str, QTensor]
+) -> tuple[float, float]:
+    """How far the block's output is off, were its targets rounded to nearest (`starts`), and with their solutions.
 
-
-def _tuned(work: Work, solved: Mapping[str, Solved]) -> dict[str, Solved]:
-    """Codes learned by the block's output, from `solved` on; all layers hold it."""
-
-    def forward(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        chunk, arguments = work.call(numbers)
-        x = work.states.sequences(work.index, numbers)[0]
-        wanted = work.states.sequences(work.index + 1, numbers)[1]
-        return tokens(work.run(work.block, x, arguments), chunk), tokens(wanted, chunk)
-
-    by_tensor = {layer.key: layer for layer in work.layers}
-    modules = blocks.layers(work.block)
-    layers = {
-        tensor: descent.Layer(
-            modules[by_tensor[tensor].path], work.weight(by_tensor[tensor]), moved(one.q, work.device)
-        )
-        for tensor, one in solved.items()
-    }
-    if work.ranks.first:  # every step needs the one before: nothing is shared but the result
-        solve = _LEARNING[_solver(work)]
-        for tensor, one in solve(layers, forward, len(work.text.calibration.ids)).items():
-            events = (*solved[tensor].events, *one.events)
-            work.hand_over(by_tensor[tensor], solved[tensor].q, Solved(one.q, events))
-    work.ranks.wait()
-    return {tensor: work.take(by_tensor[tensor])[1] for tensor in solved}
-
-
-def _exact(work: Work) -> None:
-    """What the float block makes of the float model's states, for all who compare with it, and for the next block."""
-    for number, _, arguments in work.calls():
-        exact = work.run(work.exact, work.states.read(work.index, number)[1], arguments)
-        work.states.write(work.index + 1, number, exact, exact)  # the first until `_errors` knows better
-    work.ranks.wait()
-
-
-def _errors(work: Work, weights: Mapping[str, QTensor], *, first_only: bool = False) -> tuple[float, float]:
-    """Of what the block makes with these weights, by tensor, relative: in each rank's first chunk, and in all.
-
-    They stay, and what the block makes is for the next one. first_only: no other chunk is looked at.
+    Both are relative, ||out - exact|| / ||exact||. The first is estimated: from the first chunk of each rank, by how
+    much farther off it is there than with the solutions. These stay, and the hidden states that they make are kept.
     """
-    for layer in work.layers:
-        work.put(layer, weights[layer.key])
-    sums = torch.zeros((2, 2), dtype=torch.float64, device=work.device)
-    for place, (number, chunk, arguments) in enumerate(work.calls()):
-        quantized = work.run(work.block, work.states.read(work.index, number)[0], arguments)
-        exact = work.states.read(work.index + 1, number)[1]
-        seen = tokens(exact, chunk)
-        wrong = (tokens(quantized, chunk) - seen).square().sum(dtype=torch.float64)
-        sums[min(place, 1)] += torch.stack((wrong, seen.square().sum(dtype=torch.float64)))
+    nearest, _ = _run_with(pair, flow, starts, first_only=True)
+    beginning, error = _run_with(pair, flow, solutions)
+    return error * (nearest / beginning) if beginning else nearest, error
+
+
+def _run_with(
+    pair: Pair, flow: Flow, weights: Mapping[str, QTensor], *, first_only: bool = False
+) -> tuple[float, float]:
+    """Relative error of what the block makes with these weights, by key: in each rank's first chunk, and in all.
+
+    The weights stay, and what the block makes is for the next one. first_only: no other chunk is looked at, and what
+    the block makes is not kept.
+    """
+    for target in pair.targets:
+        pair.put(target, weights[target.key])
+    sums = torch.zeros((2, 2), dtype=torch.float64, device=flow.device)
+    for place, call in enumerate(flow.calls()):
+        quantized = flow.run(pair.quantized, flow.hidden(call)[0], call)
+        exact = flow.results(call)[1]
+        kept = call.tokens(exact)
+        wrong = (call.tokens(quantized) - kept).square().sum(dtype=torch.float64)
+        sums[min(place, 1)] += torch.stack((wrong, kept.square().sum(dtype=torch.float64)))
         if first_only:
             break
-        work.states.write(work.index + 1, number, quantized, exact)
-    sums = work.ranks.total(sums).cumsum(0)
+        flow.keep(call, quantized, exact)
+    sums = flow.ranks.total(sums).cumsum(0)
     first, every = (float((wrong / total) ** 0.5) if total else 0.0 for wrong, total in sums.tolist())
     return first, every
-
-
-def _layer(work: Work, layer: Layer, seen: Moments, pull: torch.Tensor | None) -> tuple[QTensor, Solved]:
-    """Rounded to nearest, and solved."""
-    start = work.start(layer, seen.importance)
-    solver, w = _solver(work), work.weight(layer)
-    if solver == "hqq":
-        solved = hqq.solve(w, moved(start, work.device))
-    elif solver == "rtn" or seen.gram is None:
-        solved = Solved(start)
-    elif gptq.fits(layer.planned.scheme):  # those that learn go on from there
-        solved = gptq.solve(w, moved(start, work.device), seen.gram, pull)
-    else:
-        solved = Solved(start, (f"{solver} cannot do {layer.planned.scheme}: rounded to nearest",))
-    return start, Solved(solved.q, (*seen.events, *solved.events))

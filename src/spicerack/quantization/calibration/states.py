@@ -1,4 +1,11 @@
-"""What the calibrated loop keeps on disk while it works: solved blocks, and hidden states on their way through them."""
+"""What the calibrated loop keeps on disk while it works: solved blocks, and hidden states on their way through them.
+
+    block-00003.safetensors          a finished block: codes of its layers, changed float tensors, events and errors
+    states-00003-00007.safetensors   a chunk of hidden states in front of a block; two blocks' are there at a time
+    part-PATH.safetensors            a solved layer of the present block, where several ranks share the work
+
+A block's file is the progress record: it appears whole or not at all. The others are made anew from what is in front.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +32,11 @@ from spicerack.storage.format import StoredTensor
 from spicerack.storage.writer import partial_folder
 
 _CHANGED = "float"
+"""What a changed float tensor is called behind its name, where a quantized one has the names of its parts."""
 
 
 def blocks_folder(output: Path) -> Path:
-    """Where blocks lie until `output` is whole."""
+    """The folder where blocks lie until `output` is whole."""
     return partial_folder(output) / "blocks"
 
 
@@ -53,29 +61,30 @@ class Solutions:
         return bool(self._layers)
 
     def _of(self, tensor: str) -> dict[str, str]:
-        """Name of each of its solutions -> what an event of it begins with."""
+        """Name of each solution of a tensor, one for each expert's matrix -> what an event of it begins with."""
         if tensor in self._layers:
             return {tensor: ""}
         numbers = itertools.takewhile(lambda n: solution_name(tensor, n) in self._layers, itertools.count())
         return {solution_name(tensor, number): f"expert {number}: " for number in numbers}
 
     def events(self, tensor: str) -> list[str]:
-        """What happened while it was solved."""
+        """What happened while the tensor was solved."""
         return [prefix + event for name, prefix in self._of(tensor).items() for event in self._layers[name]["events"]]
 
     def error(self, tensor: str) -> float:
-        """||decoded - w|| / ||w|| against the weight that was rounded; of experts the root mean square."""
+        """||decoded - w|| / ||w|| against the weight w that was rounded; of experts the root mean square."""
         errors = [self._layers[name]["error"] for name in self._of(tensor)]
         return errors[0] if len(errors) == 1 else float(f"{math.hypot(*errors) / math.sqrt(len(errors)):.4g}")
 
     def read(self, tensor: str, planned: StoredTensor) -> QTensor:
-        """As it was solved, output rows first."""
+        """The tensor as it was solved, output rows first."""
         if tensor in self._layers:
             return self._read(tensor, planned.scheme, planned.shape)
         matrices = [self._read(name, planned.scheme, planned.shape[1:]) for name in self._of(tensor)]
         return QTensor.stack(matrices)
 
     def _read(self, name: str, scheme: Scheme, shape: tuple[int, ...]) -> QTensor:
+        """One solution, by its name."""
         with safe_open(self._files[name], framework="pt") as file:
             names = [key for key in file.offset_keys() if key.startswith(name + "/")]
             parts = {key.removeprefix(name + "/"): file.get_tensor(key) for key in names}
@@ -86,46 +95,49 @@ class Solutions:
         if tensor not in self._files:
             return None
         with safe_open(self._files[tensor], framework="pt") as file:
-            found: torch.Tensor = file.get_tensor(f"{tensor}/{_CHANGED}")
-        return found
+            changed: torch.Tensor = file.get_tensor(f"{tensor}/{_CHANGED}")
+        return changed
 
 
 def solution_name(tensor: str, number: int | None) -> str:
-    """number: of the expert, in a tensor of all of them."""
+    """What a solved matrix is called: like its tensor, with the expert's number where the tensor has those of all."""
     return tensor if number is None else f"{tensor}[{number}]"
 
 
 class States:
-    """Hidden states on disk, float32 [B, L, H], a file for each block and chunk: behind quantized blocks, and exact."""
+    """Hidden states on disk, float32 [B, L, H], a file for each block and chunk: behind quantized blocks, and exact.
+
+    `block` is always the one in front of which they are; the number of blocks is that of what comes out of the last.
+    """
 
     def __init__(self, folder: Path, rows: int, device: torch.device = CPU) -> None:
-        """rows: sequences of a chunk. device: where they go when they are read."""
+        """folder: where they lie. rows: sequences of a chunk. device: where they go when they are read."""
         self.folder, self.rows, self.device = folder, rows, device
 
     def _path(self, block: int, chunk: int) -> Path:
         return self.folder / f"states-{block:05d}-{chunk:05d}.safetensors"
 
     def write(self, block: int, chunk: int, quantized: torch.Tensor, exact: torch.Tensor) -> None:
-        """Of one chunk."""
+        """Keep one chunk's, from whatever device. Raises OutputError where the disk is full."""
         tensors = {"quantized": quantized.contiguous(), "exact": exact.contiguous().clone()}
         _save(moved(tensors, CPU), self._path(block, chunk))
 
     def read(self, block: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same again."""
+        """What was written of one chunk, on the device: (behind quantized blocks, exact)."""
         tensors = moved(load_file(self._path(block, chunk)), self.device)
         return tensors["quantized"], tensors["exact"]
 
     def sequences(self, block: int, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some sequences of `read`, whatever their chunks; no other is read."""
-        found: list[list[torch.Tensor]] = [[], []]
+        """Some sequences of `read`, by their numbers in the text, whatever their chunks; no other is read."""
+        rows: list[list[torch.Tensor]] = [[], []]
         for number in numbers:
             with safe_open(self._path(block, number // self.rows), framework="pt") as file:
-                for parts, name in zip(found, ("quantized", "exact"), strict=True):
+                for parts, name in zip(rows, ("quantized", "exact"), strict=True):
                     parts.append(file.get_slice(name)[number % self.rows : number % self.rows + 1])
-        return moved((torch.cat(found[0]), torch.cat(found[1])), self.device)
+        return moved((torch.cat(rows[0]), torch.cat(rows[1])), self.device)
 
     def write_part(self, path: str, start: QTensor, solved: Solved) -> None:
-        """A layer of the present block, for the other ranks."""
+        """Keep a solved layer of the present block for the other ranks: rounded to nearest, and its solution."""
         tensors = {
             f"{kind}/{name}": part.contiguous().clone()  # a scale may be both's
             for kind, q in (("start", start), ("solved", solved.q))
@@ -134,7 +146,7 @@ class States:
         _save(tensors, self.folder / f"part-{path}.safetensors", {"spicerack": json.dumps(solved.events)})
 
     def read_part(self, path: str, planned: StoredTensor) -> tuple[QTensor, Solved]:
-        """The same again."""
+        """What a rank has written of the layer at `path`, whose plan is `planned`."""
         with safe_open(self.folder / f"part-{path}.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
             events = json.loads(file.metadata()["spicerack"])
@@ -147,14 +159,14 @@ class States:
         return start, Solved(solved, tuple(events))
 
     def drop(self, block: int) -> None:
-        """Those of a block that is finished."""
+        """Remove hidden states in front of a block that is finished, and its parts."""
         for pattern in (f"states-{block:05d}-*.safetensors", "part-*.safetensors"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
 
 def is_done(folder: Path, block: int) -> bool:
-    """Whether `commit` was."""
+    """Whether the block was committed, in this run or one before."""
     return _file(folder, block).exists()
 
 
@@ -166,10 +178,16 @@ def commit(
     changed: Mapping[str, torch.Tensor],
     error: float,
 ) -> None:
-    """The block's file appears whole or not at all.
+    """Write a finished block: its file appears whole or not at all.
 
-    solved, losses: by tensor, the layers and their relative errors. changed: float tensors as they are now. error: of
-    the block's output.
+    folder   of blocks
+    block    its number
+    solved   its layers, by key
+    losses   their errors, ||decoded - w|| / ||w||, by key
+    changed  float tensors as they are now, by name
+    error    of the block's output, relative
+
+    Raises OutputError where the disk is full.
     """
     tensors = {f"{t}/{name}": part.contiguous() for t, s in solved.items() for name, part in packed.pack(s.q).items()}
     tensors |= {f"{tensor}/{_CHANGED}": value.contiguous() for tensor, value in changed.items()}
@@ -184,7 +202,7 @@ def commit(
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Raises OutputError where the disk is full."""
+    """Write a file of tensors; of one that cannot be written nothing is left. Raises OutputError for a full disk."""
     try:
         save_file(tensors, path, metadata)
     except (OSError, SafetensorError) as error:
@@ -196,7 +214,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]
 
 
 def clear(folder: Path) -> None:
-    """Remove all of it."""
+    """Remove the folder of blocks, hidden states and all, if it is there."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -205,6 +223,7 @@ def _file(folder: Path, block: int) -> Path:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
+    """What `commit` wrote beside the tensors: layers with events and errors, changed tensors, and the block's error."""
     with safe_open(path, framework="pt") as file:
-        found: dict[str, Any] = json.loads(file.metadata()["spicerack"])
-    return found
+        facts: dict[str, Any] = json.loads(file.metadata()["spicerack"])
+    return facts

@@ -1,4 +1,9 @@
-"""Static scales of activations: what an observer makes of a layer's inputs, behind all that is quantized already."""
+"""Static scales of activations: what an observer makes of a layer's inputs, behind all that is quantized already.
+
+A layer's scale is found right before the layer is solved: earlier layers hold their codes, and round their own inputs,
+so that what is observed is what will flow. From then on its inputs are rounded by that scale, and the layer is solved
+for inputs that are. Layers that share an input share the scale, so that the input can be rounded once for all of them.
+"""
 
 from __future__ import annotations
 
@@ -10,66 +15,70 @@ from spicerack.errors import ActivationError
 from spicerack.machine.ranks import ALONE
 from spicerack.models import blocks
 from spicerack.numerics.qtensor import moved
-from spicerack.quantization.calibration.block import Work
-from spicerack.quantization.calibration.observers import OBSERVERS, Observer
+from spicerack.quantization.calibration import observer as observers
+from spicerack.quantization.calibration.flow import Flow
+from spicerack.quantization.calibration.observer import Observer
+from spicerack.quantization.calibration.pair import Pair
 
 
-def observe(work: Work, group: Sequence[str]) -> None:
-    """Find one scale for the layers at these paths, which share an input, where they are static.
+def observe(pair: Pair, flow: Flow, group: Sequence[str], name: str | None) -> None:
+    """Find one scale for the layers of a group, which share an input, by the observer `name`, where they are static.
 
     It is found over the whole text, a sequence at a time, padding left out. Raises ActivationError naming block, layer
     and sequence, also where no token comes.
     """
-    static = [path for path in group if path in work.roundings and work.roundings[path].static]
+    static = pair.static(group)
     if not static:
         return
-    observer = _observer(work)
+    observer = _begin(name)
     path = static[0]
-    where = f"{work.name}.{path}"
-    for number, chunk, arguments in work.calls(ALONE if observer.in_order else None):
-        hidden = work.states.read(work.index, number)[0]
-        x = blocks.inputs_of([path], work.stack, work.block, hidden, arguments)
-        for i, (rows, mask) in enumerate(_sequences(x.get(path), chunk)):
+    where = f"{flow.name}.{path}"
+    for call in flow.calls(ALONE if observer.in_order else None):
+        x = blocks.inputs_of([path], flow.stack, pair.quantized, flow.hidden(call)[0], call.arguments)
+        for i, (rows, mask) in enumerate(_sequences(x.get(path), call.inputs)):
             try:
                 observer.add(rows, mask)
             except ActivationError as error:
-                place = f"{where}, sequence {number * work.states.rows + i}"
+                place = f"{where}, sequence {call.number * flow.text.rows + i}"
                 raise ActivationError(f"{place}: {error.message}", error.hint) from error
-    observer.share(work.ranks)
+    observer.share(flow.ranks)
     try:
-        scale = moved(work.ranks.largest(_stored(observer, work.types[f"{path}.weight"])), work.device)
+        scale = moved(flow.ranks.largest(_stored(observer, pair.type_of(path))), flow.device)
     except ActivationError as error:
         raise ActivationError(f"{where}: {error.message}", error.hint) from error
     for path in static:
-        work.roundings[path].scale = scale.clone()  # each is stored
+        pair.fix_scale(path, scale.clone())  # each is stored
 
 
-def on_trial(work: Work, path: str, x: torch.Tensor) -> torch.Tensor | None:
-    """What the scale of a static layer would be if its inputs were x [tokens, K]; None if there are none."""
-    observer = _observer(work)
+def on_trial(pair: Pair, path: str, x: torch.Tensor, name: str | None) -> torch.Tensor | None:
+    """The scale, float32 [1], that a static layer would have were its inputs x [tokens, K]; None if there are none."""
+    observer = _begin(name)
     observer.add(x)
-    return moved(_stored(observer, work.types[f"{path}.weight"]), work.device) if len(x) else None
+    return moved(_stored(observer, pair.type_of(path)), pair.device) if len(x) else None
 
 
-def _observer(work: Work) -> Observer:
-    name = work.job.recipe.observer
+def _begin(name: str | None) -> Observer:
+    """A new observer; a recipe with static activations names one."""
     assert name is not None, "decided before work starts"
-    return OBSERVERS[name]()
+    return observers.begin(name)
 
 
 def _stored(observer: Observer, dtype: torch.dtype) -> torch.Tensor:
-    """float32 [1]: its scale, as a number of the layer's type, which is that of its readers."""
+    """The observer's scale, float32 [1], as a number of the layer's type, which is that of those who read the folder.
+
+    It is at least that type's smallest number, so that nothing is divided by 0.
+    """
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     return torch.tensor([max(observer.scale(), least)]).to(dtype).float()
 
 
 def _sequences(
-    x: torch.Tensor | None, chunk: Mapping[str, torch.Tensor]
+    x: torch.Tensor | None, inputs: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The inputs of each sequence, and where they are no padding; all at once where rows are no sequences (experts)."""
+    """A layer's inputs by sequence, and where each is no padding; all at once where rows are no sequences (experts)."""
     if x is None:
         return
-    mask, ids = chunk.get("attention_mask"), chunk["input_ids"]
+    mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
     if x.numel() != ids.numel() * x.shape[-1]:
         yield x, None
         return

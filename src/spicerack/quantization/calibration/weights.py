@@ -2,6 +2,9 @@
 
 A float weight of 16 bits, mapped from its file, costs no memory of the process until then, and codes a quarter of what
 float32 would. The rest of the block (norms, biases, routers) is copied. All of it is computed on one device.
+
+The model's own code runs the block, and knows of nothing: hooks around each linear layer make its weight and forget it.
+What is given up is time, a conversion or a decoding for each call; a call has thousands of tokens, which take longer.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor, moved
 
 
-class Lent:
-    """What the weight of one layer is made of: float [N, K] (the layer's own order, for a Conv1D [K, N]), wherever it
-    lies, or codes on the device.
+class LentWeight:
+    """The weight of one layer, which has it only while it is called: hooks make it before a call, and forget it behind.
 
-    Hooks of the layer: while it is called, its parameter is the weight itself, else one of the same shape.
+    source: what it is made of: float [N, K] (the layer's own order, for a Conv1D [K, N]), wherever it lies, or codes on
+    the device. Between calls the layer's parameter is a placeholder of the same shape.
     """
+
+    source: torch.Tensor | QTensor
 
     def __init__(self, layer: nn.Linear | Conv1D, device: torch.device) -> None:
         self.layer, self.source, self.device = layer, layer.weight.detach(), device
@@ -31,40 +36,46 @@ class Lent:
         layer.register_forward_pre_hook(self.make)
         layer.register_forward_hook(self.forget, always_call=True)
 
-    source: torch.Tensor | QTensor
-
     def weight(self) -> torch.Tensor:
-        """float32 on the device, in the layer's own order."""
+        """The weight itself, float32 on the device, in the layer's own order."""
         if not isinstance(self.source, QTensor):
             return moved(self.source, self.device).float()
         decoded = codec.decode(self.source)
         return decoded.t() if isinstance(self.layer, Conv1D) else decoded
 
     def own(self) -> None:
-        """The parameter is the weight, float32, from now on, and may be written to."""
+        """Keep the weight in memory, float32, as the layer's parameter, which may be written to from now on."""
         self.placeholder = nn.Parameter(self.weight().clone(), requires_grad=False)
         self.layer.weight, self.source = self.placeholder, self.placeholder.detach()
 
     def make(self, *_: Any) -> None:
-        """The hook before a call."""
+        """The hook before a call: the parameter is the weight."""
         if "forward" not in vars(self.layer):  # something else computes, and does not ask for the weight
             self.layer.weight = nn.Parameter(self.weight(), requires_grad=False)
 
     def forget(self, *_: Any) -> None:
-        """The hook behind it, come what may."""
+        """The hook behind a call, come what may: the parameter is the placeholder again."""
         self.layer.weight = self.placeholder
 
 
-def float_copy(block: nn.Module, device: torch.device) -> tuple[nn.Module, dict[str, Lent]]:
-    """A copy of `block` that computes in float32 on `device`, and its linear layers by path. Their weights are shared,
-    and stay where they are between calls."""
+def float_copy(block: nn.Module, device: torch.device) -> tuple[nn.Module, dict[str, LentWeight]]:
+    """A copy of `block` that computes in float32 on `device`, and the weights of its linear layers, by path.
+
+    These are shared with `block`, and stay where they are between calls; all other parameters are the copy's own.
+    """
     shared = {id(layer.weight): layer.weight for layer in blocks.layers(block).values()}
-    made = copy.deepcopy(block, dict(shared))
-    for module in made.modules():
+    twin = copy.deepcopy(block, dict(shared))
+    for module in twin.modules():
         for name, value in list(module.named_parameters(recurse=False)):
             if id(value) not in shared:
                 setattr(module, name, nn.Parameter(moved(value.detach(), device).float(), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             here = moved(buffer, device)
             setattr(module, name, here.float() if here.is_floating_point() else here)
-    return made, {path: Lent(layer, device) for path, layer in blocks.layers(made).items()}
+    return twin, {path: LentWeight(layer, device) for path, layer in blocks.layers(twin).items()}
+
+
+def columns_of(layer: nn.Module) -> int:
+    """K, how many columns the inputs of a linear layer (or a Conv1D) have."""
+    weight = layer.get_parameter("weight")
+    return weight.shape[0] if isinstance(layer, Conv1D) else weight.shape[1]

@@ -1,0 +1,119 @@
+"""Codes for all targets of a block: layer by layer as the text reaches them, then, where the solver wants it, together.
+
+What a solver needs says when it is called (`algorithms/solver.py`): one that needs the weight or its gram matrix is
+called for each target, in the order of their calls, so that each is solved for what reaches it behind the ones that
+have their codes already; one that needs the block is called once, when all have codes, and begins with those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from spicerack.algorithms import solver as solvers
+from spicerack.algorithms.descent import Tunable
+from spicerack.algorithms.solved import Solved
+from spicerack.algorithms.solver import BlockSolver
+from spicerack.models import blocks
+from spicerack.numerics.qtensor import QTensor, moved
+from spicerack.quantization.calibration.exchange import Exchange
+from spicerack.quantization.calibration.flow import Flow
+from spicerack.quantization.calibration.inputs import Group, Moments, moments, rounds, stages
+from spicerack.quantization.calibration.pair import Pair
+from spicerack.quantization.calibration.static import observe
+from spicerack.quantization.calibration.targets import Target
+
+
+def solve(
+    pair: Pair, flow: Flow, exchange: Exchange, name: str, observer: str | None
+) -> tuple[dict[str, QTensor], dict[str, Solved]]:
+    """Solve all targets of a block by the solver `name` -> by key how each is rounded to nearest, and its solution.
+
+    The quantized block holds the solutions. observer: finds the scales of static activations. Raises ActivationError
+    naming block, layer and place.
+    """
+    starts: dict[str, QTensor] = {}
+    solutions: dict[str, Solved] = {}
+    for groups in (part for stage in stages(pair, flow) for part in rounds(pair, stage)):
+        for group in groups:
+            observe(pair, flow, group, observer)
+        targets = [target for group in groups for target in _in(pair, group)]
+        _solve_mine(pair, flow, exchange, groups, name)
+        flow.ranks.wait()
+        for target in targets:
+            starts[target.key], solutions[target.key] = exchange.take(target)
+            pair.put(target, solutions[target.key].q)
+    for target in pair.targets:
+        if target.key not in solutions:
+            observe(pair, flow, (target.path,), observer)
+            start = pair.nearest(target, None)
+            event = "not reached by the calibration text: rounded to nearest"
+            starts[target.key], solutions[target.key] = start, Solved(start, (event,))
+            pair.put(target, start)
+    solver = solvers.get(name)
+    if solver.needs == "block":
+        solutions |= _learn(pair, flow, exchange, solver, solutions)
+    return starts, solutions
+
+
+def _in(pair: Pair, group: Group) -> list[Target]:
+    """The targets of a group, in its order."""
+    by_path = {target.path: target for target in pair.targets}
+    return [by_path[path] for path in group]
+
+
+def _solve_mine(pair: Pair, flow: Flow, exchange: Exchange, groups: Sequence[Group], name: str) -> None:
+    """Solve those targets of some groups that are this rank's share, and hand them over.
+
+    The costliest go first to the rank with the least to do: what solving costs grows with the weight's size.
+    """
+    known = moments(pair, flow, groups)
+    by_path = {target.path: (target, group) for group in groups for target in _in(pair, group)}
+    costs = {path: float(pair.weight(target).numel()) for path, (target, _) in by_path.items()}
+    mine = [by_path[path] for path, rank in flow.ranks.shares(costs).items() if rank == flow.ranks.rank]
+    pulls: dict[str, torch.Tensor | None] = {}
+    if solvers.opening(name).needs == "gram":
+        pulls = {target.path: known[group].pull(pair.weight(target)) for target, group in mine}
+    # Shifts are as large as what solving needs, which comes now: from here on nothing holds them.
+    known = {group: dataclasses.replace(one, shift=None) for group, one in known.items()}
+    for target, group in mine:
+        exchange.hand_over(target, *_solve_one(pair, target, known[group], pulls.pop(target.path, None), name))
+
+
+def _solve_one(
+    pair: Pair, target: Target, known: Moments, pull: torch.Tensor | None, name: str
+) -> tuple[QTensor, Solved]:
+    """A target rounded to nearest, on the CPU, and solved, on the pair's device, with what is known of its inputs."""
+    start = pair.nearest(target, known.importance)
+    solved = solvers.solve_weight(name, pair.weight(target), moved(start, pair.device), known.gram, pull)
+    return start, Solved(solved.q, (*known.events, *solved.events))
+
+
+def _learn(
+    pair: Pair, flow: Flow, exchange: Exchange, solver: BlockSolver, solutions: Mapping[str, Solved]
+) -> dict[str, Solved]:
+    """By key the codes that a solver of whole blocks learns, of those targets whose schemes it can do.
+
+    It begins with `solutions`, which the quantized block holds, and which stay the codes of all others.
+    """
+    targets = {t.key: t for t in pair.targets if solver.obstacle(solutions[t.key].q.scheme) is None}
+
+    def forward(numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        call = flow.call(numbers)
+        x = flow.states.sequences(flow.index, numbers)[0]
+        y = flow.states.sequences(flow.index + 1, numbers)[1]
+        return call.tokens(flow.run(pair.quantized, x, call)), call.tokens(y)
+
+    if flow.ranks.first:  # every step needs the one before: nothing is shared but the result
+        modules = blocks.layers(pair.quantized)
+        layers = {
+            key: Tunable(modules[target.path], pair.weight(target), moved(solutions[key].q, pair.device))
+            for key, target in targets.items()
+        }
+        for key, learned in solver.solve(layers, forward, len(flow.text.calibration.ids)).items():
+            events = (*solutions[key].events, *learned.events)
+            exchange.hand_over(targets[key], solutions[key].q, Solved(learned.q, events))
+    flow.ranks.wait()
+    return {key: exchange.take(target)[1] for key, target in targets.items()}
