@@ -86,7 +86,7 @@ def bench(
 
     report("loading", 0.0)
     models = {_ORIGINAL: open_model(source), _QUANTIZED: open_model(out, cache=options.cache)}
-    if options.float32 and models[_ORIGINAL].dtype != torch.float32:
+    if options.float32 and models[_ORIGINAL].dtype != torch.float32:  # else it is there already
         models[f"{_ORIGINAL}, float32"] = open_model(source, torch.float32)
     work: DecoderTurn | EncoderTurn
     if kind == "decoder":
@@ -104,7 +104,7 @@ def bench(
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Bytes of the weight files of a model folder."""
+    """Bytes of the weight files of a model folder, all shards together; tokenizer and config are left out."""
     return sum((folder / shard).stat().st_size for shard in files.find(folder).shards)
 
 
