@@ -50,10 +50,10 @@ def about(name: str) -> About:
 
 
 class Commands(click.Group):
-    """A group of commands, each imported when it is asked for."""
+    """The group of all commands: it lists them by what their files say, and imports the one that is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names, in the order of their places."""
+        """Names of all commands, in the order of their places."""
         return list(self._abouts())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -75,5 +75,6 @@ class Commands(click.Group):
 
     @staticmethod
     def _abouts() -> dict[str, About]:
+        """Name -> what its file says, in the order of their places. Asked anew each time: it is called once a run."""
         abouts = {name: about(name) for name in plugins.names("cli")}
         return dict(sorted(abouts.items(), key=lambda item: (item[1].place, item[0])))

@@ -39,7 +39,7 @@ _LENGTH = 128
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to quantize a model: what the table calls it, scheme, rules."""
+    """One way to quantize a model: what the table calls it, its scheme, and rules for some layers."""
 
     label: str
     scheme: str

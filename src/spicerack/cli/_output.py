@@ -64,7 +64,7 @@ def run(commands: Commands, args: list[str]) -> int:
 
     Others pass through: they are faults of this program, and their traceback is what helps to mend it.
     """
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # of the whole process, which is ours here
     as_json = "--json" in args
     try:
         result = commands.main(args=args, standalone_mode=False)
@@ -79,6 +79,7 @@ def run(commands: Commands, args: list[str]) -> int:
 
 
 def _usage_hint(error: click.UsageError) -> str:
+    """Where to read on: the help of the command that was meant."""
     return f"see {error.ctx.command_path} --help" if error.ctx else ""
 
 
@@ -106,6 +107,7 @@ def interruptible(console: Console, end_of: str | None) -> Iterator[Callable[[],
     asked: list[bool] = []
 
     def ask(_signal: int, _frame: object) -> None:
+        """Python calls this between two instructions of the main thread, as soon as it has one."""
         if asked:
             raise KeyboardInterrupt
         asked.append(True)

@@ -26,6 +26,7 @@ class OrderedCommand(click.Command):
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's, with the order kept in the context."""
         _, _, order = self.make_parser(ctx).parse_args(list(args))
         ctx.meta[_ORDER] = [param.name for param in order if param.name in ("set_", "skip")]
         return super().parse_args(ctx, args)

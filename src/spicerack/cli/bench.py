@@ -1,4 +1,8 @@
-"""`spicerack bench OUT --against MODEL`."""
+"""`spicerack bench OUT --against MODEL`.
+
+A table with a column for each model, and one sentence on what was gained. A speed within the other's spread is not
+called a gain, and a model that became slower is called slower, with the reason where it is known.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`spicerack demo`: two real models through the whole way."""
+"""`spicerack demo`: two real models through the whole way.
+
+What is done stands in `_demo.py`, which needs torch; here it is shown.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ def _print(subject: Subject, outcomes: list[Outcome], console: Console) -> None:
     for outcome, row in zip(outcomes, rows, strict=True):
         table.add_row(outcome.label, *row.values())
     console.print(table)
-    figure = list(original.timing.speeds)[-1]
+    figure = list(original.timing.speeds)[-1]  # new tokens, or sentences: a prompt alone decides nothing
     slower = [o.label for o in outcomes[1:] if _speed(o, figure) < _speed(original, figure)]
     if slower:
         which = "Every quantized model is" if len(slower) == len(outcomes) - 1 else f"{'; '.join(slower)}:"
@@ -116,6 +119,7 @@ def _quality(outcome: Outcome) -> dict[str, str]:
 
 
 def _speed(outcome: Outcome, figure: str) -> float:
+    """The median of a figure, in items per second."""
     return outcome.timing.speeds[figure].median
 
 

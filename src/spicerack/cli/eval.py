@@ -1,4 +1,8 @@
-"""`spicerack eval OUT --against MODEL --text FILE`."""
+"""`spicerack eval OUT --against MODEL --text FILE`.
+
+People get a table whose every figure has something beside it to compare it with, and one sentence that says what the
+figures mean; programs get all of them by --json.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +77,7 @@ def _decoder(evaluation: Evaluation, figures: Comparison, console: Console) -> N
     _table(console, evaluation, title, rows)
     same = round(1000 * figures.top1_agreement)
     change = figures.perplexity / figures.perplexity_reference - 1
+    # of a floor of 0 nothing is a multiple
     times = "no more than" if kl.mean <= floor or not floor else _times(kl.mean / floor)
     console.print(
         f"Of 1000 next-token choices, {same} are the same; perplexity is {_change(change)}; "
@@ -119,7 +124,7 @@ def _short(value: float) -> str:
 
 def _change(ratio: float) -> str:
     """What perplexity became: a share of what it was, or a multiple once it is twice as high. ratio: new / old - 1."""
-    if abs(ratio) < 5e-5:
+    if abs(ratio) < 5e-5:  # which two digits of a per cent would show as 0
         return "unchanged"
     if ratio >= 1:
         return f"{ratio + 1:.3g} times as high"

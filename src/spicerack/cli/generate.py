@@ -1,4 +1,4 @@
-"""`spicerack generate MODEL PROMPT`."""
+"""`spicerack generate MODEL PROMPT`: the quickest look at what is left of a model."""
 
 from __future__ import annotations
 

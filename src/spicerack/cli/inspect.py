@@ -63,7 +63,7 @@ def command(model: str, weights: bool, as_json: bool) -> None:
 
     report = look(model)
     console = _output.console(as_json)
-    if not as_json:
+    if not as_json:  # before the weights are read, which takes time: what headers tell is there at once
         _show(report, console)
     spreads = _measure(report) if weights else None
     if as_json:
@@ -158,9 +158,9 @@ def _tensors(report: Report, width: int) -> Table:
         "params": lambda row: _count(row.parameters),
         "bytes": lambda row: size(row.nbytes),
     }
-    if len(report.types) > 1:
+    if len(report.types) > 1:  # else the line above the table has said it
         cells["numbers"] = lambda row: row.stored
-    if report.quantized:
+    if report.quantized:  # and give up another column for it
         cells["error"] = lambda row: "" if row.error is None else f"{row.error:.2%}"
         if width < _WIDE:
             del cells["role"]

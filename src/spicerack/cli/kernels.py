@@ -1,4 +1,7 @@
-"""`spicerack kernels [OUT]`: the kernels that there are, and those that a folder's layers get."""
+"""`spicerack kernels [OUT]`: the kernels that there are, and those that a folder's layers get.
+
+Each says why it does not run here, or why it was passed over: a choice that nobody can understand cannot be mended.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`spicerack train MODEL -o OUT --scheme w2g32h --data TEXT`."""
+"""`spicerack train MODEL -o OUT --scheme w2g32h --data TEXT`.
+
+Options that say nothing are left to the defaults of `Settings` and `QATConfig`, which are the same in Python; those
+that could have no effect are refused, because somebody meant something by them.
+"""
 
 from __future__ import annotations
 
@@ -96,6 +100,7 @@ def command(
     """
     source = _source(model, from_scratch)
     rules = _rules.of(click.get_current_context(), set_, skip)
+    # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.machine.ranks import launched
     from spicerack.training.qat.start import QATConfig
     from spicerack.training.run import train
@@ -107,7 +112,7 @@ def command(
         raise UsageError("--set and --skip change a scheme, and there is none", "name one, or leave them out")
     if teacher is None and any(given[name] is not None for name in ("kl", "temperature")):
         raise UsageError("--kl and --temperature are about a teacher, and there is none", "name one by --teacher")
-    first = launched().first
+    first = launched().first  # of torchrun's processes one speaks for all
     with _bar(first) as bar, _output.interruptible(bar.console, "this step") as stopping:
         task = bar.add_task("training", total=settings.steps)
         trained = train(
@@ -164,9 +169,11 @@ def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
     from transformers import TrainerCallback
 
     class Lines(TrainerCallback):
-        """What people see of a run."""
+        """What people see of a run. loss: the last one that was logged, NaN before there is one."""
 
         loss = float("nan")
+
+        # the Trainer calls these by keyword, with more than they need
 
         def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
             bar.update(task, completed=state.global_step)
@@ -214,5 +221,5 @@ def _report(trained: Trained, source: str, console: Console) -> None:
     console.print(f"\n{trained.tokens:,} tokens, {trained.seconds:.1f} s{resumed}", highlight=False)
     out = trained.output
     console.print(f"{out} is ready; {out}.training has checkpoints and curves, and may go", soft_wrap=True)
-    if not source.endswith(".json"):
+    if not source.endswith(".json"):  # there is no float model to compare one with that began at random
         console.print(f"next: spicerack eval {out} --against {source} --text FILE", soft_wrap=True, markup=False)

@@ -109,7 +109,7 @@ def bench(
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """Bytes of the weight files of a model folder."""
+    """Bytes of the weight files of a model folder, all shards together; tokenizer and config are left out."""
     return sum((folder / shard).stat().st_size for shard in files.find(folder).shards)
 
 

@@ -51,7 +51,7 @@ class EncoderComparison:
 
     @property
     def mean(self) -> float:
-        """Mean cosine."""
+        """Mean cosine between the two models' embeddings of a sentence."""
         return float(self.cosine.mean())
 
     @property
@@ -109,7 +109,7 @@ def compare(
         ours, theirs = (embed(model, ids, mask, pooling) for model in (reference, other))
         _check_finite(ours, theirs, count)
         cosines.append(F.cosine_similarity(ours, theirs))
-        room = max(PAIRED_SENTENCES - count, 0)
+        room = max(PAIRED_SENTENCES - count, 0)  # of all others only the cosine is kept
         kept[0].append(ours[:room])
         kept[1].append(theirs[:room])
         count += len(batch)

@@ -172,6 +172,7 @@ def measure(
     model = original(torch.float32)
     reference = _Reference(kind, model, tokenizer, source, path, window_of(options.window, model, source))
     beginning = max(FLOOR_TOKENS, reference.window)
+    # nothing holds the model in bfloat16 once it is measured: two are in memory, and not three
     floor = reference.compare(
         original(torch.bfloat16),
         beginning if options.max_tokens is None else min(beginning, options.max_tokens),
@@ -245,6 +246,7 @@ def _warn_of_calibration_text(path: Path | None, out: Path) -> None:
 
 
 def _warn_of_unknown_tokens(share: float) -> None:
+    """Warn of a text whose tokens the tokenizer does not know: figures on it say little."""
     if share > UNKNOWN_LIMIT:
         unknown = f"{share:.1%} of the text's tokens are unknown to the tokenizer"
         warnings.warn(f"{unknown}: is it in a language that the model knows?", stacklevel=3)

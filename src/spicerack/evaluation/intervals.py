@@ -50,7 +50,7 @@ def mean_interval(values: torch.Tensor) -> Interval:
 
 
 def ranks(values: torch.Tensor) -> torch.Tensor:
-    """1-based ranks of `values` [n]; equal values share the average of their ranks."""
+    """1-based ranks of `values` [n], float64 [n]; equal values share the average of their ranks."""
     _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
     average: torch.Tensor = count.cumsum(0) - (count.double() - 1) / 2
     return average[place]

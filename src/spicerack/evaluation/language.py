@@ -61,17 +61,17 @@ class Comparison:
 
     @property
     def tokens(self) -> int:
-        """Predicted tokens."""
+        """How many tokens were predicted: windows x (window - 1)."""
         return len(self.kl_tokens)
 
     @property
     def mean(self) -> float:
-        """Mean KL in nats per token."""
+        """Mean KL of the quantized model's predictions from the reference's, in nats per token."""
         return float(self.kl.mean())
 
     @property
     def kl_interval(self) -> Interval:
-        """The same with its 95 % interval over windows."""
+        """The mean KL with its 95 % interval over windows; one window alone has none."""
         return mean_interval(self.kl)
 
     @property
@@ -81,12 +81,12 @@ class Comparison:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean nll, of the quantized model."""
+        """Perplexity of the quantized model: exp of its mean nll."""
         return math.exp(float(self.nll.mean()))
 
     @property
     def perplexity_reference(self) -> float:
-        """The same of the reference."""
+        """Perplexity of the reference, on the same tokens."""
         return math.exp(float(self.nll_reference.mean()))
 
     @property
@@ -178,6 +178,7 @@ def paired_difference(a: Comparison, b: Comparison) -> Interval:
     An interval below 0 says that `a` is nearer to the reference. Pairing takes the text's own variation out: both were
     measured on the same windows against the same reference. Raises UsageError if they were not.
     """
+    # the reference's losses, equal bit for bit, tell that it was the same model, in the same type on the same machine
     if (a.text, a.window) != (b.text, b.window) or not torch.equal(a.nll_reference, b.nll_reference):
         raise UsageError("the evaluations are of different text or references", "use the same text, window and model")
     return mean_interval(a.kl - b.kl)

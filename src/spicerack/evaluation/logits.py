@@ -39,7 +39,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, positions: int) -> Iterato
     if not computes_some(model) or positions >= length:
         yield from torch.split(model(input_ids=ids, use_cache=False).logits, positions, dim=1)
         return
-    groups = torch.split(torch.arange(length, device=ids.device), positions)
+    groups = torch.split(torch.arange(length, device=ids.device), positions)  # logits_to_keep takes positions, too
     with _outputs(model.base_model) as outputs:
         first = model(input_ids=ids, use_cache=False, logits_to_keep=groups[0]).logits
     if len(outputs) != 1:  # the head uses a part of the body, which runs again for every group
@@ -65,14 +65,15 @@ def logits_through_cache(
         parts = []
         for part in group.split(step, dim=1):
             output = model(input_ids=part, use_cache=True, **cache)
-            name = next(name for name in KEY_VALUE_CACHES if name in output)
+            name = next(name for name in KEY_VALUE_CACHES if name in output)  # by version of transformers
             cache = {name: output[name]}
             parts.append(output.logits)
         yield torch.cat(parts, dim=1)
 
 
 def computes_some(model: PreTrainedModel) -> bool:
-    """Whether `model` can compute the logits of some positions only."""
+    """Whether `model` can compute the logits of some positions only: a head apart from the body, whose forward takes
+    `logits_to_keep`, as most of transformers' decoders have it."""
     return model.base_model is not model and "logits_to_keep" in inspect.signature(model.forward).parameters
 
 

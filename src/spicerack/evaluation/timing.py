@@ -81,12 +81,12 @@ class Benchmark:
 
     @property
     def figure(self) -> str:
-        """The figure that tells most: new tokens per second, or sentences."""
+        """The figure that tells most: a decoder's new tokens per second, an encoder's sentences."""
         return list(self.original.speeds)[-1]
 
     @property
     def speedup(self) -> float:
-        """How many times as fast the quantized model is in that figure."""
+        """How many times as fast the quantized model is in `figure`, by the medians; below 1 it is slower."""
         return self._ratio(self.figure)
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,4 +104,5 @@ class Benchmark:
         }
 
     def _ratio(self, figure: str) -> float:
+        """How many times as fast the quantized model is, by the medians."""
         return self.quantized.speeds[figure].median / self.original.speeds[figure].median

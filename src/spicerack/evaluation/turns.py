@@ -42,7 +42,7 @@ class DecoderTurn:
     def run(self, model: PreTrainedModel) -> Sample:
         """Greedy generation from random tokens, through the model's cache."""
         ids = _tokens(model, 1, self.prefill)
-        last = {"logits_to_keep": 1} if computes_some(model) else {}
+        last = {"logits_to_keep": 1} if computes_some(model) else {}  # as generate() does: the others are not needed
         begin = _now(model)
         output = model(input_ids=ids, use_cache=True, **last)
         token, name = output.logits[:, -1:].argmax(-1), next(name for name in KEY_VALUE_CACHES if name in output)

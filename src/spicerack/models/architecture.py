@@ -125,7 +125,7 @@ def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, De
     places: dict[str, Destination] = {}
     for tensor in tensors:
         target, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
-        if target not in state and tensor in state:
+        if target not in state and tensor in state:  # a file whose names are the model's own already
             target, pattern = rename_source_key(tensor, [], [], model.base_model_prefix, state)
         if target not in state:
             continue
@@ -134,6 +134,8 @@ def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, De
             continue
         converter = by_pattern[pattern]
         operations = tuple(type(operation).__name__ for operation in converter.operations)
+        # experts one by one become one tensor [experts, out, in], whose rows may be gate and up together; what is done
+        # in any other way is not undone here, and its tensors stay as they are
         axes = [vars(operation).get("dim") for operation in converter.operations]
         stacked = (operations, axes) in ((("MergeModulelist",), [0]), (("MergeModulelist", "Concatenate"), [0, 1]))
         expert = re.search(r"\d+", tensor.rpartition("experts")[2]) if stacked else None

@@ -50,7 +50,7 @@ class Stack:
     results: int
 
     def name(self, index: int) -> str:
-        """The block's path in the model."""
+        """The path in the model of block number `index`, from 0: `model.layers.3`."""
         return f"{self.path}.{index}"
 
     @torch.no_grad()
@@ -63,6 +63,7 @@ class Stack:
         calls: list[Arguments] = []
 
         def record(*positional: Any, **named: Any) -> Any:
+            """In place of a block's forward: hands the hidden states on as they are."""
             hidden = _hidden(positional, named)
             first.append(hidden)
             rest = {name: value for name, value in named.items() if name != "hidden_states"}
@@ -84,7 +85,10 @@ class Stack:
         return first[0], calls
 
     def run(self, block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-        """The block's result, hidden states [B, L, H]."""
+        """The hidden states [B, L, H] that `block` makes of `hidden` [B, L, H], called as the model would call it.
+
+        block: one of the stack's, or a copy of one; arguments: of its call, as `calls` has them.
+        """
         result = block(hidden, *arguments.positional, **arguments.named)
         out: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return out
@@ -136,7 +140,10 @@ def shared_inputs(calls: Sequence[tuple[str, torch.Tensor]]) -> tuple[tuple[str,
 
 @contextmanager
 def watched(block: nn.Module, paths: Sequence[str], look: Callable[[tuple[str, torch.Tensor]], None]) -> Iterator[None]:
-    """Within, `look` is called with (path, input) of each of these layers when it is called."""
+    """Within, `look` is called with (path, input) of each of these layers of `block`, whenever the layer is called.
+
+    The input is the layer's own tensor, not a copy: what `look` keeps of it stays in memory.
+    """
     hooks = [
         block.get_submodule(path).register_forward_pre_hook(lambda _, inputs, path=path: look((path, inputs[0])))
         for path in paths

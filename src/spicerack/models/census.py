@@ -45,7 +45,7 @@ class Entry:
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """[..., out, in], whatever the stored order."""
+        """The tensor's shape as that of matrices [..., out, in], whatever the stored order."""
         *leading, a, b = self.info.shape
         return (*leading, b, a) if self.transposed else (*leading, a, b)
 
@@ -69,17 +69,21 @@ class Census:
 
     @property
     def parameters(self) -> int:
-        """Numbers that the model has."""
+        """Numbers that the model has, tied ones counted once."""
         return sum(e.info.numel for name, e in self.entries.items() if name not in self.tied)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take in the files."""
+        """Bytes that they take in the files, headers left out."""
         return sum(e.info.nbytes for name, e in self.entries.items() if name not in self.tied)
 
 
 def take(checkpoint: Checkpoint) -> Census:
-    """Classify every tensor of `checkpoint`, of which headers and config.json are read already."""
+    """Classify every tensor of `checkpoint`, of which headers and config.json are read already.
+
+    It needs no library that knows models, so that `inspect` starts at once, and a folder of a family that nobody knows
+    yet is described as far as its names go.
+    """
     facts = facts_of(checkpoint.config, checkpoint.tensors)
     label = _layer_types(checkpoint.tensors)
     entries = {}
@@ -140,6 +144,7 @@ def _tied(entries: Mapping[str, Entry], config: Mapping[str, Any], facts: Facts)
     ]  # fmt: skip
     if declared is False or not tokens:
         return {}
+    # of an encoder-decoder's three tables the one that is called so has the weights
     owner = next((e for e in tokens if e.module.rsplit(".", 1)[-1] == "shared"), tokens[0])
     ties = declared is True or bool(facts.types & names.TIED_BY_DEFAULT)
     heads = [e for e in entries.values() if e.role == "head" and e.info.shape[0] == owner.info.shape[0]]
@@ -150,7 +155,7 @@ def _tied(entries: Mapping[str, Entry], config: Mapping[str, Any], facts: Facts)
             tied[other.name] = owner.name
     classes = config.get("architectures")
     has_head = isinstance(classes, list) and any(_LANGUAGE_HEAD.match(str(c)) for c in classes)
-    if has_head and not heads:
+    if has_head and not heads:  # it is in no file, but recipes may name it
         tied[_head_name(owner.module, config)] = owner.name
     return tied
 
@@ -173,7 +178,7 @@ def _shared_inputs(entries: Mapping[str, Entry]) -> tuple[tuple[str, ...], ...]:
     for parent, modules in children.items():
         crosses = any(part in names.CROSS_ATTENTION for part in parent.split("."))
         for group in names.SHARED_INPUTS:
-            members = group[1:] if crosses and len(group) == 3 else group
+            members = group[1:] if crosses and len(group) == 3 else group  # without the queries
             present = tuple(modules[last] for last in members if last in modules)
             if len(present) > 1:
                 groups.append(present)

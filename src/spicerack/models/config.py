@@ -60,7 +60,10 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def nested(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
-    """The config itself, and all configs inside it, to a depth of six."""
+    """The config itself, and all objects inside it, to a depth of six: a text model's, a vision model's ...
+
+    depth: of this one; callers leave it at 0.
+    """
     yield config
     if depth < _MAX_DEPTH:
         for value in config.values():
@@ -69,9 +72,13 @@ def nested(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, A
 
 
 def sizes(configs: Iterable[Mapping[str, Any]], *keys: str) -> frozenset[int]:
-    """All numbers above 0 that stand under one of these names in one of the configs."""
+    """All whole numbers above 0 that stand under one of the names `keys` in one of the configs.
+
+    `true` is no number here, as it is for Python.
+    """
     return frozenset(c[key] for c in configs for key in keys if type(c.get(key)) is int and c[key] > 0)
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The whole number under the first of these names that has one."""
     return next((config[key] for key in keys if type(config.get(key)) is int), None)

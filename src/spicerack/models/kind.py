@@ -35,7 +35,10 @@ def kind_of(config: Mapping[str, Any], folder: Path) -> Kind:
 
 
 def positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model has; None if it has no limit of its own (state spaces, ALiBi)."""
+    """How many positions a model has, which is the longest text it can read; None if it has no limit of its own.
+
+    State spaces and ALiBi have none. config: transformers' object; of a model of text and images, the text's counts.
+    """
     # getattr, not vars: GPT-2's config and others answer by this name what they store under one of their own
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

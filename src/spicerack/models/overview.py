@@ -105,7 +105,11 @@ class Report:
 
 
 def look(model: str | Path) -> Report:
-    """Describe a folder or hub id, of which only headers are read. Raises CheckpointError."""
+    """Describe a folder or hub id, of which only headers are read.
+
+    A folder of spicerack's own is described by its ledger: under the names that the float model had, with what became
+    of each tensor. Estimates are made of float models only. Raises CheckpointError.
+    """
     checkpoint = Checkpoint.open(model)
     quantized = quantized_with(checkpoint.config)
     stored: dict[str, Stored] = {}
@@ -130,7 +134,10 @@ def look(model: str | Path) -> Report:
 
 
 def quantized_with(config: Mapping[str, Any]) -> str | None:
-    """Who quantized the model that has this config.json; None for a float model."""
+    """Who quantized the model that has this config.json, as its `quant_method` says; None for a float model.
+
+    Our own container says so by its model_type.
+    """
     if config.get("model_type") == files.CONTAINER:
         return files.CONTAINER
     section = config.get("quantization_config")
@@ -151,7 +158,10 @@ def _stored(written: Ledger) -> dict[str, Stored]:
 
 
 def estimate(census: Census, scheme: Scheme) -> Estimate:
-    """The size of a model in this scheme, of which nothing is read but headers."""
+    """The size of a model in this scheme, by the roles and shapes of its tensors.
+
+    What is quantized by default is; layers that the scheme's blocks do not tile stay as they are, and are listed.
+    """
     quantized_bits = weights = rest = 0
     bits: dict[tuple[int, ...], int | str] = {}  # by shape: models have few of them, and many layers
     misfits: dict[tuple[str, str], int] = {}
@@ -192,7 +202,7 @@ def is_quantized(entry: Entry) -> bool:
 
 
 def pattern_of(module: str) -> str:
-    """The glob that names a module in all layers: numbers become `*`."""
+    """The glob that names a module in all layers, as recipes take it: `model.layers.3.mlp` is `model.layers.*.mlp`."""
     return ".".join("*" if part.isdigit() else part for part in module.split("."))
 
 
@@ -228,10 +238,12 @@ def _rows(census: Census, stored: Mapping[str, Stored]) -> tuple[Row, ...]:
 
 
 def _root_mean_square(values: list[float]) -> float | None:
+    """As errors of layers of one size add up; None without any."""
     return math.sqrt(sum(value**2 for value in values) / len(values)) if values else None
 
 
 def _common(shapes: set[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The one shape that all have; None where they differ."""
     return next(iter(shapes)) if len(shapes) == 1 else None
 
 

@@ -19,7 +19,9 @@ Role = Literal[
 ]  # fmt: skip
 
 _NORM = re.compile(r".*norm\d*$|.*norm_.*|^(ln|bn)(_?\w+)?$", re.IGNORECASE)
+"""Components that are a norm's: `input_layernorm`, `norm_1`, `ln_f`, `bn2` ..."""
 _EMBEDDING = re.compile(r".*_(embeddings?|embeds?|emb)$")
+"""Components that are a table's, in families that `names.EMBEDDINGS` does not list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Facts:
 
 
 def facts_of(config: Mapping[str, Any], tensors: Iterable[str]) -> Facts:
-    """The facts of a config.json and of the tensors' names."""
+    """The facts of a config.json, those of models inside it as well, and of the names of all tensors."""
     inside = tuple(nested(config))
     return Facts(
         types=frozenset(c["model_type"] for c in inside if isinstance(c.get("model_type"), str)),
@@ -54,10 +56,14 @@ def facts_of(config: Mapping[str, Any], tensors: Iterable[str]) -> Facts:
 
 
 def role_of(name: str, shape: tuple[int, ...], facts: Facts) -> Role:
-    """The role of the tensor `name` of this stored shape."""
+    """The role of the tensor `name` of this stored shape, in a checkpoint of which `facts` are known.
+
+    Biases and norms go by name and number of axes, stacked experts by name and three axes, and what is left with two is
+    a matrix, told by `_matrix_role`. Whatever has no module that could be replaced is "other".
+    """
     parts = name.split(".")
     owner = parts[-2] if len(parts) > 1 else ""  # the module, if parts[-1] is its parameter
-    if parts[-1].endswith("bias"):
+    if parts[-1].endswith("bias"):  # of experts: [experts, out]
         return "bias" if len(shape) <= 2 else "other"
     if len(shape) < 2:
         return "norm" if len(shape) == 1 and _NORM.match(owner if parts[-1] == "weight" else parts[-1]) else "other"
@@ -73,11 +79,16 @@ def role_of(name: str, shape: tuple[int, ...], facts: Facts) -> Role:
 
 
 def is_transposed(name: str, role: Role, shape: tuple[int, ...], facts: Facts) -> bool:
-    """Whether a matrix is stored [..., in, out]. Shapes decide; for square ones, the family."""
+    """Whether a matrix is stored [..., in, out] instead of [..., out, in].
+
+    GPT-2's Conv1D is, by its role. Of fused experts the shape decides, as far as the hidden size tells its axes apart;
+    where it does not, the family.
+    """
     if role != "experts":
         return role == "conv1d"
     if len(shape) == 2:
         return name.endswith(".w2")
+    # of [experts, a, b] one axis is the hidden size: a down projection writes it, all others read it
     if len(facts.hidden) == 1 and (shape[1] in facts.hidden) != (shape[2] in facts.hidden):
         writes_hidden = any(part in name.split(".") for part in ("down_proj", "w2", "wo", "output_linear", "w2_weight"))
         return (shape[2] in facts.hidden) == writes_hidden
@@ -114,11 +125,13 @@ def _matrix_role(module: list[str], shape: tuple[int, ...], facts: Facts) -> Rol
         return "linear"
     if any(part.startswith("mtp") for part in module):
         return "other"  # heads that predict several tokens: what is in them has no common names
+    # a vocabulary as large as a layer is wide (in models for tests) tells nothing about a matrix of that size
     size_is_telling = facts.vocabularies - facts.widths
     return "other" if not size_is_telling.isdisjoint(shape) else "linear"
 
 
 def _is_embedding(last: str) -> bool:
+    """Whether a module of this name is a table whose rows are looked up."""
     if last in names.EMBEDDINGS:
         return True
     return _EMBEDDING.match(last) is not None and last not in names.LINEAR_DESPITE_EMBED

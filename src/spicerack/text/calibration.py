@@ -60,7 +60,7 @@ class Calibration:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of ids and mask: what must be the same for a run to continue."""
+        """sha256 of ids and mask: what must be the same for a run to continue, whatever text they are from."""
         digest = hashlib.sha256(self.ids.numpy().tobytes())
         if self.mask is not None:
             digest.update(self.mask.numpy().tobytes())

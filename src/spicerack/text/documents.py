@@ -52,7 +52,7 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes of all files that exist."""
+        """Bytes of all files that exist; 0 of a dataset, whose size nobody knows before it is read."""
         return sum(file.stat().st_size for file in self.files if file.is_file())
 
 
@@ -122,6 +122,7 @@ def _document(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizer
 
 
 def _is_chat(messages: object) -> TypeGuard[list[dict[str, str]]]:
+    """Whether this is a list of messages as chat templates take them: {"role": text, "content": text}, one at least."""
     return (
         isinstance(messages, list)
         and bool(messages)

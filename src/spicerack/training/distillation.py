@@ -63,7 +63,7 @@ def _rest(logs: torch.Tensor) -> torch.Tensor:
 
 
 class Teacher(Protocol):
-    """Who predicts."""
+    """Whose predictions are learned: a model, or files that remember what one said."""
 
     def predict(self, numbers: Sequence[int] | None, ids: torch.Tensor) -> Predictions:
         """Of rows `ids` [B, L], all positions but each row's last, which predicts a token that is not there.
@@ -81,6 +81,7 @@ class Live:
 
     @torch.no_grad()
     def predict(self, numbers: Sequence[int] | None, ids: torch.Tensor) -> Predictions:
+        """All V log-probabilities of each position; numbers do not matter."""
         logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         return Predictions(F.log_softmax(logits.float() / self.temperature, -1))
 
@@ -116,6 +117,8 @@ class Cached:
         self._done = _mapped(folder / "done.bin", np.uint8, (rows,))
 
     def predict(self, numbers: Sequence[int] | None, ids: torch.Tensor) -> Predictions:
+        """The largest log-probabilities of each position, from the files; the teacher's own, all of them, of rows of
+        another text, which come too seldom to be kept."""
         if numbers is None:
             return self.teacher.predict(None, ids)
         missing = [place for place, number in enumerate(numbers) if not self._done[number]]

@@ -37,7 +37,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def folder_of(output: Path) -> Path:
-    """Where the run that will make `output` lives."""
+    """Where the run that will make `output` lives: beside it, so that the last rename crosses no file system."""
     return output.with_name(output.name + ".training")
 
 
@@ -87,7 +87,10 @@ def _take_over(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; None where there is none."""
+    """The newest checkpoint in a run's folder that is whole; None where there is none.
+
+    Of several processes all see the same one, if nobody writes meanwhile.
+    """
     whole = [(step, checkpoint) for step, checkpoint in _checkpoints(folder) if (checkpoint / COMPLETE).exists()]
     return max(whole)[1] if whole else None
 
@@ -98,6 +101,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def _checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Step and folder of all checkpoints, whole or not, in no order that counts: 10 comes before 9 by name."""
     for path in sorted(folder.glob("checkpoint-*")):
         if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir():
             yield int(match[1]), path

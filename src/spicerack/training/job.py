@@ -51,6 +51,7 @@ class Job:
     def __post_init__(self) -> None:
         if self.scales_only:
             self._check_scales_only()
+        # where codes stay, or all is float, nothing of a QATConfig could have an effect
         rounds_anew = self.recipe is not None or (self.start.packed and not self.scales_only)
         if not rounds_anew and dataclasses.replace(self.config, stored=None) != QATConfig():
             raise UsageError(
@@ -63,6 +64,7 @@ class Job:
             raise UsageError("there is no teacher whose predictions are kept", "name one")
 
     def _check_scales_only(self) -> None:
+        """Codes stay, so they must be there, and nothing but scales has a rate."""
         if not self.start.packed:
             raise UsageError(f"{self.start.name} is not quantized: its scales cannot train alone", "quantize it first")
         if self.settings.embedding_lr is not None:
@@ -70,12 +72,12 @@ class Job:
 
     @property
     def quantizes(self) -> bool:
-        """Whether what comes out is quantized; a run in float is a control."""
+        """Whether what comes out is quantized; a run in float is a control, to tell training's gain from the text's."""
         return self.start.packed or self.recipe is not None
 
     @property
     def stored(self) -> Stored:
-        """Float type that the folder's float tensors and scales are stored in."""
+        """Float type that the folder's float tensors and scales are stored in: as asked for, else as the source's."""
         return self.settings.dtype or self.start.dtype
 
     @property

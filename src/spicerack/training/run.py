@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations.integration_utils import TensorBoardCallback
 
 from spicerack.errors import UsageError
 from spicerack.machine.ranks import launched
@@ -41,6 +40,7 @@ from spicerack.runtime.load import load
 from spicerack.storage.durable import json_bytes, read_json, sync, write_atomically
 from spicerack.storage.reader import Checkpoint
 from spicerack.training import files, text
+from spicerack.training.callbacks import Stopping, curves
 from spicerack.training.distillation import TOP, Cached, Live, Teacher, check_vocabulary
 from spicerack.training.job import Job
 from spicerack.training.qat.prepare import freeze, prepare_qat, scales
@@ -50,7 +50,7 @@ from spicerack.training.sharding import ShardedTrainer, shard
 from spicerack.training.shipping import loss_of, ship
 from spicerack.training.start import Twin, find_start
 from spicerack.training.text import Corpus, Order
-from spicerack.training.trainer import FewBitsTrainer, Stopping
+from spicerack.training.trainer import FewBitsTrainer
 
 _OBSERVED = 4
 """Rows that ranges of static activations begin with: they learn from there, or follow as moving averages."""
@@ -194,10 +194,11 @@ def _begin(run: _Run, stopping: Callable[[], bool], callbacks: Iterable[TrainerC
     net = job.start.model()
     teacher = None if job.teacher is None else _teacher(run, job.teacher, net)
     begins = run.checkpoint is None
+    # of a model that is packed already there is no float one to measure
     before = {"float": run.loss_of(net)} if begins and run.first and job.recipe is not None else {}
     _prepare(run, net)
     trainer = _trainer(run, net, teacher)
-    for callback in (Stopping(stopping), *([_curves(run.folder)] if run.first else []), *callbacks):
+    for callback in (Stopping(stopping), *([curves(run.folder)] if run.first else []), *callbacks):
         trainer.add_callback(callback)
     if begins and job.quantizes:
         rounded = trainer.evaluate()["eval_loss"]
@@ -242,20 +243,13 @@ def _trainer(run: _Run, net: PreTrainedModel, teacher: Teacher | None) -> FewBit
     settings = run.job.settings
     if settings.checkpointing:
         next(getattr(net, name) for name in _CHECKPOINTING if hasattr(net, name))()
-    if settings.fsdp:
+    if settings.fsdp:  # before the optimizer is made, which holds on to parameters
         shard(net, run.args.device)
     kind = ShardedTrainer if settings.fsdp else FewBitsTrainer
     order = Order(run.corpus.train, settings.rows, settings.seed)
     trainer = kind(net, run.args, settings, order, run.corpus.held_out, teacher)
     trainer.remove_callback(PrinterCallback)  # it prints every line of the log
     return trainer
-
-
-def _curves(folder: Path) -> TrainerCallback:
-    """Losses and rates as TensorBoard reads them."""
-    from torch.utils.tensorboard import SummaryWriter  # only where something is trained: an optional package
-
-    return TensorBoardCallback(SummaryWriter(str(folder / "logs")))
 
 
 def _take_steps(run: _Run, trainer: FewBitsTrainer) -> None:
@@ -281,7 +275,7 @@ def _finish(run: _Run, trainer: FewBitsTrainer, began: float) -> Trained:
         losses |= {"loss_shipped": run.loss_of(ship(small, job.start.tokenizer, shipped))}
         report = {**losses, "tokens": tokens, "identity": job.identity(run.args.world_size)}
         write_atomically(shipped / REPORT, json_bytes(report))
-        shipped.replace(job.output)
+        shipped.replace(job.output)  # OUT is there now, and whole
         sync(job.output.parent)
     resumed_at = files.step_of(run.checkpoint)
     return Trained(job.output, tokens=tokens, seconds=time.time() - began, resumed_at=resumed_at, **losses)

@@ -91,7 +91,7 @@ class Settings:
 
     @property
     def tokens(self) -> int:
-        """Tokens in these rows."""
+        """Tokens that a run looks at: those of all its rows."""
         return self.rows * self.length
 
     def micro(self, processes: int) -> int:

@@ -50,7 +50,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     nn.Module.to(model, device)
     for block in blocks.repeated(model)[1]:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # what is in no block: embeddings, the last norm, the head
     return model
 
 
@@ -109,12 +109,14 @@ class ShardedTrainer(FewBitsTrainer):
         return {name: tensor for name, tensor in whole.items() if name in names}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Whole tensors, which every rank reads, each taking its share. What is not there must be a second name."""
         assert self.model is not None
         state: dict[str, Any] = load_file(Path(resume_from_checkpoint) / "model.safetensors")
         missing, unexpected = set_model_state_dict(self.model, state, options=_LOADED)
         assert not unexpected and not set(missing) & set(super().state_of_model()), (missing, unexpected)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Moments of whole parameters, by their names, so that any number of processes could read them."""
         assert self.model is not None
         state = get_optimizer_state_dict(self.model, self._plain_optimizer(), options=_WHOLE)
         if self.args.should_save:
@@ -123,6 +125,7 @@ class ShardedTrainer(FewBitsTrainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The same, back into each rank's share."""
         if checkpoint is None:
             return
         assert self.model is not None and self.lr_scheduler is not None

@@ -108,6 +108,7 @@ def _from_config(path: Path, twin: Twin | None) -> _Source:
     identity = hashlib.sha256(json.dumps([config, twin], sort_keys=True).encode()).hexdigest()
 
     def make() -> PreTrainedModel:
+        # float(): a config may name bfloat16, in which small steps vanish
         model: PreTrainedModel = model_class(built).float().eval()
         return model
 

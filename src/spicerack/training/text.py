@@ -106,7 +106,7 @@ class Order(Dataset[tuple[int, torch.Tensor]]):
             raise IndexError(index)
         numbers = self.subset.numbers
         times, place = divmod(index, len(numbers))
-        if self._shuffled[0] != times:
+        if self._shuffled[0] != times:  # one shuffle is kept: rows are asked for in order
             generator = torch.Generator().manual_seed(self.seed + times)
             self._shuffled = times, numbers[torch.randperm(len(numbers), generator=generator)]
         number = int(self._shuffled[1][place])
@@ -134,6 +134,7 @@ def read(
     """
     most = steps * batch
     spare = 0 if held_out is not None else max(min(most // _SHARE, HELD_OUT), 1)
+    # so many rows more than are trained on; of a text that has fewer, one in a hundred after all
     rows = pack(data, tokenizer, folder / "text.bin", length=length, most=most + spare)
     if spare:
         spare = max(min(spare, len(rows) // _SHARE), 1)

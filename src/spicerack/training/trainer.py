@@ -16,7 +16,7 @@ smoothing, evaluation by epochs, hub, hyper-parameter search) cannot be reached.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,14 +25,15 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from spicerack.errors import TrainingError
 from spicerack.storage.durable import sync
+from spicerack.training.callbacks import Decay
 from spicerack.training.distillation import Teacher, divergence
 from spicerack.training.files import COMPLETE, last_checkpoint
 from spicerack.training.qat.prepare import scales
-from spicerack.training.schedule import Schedule, decay, rate
+from spicerack.training.schedule import rate
 from spicerack.training.settings import Settings
 from spicerack.training.text import Order, Subset
 
@@ -119,6 +120,7 @@ class FewBitsTrainer(Trainer):
     # ---- how ----
 
     def _get_train_sampler(self, *_args: object, **_kwargs: object) -> Sampler[int]:
+        """Places one after the other, of which accelerate gives each rank its own."""
         assert isinstance(self.train_dataset, Order)
         return SequentialSampler(self.train_dataset)  # which is shuffled itself
 
@@ -161,7 +163,7 @@ class FewBitsTrainer(Trainer):
             self.lr_scheduler = LambdaLR(
                 stepped, lambda step: rate(self.settings.schedule, step, num_training_steps, warmup)
             )
-            self.add_callback(_Decay(self.args.weight_decay, self.settings.schedule))
+            self.add_callback(Decay(self.args.weight_decay, self.settings.schedule))
         return self.lr_scheduler
 
     # ---- what is measured ----
@@ -217,7 +219,7 @@ class FewBitsTrainer(Trainer):
     # ---- what is kept ----
 
     def whole_model(self) -> nn.Module:
-        """The model without what distributes it; its parameters may be sharded still."""
+        """The model without what distributes it: DDP's wrapper, or ours. Its parameters may be sharded still."""
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
 
@@ -246,13 +248,13 @@ class FewBitsTrainer(Trainer):
         """As Trainer's, and then a mark that it is whole: a run that is killed before goes on from the one before."""
         super()._save_checkpoint(model, trial)
         if self.args.world_size > 1:
-            distributed.barrier()
+            distributed.barrier()  # each rank has written the state of its random numbers
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody needs
             for file in folder.iterdir():
                 if file.is_file():
-                    sync(file)
+                    sync(file)  # the mark must not reach the disk before what it vouches for
             (folder / COMPLETE).touch()
             sync(folder)
             sync(folder.parent)
@@ -272,31 +274,3 @@ def _batch(rows: Sequence[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Rows put together: their ids [B, L] and their numbers [B]."""
     numbers, ids = zip(*rows, strict=True)
     return {"input_ids": torch.stack(ids), "numbers": torch.tensor(numbers)}
-
-
-class _Decay(TrainerCallback):
-    """Sets the weight decay of the groups that have one, in front of each step."""
-
-    def __init__(self, highest: float, schedule: Schedule) -> None:
-        self.highest, self.schedule = highest, schedule
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for group in kwargs["optimizer"].param_groups:
-            if group["decays"]:
-                group["weight_decay"] = self.highest * decay(self.schedule, state.global_step, state.max_steps)
-
-
-class Stopping(TrainerCallback):
-    """Ends a run behind a step, with a checkpoint, when `asked` says so on any rank. stopped: whether it did."""
-
-    def __init__(self, asked: Callable[[], bool]) -> None:
-        self.asked, self.stopped = asked, False
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        asked = torch.tensor(float(self.asked()), device=args.device)
-        if args.world_size > 1:
-            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
-        if asked:
-            self.stopped = control.should_save = control.should_training_stop = True

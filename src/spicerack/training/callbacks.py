@@ -1,0 +1,50 @@
+"""What hangs on transformers' Trainer beside its loop: decay that follows a schedule, stopping on request, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from spicerack.training.schedule import Schedule, decay
+
+
+class Decay(TrainerCallback):
+    """Sets the weight decay of the groups that have one, in front of each step."""
+
+    def __init__(self, highest: float, schedule: Schedule) -> None:
+        self.highest, self.schedule = highest, schedule
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for group in kwargs["optimizer"].param_groups:
+            if group["decays"]:
+                group["weight_decay"] = self.highest * decay(self.schedule, state.global_step, state.max_steps)
+
+
+class Stopping(TrainerCallback):
+    """Ends a run behind a step, with a checkpoint, when `asked` says so on any rank. stopped: whether it did."""
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self.asked, self.stopped = asked, False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ranks are told together: one that stopped alone would leave the others waiting."""
+        asked = torch.tensor(float(self.asked()), device=args.device)
+        if args.world_size > 1:
+            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+        if asked:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
+def curves(folder: Path) -> TrainerCallback:
+    """Losses and rates of a run, as TensorBoard reads them, in the folder `logs` of the run's own."""
+    from torch.utils.tensorboard import SummaryWriter  # only where something is trained: an optional package
+
+    return TensorBoardCallback(SummaryWriter(str(folder / "logs")))
