@@ -23,17 +23,17 @@ bench: $(PEERS)
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/models.py
 
-# torch goes first and by its full range, so that nothing that depends on it pulls another build.
-$(STAMP): pyproject.toml CMakeLists.txt $(wildcard native/* native/kernels/* native/quantizers/*)
+# torch goes first, so that nothing that depends on it pulls another build.
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/* native/kernels/* native/quantizers/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "torch>=2.6,<2.14"
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 # The runtimes that the benchmarks compare with; without them they run, too, and say who is missing.
 $(PEERS): $(STAMP)
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_CURL=OFF" $(BIN)/python -m pip install --quiet -e ".[peers]"
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_CURL=OFF" $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[peers]"
 	touch $@
 
 clean:

