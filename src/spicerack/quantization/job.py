@@ -13,6 +13,7 @@ from spicerack._version import __version__
 from spicerack.errors import CheckpointError, SchemeError, ShapeError, listed
 from spicerack.models import blocks, census
 from spicerack.models.architecture import destinations, modules_of, on_meta
+from spicerack.nn import kinds
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Decision, Recipe
@@ -23,10 +24,10 @@ from spicerack.storage.format import Format, Planned
 from spicerack.storage.reader import Checkpoint, TensorInfo
 from spicerack.storage.writer import SHARD_BYTES, Shard, Slot, Unit, plan_shards
 
-_CLASSES = {
-    "linear": "Linear", "head": "Linear", "router": "Linear", "embedding": "Embedding", "conv1d": "Conv1D",
-    "experts": "experts",
+_CLASSES = {kind.name: kind.float_class.__name__ for kind in kinds.KINDS} | {
+    "head": "Linear", "router": "Linear", "experts": "experts",
 }  # fmt: skip
+"""Role of a tensor -> the class of the module that must read it, as `architecture.modules_of` tells it."""
 _OUTSIDE = "an expert, or outside of the blocks that are calibrated: a scale per token, none that is static"
 _LISTED = 8
 
