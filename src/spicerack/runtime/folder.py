@@ -33,7 +33,7 @@ class Folder:
 
     @classmethod
     def open(cls, folder: str | Path) -> Folder:
-        """The folder at a path or hub id. Raises CheckpointError, also for a packed tensor of a role that is unknown."""
+        """The folder at a path or hub id. Raises CheckpointError, also where a packed tensor has an unknown role."""
         checkpoint = Checkpoint.open(folder)
         form = formats.of_folder(checkpoint)
         plan = form.plan(checkpoint) if form is not None else {}
