@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spicerack
-from spicerack.training.qat.batchnorm import fold_batchnorm
 
 BATCH = 64
 
@@ -76,7 +75,7 @@ def one_fold(
     student = spicerack.prepare_qat(copy.deepcopy(model), scheme).eval()
     scores = {"float": score(model, x_test, y_test), "rounded": score(student, x_test, y_test)}
     train(student, x, y, more, 1e-3)
-    small = fold_batchnorm(spicerack.freeze(student, compute="float"))
+    small = spicerack.fold_batchnorm(spicerack.freeze(student, compute="float"))
     scores["trained"] = score(small, x_test, y_test)
     return scores, small
 
@@ -112,7 +111,7 @@ def main() -> None:
         print(f"  {name:8s} right {100 * accuracy.mean():6.2f} % ({100 * error:.2f})   loss {loss.mean():.4f} nats")
     if args.out:
         spicerack.save(small, args.out)
-        again = spicerack.load(args.out, into=fold_batchnorm(network().eval()), compute="float")
+        again = spicerack.load(args.out, into=spicerack.fold_batchnorm(network().eval()), compute="float")
         x = torch.rand(5, 1, 8, 8)
         assert torch.equal(again(x), small(x))
         print(f"{args.out}: {sum(f.stat().st_size for f in args.out.glob('*.safetensors'))} bytes")

@@ -16,7 +16,6 @@ import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import spicerack
-from spicerack.training.qat import prepare
 
 ASSETS = Path(__file__).parents[1] / "assets" / "stdlib-lm"
 
@@ -41,10 +40,10 @@ def main() -> None:
     rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)
 
     model = spicerack.prepare_qat(spicerack.load(args.model, dtype=torch.float32), args.scheme)
-    learned = {id(scale) for scale in prepare.scales(model)}
+    learned = {id(scale) for scale in spicerack.scales(model)}
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in learned], "weight_decay": 0.01},
-        {"params": prepare.scales(model), "weight_decay": 0.0},  # a scale that decays is a grid that shrinks
+        {"params": spicerack.scales(model), "weight_decay": 0.0},  # a scale that decays is a grid that shrinks
     ]
     trainer = Trainer(
         model=model,

@@ -6,7 +6,8 @@
     model = spicerack.prepare_qat(model, "w2g32h")                    # train it as always, then
     small = spicerack.freeze(model)
 
-The names below are imported on first use; importing the package loads no torch and changes nothing.
+The names below are imported on first use; importing the package loads no torch and changes nothing. They are all that
+the docs ask anybody to import, but for the exceptions of `spicerack.errors`.
 """
 
 from __future__ import annotations
@@ -17,45 +18,71 @@ from typing import TYPE_CHECKING, Any
 from spicerack._version import __version__
 
 if TYPE_CHECKING:
-    from spicerack.evaluation.evaluate import evaluate
+    from spicerack.evaluation.evaluate import EvaluationOptions, evaluate, measure
+    from spicerack.evaluation.language import paired_difference
+    from spicerack.nn.cache import QuantizedCache
     from spicerack.quantization.run import quantize
     from spicerack.runtime.load import load
     from spicerack.runtime.save import save
-    from spicerack.training.qat.prepare import freeze, prepare_qat
+    from spicerack.text.calibration import Calibration
+    from spicerack.text.calibration import read as read_calibration
+    from spicerack.training.qat.batchnorm import fold_batchnorm
+    from spicerack.training.qat.bitnet import twin_config
+    from spicerack.training.qat.prepare import freeze, prepare_qat, scales
     from spicerack.training.qat.start import QATConfig
     from spicerack.training.run import train
     from spicerack.training.settings import Settings
 
 __all__ = [
+    "Calibration",
+    "EvaluationOptions",
     "QATConfig",
+    "QuantizedCache",
     "Settings",
     "__version__",
     "evaluate",
+    "fold_batchnorm",
     "freeze",
     "load",
+    "measure",
+    "paired_difference",
     "prepare_qat",
     "quantize",
+    "read_calibration",
     "save",
+    "scales",
     "train",
+    "twin_config",
 ]
 
 _HOMES = {
-    "QATConfig": "training.qat.start",
-    "Settings": "training.settings",
-    "evaluate": "evaluation.evaluate",
-    "freeze": "training.qat.prepare",
-    "load": "runtime.load",
-    "prepare_qat": "training.qat.prepare",
-    "quantize": "quantization.run",
-    "save": "runtime.save",
-    "train": "training.run",
+    "Calibration": "text.calibration.Calibration",
+    "EvaluationOptions": "evaluation.evaluate.EvaluationOptions",
+    "QATConfig": "training.qat.start.QATConfig",
+    "QuantizedCache": "nn.cache.QuantizedCache",
+    "Settings": "training.settings.Settings",
+    "evaluate": "evaluation.evaluate.evaluate",
+    "fold_batchnorm": "training.qat.batchnorm.fold_batchnorm",
+    "freeze": "training.qat.prepare.freeze",
+    "load": "runtime.load.load",
+    "measure": "evaluation.evaluate.measure",
+    "paired_difference": "evaluation.language.paired_difference",
+    "prepare_qat": "training.qat.prepare.prepare_qat",
+    "quantize": "quantization.run.quantize",
+    "read_calibration": "text.calibration.read",
+    "save": "runtime.save.save",
+    "scales": "training.qat.prepare.scales",
+    "train": "training.run.train",
+    "twin_config": "training.qat.bitnet.twin_config",
 }
+"""Name on the face -> where it lives, and what it is called there."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'spicerack' has no attribute {name!r}")
-    return vars(import_module(f"spicerack.{_HOMES[name]}"))[name]
+    module, _, attribute = _HOMES[name].rpartition(".")
+    return vars(import_module(f"spicerack.{module}"))[attribute]
 
 
 def __dir__() -> list[str]:

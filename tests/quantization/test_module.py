@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import spicerack
-from spicerack.errors import OutputError, RecipeError, SchemeError, ShapeError, UsageError, WeightError
-from spicerack.nn.embedding import QEmbedding
+from spicerack.errors import LoadError, OutputError, RecipeError, SchemeError, ShapeError, UsageError, WeightError
+from spicerack.nn.conv import QConv2d
 from spicerack.nn.linear import QLinear
+from spicerack.nn.weight import PackedLayer
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
@@ -52,9 +53,9 @@ class Net(nn.Module):
         return out
 
 
-def packed(module: nn.Module) -> dict[str, QLinear | QEmbedding]:
+def packed(module: nn.Module) -> dict[str, PackedLayer]:
     modules = module.named_modules(remove_duplicate=False)
-    return {name: layer for name, layer in modules if isinstance(layer, (QLinear, QEmbedding))}
+    return {name: layer for name, layer in modules if isinstance(layer, PackedLayer)}
 
 
 def same(a: QTensor, b: QTensor) -> bool:
@@ -73,9 +74,9 @@ def decoded(module: nn.Module, small: nn.Module) -> nn.Module:
     for name, layer in packed(small).items():
         old = dense.get_submodule(name)
         w = module.get_submodule(name).weight.detach()
-        q = codec.encode(w.t() if isinstance(old, Conv1D) else w, layer.packed.scheme)
+        q = codec.encode(w.t() if isinstance(old, Conv1D) else w.flatten(1), layer.packed.scheme)
         w_hat = codec.decode(q, w.dtype)
-        old.weight.data = (w_hat.t() if isinstance(old, Conv1D) else w_hat).contiguous()
+        old.weight.data = (w_hat.t() if isinstance(old, Conv1D) else w_hat).reshape(w.shape).contiguous()
     return dense
 
 
@@ -232,7 +233,114 @@ def test_defaults_are_those_of_the_command(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(small, IDS), logits(loaded, IDS))
 
 
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+
+class Pictures(nn.Module):
+    """Convolutions of several geometries, two of which share a weight, before a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 16, 3, padding="same")
+        self.body = nn.Sequential(nn.ReLU(), nn.Conv2d(16, 16, (1, 3), (2, 1), (0, 1), 1, 2, bias=False), nn.GELU())
+        self.mix, self.again = nn.Conv2d(16, 16, 2, dilation=2), nn.Conv2d(16, 16, 2, padding=1)
+        self.again.weight = self.mix.weight
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.again(self.mix(self.body(self.first(x)))).mean((-2, -1)))
+        return out
+
+
+PICTURES = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scheme", "rules"), [
+    ("w4", []), ("w8", ["body.1=w2g8h"]), ("w4g4z", []), ("nf4", ["first=w8", "body.*=w8", "mix=w8", "head=w8"]),
+])  # fmt: skip
+def test_convolutions_compute_with_decoded_weights(
+    scheme: str, rules: list[str], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    net = Pictures().to(dtype).eval()
+    small = spicerack.quantize(net, scheme, rules=rules)
+    assert packed(small).keys() == {"first", "body.1", "mix", "again", "head"}
+    assert small.mix.packed is small.again.packed and isinstance(small.body[1], QConv2d)
+    dense = decoded(net, small)
+    x = PICTURES.to(dtype)
+    assert torch.equal(small.first.weight, dense.first.weight) and small.first.weight.shape == net.first.weight.shape
+    assert torch.equal(small.mix(small.body(small.first(x))), dense.mix(dense.body(dense.first(x))))
+    assert torch.allclose(small(x), dense(x), atol=1e-6 if dtype == torch.float32 else 2e-2)
+    fresh = spicerack.load(spicerack.save(small, tmp_path / "out"), into=Pictures().to(dtype).eval())
+    assert_same_layers(small, fresh)
+    assert fresh.mix.packed is fresh.again.packed
+    assert torch.equal(fresh(x), small(x))
+
+
+def test_convolutions_are_quantized_where_they_would_be_trained() -> None:
+    """By default in modules of one's own, and not in transformers models, like `prepare_qat`: the codes are equal."""
+    net = Pictures()
+    frozen = spicerack.freeze(spicerack.prepare_qat(copy.deepcopy(net), "w4"))
+    assert_same_layers(spicerack.quantize(net, "w4"), frozen)
+    assert packed(spicerack.quantize(net, "w4", rules=["**=skip", "first=w8"])).keys() == {"first"}
+    alone = spicerack.quantize(nn.Conv2d(4, 2, 3), "w8")
+    assert isinstance(alone, QConv2d)
+    vit = families.build("vit")
+    inside = nn.ModuleDict({"theirs": vit, "ours": nn.Conv2d(4, 2, 3)})
+    assert any(isinstance(part, nn.Conv2d) for part in vit.modules())
+    for model, convolutions in ((vit, set()), (inside, {"ours"})):
+        layers = packed(spicerack.quantize(model, "w8"))
+        assert {name for name, layer in layers.items() if isinstance(layer, QConv2d)} == convolutions and layers
+        with pytest.raises(RecipeError, match="matches nothing"):
+            spicerack.quantize(model, "w8", rules=["**.projection=w8"])
+
+
+@pytest.mark.parametrize(("change", "scheme", "error", "message"), [
+    ({"padding_mode": "reflect"}, "w8", RecipeError, "^0: a convolution with padding_mode='reflect' has no packed"),
+    ({}, "w8a8", SchemeError, r"^0: a convolution has no tokens to find scales of \(use the scheme without a8\)"),
+    ({}, "w8a8s", SchemeError, r"^0: a convolution has no tokens to find scales of"),
+    ({}, "w4g32", ShapeError, r"^0\.weight.*K=36 is not divisible by w4g32"),
+])  # fmt: skip
+def test_convolutions_that_have_no_packed_form_are_named(
+    change: dict[str, str], scheme: str, error: type[Exception], message: str
+) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, **change), nn.Flatten(), nn.Linear(64, 8))
+    with pytest.raises(error, match=message):
+        spicerack.quantize(net, scheme)
+    if scheme != "w8a8s":  # which no layer in memory has
+        assert packed(spicerack.quantize(net, scheme, rules=["0=skip"])).keys() == {"2"}
+
+
+def test_a_convolution_that_pads_otherwise_is_not_filled(tmp_path: Path) -> None:
+    folder = spicerack.save(spicerack.quantize(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)), "w8"), tmp_path / "out")
+    other = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"))
+    with pytest.raises(LoadError, match=r"^0: 0: a convolution with padding_mode='circular'"):
+        spicerack.load(folder, into=other)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_experts_in_one_parameter_stay_in_float_and_are_named() -> None:
+    model = families.build("mixtral")
+    small = spicerack.quantize(model, "w4g8")
+    experts = {name: p for name, p in model.named_parameters() if p.dim() == 3}
+    assert experts and all(torch.equal(small.get_parameter(name), p) for name, p in experts.items())
+    with pytest.raises(
+        RecipeError, match=r"rule \*\*\.experts\.\*=w8: .*experts.* is one parameter \[.*in memory those stay"
+    ):
+        spicerack.quantize(model, "w4g8", rules=["**.experts.*=w8"])
+
+
+def test_experts_that_are_layers_are_quantized_like_others(tmp_path: Path) -> None:
+    """A stack of float experts, as `load` leaves it beside packed ones: each of its matrices is a linear layer."""
+    families.build("mixtral").save_pretrained(tmp_path / "model")
+    spicerack.quantize(tmp_path / "model", "w8", output=tmp_path / "out", rules=["**.experts.2.*=skip"])
+    model = spicerack.load(tmp_path / "out")
+    floats = {name for name, layer in model.named_modules() if type(layer) is nn.Linear and ".experts." in name}
+    small = spicerack.quantize(model, "w4g8")
+    assert floats and all(small.get_submodule(name).packed.scheme.name == "w4g8" for name in floats)
+    assert small.get_submodule(min(floats)) is not model.get_submodule(min(floats))
 
 
 def test_what_is_refused_is_named() -> None:

@@ -342,6 +342,14 @@ def test_a_missing_tensor_is_an_error_and_never_random(llama_folder, tmp_path: P
             spicerack.load(folder)
 
 
+def test_a_role_that_is_not_known_is_an_error(tmp_path: Path) -> None:
+    folder = net_folder(tmp_path / "net", Net())
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"embedding"', '"tablecloth"'))
+    with pytest.raises(CheckpointError, match=r"table is packed as 'tablecloth', of which nothing is known"):
+        spicerack.load(folder, into=Net())
+
+
 def test_a_missing_packed_tensor_is_an_error(llama_folder, tmp_path: Path) -> None:
     spicerack.quantize(llama_folder(), "w4g32", output=tmp_path / "out")
     drop_tensor(tmp_path / "out", "model.layers.1.mlp.up_proj.weight_scale")

@@ -13,6 +13,7 @@ from spicerack.errors import SchemeError
 from spicerack.models import blocks, census
 from spicerack.models.architecture import destinations, modules_of, on_meta
 from spicerack.models.census import Census, Entry
+from spicerack.nn import kinds
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Decision, Recipe
@@ -20,11 +21,10 @@ from spicerack.storage.reader import Checkpoint
 
 OUTSIDE = "an expert, or outside of the blocks that are calibrated: a scale per token, none that is static"
 """Why a layer has no static scale: nothing is observed there."""
-_CLASSES = {
-    "linear": "Linear", "head": "Linear", "router": "Linear", "embedding": "Embedding", "conv1d": "Conv1D",
-    "experts": "experts",
+_CLASSES = {kind.name: kind.float_class.__name__ for kind in kinds.KINDS} | {
+    "head": "Linear", "router": "Linear", "experts": "experts",
 }  # fmt: skip
-"""Role -> the kind of module that `modules_of` must name for it."""
+"""Role of a tensor -> the class of the module that must read it, as `architecture.modules_of` tells it."""
 
 
 @dataclass(frozen=True, slots=True)

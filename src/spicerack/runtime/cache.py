@@ -54,7 +54,7 @@ class _Hook:
         raise UsageError(
             f"the model was loaded with a cache of {self.scheme.bits} bits and was given a {type(cache).__name__}"
             + (" with tokens in float" if filled else ""),
-            "give it none, or spicerack.nn.cache.QuantizedCache; or load it without cache",
+            "give it none, or a spicerack.QuantizedCache; or load it without cache",
         )
 
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from spicerack.errors import CheckpointError
+from spicerack.models.census import BY_DEFAULT, ON_REQUEST
+from spicerack.nn import kinds
 from spicerack.numerics.qtensor import QTensor
 from spicerack.storage import format as formats
 from spicerack.storage.format import Format, StoredTensor
@@ -30,10 +33,17 @@ class Folder:
 
     @classmethod
     def open(cls, folder: str | Path) -> Folder:
-        """The folder at a path or hub id. Raises CheckpointError."""
+        """The folder at a path or hub id. Raises CheckpointError, also where a packed tensor has an unknown role."""
         checkpoint = Checkpoint.open(folder)
         form = formats.of_folder(checkpoint)
-        return cls(checkpoint, form, form.contents(checkpoint) if form is not None else {})
+        plan = form.contents(checkpoint) if form is not None else {}
+        known = {kind.name for kind in kinds.KINDS} | BY_DEFAULT | ON_REQUEST
+        if strange := next((planned for planned in plan.values() if planned.role not in known), None):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {strange.module} is packed as {strange.role!r}, of which nothing is known",
+                "the folder is damaged, or was written by a newer spicerack",
+            )
+        return cls(checkpoint, form, plan)
 
     @property
     def config(self) -> Mapping[str, Any]:

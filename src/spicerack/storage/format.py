@@ -36,8 +36,9 @@ class StoredTensor:
 
     module        the checkpoint's name without `.weight`
     shape         [N, K] or [E, N, K]: output rows first, whatever the checkpoint's order
-    role          "linear", "conv1d", "conv2d" (K: all inputs of an output), "embedding", "head", "router" or "experts"
-                  (a fused tensor)
+    role          what the tensor is for: a role of `models.census` ("experts": one tensor of all), or of a module that
+                  was saved the kind of layer (`nn.kinds`; K is all that an output reads). Told to those who read; what
+                  loads the tensor goes by the layer that it is for
     source_dtype  the float type it had
     transposed    the float checkpoint stores [..., K, N]
     bias          the layer has one; told to those who write
