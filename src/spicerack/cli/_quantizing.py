@@ -1,0 +1,121 @@
+"""What `spicerack quantize` shows: what will be done, a line for each block, what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spicerack.cli import _output
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from spicerack.machine.ranks import Ranks
+    from spicerack.quantization.job import Job
+    from spicerack.quantization.memory import MemoryPlan
+    from spicerack.quantization.run import Summary
+    from spicerack.quantization.watch import Finished, Trial, Watch
+    from spicerack.text.calibration import Calibration
+
+
+def bar(ranks: Ranks) -> Progress:
+    """The bar of bytes that are done; the first rank has it, and nobody where standard error is no terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=_output.console(as_json=True), transient=True, disable=not ranks.first,
+    )  # fmt: skip
+
+
+def watching(bar: Progress, job: Job, stopping: Callable[[], bool], ranks: Ranks) -> Watch:
+    """What moves the bar and prints a line for each block, on the first rank."""
+    from spicerack.quantization.watch import Watch
+
+    task = bar.add_task("quantizing", total=job.bytes_before)
+
+    class Bar(Watch):
+        def tried(self, trial: Trial) -> None:
+            bar.console.print(_trial(trial), soft_wrap=True, highlight=False)
+
+        def finished(self, block: Finished) -> None:
+            if ranks.first:
+                bar.console.print(_line(block), soft_wrap=True, highlight=False)
+            bar.update(task, description=f"block {block.number + 1} of {block.count}")
+
+        def stopping(self) -> bool:
+            return stopping()
+
+        def progress(self, nbytes: int) -> None:
+            bar.advance(task, nbytes)
+
+    return Bar()
+
+
+def _trial(trial: Trial) -> str:
+    return (
+        f"preflight: {trial.blocks} of {trial.count} blocks rounded, saved and loaded again: as computed within "
+        f"{trial.difference:.2%} (off the float model's by {trial.error:.2%}), {trial.seconds:.1f} s"
+    )
+
+
+def _line(block: Finished) -> str:
+    """What is printed of a block."""
+    from rich.markup import escape
+
+    plain = f" (rounded to nearest {block.rounded:.2%})" if block.rounded != block.error else ""
+    events = "".join(f"\n  [yellow]note[/yellow] {escape(event)}" for event in block.events)
+    return (
+        f"{block.block}: {block.layers} layers, {block.bits:.2f} bits, output off by {block.error:.2%}"
+        f"{plain}, {block.seconds:.1f} s, peak {_output.size(block.peak_rss_bytes)}{events}"
+    )
+
+
+def announce(
+    job: Job, calibration: Calibration | None, planned: MemoryPlan, device: torch.device, console: Console
+) -> None:
+    from rich.markup import escape
+
+    console.print(f"[bold]model [/bold] {escape(str(job.source.folder))}", soft_wrap=True)
+    console.print(f"[bold]recipe[/bold] {escape(str(job.recipe))}", soft_wrap=True)
+    console.print(f"[bold]format[/bold] {job.format.name}", soft_wrap=True)
+    if calibration is not None:
+        sequences, length = calibration.ids.shape
+        text = f"{calibration.source}, {sequences} sequences of up to {length} tokens"
+        console.print(f"[bold]calib [/bold] {escape(text)}", soft_wrap=True)
+    console.print(f"[bold]memory[/bold] {_output.size(planned.peak_bytes)} at most, {planned.where}", soft_wrap=True)
+    if device.type != "cpu":
+        size = _output.size(planned.block_bytes)
+        console.print(f"[bold]device[/bold] {device}, {size} of its memory at most", soft_wrap=True)
+    for note in (*job.notes, *(calibration.notes if calibration is not None else ())):
+        console.print(f"[yellow]note[/yellow]   {escape(note)}", soft_wrap=True)
+    console.print()
+
+
+def report(summary: Summary, source: Path, console: Console) -> None:
+    from rich.table import Table
+
+    from spicerack.storage import ledger
+
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("layers", "numbers", "count", "before", "after", "error"):
+        table.add_column(name, justify="left" if name in ("layers", "numbers") else "right", no_wrap=name != "layers")
+    written = ledger.read(summary.output)
+    assert written is not None, "quantized just now"
+    for row in ledger.by_layer_type(written.entries):
+        error = "" if row.error is None else f"{row.error:.2%}"
+        sizes = (_output.size(row.bytes_before), _output.size(row.bytes_after))
+        table.add_row(row.layers, row.numbers, str(row.count), *sizes, error)
+    console.print(table)
+    total = summary.sizes
+    before, after = total.bytes_before, total.bytes_after
+    console.print(
+        f"\n[bold]{_output.size(before)} -> {_output.size(after)}[/bold], {before / after:.2f} times smaller; "
+        f"{total.bits_per_weight:.2f} bits a quantized weight, {total.bits_per_weight_total:.2f} over all"
+    )
+    resumed = ", resumed" if summary.resumed else ""
+    console.print(f"{summary.seconds:.1f} s, peak memory {_output.size(summary.peak_rss_bytes)}{resumed}")
+    console.print(f"next: spicerack eval {summary.output} --against {source} --text FILE", soft_wrap=True, markup=False)
