@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dropped import dropped
 
+import spicerack
 from spicerack.errors import SchemeError, UsageError
-from spicerack.kernels import kernel
+from spicerack.kernels import kernel, table
 from spicerack.kernels.table import reference
 from spicerack.nn.linear import QLinear
 from spicerack.numerics import codec
@@ -197,3 +200,51 @@ def test_a_scheme_that_names_its_activations_has_them_with_either_compute() -> N
 def test_compute_has_two_values() -> None:
     with pytest.raises(UsageError, match="compute='int4'"):
         kernel.pick(parse("w8"), (64, 64), torch.float32, CPU, "int4")  # type: ignore[arg-type]
+
+
+# ---- a new one -------------------------------------------------------------------------------------------------------
+
+NEW_KERNEL = '''
+"""A loop over rows, for whole rows of five bits."""
+import torch
+from spicerack.kernels.kernel import Kernel
+from spicerack.numerics.qtensor import QTensor
+
+def obstacle(scheme, shape, dtype, device):
+    reason = scheme.plain_obstacle
+    return reason or (None if scheme.bits == 5 and scheme.group is None else "only whole rows of five bits")
+
+def pack(q):
+    return {"columns": q.codes.t().contiguous(), "steps": q.plain_scale.float()[:, 0]}
+
+def unpack(scheme, shape, tensors):
+    return QTensor(scheme, tensors["columns"].t().contiguous(), tensors["steps"][:, None].half())
+
+def rows(scheme, shape, tensors, which):
+    return (tensors["columns"].float() * tensors["steps"]).t()[which]
+
+def prepare(scheme, shape, tensors):
+    return tensors
+
+def run(x, matrices, biases, gelu):
+    ys = [x.float() @ m["columns"].float() * m["steps"] for m in matrices]
+    return [(y if b is None else y + b).to(x.dtype) for y, b in zip(ys, biases, strict=True)]
+
+KERNELS = (Kernel("loop", 1000, False, "float", obstacle, pack, unpack, rows, prepare, run),)
+'''
+
+
+def test_a_new_kernel_is_one_file_that_is_picked_and_multiplies(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(192, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8))
+    with dropped(table, tmp_path, "loop", NEW_KERNEL):
+        small = spicerack.quantize(net, "w5", compute="float")
+        assert [layer.packed.choice.kernel.name for layer in (small[0], small[2])] == ["loop", "loop"]
+        assert not small[0].packed.choice.passed_over, "it is the fastest"
+        x = inputs(5, 192)
+        exact = torch.nn.functional.linear(x, codec.decode(small[0].packed.qtensor()), net[0].bias)
+        assert torch.allclose(small[0](x), exact, atol=1e-5)
+        assert (small(x) - net(x)).norm() < 0.1 * net(x).norm()
+        other = kernel.pick(parse("w4"), (24, 192), torch.float32, CPU)
+        assert other.passed_over["loop"] == "only whole rows of five bits"
+        assert kernel.pick(parse("nf4"), (24, 192), torch.float32, CPU).passed_over["loop"].startswith("its levels are")
+    assert kernel.pick(parse("w5"), (24, 192), torch.float32, CPU).kernel.name != "loop"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from conftest import LlamaFolder
+from dropped import dropped
 from gguf import GGMLQuantizationType, dequantize
 
+import spicerack
 from spicerack import plugins
-from spicerack.numerics import codec, rounding, schemes
+from spicerack.errors import ShapeError
+from spicerack.numerics import codec, packed, rounding, schemes
 from spicerack.numerics.levels import FloatLevels, TableLevels
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
@@ -137,17 +142,14 @@ def q4_k_bytes(q: QTensor) -> np.ndarray:
 
 NEW_SCHEME = '''
 """Signed powers of two, for a shifter."""
-from spicerack.numerics.levels import FloatLevels, TableLevels
+from spicerack.numerics.levels import TableLevels
 from spicerack.numerics.scheme import Scheme
 SCHEME = Scheme(name="shift3", levels=TableLevels((-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)), block=(1, 8))
 '''
 
 
-def test_a_new_scheme_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "shift3.py").write_text(NEW_SCHEME)
-    monkeypatch.setattr(schemes, "__path__", [*schemes.__path__, str(tmp_path)])
-    plugins.names.cache_clear()
-    try:
+def test_a_new_scheme_is_one_file(tmp_path: Path) -> None:
+    with dropped(schemes, tmp_path, "shift3", NEW_SCHEME):
         scheme = parse("shift3")
         w = gaussian(4, 32)
         q = rounding.to_nearest(w, scheme)
@@ -156,5 +158,62 @@ def test_a_new_scheme_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert float((decoded - w).square().mean()) < 0.1
         again = codec.encode(decoded, scheme)
         assert torch.equal(codec.decode(again), decoded)
-    finally:
-        plugins.names.cache_clear()
+
+
+# Levels of its own: nothing but this file knows that a code stands for two weights.
+NEW_LEVELS = '''
+"""A codebook: eight directions of pairs of weights, each in two lengths, and four longer ones on the axes."""
+import math
+from dataclasses import dataclass
+import torch
+from spicerack.numerics.scheme import Scheme
+
+def _pair(length, turn):
+    return length * math.cos(turn), length * math.sin(turn)
+
+PAIRS = [(0.0, 0.0)] + [_pair(r, math.tau * (i + r / 2) / 8) for r in (0.6, 1.2) for i in range(8)]
+PAIRS += [_pair(2.0, math.tau * i / 4) for i in range(4)]
+
+@dataclass(frozen=True)
+class PairLevels:
+    lo: int = 0
+    hi: int = len(PAIRS) - 1
+    bits: int = 5
+    weights: int = 2
+    lowest: float = -2.0
+    highest: float = 2.0
+    mirrored: bool = True
+    integers: None = None
+
+    def encode(self, u, zero=0.0):
+        pairs = u.unflatten(-1, (-1, 2))
+        return torch.cdist(pairs, torch.tensor(PAIRS).expand(*pairs.shape[:-2], -1, -1)).argmin(-1)
+
+    def decode(self, codes, zero=0.0):
+        return torch.tensor(PAIRS)[codes.long()].flatten(-2)
+
+SCHEME = Scheme(name="pairs", levels=PairLevels(), block=(1, 32))
+'''
+
+
+def test_a_codebook_is_one_file_from_its_name_to_the_product(tmp_path: Path, llama_folder: LlamaFolder) -> None:
+    folder = llama_folder()
+    with dropped(schemes, tmp_path, "pairs", NEW_LEVELS):
+        w = gaussian(16, 64)
+        q = codec.encode(w, parse("pairs"))
+        assert q.shape == (16, 64) and q.codes.shape == (16, 32) and q.stored_bits == 16 * 32 * 5 + 16 * 2 * 16
+        pairs = q.scheme.levels.decode(torch.arange(21)).reshape(21, 2)
+        scaled = (w / q.plain_scale.float().repeat_interleave(32, 1)).reshape(16, 32, 2)
+        assert torch.equal(torch.cdist(scaled, pairs.expand(16, 21, 2)).argmin(-1), q.codes.long())
+        assert torch.equal(torch.cat(list(codec.decode_rows(q, 3))), codec.decode(q))
+        back = packed.unpack(q.scheme, q.shape, packed.pack(q))
+        assert torch.equal(back.codes, q.codes)
+        spicerack.quantize(folder, "pairs", output=tmp_path / "out")
+        model, floats = spicerack.load(tmp_path / "out"), spicerack.load(folder)
+        layer = model.model.layers[0].mlp.down_proj
+        exact = rounding.to_nearest(floats.model.layers[0].mlp.down_proj.weight.detach(), parse("pairs"))
+        assert torch.equal(layer.weight, codec.decode(exact))
+        x = gaussian(3, 128)
+        assert torch.allclose(layer(x), x @ codec.decode(exact).t(), atol=1e-5)
+        with pytest.raises(ShapeError, match="blocks of 33 columns are no whole codes of pairs"):
+            dataclasses.replace(parse("pairs"), block=(1, 33)).check_shape("w", (2, 66))

@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LlamaFolder
+from dropped import dropped
 from safetensors.torch import save_file
 
+import spicerack
 from spicerack.errors import CheckpointError, SchemeError
 from spicerack.numerics import codec, packed
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.levels import FloatLevels, IntLevels, TableLevels
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme, parse
-from spicerack.storage import format
+from spicerack.quantization.recipe import Recipe, Rule
+from spicerack.storage import format, formats
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
 
@@ -396,3 +400,79 @@ def test_other_tools_folders_are_refused_and_float_ones_are_not(tmp_path: Path) 
         format.of_folder(Checkpoint.open(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert format.of_folder(Checkpoint.open(tmp_path)) is None
+
+
+# ---- a new one -------------------------------------------------------------------------------------------------------
+
+NEW_FORMAT = '''
+"""Codes as they are, a byte each, with their scales behind them in one tensor: for programs that unpack nothing."""
+from dataclasses import dataclass
+import torch
+from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import parse
+from spicerack.storage.format import StoredTensor
+
+@dataclass(frozen=True)
+class Plain:
+    name: str = "plain"
+    rank: int = 5
+    read_by_others: bool = True
+
+    def obstacles(self, contents):
+        return [f"{p.module}: plain has only w6" for p in contents.values() if p.scheme.name != "w6"]
+
+    def layout(self, stored):
+        n, k = stored.shape
+        return {f"{stored.module}.bytes": ("I8", (n, k + 2))}
+
+    def encode(self, stored, q):
+        scale = q.plain_scale.view(torch.int8).reshape(len(q.codes), 2)
+        return {f"{stored.module}.bytes": torch.cat([q.codes, scale], 1)}
+
+    def decode(self, stored, tensors):
+        codes, scale = tensors[f"{stored.module}.bytes"].split([stored.shape[1], 2], 1)
+        return QTensor(stored.scheme, codes.contiguous(), scale.contiguous().view(torch.float16))
+
+    def config(self, config, contents, unquantized_linears):
+        return {**config, "quantization_config": {"quant_method": "plain"}}
+
+    def recognizes(self, config):
+        return config.get("quantization_config") == {"quant_method": "plain"}
+
+    def float_config(self, config):
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+
+    def contents(self, checkpoint):
+        names = {n.removesuffix(".bytes"): i.shape for n, i in checkpoint.tensors.items() if n.endswith(".bytes")}
+        return {m: StoredTensor(m, parse("w6"), (n, k - 2)) for m, (n, k) in names.items()}
+
+    def notes(self, contents, fused):
+        return ["six bits in eight"]
+
+FORMAT = Plain()
+'''
+
+
+def test_a_new_format_is_one_file_from_a_recipe_to_bytes_and_back(tmp_path: Path, llama_folder: LlamaFolder) -> None:
+    folder, out = llama_folder(), tmp_path / "out"
+    with dropped(formats, tmp_path, "plain", NEW_FORMAT):
+        recipe = Recipe(parse("w6"), rules=(Rule("model.layers.0.**", None),))
+        spicerack.quantize(folder, recipe, output=out)
+        checkpoint = Checkpoint.open(out)
+        assert checkpoint.config["quantization_config"] == {"quant_method": "plain"}
+        fmt = format.of_folder(checkpoint)
+        assert fmt is not None and fmt.name == "plain" and len(fmt.contents(checkpoint)) == 7
+        model, floats = spicerack.load(out), spicerack.load(folder)
+        for name in fmt.contents(checkpoint):
+            wanted = codec.encode(floats.get_submodule(name).weight.detach(), parse("w6"))
+            assert same(model.get_submodule(name).packed.qtensor(), wanted)
+        assert format.portability(fmt.contents(checkpoint), []) == ["six bits in eight"]
+        # What it does not hold goes where it went without the file, and so does what others hold no more.
+        assert format.choose(contents_of(StoredTensor("a", parse("w4"), (64, 64)))) == CT
+        assert format.choose(contents_of(StoredTensor("a", parse("nf4"), (64, 64)))) == OWN
+    assert format.choose(contents_of(StoredTensor("a", parse("w6"), (64, 64)))) == CT
+
+
+def test_formats_have_ranks_of_their_own_and_the_container_the_last() -> None:
+    ranks = [fmt.rank for fmt in format.ranked()]
+    assert len(set(ranks)) == len(ranks) and format.ranked()[-1] == OWN

@@ -1,7 +1,13 @@
 """How quantized tensors lie on disk: the `Format` interface, and the choice between formats before a weight is read.
 
-A format is one file in `formats/`. `Contents` says what a folder holds, the format says in which tensors, and both
-directions go through `QTensor`, so no format knows how codes were chosen.
+A format is one file in `formats/`, which says all about itself: nothing else names it. `Contents` says what a folder
+holds, the format says in which tensors, and both directions go through `QTensor`, so no format knows how codes were
+chosen. What a folder holds is the same data on the way out, where a recipe made it, and on the way in, where the format
+read it off the folder (`Format.contents`).
+
+Which format a folder gets is not asked for but follows from its contents: of the formats, in the order of their ranks,
+the first that holds every tensor exactly. Those that others read come first, and spicerack's own container, which holds
+every scheme, comes last; what that costs in portability is said before work starts.
 """
 
 from __future__ import annotations
@@ -21,11 +27,6 @@ from spicerack.numerics.scheme import Scheme
 if TYPE_CHECKING:
     from spicerack.storage.reader import Checkpoint
 
-"""`model_type` of folders that only spicerack reads: no other loader can mistake one and fill in random weights."""
-
-STANDARD = ("compressed_tensors", "bitnet")
-"""Formats that others read, by preference."""
-
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Tensor name -> (safetensors type, shape), in the order of writing."""
 
@@ -35,11 +36,12 @@ class StoredTensor:
     """One tensor that is quantized on disk, or will be.
 
     module        the checkpoint's name without `.weight`
+    scheme        what its numbers are
     shape         [N, K] or [E, N, K]: output rows first, whatever the checkpoint's order
     role          what the tensor is for: a role of `models.census` ("experts": one tensor of all), or of a module that
                   was saved the kind of layer (`nn.kinds`; K is all that an output reads). Told to those who read; what
                   loads the tensor goes by the layer that it is for
-    source_dtype  the float type it had
+    source_dtype  the float type it had, which decides that of scales
     transposed    the float checkpoint stores [..., K, N]
     bias          the layer has one; told to those who write
     inverse_scale the folder stores 1 / scale; told by those who read
@@ -56,7 +58,7 @@ class StoredTensor:
 
 
 Contents = Mapping[str, StoredTensor]
-"""Module -> StoredTensor."""
+"""What is quantized in a folder: module -> StoredTensor."""
 
 
 class Format(Protocol):
@@ -66,65 +68,79 @@ class Format(Protocol):
     def name(self) -> str:
         """The file's name."""
 
-    def obstacles(self, contents: Contents) -> list[str]:
-        """Why this format cannot hold `contents` exactly; empty if it can."""
+    @property
+    def rank(self) -> int:
+        """Where the format comes among those that hold a folder exactly: the lowest is taken. Ranks differ."""
 
-    def layout(self, stored: StoredTensor) -> Layout:
+    @property
+    def read_by_others(self) -> bool:
+        """Whether other programs read its folders."""
+
+    def obstacles(self, contents: Contents, /) -> list[str]:
+        """Why this format cannot hold `contents` exactly, each beginning with the module; empty if it can."""
+
+    def layout(self, stored: StoredTensor, /) -> Layout:
         """What `encode` will write, known before any weight is read."""
 
-    def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
-        """The tensors that `layout` promised."""
+    def encode(self, stored: StoredTensor, q: QTensor, /) -> dict[str, torch.Tensor]:
+        """The tensors that `layout` promised, in that order."""
 
-    def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
-        """Inverse of `encode`."""
+    def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor], /) -> QTensor:
+        """Inverse of `encode`, from a stranger's folder too: raises CheckpointError for numbers that make no sense."""
 
     def config(
         self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str], /
     ) -> dict[str, Any]:
-        """The new config.json for a folder whose old one was `config`."""
+        """The new config.json for a folder whose old one was `config`; nothing in `config` is changed."""
 
-    def recognizes(self, config: Mapping[str, Any]) -> bool:
+    def recognizes(self, config: Mapping[str, Any], /) -> bool:
         """Whether `config` is of a folder in this format."""
 
-    def float_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def float_config(self, config: Mapping[str, Any], /) -> dict[str, Any]:
         """Inverse of `config`: what the model's config.json says without quantization."""
 
-    def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    def contents(self, checkpoint: Checkpoint, /) -> dict[str, StoredTensor]:
         """What is quantized in a folder, and how. Raises CheckpointError naming tensor and rule."""
 
     def notes(self, contents: Contents, fused: Sequence[Sequence[str]], /) -> list[str]:
-        """What `contents` in this format costs in portability, in plain sentences."""
+        """What `contents` in this format cost in portability, in plain sentences."""
 
 
 def get(name: str) -> Format:
     """The format in `formats/<name>.py`; KeyError if there is no such file."""
-    found: Format = plugins.get("storage.formats", name, "FORMAT")
-    return found
+    declared: Format = plugins.get("storage.formats", name, "FORMAT")
+    return declared
+
+
+def ranked() -> list[Format]:
+    """All formats, those first that are taken first."""
+    return sorted(map(get, plugins.names("storage.formats")), key=lambda fmt: fmt.rank)
 
 
 def choose(contents: Contents) -> Format:
-    """The first of `STANDARD` that holds every tensor of `contents` exactly, else spicerack's own container.
+    """The first of the `ranked` formats that holds every tensor of `contents` exactly. Raises SchemeError if none does.
 
-    Raises SchemeError if none does.
+    The error is the last one's, which holds every scheme that can be found again by its name.
     """
-    for standard in map(get, STANDARD):
-        if not standard.obstacles(contents):
-            return standard
-    own = get("spicerack")
-    obstacles = own.obstacles(contents)
-    if obstacles:
-        raise SchemeError(obstacles[0], "schemes are read back by name: give it a file in schemes/")
-    return own
+    obstacles: list[str] = []
+    for fmt in ranked():
+        obstacles = fmt.obstacles(contents)
+        if not obstacles:
+            return fmt
+    raise SchemeError(obstacles[0], "schemes are read back by name: give it a file in schemes/")
 
 
 def portability(contents: Contents, fused: Sequence[Sequence[str]]) -> list[str]:
-    """What the choice for `contents` costs in portability. fused: modules that engines merge into one matrix."""
+    """What the choice for `contents` costs in portability, in plain sentences; the last one is the reason for it.
+
+    fused: modules that engines merge into one matrix.
+    """
     chosen = choose(contents)
     notes = chosen.notes(contents, fused)
-    if chosen.name in STANDARD:
+    if chosen.read_by_others:
         return notes
-    fewest = min((get(name).obstacles(contents) for name in STANDARD), key=len)
-    return [*notes, f"the reason: {fewest[0]}"]
+    obstacles = [fmt.obstacles(contents) for fmt in ranked() if fmt.read_by_others]
+    return [*notes, f"the reason: {min(obstacles, key=len)[0]}"]
 
 
 def checked_input_scale(module: str, stored: torch.Tensor) -> torch.Tensor:
@@ -140,10 +156,9 @@ def of_folder(checkpoint: Checkpoint) -> Format | None:
 
     Raises CheckpointError for folders that another tool quantized in a way that is not read.
     """
-    for name in plugins.names("storage.formats"):
-        candidate = get(name)
-        if candidate.recognizes(checkpoint.config):
-            return candidate
+    for fmt in ranked():
+        if fmt.recognizes(checkpoint.config):
+            return fmt
     other = checkpoint.config.get("quantization_config")
     if isinstance(other, dict):
         raise CheckpointError(

@@ -41,6 +41,8 @@ class BitNet:
     """See the module's docstring."""
 
     name: str = "bitnet"
+    rank: int = 20
+    read_by_others: bool = True
 
     def obstacles(self, contents: Contents) -> list[str]:
         reasons = ((p, _obstacle(p)) for p in contents.values())

@@ -50,6 +50,8 @@ class CompressedTensors:
     """See the module's docstring."""
 
     name: str = "compressed_tensors"
+    rank: int = 10
+    read_by_others: bool = True
 
     def obstacles(self, contents: Contents) -> list[str]:
         reasons = ((p, _obstacle(p)) for p in contents.values())

@@ -38,6 +38,8 @@ class SpicerackFormat:
     """See the module's docstring."""
 
     name: str = "spicerack"
+    rank: int = 1000  # behind all others: it holds whatever they do not
+    read_by_others: bool = False
 
     def obstacles(self, contents: Contents) -> list[str]:
         return [
