@@ -1,4 +1,8 @@
-"""What a model gains by knowing its own structure: all of it at once, unseen by the model's own code."""
+"""What a model gains by knowing its own structure: all of it at once, unseen by the model's own code.
+
+Layers are joined where names promise a pattern, and find out by what happens whether it holds: where it does not, each
+computes for itself, as before.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,10 @@ from spicerack.nn.shared import share_inputs
 
 
 def fuse(model: nn.Module) -> None:
-    """Join layers that share an input, and layers with the GELU behind them; attention by the native kernel."""
+    """Join packed layers of `model` that share an input, and those with a GELU behind them; attention goes native.
+
+    The model is changed in place, its weights are not. Called once, when all packed layers are in.
+    """
     share_inputs(model)
     join_gelus(model)
     for part in model.modules():
