@@ -1,4 +1,11 @@
-"""Native attention in transformers' models, unseen by the model's own code."""
+"""Native attention in transformers' models, unseen by the model's own code.
+
+transformers looks a model's attention up by the name in its config, at each call. `use_native_attention` enters
+`forward` under a name of ours and writes that name into the config of a model that would use torch's; the model keeps
+its code, its masks and its caches. What the native kernel does not compute goes to the function that would have been
+called. Given up: the last bits of a result are not torch's, because sums run in another order, and in float32 whatever
+the type.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +27,11 @@ NAME = "spicerack"
 
 
 def use_native_attention(model: PreTrainedModel, engine: str | None = None) -> None:
-    """Let `model` call `forward` below where it would call torch's attention, if its family asks by the usual way.
+    """Let `model` call `forward` below where it would call torch's attention.
 
-    engine: as in `kernels.attention`; each has a name of its own among transformers', so that it is this model's.
+    Its config is changed, and nothing else. A model that was asked for another attention keeps it, and so does one
+    whose family does not look it up by name (`names.ATTENTION_BY_NAME`, or transformers itself says that it cannot be
+    set). engine: as in `kernels.attention`; each has a name of its own among transformers', so that it is this model's.
     """
     if model.config._attn_implementation != "sdpa" or model.config.model_type in names.ATTENTION_BY_NAME:
         return
@@ -49,6 +58,14 @@ def forward(
     """As transformers' `sdpa_attention_forward`, which gets what the native kernel does not do.
 
     That is: gradients, dropout, tracing, masks that are added, and head widths that are no multiple of 16.
+
+    module           asked whether it is causal, if `is_causal` does not say
+    query            [B, H, L, D]
+    key, value       [B, G, S, D]: H / G heads of the query share one of these
+    attention_mask   broadcast to [B, H, L, S]; of bools, False hides a key
+    scaling          of the products of queries and keys; None is D ** -0.5
+
+    Returns the attended values [B, L, H, D] in the query's type, and None for their weights, which are never there.
     """
     if (
         type(query) is torch.Tensor

@@ -3,7 +3,10 @@
     model.generate(ids, cache=QuantizedCache(model.config, bits=4))
 
 The last tokens stay in float; whole blocks of older ones are packed (`cache_blocks`). What a layer gives to attention
-is decoded each time, for one layer at a time, and new tokens reach it as they are.
+is decoded each time, for one layer at a time, and new tokens reach it as they are. So memory is that of the packed
+blocks and one decoded layer, and each step pays for decoding the whole cache. Given up is the way back: a block that
+was packed is never again what it was, so that whoever rolls back past it gets rounded numbers (assisted decoding is
+refused).
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from spicerack.nn.cache_blocks import TOKENS, Blocks, CacheScheme, encode
 
 
 class QuantizedLayer(DynamicLayer):
-    """Keys and values of one attention layer. keys, values [B, H, r, D]: the last r tokens, in float.
+    """Keys and values of one attention layer, in place of transformers' `DynamicLayer`.
+
+    keys, values   [B, H, r, D]: the last r tokens, in float
+    packed         blocks of keys and of values, all tokens before those; None if there are none
 
     A rollback (`crop`) behind the float tokens keeps what was rounded, so that `is_croppable`, which promises the bits
     from before, is False and transformers' assisted decoding refuses this cache.
@@ -36,7 +42,7 @@ class QuantizedLayer(DynamicLayer):
         self.packed: tuple[Blocks, Blocks] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Without tokens, in the type, shape and place of these [B, H, n, D]."""
+        """Become a layer without tokens, in the type, width and place of these [B, H, n, D]. Raises ShapeError."""
         if key_states.dim() != 4 or key_states.shape[:3] != value_states.shape[:3]:
             raise ShapeError(
                 f"keys {list(key_states.shape)}, values {list(value_states.shape)}", "a cache takes [B, H, n, D]"
@@ -48,7 +54,11 @@ class QuantizedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [B, H, n, D] -> all keys and values [B, H, N, D], decoded. Raises ShapeError, ActivationError."""
+        """Append n tokens [B, H, n, D] -> all N keys and values [B, H, N, D], decoded, the new ones as they came.
+
+        What is packed by this call is decoded from the next one on. Raises ShapeError, and ActivationError for numbers
+        that are not finite or beyond float16.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = torch.cat((self.keys, key_states), dim=2)
@@ -58,12 +68,13 @@ class QuantizedLayer(DynamicLayer):
         return whole
 
     def _decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values [B, H, N, D], in float."""
         if self.packed is None:
             return self.keys, self.values
         return _joined(self.packed[0], self.keys), _joined(self.packed[1], self.values)
 
     def _pack(self) -> None:
-        """Blocks of the oldest float tokens, as long as `residual` are left."""
+        """Pack whole blocks of the oldest float tokens, as long as `residual` of them are left."""
         count = max(self.keys.shape[2] - self.scheme.residual, 0) // TOKENS * TOKENS
         if not count:
             return
@@ -77,17 +88,21 @@ class QuantizedLayer(DynamicLayer):
 
     @property
     def stored(self) -> int:
-        """Tokens that are held."""
+        """Number of tokens that are held, packed or not."""
         if not self.is_initialized:
             return 0
         return int(self.keys.shape[2]) + (self.packed[0].tokens if self.packed is not None else 0)
 
     def get_seq_length(self) -> int:
-        """Tokens that the layer has seen."""
+        """Number of tokens that came in so far, less those that were cropped."""
         return self.stored
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove tokens (a number not above 0, as in transformers). Raises UsageError."""
+        """Forget the last -tokens_to_remove tokens (a number not above 0, as in transformers).
+
+        Where the cut goes through a packed block, the block's other tokens become float ones, decoded. Raises
+        UsageError for a number above 0, or for more tokens than there are.
+        """
         if tokens_to_remove > 0 or -tokens_to_remove > self.stored:
             raise UsageError(
                 f"crop({tokens_to_remove}) of a cache of {self.stored} tokens", "give minus the tokens to remove"
@@ -108,12 +123,13 @@ class QuantizedLayer(DynamicLayer):
         self._keep_blocks(0, whole)
 
     def _keep_blocks(self, first: int, last: int) -> None:
+        """Of the packed blocks keep number `first` to `last`, the latter left out."""
         if self.packed is not None:
             keys, values = self.packed
             self.packed = (keys.blocks(first, last), values.blocks(first, last)) if last > first else None
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Change the sequences, axis 0 of every tensor."""
+        """Apply `change`, which acts on sequences, the first axis, to every tensor that is held."""
         if self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
             if self.packed is not None:
@@ -124,21 +140,25 @@ class QuantizedLayer(DynamicLayer):
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence `repeats` times."""
+        """Hold each sequence `repeats` times, one copy behind the other."""
         self._each(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only these sequences."""
+        """Hold these sequences only, in this order."""
         self._each(lambda t: t[indices])
 
     def reset(self) -> None:
-        """As new."""
+        """Forget all tokens, and be as new."""
         self.packed = None
         super().reset()
 
 
 class QuantizedSlidingLayer(QuantizedLayer):
-    """The same for attention that sees the last `sliding_window` tokens: blocks wholly before them are dropped."""
+    """The same for attention that sees the last `sliding_window` tokens: blocks wholly before them are dropped.
+
+    cumulative_length: tokens that came in so far. record_past: nothing is dropped until `crop`, which assisted decoding
+    asks for.
+    """
 
     is_sliding = True
 
@@ -149,27 +169,30 @@ class QuantizedSlidingLayer(QuantizedLayer):
         self.record_past = False
 
     def activate_past_recording(self) -> None:
-        """Drop nothing until `crop`."""
+        """Drop no token from now on until `crop` is called."""
         self.record_past = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [B, H, n, D] -> the last sliding_window - 1 + n keys and values, or as many as there were."""
-        seen = self.get_mask_sizes(key_states.shape[2])[0]
+        """Append n tokens [B, H, n, D] -> the last sliding_window - 1 + n keys and values, or as many as there were.
+
+        The first of the new tokens sees sliding_window - 1 before it. Raises as `QuantizedLayer.update` does.
+        """
+        visible = self.get_mask_sizes(key_states.shape[2])[0]
         self.cumulative_length += int(key_states.shape[2])
         keys, values = super().update(key_states, value_states)
         if not self.record_past:
             self._drop()
-        return keys[:, :, keys.shape[2] - seen :], values[:, :, values.shape[2] - seen :]
+        return keys[:, :, keys.shape[2] - visible :], values[:, :, values.shape[2] - visible :]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens that `update` will return for so many new ones, and the position of the first of them."""
+        """Number of tokens that `update` will return for so many new ones, and the position of the first of them."""
         past = min(self.cumulative_length, self.sliding_window - 1)
         return past + query_length, self.cumulative_length - past
 
     def get_seq_length(self) -> int:
-        """Tokens that the layer has seen."""
+        """Number of tokens that came in so far, dropped ones too."""
         return self.cumulative_length
 
     def get_max_length(self) -> int:
@@ -189,6 +212,7 @@ class QuantizedSlidingLayer(QuantizedLayer):
         self._drop()
 
     def _drop(self) -> None:
+        """Drop what no later token will see: whole blocks, then, if none is left, float tokens."""
         gone = max(self.stored - (self.sliding_window - 1), 0)
         blocks = 0 if self.packed is None else self.packed[0].tokens // TOKENS
         if gone >= TOKENS and blocks:
@@ -198,15 +222,17 @@ class QuantizedSlidingLayer(QuantizedLayer):
             self.keys, self.values = self.keys[:, :, first:].clone(), self.values[:, :, first:].clone()
 
     def reset(self) -> None:
-        """As new."""
+        """Forget all tokens, and be as new."""
         super().reset()
         self.cumulative_length = 0
 
 
 class QuantizedCache(Cache):
-    """A cache for models with this config. bits: 8 or 4.
+    """A cache of keys and values in few bits, for any transformers model: `model.generate(ids, cache=...)`.
 
-    Raises SchemeError for other widths, UsageError for a model that keeps something else than keys and values.
+    config: of the model that will fill it. bits: 8 or 4, of a packed number. scheme: says that and more, such as how
+    many tokens stay in float; it wins over bits. Raises SchemeError for other widths, UsageError for a model that keeps
+    something else than keys and values.
     """
 
     def __init__(self, config: PreTrainedConfig, bits: int = 8, *, scheme: CacheScheme | None = None) -> None:
@@ -220,7 +246,11 @@ class QuantizedCache(Cache):
 
 
 def layers_for(config: PreTrainedConfig, scheme: CacheScheme) -> list[Any]:
-    """A fresh layer for each of a model's layers, in place of those that transformers would make. Raises UsageError."""
+    """A fresh layer for each of a model's layers, in place of those that transformers would make.
+
+    Layers without keys of their own get transformers'. Raises UsageError for a layer that keeps something else, and for
+    a model in whose windows no block would ever be packed.
+    """
     layers: list[Any] = []
     for number, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is DynamicLayer:
@@ -250,6 +280,7 @@ def nbytes(cache: Cache) -> int:
 
 
 def _tensors(held: object) -> Iterator[torch.Tensor]:
+    """The tensors in an attribute of a layer, in containers too."""
     if isinstance(held, torch.Tensor):
         yield held
     elif isinstance(held, Blocks):

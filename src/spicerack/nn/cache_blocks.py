@@ -16,8 +16,9 @@ import torch
 from spicerack.errors import ActivationError, SchemeError
 
 TOKENS = 32
-"""Of a block."""
+"""Of a block: a scale and a low per channel then add one bit to each code of a key."""
 BITS = (8, 4)
+"""Widths of a code that there are."""
 Share = Literal["channel", "token"]
 """What has a scale of its own: a channel (over the tokens of a block), or a token (over a group of channels)."""
 
@@ -63,19 +64,19 @@ class Blocks:
 
     @property
     def tokens(self) -> int:
-        """n * T."""
+        """Number of tokens in all blocks together, n * T."""
         return int(self.codes.shape[2]) * TOKENS
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Blocks:
-        """`change` applied to each tensor; it must leave the last three axes alone."""
+        """New Blocks of `change` applied to each tensor, which must leave the last three axes alone."""
         return Blocks(self.bits, change(self.codes), change(self.scale), change(self.low))
 
     def blocks(self, first: int, last: int) -> Blocks:
-        """Some of the blocks, in memory of their own."""
+        """Blocks number `first` to `last`, the latter left out, in memory of their own."""
         return self.map(lambda t: t[:, :, first:last].clone())
 
     def append(self, later: Blocks) -> Blocks:
-        """These and `later` ones."""
+        """New Blocks of these and, behind them, `later` ones."""
         pairs = ((self.codes, later.codes), (self.scale, later.scale), (self.low, later.low))
         return Blocks(self.bits, *(torch.cat(pair, dim=2) for pair in pairs))
 
@@ -124,7 +125,10 @@ def encode(x: torch.Tensor, scheme: CacheScheme, share: Share) -> Blocks:
 
 
 def packed_bytes(scheme: CacheScheme, tokens: int, width: int, share: Share) -> int:
-    """Bytes that `tokens` packed tokens (a multiple of 32) of one head take: codes, and two float16 for each group."""
+    """Bytes that packed tokens of one head take: their codes, and two float16 for each group that shares a scale.
+
+    tokens: a multiple of 32. width: D, of the head. share: "channel" as for keys, "token" as for values.
+    """
     group = scheme.group if width % scheme.group == 0 else width
     groups = tokens // TOKENS * width if share == "channel" else tokens * math.ceil(width / group)
     return tokens * width * scheme.bits // 8 + 4 * groups

@@ -1,4 +1,8 @@
-"""`QConv2d`: nn.Conv2d with packed weights, which are decoded at each call."""
+"""`QConv2d`: nn.Conv2d with packed weights, which are decoded at each call.
+
+There is no kernel that convolves packed weights yet. What is gained is memory: the packed weight, and one float weight
+while its layer computes; what is lost is the time to decode it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,11 @@ from spicerack.nn.weight import PackedLayer, PackedWeight
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What a convolution does apart from its numbers."""
+    """What a convolution is beside its numbers, as nn.Conv2d's arguments of the same names; it pads with zeros.
+
+    padding: "same", "valid", or rows and columns on either side. groups: inputs and outputs fall into so many groups,
+    and each output reads its own group's inputs.
+    """
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -30,7 +38,10 @@ class Geometry:
 
 
 class QConv2d(PackedLayer):
-    """x [..., I, H, W] -> [..., O, H', W']; the packed matrix is [O, I / groups * height * width]."""
+    """x [..., I, H, W] -> [..., O, H', W'] in x's type; differentiable in x and b, not in W.
+
+    The packed matrix is [O, I / groups * height * width]: a row is all that an output reads.
+    """
 
     def __init__(self, packed: PackedWeight, geometry: Geometry, bias: nn.Parameter | None = None) -> None:
         super().__init__(packed, bias)

@@ -1,4 +1,4 @@
-"""`QEmbedding`: nn.Embedding with packed rows."""
+"""`QEmbedding`: nn.Embedding with packed rows, of which no more are decoded than a batch asks for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from spicerack.numerics.qtensor import QTensor
 
 
 class QEmbedding(PackedLayer):
-    """ids [...] -> rows [..., K]: only the rows that are asked for are decoded, each once."""
+    """ids [...] -> rows [..., K] in the table's type: only the rows that are asked for are decoded, each once.
+
+    padding_idx: as in nn.Embedding; here it decides nothing, for a packed row has no gradient, and is kept for those
+    who open the layer again. Raises IndexError for ids that are no row.
+    """
 
     def __init__(self, packed: PackedWeight, padding_idx: int | None = None) -> None:
         super().__init__(packed)
@@ -25,12 +29,13 @@ class QEmbedding(PackedLayer):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> QEmbedding:
-        """The table q [rows, K]; dtype is that of the result."""
+        """The table q [rows, K], on `device`; dtype is that of the result."""
         return cls(PackedWeight(q, dtype, device), padding_idx)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        found, place = torch.unique(ids, return_inverse=True)
-        return self.packed.rows(found)[place]
+        """Rows [..., K] for ids [...] of any integer type; a row that is asked for twice is decoded once."""
+        different, place = torch.unique(ids, return_inverse=True)
+        return self.packed.rows(different)[place]

@@ -1,4 +1,10 @@
-"""`ExpertStack`: the experts of a mixture as layers of their own, where transformers keeps one 3-D parameter."""
+"""`ExpertStack`: the experts of a mixture as layers of their own, where transformers keeps one 3-D parameter.
+
+A family's code is written for that parameter. Instead of replacing the code, something takes the parameter's place that
+answers torch's calls as the parameter would: torch asks operands that are no tensors how a function is to be computed
+with them (`__torch_function__`). What is given up: the one product over all experts that transformers has for speed
+(`put` asks for the eager loop), and calls that no family makes are not answered, but end in a TypeError.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +22,9 @@ class ExpertStack(nn.Module):
     `bmm(x, stack)`; torch hands these calls to the operands (`__torch_function__`), and here the layers answer them:
     layer `e.p` of the stack, part p of expert e, with hooks and packed weights like any other.
 
-    experts: for each expert the layers [N_p, K] whose outputs, side by side, are its own, such as gate and up.
+    experts      for each expert the layers [N_p, K] whose outputs, side by side, are its own, such as gate and up
+    shape        of the parameter
+    transposed   the parameter is [E, K, N]
     """
 
     def __init__(self, experts: Sequence[Sequence[nn.Module]], shape: Sequence[int], *, transposed: bool) -> None:
@@ -28,12 +36,12 @@ class ExpertStack(nn.Module):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: int | torch.Tensor) -> Matrix:
-        """One expert's matrix."""
-        return Matrix(self, int(index))
+    def __getitem__(self, index: int | torch.Tensor) -> ExpertMatrix:
+        """One expert's matrix, as an operand."""
+        return ExpertMatrix(self, int(index))
 
     def parts(self, expert: int) -> list[nn.Module]:
-        """The layers of one expert, in order."""
+        """The layers of one expert, in the order of its rows."""
         return list(self.get_submodule(str(expert)).children())
 
     @classmethod
@@ -49,19 +57,22 @@ class ExpertStack(nn.Module):
         return f"shape={list(self.shape)}, transposed={self.transposed}"
 
 
-class Matrix:
-    """Expert `index` of a stack, as an operand: [N, K] of `linear`, [K, N] on the right of `@` if transposed."""
+class ExpertMatrix:
+    """Expert `index` of a stack, as an operand: [N, K] of `linear`, [K, N] on the right of `@` if transposed.
+
+    Other functions of torch that are called with it raise TypeError.
+    """
 
     def __init__(self, stack: ExpertStack, index: int) -> None:
         self.stack, self.index = stack, index
 
     @property
     def shape(self) -> torch.Size:
-        """As of the parameter's slice."""
+        """[N, K], or [K, N] if transposed: that of the parameter's slice."""
         return self.stack.shape[1:]
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> [..., N]."""
+        """x [..., K] -> what this expert makes of it, [..., N]."""
         outputs = [part(x) for part in self.stack.parts(self.index)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
@@ -82,7 +93,10 @@ class Matrix:
 
 
 def put(owner: nn.Module, attribute: str, stack: nn.Module) -> None:
-    """`stack` in place of the parameter; the owner multiplies by one expert at a time from now on."""
+    """Put `stack` in place of the parameter `attribute` of `owner`, which is changed.
+
+    The owner multiplies by one expert at a time from now on: its config, which it may share with others, says so.
+    """
     config = vars(owner).get("config")
     if config is not None:
         config._experts_implementation = "eager"
@@ -91,7 +105,7 @@ def put(owner: nn.Module, attribute: str, stack: nn.Module) -> None:
 
 
 def linear(weight: torch.Tensor) -> nn.Linear:
-    """The layer with this weight [N, K], and no bias; it is not trained."""
+    """A float layer with this weight [N, K], no bias and no gradient, for an expert that is not packed."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer

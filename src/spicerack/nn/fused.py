@@ -1,4 +1,8 @@
-"""What a model gains by knowing its own structure: all of it at once, unseen by the model's own code."""
+"""What a model gains by knowing its own structure: all of it at once, unseen by the model's own code.
+
+Layers are joined where names promise a pattern, and find out by what happens whether it holds: where it does not, each
+computes for itself, as before.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from spicerack.nn.shared import share_inputs
 
 
 def fuse(model: nn.Module, engine: str | None = None) -> None:
-    """Join layers that share an input, and layers with the GELU behind them; attention by the native kernel.
+    """Join packed layers of `model` that share an input, and those with a GELU behind them; attention goes native.
 
-    engine: of that attention, as in `load`; layers have theirs already.
+    The model is changed in place, its weights are not. Called once, when all packed layers are in. engine: of that
+    attention, as in `load`; layers have theirs already.
     """
     share_inputs(model)
     join_gelus(model)

@@ -1,4 +1,9 @@
-"""GELU computed where a quantized layer makes its result, unseen by the model's own code."""
+"""GELU computed where a quantized layer makes its result, unseen by the model's own code.
+
+A result of N numbers is written once instead of written, read and written again. The model's code still calls layer and
+activation one after the other: that the activation was called with the layer's result, and with nothing done to it
+between, is seen once at run time; from then on the layer applies it, and the activation hands on what it gets.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +20,15 @@ from spicerack.nn.linear import QLinear
 class Producer:
     """A layer whose result an activation of the same parent may be called with.
 
-    applies: that was seen once, so that the layer applies the activation from then on. A result carries what was done
-    to it, and the activation looks there: whatever else it is called with gets what is due.
+    applies: it was, so that the layer applies the activation from then on. A result carries who made it and whether the
+    activation is in it, and the activation looks there: whatever else it is called with is computed as always.
     """
 
     def __init__(self) -> None:
         self.applies = False
 
     def forward(self, layer: QLinear, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> x W^T + bias [..., N], or GELU of that."""
+        """x [..., K] -> x W^T + bias [..., N], or GELU of that, as the result itself says."""
         if torch.is_inference_mode_enabled():  # writes into its tensors are not counted
             return layer.packed.forward(x, layer.bias)
         applies = self.applies
@@ -33,7 +38,7 @@ class Producer:
 
 
 class JoinedGELU(nn.Module):
-    """Stands for the activation that it holds."""
+    """In the place of the activation that it holds: applies it to what does not have it yet."""
 
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
@@ -50,7 +55,11 @@ class JoinedGELU(nn.Module):
 
 
 def join_gelus(model: nn.Module) -> None:
-    """Let the quantized layers of `model` that by their names are followed by a GELU find out whether they are."""
+    """Let the quantized layers of `model` that by their names are followed by a GELU find out whether they are.
+
+    The model is changed in place: the activation is held by a `JoinedGELU`. Only the exact GELU, and only layers that
+    are joined with no others.
+    """
     for parent in list(model.modules()):
         for layer_name, name in names.THEN_ACTIVATION:
             layer, activation = getattr(parent, layer_name, None), getattr(parent, name, None)
@@ -60,5 +69,5 @@ def join_gelus(model: nn.Module) -> None:
 
 
 def _is_gelu(module: object) -> TypeGuard[nn.Module]:
-    """By the error function, not its approximations."""
+    """Whether it is GELU by the error function: what the kernels compute, and not one of its approximations."""
     return type(module) is GELUActivation or (type(module) is nn.GELU and module.approximate == "none")

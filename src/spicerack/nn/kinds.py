@@ -34,18 +34,20 @@ Bias = nn.Parameter | None
 class LayerKind:
     """One kind of layer whose weight has a packed form.
 
-    name          what folders call it (`storage.format.Planned.role`)
+    name          what folders call it (`storage.format.Planned.role`), and what other tables are keyed by
     role          what recipes go by, as a role of `models.census`: convolutions are quantized where linear layers are
     float_class   torch's class; its subclasses may compute something else and are of no kind
-    packed_class  the layer that takes its place
-    options       float layer, or one in its place -> what it is beside weight and bias; None if that is all
+    packed_class  the layer that takes its place; kinds may share one, if `transposed` tells them apart
+    options       float layer, or any layer in its place, packed or trained -> what it is beside weight and bias, which
+                  is all that is kept of it; None if there is nothing
     pack          (weight, options, bias) -> the packed layer
-    blank         (weight, options) -> a float layer on the meta device that this weight fits, for `unpack`
-    obstacle      float layer -> why it stays in float, None if it does not
-    inputs        what flows into it
+    blank         (weight, options) -> a float layer that this weight fits, without its numbers, for `unpack`
+    obstacle      float layer -> why it stays in float whatever the scheme, None if nothing is in the way
+    inputs        what flows into it, which decides how a scheme can round that
     transposed    the weight is stored [K, N], inputs first
-    plain_only    only in modules of one's own: in a transformers model it stays in float
-    subclasses    names of the subclasses that compute the same
+    plain_only    only in modules of one's own: in a transformers model, whose folder is read by names and shapes, it
+                  stays in float
+    subclasses    names of the subclasses of `float_class` that compute the same
     """
 
     name: str
@@ -62,11 +64,14 @@ class LayerKind:
     subclasses: frozenset[str] = frozenset()
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """A float layer's weight -> the matrix [N, K] that is quantized. `PackedLayer.weight` is the way back."""
+        """A float layer's weight -> the matrix [N, K] that is quantized, a row for each output, a view where it can be.
+
+        `PackedLayer.weight` is the way back.
+        """
         return weight.t() if self.transposed else weight.flatten(1)
 
     def unpack(self, weight: nn.Parameter, options: Any, bias: Bias) -> nn.Module:
-        """The float layer with these; weight in the layer's own shape."""
+        """The float layer with these, in training mode; weight in the layer's own shape. The inverse of `pack`."""
         with torch.device("meta"):
             layer = self.blank(weight, options)
         layer.register_parameter("weight", weight)
@@ -75,27 +80,30 @@ class LayerKind:
         return layer
 
     def __reduce__(self) -> tuple[Callable[[str], LayerKind], tuple[str]]:
-        """Copies and pickles of layers that hold a row hold that row, and no functions."""
+        """Copies and pickles of layers that hold a row hold the very row: its functions could not be pickled."""
         return named, (self.name,)
 
 
 def _plain(_layer: nn.Module) -> None:
-    """No options, or no obstacle."""
+    """Of kinds whose layers have no options, or no obstacle: None."""
 
 
 def _looks_up_more(layer: nn.Embedding) -> str | None:
+    """Why an embedding stays in float: its lookups change it, or need gradients of their own kind."""
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
         return "an embedding with max_norm, scale_grad_by_freq or sparse stays in float"
     return None
 
 
 def _pads_otherwise(layer: nn.Conv2d) -> str | None:
+    """Why a convolution stays in float: torch's function of a weight, which `QConv2d` calls, pads with zeros only."""
     if layer.padding_mode != "zeros":
         return f"a convolution with padding_mode={layer.padding_mode!r} has no packed form"
     return None
 
 
 def _blank_conv2d(weight: torch.Tensor, g: Any) -> nn.Module:
+    """The convolution of this weight [O, I / groups, height, width] and Geometry."""
     rows, inputs = weight.shape[:2]
     return nn.Conv2d(inputs * g.groups, rows, g.kernel_size, g.stride, g.padding, g.dilation, g.groups)
 
@@ -193,7 +201,7 @@ def may_be_tied(layer: nn.Module) -> bool:
 
 
 def weight_of(layer: nn.Module) -> torch.Tensor:
-    """The weight of a float layer, typed."""
+    """The weight of a float layer, in its own shape; typed, which attributes of modules are not."""
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     return weight

@@ -1,4 +1,4 @@
-"""`QLinear`: nn.Linear, or transformers' Conv1D, with packed weights."""
+"""`QLinear`: nn.Linear, or transformers' Conv1D, with packed weights, computed by the kernel they are packed for."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from spicerack.numerics.qtensor import QTensor
 
 
 class Joined(Protocol):
-    """What computes a layer's result where the layer is one of several that are worth computing together."""
+    """What computes a layer's result where the layer is one of several that are worth computing together.
+
+    `shared.SharedInput` and `gelu.Producer` do; a layer has at most one of them.
+    """
 
     def forward(self, layer: QLinear, x: torch.Tensor) -> torch.Tensor:
         """x [..., K], a plain tensor of ordinary (not inference) mode -> what `layer` makes of it, [..., N]."""
 
 
 class QLinear(PackedLayer):
-    """y = x W^T + b for x [..., K] -> y [..., N]; differentiable in x and b, not in W.
+    """y = x W^T + b for x [..., K] -> y [..., N], in x's type; differentiable in x and b, not in W.
 
-    A Conv1D computes the same: its weight is only stored as [K, N].
+    A Conv1D computes the same: its weight is only stored as [K, N]. How x enters, as floats or rounded to int8, is the
+    kernel's business, and so is on which device it runs. joined: set by `fused.fuse`.
     """
 
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None) -> None:
@@ -40,7 +44,11 @@ class QLinear(PackedLayer):
         device: str | torch.device = "cpu",
         compute: Compute | None = None,
     ) -> QLinear:
-        """The layer with weight q [N, K]; dtype is that of the layer that it replaces, compute as in `load`."""
+        """The layer with weight q [N, K], on `device`.
+
+        dtype: of the float weight that it replaces. compute: as in `load`. Raises SchemeError if no kernel runs the
+        scheme there.
+        """
         return cls(PackedWeight(q, dtype, device, compute), bias)
 
     def extra_repr(self) -> str:
@@ -54,7 +62,11 @@ class QLinear(PackedLayer):
 
 
 def _may_join(x: torch.Tensor) -> bool:
-    """Writes into tensors of inference mode go unnoticed: there each layer computes for itself."""
+    """Whether a result may be computed together with others: for plain tensors, untraced and without gradients.
+
+    Writes into tensors of inference mode are not counted and would go unnoticed, so that there each computes for
+    itself.
+    """
     return (
         type(x) is torch.Tensor
         and not torch.is_grad_enabled()

@@ -1,4 +1,9 @@
-"""Layers that share an input (query, key and value; gate and up) run as one call, unseen by the model's own code."""
+"""Layers that share an input (query, key and value; gate and up) run as one call, unseen by the model's own code.
+
+One call rounds the input once and starts its threads once. The model's code calls layer after layer as before: the
+first computes for all, the others hand out what was computed. Whether the input is the same is told by the tensor
+itself and by torch's count of writes into it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,9 @@ from spicerack.nn.linear import QLinear
 
 
 class SharedInput:
-    """The layer that is called first multiplies x by the weights of all; each of the others hands out what it is due.
+    """Layers that are called with the same x [..., K].
+
+    The layer that is called first multiplies x by the weights of all; each of the others hands out what it is due.
 
     x is the same if it is the same tensor and nobody wrote into it since. If a result is not fetched before the next x
     comes, the layers do not share their input after all, and each computes for itself from then on.
@@ -45,14 +52,17 @@ class SharedInput:
         return y
 
     def dissolve(self) -> None:
-        """Each layer for itself."""
+        """Let each layer compute for itself from now on."""
         for layer in self.layers:
             layer.joined = None
         self._x, self._due = None, {}
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Join the quantized layers of `model` that by their names share an input, and have one kernel."""
+    """Join the quantized layers of `model` that by their names share an input, have one kernel and take x alike.
+
+    The layers are changed in place (`QLinear.joined`). Names: `families.names.SHARED_INPUTS`.
+    """
     for name, parent in model.named_modules():
         crossed = not names.CROSS_ATTENTION.isdisjoint(name.split("."))
         for group in names.SHARED_INPUTS:
@@ -63,12 +73,12 @@ def share_inputs(model: nn.Module) -> None:
 
 
 def _is_native(layer: QLinear) -> bool:
-    """The reference gains nothing from one call."""
+    """Whether a native kernel runs the layer: the reference decodes weight by weight, and gains nothing by one call."""
     return layer.packed.choice.kernel.name != "reference"
 
 
 def _call(layer: QLinear) -> tuple[object, ...]:
-    """What layers that run in one call have in common."""
+    """What layers must have in common to run in one call: kernel, how x is rounded, and by which scale, and K."""
     fixed = layer.packed.tensors.get("input_scale")
     scale = None if fixed is None else float(fixed)
     return layer.packed.choice.kernel.name, layer.packed.scheme.activations, scale, layer.in_features

@@ -1,4 +1,10 @@
-"""`PackedWeight`: a quantized matrix as a module, whose buffers are what its kernel packed. `PackedLayer` holds one."""
+"""`PackedWeight`: a quantized matrix as a module, whose buffers are what its kernel packed. `PackedLayer` holds one.
+
+It is a module of its own, and no tensor of the layer's, so that layers that are tied can hold the same one: torch then
+copies and moves it once. Its buffers have the layout of a kernel, which differs from processor to processor:
+they are in a state dict, for copies in memory, and never in a folder, where `qtensor` goes. No float of the weight's
+size is kept; `decode` makes one at each call, `forward` none.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +20,21 @@ from spicerack.kernels.kernel import Compute
 from spicerack.numerics.packed import Rows
 from spicerack.numerics.qtensor import QTensor
 
+# Integers as wide as a buffer's elements: a view of these is what no cast touches.
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class PackedWeight(nn.Module):
     """W [N, K], packed. Two layers that are tied (a head and an embedding) hold the same PackedWeight.
 
-    q: two axes. dtype: of the float weight it replaces; decides nothing but the type of `decode`.
-    device: where it will run, which decides the kernel; the tensors are moved there. compute, engine: as in
-    `kernel.pick`.
+    q         what is packed, of two axes; `qtensor` gives it back, bit for bit
+    dtype     of the float weight it replaces; decides nothing but the type of `decode` and `rows`
+    device    where it will run, which decides the kernel; the tensors are moved there
+    compute   "int8", "float" or None, as in `kernel.pick`
+    engine    an instruction set or None, as in `kernel.pick`
+
+    The kernel is picked once: moved to another kind of device the weight keeps its layout, which may not run there;
+    load it there instead. Raises SchemeError if no kernel runs the scheme, UsageError for an engine that is not here.
     """
 
     def __init__(
@@ -49,21 +61,21 @@ class PackedWeight(nn.Module):
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The packed tensors under the kernel's names."""
+        """The packed tensors, by the kernel's names for them."""
         buffers: dict[str, torch.Tensor] = self._buffers  # type: ignore[assignment]
         return {name: buffers[buffer] for name, buffer in self._names.items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Bytes that the packed tensors take in memory."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
-        """x [..., K] -> x W^T + bias [..., N], or GELU of that."""
+        """x [..., K] -> x W^T + bias [..., N] in x's type, or GELU (by erf) of that. bias: [N]."""
         return self.choice.kernel.run(x, (self.prepared(),), (bias,), gelu)[0]
 
     def prepared(self) -> Any:
-        """The matrix as its kernel's `run` takes it."""
+        """The matrix as its kernel's `run` takes it; prepared once, and anew when a buffer is another tensor."""
         if torch.compiler.is_compiling():  # tensors are not the ones that will be
             return self.choice.kernel.prepare(self.scheme, self.shape, self.tensors)
         stale = self._prepared is None
@@ -75,11 +87,11 @@ class PackedWeight(nn.Module):
         return self._prepared
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which have tensors of their own."""
+        """What copies and pickles take: all but the prepared matrix, which holds addresses of these very tensors."""
         return self.__dict__ | {"_prepared": None, "_prepared_of": ()}
 
     def rows(self, which: Rows) -> torch.Tensor:
-        """[R, K] in `dtype`: the chosen rows, decoded."""
+        """The chosen rows, decoded: [R, K] in `dtype`. which: indices int64 [R], or a slice."""
         return self.choice.kernel.rows(self.scheme, self.shape, self.tensors, which).to(self.dtype)
 
     def decode(self) -> torch.Tensor:
@@ -93,7 +105,10 @@ class PackedWeight(nn.Module):
         return dataclasses.replace(q, transposed=self.transposed)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
-        """Moves between devices, but `model.half()` and its like must not round the scales: fn sees only integers."""
+        """Move between devices, as `model.to` asks; but `model.half()` and its like must not round the scales.
+
+        fn casts floats only, so it is shown integers of the same bits, whatever the buffers are.
+        """
         types = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         for name, dtype in types.items():
             self._buffers[name] = self.get_buffer(name).view(_AS_INTEGERS[dtype.itemsize])

@@ -27,7 +27,7 @@ from spicerack.kernels.kernel import Compute
 from spicerack.models import census
 from spicerack.nn import kinds
 from spicerack.nn.fused import fuse
-from spicerack.nn.kinds import LayerKind
+from spicerack.nn.kinds import Inputs, LayerKind
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import rounding
 from spicerack.numerics.dtypes import SOURCES, safetensors_dtype
@@ -37,11 +37,13 @@ from spicerack.runtime.hf import tell_transformers
 from spicerack.storage.reader import Checkpoint, TensorInfo
 
 _HEADS = ("lm_head", "embed_out")
+"""What heads are called in modules that are not transformers'."""
 _LISTED = 8
-_NO_TOKENS = {
+_NO_TOKENS: dict[Inputs, str] = {
     "ids": "an embedding has no activations to quantize",
     "maps": "a convolution has no tokens to find scales of",
 }
+"""Why inputs of these kinds are not rounded to int8 with a scale per token."""
 
 
 def quantize_module(module: nn.Module, recipe: Recipe, compute: Compute | None = None) -> nn.Module:
@@ -76,7 +78,10 @@ def quantize_module(module: nn.Module, recipe: Recipe, compute: Compute | None =
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Path -> layer with a packed form, under all their names: those of tied and of repeated layers too."""
+    """Path -> layer with a packed form, under all their names: those of tied and of repeated layers too.
+
+    Of a float type that weights are quantized from; convolutions only outside of transformers models.
+    """
     modules = list(module.named_modules(remove_duplicate=False))
     theirs = tuple(f"{path}." if path else "" for path, part in modules if isinstance(part, PreTrainedModel))
     layers: dict[str, nn.Module] = {}
@@ -94,7 +99,8 @@ def schemes_of(
 ) -> tuple[dict[str, Scheme], dict[str, str]]:
     """Path -> scheme, for the layers that the recipe quantizes; and alias -> owner, for all that share a weight.
 
-    Raises RecipeError if that is no layer, and for a rule that names none.
+    layers: of `layers_of`. What is tied is one tensor: a rule on either name decides for both. Raises RecipeError if
+    that is no layer, and for a rule that names none.
     """
     _refuse_stacks(module, recipe, layers)
     roles = _roles(module, layers)
@@ -123,7 +129,10 @@ def _refuse_stacks(module: nn.Module, recipe: Recipe, layers: Mapping[str, nn.Mo
 
 
 def _roles(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """What recipes go by. Inside a transformers model it is what the command would say of the model's folder."""
+    """Path -> role, which recipes go by. Inside a transformers model it is what the command would say of its folder.
+
+    That is, `census` goes by names and shapes alone: it is asked with a folder that has no files.
+    """
     roles = {name: _role(name, layer) for name, layer in layers.items()}
     covered: set[str] = set()
     for path, model in module.named_modules(remove_duplicate=False):
@@ -142,13 +151,16 @@ def _roles(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]
 
 
 def _role(name: str, layer: nn.Module) -> str:
-    """By class and name alone. A layer on its own, without a name, is what was asked for, whatever its kind."""
+    """The role of a layer by its kind and the last part of its name alone.
+
+    A layer on its own, without a name, is what was asked for, whatever its kind: it counts as linear.
+    """
     role = kinds.of(layer).role if name else "linear"
     return "head" if role == "linear" and name.rsplit(".", 1)[-1] in _HEADS else role
 
 
 def _info(name: str, layer: nn.Module) -> TensorInfo:
-    """The layer's weight, as a folder's header would tell of it."""
+    """The layer's weight as a folder's header would tell of it, under `name`: type and shape, and no file."""
     weight = kinds.weight_of(layer)
     return TensorInfo(name, safetensors_dtype(weight.dtype), tuple(weight.shape), weight.nbytes, "")
 
@@ -168,7 +180,10 @@ def weight_name(name: str) -> str:
 
 
 def _key(layer: nn.Module) -> tuple[int, bool]:
-    """Layers with one key share a PackedWeight: a Conv1D reads the same numbers the other way round."""
+    """Layers with one key share a PackedWeight.
+
+    A Conv1D that is tied to a linear layer does not: it reads the same numbers the other way round.
+    """
     return id(layer.weight), kinds.of(layer).transposed
 
 
@@ -197,6 +212,7 @@ def check(layers: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> Non
 
 
 def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
+    """Raise for a layer that cannot have its scheme, whatever its shape."""
     kind = kinds.of(layer)
     if reason := kind.obstacle(layer):
         raise RecipeError(f"{name}: {reason}", "skip it")
@@ -234,7 +250,10 @@ def check_owners(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _pack(name: str, layer: nn.Module, scheme: Scheme, recipe: Recipe, compute: Compute | None) -> PackedWeight:
-    """A layer's weight, rounded to nearest on the CPU, packed on its own device. Raises WeightError, naming `name`."""
+    """A layer's weight, rounded to nearest on the CPU, packed on its own device.
+
+    name: of the weight, for errors. Raises WeightError for what is not finite or beyond its scale's type.
+    """
     kind, weight = kinds.of(layer), kinds.weight_of(layer).detach()
     matrix = kind.matrix(weight).contiguous().cpu()
     q = rounding.to_nearest(matrix, scheme, range_=recipe.range_, name=name, threads=os.cpu_count() or 1)
@@ -273,7 +292,7 @@ def with_packed(
 
 
 def as_before(new: nn.Module, old: nn.Module) -> nn.Module:
-    """`new`, with the mode and the hooks of `old`."""
+    """`new`, changed in place to have the mode and the hooks of `old`, whose place it takes."""
     for key, value in vars(old).items():
         if key.startswith(("_forward_", "_backward_", "_is_full_backward_hook")):
             vars(new)[key] = value

@@ -1,8 +1,9 @@
 """Let a transformers model quantize its key-value cache by itself: in `generate`, and in `forward` with `use_cache`.
 
-A hook of torch on the decoder meets every call. Where the model would make a cache, it gets a quantized one; an empty
-`DynamicCache`, such as `generate` makes, gets quantized layers instead of its own and stays the object that its caller
-holds. Nothing of transformers is replaced.
+Who generates with a model makes no cache and passes none; the model, or `generate`, does. So the decision cannot be
+left to callers: a hook of torch on the decoder meets every call. Where the model would make a cache, it gets a
+quantized one; an empty `DynamicCache`, such as `generate` makes, gets quantized layers instead of its own and stays the
+object that its caller holds. Nothing of transformers is replaced.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from spicerack.nn.cache_blocks import CacheScheme
 
 @dataclass(frozen=True, slots=True)
 class _Hook:
-    """Called before the decoder's forward. parameters: names of its arguments, in order; name: that of the cache."""
+    """Called before the decoder's forward, and may change its arguments.
+
+    config       of the decoder
+    scheme       of the caches that it makes
+    parameters   names of forward's arguments, in order
+    name         that of the cache among them
+    """
 
     config: PreTrainedConfig
     scheme: CacheScheme
@@ -34,6 +41,7 @@ class _Hook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments with a quantized cache where the model would make one of its own; None leaves them alone."""
         given = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
         cache = next((given[name] for name in KEY_VALUE_CACHES if given.get(name) is not None), None)
         if cache is not None:
@@ -45,6 +53,7 @@ class _Hook:
         return (), {**given, self.name: QuantizedCache(self.config, scheme=self.scheme)}
 
     def _adopt(self, cache: object) -> None:
+        """Give a cache that was passed quantized layers, if it has no tokens yet. Raises UsageError if it has."""
         if isinstance(cache, Cache) and cache.layers and all(map(_ours, cache.layers)):
             return
         if type(cache) is DynamicCache and not cache.offloading and not cache.get_seq_length():
@@ -61,14 +70,17 @@ class _Hook:
 def use_quantized_cache(model: PreTrainedModel, bits: int) -> None:
     """From now on `model` keeps keys and values in 8 or 4 bits. Who passes a `QuantizedCache` gets what that says.
 
-    Raises SchemeError for other widths, UsageError for encoders and for models whose cache is not (or not only) keys
-    and values: encoder-decoders, state spaces, linear attention.
+    The model is changed in place: its decoder gets a hook, which stays. bits: of a packed number. Raises SchemeError
+    for other widths, UsageError for encoders and for models whose cache is not (or not only) keys and values:
+    encoder-decoders, state spaces, linear attention.
     """
     scheme = CacheScheme(bits)
     name = type(model).__name__
     if model.config.is_encoder_decoder or not model.can_generate():
-        what = "is an encoder-decoder model" if model.config.is_encoder_decoder else "does not generate text"
-        raise UsageError(f"{name} {what}: there is no cache to quantize", "only decoders have one; load without cache")
+        reason = "is an encoder-decoder model" if model.config.is_encoder_decoder else "does not generate text"
+        raise UsageError(
+            f"{name} {reason}: there is no cache to quantize", "only decoders have one; load without cache"
+        )
     typed: Any = model
     decoder: nn.Module = typed.get_decoder()
     parameters = tuple(inspect.signature(decoder.forward).parameters)
@@ -81,4 +93,5 @@ def use_quantized_cache(model: PreTrainedModel, bits: int) -> None:
 
 
 def _ours(layer: object) -> bool:
+    """Whether a cache's layer is as `layers_for` makes them."""
     return isinstance(layer, (QuantizedLayer, DummyLayer))

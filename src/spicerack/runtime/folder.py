@@ -1,4 +1,8 @@
-"""`Folder`: what there is in a model folder that is being loaded, and its tensors, packed ones and floats."""
+"""`Folder`: what there is in a model folder that is being loaded, and its tensors, packed ones and floats.
+
+A folder says three things: its config.json what model it is, its format in which tensors a packed weight lies, and its
+headers what else there is. Nothing here knows modules: names are the checkpoint's.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,9 @@ from spicerack.storage.reader import Checkpoint
 class Folder:
     """A model folder, opened: headers and config.json are read, weights are not.
 
-    format  in which its packed tensors lie; None if all that is read from it is float
-    plan    module in the checkpoint's names -> what is packed there
+    checkpoint  the folder's files, and what is in them
+    format      in which its packed tensors lie; None if all that is read from it is float
+    plan        module in the checkpoint's names -> what is packed there; empty without a format
     """
 
     checkpoint: Checkpoint
@@ -56,7 +61,11 @@ class Folder:
         return self.format.decode(planned, {name: self.checkpoint.read(name) for name in self.format.layout(planned)})
 
     def floats(self) -> dict[str, torch.Tensor]:
-        """Tensors that are no part of a packed one, by name: mapped from their files, each of which is opened once."""
+        """Tensors that are no part of a packed one, by name.
+
+        They are mapped from their files, each of which is opened once, and not read: a page comes from the disk when it
+        is looked at.
+        """
         layouts = [self.format.layout(planned) for planned in self.plan.values()] if self.format is not None else []
         packed = {name for layout in layouts for name in layout}
         names_in: dict[str, list[str]] = {}

@@ -1,4 +1,8 @@
-"""Let a model continue a text: what a quantized folder is for, and the quickest look at what is left of it."""
+"""Let a model continue a text: what a quantized folder is for, and the quickest look at what is left of it.
+
+transformers' own `generate` does the work, so that caches, samplers and chat templates are those that the model's users
+know. By default the most likely token is taken each time: then two folders differ because their weights do.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,17 @@ from spicerack.storage.files import locate
 from spicerack.text.tokenizer import read_tokenizer
 
 Write = Callable[[str], None]
+"""Is called with the next piece of a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """The continuation, the number of new tokens in it, and how fast they came, the prompt's own time included."""
+    """What a model made of a prompt.
+
+    text           the continuation, without the prompt
+    tokens         new tokens in it
+    tokens_per_s   of these, the time for reading the prompt included
+    """
 
     prompt: str
     text: str
@@ -45,9 +55,13 @@ def generate(
 ) -> Generated:
     """Continue `prompt` with the model in a folder (or at a hub id).
 
-    temperature: 0 takes the most likely token each time, else tokens are sampled. raw: no chat template, even if the
-    tokenizer has one. engine, cache: as in `load`. write: called with pieces of the text as they
-    come.
+    max_new_tokens      the most that are made; the model may end earlier
+    temperature         0 takes the most likely token each time, else tokens are sampled
+    seed                of the sampling
+    raw                 no chat template, even if the tokenizer has one
+    device, engine, cache   as in `load`
+    trust_remote_code   as in `load`, for the tokenizer too
+    write               called with pieces of the text as they come
 
     Raises UsageError for a model that does not generate text, CheckpointError if the folder has no tokenizer.
     """
@@ -80,7 +94,7 @@ def continue_text(
     raw: bool = False,
     write: Write | None = None,
 ) -> Generated:
-    """As `generate`, with a model that is loaded already."""
+    """As `generate`, with a model that is loaded already, where it is. Raises UsageError for an empty prompt."""
     inputs = _encode(tokenizer, prompt, raw).to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
@@ -102,17 +116,19 @@ def continue_text(
 
 
 class _Streamer(TextStreamer):
-    """Hands over the text as soon as its words are complete."""
+    """Hands the continuation to `write` as soon as its words are complete."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with the next piece, and with stream_end behind the last one."""
         self._write(text + "\n" if stream_end else text)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Any:
+    """input_ids and attention_mask int64 [1, L]: the prompt, or a chat in which it is the first message."""
     if tokenizer.chat_template and not raw:
         messages = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(
@@ -122,7 +138,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Any:
 
 
 def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Only batches are padded; naming a token keeps transformers from warning that it chose one."""
+    """The token to pad with. Only batches are padded; naming it keeps transformers from warning that it chose one."""
     config = model.generation_config
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     return next((token for token in (config.pad_token_id, tokenizer.pad_token_id, end) if token is not None), None)

@@ -1,7 +1,10 @@
 """The seam to transformers: a folder's model class, and the quantizer plug-in through which packed layers get in.
 
 transformers builds the model, renames, ties, casts and initializes as it always does. Between building and loading it
-asks its quantizer to prepare the model, and there the layers whose weights are packed are replaced.
+asks its quantizer to prepare the model, and there the layers whose weights are packed are replaced (`load` tells the
+whole way). The plug-in is entered into transformers' tables when a model needs it, not on import. It never reads a
+weight itself, and what it leaves on a model is there to keep others from damage: `save_pretrained` would write names
+that nobody reads, and a trainer would take a packed model for one whose weights train.
 """
 
 from __future__ import annotations
@@ -25,22 +28,28 @@ from spicerack.models.architecture import harmless
 from spicerack.nn.weight import PackedLayer
 
 METHOD = "spicerack"
+"""Name of the plug-in in transformers' tables of quantizers."""
 Prepare = Callable[[PreTrainedModel], None]
+"""Replaces layers of a model on the meta device, in place."""
 
 
 class SpicerackConfig(QuantizationConfigMixin):
-    """Carries `prepare`, which replaces layers of a model on the meta device, to the quantizer."""
+    """Carries `prepare` to the quantizer: transformers makes one from the other."""
 
     def __init__(self, prepare: Prepare) -> None:
         self.quant_method = cast(QuantizationMethod, METHOD)
         self.prepare = prepare
 
     def to_dict(self) -> dict[str, Any]:
+        """What transformers compares and logs: the name alone."""
         return {"quant_method": METHOD}
 
 
 class SpicerackQuantizer(HfQuantizer):
-    """Calls `prepare` at the right moment; stays on the model, and keeps save_pretrained from writing nonsense."""
+    """transformers' idea of a quantizer: it is asked to prepare a model that is built and empty, and what it allows.
+
+    It stays on the model, as `hf_quantizer`, where save_pretrained and trainers ask it.
+    """
 
     quantization_config: SpicerackConfig
 
@@ -48,15 +57,17 @@ class SpicerackQuantizer(HfQuantizer):
         super().__init__(quantization_config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_kwargs: object) -> PreTrainedModel:
+        """Called by transformers when the model is built on the meta device: it is changed in place."""
         self.quantization_config.prepare(model)
         return model
 
     def is_serializable(self) -> bool:
+        """False, so that save_pretrained refuses: `spicerack.save` writes what can be read."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on top of it are."""
+        """True, because adapters on top of packed layers are."""
         return True
 
 
@@ -65,8 +76,9 @@ def config_and_class(
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """transformers' config object and model class for the config.json of a float model.
 
-    Code that came with the model is used only where transformers itself does not know the architecture, and only if it
-    is trusted. Raises UntrustedCodeError, CheckpointError.
+    config: what is in that file. folder: where it lies, for errors and for code. Code that came with the model is used
+    only where transformers itself does not know the architecture, and only if it is trusted. Raises UntrustedCodeError
+    (there is code, and it is not trusted), CheckpointError (an architecture that nobody here knows, a damaged config).
     """
     model_type = config.get("model_type")
     declared = config.get("architectures")
@@ -100,6 +112,7 @@ def config_and_class(
 def _custom(
     config: Mapping[str, Any], code: Mapping[str, str], folder: Path
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The same from code that lies in the folder and is trusted. code: auto_map of the config, name -> file.class."""
     entry = next(
         (code[key] for key in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel") if key in code), None
     )
@@ -120,14 +133,14 @@ def build(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, on the CPU, in eval mode, filled with `tensors` -> (model, tensors it has no use for).
 
-    dtype: None keeps what config.json says. prepare: called before `tensors` are looked at. Raises LoadError if a
-    parameter stays without a value: transformers would only warn, and fill in random numbers.
+    config    the model's, as `config_and_class` gives it with `model_class`
+    tensors   by name, as in a checkpoint; `prepare` may take some away
+    folder    that all this came from: for errors, and for the config of generation
+    dtype     of the float parameters; None keeps what config.json says
+    prepare   called before `tensors` are looked at; None if no layer is replaced
+
+    Raises LoadError if a parameter stays without a value: transformers would only warn, and fill in random numbers.
     """
-    quantization = None
-    if prepare is not None:
-        AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SpicerackConfig
-        AUTO_QUANTIZER_MAPPING[METHOD] = SpicerackQuantizer
-        quantization = SpicerackConfig(prepare)
     try:
         with quiet():
             loaded: Any = model_class.from_pretrained(
@@ -135,7 +148,7 @@ def build(
                 config=config,
                 state_dict=tensors,
                 dtype=dtype or "auto",
-                quantization_config=quantization,
+                quantization_config=None if prepare is None else _quantization(prepare),
                 output_loading_info=True,
                 use_safetensors=True,
                 local_files_only=True,
@@ -153,9 +166,19 @@ def build(
     return model, sorted(info["unexpected_keys"])
 
 
+def _quantization(prepare: Prepare) -> SpicerackConfig:
+    """The plug-in, entered into transformers' tables."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SpicerackConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = SpicerackQuantizer
+    return SpicerackConfig(prepare)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers draws a bar and prints a report for every load; callers draw their own, and `_check` raises."""
+    """Without transformers' bars and reports, which it prints for every load, for the length of a `with` block.
+
+    Callers draw bars of their own, and what a report would say is raised.
+    """
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -168,21 +191,26 @@ def quiet() -> Iterator[None]:
 
 
 def _check(info: Mapping[str, Any], folder: Path, model_class: type) -> None:
-    for kind, what in (
+    """Raise LoadError for what transformers reports of a load and only warns of."""
+    for report, problem in (
         ("missing_keys", "has no value"),
         ("mismatched_keys", "has another shape"),
         ("error_msgs", "failed"),
     ):
-        names = sorted(map(str, info[kind]))
+        names = sorted(map(str, info[report]))
         if names:
             raise LoadError(
-                f"{folder}: " + listed([f"{names[0]} of {model_class.__name__} {what}", *names[1:]], 1),
+                f"{folder}: " + listed([f"{names[0]} of {model_class.__name__} {problem}", *names[1:]], 1),
                 "the folder is incomplete, or its config.json names another architecture",
             )
 
 
 def tell_transformers(model: PreTrainedModel) -> None:
-    """As after loading: what is packed is no parameter to tie, and save_pretrained refuses to write it."""
+    """Leave a model whose layers were packed in memory as `load` would: its config and ties are changed.
+
+    What is packed is no parameter to tie any more, and save_pretrained refuses to write it. Without packed layers
+    nothing happens.
+    """
     if any(isinstance(layer, PackedLayer) for layer in model.modules()):
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         ties: dict[str, str] = model.all_tied_weights_keys
@@ -191,7 +219,10 @@ def tell_transformers(model: PreTrainedModel) -> None:
 
 
 def tell_trainers(model: PreTrainedModel) -> None:
-    """As a model that trains: not quantized any more, if it was, and with its ties."""
+    """Leave a model whose packed layers were replaced as one that trains: not quantized, and with its ties.
+
+    A model that never was quantized is not changed.
+    """
     if vars(model).pop("hf_quantizer", None) is None:
         return
     for holder, marks in (
@@ -200,10 +231,14 @@ def tell_trainers(model: PreTrainedModel) -> None:
     ):
         for mark in marks:
             vars(holder).pop(mark, None)
-    found = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     ties: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
-    model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in found and found[a] is found.get(b)}
+    model.all_tied_weights_keys = {
+        alias: owner
+        for alias, owner in ties.items()
+        if alias in parameters and parameters[alias] is parameters.get(owner)
+    }
 
 
 def _nothing(_model: PreTrainedModel) -> None:
-    """The layers are in place already."""
+    """`prepare` of a model whose layers are in place already."""

@@ -1,4 +1,16 @@
-"""Which slots a transformers model gets: where each tensor of a folder goes by transformers' own conversion mapping."""
+"""Which slots a transformers model gets: where each tensor of a folder goes by transformers' own conversion mapping.
+
+Names in a folder are not the model's. transformers renames tensors when it loads them, and merges some: the matrices of
+a mixture's experts, which most folders have one by one, become one parameter of all. `architecture.destinations`
+follows each name through that mapping; here is decided what its end means for a packed tensor:
+
+    a layer's weight, renamed or not         the layer gets a slot, and so do those that are tied to it
+    a parameter of experts, one tensor       a stack's slot, in which the experts are the matrices of that tensor
+    a parameter of experts, many tensors     a stack's slot, if any of them is packed; the others go into it as floats
+    changed in any other way, or nowhere     refused, by name
+
+What goes into slots is no tensor that transformers loads: the floats among it are withheld.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +47,13 @@ def make_slots(
 ) -> list[str]:
     """Make slots in `model`, on the meta device, for a whole plan -> the float tensors that go into slots as well.
 
-    Those are experts in one stack with packed ones. floats: float tensor -> whether it is stored [..., K, N]. apart:
-    stacks get slots whether any expert is packed or not. Raises LoadError for a packed tensor that the model has no use
+    Those are experts in one stack with packed ones.
+
+    plan     module in the checkpoint's names -> what is packed there
+    floats   float tensor of the checkpoint -> whether it is stored [..., K, N]
+    apart    stacks get slots whether any expert is packed or not
+
+    Raises LoadError for a packed tensor that the model has no use
     for or that transformers changes on loading, and for a layer that it does not fit.
     """
     sources: dict[str, Source] = {name: name for name in floats}
@@ -57,7 +74,7 @@ def make_slots(
 def _sorted(
     model: PreTrainedModel, sources: Mapping[str, Source], destination: Mapping[str, Destination], apart: bool
 ) -> _Places:
-    """The destinations of all that may be in a slot."""
+    """The places of all that may be in a slot. Raises LoadError for a packed tensor that has none."""
     places = _Places()
     for name, source in sources.items():
         place = destination.get(name)

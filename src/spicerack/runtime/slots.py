@@ -42,7 +42,13 @@ class Expert:
 
 
 class Slot(nn.Module):
-    """Where a layer with packed weights will be: its bias, its mode, and what `fill` makes the packed layer from."""
+    """Where a layer with packed weights will be: its bias, its mode, and what `fill` makes the packed layer from.
+
+    kind, options   of the layer that was here (`nn/kinds.py`)
+    planned         the packed tensor that its weight is
+    dtype           of its weight
+    bias            its own, a parameter like any other while the model is filled
+    """
 
     bias: nn.Parameter | None
 
@@ -149,16 +155,17 @@ class _Packing:
         return self.packed[planned.module, number]
 
     def layer(self, slot: Slot) -> nn.Module:
-        """What becomes of a slot."""
+        """The packed layer that a slot becomes, with the slot's bias and mode."""
         weight = self.weight(slot.planned, slot.dtype)
         return slot.kind.pack(weight, slot.options, slot.bias).train(slot.training)
 
     def stack(self, slot: StackSlot) -> ExpertStack:
-        """What becomes of a stack's."""
+        """The stack of layers, packed and float ones, that a stack's slot becomes."""
         layers = [[self._expert(expert, slot) for expert in parts] for parts in slot.experts]
         return ExpertStack(layers, slot.shape, transposed=slot.transposed)
 
     def _expert(self, expert: Expert, slot: StackSlot) -> nn.Module:
+        """The layer of one expert's matrix."""
         if isinstance(expert.source, StoredTensor):
             return QLinear(self.weight(expert.source, slot.dtype, expert.number))
         weight = self.floats[expert.source]

@@ -3,7 +3,8 @@
     gamma (W x + b - mean) / sqrt(var + eps) + beta  =  (f W) x + (f (b - mean) + beta),    f = gamma / sqrt(var + eps)
 
 Of packed weights only the scales change, by the factor of their row: no code is rounded again. So a network may train
-in few bits with its normalisation as it is, and lose it when it is frozen.
+in few bits with its normalisation as it is, and lose it when it is frozen. Given up: scales are rounded to their type
+once more, by at most half a unit in their last place.
 """
 
 from __future__ import annotations
@@ -51,12 +52,17 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
+    """Traces a model down to torch's own layers and to ours, which are not looked into."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (PackedLayer, FakeLayer)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, _Norm]]:
-    """(path, layer, path, norm) where nothing else sees what the layer computes."""
+    """(path, layer, path, norm) where the norm reads a layer and nothing else sees what that computes.
+
+    Raises RecipeError for a model that torch.fx cannot trace.
+    """
     try:
         graph = _Tracer().trace(model)
     except (fx.proxy.TraceError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -82,7 +88,7 @@ def _has_channels(layer: nn.Module) -> bool:
 
 
 def _line(norm: _Norm) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 factor and shift of each channel."""
+    """float32 factor [N] and shift [N] of a norm in eval mode: it computes factor * y + shift."""
     assert norm.running_mean is not None and norm.running_var is not None
     factor = (norm.running_var.double() + norm.eps).rsqrt()
     factor = factor if norm.weight is None else factor * norm.weight.detach().double()
@@ -92,7 +98,10 @@ def _line(norm: _Norm) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _scaled(packed: PackedWeight, factor: torch.Tensor, name: str) -> PackedWeight:
-    """The same codes; scales, one row or more of them, times each row's factor."""
+    """A packed weight of the same codes, whose scales are multiplied by factor [N] of their row.
+
+    Raises RecipeError if rows share scales, WeightError if a scale leaves its type.
+    """
     q = packed.qtensor()
     if q.scheme.block[0] != 1 or q.scheme.scale_obstacle is not None:
         raise RecipeError(f"{name}: {q.scheme} has no scales for each row that a factor could go into", "keep the norm")

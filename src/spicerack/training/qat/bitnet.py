@@ -1,6 +1,6 @@
 """BitNet b1.58 twins: the config of a network to be trained with ternary weights, of a Llama's sizes.
 
-    model = BitNetForCausalLM(bitnet.twin_config(LlamaConfig.from_pretrained("model")))
+    model = BitNetForCausalLM(spicerack.twin_config(LlamaConfig.from_pretrained("model")))
     model = spicerack.prepare_qat(model, "ternarya8")
 
 What makes it one (Ma et al. 2024, arXiv:2402.17764, and the training tips that came with it): ternary weights scaled by
@@ -24,8 +24,8 @@ _SAME = (
 def twin_config(config: LlamaConfig, *, squared_relu: bool = True) -> BitNetConfig:
     """The config for transformers' BitNet classes, with SubLN; their parameters have a Llama's names and more norms.
 
-    squared_relu: relu(x)^2 gates, as BitNet b1.58 2B4T has them, or the activation of `config`. Raises UsageError for
-    what the BitNet classes lack.
+    config: of a Llama; sizes, positions, tokens and types are taken from it. squared_relu: relu(x)^2 gates, as BitNet
+    b1.58 2B4T has them, or the activation of `config`. Raises UsageError for what the BitNet classes lack.
     """
     if config.model_type != "llama":
         raise UsageError(f"a {config.model_type} has no BitNet twin", "start from a LlamaConfig")

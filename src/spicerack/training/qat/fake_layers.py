@@ -1,8 +1,14 @@
 """Layers that are trained in few bits: subclasses of torch's, with the same parameters under the same names.
 
 What is learned beside them is `weight_scale` and, with zero points, `weight_zero`, one per block; all are plain
-parameters, so that names in state dicts, optimizers and wrappers see what they saw before. `twins.fake_twin` is the way
-in, `qtensor` the way out. What is computed, and its gradients, are told in `numerics/fake.py`.
+parameters, so that state dicts, optimizers and wrappers see what they saw before. `twins.fake_twin` is the way in,
+`qtensor` the way out.
+
+    y = x^ w^^T + b        w^ = s (clip(round(w / s + z)) - z), s and z as they would be stored now
+
+The equations, their gradients and what is kept for the backward pass are told in `numerics/fake.py`. Rounding happens
+in float32 whatever the types around it: autocast decides the type of the product only, so that the codes of a forward
+pass are those that are frozen. Given up: a pass over each weight in either direction, at every step.
 """
 
 from __future__ import annotations
@@ -51,7 +57,7 @@ class Rounding:
 
 
 class FakeLayer(TrainedLayer):
-    """What the layers below have in common.
+    """What the layers below have in common: they compute as their float class would with the rounded weight.
 
     weight        the float layer's own parameter
     weight_scale  [N/rows, K/columns] of the blocks' scales, in the weight's type; None where they are not learned
@@ -83,7 +89,7 @@ class FakeLayer(TrainedLayer):
         return self.tied.dtype
 
     def matrix(self) -> torch.Tensor:
-        """The float weight as [N, K], a view."""
+        """The float weight, the parameter itself, seen as [N, K]."""
         return self.kind.matrix(self.weight)
 
     def parts(self) -> Parts:
@@ -105,11 +111,14 @@ class FakeLayer(TrainedLayer):
         return stored(scales.reshape(shape), how.dtype), zeros.reshape(shape) if how.scheme.zero else None
 
     def rounded_weight(self) -> torch.Tensor:
-        """w^ [N, K], float32, with gradients."""
+        """w^ [N, K], the weight as it would be decoded if it were stored now: float32, with gradients."""
         return fake(self.matrix(), self.parts(), self.rounding.grid)
 
     def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
-        """x, rounded to int8 by the static scale if there is one."""
+        """x, rounded to int8 by the static scale if there is one, with gradients of both.
+
+        A scale that is a moving average moves here, if the layer trains.
+        """
         if self.input_scale is None:
             return x
         if self.training and self.rounding.ranges == "ema":
@@ -118,9 +127,9 @@ class FakeLayer(TrainedLayer):
 
     @torch.no_grad()
     def qtensor(self, name: str) -> QTensor:
-        """The codes that `forward` computes with; name: of the weight, for errors.
+        """The codes that `forward` computes with, bit for bit, and the scales as they are stored.
 
-        Raises WeightError where a weight or a scale is not finite.
+        name: of the weight, for errors. Raises WeightError where a weight or a scale is not finite.
         """
         how, w = self.rounding, self.matrix()
         codec.check_finite(w.float(), name)
@@ -147,22 +156,23 @@ class FakeLayer(TrainedLayer):
 
 
 def range_of(x: torch.Tensor) -> torch.Tensor:
-    """The int8 scale [1, 1] that holds the largest of x, float32."""
+    """The int8 scale [1, 1], float32, that holds the largest magnitude in x: that over 127."""
     return x.detach().abs().amax().float().reshape(1, 1) / 127
 
 
 def _tokens(layer: FakeLayer) -> bool:
+    """Whether the layer's inputs are rounded to int8 with one scale per token."""
     return layer.rounding.scheme.activations == "token"
 
 
 def _type_of_products(x: torch.Tensor) -> torch.Tensor:
-    """x in the type that autocast would multiply it in."""
+    """x in the type that autocast would multiply it in; without autocast, x."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class FakeLinear(FakeLayer, nn.Linear):
-    """nn.Linear."""
+    """In the place of nn.Linear: x [..., K] -> x^ w^^T + b [..., N], where x^ is x as the scheme rounds it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.rounded_input(_type_of_products(x))
@@ -170,7 +180,7 @@ class FakeLinear(FakeLayer, nn.Linear):
 
 
 class FakeConv1D(FakeLayer, Conv1D):
-    """transformers' Conv1D, a linear layer with a transposed weight."""
+    """In the place of transformers' Conv1D, a linear layer with a transposed weight: the same."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.rounded_input(_type_of_products(x))
@@ -178,7 +188,7 @@ class FakeConv1D(FakeLayer, Conv1D):
 
 
 class FakeConv2d(FakeLayer, nn.Conv2d):
-    """nn.Conv2d; its matrix is [out, in / groups * height * width]."""
+    """In the place of nn.Conv2d: x [..., I, H, W] -> [..., O, H', W']; a row of the matrix is all an output reads."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.rounded_weight().view_as(self.weight).to(x.dtype)
@@ -187,7 +197,7 @@ class FakeConv2d(FakeLayer, nn.Conv2d):
 
 
 class FakeEmbedding(FakeLayer, nn.Embedding):
-    """nn.Embedding; only the rows that are asked for are rounded."""
+    """In the place of nn.Embedding: ids [...] -> rows [..., K]; only the rows that are asked for are rounded."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         flat = ids.flatten()

@@ -2,6 +2,10 @@
 
 FSDP2 (`fully_shard`) leaves each process a piece of every parameter. What is copied here is gathered one parameter at a
 time, so that no process ever holds the float weights of all layers. All processes must call these functions together.
+
+It also makes each module one of a class of its own, hangs hooks on it and keeps its state in attributes. A copy must
+have none of that, and torch has no way to take it off: so copies are made attribute by attribute, of the class that was
+there before, and what torch.distributed put there is told by its names and by where its hooks were defined.
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spicerack.errors import UsageError
 
-Layer = TypeVar("Layer", bound=nn.Module)
+T = TypeVar("T", bound=nn.Module)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within DistributedDataParallel. Raises UsageError for FSDP's first version."""
+    """The model within DistributedDataParallel, or the model itself. Raises UsageError for FSDP's first version."""
     while isinstance(model, DistributedDataParallel):
         model = model.module
     if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
@@ -50,22 +54,23 @@ def resharded(model: nn.Module) -> bool:
     return bool(parts)
 
 
-def whole(layer: Layer) -> Layer:
-    """`layer` with its parameters gathered, on their device."""
+def whole(layer: T) -> T:
+    """A layer like this one, with its parameters gathered, on their device. All processes must call this together."""
     new: Any = _new(layer)
     vars(new).update(vars(layer))
     parameters = layer._parameters.items()
     new._parameters = {
         name: None if p is None else nn.Parameter(_gathered(p), p.requires_grad) for name, p in parameters
     }
-    made: Layer = new
-    return made
+    gathered: T = new
+    return gathered
 
 
 def copied(model: nn.Module, known: Mapping[int, Any]) -> nn.Module:
     """A deep copy of a sharded `model`, in one piece on the CPU, without what torch.distributed put into it.
 
-    known: id -> what takes the object's place in the copy, as in `copy.deepcopy`.
+    known: id of an object -> what takes its place in the copy, as in `copy.deepcopy`: pieces of large weights, say,
+    that will leave the copy anyway and are not gathered for it. Buffers are copied as this process has them.
     """
     memo = dict(known)
     for parameter in model.parameters():
@@ -83,6 +88,7 @@ def copied(model: nn.Module, known: Mapping[int, Any]) -> nn.Module:
 
 @torch.no_grad()
 def _gathered(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole of a parameter of which each process has a piece."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
@@ -104,5 +110,6 @@ def _without_hooks(part: nn.Module) -> dict[str, Any]:
 
 
 def _is_distributed(hook: Any) -> bool:
+    """Whether torch.distributed registered the hook, for a model that is sharded."""
     function = hook.hook if isinstance(hook, _WrappedHook) else hook
     return str(function.__module__).startswith("torch.distributed.")

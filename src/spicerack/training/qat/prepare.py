@@ -66,15 +66,18 @@ def prepare_qat(
 ) -> nn.Module:
     """`model`, changed in place: its layers compute with weights as they would be stored, and train through them.
 
-    scheme, rules: as in `quantize`; convolutions are quantized like linear layers, except in transformers models.
-    inputs: for static activations (a8s), batches that the float model is called with (mappings are keyword arguments)
-    to find where their scales begin. Parameters stay the ones that they were, tied ones tied; scales come beside them,
-    as `weight_scale`, `weight_zero` and `input_scale` (`scales` lists them). A layer on its own is not changed: the one
-    that trains comes back.
+    Parameters stay the ones that they were, tied ones tied; scales come beside them, as `weight_scale`, `weight_zero`
+    and `input_scale` (`scales` lists them). A layer on its own is not changed: the one that trains comes back. Of a
+    packed model codes and zero points stay, and `weight_scale` is all that trains: every other parameter is frozen
+    (requires_grad is False) until you say otherwise.
 
-    Of a packed model, which has its scheme, codes and zero points stay, and `weight_scale` is all that trains: every
-    other parameter is frozen (requires_grad is False) until you say otherwise. weights: all of it trains instead, the
-    weights from the middle of their codes' cells, scales and zero points from where they are.
+    scheme    as in `quantize`: a name, a Scheme or a Recipe; a packed model has its own, and takes None
+    rules     as in `quantize`, which decides in the same way which layers these are
+    config    how weights are rounded while they train; None in it is the default of the scheme
+    inputs    for static activations (a8s): batches that the float model is called with, to find where their scales
+              begin; mappings are keyword arguments
+    weights   of a packed model all trains instead, weights from the middle of their codes' cells, scales and zero
+              points from where they are
 
     Raises RecipeError, SchemeError, ShapeError, WeightError, UsageError (prepared already, no inputs for static
     activations, no scheme for a float model or one for a packed model).
@@ -100,7 +103,10 @@ def prepare_qat(
 
 
 def scales(model: nn.Module) -> list[nn.Parameter]:
-    """The learned scales and zero points, each once: for an optimizer's group without weight decay."""
+    """The learned scales and zero points of a prepared model, each once, static scales of activations among them.
+
+    For an optimizer's group of their own: a scale that decays is a grid that shrinks.
+    """
     parameters = [
         layer._parameters.get(name)
         for layer in _trained(model).values()
@@ -112,9 +118,9 @@ def scales(model: nn.Module) -> list[nn.Parameter]:
 def freeze(model: nn.Module, *, compute: Compute | None = None) -> nn.Module:
     """A copy of a prepared model with packed layers, whose codes are those that it computes with; `save` writes it.
 
-    `model` is not changed: it can train on. compute: as in `load`. Within DistributedDataParallel, the model in it is
-    frozen. One that FSDP2 shards is gathered, a weight at a time: all processes call this together, and each gets the
-    whole copy, on the CPU. Raises UsageError (not prepared, or sharded otherwise), WeightError.
+    `model` is not changed: it can train on. compute: as in `load`, of the copy. Within DistributedDataParallel, the
+    model in it is frozen. One that FSDP2 shards is gathered, a weight at a time: all processes call this together, and
+    each gets the whole copy, on the CPU. Raises UsageError (not prepared, or sharded otherwise), WeightError.
     """
     model = gather.unwrapped(model)
     sharded = gather.resharded(model)
@@ -154,12 +160,13 @@ def _trained(model: nn.Module) -> dict[str, TrainedLayer]:
 
 
 def _packed(model: nn.Module) -> dict[str, PackedLayer]:
-    """Path -> packed layer, under all their names."""
+    """Path -> packed layer, under all their names, experts' too."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: layer for name, layer in modules if isinstance(layer, PackedLayer)}
 
 
 def _kind_of(layer: nn.Module) -> LayerKind:
+    """That of a trained layer."""
     assert isinstance(layer, TrainedLayer)
     return layer.kind
 
@@ -173,7 +180,10 @@ def _key(layer: TrainedLayer) -> tuple[int, bool]:
 
 
 def _rounded(model: nn.Module, recipe: Recipe, config: QATConfig, inputs: Iterable[Any]) -> nn.Module:
-    """A float model, changed in place: the recipe's layers round as they compute."""
+    """A float model, changed in place: the recipe's layers round as they compute.
+
+    inputs: batches to find static scales of activations by. Layers that are tied share what is learned.
+    """
     layers, schemes = choose(model, recipe)
     roundings = {name: rounding_of(name, layer, schemes[name], config) for name, layer in layers.items()}
     static = {name: layers[name] for name, scheme in schemes.items() if scheme.activations == "static"}
@@ -190,7 +200,10 @@ def _rounded(model: nn.Module, recipe: Recipe, config: QATConfig, inputs: Iterab
 
 
 def _unpacked(model: nn.Module, layers: Mapping[str, PackedLayer], config: QATConfig) -> nn.Module:
-    """A packed model, changed in place: all of it trains, from what its packed layers hold."""
+    """A packed model, changed in place: all of it trains, from what its packed layers hold.
+
+    Weights begin where their codes decode to, which is the middle of the codes' cells, so that it computes what it did.
+    """
     codes = {id(layer.packed): layer.packed.qtensor() for layer in layers.values()}
     floats = _float_twins(layers)
     learned: dict[int, Learned] = {}
@@ -254,7 +267,7 @@ def _tuned(model: nn.Module, layers: Mapping[str, PackedLayer]) -> nn.Module:
 
 
 def _replaced(model: nn.Module, layers: Mapping[str, TrainedLayer]) -> nn.Module:
-    """`model` with these layers, or the layer itself if it is all there is."""
+    """`model`, changed in place to have these layers, or the layer itself if it is all there is."""
     if "" in layers:
         return layers[""]
     for name, layer in layers.items():
@@ -264,13 +277,14 @@ def _replaced(model: nn.Module, layers: Mapping[str, TrainedLayer]) -> nn.Module
 
 
 def _tell(model: nn.Module) -> None:
+    """Let the transformers models in it know that they train."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             hf.tell_trainers(part)
 
 
 def _separate(model: nn.Module) -> None:
-    """Activations that were joined with packed layers, which are gone, are themselves again."""
+    """Let activations that were joined with packed layers, which are gone, be themselves again. `model` is changed."""
     for name, part in list(model.named_modules(remove_duplicate=False)):
         if isinstance(part, JoinedGELU):
             model.set_submodule(name, part.activation)

@@ -3,6 +3,12 @@
 Of a float model `choose` says which layers train, by the rules that `quantize` has; `rounding_of` how each is rounded;
 `first_scales` and `observed` where what is learned begins. Of a packed model the folder has said all that already:
 `rounding_as` and `learned_of` take it from its QTensors.
+
+    scale at the beginning, of a block of weights w on levels lo ... hi
+
+    "opt"      least sum of (w - w^)^2, as `quantize` finds it
+    "absmax"   the range of w, as `quantize` finds it; with the stretched grid 2 max |w| / (hi - lo + 1), ParetoQ's
+    "lsq"      2 mean |w| / sqrt(hi), LSQ's own; half a level more under the root where levels are half-integers
 """
 
 from __future__ import annotations
@@ -31,8 +37,11 @@ from spicerack.training.qat.fake_layers import LEARNED, Quantizer, Ranges, Round
 from spicerack.training.qat.twins import Learned
 
 Init = Literal["opt", "absmax", "lsq"]
+"""Where learned scales begin: see `QATConfig`."""
 Stored = Literal["float32", "float16", "bfloat16"]
+"""Float types that a model may be stored in."""
 _CLIPS: dict[Quantizer, Clip] = {"lsq": "levels", "seq": "cells", "absmax": "cells", "absmean": "none"}
+"""Where the weights of each quantizer count as clipped: `numerics/fake.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,8 @@ class QATConfig:
     init        where learned scales begin: "opt": least squared error; "absmax": the range; "lsq": 2 mean|w| / sqrt(Qp)
     ranges      of static activations (a8s): "lsq": learned; "ema": a moving average
     stored      float type that the model will be stored in, which decides the type of scales; None: the weights' own
+
+    Raises UsageError for a word that is none of these.
     """
 
     quantizer: Quantizer | None = None
@@ -68,8 +79,9 @@ class QATConfig:
 def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, nn.Module], dict[str, Scheme]]:
     """Path -> layer, and its scheme, for what is trained in few bits: what `quantize` would round, and nothing else.
 
-    Raises RecipeError, SchemeError, ShapeError, WeightError as that does. Static activations, which it refuses, can be
-    trained.
+    model: a float model, or one with float layers left. recipe: its schemes and rules; how codes are chosen is of no
+    concern here. Raises RecipeError, SchemeError, ShapeError, WeightError as that does. Static activations, which it
+    refuses, can be trained.
     """
     layers = module.layers_of(model)
     if not layers:
@@ -91,7 +103,11 @@ def _of_weights(layer: nn.Module, scheme: Scheme) -> Scheme:
 
 
 def rounding_of(name: str, layer: nn.Module, scheme: Scheme, config: QATConfig) -> Rounding:
-    """How `layer`, whose path is `name`, is rounded. Raises SchemeError for a scheme that cannot be trained."""
+    """How `layer`, whose path is `name`, is rounded to `scheme` while it trains.
+
+    The type that scales are stored in follows from that of the weight, or from `config.stored`. Raises SchemeError for
+    a scheme that cannot be trained: gradients of scales are those of integer levels times plain floats.
+    """
     reason = scheme.levels_obstacle or scheme.scale_obstacle
     if reason is not None:
         raise SchemeError(f"{name}: {scheme} is not trained: {reason}", "use integer levels, such as w4g32 or ternary")
@@ -106,14 +122,19 @@ def rounding_of(name: str, layer: nn.Module, scheme: Scheme, config: QATConfig) 
 
 
 def default_quantizer(scheme: Scheme) -> Quantizer:
-    """BitNet's for ternary weights, LSQ for all others (docs/training.md has what was measured)."""
+    """The quantizer that a scheme is trained by unless a QATConfig says otherwise.
+
+    BitNet's for ternary weights, LSQ for all others (docs/training.md has what was measured).
+    """
     return "absmean" if scheme.is_ternary else "lsq"
 
 
 def first_scales(name: str, layer: nn.Module, how: Rounding, init: Init) -> Learned:
-    """What is learned, at its beginning. Scales have the weight's type, because FSDP takes no mixture.
+    """What is learned of a layer's weight, at its beginning, on the weight's device.
 
-    Raises SchemeError for LSQ's own first step where there are zero points, WeightError.
+    Scales have the weight's type, because FSDP takes no mixture of types; they train if the weight does. init: "lsq" is
+    LSQ's own first step, "absmax" with the stretched grid that of ParetoQ, and else what `quantize` would find. Raises
+    SchemeError for LSQ's own first step where there are zero points, WeightError.
     """
     if how.quantizer not in LEARNED:
         return None, None
@@ -147,6 +168,7 @@ def observed(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Iterable
     ranges: dict[int, torch.Tensor] = {}
 
     def look(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """A hook in front of each layer."""
         newest = range_of(args[0]).to(layer.get_parameter("weight"))
         ranges[id(layer)] = torch.maximum(ranges.get(id(layer), newest), newest)
 
@@ -173,7 +195,10 @@ def observed(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Iterable
 
 
 def rounding_as(name: str, layer: nn.Module, q: QTensor, config: QATConfig) -> Rounding:
-    """How a float layer is rounded as `q`, its weight when it was packed, is. Raises SchemeError."""
+    """How a float layer is rounded as `q`, its weight when it was packed, is: by its scheme, on its grid of scales.
+
+    Raises SchemeError for a QATConfig that would find scales anew, and as `rounding_of` does.
+    """
     quantizer = config.quantizer or "lsq"
     if quantizer not in LEARNED:
         raise SchemeError(f"{name}: {quantizer} finds scales anew, and does not begin where they are", "use lsq or seq")

@@ -57,7 +57,7 @@ class Decoding:
     factor: float
 
     def levels(self, words: torch.Tensor, zero: torch.Tensor | None, rows: Rows = _ALL) -> torch.Tensor:
-        """float32 level - zero of the chosen rows, [R, K/columns, columns]."""
+        """level - zero of the chosen rows, float32 [R, K/columns, columns]."""
         codes = packed.code_rows(self.scheme, self.shape, {"codes": words}, rows)
         codes = codes.view(len(codes), -1, self.block[1])
         offset = 0.0 if zero is None else self.spread(zero, rows)
@@ -66,7 +66,7 @@ class Decoding:
     def decode(
         self, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, rows: Rows = _ALL
     ) -> torch.Tensor:
-        """The chosen rows of w^ [R, K], float32."""
+        """The chosen rows of w^, float32 [R, K]."""
         return self.levels(words, zero, rows).mul_(self.spread(scale, rows)).flatten(1)
 
     def multiplied(self, x: torch.Tensor) -> torch.Tensor:
@@ -74,18 +74,18 @@ class Decoding:
         return fake_tokens(x) if self.scheme.activations == "token" else x
 
     def spread(self, part: torch.Tensor, rows: Rows = _ALL) -> torch.Tensor:
-        """One per block -> one per row's piece of it, [R, K/columns, 1]."""
+        """One number a block, [N/rows, K/columns] -> one for each chosen row's piece of a block, [R, K/columns, 1]."""
         place = torch.arange(self.shape[0], device=part.device)[rows] // self.block[0]
         return part[place][..., None]
 
     def gathered(self, part: torch.Tensor, rows: Rows = _ALL) -> torch.Tensor:
-        """Its transpose: [R, K/columns] -> sums over the rows of each block, [N/rows, K/columns]."""
+        """The transpose of `spread`: [R, K/columns] -> sums over the rows of each block, [N/rows, K/columns]."""
         place = torch.arange(self.shape[0], device=part.device)[rows] // self.block[0]
         return part.new_zeros((self.shape[0] // self.block[0], part.shape[1])).index_add_(0, place, part)
 
 
 class _Rows(torch.autograd.Function):
-    """s -> rows [R, K] of w^, float32."""
+    """s -> rows [R, K] of w^, float32; keeps codes and zero points for the backward pass, and no row."""
 
     @staticmethod
     def forward(
@@ -102,7 +102,11 @@ class _Rows(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """y = x^ w^^T + b, where x^ is x, or x in int8 with one scale per token; saves x, not x^ and w^."""
+    """y = x^ w^^T + b, where x^ is x, or x in int8 with one scale per token; saves x, not x^ and w^.
+
+    x [..., K], bias [N] or None -> y [..., N] in x's type. Backward: dx = dy w^ (straight through the rounding of x),
+    ds from dw^ = dy^T x^, db the sum of dy; codes and zero points have no gradients.
+    """
 
     @staticmethod
     def forward(
@@ -138,7 +142,7 @@ class _Linear(torch.autograd.Function):
 def _by_scale(
     grad: torch.Tensor, words: torch.Tensor, zero: torch.Tensor | None, decoding: Decoding, rows: Rows = _ALL
 ) -> torch.Tensor:
-    """The gradient of s from that of w^'s rows [R, K]."""
+    """The gradient of s [N/rows, K/columns], with LSQ's factor, from that of w^'s rows [R, K]."""
     levels = decoding.levels(words, zero, rows)
     return decoding.gathered(levels.mul_(grad.float().view_as(levels)).sum(2), rows).mul_(decoding.factor)
 
@@ -150,7 +154,8 @@ _linear: Callable[..., torch.Tensor] = _Linear.apply
 class SharedWeight:
     """The tensors of one packed weight, which layers that are tied have in common.
 
-    name: of a layer, for errors. Raises SchemeError for scales that are quantized themselves, or powers of two.
+    name: of a layer, for errors. Codes are packed bit by bit, as on disk, whatever the kernel's layout was; scales
+    become a float32 parameter. Raises SchemeError for scales that are quantized themselves, or powers of two.
     """
 
     def __init__(self, name: str, weight: PackedWeight) -> None:
@@ -212,22 +217,25 @@ class TunedLayer(TrainedLayer):
         return self.decoding.weight_dtype
 
     def scale(self) -> torch.Tensor:
-        """As it would be stored now, float32, with gradients."""
+        """s as it would be stored now, float32, with gradients that go straight through the rounding."""
         return stored(self.weight_scale, self.decoding.dtype)
 
     def matrix(self, rows: Rows = _ALL) -> torch.Tensor:
-        """The chosen rows of w^, float32, with gradients."""
+        """The chosen rows of w^, float32 [R, K], with gradients of s."""
         return _rows(self.scale(), self.codes, self.zero, self.decoding, rows)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The float weight in the order of the layer that was quantized, decoded anew at each access."""
+        """The float weight as a matrix, in the order of the layer that was quantized, decoded anew at each access."""
         matrix = self.matrix().detach().to(self.decoding.weight_dtype)
         return matrix.t() if self.decoding.transposed else matrix
 
     @torch.no_grad()
     def qtensor(self, name: str) -> QTensor:
-        """The codes that there were, with the scales that were learned. Raises WeightError where one is not finite."""
+        """The codes that there were, with the scales that were learned, as they are stored.
+
+        name: of the weight, for errors. Raises WeightError where a scale is not finite in its stored type.
+        """
         decoding, scale = self.decoding, self.scale()
         if not bool(torch.isfinite(scale).all()):
             raise WeightError(
@@ -249,7 +257,7 @@ class TunedLayer(TrainedLayer):
 
 
 class TunedLinear(TunedLayer):
-    """In the place of `QLinear`."""
+    """In the place of `QLinear`: x [..., K] -> x^ w^^T + b [..., N], where x^ is x as the scheme rounds it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
@@ -260,7 +268,10 @@ class TunedLinear(TunedLayer):
 
 
 class TunedEmbedding(TunedLayer):
-    """In the place of `QEmbedding`; only the rows that are asked for are decoded, each once."""
+    """In the place of `QEmbedding`: ids [...] -> rows [..., K] in the weight's type, each decoded once.
+
+    The row of padding_idx adds nothing to the gradient, as in nn.Embedding.
+    """
 
     def __init__(self, kind: LayerKind, shared: SharedWeight, options: int | None, bias: Bias) -> None:
         super().__init__(kind, shared, options, bias)
@@ -275,7 +286,7 @@ class TunedEmbedding(TunedLayer):
 
 
 class TunedConv2d(TunedLayer):
-    """In the place of `QConv2d`."""
+    """In the place of `QConv2d`: x [..., I, H, W] -> [..., O, H', W'] in x's type."""
 
     def __init__(self, kind: LayerKind, shared: SharedWeight, options: Geometry, bias: Bias) -> None:
         super().__init__(kind, shared, options, bias)

@@ -1,5 +1,11 @@
 """Training's columns of the table of kinds: which layers train in the place of a float one, and of a packed one.
 
+    kind        float              trains as       packed          trains as
+    linear      nn.Linear          FakeLinear      QLinear         TunedLinear
+    conv1d      Conv1D             FakeConv1D      QLinear         TunedLinear
+    conv2d      nn.Conv2d          FakeConv2d      QConv2d         TunedConv2d
+    embedding   nn.Embedding       FakeEmbedding   QEmbedding      TunedEmbedding
+
 A kind of `nn/kinds.py` that has no row here is quantized, saved and loaded, and is not trained in few bits.
 """
 
@@ -41,9 +47,11 @@ Learned = tuple[nn.Parameter | None, nn.Parameter | None]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where the training of one layer begins.
+    """Where the training of one float layer begins.
 
-    learned       shared by layers that are tied
+    layer         the layer itself, whose parameters train on
+    rounding      how its weight and its inputs are rounded
+    learned       scale and zero point, the same parameters for layers that are tied
     input_scale   the first scale [1, 1] of static activations; None if they are not static
     """
 
@@ -61,7 +69,10 @@ def of(name: str, kind: LayerKind) -> Twins:
 
 
 def fake_twin(name: str, start: Start) -> FakeLayer:
-    """The layer that trains in the place of a float one: the same parameters, mode and hooks. Raises RecipeError."""
+    """The layer that trains in the place of a float one: the same parameters, mode and hooks, and what is learned.
+
+    name: its path, for errors. Raises RecipeError for a kind that is not trained.
+    """
     layer, (scale, zero) = start.layer, start.learned
     kind = kinds.of(layer)
     cls = of(name, kind).fake
@@ -81,6 +92,10 @@ def fake_twin(name: str, start: Start) -> FakeLayer:
 
 
 def tuned_twin(name: str, layer: PackedLayer, shared: SharedWeight) -> TunedLayer:
-    """The layer that trains in the place of a packed one, with its bias. Raises RecipeError."""
+    """The layer whose scales train in the place of a packed one, with its bias.
+
+    name: its path, for errors. shared: of its packed weight, the same for layers that are tied. Raises RecipeError for
+    a kind that is not trained.
+    """
     kind = kinds.of_packed(layer)
     return of(name, kind).tuned(kind, shared, kind.options(layer), layer.bias)
