@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,9 +117,3 @@ def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Ten
 def kernel_here(scheme: str) -> str:
     """Name of the kernel that runs a scheme by default on this machine."""
     return kernel.pick(parse(scheme), (64, 64), torch.float32, torch.device("cpu")).kernel.name
-
-
-def importing(*folders: Path) -> dict[str, str]:
-    """The environment for a process that imports the tests' helpers, and files in `folders`."""
-    paths = [ROOT / "tests", *folders, os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
