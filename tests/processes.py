@@ -21,6 +21,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([
     "torch.distributed", "transformers.models.llama.modeling_llama", "transformers.trainer", "spicerack.cli.quantize",
@@ -43,7 +45,7 @@ sys.exit(max(_output.run(cli, words) for words in json.loads(sys.argv[1])))
 
 
 class Started:
-    """A process that runs `code` with arguments, as `python -c CODE ARGUMENTS` would, on one thread.
+    """A process that runs `code` with arguments, as `python -c CODE ARGUMENTS` would, on as many threads as this one.
 
     Its output lies in files of `folder`. environment: in addition to this process's own.
     """
@@ -53,10 +55,11 @@ class Started:
     ) -> None:
         self._files = [folder / f"process-{next(_NUMBERS)}.{stream}" for stream in ("out", "err")]
         words = ["-c", *map(str, arguments)]
+        threads = torch.get_num_threads()
         # Its caller may have changed its folder and environment since the server was started.
         surroundings = (os.environ | (environment or {}), str(Path.cwd()))
         self._process = _CONTEXT.Process(
-            target=_run, args=(code, words, list(map(str, self._files)), *surroundings), daemon=True
+            target=_run, args=(code, words, list(map(str, self._files)), *surroundings, threads), daemon=True
         )
         self._process.start()
 
@@ -111,15 +114,13 @@ def by_torchrun(commands: Sequence[Sequence[str]], folder: Path) -> str:
     return done.stdout
 
 
-def _run(code: str, words: list[str], files: list[str], environment: dict[str, str], folder: str) -> None:
+def _run(code: str, words: list[str], files: list[str], environment: dict[str, str], folder: str, threads: int) -> None:
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    import torch
-
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     sys.argv = words
     scope: dict[str, Any] = {"__name__": "__main__"}
     try:
