@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solvers import gptq
-from spicerack.kernels import kernel
+from spicerack.kernels import kernel, panels
 from spicerack.numerics.scheme import parse
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +22,24 @@ STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 STDLIB_LM = ROOT / "assets" / "stdlib-lm"
 LlamaFolder = Callable[..., Path]
 
-torch.set_num_threads(1)  # tests run beside each other, and threads of one that wait for each other would crawl
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("spicerack")
+    group.addoption("--engine", choices=panels.NAMES, help="compute as on a processor whose fastest engine this is")
+    # Tests run beside each other, and threads of one that wait for each other would crawl.
+    group.addoption("--threads", type=int, default=1, help="of torch and of the kernels, in each test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.getoption("threads"))
+    engine, index = config.getoption("engine"), panels.engine_index
+    if engine is not None:
+        panels.engine_index = lambda name=None: index(engine if name is None else name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow ones first: the others fill what is left, and no worker waits at the end for the last of them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -118,9 +134,3 @@ def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Ten
 def kernel_here(scheme: str) -> str:
     """Name of the kernel that runs a scheme by default on this machine."""
     return kernel.pick(parse(scheme), (64, 64), torch.float32, torch.device("cpu")).kernel.name
-
-
-def importing(*folders: Path) -> dict[str, str]:
-    """The environment for a process that imports the tests' helpers, and files in `folders`."""
-    paths = [ROOT / "tests", *folders, os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}

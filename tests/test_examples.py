@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,17 +26,26 @@ def scheme_of(folder: Path) -> str:
     return str(spicerack.load(folder).model.layers[0].mlp.up_proj.packed.scheme)
 
 
+def script(name: str, *words: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python example as `python examples/NAME` runs it, in this process, which has torch already."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
 @pytest.mark.slow
-def test_a_loop_of_ones_own(tmp_path: Path) -> None:
-    shown = run(sys.executable, EXAMPLES / "qat_loop.py", "--out", tmp_path / "out", "--steps", 6, "--length", 64)
+def test_a_loop_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script("qat_loop.py", "--out", tmp_path / "out", "--steps", 6, "--length", 64, monkeypatch=monkeypatch)
+    shown = capsys.readouterr().out
     losses = [float(line.split()[3]) for line in shown.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0]
     assert scheme_of(tmp_path / "out") == "w2g32h"
 
 
 @pytest.mark.slow
-def test_transformers_trainer(tmp_path: Path) -> None:
-    run(sys.executable, EXAMPLES / "qat_trainer.py", "--out", tmp_path / "out", "--steps", 2, "--length", 32)
+def test_transformers_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script("qat_trainer.py", "--out", tmp_path / "out", "--steps", 2, "--length", 32, monkeypatch=monkeypatch)
     assert scheme_of(tmp_path / "out") == "w4g32"
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from spicerack.cli import _output, cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -18,7 +18,8 @@ def commands() -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_commands_run_as_written(stdlib_lm: Path, tmp_path: Path) -> None:
+def test_the_commands_run_as_written(stdlib_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process: each would take three seconds to start in its own, and tests of the command line do start it."""
     assert {shlex.split(c)[1] for c in commands()} >= {"inspect", "quantize", "eval", "bench", "generate"}
     names = {"MODEL": str(stdlib_lm), "OUT": str(tmp_path / "OUT"), "FILE": str(stdlib_lm / "heldout.txt")}
     names |= {"LESS": str(tmp_path / "LESS"), "TEXT": str(stdlib_lm / "calibration.txt")}
@@ -31,11 +32,10 @@ def test_the_commands_run_as_written(stdlib_lm: Path, tmp_path: Path) -> None:
             words += ["--samples", "4"]
         if words[0] == "train":
             words += ["--steps", "2", "--batch", "2", "--length", "64"]
-        done = subprocess.run(
-            [sys.executable, "-m", "spicerack", *words], capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, (command, done.stderr)
-        assert done.stdout.strip(), command
+        code = _output.run(cli, words)
+        printed = capsys.readouterr()
+        assert code == 0, (command, printed.err)
+        assert printed.out.strip(), command
 
 
 @pytest.mark.slow

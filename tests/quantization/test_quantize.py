@@ -12,6 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors import safe_open
@@ -93,7 +94,7 @@ def test_sharded_and_single_sources_give_the_same_tensors(llama_folder, tmp_path
 
 KILLED = textwrap.dedent(
     """
-    import atexit, os, sys
+    import os, sys
     from pathlib import Path
     from spicerack.storage import writer
     from spicerack.cli import main
@@ -114,9 +115,11 @@ KILLED = textwrap.dedent(
     writer.os.fsync = counted(writer.os.fsync)
     Path.replace = counted(Path.replace)
     Path.unlink = counted(Path.unlink)
-    atexit.register(lambda: print(seen, file=sys.stderr))
     sys.argv = ["spicerack", "quantize", model, "-o", output, "--scheme", "w4g32", "--shard-size", "40KB"]
-    main()
+    try:
+        main()
+    finally:
+        print(seen, file=sys.stderr)
     """
 )
 
@@ -124,8 +127,7 @@ KILLED = textwrap.dedent(
 def run_killed(
     model: Path, output: Path, moment: int, sent: signal.Signals = signal.SIGKILL
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", KILLED, str(model), str(output), str(moment), str(int(sent))]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return processes.run(KILLED, [model, output, moment, int(sent)], output.parent)
 
 
 @pytest.mark.slow

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 from conftest import LlamaFolder
 from folders import codes
 
 import spicerack
+from spicerack.algorithms.solvers import blockap, signround
+from spicerack.cli import _output, cli
 from spicerack.machine.ranks import ALONE, Ranks
 
 
 def command(source: Path, out: Path, text: Path, *more: str) -> list[str]:
     words = ["quantize", source, "-o", out, "--scheme", "w4g32", "--calib", text, "--length", "64", "--samples", "320"]
-    return ["-m", "spicerack", *map(str, words), *more]
+    return [*map(str, words), *more]
 
 
 @pytest.fixture
@@ -33,27 +33,38 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "scheme"), [("awq+gptq", "w4g32a8s"), ("signround", "w4g32"), ("blockap", "w4g32")])
-def test_torchrun(method: str, scheme: str, llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+def test_torchrun(
+    llama_folder: LlamaFolder,
+    text: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     source = llama_folder()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    outs = [tmp_path / name for name in ("a", "b", "alone")]
-    for out, launcher in zip(outs, (launch, launch, [sys.executable]), strict=True):
-        done = subprocess.run(
-            [*launcher, *command(source, out, text, "--method", method, "--scheme", scheme)],
-            capture_output=True, text=True, timeout=400, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("bits a quantized weight") == 1  # only one of them speaks
-    names = {p.name for p in outs[0].iterdir()} - {"run.json"}
-    assert names == {p.name for p in outs[1].iterdir()} - {"run.json"}
-    for name in names:
-        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
-    together, alone = codes(outs[0]), codes(outs[2])
-    apart = sum(int((together[name] != alone[name]).sum()) for name in alone)
-    if "gptq" in method:  # the others' steps go by signs of gradients or nearly so, and part at the first that is small
-        assert apart <= 1e-4 * sum(one.numel() for one in alone.values())
-    spicerack.load(outs[0])
+    monkeypatch.setattr(signround, "STEPS", processes.STEPS)
+    monkeypatch.setattr(blockap, "STEPS", processes.STEPS)
+    methods = {"awq+gptq": "w4g32a8s", "signround": "w4g32", "blockap": "w4g32"}
+
+    def commands(out: str) -> list[list[str]]:
+        return [command(source, tmp_path / f"{out}-{method}", text, "--method", method, "--scheme", scheme)
+                for method, scheme in methods.items()]  # fmt: skip
+
+    printed = processes.by_torchrun([*commands("a"), *commands("b")], tmp_path)
+    assert printed.count("bits a quantized weight") == 2 * len(methods)  # only one of them speaks
+    for words in commands("alone"):
+        assert _output.run(cli, words) == 0, capfd.readouterr().err
+    for method in methods:
+        outs = [tmp_path / f"{name}-{method}" for name in ("a", "b", "alone")]
+        names = {p.name for p in outs[0].iterdir()} - {"run.json"}
+        assert names == {p.name for p in outs[1].iterdir()} - {"run.json"}
+        for name in names:
+            assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), (method, name)
+        together, alone = codes(outs[0]), codes(outs[2])
+        apart = sum(int((together[name] != alone[name]).sum()) for name in alone)
+        # The others' steps go by signs of gradients or nearly so, and part at the first that is small.
+        if "gptq" in method:
+            assert apart <= 1e-4 * sum(one.numel() for one in alone.values())
+        spicerack.load(outs[0])
 
 
 def test_costs_are_shared() -> None:
@@ -64,27 +75,28 @@ def test_costs_are_shared() -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_finishes_the_block(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+def test_ctrl_c_finishes_the_block(
+    llama_folder: LlamaFolder, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The first interrupt stops behind the present block; the same command then continues to the same bytes."""
     source = llama_folder(num_hidden_layers=6)
     whole, out = tmp_path / "whole", tmp_path / "out"
-    subprocess.run([sys.executable, *command(source, whole, text)], capture_output=True, check=True)
-    process = subprocess.Popen(
-        [sys.executable, *command(source, out, text)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+    assert _output.run(cli, command(source, whole, text)) == 0
+    process = processes.Started(processes.COMMAND, command(source, out, text), tmp_path, {"COLUMNS": "200"})
     blocks = tmp_path / "out.partial" / "blocks"
-    while process.poll() is None and not (blocks / "block-00000.safetensors").exists():
+    while process.alive and not (blocks / "block-00000.safetensors").exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=200)
-    assert process.returncode == 130, printed
+    process.send(signal.SIGINT)
+    ended = process.wait()
+    printed = ended.stdout + ended.stderr
+    assert ended.returncode == 130, printed
     assert "stopping behind this block" in printed
     done = len(list(blocks.glob("block-*.safetensors")))
     assert 1 <= done < 6
     assert printed.count("output off by") == done
-    again = subprocess.run([sys.executable, *command(source, out, text)], capture_output=True, text=True, check=True)
-    assert again.stdout.count("output off by") + again.stderr.count("output off by") == 6 - done
+    capfd.readouterr()
+    assert _output.run(cli, command(source, out, text)) == 0
+    assert sum(part.count("output off by") for part in capfd.readouterr()) == 6 - done
     for file in whole.iterdir():
         if file.name != "run.json":
             assert file.read_bytes() == (out / file.name).read_bytes(), file.name

@@ -18,9 +18,9 @@ from spicerack.cli import _output, cli
 from spicerack.errors import UsageError
 from spicerack.kernels import kernel, panels
 from spicerack.kernels.kernel import Compute
+from spicerack.models.families.names import KEY_VALUE_CACHES
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics.scheme import parse
-from spicerack.runtime.hf import CACHES
 
 IDS = torch.randint(5, 250, (3, 17), generator=torch.Generator().manual_seed(0))
 RULES = ("model.embed_tokens=w8", "lm_head=w8", "**.0.mlp.up_proj=ternary", "**.1.mlp.up_proj=w8a8", "**.v_proj=w3")
@@ -58,7 +58,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[int]]:
 def logits(model: PreTrainedModel) -> torch.Tensor:
     """Of a prompt, then of one more token behind it."""
     prompt = model(input_ids=IDS, use_cache=True)
-    name = next(name for name in CACHES if name in prompt)
+    name = next(name for name in KEY_VALUE_CACHES if name in prompt)
     then = model(input_ids=IDS[:, :1], **{name: prompt[name]})
     return torch.cat([prompt.logits, then.logits], 1)
 
@@ -84,7 +84,7 @@ def test_two_models_keep_their_engines(out: Path, called: dict[str, set[int]]) -
     """It is the model's, not the process's."""
     slow, usual = spicerack.load(out, engine="scalar"), spicerack.load(out)
     logits(usual)
-    assert called["attention"] == {0}
+    assert called["attention"] == {panels.engine_index()}
     called.clear()
     logits(slow)
     assert called == {"attention": {len(panels.NAMES) - 1}, "linear": {len(panels.NAMES) - 1}}
@@ -110,7 +110,7 @@ def test_the_choice_is_that_of_a_processor_whose_fastest_engine_it_is(
     named = [kernel.pick(*layer, engine).kernel.name for layer in layers]
     rows = [row for row in kernel.table() if row.engine in (None, *panels.NAMES[panels.NAMES.index(engine) :])]
     monkeypatch.setattr(kernel, "table", lambda: rows)
-    assert named == [kernel.pick(*layer).kernel.name for layer in layers]
+    assert named == [kernel.pick(*layer, panels.NAMES[0]).kernel.name for layer in layers]
 
 
 def test_it_says_why_faster_ones_were_passed_over() -> None:

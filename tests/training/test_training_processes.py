@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import processes
 import pytest
 from conftest import LlamaFolder
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+from spicerack.cli import _output, cli
 
 
 @pytest.fixture
@@ -27,15 +27,28 @@ def text(tmp_path: Path) -> Path:
 def command(source: Path, out: Path, text: Path, *more: str) -> list[str]:
     words = ["train", source, "-o", out, "--scheme", "w4g32", "--data", text, "--length", "64", "--steps", "12",
              "--batch", "8", "--micro-batch", "2", "--lr", "1e-3", "--save-every", "4",
-             "--eval-every", "6"]  # fmt: skip
-    return ["-m", "spicerack", *map(str, words), *more]
+             "--eval-every", "6", "--json"]  # fmt: skip
+    return [*map(str, words), *more]
 
 
-def done(words: list[str]) -> dict[str, float]:
-    result = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=400, check=False)
-    assert result.returncode == 0, result.stderr
-    shown: dict[str, float] = json.loads(result.stdout)
+def report(out: Path) -> dict[str, Any]:
+    """What a run says of itself in its folder."""
+    shown: dict[str, Any] = json.loads((out / "training.json").read_text())
     return shown
+
+
+def kill_at_the_first_checkpoint(out: Path, started: list[processes.Started]) -> None:
+    """kill -9 of all, in the middle."""
+    deadline = time.time() + 200
+    while not list(out.with_name(f"{out.name}.training").glob("checkpoint-*/complete")):
+        assert time.time() < deadline
+        assert all(process.alive for process in started)
+        time.sleep(0.002)
+    for process in started:
+        process.send(signal.SIGKILL)
+    for process in started:
+        process.wait()
+    assert not out.exists()
 
 
 def same(one: Path, two: Path) -> None:
@@ -44,43 +57,36 @@ def same(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again(
+    llama_folder: LlamaFolder, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """kill -9 in the middle, and the result is the same bytes."""
-    source = llama_folder()
-    done([sys.executable, *command(source, tmp_path / "whole", text)])
-    process = subprocess.Popen([sys.executable, *command(source, tmp_path / "out", text)], stderr=subprocess.DEVNULL)
-    work = tmp_path / "out.training"
-    deadline = time.time() + 200
-    while not list(work.glob("checkpoint-*/complete")):
-        assert time.time() < deadline
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out").exists()
-    assert done([sys.executable, *command(source, tmp_path / "out", text)])["resumed_at"] in (4, 8, 12)
-    same(tmp_path / "out", tmp_path / "whole")
+    source, whole, out = llama_folder(), tmp_path / "whole", tmp_path / "out"
+    assert _output.run(cli, command(source, whole, text)) == 0
+    kill_at_the_first_checkpoint(out, [processes.Started(processes.COMMAND, command(source, out, text), tmp_path)])
+    capsys.readouterr()
+    assert _output.run(cli, command(source, out, text)) == 0
+    assert json.loads(capsys.readouterr().out)["resumed_at"] in (4, 8, 12)
+    same(out, whole)
 
 
 @pytest.mark.slow
 def test_two_processes(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     """Data-parallel or sharded: as one process but for the order of sums; and killed and continued, the same bytes."""
-    source = llama_folder()
-    alone = done([sys.executable, *command(source, tmp_path / "alone", text)])
+    source, out = llama_folder(), tmp_path / "out"
+    assert _output.run(cli, command(source, tmp_path / "alone", text)) == 0
+    alone = report(tmp_path / "alone")
     assert alone["loss_trained"] < alone["loss_rounded"] - 0.5
-    for name, more in (("ddp", []), ("fsdp", ["--fsdp"])):
-        both = done([*LAUNCH, *command(source, tmp_path / name, text, *more)])
+    ddp, fsdp = command(source, tmp_path / "ddp", text), command(source, tmp_path / "fsdp", text, "--fsdp")
+    processes.by_torchrun([ddp, fsdp], tmp_path)
+    for name in ("ddp", "fsdp"):
+        both = report(tmp_path / name)
         assert both["loss_trained"] == pytest.approx(alone["loss_trained"], abs=1e-3)
         assert both["loss_shipped"] == pytest.approx(both["loss_trained"], abs=0.02)
 
-    process = subprocess.Popen([*LAUNCH, *command(source, tmp_path / "out", text, "--fsdp")], stderr=subprocess.DEVNULL)
-    deadline = time.time() + 200
-    while not list((tmp_path / "out.training").glob("checkpoint-*/complete")):
-        assert time.time() < deadline
-        assert process.poll() is None
-        time.sleep(0.002)
-    subprocess.run(["pkill", "-9", "-f", f"{tmp_path / 'out'} "], check=False)  # torchrun's have groups of their own
-    process.kill()
-    process.wait()
-    assert done([*LAUNCH, *command(source, tmp_path / "out", text, "--fsdp")])["resumed_at"] in (4, 8, 12)
-    same(tmp_path / "out", tmp_path / "fsdp")
+    killed = command(source, out, text, "--fsdp")
+    kill_at_the_first_checkpoint(out, processes.pair(processes.COMMAND, killed, tmp_path))
+    first, second = (process.wait() for process in processes.pair(processes.COMMAND, killed, tmp_path))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert json.loads(first.stdout)["resumed_at"] in (4, 8, 12)
+    same(out, tmp_path / "fsdp")

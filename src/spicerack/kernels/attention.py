@@ -6,7 +6,8 @@ import torch
 
 from spicerack import _native
 from spicerack.errors import ShapeError
-from spicerack.kernels.panels import PANEL, TYPES, engine_index
+from spicerack.kernels import panels
+from spicerack.kernels.panels import PANEL, TYPES
 
 
 def attention(
@@ -44,7 +45,7 @@ def attention(
         hidden = _place(mask)
     sizes = (batch, heads, kv_heads, queries, keys, width, value_width)
     _native.attention(
-        engine_index(engine),
+        panels.engine_index(engine),
         TYPES[q.dtype],
         _place(q),
         _place(k),

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import families
+import processes
 import pytest
 import torch
 from calibrations import Watching, made, saved, text
-from conftest import STDLIB_LM, LlamaFolder, importing
+from conftest import STDLIB_LM, LlamaFolder
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -317,10 +316,7 @@ except OutputError as error:
 def test_a_disk_that_fills_up_loses_no_block(tmp_path: Path) -> None:
     """The kernel refuses to write more, as on a full disk, once the first block is finished."""
     source, given = saved("llama", tmp_path / "float"), text()
-    done = subprocess.run(
-        [sys.executable, "-c", _FULL, str(source), str(tmp_path / "out")],
-        capture_output=True, text=True, check=False, env=importing(),
-    )  # fmt: skip
+    done = processes.run(_FULL, [source, tmp_path / "out"], tmp_path)
     assert "cannot be written" in done.stdout and "finished blocks are kept" in done.stdout, done.stderr
     assert not (tmp_path / "out").exists() and len(list((tmp_path / "out.partial" / "blocks").glob("block-*"))) == 1
     job = prepare(source, decided(Recipe(parse("w4g16")), True))
@@ -336,11 +332,7 @@ def test_two_runs_at_once_are_refused_by_name(tmp_path: Path) -> None:
 
     def again(finished: Finished) -> None:
         if finished.number == 0:
-            done = subprocess.run(
-                [sys.executable, "-c", _FULL, str(source), str(tmp_path / "out")],
-                capture_output=True, text=True, check=False,
-                env=importing(),
-            )  # fmt: skip
+            done = processes.run(_FULL, [source, tmp_path / "out"], tmp_path)
             said.append(done.stdout)
 
     job = prepare(source, decided(Recipe(parse("w4g16")), True))

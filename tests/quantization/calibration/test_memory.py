@@ -79,6 +79,7 @@ _RUN = """
 import json, pathlib, sys, torch
 import spicerack
 from spicerack.algorithms.solvers import blockap, signround
+from spicerack.algorithms.transforms import awq
 from spicerack.text.calibration import Calibration
 from spicerack.quantization.job import prepare
 from spicerack.algorithms.method import parse as chain
@@ -88,6 +89,7 @@ from spicerack.quantization.recipe import Recipe
 from spicerack.numerics.scheme import parse
 source, out, scheme, method = sys.argv[1:]
 blockap.STEPS = signround.STEPS = 3  # what more of them need is time
+awq.EXPONENTS = (0.2, 0.6)
 ids = torch.randint(3, 99, (4, 256), generator=torch.Generator().manual_seed(0))
 given = Calibration(ids, None, "of no text", 0.0, "made up")
 job = prepare(source, decided(Recipe(parse(scheme), method=chain(method)), True))

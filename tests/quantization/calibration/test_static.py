@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import families
+import processes
 import pytest
 import torch
 from calibrations import Watching
@@ -209,13 +208,8 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     x = torch.randn(5, 400, 16, generator=torch.Generator().manual_seed(0)) ** 3
     x[3, 5, 2] = 700
     torch.save(x, tmp_path / "x.pt")
-    (tmp_path / "share.py").write_text(_SHARE)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "share.py"), str(tmp_path / "x.pt")],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    both = [process.wait() for process in processes.pair(_SHARE, [tmp_path / "x.pt"], tmp_path)]
+    assert [process.returncode for process in both] == [0, 0], "".join(process.stderr for process in both)
     expected = []
     for name in observers.names():
         observer = observers.begin(name)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
-from conftest import importing
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spicerack
 
 SCRIPT = """
-import sys, warnings, torch, spicerack
+import os, sys, warnings, torch, spicerack
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -26,8 +24,7 @@ from spicerack.errors import UsageError
 from spicerack.training.qat.fake_layers import FakeLayer
 from test_gather import IDS, llama, net
 
-rank, out = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
+rank, out = int(os.environ["RANK"]), sys.argv[1]
 torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
 
 
@@ -139,16 +136,8 @@ def llama() -> LlamaForCausalLM:
 @pytest.mark.slow
 def test_sharded_models_are_frozen_as_they_compute(tmp_path: Path) -> None:
     """Weights of an evaluating forward pass under FSDP2 bit for bit, on both processes, saved and loaded again."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    both = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "script.py"), str(rank), str(tmp_path)],
-            stderr=subprocess.PIPE, text=True, env=importing(Path(__file__).parent),
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=200)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], "".join(said)
+    both = [process.wait() for process in processes.pair(SCRIPT, [tmp_path], tmp_path)]
+    assert [process.returncode for process in both] == [0, 0], "".join(process.stderr for process in both)
     for name in ("w4g32z", "w2g32h", "ternary", "ternarya8", "llama"):
         (found, state), (other, theirs) = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
         assert torch.equal(found, other)

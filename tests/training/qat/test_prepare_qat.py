@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
+import processes
 import pytest
 import torch
 from conftest import ROOT
@@ -346,13 +345,12 @@ def test_checkpointed_and_compiled_it_computes_the_same(scheme: str) -> None:
 
 
 TWO_PROCESSES = """
-import sys, torch, spicerack
+import os, sys, torch, spicerack
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-rank, out = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
+rank, out = int(os.environ["RANK"]), sys.argv[1]
 torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
 found = []
 DDP = DistributedDataParallel
@@ -375,14 +373,8 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_two_processes_learn_the_same(tmp_path: Path) -> None:
     """Data-parallel and sharded: equal parameters in both, and what one process learns from both batches."""
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    command = [sys.executable, str(tmp_path / "script.py")]
-    both = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    for process in both:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
+    both = [process.wait() for process in processes.pair(TWO_PROCESSES, [tmp_path], tmp_path)]
+    assert [process.returncode for process in both] == [0, 0], "".join(process.stderr for process in both)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for scheme, mine, theirs in zip(("w4g32z", "ternary", "w2g32h"), one, other, strict=True):
         assert torch.equal(mine, theirs), scheme
