@@ -29,26 +29,26 @@ class Folder:
 
     checkpoint  the folder's files, and what is in them
     format      in which its packed tensors lie; None if all that is read from it is float
-    plan        module in the checkpoint's names -> what is packed there; empty without a format
+    contents    module in the checkpoint's names -> what is packed there; empty without a format
     """
 
     checkpoint: Checkpoint
     format: Format | None
-    plan: Mapping[str, StoredTensor]
+    contents: Mapping[str, StoredTensor]
 
     @classmethod
     def open(cls, folder: str | Path) -> Folder:
         """The folder at a path or hub id. Raises CheckpointError, also where a packed tensor has an unknown role."""
         checkpoint = Checkpoint.open(folder)
         form = formats.of_folder(checkpoint)
-        plan = form.contents(checkpoint) if form is not None else {}
+        contents = form.contents(checkpoint) if form is not None else {}
         known = {kind.name for kind in kinds.KINDS} | BY_DEFAULT | ON_REQUEST
-        if strange := next((planned for planned in plan.values() if planned.role not in known), None):
+        if strange := next((planned for planned in contents.values() if planned.role not in known), None):
             raise CheckpointError(
                 f"{checkpoint.folder}: {strange.module} is packed as {strange.role!r}, of which nothing is known",
                 "the folder is damaged, or was written by a newer spicerack",
             )
-        return cls(checkpoint, form, plan)
+        return cls(checkpoint, form, contents)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -56,8 +56,8 @@ class Folder:
         return self.checkpoint.config if self.format is None else self.format.float_config(self.checkpoint.config)
 
     def packed(self, planned: StoredTensor) -> QTensor:
-        """Codes and scales of one tensor of `plan`, read from the disk. Raises CheckpointError."""
-        assert self.format is not None, "a plan comes from a format"
+        """Codes and scales of one tensor of `contents`, read from the disk. Raises CheckpointError."""
+        assert self.format is not None, "contents come from a format"
         return self.format.decode(planned, {name: self.checkpoint.read(name) for name in self.format.layout(planned)})
 
     def floats(self) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ class Folder:
         They are mapped from their files, each of which is opened once, and not read: a page comes from the disk when it
         is looked at.
         """
-        layouts = [self.format.layout(planned) for planned in self.plan.values()] if self.format is not None else []
+        layouts = [self.format.layout(planned) for planned in self.contents.values()] if self.format is not None else []
         packed = {name for layout in layouts for name in layout}
         names_in: dict[str, list[str]] = {}
         for name, info in self.checkpoint.tensors.items():

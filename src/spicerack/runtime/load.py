@@ -148,11 +148,11 @@ def _with_slots(
 
     def prepare(model: PreTrainedModel) -> None:
         transposed = _transposed(folder.checkpoint, tensors) if apart else dict.fromkeys(tensors, False)
-        for name in make_slots(model, folder.plan, transposed, apart=apart):
+        for name in make_slots(model, folder.contents, transposed, apart=apart):
             withheld[name] = tensors.pop(name)
 
     model, unused = hf.build(
-        model_class, config, tensors, where, dtype=dtype, prepare=prepare if folder.plan or apart else None
+        model_class, config, tensors, where, dtype=dtype, prepare=prepare if folder.contents or apart else None
     )
     if unused:
         warnings.warn(f"{where}: {model_class.__name__} has no use for {listed(unused, 3, 'tensors')}", stacklevel=2)
@@ -172,9 +172,9 @@ def _into(module: nn.Module, folder: Folder, way: Way) -> nn.Module:
         for name, layer in module.named_modules(remove_duplicate=False)
         if kinds.may_be_tied(layer)
     }
-    packed = {id(weights[name]): planned for name, planned in folder.plan.items() if name in weights}
+    packed = {id(weights[name]): planned for name, planned in folder.contents.items() if name in weights}
     tied = {name: packed[id(weight)] for name, weight in weights.items() if id(weight) in packed}
-    for name, planned in {**tied, **folder.plan}.items():
+    for name, planned in {**tied, **folder.contents}.items():
         make_slot(module, name, planned)
     tensors = folder.floats()
     _check_names(module, tensors, folder)

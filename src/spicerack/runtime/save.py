@@ -1,6 +1,6 @@
 """`spicerack.save`: a quantized module in memory -> a folder, by the formats and the writer that folders have.
 
-`contents` takes the module apart; here shards are written one by one. Packed codes and scales go to the disk as they
+`parts_of` takes the module apart; here shards are written one by one. Packed codes and scales go to the disk as they
 are: nothing is decoded, and nothing is rounded again.
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 from spicerack._version import __version__
 from spicerack.errors import OutputError
 from spicerack.numerics.dtypes import safetensors_dtype
-from spicerack.runtime.contents import contents_of
+from spicerack.runtime.parts import parts_of
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import LEDGER
 from spicerack.storage.format import StoredTensor
@@ -34,22 +34,22 @@ def save(module: nn.Module, folder: str | Path) -> Path:
     target = Path(folder)
     if target.exists():
         raise OutputError(f"{target} exists", "choose another folder, or remove it")
-    contents = contents_of(module)
+    parts = parts_of(module)
     identity = {  # what must agree for a save that was killed to be continued
-        "source": contents.fingerprint(),
-        "format": contents.format.name,
+        "source": parts.fingerprint(),
+        "format": parts.format.name,
         "versions": {"spicerack": __version__, "torch": torch.__version__},
     }
-    writer = Writer(target, plan_shards(contents.units()), identity)
+    writer = Writer(target, plan_shards(parts.units()), identity)
     for shard in writer.pending():
         with writer.shard(shard) as out:
             for unit in shard.units:
-                for name, tensor in contents.tensors(unit).items():
+                for name, tensor in parts.tensors(unit).items():
                     out.write(name, tensor.cpu())
-                out.entries.append(_entry(unit, contents.plan.get(unit.source)))
+                out.entries.append(_entry(unit, parts.contents.get(unit.source)))
     if not writer.complete:
         ledger = Ledger(identity, writer.entries()).content()
-        files = {name: json_bytes(value) for name, value in contents.files.items()}
+        files = {name: json_bytes(value) for name, value in parts.files.items()}
         writer.finish({LEDGER: ledger, **files}, target, [])
     writer.seal()
     return target

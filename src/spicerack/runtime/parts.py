@@ -1,4 +1,4 @@
-"""`Contents`: a quantized module taken apart, into what a folder will hold.
+"""`Parts`: a quantized module taken apart, into what a folder will hold.
 
 All that can be refused is refused here, before a byte is written: which layers are packed is told by their base class,
 what each is called in a folder by the table of kinds; which of several layers owns the weight that they share, and what
@@ -34,18 +34,18 @@ from spicerack.storage.writer import Slot, Unit
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class Parts:
     """What will be in the folder, by the names that checkpoints have.
 
     format  the layout of packed tensors, chosen for all of them
-    plan    module -> what is packed there
+    contents  module -> what is packed there
     packed  module -> its packed weight
     state   every other tensor
     files   file -> its JSON; config.json is the last
     """
 
     format: Format
-    plan: dict[str, StoredTensor]
+    contents: dict[str, StoredTensor]
     packed: dict[str, PackedWeight]
     state: dict[str, torch.Tensor]
     files: dict[str, Any]
@@ -57,11 +57,11 @@ class Contents:
 
     def _layouts(self) -> list[tuple[StoredTensor, Any]]:
         """What is packed, and (name, (type, shape)) of the tensors that it will be."""
-        return [(planned, self.format.layout(planned).items()) for planned in self.plan.values()]
+        return [(planned, self.format.layout(planned).items()) for planned in self.contents.values()]
 
     def tensors(self, unit: Unit) -> dict[str, torch.Tensor]:
         """The tensors of one of `units`, by name, in the order of writing; a packed weight is unpacked here."""
-        planned = self.plan.get(unit.source)
+        planned = self.contents.get(unit.source)
         if planned is None:
             return {unit.source: self.state[unit.source]}
         return self.format.encode(planned, self.packed[unit.source].qtensor())
@@ -78,7 +78,7 @@ class Contents:
         return digest.hexdigest()
 
 
-def contents_of(module: nn.Module) -> Contents:
+def parts_of(module: nn.Module) -> Parts:
     """All that will be in the folder of `module`, decided; the tensors are the module's own.
 
     Raises UsageError (nothing quantized in it, or what no folder can hold), LoadError (a layer whose name in
@@ -87,19 +87,19 @@ def contents_of(module: nn.Module) -> Contents:
     layers = _packed_layers(module)
     weights = _owners(module, layers)
     state, checkpoint_name = _state(module, weights)
-    plan: dict[str, StoredTensor] = {}
+    contents: dict[str, StoredTensor] = {}
     packed: dict[str, PackedWeight] = {}
     for path, weight in weights.items():
         name = checkpoint_name[_weight_of(path)].removesuffix(".weight")
-        plan[name] = _planned(name, path, weight, [layer for layer in layers.values() if layer.packed is weight])
+        contents[name] = _planned(name, path, weight, [layer for layer in layers.values() if layer.packed is weight])
         packed[name] = weight
-    chosen = format.choose(plan)
+    chosen = format.choose(contents)
     # Linear layers that stay in float are named in the config of formats that others read; a tied head is one, too.
     linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     floats = [checkpoint_name.get(_weight_of(path), _weight_of(path)).removesuffix(".weight") for path in linears]
     files = _side_files(module)
-    files[CONFIG] = chosen.config(files.pop(CONFIG), plan, floats)
-    return Contents(chosen, plan, packed, state, files)
+    files[CONFIG] = chosen.config(files.pop(CONFIG), contents, floats)
+    return Parts(chosen, contents, packed, state, files)
 
 
 def _planned(name: str, path: str, weight: PackedWeight, users: list[PackedLayer]) -> StoredTensor:
