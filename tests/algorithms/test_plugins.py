@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import spicerack
 from spicerack import plugins
-from spicerack.algorithms import method, solvers, transforms
+from spicerack.algorithms import method, solver, solvers, transform, transforms
 from spicerack.cli import _output, cli
 from spicerack.errors import RecipeError, UsageError
 from spicerack.numerics import rounding
@@ -59,6 +59,32 @@ def job(source: Path, scheme: str, chain: str) -> Job:
 def entries(folder: Path) -> dict[str, dict[str, Any]]:
     """The ledger by tensor."""
     return {entry["tensor"]: entry for entry in json.loads((folder / "spicerack.json").read_text())["tensors"]}
+
+
+# ---- those that there are --------------------------------------------------------------------------------------------
+
+TABLE = "its levels are a table, not integers"
+QUANTIZED = "its scales are quantized themselves"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reasons"),
+    [
+        *((scheme, {}) for scheme in ("w4g32", "w4g32z", "w2g32h", "w8t", "ternary", "w8a8s")),
+        *((scheme, dict.fromkeys(("hqq", "signround", "blockap"), TABLE)) for scheme in ("nf4", "fp8", "mxfp4")),
+        *((scheme, dict.fromkeys(("hqq", "gptq", "signround", "blockap"), QUANTIZED)) for scheme in ("q4_k", "nvfp4")),
+    ],
+)
+def test_what_each_solver_cannot_do(scheme: str, reasons: dict[str, str]) -> None:
+    """And what it says that it cannot is what the documentation says."""
+    found = {name: solver.get(name).obstacle(parse(scheme)) for name in solver.names()}
+    assert {name: reason for name, reason in found.items() if reason is not None} == reasons
+
+
+def test_what_each_plug_in_needs_is_what_its_chain_needs() -> None:
+    assert {name for name in solver.names() if not method.parse(name).needs_text} == {"rtn", "hqq"}
+    assert {name for name in transform.names() if not method.parse(name).needs_text} == {"hadamard"}
+    assert method.parse("hadamard+awq+gptq").rotation == "hadamard" and method.parse("awq").rotation is None
 
 
 # ---- solvers ---------------------------------------------------------------------------------------------------------

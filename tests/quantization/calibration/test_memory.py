@@ -55,6 +55,22 @@ def test_less_memory_takes_smaller_chunks(tmp_path: Path) -> None:
     assert memory.make(given, (128, 512), 64 * GB) == wide
 
 
+def test_transforms_that_move_factors_share_one_copy_of_a_block(tmp_path: Path) -> None:
+    """Float32 whatever the model's type; rotated weights lie in memory besides, as they are stored: in bfloat16."""
+    config = {**folders.LLAMA_70B, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
+    config["num_hidden_layers"] = 1
+    folder = folders.folder(tmp_path / "m", folders.llama_shapes(config), config)
+    peaks = {}
+    for chain in ("gptq", "awq+gptq", "smoothquant+awq+gptq", "hadamard+awq+gptq"):
+        given = job(folder, "w4g128", chain)
+        block = tuple(a for a in given.actions if "layers" in a.info.name)  # the embedding is larger than all of it
+        peaks[chain] = memory.make(dataclasses.replace(given, actions=block), (128, 512)).peak_bytes
+    weights = sum(a.info.numel for a in block if a.planned is not None)
+    assert peaks["awq+gptq"] - peaks["gptq"] == 4 * weights
+    assert peaks["smoothquant+awq+gptq"] == peaks["awq+gptq"]
+    assert peaks["hadamard+awq+gptq"] - peaks["awq+gptq"] == 2 * weights
+
+
 def test_what_cannot_fit_is_refused_by_name(llama_70b: Job) -> None:
     with pytest.raises(UsageError, match=r"--memory 4.0 GB: at least 1\d\.\d GB are needed, while .*down_proj"):
         memory.make(llama_70b, (128, 512), 4 * GB)

@@ -1,2 +1,1 @@
-"""Codes chosen by what flows through a model, block by block: the loop, and what it knows of a block, its layers and
-their inputs."""
+"""Codes chosen by what flows through a model, block by block: `loop.py` says how, and what that gives up."""
