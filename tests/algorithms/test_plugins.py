@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,16 +14,17 @@ import families
 import pytest
 import torch
 from calibrations import saved, text, uneven_llama
+from dropped import dropped
 from folders import codes
 from safetensors.torch import load_file
 
 import spicerack
-from spicerack import plugins
 from spicerack.algorithms import method, solver, solvers, transform, transforms
 from spicerack.cli import _output, cli
 from spicerack.errors import RecipeError, UsageError
 from spicerack.numerics import rounding
-from spicerack.numerics.scheme import parse
+from spicerack.numerics.levels import TableLevels
+from spicerack.numerics.scheme import Scheme, parse
 from spicerack.quantization import memory
 from spicerack.quantization.calibration import observers
 from spicerack.quantization.job import Job, prepare
@@ -34,22 +36,15 @@ Drop = Callable[[ModuleType, str, str], None]
 
 
 @pytest.fixture
-def drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drop]:
-    dropped: list[str] = []
+def drop(tmp_path: Path) -> Iterator[Drop]:
+    with ExitStack() as stack:
 
-    def add(package: ModuleType, name: str, file: str) -> None:
-        folder = tmp_path / "plugins" / package.__name__
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.py").write_text(file)
-        if str(folder) not in package.__path__:
-            monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
-        dropped.append(f"{package.__name__}.{name}")
-        plugins.names.cache_clear()
+        def add(package: ModuleType, name: str, file: str) -> None:
+            folder = tmp_path / "plugins" / name
+            folder.mkdir(parents=True)
+            stack.enter_context(dropped(package, folder, name, file))
 
-    yield add
-    for module in dropped:
-        sys.modules.pop(module, None)
-    plugins.names.cache_clear()
+        yield add
 
 
 def job(source: Path, scheme: str, chain: str) -> Job:
@@ -79,6 +74,19 @@ def test_what_each_solver_cannot_do(scheme: str, reasons: dict[str, str]) -> Non
     """And what it says that it cannot is what the documentation says."""
     found = {name: solver.get(name).obstacle(parse(scheme)) for name in solver.names()}
     assert {name: reason for name, reason in found.items() if reason is not None} == reasons
+
+
+def test_codes_of_several_weights_are_not_walked() -> None:
+    """As a codebook's: a column has no code of its own."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Pairs(TableLevels):
+        weights: int = 2
+
+    pairs = Scheme(name="pairs", levels=Pairs((0.0, 1.0)), block=(1, 32))
+    several = "its codes stand for several weights each"
+    reasons = {"rtn": None, "gptq": several, "hqq": TABLE, "signround": TABLE, "blockap": TABLE}
+    assert {name: solver.get(name).obstacle(pairs) for name in solver.names()} == reasons
 
 
 def test_what_each_plug_in_needs_is_what_its_chain_needs() -> None:
