@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from spicerack import plugins
 from spicerack.errors import RecipeError
-from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.scheme import Scheme
 
 NEAREST = "rtn"
@@ -81,6 +80,7 @@ def auto(scheme: Scheme, with_text: bool) -> Method:
     """The best measured for the scheme (docs/quality.md), with calibration text; without, rounding to nearest."""
     if not with_text:
         return Method()
-    steps = scheme.levels.hi - scheme.levels.lo if isinstance(scheme.levels, IntLevels) else _MANY
+    integers = scheme.levels.integers
+    steps = _MANY if integers is None else integers.hi - integers.lo
     learned = "blockap" if steps == _TWO_BITS and scheme.block[0] is not None else "signround"
     return Method(("smoothquant",) if scheme.activations else (), learned if steps < _MANY else "gptq")

@@ -237,13 +237,3 @@ def _sorted(values: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[int, ..
         first.setdefault(value, code)
     rising = tuple(sorted(first))
     return rising, tuple(first[value] for value in rising)
-
-
-def nearest(u: torch.Tensor, levels: Levels, zero: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """`levels.encode(u, zero)`."""
-    return levels.encode(u, zero)
-
-
-def level_values(codes: torch.Tensor, levels: Levels, zero: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """`levels.decode(codes, zero)`."""
-    return levels.decode(codes, zero)

@@ -28,7 +28,6 @@ from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
-from spicerack.numerics.scheme import Scheme
 from spicerack.storage import format
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
@@ -216,12 +215,9 @@ def _source_dtype(name: str, weight: PackedWeight) -> torch.dtype:
     """
     scheme, scale = weight.scheme, weight.qtensor().scale
     while isinstance(scale, QTensor):
-        assert isinstance(scheme.scale, Scheme)
-        scheme, scale = scheme.scale, scale.scale
-    assert isinstance(scheme.scale, str)
-    stored = scheme.scale
+        scheme, scale = scale.scheme, scale.scale
     for dtype in (weight.dtype, torch.float32, torch.bfloat16):
-        if dtype_of(stored, dtype) == scale.dtype:
+        if dtype_of(scheme.scale, dtype) == scale.dtype:
             return dtype
     raise UsageError(
         f"{name}: its scales are {scale.dtype}, which {scheme} does not store",

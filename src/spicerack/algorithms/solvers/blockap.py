@@ -20,7 +20,6 @@ from spicerack.algorithms.descent import Forward, Tunable, descend, memory, obst
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
 from spicerack.numerics.fake import Grid, Parts, fake, rounded, stored
-from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
 
 STEPS = 200
@@ -49,10 +48,9 @@ class _Learned:
 
     def __init__(self, layer: Tunable) -> None:
         q = layer.start
-        assert isinstance(q.scale, torch.Tensor) and isinstance(q.scheme.levels, IntLevels)
-        self.best, self.dtype, self.levels = q, q.scale.dtype, q.scheme.levels
-        self.grid = Grid(q.scheme.levels, q.scheme.block_shape(*q.shape))
-        self.scale = q.scale.float().clone()
+        self.best, self.dtype, self.levels = q, q.plain_scale.dtype, q.scheme.integers
+        self.grid = Grid(self.levels, q.scheme.block_shape(*q.shape))
+        self.scale = q.plain_scale.float().clone()
         self.zero = None if q.zero is None else q.zero.float()
         unit = self.scale.abs()
         self.weight = self.grid.tiles(self.grid.decode(self.grid.tiles(q.codes.float()), (self.scale, self.zero)))

@@ -21,7 +21,6 @@ import torch
 
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import GramSolver
-from spicerack.numerics.levels import level_values, nearest
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import store
 from spicerack.numerics.scheme import Scheme
@@ -42,8 +41,8 @@ _PIECES = 256 << 20
 
 
 def obstacle(scheme: Scheme) -> str | None:
-    """Why rows cannot be walked one by one, or their scales fitted; None if they can. One scale may be the tensor's."""
-    return scheme.scale_obstacle or scheme.rows_obstacle
+    """Why rows cannot be walked by columns, or their scales fitted; None if they can. One scale may be the tensor's."""
+    return scheme.scale_obstacle or scheme.rows_obstacle or scheme.codes_obstacle
 
 
 def memory(n: int, k: int) -> int:
@@ -177,9 +176,9 @@ def _walk(target: torch.Tensor, start: QTensor, u: torch.Tensor, order: torch.Te
             g = groups[i]
             offset = zero[g % len(zero)]
             corrected = w[i - first].addmv_(e[first:i].t(), factors[i - first, first:i])
-            code = nearest(corrected * inverse[g], levels, offset)
+            code = levels.encode(corrected * inverse[g], offset)
             q[i] = code
-            e[i].sub_(scale[g] * level_values(code, levels, offset))
+            e[i].sub_(scale[g] * levels.decode(code, offset))
     codes = torch.empty_like(q)
     codes[order] = q
     return codes.t().contiguous()
@@ -196,8 +195,7 @@ def _fitted(start: QTensor, codes: torch.Tensor, target: torch.Tensor, h: torch.
     """
     n, k = codes.shape
     group = start.scheme.block_shape(n, k)[1]
-    assert isinstance(start.scale, torch.Tensor)
-    one = len(start.scale) != n
+    one = len(start.plain_scale) != n
     nothing = torch.zeros((1, k // group), dtype=torch.float64, device=target.device)
     total = torch.diag_embed(nothing), nothing
     chosen, scales = [], []
@@ -211,8 +209,8 @@ def _fitted(start: QTensor, codes: torch.Tensor, target: torch.Tensor, h: torch.
         if one:
             total = total[0] + p.sum(0, keepdim=True), total[1] + r.sum(0, keepdim=True)
         else:
-            scales.append(_rescaled(_scale(q), p, r, start.scale.dtype))
-    scale = _rescaled(_scale(start), *total, start.scale.dtype) if one else torch.cat(scales)
+            scales.append(_rescaled(_scale(q), p, r, start.plain_scale.dtype))
+    scale = _rescaled(_scale(start), *total, start.plain_scale.dtype) if one else torch.cat(scales)
     return dataclasses.replace(start, codes=torch.cat(chosen), scale=scale)
 
 
@@ -265,15 +263,14 @@ def _rescaled(s: torch.Tensor, p: torch.Tensor, r: torch.Tensor, dtype: torch.dt
 
 def _rows(q: QTensor, some: slice) -> QTensor:
     """Some rows of q; its scale and zero point may be the tensor's, and are then theirs too."""
-    assert isinstance(q.scale, torch.Tensor)
-    scale = q.scale[some] if len(q.scale) > 1 else q.scale
+    scale = q.plain_scale[some] if len(q.plain_scale) > 1 else q.plain_scale
     zero = q.zero[some] if q.zero is not None and len(q.zero) > 1 else q.zero
     return dataclasses.replace(q, codes=q.codes[some], scale=scale, zero=zero)
 
 
 def _levels(q: QTensor) -> torch.Tensor:
     """float32 [N, K]: level[code] - zero."""
-    return level_values(q.codes, q.scheme.levels, _by_column(_zero(q), *q.codes.shape))
+    return q.scheme.levels.decode(q.codes, _by_column(_zero(q), *q.codes.shape))
 
 
 def _decoded(q: QTensor) -> torch.Tensor:
@@ -283,8 +280,7 @@ def _decoded(q: QTensor) -> torch.Tensor:
 
 def _scale(q: QTensor) -> torch.Tensor:
     """float32 [N or 1, groups or 1]."""
-    assert isinstance(q.scale, torch.Tensor)
-    return q.scale.float()
+    return q.plain_scale.float()
 
 
 def _zero(q: QTensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ import torch
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import WeightSolver
 from spicerack.numerics.codec import from_blocks, to_blocks
-from spicerack.numerics.levels import IntLevels, level_values, nearest
+from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import store
 from spicerack.numerics.scheme import Scheme
@@ -57,14 +57,13 @@ def memory(n: int, k: int) -> int:
 
 def solve(w: torch.Tensor, start: QTensor) -> Solved:
     """Codes, scales and zero points of w [..., N, K], float; no block has more error to the power P than in `start`."""
-    assert isinstance(start.scale, torch.Tensor)
     block = start.scheme.block_shape(*start.shape[-2:])
     x = to_blocks(w, block)
-    s = start.scale.float().reshape(-1, 1)
+    s = start.plain_scale.float().reshape(-1, 1)
     z = torch.zeros_like(s) if start.zero is None else start.zero.float().reshape(-1, 1)
     count = max(_CHUNK // x.shape[1], 1)
     solved = [
-        _solve_blocks(*some, start.scheme, start.scale.dtype)
+        _solve_blocks(*some, start.scheme, start.plain_scale.dtype)
         for some in zip(x.split(count), s.split(count), z.split(count), strict=True)
     ]
     q, s, z = (torch.cat(parts) for parts in zip(*solved, strict=True))
@@ -72,7 +71,7 @@ def solve(w: torch.Tensor, start: QTensor) -> Solved:
         dataclasses.replace(
             start,
             codes=from_blocks(q, start.shape, block).to(start.codes.dtype).contiguous(),
-            scale=s.reshape(start.scale.shape).to(start.scale.dtype),
+            scale=s.reshape(start.plain_scale.shape).to(start.plain_scale.dtype),
             zero=None if start.zero is None else z.reshape(start.zero.shape).to(start.zero.dtype),
         )
     )
@@ -91,8 +90,7 @@ def _solve_blocks(
     w: torch.Tensor, s: torch.Tensor, z: torch.Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """M blocks w [M, B] and their first s and z [M, 1] -> q [M, B], s and z [M, 1], float32; s is as stored."""
-    levels = scheme.levels
-    assert isinstance(levels, IntLevels)
+    levels = scheme.integers
     unit = w.float().abs().mean(1, keepdim=True)
     unit = torch.where(unit == 0, 1.0, unit)
     w = w.float() / unit
@@ -100,7 +98,7 @@ def _solve_blocks(
     beta = BETA
     for _ in range(STEPS):
         scaled = s / unit
-        v = level_values(nearest(w / scaled, levels, z), levels, z)
+        v = levels.decode(levels.encode(w / scaled, z), z)
         rest = w - shrink(w - scaled * v, beta)
         if scheme.zero:
             shift = (v - rest / scaled).mean(1, keepdim=True)
@@ -115,12 +113,12 @@ def _solve_blocks(
         better = error < least
         least = torch.where(better, error, least)
         best_s, best_z = torch.where(better, stored, best_s), torch.where(better, whole, best_z)
-    return nearest(w * unit / best_s, levels, best_z), best_s, best_z
+    return levels.encode(w * unit / best_s, best_z), best_s, best_z
 
 
 def _error(w: torch.Tensor, s: torch.Tensor, z: torch.Tensor, levels: IntLevels) -> torch.Tensor:
     """float64 [M, 1]: sum |w - s (q - z)|^P over each block of w [M, B], q the nearest codes; s and z are [M, 1]."""
-    decoded = s * level_values(nearest(w / s, levels, z), levels, z)
+    decoded = s * levels.decode(levels.encode(w / s, z), z)
     return (w - decoded).abs().pow(P).sum(1, keepdim=True, dtype=torch.float64)
 
 

@@ -22,7 +22,6 @@ import torch
 from spicerack.algorithms.descent import Forward, Tunable, descend, memory, obstacle
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
-from spicerack.numerics.levels import IntLevels, level_values
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import store
 
@@ -48,9 +47,8 @@ class _Learned:
 
     def __init__(self, layer: Tunable) -> None:
         q = layer.start
-        assert isinstance(q.scale, torch.Tensor)
-        self.start, self.levels, self.dtype = q, q.scheme.levels, q.scale.dtype
-        self.scale = q.scale.float()
+        self.start, self.levels, self.dtype = q, q.scheme.integers, q.plain_scale.dtype
+        self.scale = q.plain_scale.float()
         self.zero = torch.zeros((1, 1), device=q.codes.device) if q.zero is None else q.zero.float()
         self.weight = layer.weight.detach().float()
         self.weight = self._rounding_to(q.codes.float())
@@ -65,12 +63,10 @@ class _Learned:
 
     def _shift(self) -> torch.Tensor | float:
         """z, what stands between w / s and codes; half-integer levels are codes with a zero of -1/2."""
-        assert isinstance(self.levels, IntLevels)
-        return -0.5 if self.levels.half else self._by_column(self.zero)
+        return self.levels.offset(self._by_column(self.zero))
 
     def _rounding_to(self, codes: torch.Tensor) -> torch.Tensor:
         """The weights, moved as little as it takes for them to be rounded to these codes."""
-        assert isinstance(self.levels, IntLevels)
         scale, shift = self._by_column(self.scale), self._shift()
         u = self.weight / scale + shift
         low = torch.where(codes == self.levels.lo, -torch.inf, codes - _CELL)
@@ -87,14 +83,13 @@ class _Learned:
 
     def _codes(self, scale: torch.Tensor) -> torch.Tensor:
         """q, float32 [N, K], whose gradient is that of what was rounded."""
-        assert isinstance(self.levels, IntLevels)
         u = self.weight / self._by_column(scale) + self.v + self._shift()
         return (u + (torch.round(u) - u).detach()).clamp(self.levels.lo, self.levels.hi)
 
     def decoded(self) -> torch.Tensor:
         """The weight, float32 [N, K], as it would be shipped now, with gradients for v and a."""
         scale = self._scale()
-        return self._by_column(scale) * level_values(self._codes(scale), self.levels, self._by_column(self.zero))
+        return self._by_column(scale) * self.levels.decode(self._codes(scale), self._by_column(self.zero))
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
