@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType, dequantize
 
 import spicerack
 from spicerack import plugins
+from spicerack.algorithms import solver
 from spicerack.errors import ShapeError
 from spicerack.numerics import codec, packed, rounding, schemes
 from spicerack.numerics.levels import FloatLevels, TableLevels
@@ -215,5 +216,6 @@ def test_a_codebook_is_one_file_from_its_name_to_the_product(tmp_path: Path, lla
         assert torch.equal(layer.weight, codec.decode(exact))
         x = gaussian(3, 128)
         assert torch.allclose(layer(x), x @ codec.decode(exact).t(), atol=1e-5)
+        assert solver.get("gptq").obstacle(q.scheme) == "its codes stand for 2 weights each"
         with pytest.raises(ShapeError, match="blocks of 33 columns are no whole codes of pairs"):
             dataclasses.replace(parse("pairs"), block=(1, 33)).check_shape("w", (2, 66))

@@ -91,6 +91,11 @@ class Scheme:
         return "its levels are a table, not integers" if self.levels.integers is None else None
 
     @property
+    def codes_obstacle(self) -> str | None:
+        """Why a code is not one weight's, so that columns of a matrix can be rounded one after the other, or None."""
+        return None if self.levels.weights == 1 else f"its codes stand for {self.levels.weights} weights each"
+
+    @property
     def scale_obstacle(self) -> str | None:
         """Why a block is not its levels times one float (q4_k, nvfp4), or None. `QTensor.plain_scale` is that float."""
         if isinstance(self.scale, Scheme):

@@ -41,9 +41,8 @@ _PIECES = 256 << 20
 
 
 def obstacle(scheme: Scheme) -> str | None:
-    """Why rows cannot be walked column by column, or their scales fitted, or None; one scale may be the tensor's."""
-    several = None if scheme.levels.weights == 1 else "its codes stand for several weights each"
-    return several or scheme.scale_obstacle or scheme.rows_obstacle
+    """Why rows cannot be walked by columns, or their scales fitted; None if they can. One scale may be the tensor's."""
+    return scheme.scale_obstacle or scheme.rows_obstacle or scheme.codes_obstacle
 
 
 def memory(n: int, k: int) -> int:

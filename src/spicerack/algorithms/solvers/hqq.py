@@ -71,7 +71,7 @@ def solve(w: torch.Tensor, start: QTensor) -> Solved:
         dataclasses.replace(
             start,
             codes=from_blocks(q, start.shape, block).to(start.codes.dtype).contiguous(),
-            scale=s.reshape(start.scale.shape).to(start.plain_scale.dtype),
+            scale=s.reshape(start.plain_scale.shape).to(start.plain_scale.dtype),
             zero=None if start.zero is None else z.reshape(start.zero.shape).to(start.zero.dtype),
         )
     )

@@ -163,6 +163,8 @@ class SharedWeight:
         scheme, block = q.scheme, q.scheme.block_shape(*q.shape)
         if scheme.scale_obstacle is not None or q.plain_scale.dtype not in SOURCES:
             raise SchemeError(f"{name}: {scheme} is not trained: its scales are no plain floats", "leave it packed")
+        if scheme.codes_obstacle is not None:
+            raise SchemeError(f"{name}: {scheme} is not trained: {scheme.codes_obstacle}", "leave it packed")
         integers, levels = scheme.levels.integers, scheme.levels
         if integers is not None:
             factor = Grid(integers, block).factor(scheme.zero)
