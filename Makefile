@@ -1,17 +1,25 @@
-# make demo | test | check | bench     on a fresh machine each sets up .venv first; needs only python3 (>= 3.10) and g++
+# make demo | test | fast | interop | check | bench     on a fresh machine each sets up .venv first; needs only python3 (>= 3.10) and g++
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := $(VENV)/.peers
 
-.PHONY: demo test check bench clean
+.PHONY: demo test fast interop check bench clean
 
 demo: $(STAMP)
 	$(BIN)/spicerack demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not interop"
+
+# What a change most likely breaks, in a minute and a half on two cores; test has all of it and more.
+fast: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not interop"
+
+# Other projects read our folders and compute what we do.
+interop: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m interop
 
 check: $(STAMP)
 	$(BIN)/ruff check .

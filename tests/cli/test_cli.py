@@ -119,6 +119,7 @@ def test_a_file_that_says_nothing_is_named(tmp_path: Path, monkeypatch: pytest.M
         about("mute")
 
 
+@pytest.mark.slow
 def test_quantize_prints_one_json_object(llama_folder, tmp_path: Path) -> None:
     done = run("quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", "w4g32", "--json")
     assert done.returncode == 0, done.stderr

@@ -76,7 +76,7 @@ def test_pooling_matches_sentence_transformers(pooling: Any, side: str) -> None:
     torch.testing.assert_close(pool(hidden, mask, pooling), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.interop
 def test_embeddings_are_those_of_sentence_transformers() -> None:
     from sentence_transformers import SentenceTransformer
 

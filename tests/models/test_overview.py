@@ -190,6 +190,7 @@ def model_of(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
+@pytest.mark.slow
 def test_weights_in_bounded_memory(tmp_path: Path) -> None:
     """A tensor of 200 MB is measured in chunks."""
     folder = folders.folder(tmp_path / "m", {"model.layers.0.mlp.up_proj.weight": (12_000, 4096)}, {}, dtype="F32")

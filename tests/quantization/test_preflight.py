@@ -48,6 +48,7 @@ def run(source: Path, output: Path, scheme: str = "w4g8", chain: str = "rtn", **
     return tried
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "scheme", "chain"),
     [

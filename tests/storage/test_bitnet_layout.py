@@ -86,6 +86,7 @@ def test_golden_bytes() -> None:
     assert torch.equal(back.codes, q.codes) and torch.equal(back.scale, q.scale) and back.scale.dtype == torch.bfloat16
 
 
+@pytest.mark.interop
 def test_the_bytes_are_those_that_transformers_packs_and_unpacks() -> None:
     from transformers.integrations.bitnet import pack_weights, unpack_weights
 
@@ -130,6 +131,7 @@ def test_what_it_holds_is_written_so() -> None:
     assert "accelerate" in note
 
 
+@pytest.mark.interop
 def test_transformers_leaves_alone_what_is_not_packed_and_nothing_else() -> None:
     """Its names are regular expressions, beginnings and ends of names."""
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -150,6 +152,7 @@ def test_transformers_leaves_alone_what_is_not_packed_and_nothing_else() -> None
 # ---- who reads the folders -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("reference_kernel")
 def test_transformers_reads_what_was_trained(tmp_path: Path, dtype: torch.dtype) -> None:
@@ -172,6 +175,7 @@ def test_transformers_reads_what_was_trained(tmp_path: Path, dtype: torch.dtype)
         assert torch.equal(loaded.get_submodule(name).packed.qtensor().scale, q.scale)
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rules", [[], ["model.layers.0.self_attn.*=skip", "lm_head=ternarya8"]], ids=["all", "rules"])
 @pytest.mark.usefixtures("reference_kernel")

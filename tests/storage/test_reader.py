@@ -377,6 +377,7 @@ def test_headers_alone_and_quickly(tmp_path: Path) -> None:
     assert len(Checkpoint.open(moe).tensors) == 80 * (1 + 3 * 256) and time.perf_counter() - start < 5
 
 
+@pytest.mark.slow
 def test_one_tensor_in_memory(tmp_path: Path) -> None:
     """Reading 512 MB tensor by tensor adds the memory of a few tensors, not of the file."""
     folder = folders.folder(tmp_path / "m", {f"t{i}": (4096, 1024) for i in range(32)}, {}, dtype="F32")

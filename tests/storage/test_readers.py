@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BertModel, CompressedTensorsConfi
 import spicerack
 from spicerack.text.calibration import Calibration
 
-pytestmark = pytest.mark.usefixtures("reference_kernel")
+pytestmark = [pytest.mark.interop, pytest.mark.usefixtures("reference_kernel")]
 
 IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 SYMMETRIC = [f"w{bits}{group}" for bits in range(2, 9) for group in ("", "g32")]

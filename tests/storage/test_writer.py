@@ -150,6 +150,7 @@ def test_a_disk_that_fills_up_is_reported_and_resumes(tmp_path: Path, monkeypatc
     assert list(Writer(tmp_path / "out", shards, IDENTITY).pending()) == [shards[1]]
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from spicerack.storage.writer import Writer, plan_shards\n"

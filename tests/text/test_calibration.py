@@ -135,6 +135,7 @@ def test_seeds_choose_sequences_of_the_whole_text(tmp_path: Path) -> None:
     assert starts == sorted(starts) and starts[0] < 500 and starts[-1] > 2500
 
 
+@pytest.mark.slow
 def test_of_a_large_text_a_part_spread_over_it_is_tokenized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
     path = write(tmp_path / "a.txt", "".join(f"{i:07d}\n" for i in range(200_000)))

@@ -61,6 +61,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "scheme", "chain"), CASES)
 def test_blocks_compute_on_the_device(
     family: str, scheme: str, chain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -313,6 +313,7 @@ except OutputError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_loses_no_block(tmp_path: Path) -> None:
     """The kernel refuses to write more, as on a full disk, once the first block is finished."""
     source, given = saved("llama", tmp_path / "float"), text()
@@ -326,6 +327,7 @@ def test_a_disk_that_fills_up_loses_no_block(tmp_path: Path) -> None:
     assert rest == [1] and same_files(tmp_path / "out", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_refused_by_name(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "float")
     said: list[str] = []

@@ -203,6 +203,7 @@ for name in observers.names():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     """The largest value, and so the width of bins, is only seen by one of them."""
     x = torch.randn(5, 400, 16, generator=torch.Generator().manual_seed(0)) ** 3

@@ -43,6 +43,7 @@ def test_what_has_no_twin() -> None:
         bitnet.twin_config(LlamaConfig(**SIZES, head_dim=32))
 
 
+@pytest.mark.interop
 def test_weights_and_activations_are_rounded_as_transformers_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: function)  # which it would do while it is imported
     from transformers.integrations.bitnet import ActQuant, WeightQuant
