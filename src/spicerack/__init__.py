@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from spicerack._version import __version__
 
 if TYPE_CHECKING:
+    from spicerack.evaluation.bench import BenchOptions, bench
     from spicerack.evaluation.evaluate import EvaluationOptions, evaluate, measure
     from spicerack.evaluation.language import paired_difference
     from spicerack.nn.cache import QuantizedCache
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
     from spicerack.training.settings import Settings
 
 __all__ = [
+    "BenchOptions",
     "Calibration",
     "EvaluationOptions",
     "QATConfig",
     "QuantizedCache",
     "Settings",
     "__version__",
+    "bench",
     "evaluate",
     "fold_batchnorm",
     "freeze",
@@ -56,11 +59,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BenchOptions": "evaluation.bench.BenchOptions",
     "Calibration": "text.calibration.Calibration",
     "EvaluationOptions": "evaluation.evaluate.EvaluationOptions",
     "QATConfig": "training.qat.start.QATConfig",
     "QuantizedCache": "nn.cache.QuantizedCache",
     "Settings": "training.settings.Settings",
+    "bench": "evaluation.bench.bench",
     "evaluate": "evaluation.evaluate.evaluate",
     "fold_batchnorm": "training.qat.batchnorm.fold_batchnorm",
     "freeze": "training.qat.prepare.freeze",

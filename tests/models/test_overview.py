@@ -40,10 +40,10 @@ def test_estimates_equal_what_quantize_writes(scheme: str, llama_folder: Any) ->
     folder = llama_folder(num_hidden_layers=2)
     found = {estimate.scheme: estimate for estimate in look(folder).estimates}[scheme]
     job = prepare(folder, Recipe(parse(scheme)))
-    after = job.summary()
+    after = job.sizes()
     layers = sum(action.planned is not None for action in job.actions)
-    assert 0 <= after["bytes_after"] - found.nbytes <= layers * PADDING
-    assert found.bits_per_weight == pytest.approx(after["bits_per_weight"])
+    assert 0 <= after.bytes_after - found.nbytes <= layers * PADDING
+    assert found.bits_per_weight == pytest.approx(after.bits_per_weight)
     assert not found.indivisible
 
 
@@ -52,8 +52,8 @@ def test_estimates_of_other_families(family: str, tmp_path: Path) -> None:
     """Conv1D, fused experts stored [in, out], an unfused mixture, a tied head."""
     families.build(family).save_pretrained(tmp_path)
     found = next(e for e in look(tmp_path).estimates if e.scheme == "w8")
-    after = prepare(tmp_path, Recipe(parse("w8"))).summary()
-    assert 0 <= after["bytes_after"] - found.nbytes <= 40 * PADDING
+    after = prepare(tmp_path, Recipe(parse("w8"))).sizes()
+    assert 0 <= after.bytes_after - found.nbytes <= 40 * PADDING
 
 
 def test_indivisible_widths_name_the_group_that_fits(tmp_path: Path) -> None:
