@@ -24,7 +24,7 @@ function(add_isa target sources isa)
 endfunction()
 
 set(native ${CMAKE_CURRENT_LIST_DIR})
-set(engine ${native}/kernels/linear.cpp ${native}/kernels/attention.cpp)
+set(engine ${native}/kernels/linear.cpp ${native}/kernels/attention.cpp ${native}/kernels/limits.cpp)
 set(quantizer ${native}/quantizers/search.cpp ${native}/quantizers/fake.cpp)
 find_package(Threads REQUIRED)
 add_library(kernels STATIC ${native}/kernels/engines.cpp ${native}/kernels/layout.cpp ${native}/kernels/team.cpp)

@@ -14,19 +14,8 @@
 
 namespace spicerack::SPICERACK_ISA {
 
-#if defined(__AVX512VBMI__)
-// Of n = sum over p < 4 of u[p] * 3^p: the codes u[p], two bits each.
-struct FourTrits {
-    uint8_t bytes[128];
-    constexpr FourTrits() : bytes{} {
-        for (int n = 0; n < 81; n++) bytes[n] = uint8_t(n % 3 | n / 3 % 3 << 2 | n / 9 % 3 << 4 | n / 27 << 6);
-    }
-};
-constexpr FourTrits FOUR_TRITS;
-#endif
-
-constexpr int PARTS = PANEL / LANES;    // vectors that hold a panel's 16 rows
-constexpr int BYTES = LANES * 4;        // of a vector
+constexpr int PARTS = PANEL / LANES;  // vectors that hold a panel's 16 rows
+constexpr int VECTOR_BYTES = LANES * 4;
 
 #if LANES == 16
 INLINE __m512i raw(vi x) { return (__m512i)x; }
@@ -47,33 +36,6 @@ INLINE vi four_bytes(const void* p) {
     int32_t four;
     std::memcpy(&four, p, 4);
     return splat_int(four);
-}
-
-// Five codes 0, 1, 2 from every byte, the sum of u[p] * 3^p.
-INLINE void split_trits(vi packed, vi* u) {
-#if defined(__AVX512VBMI__) && defined(__GFNI__) && LANES == 16
-    // 81 and 162 end in the bits 01 and 10: what subtracting them took away tells u[4].
-    const __m512i v = raw(packed), last = _mm512_set1_epi8(81), two_bits = _mm512_set1_epi8(3);
-    __m512i n = _mm512_min_epu8(v, _mm512_sub_epi8(v, last));
-    n = _mm512_min_epu8(n, _mm512_sub_epi8(n, last));
-    u[4] = (vi)_mm512_and_si512(_mm512_sub_epi8(v, n), two_bits);
-    // The others, two bits each.
-    const __m512i four = _mm512_permutex2var_epi8(_mm512_loadu_si512(FOUR_TRITS.bytes), n, _mm512_loadu_si512(FOUR_TRITS.bytes + 64));
-    u[0] = (vi)_mm512_and_si512(four, two_bits);
-    // Matrices of bits that move bits 2-3, 4-5, 6-7 to 0-1 and clear the rest.
-    u[1] = (vi)_mm512_gf2p8affine_epi64_epi8(four, _mm512_set1_epi64(0x0408ll << 48), 0);
-    u[2] = (vi)_mm512_gf2p8affine_epi64_epi8(four, _mm512_set1_epi64(0x1020ll << 48), 0);
-    u[3] = (vi)_mm512_gf2p8affine_epi64_epi8(four, _mm512_set1_epi64(0x4080ll << 48), 0);
-#else
-    typedef uint8_t bytes __attribute__((vector_size(BYTES)));
-    bytes left = (bytes)packed;
-    for (int p = 4, power = 81; p > 0; p--, power /= 3) {
-        const bytes once = (bytes)(left >= uint8_t(power)), twice = (bytes)(left >= uint8_t(2 * power));
-        left -= (once & uint8_t(power)) + (twice & uint8_t(power));
-        u[p] = (vi)(bytes{} - once - twice);
-    }
-    u[0] = (vi)left;
-#endif
 }
 
 // acc + sum over four columns of (u - SHIFT<BITS>) a. Codes u are below 2^BITS (BITS 0: below 128), |a| <= 127.
@@ -120,8 +82,8 @@ INLINE vi dot(vi acc, vi u, vi a) {
         }
         return acc;
     }
-    typedef uint8_t bytes __attribute__((vector_size(BYTES)));
-    typedef int8_t signed_bytes __attribute__((vector_size(BYTES)));
+    typedef uint8_t bytes __attribute__((vector_size(VECTOR_BYTES)));
+    typedef int8_t signed_bytes __attribute__((vector_size(VECTOR_BYTES)));
     const bytes w = (bytes)u;
     const signed_bytes v = (signed_bytes)a;
     for (int lane = 0; lane < LANES; lane++) {
@@ -160,6 +122,25 @@ INLINE vf fused(vf x, vf y, vf z) {
     return z;
 #endif
 }
+
+// Across the lanes: the sum, and the largest of magnitudes, which are not negative.
+#if LANES == 16
+INLINE int32_t sum_across(vi x) { return _mm512_reduce_add_epi32(raw(x)); }
+INLINE int32_t largest_across(vi x) { return _mm512_reduce_max_epi32(raw(x)); }
+#else
+INLINE int32_t sum_across(vi x) {
+    int32_t lanes[LANES], sum = 0;
+    store(lanes, x);
+    for (int i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
+}
+INLINE int32_t largest_across(vi x) {
+    int32_t lanes[LANES], largest = 0;
+    store(lanes, x);
+    for (int i = 0; i < LANES; i++) largest = lanes[i] > largest ? lanes[i] : largest;
+    return largest;
+}
+#endif
 
 // LANES bytes as integers, and back (of -128..127). GCC 12 takes vectors of bytes apart by itself.
 INLINE vi from_bytes(const uint8_t* p) {

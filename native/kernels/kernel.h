@@ -16,12 +16,13 @@
 
 namespace spicerack {
 
-constexpr int PANEL = 16;    // rows of a panel
-constexpr int BLOCK = 32;    // columns of a tile, and of a block of activations that share a scale
-constexpr int QUADS = 8;     // groups of 4 columns in a tile
-constexpr int TILE_UNIT = 64;  // bytes of a tile, for each bit of a code
-constexpr int TRITS = 1;     // instead of a number of bits
-constexpr int BUNDLE = 5;    // panels of trits in a byte
+constexpr int PANEL = 16;                // rows of a panel
+constexpr int BLOCK = 32;                // columns of a tile, and of a block of activations that share a scale
+constexpr int QUADS = 8;                 // groups of 4 columns in a tile
+constexpr int TILE_UNIT = 64;            // bytes of a tile, for each bit of a code
+constexpr int BYTE_TILE = PANEL * BLOCK;  // bytes of a tile with one byte a code
+constexpr int TRITS = 1;                 // instead of a number of bits
+constexpr int BUNDLE = 5;                // panels of trits in a byte
 
 // w[n, k] = scale[n, k / group] * (u[n, k] - z), z = zero[n, k / group], or offset without zeros; and 1/2 more if half.
 struct Weights {

@@ -5,7 +5,6 @@
 namespace spicerack {
 namespace {
 
-constexpr int BYTES = PANEL * BLOCK;  // of a tile with one byte a code
 constexpr int VECTOR = TILE_UNIT;
 constexpr int POWERS_OF_3[BUNDLE] = {1, 3, 9, 27, 81};
 
@@ -46,7 +45,7 @@ int place(int64_t r, int64_t c) { return int(c / 4 * VECTOR + r * 4 + c % 4); }
 
 // A tile with one byte a code, from the rows and columns that there are; zeros beyond.
 struct Tile {
-    uint8_t bytes[BYTES] = {};
+    uint8_t bytes[BYTE_TILE] = {};
 
     Tile() = default;
     Tile(const uint8_t* codes, int64_t n, int64_t k, int offset, int64_t row, int64_t column) {
@@ -66,11 +65,11 @@ struct Tile {
 
 void pack_trits(const uint8_t* codes, int64_t n, int64_t k, int offset, uint8_t* tiles) {
     for (int64_t row = 0; row < n; row += BUNDLE * PANEL) {
-        for (int64_t column = 0; column < k; column += BLOCK, tiles += BYTES) {
-            std::memset(tiles, 0, BYTES);
+        for (int64_t column = 0; column < k; column += BLOCK, tiles += BYTE_TILE) {
+            std::memset(tiles, 0, BYTE_TILE);
             for (int p = BUNDLE - 1; p >= 0; p--) {
                 const Tile tile(codes, n, k, offset, row + p * PANEL, column);
-                for (int i = 0; i < BYTES; i++) tiles[i] = uint8_t(3 * tiles[i] + tile.bytes[i]);
+                for (int i = 0; i < BYTE_TILE; i++) tiles[i] = uint8_t(3 * tiles[i] + tile.bytes[i]);
             }
         }
     }
@@ -78,12 +77,12 @@ void pack_trits(const uint8_t* codes, int64_t n, int64_t k, int offset, uint8_t*
 
 void unpack_trits(const uint8_t* tiles, int64_t n, int64_t k, int offset, uint8_t* codes) {
     for (int64_t row = 0; row < n; row += BUNDLE * PANEL) {
-        for (int64_t column = 0; column < k; column += BLOCK, tiles += BYTES) {
-            uint8_t left[BYTES];
-            std::memcpy(left, tiles, BYTES);
+        for (int64_t column = 0; column < k; column += BLOCK, tiles += BYTE_TILE) {
+            uint8_t left[BYTE_TILE];
+            std::memcpy(left, tiles, BYTE_TILE);
             for (int p = 0; p < BUNDLE; p++) {
                 Tile tile;
-                for (int i = 0; i < BYTES; i++) {
+                for (int i = 0; i < BYTE_TILE; i++) {
                     tile.bytes[i] = left[i] % 3;
                     left[i] /= 3;
                 }

@@ -1,0 +1,155 @@
+// x as bodies read it: strips of its rows, in int8 with their scales and sums, or in float32. Part of linear.cpp.
+//
+// A row of x is quantized by one thread, its blocks of 32 columns from left to right; codes are q = round(a / s), half to even,
+// within -127..127, with s = largest magnitude / 127 of the block or the row, or a given one.
+#pragma once
+
+#include <cstring>
+
+#include "buffer.h"
+#include "dot.h"
+
+namespace spicerack::SPICERACK_ISA {
+namespace {
+
+constexpr float LARGEST = 127.0f;         // codes are -127..127, of equal reach to both sides
+constexpr float FLUSH = 0x1p-100f;        // a block below this counts as zeros: from 2^-121 down 1 / scale would overflow
+constexpr int32_t INFINITE = 0x7f800000;  // the bits of infinity; those of NaN are above
+constexpr int VECTORS_A_BLOCK = BLOCK / LANES;
+
+// Rows in parts of nearly equal size, none larger than `most`: the first `longer` have one row more than the others.
+struct EvenParts {
+    int64_t count, each, longer;
+
+    INLINE EvenParts(int64_t rows, int64_t most)
+        : count((rows + most - 1) / most), each(rows / count), longer(rows - each * count) {}
+    INLINE int64_t first(int64_t part) const { return part * each + least(part, longer); }
+    INLINE int64_t size(int64_t part) const { return each + (part < longer); }
+};
+
+// Some rows of x, [rows, K], as the bodies read them. The strip that begins with row r begins at r * blocks * 32 (codes, floats)
+// and r * blocks (scale, sums); in it all rows' values for a block lie together.
+struct Slab {
+    int64_t rows, k, blocks;
+    const char* x;
+    Float type;
+    int8_t* codes;
+    float* scale;    // one for each block, or 1 where rows have their own
+    int32_t* sums;   // of the codes of each block
+    float* token;    // [rows], or null: the row's scale
+    int32_t* total;  // [rows]: of all codes of a row
+    float* floats;
+    uint8_t* wild;   // [rows]: it holds a NaN or an infinity
+};
+
+// A row of the slab: the r-th of a strip of `height` rows that begins with row `first`.
+struct SlabRow {
+    int64_t first, height, r;
+
+    INLINE int64_t row() const { return first + r; }
+    // Of the row's first value among those that have one for each block.
+    INLINE int64_t at(const Slab& s) const { return first * s.blocks + r; }
+    INLINE int64_t at_column(const Slab& s) const { return (first * s.blocks + r) * BLOCK; }
+};
+
+INLINE vi magnitude(vf x) { return (vi)x & 0x7fffffff; }
+
+// 32 activations, zeros beyond the row's end.
+template <class T>
+INLINE void load_block(const Slab& s, int64_t row, int64_t block, vf* x) {
+    const typename T::value* at = (const typename T::value*)s.x + row * s.k + block * BLOCK;
+    const int64_t left = s.k - block * BLOCK;
+    if (left >= BLOCK) {
+        for (int i = 0; i < VECTORS_A_BLOCK; i++) x[i] = T::widen(at + i * LANES);
+    } else {
+        typename T::value some[BLOCK] = {};
+        std::memcpy(some, at, left * sizeof *at);
+        for (int i = 0; i < VECTORS_A_BLOCK; i++) x[i] = T::widen(some + i * LANES);
+    }
+}
+
+// The larger magnitudes of two, as integers, of which NaN is the largest.
+INLINE vi larger(const vf* x, vi most) {
+    for (int i = 0; i < VECTORS_A_BLOCK; i++) most = magnitude(x[i]) > most ? magnitude(x[i]) : most;
+    return most;
+}
+
+// 127 / largest, and the scale itself; both 0 for (nearly) nothing, and for what is not finite.
+struct Step {
+    float scale = 0, inverse = 0;
+
+    INLINE Step() {}
+    // largest: the bits of the largest magnitude.
+    INLINE explicit Step(int32_t largest) {
+        float most;
+        std::memcpy(&most, &largest, 4);
+        if (largest < INFINITE && most >= FLUSH) {
+            scale = most / LARGEST;
+            inverse = 1.0f / scale;
+        }
+    }
+};
+
+// -> the sum of the codes. Divided, a given scale has the codes that any other reader of it finds; a scale of our own costs a
+// product.
+template <bool DIVIDED>
+INLINE int32_t round_block(const vf* x, const Step& step, int8_t* codes) {
+    vi sum{};
+    for (int i = 0; i < VECTORS_A_BLOCK; i++) {
+        const vf u = DIVIDED ? x[i] / splat(step.scale) : x[i] * step.inverse;
+        const vi q = round_to_int(vmin(vmax(u, splat(-LARGEST)), splat(LARGEST)));
+        sum += q;
+        to_bytes(q, codes + i * LANES);
+    }
+    return sum_across(sum);
+}
+
+template <class T>
+void quantize_row(const Slab& s, Activations how, float fixed_scale, const SlabRow& place) {
+    const int64_t row = place.row();
+    int8_t* codes = s.codes + place.at_column(s);
+    float* scale = s.scale + place.at(s);
+    int32_t* sums = s.sums + place.at(s);
+    const bool given = how == Activations::fixed;
+    int32_t worst = 0, total = 0;
+    vf x[VECTORS_A_BLOCK];
+    Step step;
+    if (how != Activations::blocks) {
+        vi most{};
+        for (int64_t b = 0; b < s.blocks; b++) {
+            load_block<T>(s, row, b, x);
+            most = larger(x, most);
+        }
+        worst = largest_across(most);
+        step = Step(worst);
+        if (given) step.scale = fixed_scale;
+        s.token[row] = step.scale;
+    }
+    for (int64_t b = 0; b < s.blocks; b++) {
+        load_block<T>(s, row, b, x);
+        if (how == Activations::blocks) {
+            const int32_t largest = largest_across(larger(x, vi{}));
+            worst = largest > worst ? largest : worst;
+            step = Step(largest);
+        }
+        *scale = how == Activations::blocks ? step.scale : 1.0f;
+        *sums = given ? round_block<true>(x, step, codes) : round_block<false>(x, step, codes);
+        total += *sums;
+        codes += BLOCK * place.height, scale += place.height, sums += place.height;
+    }
+    s.total[row] = total;
+    s.wild[row] = worst >= INFINITE;
+}
+
+template <class T>
+void widen_row(const Slab& s, const SlabRow& place) {
+    float* floats = s.floats + place.at_column(s);
+    for (int64_t b = 0; b < s.blocks; b++, floats += BLOCK * place.height) {
+        vf x[VECTORS_A_BLOCK];
+        load_block<T>(s, place.row(), b, x);
+        for (int i = 0; i < VECTORS_A_BLOCK; i++) store(floats + i * LANES, x[i]);
+    }
+}
+
+}  // namespace
+}  // namespace spicerack::SPICERACK_ISA

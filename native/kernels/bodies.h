@@ -1,0 +1,237 @@
+// The innermost loops of linear.cpp: a strip of x, which is some of its rows, times a few panels of W, over a chunk of columns.
+//
+// A body is compiled for each width of codes, number of rows, number of panels, and way of scaling. Loops over rows and
+// vectors have constant counts, so that all sums stay in registers. Every body adds the same terms in the same order.
+#pragma once
+
+#include "codes.h"
+#include "sizes.h"
+
+namespace spicerack::SPICERACK_ISA {
+namespace {
+
+// What a body adds to its sums.
+enum Scaling {
+    scale_of_row,    // float32: t, of blocks times their scales of x; W has one scale a row, which comes in the end
+    scale_of_block,  // float32: t s_w, with a scale for each block of W
+    scale_of_group,  // float32: t s_w, with a scale for several blocks of W
+    unscaled,        // int32: u a, where x has one scale a row and W has, too
+    of_floats,       // float32: (u - z) x, or s_w (u - z) x where groups of W have scales
+    SCALINGS
+};
+
+// Panels of one matrix, from the chunk's first column on.
+struct Panels {
+    const uint8_t* codes[PANELS_MOST];  // step: bytes from tile to tile; trits in bundles: all in the first
+    const uint8_t* scale[PANELS_MOST];  // of the chunk's first group, in `type`
+    const uint8_t* zero[PANELS_MOST];   // null: none
+    int64_t step;
+    int64_t left, jump;    // bytes to a panel's end, and from there to the panel that its thread reads next
+    int64_t blocks;        // of the chunk
+    int which;             // panel of a bundle of trits, where they are multiplied by floats
+    int64_t group_blocks;  // 0: one scale a row, applied in the end
+    Float type;
+    int offset;
+    bool half;
+};
+
+// A strip of x: for every block of the chunk its M rows one after the other.
+struct Strip {
+    const int8_t* codes;   // [blocks, M, 32]
+    const float* scale;    // [blocks, M]
+    const int32_t* start;  // [blocks, M]: -offset * sum of the codes; with zeros the sum itself, negated
+    const float* half;     // [blocks, M]: half the sum of the codes, or null
+    const float* floats;   // [blocks, M, 32], or null
+};
+
+// How the rows of P panels lie in vectors: P * parts of them at once, all parts of the panels or one of a bundle of trits.
+template <int BITS, int P>
+struct Vectors {
+    static constexpr bool trits = BITS == TRITS || P == BUNDLE;
+    static constexpr int parts = trits ? 1 : PARTS, passes = PARTS / parts, count = P * parts, rows = P * PANEL;
+    static constexpr int panel(int v) { return v / parts; }
+    // Where the vector's rows begin in a panel, and among the rows of all panels.
+    static constexpr int row(int v, int pass) { return (v % parts + pass) * LANES; }
+    static constexpr int place(int v, int pass) { return panel(v) * PANEL + row(v, pass); }
+};
+
+// The codes of one quad, for all vectors.
+template <int BITS, int P>
+INLINE void take(const Panels& w, int64_t at, int quad, int pass, vi* u) {
+    using S = Vectors<BITS, P>;
+    if constexpr (BITS == TRITS) {
+        split_trits(load<vi>(w.codes[0] + at + quad * TILE_UNIT + pass * VECTOR_BYTES), u);
+    } else {
+        for (int v = 0; v < S::count; v++) u[v] = codes<BITS>(w.codes[S::panel(v)] + at, quad, v % S::parts + pass);
+    }
+}
+
+// Into the second-level cache: the first has too few lines on their way at once, which cost a fifth of the bandwidth.
+template <int BITS, int P>
+INLINE void prefetch(const Panels& w, int64_t at) {
+    constexpr int streams = BITS == TRITS ? 1 : P, lines = BITS == TRITS ? QUADS : BITS;
+    at += at + PREFETCH_BYTES < w.left ? PREFETCH_BYTES : PREFETCH_BYTES + w.jump;
+    for (int p = 0; p < streams; p++) {
+        for (int line = 0; line < lines; line++) __builtin_prefetch(w.codes[p] + at + line * TILE_UNIT, 0, 2);
+    }
+}
+
+// Bodies that read packed codes prefetch for few rows of x, which leave memory no time otherwise.
+template <int BITS, int M, int P>
+constexpr bool prefetches(int panels_read_once) {
+    return BITS != UNPACKED && (M <= IN_REGISTERS.rows || P == panels_read_once);
+}
+
+INLINE vf scale_at(const Panels& w, int panel, int64_t group, int row) {
+    return widen(w.scale[panel] + (group * PANEL + row) * size_of(w.type), w.type);
+}
+
+INLINE vi zero_at(const Panels& w, int panel, int64_t group, int row) {
+    return from_bytes(w.zero[panel] + group * PANEL + row);
+}
+
+// Calls body(m, v) for each row of x and vector; unrolled, so that m and v are constants.
+template <int M, int V, class Body>
+INLINE void for_each(const Body& body) {
+    for (int m = 0; m < M; m++) {
+        for (int v = 0; v < V; v++) body(m, v);
+    }
+}
+
+// i += u a of one block, in int32. `at`: bytes to its tile in each panel; a [M, 32].
+template <int BITS, int M, int P>
+INLINE void add_block(const Panels& w, int64_t at, int pass, const int8_t* a, vi (&i)[M][Vectors<BITS, P>::count]) {
+    constexpr int V = Vectors<BITS, P>::count;
+#pragma GCC unroll 8
+    for (int quad = 0; quad < QUADS; quad++) {
+        vi u[V];
+        take<BITS, P>(w, at, quad, pass, u);
+        for (int m = 0; m < M; m++) {
+            const vi four = four_bytes(a + m * BLOCK + quad * 4);
+            for (int v = 0; v < V; v++) i[m][v] = dot<BITS>(i[m][v], u[v], four);
+        }
+    }
+}
+
+// Sums [M, rows of P panels], in float32, of the rows that one pass has vectors for.
+template <int BITS, int M, int P, Scaling SCALING>
+INLINE void scaled_pass(const Panels& w, const Strip& x, float* sums, int pass) {
+    using S = Vectors<BITS, P>;
+    constexpr int V = S::count;
+    constexpr bool by_group = SCALING == scale_of_group, by_block = SCALING == scale_of_block;
+    const int64_t group = by_group ? w.group_blocks : by_block ? 1 : w.blocks;
+    const auto sum = [&](int m, int v) FLAT { return sums + m * S::rows + S::place(v, pass); };
+    const int8_t* a = x.codes;
+    const float* s_a = x.scale;
+    const int32_t* start = x.start;
+    const float* half = x.half;
+    vf t[M][V] = {};
+    if constexpr (!by_group) for_each<M, V>([&](int m, int v) FLAT { t[m][v] = load<vf>(sum(m, v)); });
+    int64_t at = 0;
+    for (int64_t g = 0; g * group < w.blocks; g++) {
+        if constexpr (by_group) for_each<M, V>([&](int m, int v) FLAT { t[m][v] = vf{}; });
+        vi z[V] = {};
+        if (w.zero[0]) {
+            for (int v = 0; v < V; v++) {
+                z[v] = small_factor(zero_at(w, S::panel(v), g, S::row(v, pass)) - SHIFT<BITS>);
+            }
+        }
+        for (int64_t b = 0; b < group; b++, at += w.step, a += BLOCK * M, s_a += M, start += M) {
+            vi i[M][V];
+            for_each<M, V>([&](int m, int v) FLAT { i[m][v] = four_bytes(start + m); });
+            if (w.zero[0]) for_each<M, V>([&](int m, int v) FLAT { i[m][v] = small_product(z[v], i[m][v]); });
+            if constexpr (prefetches<BITS, M, P>(READ_ONCE.panels_scaled)) prefetch<BITS, P>(w, at);
+            add_block<BITS, M, P>(w, at, pass, a, i);
+            vf f[M][V];
+            for_each<M, V>([&](int m, int v) FLAT { f[m][v] = to_float(i[m][v]); });
+            if (half) {
+                for_each<M, V>([&](int m, int v) FLAT { f[m][v] = f[m][v] + splat(half[m]); });
+                half += M;
+            }
+            for (int v = 0; v < V; v++) {
+                const vf s_w = by_block ? scale_at(w, S::panel(v), g, S::row(v, pass)) : vf{};
+                for (int m = 0; m < M; m++) {
+                    t[m][v] = by_block ? fused(f[m][v] * splat(s_a[m]), s_w, t[m][v])
+                                       : fused(f[m][v], splat(s_a[m]), t[m][v]);
+                }
+            }
+        }
+        if constexpr (by_group) {
+            for (int v = 0; v < V; v++) {
+                const vf s_w = scale_at(w, S::panel(v), g, S::row(v, pass));
+                for (int m = 0; m < M; m++) store(sum(m, v), fused(t[m][v], s_w, load<vf>(sum(m, v))));
+            }
+        }
+    }
+    if constexpr (!by_group) for_each<M, V>([&](int m, int v) FLAT { store(sum(m, v), t[m][v]); });
+}
+
+template <int BITS, int M, int P, Scaling SCALING>
+void scaled(const Panels& w, const Strip& x, float* sums) {
+    for (int pass = 0; pass < Vectors<BITS, P>::passes; pass++) scaled_pass<BITS, M, P, SCALING>(w, x, sums, pass);
+}
+
+// Sums [M, rows of P panels] of u a, exact, in int32.
+template <int BITS, int M, int P>
+INLINE void summed_pass(const Panels& w, const Strip& x, float* sums, int pass) {
+    using S = Vectors<BITS, P>;
+    constexpr int V = S::count;
+    const auto sum = [&](int m, int v) FLAT { return sums + m * S::rows + S::place(v, pass); };
+    vi i[M][V];
+    for_each<M, V>([&](int m, int v) FLAT { i[m][v] = load<vi>(sum(m, v)); });
+    const int8_t* a = x.codes;
+    for (int64_t b = 0, at = 0; b < w.blocks; b++, at += w.step, a += BLOCK * M) {
+        if constexpr (prefetches<BITS, M, P>(READ_ONCE.panels_summed)) prefetch<BITS, P>(w, at);
+        add_block<BITS, M, P>(w, at, pass, a, i);
+    }
+    for_each<M, V>([&](int m, int v) FLAT { store(sum(m, v), i[m][v]); });
+}
+
+template <int BITS, int M, int P>
+void summed(const Panels& w, const Strip& x, float* sums) {
+    for (int pass = 0; pass < Vectors<BITS, P>::passes; pass++) summed_pass<BITS, M, P>(w, x, sums, pass);
+}
+
+// One panel times floats: (u - z) x for each column, columns 4 q + j in the running sum j.
+template <int BITS, int M>
+void floating(const Panels& w, const Strip& x, float* sums) {
+    const bool rows = w.group_blocks == 0;
+    const int64_t group = rows ? w.blocks : w.group_blocks;
+    for (int part = 0; part < PARTS; part++) {
+        const float* a = x.floats;
+        int64_t at = 0;
+        for (int64_t g = 0; g * group < w.blocks; g++) {
+            vf z = splat(float(w.offset));
+            if (w.zero[0]) z = to_float(zero_at(w, 0, g, part * LANES));
+            if (w.half) z = z - 0.5f;
+            vf t[M][4] = {};
+            for (int64_t b = 0; b < group; b++, at += w.step, a += BLOCK * M) {
+#pragma GCC unroll 8
+                for (int quad = 0; quad < QUADS; quad++) {
+                    vi u;
+                    if constexpr (BITS == TRITS) {
+                        vi all[BUNDLE];
+                        take<BITS, BUNDLE>(w, at, quad, part, all);
+                        u = all[w.which];
+                    } else {
+                        u = codes<BITS>(w.codes[0] + at, quad, part);
+                    }
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) {
+                        const vf value = to_float((vi)((vu)u >> 8 * j) & 0xff) - z;
+                        for (int m = 0; m < M; m++) t[m][j] = fused(splat(a[m * BLOCK + quad * 4 + j]), value, t[m][j]);
+                    }
+                }
+            }
+            vf s_w = splat(1.0f);
+            if (!rows) s_w = scale_at(w, 0, g, part * LANES);
+            for (int m = 0; m < M; m++) {
+                float* sum = sums + m * PANEL + part * LANES;
+                store(sum, fused((t[m][0] + t[m][1]) + (t[m][2] + t[m][3]), s_w, load<vf>(sum)));
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace spicerack::SPICERACK_ISA

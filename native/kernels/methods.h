@@ -1,0 +1,170 @@
+// Which body multiplies: by the rows of x, the width of the codes, and where scales change. A new body gets its place here.
+#pragma once
+
+#include "bodies.h"
+
+namespace spicerack::SPICERACK_ISA {
+namespace {
+
+typedef void (*Body)(const Panels&, const Strip&, float*);
+typedef void (*Unpack)(const uint8_t*, uint8_t*);
+
+// Bodies that read codes in one way: of each scaling, for strips of 1, 2, ... rows (null: of no use), and their panels.
+struct Bodies {
+    Body of[SCALINGS][ROWS_MOST];
+    int panels[SCALINGS];
+};
+
+// ---- the bodies there are ----------------------------------------------------------------------------------------------
+
+// For strips of LEAST to M rows.
+template <int BITS, int M, int LEAST, int P>
+constexpr void add_scaled(Bodies& bodies) {
+    bodies.of[scale_of_row][M - 1] = scaled<BITS, M, P, scale_of_row>;
+    bodies.of[scale_of_block][M - 1] = scaled<BITS, M, P, scale_of_block>;
+    bodies.of[scale_of_group][M - 1] = scaled<BITS, M, P, scale_of_group>;
+    bodies.panels[scale_of_row] = bodies.panels[scale_of_block] = bodies.panels[scale_of_group] = P;
+    if constexpr (M > LEAST) add_scaled<BITS, M - 1, LEAST, P>(bodies);
+}
+
+template <int BITS, int M, int LEAST, int P>
+constexpr void add_summed(Bodies& bodies) {
+    bodies.of[unscaled][M - 1] = summed<BITS, M, P>;
+    bodies.panels[unscaled] = P;
+    if constexpr (M > LEAST) add_summed<BITS, M - 1, LEAST, P>(bodies);
+}
+
+template <int BITS, int M>
+constexpr void add_floating(Bodies& bodies) {
+    bodies.of[of_floats][M - 1] = floating<BITS, M>;
+    bodies.panels[of_floats] = 1;
+    if constexpr (M > 1) add_floating<BITS, M - 1>(bodies);
+}
+
+// Strips are of nearly equal size, so that no strip has less than half of the most rows where there are more than those.
+template <int BITS>
+constexpr Bodies reading_once() {
+    constexpr int rows = READ_ONCE.rows, least = (rows + 1) / 2;
+    Bodies bodies{};
+    add_scaled<BITS, rows, least, READ_ONCE.panels_scaled>(bodies);
+    add_summed<BITS, rows, least, READ_ONCE.panels_summed>(bodies);
+    return bodies;
+}
+
+template <int BITS, int ROWS>
+constexpr Bodies reading_planes() {
+    Bodies bodies{};
+    add_scaled<BITS, ROWS, 1, IN_REGISTERS.panels_scaled>(bodies);
+    add_summed<BITS, ROWS, 1, IN_REGISTERS.panels_summed>(bodies);
+    add_floating<BITS, ROWS>(bodies);
+    return bodies;
+}
+
+constexpr Bodies reading_bytes() {
+    Bodies bodies{};
+    add_scaled<UNPACKED, FROM_BYTES.rows, 1, FROM_BYTES.panels_scaled>(bodies);
+    add_summed<UNPACKED, FROM_BYTES.rows, 1, FROM_BYTES.panels_summed>(bodies);
+    add_floating<UNPACKED, FROM_BYTES.rows>(bodies);
+    return bodies;
+}
+
+constexpr Bodies reading_trits() {
+    Bodies bodies{};
+    add_scaled<TRITS, TRITS_ROWS_SCALED, 1, BUNDLE>(bodies);
+    add_summed<TRITS, TRITS_ROWS_SUMMED, 1, BUNDLE>(bodies);
+    add_floating<TRITS, 1>(bodies);
+    return bodies;
+}
+
+// Bundles that were unpacked. Scaled, they are panels like others; summed, strips may be as tall as those of another
+// product that shares x and is scaled.
+constexpr Bodies reading_bytes_of_trits() {
+    Bodies bodies{};
+    add_summed<UNPACKED, FROM_BYTES.rows, 1, BUNDLE>(bodies);
+    return bodies;
+}
+
+// By bits, TRITS among them. 8 bits are read as they are for any number of rows.
+constexpr Bodies BODIES_IN_REGISTERS[9] = {
+    {},
+    reading_trits(),
+    reading_planes<2, IN_REGISTERS.rows>(),
+    reading_planes<3, IN_REGISTERS.rows>(),
+    reading_planes<4, IN_REGISTERS.rows>(),
+    reading_planes<5, IN_REGISTERS.rows>(),
+    reading_planes<6, IN_REGISTERS.rows>(),
+    reading_planes<7, IN_REGISTERS.rows>(),
+    reading_planes<8, FROM_BYTES.rows>()};
+constexpr Bodies BODIES_READ_ONCE[9] = {
+    {}, {}, reading_once<2>(), reading_once<3>(), reading_once<4>(),
+    reading_once<5>(), reading_once<6>(), reading_once<7>(), reading_once<8>()};
+constexpr Bodies BODIES_FROM_BYTES = reading_bytes(), BODIES_FROM_BYTES_OF_TRITS = reading_bytes_of_trits();
+constexpr Unpack UNPACK[9] = {nullptr,        unpack_tile<TRITS>, unpack_tile<2>, unpack_tile<3>, unpack_tile<4>,
+                              unpack_tile<5>, unpack_tile<6>,     unpack_tile<7>, nullptr};
+
+// ---- the choice --------------------------------------------------------------------------------------------------------
+
+// How codes are read: the same for all products of a call, which share the strips of x.
+enum class Reading {
+    in_registers,  // unpacked by the body
+    once,          // the same, by bodies with more rows and fewer panels
+    from_bytes,    // unpacked before, once for all rows; 8 bits need not be
+};
+
+INLINE Scaling scaling_of(Activations how, const Weights& w) {
+    if (how == Activations::floats) return of_floats;
+    if (w.group == BLOCK) return scale_of_block;
+    if (w.group != 0) return scale_of_group;
+    return how == Activations::blocks ? scale_of_row : unscaled;
+}
+
+// How the rows of x are read, and how many a strip has at most.
+struct Strips {
+    Reading reading;
+    int rows;
+};
+
+INLINE Strips strips_for(int64_t rows, Activations how, const Product* products, int count) {
+    const bool floats = how == Activations::floats;
+    bool bytes = false, all_unscaled = true;
+    for (int i = 0; i < count; i++) {
+        bytes |= products[i].weights.bits == 8;
+        all_unscaled &= scaling_of(how, products[i].weights) == unscaled;
+    }
+    if (products[0].weights.bits == TRITS) {  // then all are
+        if (floats) return {Reading::in_registers, 1};
+        const int64_t limit = all_unscaled ? ROWS_IN_REGISTERS_TRITS_SUMMED : ROWS_IN_REGISTERS_TRITS_SCALED;
+        if (rows <= limit) return {Reading::in_registers, all_unscaled ? TRITS_ROWS_SUMMED : TRITS_ROWS_SCALED};
+        return {Reading::from_bytes, all_unscaled ? TRITS_ROWS_SUMMED_FROM_BYTES : FROM_BYTES.rows};
+    }
+    if (rows > (bytes ? ROWS_IN_REGISTERS_8_BITS : ROWS_IN_REGISTERS)) return {Reading::from_bytes, FROM_BYTES.rows};
+    if (rows <= IN_REGISTERS.rows || floats) return {Reading::in_registers, IN_REGISTERS.rows};
+    return {Reading::once, READ_ONCE.rows};
+}
+
+// How the units of one product are multiplied.
+struct Method {
+    Scaling scaling;
+    const Body* bodies;  // for strips of so many rows, one less than the index
+    int body_panels;     // that a body multiplies at once
+    int unit_panels;     // of a unit of work, a multiple of that
+    Unpack unpack;       // called once for each tile; null: bodies read the packed codes
+};
+
+INLINE Method method_of(Activations how, const Weights& w, Reading reading) {
+    const Scaling scaling = scaling_of(how, w);
+    const bool trits = w.bits == TRITS;
+    const auto with = [&](const Bodies& bodies, Unpack unpack) FLAT {
+        return Method{scaling, bodies.of[scaling], bodies.panels[scaling], bodies.panels[scaling], unpack};
+    };
+    if (reading == Reading::once) return with(BODIES_READ_ONCE[w.bits], nullptr);
+    if (reading == Reading::in_registers || w.bits == 8) return with(BODIES_IN_REGISTERS[w.bits], nullptr);
+    if (!trits) return with(BODIES_FROM_BYTES, UNPACK[w.bits]);
+    if (scaling == unscaled) return with(BODIES_FROM_BYTES_OF_TRITS, UNPACK[TRITS]);
+    Method method = with(BODIES_FROM_BYTES, UNPACK[TRITS]);
+    method.unit_panels = 2 * BUNDLE;  // whole bundles, of which bodies multiply an even number of panels
+    return method;
+}
+
+}  // namespace
+}  // namespace spicerack::SPICERACK_ISA
