@@ -57,7 +57,11 @@ NEEDS: tuple[Need, ...] = tuple(_KINDS)
 class Stats:
     """Statistics of the inputs x of a layer, float32; None where one was not asked for, zeros where there was no token.
 
-    tokens: how many, padding not counted; gram [K, K], exactly symmetric; second_moment, absmax, absmean [K].
+    tokens         how many, padding not counted
+    gram           H [K, K], exactly symmetric
+    second_moment  mean of x_j^2, [K]
+    absmax         max of |x_j|, [K]
+    absmean        mean of |x_j|, [K]
     """
 
     tokens: int

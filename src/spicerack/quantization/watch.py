@@ -9,9 +9,12 @@ from dataclasses import dataclass
 class Trial:
     """What became of the model's first blocks, which were quantized, written and loaded again before the rest was.
 
-    blocks: how many, of `count`. difference: of the loaded folder's output from what was computed while it was
-    quantized, ||loaded - computed|| / ||computed||; error: the same of the computed output and the float model's.
-    seconds: what the trial took.
+    blocks      how many were tried
+    count       how many the model has
+    difference  ||loaded - computed|| / ||computed||, of the loaded folder's output and what was computed while it was
+                quantized: 0 but for roundings of activations that fall the other way
+    error       the same of the computed output and the float model's
+    seconds     what the trial took
     """
 
     blocks: int
@@ -23,13 +26,18 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """One calibrated block: its path in the model, its number, how many blocks there are, how many layers it has.
+    """One calibrated block of the model, whose file is on disk.
 
-    bits: of a quantized weight, scales and zero points included. error: ||out - out_float|| / ||out_float|| of the
-    block's hidden states against the float model's, what earlier blocks lost included; rounded: the same, were its
-    layers only rounded to nearest, estimated from the first chunk of text. seconds: what the block took.
-    peak_rss_bytes: the most memory that the process had so far. events: what a person should know of single layers or
-    of transforms.
+    block           its path in the model
+    number, count   which it is, from 0 on, and how many there are
+    layers          how many of its layers have codes now
+    bits            of a quantized weight, scales and zero points included
+    rounded         the error below, were its layers only rounded to nearest; estimated from the first chunk of text
+    error           ||out - out_float|| / ||out_float|| of its hidden states against the float model's, what earlier
+                    blocks lost included
+    seconds         what the block took
+    peak_rss_bytes  the most memory that the process had so far
+    events          what a person should know of single layers, or of transforms
     """
 
     block: str

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 
 import torch
 
+from spicerack.algorithms.columns import by_column, scales, zeros
 from spicerack.algorithms.descent import Forward, Tunable, descend, memory, obstacle
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
@@ -48,18 +49,16 @@ class _Learned:
     def __init__(self, layer: Tunable) -> None:
         q = layer.start
         self.start, self.levels, self.dtype = q, q.scheme.integers, q.plain_scale.dtype
-        self.scale = q.plain_scale.float()
-        self.zero = torch.zeros((1, 1), device=q.codes.device) if q.zero is None else q.zero.float()
+        self.scale, self.zero = scales(q), zeros(q)
         self.weight = layer.weight.detach().float()
         self.weight = self._rounding_to(q.codes.float())
         self.v = torch.zeros_like(self.weight, requires_grad=True)
         self.a = torch.ones_like(self.scale, requires_grad=True)
         self.best: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def _by_column(self, grid: torch.Tensor) -> torch.Tensor:
+    def _by_column(self, values: torch.Tensor) -> torch.Tensor:
         """A value for each block [N or 1, groups or 1] -> one for each weight [N, K]."""
-        n, k = self.weight.shape
-        return grid.repeat_interleave(k // grid.shape[1], dim=1).expand(n, k)
+        return by_column(values, *self.weight.shape)
 
     def _shift(self) -> torch.Tensor | float:
         """z, what stands between w / s and codes; half-integer levels are codes with a zero of -1/2."""

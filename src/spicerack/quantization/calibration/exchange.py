@@ -1,6 +1,8 @@
 """`Exchange`: solved layers of the present block, on their way from the rank that solved them to all ranks.
 
-They go as files among the hidden states, which all ranks see; where there is only one rank nothing is written.
+They go as files among the hidden states, which all ranks see; where there is only one rank nothing is written. A weight
+may take minutes to solve and its codes are small, so that files cost nothing beside them, and tensors of every scheme
+(codes, scales, zero points, scales of scales) are laid out by the same function that puts them into a block's file.
 """
 
 from __future__ import annotations

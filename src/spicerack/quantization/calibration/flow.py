@@ -2,8 +2,12 @@
 it.
 
 Hidden states are read from disk, where every chunk is twice: behind the blocks that are quantized already, and as the
-float model has them. The block's other arguments (masks, positions) are made anew for each chunk by the model itself.
-Each rank goes through the chunks that are its own; statistics are those of all ranks.
+float model has them. The block's other arguments (masks, positions) are made anew for each chunk by the model itself:
+they are small to make and large to keep, and only its own code knows what they are in a new family. Each rank goes
+through the chunks that are its own; statistics are those of all ranks.
+
+A flow holds no block: whoever runs something says which copy of the block it is to run through. Whatever asks for
+inputs of a layer runs the block up to that layer and no further.
 """
 
 from __future__ import annotations
@@ -32,8 +36,9 @@ from spicerack.quantization.calibration.weights import columns_of
 class Call:
     """A few sequences on their way through the block, on the device: all that it is called with but hidden states.
 
-    number: of the chunk that they are; -1 for sequences that are no chunk. inputs: what the model is called with.
-    arguments: what it calls the block with, in float32.
+    number     of the chunk that they are; -1 for sequences that are no chunk
+    inputs     what the model is called with: input_ids [B, L], attention_mask if there is padding
+    arguments  what the model calls the block with, floats in float32
     """
 
     number: int
@@ -47,7 +52,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """The text in front of block `index` of a stack, hidden states on their way through it, and who shares the work."""
+    """The text in front of a block, hidden states on their way through it, and who shares the work.
+
+    stack   the model's blocks; it makes their arguments, and stays on the CPU
+    index   which block it is
+    text    the calibration text, in chunks
+    states  hidden states on disk
+    ranks   processes that share the chunks
+    """
 
     stack: Stack
     index: int

@@ -2,7 +2,10 @@
 
 Bins are [k w, (k + 1) w), k < BINS, with w a power of two, chosen so that the peak falls in the upper half. When a
 larger value comes, w doubles and neighbouring bins merge: floor(x / 2w) = floor(floor(x / w) / 2), so that the counts
-are those of all values at once, whatever their order.
+are those of all values at once, whatever their order. A histogram whose range is set by its first batch, as many
+calibrators have it, has to redistribute counts by guess when a larger value comes, and depends on the order.
+
+It costs 512 KB, whatever the text, and tells magnitudes apart that differ by a 32768th of the peak.
 """
 
 from __future__ import annotations

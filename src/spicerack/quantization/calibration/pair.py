@@ -2,7 +2,16 @@
 
 The exact block has the model's own weights, moved factors included; the quantized one begins as its equal, and gets the
 codes of one layer after another. Who solves, transforms or observes asks the pair for weights and hands it what it
-chose; nobody else writes into either block, nor into what rounds their inputs.
+chose; nobody else writes into either block, nor into what rounds their inputs. So there is one place to look for how a
+block came to be what it is, and what must hold between the two:
+
+    a parameter that is no target's      equal in both, moved factors included
+    a target without codes               equal in both; the quantized block rounds its inputs, if its scheme has that
+    a target with codes                  what they decode to, in the quantized block only
+    behind a trial                       as before it
+
+Both keep no float32 weights: a layer has its weight while it is called (`weights`), so that the pair of them costs two
+bytes of codes a weight, and the file's own pages.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ class Target:
 class BlockTensors:
     """What a block has of the model's tensors.
 
-    targets: its layers to quantize. others: path of every other parameter -> name of its tensor.
+    targets  its layers to quantize: experts first, then in the order of its parameters
+    others   path of every other parameter -> name of its tensor; what transformers made of several is in neither
     """
 
     targets: tuple[Target, ...]

@@ -1,4 +1,7 @@
-"""The largest magnitude that came: T = max |x|. Nothing is clipped, and one outlier decides."""
+"""The largest magnitude that came: T = max |x|. Nothing is clipped, and one outlier decides.
+
+What all the others are compared with: it is exact, whatever the order, and needs one number.
+"""
 
 from __future__ import annotations
 

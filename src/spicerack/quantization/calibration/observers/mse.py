@@ -1,4 +1,8 @@
-"""Least squares: T with the least mean squared error of what is rounded, of 100 shrinks of max |x|."""
+"""Least squares: T with the least mean squared error of what is rounded, of 100 shrinks of max |x|.
+
+A smaller T has finer steps for all values, and clips those beyond it: the sum over the histogram weighs the one against
+the other. It asks how far inputs are off, and not how much the layer makes of each of them.
+"""
 
 from __future__ import annotations
 
