@@ -1,12 +1,14 @@
 """The search, rounding and packing of the native module: allocates, splits the work among threads, calls.
 
-Results equal the specifications bit for bit (`search`, `codec`, `bits`), whatever the threads and the processor. What is
-searched and rounded are blocks of plain schemes whose codes are around 0 (`rounding` asks): a matrix [M, B] of weights,
-float32, float16 or bfloat16, contiguous and on the CPU, each row of which shares a scale. Here none of it is checked.
+Results equal the specifications bit for bit (`search`, `codec`, `bits`), whatever the threads and the processor. What
+is searched and rounded are blocks of plain schemes whose codes are around 0 (`rounding` asks): a matrix [M, B] of
+weights, float32, float16 or bfloat16, contiguous and on the CPU, each row of which shares a scale. Here none of it is
+checked.
 
 Threads are Python's own, in a pool that lives as long as a call: native functions hold no lock of the interpreter, each
-thread writes rows of its own, and how many there are is for the caller to say. Products and training run on torch's team
-instead (`kernels`, `fake_native`), because they run between operations of torch, and two teams would fight for cores.
+thread writes rows of its own, and how many there are is for the caller to say. Products and training run on torch's
+team instead (`kernels`, `fake_native`), because they run between operations of torch, and two teams would fight for
+cores.
 """
 
 from __future__ import annotations
