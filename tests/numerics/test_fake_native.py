@@ -12,8 +12,9 @@ from torch import nn
 
 from spicerack.errors import ShapeError
 from spicerack.numerics import fake as module
-from spicerack.numerics import native
+from spicerack.numerics import fake_native, native
 from spicerack.numerics.fake import Clip, Grid, Parts, fake, fake_linear
+from spicerack.numerics.fake_native import Operands
 from spicerack.numerics.levels import IntLevels
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -75,12 +76,12 @@ def test_the_bits_are_torchs(
     rounded = grid.decode(grid.round(grid.places(w, parts)), parts).to(out_dtype)
     wanted = (True, True, parts[1] is not None)
     by_weight, by_scale, by_zero = grid._sums(grad, w, parts, wanted)
+    operands = Operands(w, levels, grid.block, *parts)
     for isa in native.ISAS:
-        assert same(native.fake(w, levels, grid.block, *parts, out_dtype, isa=isa), rounded)
-        ours = native.fake_gradients(
-            grad.clone(), w, levels, grid.block, *parts,
-            cells=clip == "cells", needed=wanted, rounded=out_dtype, spare=True, isa=isa,
-        )  # fmt: skip
+        assert same(fake_native.fake(operands, out_dtype, isa=isa), rounded)
+        ours = fake_native.gradients(
+            grad.clone(), operands, cells=clip == "cells", needed=wanted, rounded=out_dtype, spare=True, isa=isa
+        )
         assert same(ours[0], by_weight) and same(ours[3], rounded)
         for sums, theirs in zip(ours[1:3], (by_scale, by_zero), strict=True):
             assert (sums is None) == (theirs is None)
@@ -97,7 +98,8 @@ def test_sums_over_long_blocks_are_those_of_float64() -> None:
     inside = (u >= -8) & (u <= 7)
     by_scale = ((codes - torch.where(inside, u, 3.0)).double() * grid.tiles(grad)).sum()
     by_zero = -(grid.tiles(grad).double() * ~inside).sum()
-    ours = native.fake_gradients(grad, w, grid.levels, grid.block, *parts, cells=False, needed=(True, True, True))
+    operands = Operands(w, grid.levels, grid.block, *parts)
+    ours = fake_native.gradients(grad, operands, cells=False, needed=(True, True, True))
     assert exact[0] is not None and ours[1] is not None and ours[2] is not None
     assert float(ours[1]) == pytest.approx(float(by_scale), rel=1e-5)
     assert float(ours[2]) == pytest.approx(float(by_zero), rel=1e-5)
@@ -138,10 +140,9 @@ def test_strided_weights_and_gradients() -> None:
     grid = Grid(IntLevels(-8, 7), (1, 8))
     grad = torch.ones(1, 1).expand(12, 32)
     expected = grid._sums(grad, w, (scale, None), (True, True, False))
-    found = native.fake_gradients(
-        grad, w, grid.levels, grid.block, scale, None, cells=False, needed=(True, True, False)
-    )
-    assert same(found[0], expected[0])
+    operands = Operands(w, grid.levels, grid.block, scale, None)
+    by_weight = fake_native.gradients(grad, operands, cells=False, needed=(True, True, False))[0]
+    assert same(by_weight, expected[0])
     assert same(grid.fake(w, (scale.t().contiguous().t(), None)), grid.fake(w.contiguous(), (scale, None)))
 
 
@@ -158,7 +159,7 @@ def test_parts_of_another_shape_or_type_are_refused() -> None:
     w = torch.randn(4, 16)
     for scale in (torch.ones(4, 2), torch.ones(4, 1).half()):
         with pytest.raises(ShapeError, match=r"weights \[4, 16\] in blocks \[1, 16\]: scales"):
-            native.fake(w, IntLevels(-8, 7), (1, 16), scale, None)
+            fake_native.fake(Operands(w, IntLevels(-8, 7), (1, 16), scale, None))
 
 
 # ---- who computes ----------------------------------------------------------------------------------------------------
@@ -190,8 +191,8 @@ def test_products_take_weights_in_their_type(x: torch.dtype, monkeypatch: pytest
 
 def test_torch_computes_what_others_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
-    real = native.fake
-    monkeypatch.setattr(native, "fake", lambda *given: called.append(1) or real(*given))
+    real = fake_native.fake
+    monkeypatch.setattr(fake_native, "fake", lambda *given: called.append(1) or real(*given))
     grid, scale = Grid(IntLevels(-8, 7), (1, 16)), torch.full((4, 1), 0.2)
     w = torch.randn(4, 16)
     assert same(grid.fake(w, (scale, None)), grid.fake(nn.Parameter(w), (scale, None)).detach())

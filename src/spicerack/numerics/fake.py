@@ -25,8 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from spicerack.numerics import native
+from spicerack.numerics import fake_native
 from spicerack.numerics.activations import quantize_tokens
+from spicerack.numerics.dtypes import SOURCES
+from spicerack.numerics.fake_native import Needed, Operands
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.scales import smallest_scale
 
@@ -75,8 +77,8 @@ class Grid:
 
     def fake(self, w: torch.Tensor, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """w^ [N, K], in float32, then rounded to `dtype`."""
-        if dtype in native.TYPES and _natively(parts, w):
-            return native.fake(w, self.levels, self.block, *parts, dtype)
+        if dtype in SOURCES and _natively(parts, w):
+            return fake_native.fake(Operands(w, self.levels, self.block, *parts), dtype)
         return self.decode(self.round(self.places(w, parts)), parts).to(dtype)
 
     def gradients(
@@ -84,7 +86,7 @@ class Grid:
         grad: torch.Tensor,
         w: torch.Tensor,
         parts: Parts,
-        needed: native.Needed,
+        needed: Needed,
         *,
         rounded: torch.dtype | None = None,
         spare: bool = False,
@@ -96,11 +98,11 @@ class Grid:
         if self.clip == "none":
             return grad if needed[0] else None, None, None, None if rounded is None else self.fake(w, parts, rounded)
         scale, zero = parts
-        if _natively(parts, w, grad) and rounded in (None, *native.TYPES):
-            by_weight, by_scale, by_zero, again = native.fake_gradients(
-                grad, w, self.levels, self.block, scale, zero,
-                cells=self.clip == "cells", needed=needed, rounded=rounded, spare=spare,
-            )  # fmt: skip
+        if _natively(parts, w, grad) and rounded in (None, *SOURCES):
+            operands, cells = Operands(w, self.levels, self.block, scale, zero), self.clip == "cells"
+            by_weight, by_scale, by_zero, again = fake_native.gradients(
+                grad, operands, cells=cells, needed=needed, rounded=rounded, spare=spare
+            )
         else:
             again = None if rounded is None else self.fake(w, parts, rounded)
             by_weight, by_scale, by_zero = self._sums(grad, w, parts, needed)
@@ -108,7 +110,7 @@ class Grid:
         by_scale = None if by_scale is None else by_scale.mul_(factor)
         return by_weight, by_scale, None if by_zero is None else by_zero.mul_(scale * factor), again
 
-    def _sums(self, grad: torch.Tensor, w: torch.Tensor, parts: Parts, needed: native.Needed) -> Several:
+    def _sums(self, grad: torch.Tensor, w: torch.Tensor, parts: Parts, needed: Needed) -> Several:
         """`gradients` without the factors of s and z."""
         tiles = self.tiles(grad).float()
         u = self.places(w, parts)
@@ -138,7 +140,7 @@ def _natively(parts: Parts, *matrices: torch.Tensor) -> bool:
     """
     tensors = [t for t in (*parts, *matrices) if t is not None]
     return (
-        all(type(t) in (torch.Tensor, nn.Parameter) and t.is_cpu and t.dtype in native.TYPES for t in tensors)
+        all(type(t) in (torch.Tensor, nn.Parameter) and t.is_cpu and t.dtype in SOURCES for t in tensors)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

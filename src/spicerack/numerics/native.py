@@ -1,6 +1,14 @@
-"""The native module's Python side: allocates, splits the work among threads, calls. The only file that imports it.
+"""The search, rounding and packing of the native module: allocates, splits the work among threads, calls.
 
-Results equal the specifications bit for bit (`search`, `codec`, `bits`), whatever the threads and the processor.
+Results equal the specifications bit for bit (`search`, `codec`, `bits`), whatever the threads and the processor. What
+is searched and rounded are blocks of plain schemes whose codes are around 0 (`rounding` asks): a matrix [M, B] of
+weights, float32, float16 or bfloat16, contiguous and on the CPU, each row of which shares a scale. Here none of it is
+checked.
+
+Threads are Python's own, in a pool that lives as long as a call: native functions hold no lock of the interpreter, each
+thread writes rows of its own, and how many there are is for the caller to say. Products and training run on torch's
+team instead (`kernels`, `fake_native`), because they run between operations of torch, and two teams would fight for
+cores.
 """
 
 from __future__ import annotations
@@ -15,9 +23,7 @@ import numpy as np
 import torch
 
 from spicerack import _native
-from spicerack.errors import ShapeError
 from spicerack.numerics import dtypes
-from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import (
     FINE,
@@ -32,8 +38,7 @@ from spicerack.numerics.search import (
 )
 
 TYPES = dtypes.SOURCES
-_NUMBERS = {dtype: number for number, dtype in enumerate(TYPES)}
-"""As the native module counts them."""
+"""Types of weights that native functions read."""
 ISAS: tuple[str, ...] = tuple(_native.instruction_sets())
 """Instruction sets that the search can use on this processor, widest first."""
 
@@ -42,13 +47,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """Threads that share a range of rows; native functions release the interpreter's lock."""
+    """Threads that share a range of rows."""
 
     pool: ThreadPoolExecutor
     threads: int
 
     def run(self, work: Callable[[int, int], T], count: int, step: int = 1) -> list[T]:
-        """work(first, last) over 0..count in multiples of `step` -> its results, in order."""
+        """work(first, last) over 0..count in multiples of `step` -> its results, in order.
+
+        Four pieces a thread: a thread that was held up costs a quarter of its share, not all of it.
+        """
         chunk = -(-count // (4 * self.threads * step)) * step if self.threads > 1 else count
         starts = range(0, count, max(chunk, 1))
         if len(starts) <= 1:
@@ -64,8 +72,11 @@ def team(threads: int) -> Iterator[Team]:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """codes int8 [M, B], scale float32 [M] as stored, zero int8 [M]; fits: no scale is 0 or infinite."""
+class Quantized:
+    """M blocks of B weights: codes int8 [M, B], scale float32 [M] with values as stored, zero int8 [M].
+
+    fits: no scale is 0 or infinite. If one is, the codes are of no use: the scale has to be put right first.
+    """
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -74,7 +85,7 @@ class Found:
 
 
 def levels_of(scheme: Scheme) -> _native.Levels:
-    """The scheme's integer levels in the form that native functions take."""
+    """The scheme's integer levels in the form that native functions take. Raises SchemeError if it has none."""
     integers = scheme.integers
     return _native.Levels(integers.lo, integers.hi, integers.half, scheme.zero)
 
@@ -88,10 +99,16 @@ def quantize(
     *,
     threads: int = 1,
     isa: str = "",
-) -> Found | None:
-    """Search and round blocks w [M, B], B <= PIECE, against scales stored in `dtype`; None if one is NaN or infinite.
+) -> Quantized | None:
+    """Search and round blocks w [M, B], B <= PIECE, against scales stored in `dtype`; None if a weight is not finite.
 
-    importance: float32, one value per weight, or of a length that repeats along the flattened weights.
+    w           [M, B]
+    scheme      a plain one, not ternary: for that the search sorts, which is done in torch
+    dtype       float16, bfloat16 or float32
+    range_      as in `search.search`
+    importance  float32, one value per weight, or of a length that repeats along the flattened weights
+    threads     how many share the blocks
+    isa         one of ISAS; "" is the widest
     """
     count, size = w.shape
     codes = torch.empty((count, size), dtype=torch.int8)
@@ -115,7 +132,7 @@ def quantize(
 
     with team(threads) as workers:
         finite, fits = zip(*workers.run(work, count, 16 if period == count else period), strict=True)
-    return Found(codes, scale, zero, all(fits)) if all(finite) else None
+    return Quantized(codes, scale, zero, all(fits)) if all(finite) else None
 
 
 def encode(
@@ -127,7 +144,7 @@ def encode(
     threads: int = 1,
     isa: str = "",
 ) -> torch.Tensor:
-    """Codes int8 [M, B] of blocks w [M, B] against scale float32 [M] and zero int8 [M]."""
+    """Codes int8 [M, B] of blocks w [M, B] against scale float32 [M] and zero int8 [M], or None for none."""
     codes = torch.empty(w.shape, dtype=torch.int8)
     levels = levels_of(scheme)
 
@@ -151,7 +168,7 @@ def compare(
 ) -> tuple[float, float]:
     """sum (decoded - w)^2 and sum w^2 of blocks w [M, B] with codes int8 [M, B], scale float32 [M] and zero int8 [M].
 
-    The last digits depend on threads and processor.
+    The one result here whose last digits depend on threads and processor: it is reported, never computed with.
     """
     levels = levels_of(scheme)
 
@@ -166,7 +183,11 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class LongBlocks:
-    """Blocks w [M, B] of any length for `search.search`: pieces are judged natively, one candidate at a time."""
+    """Blocks w [M, B] of any length for `search.search`: pieces are judged natively, one candidate at a time.
+
+    For blocks longer than PIECE (a scale for a tensor, or for a very long row), whose threads share a block and not the
+    blocks. All weights matter the same. workers: the threads; isa: as in `quantize`.
+    """
 
     w: torch.Tensor
     scheme: Scheme
@@ -211,92 +232,15 @@ def _ternary(block: torch.Tensor) -> torch.Tensor:
     counts = torch.zeros(1 << 15, dtype=torch.int64)  # 16-bit floats: there are not more magnitudes than that
     for piece in block.split(PIECE):
         counts += torch.bincount(piece.view(torch.int16).to(torch.int32) & 0x7FFF, minlength=len(counts))
-    found = counts.nonzero()[:, 0].flip(0)
-    return best_prefix(found.to(torch.int16).view(block.dtype).float()[None], counts[found][None])
-
-
-Needed = tuple[bool, bool, bool]
-"""Which gradients: of weights, scales, zero points."""
-
-
-def fake(
-    w: torch.Tensor,
-    levels: IntLevels,
-    block: tuple[int, int],
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    dtype: torch.dtype = torch.float32,
-    *,
-    isa: str = "",
-) -> torch.Tensor:
-    """w [N, K] rounded in float32, then to `dtype`: `nn.fake.Grid.fake`. scale, zero: float32 [N/rows, K/columns].
-
-    Like `fake_gradients` it uses torch's own threads.
-    """
-    _check_parts(w, block, scale, zero)
-    out = _like(w, dtype)
-    w, scale, zero = w.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous()
-    grid = _native.Levels(levels.lo, levels.hi, levels.half, zero is not None)
-    _native.fake(
-        w.data_ptr(), _NUMBERS[w.dtype], (*w.shape, *block), scale.data_ptr(), _address(zero), grid,
-        out.data_ptr(), _NUMBERS[dtype], isa,
-    )  # fmt: skip
-    return out
-
-
-def fake_gradients(
-    grad: torch.Tensor,
-    w: torch.Tensor,
-    levels: IntLevels,
-    block: tuple[int, int],
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    *,
-    cells: bool,
-    needed: Needed,
-    rounded: torch.dtype | None = None,
-    spare: bool = False,
-    isa: str = "",
-) -> tuple[torch.Tensor | None, ...]:
-    """`nn.fake.Grid.gradients`, those of scales and zero points without their factors. grad [N, K]: any of TYPES."""
-    _check_parts(w, block, scale, zero)
-    if grad.shape != w.shape:
-        raise ShapeError(f"weights {[*w.shape]}, gradients {[*grad.shape]}")
-    reused = spare and grad.dtype == torch.float32 and grad.is_contiguous()
-    grad, w, scale = grad.contiguous(), w.contiguous(), scale.contiguous()
-    zero = None if zero is None else zero.contiguous()
-    by_weight = None if not needed[0] else grad if reused else _like(w)
-    by_scale = _like(scale) if needed[1] else None
-    by_zero = _like(zero) if needed[2] and zero is not None else None
-    again = None if rounded is None else _like(w, rounded)
-    grid = _native.Levels(levels.lo, levels.hi, levels.half, zero is not None)
-    _native.fake_gradients(
-        grad.data_ptr(), _NUMBERS[grad.dtype], w.data_ptr(), _NUMBERS[w.dtype], (*w.shape, *block),
-        scale.data_ptr(), _address(zero), grid, cells, _address(by_weight), _address(by_scale), _address(by_zero),
-        _address(again), 0 if rounded is None else _NUMBERS[rounded], isa,
-    )  # fmt: skip
-    return by_weight, by_scale, by_zero, again
-
-
-def _check_parts(w: torch.Tensor, block: tuple[int, int], scale: torch.Tensor, zero: torch.Tensor | None) -> None:
-    """Native code gets addresses alone."""
-    rows, columns = block
-    for part in (scale, zero):
-        if part is not None and (part.shape != (len(w) // rows, w.shape[1] // columns) or part.dtype != torch.float32):
-            raise ShapeError(f"weights {[*w.shape]} in blocks {[*block]}: scales {[*part.shape]} of {part.dtype}")
-
-
-def _like(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Of x's shape, contiguous and on the CPU, whatever the defaults are."""
-    return torch.empty(x.shape, dtype=dtype, device="cpu")
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    patterns = counts.nonzero()[:, 0].flip(0)
+    return best_prefix(patterns.to(torch.int16).view(block.dtype).float()[None], counts[patterns][None])
 
 
 def pack(codes: torch.Tensor, bits: int, *, offset: int = 0, threads: int = 1) -> torch.Tensor:
-    """`bits.pack` of codes + offset (int8 or uint8 [..., R, C]); only the low bits of that sum are kept."""
+    """`bits.pack` of codes + offset: int8 or uint8 [..., R, C] -> int32 [..., R, words]. bits: 1 to 8.
+
+    Only the low bits of the sum are kept: codes that are not of the levels are the caller's mistake.
+    """
     rows = codes.contiguous().view(torch.uint8).reshape(-1, codes.shape[-1])
     words = torch.empty((len(rows), -(-rows.shape[1] * bits // 32)), dtype=torch.int32)
     with team(threads) as workers:
@@ -305,7 +249,10 @@ def pack(codes: torch.Tensor, bits: int, *, offset: int = 0, threads: int = 1) -
 
 
 def unpack(words: torch.Tensor, bits: int, columns: int, *, offset: int = 0, threads: int = 1) -> torch.Tensor:
-    """`bits.unpack` minus offset, modulo 256: uint8 [..., R, columns]; view it as int8 for signed codes."""
+    """`bits.unpack` minus offset: int32 [..., R, words] -> uint8 [..., R, columns], modulo 256.
+
+    View it as int8 for signed codes. `words` must be those of `columns` codes.
+    """
     rows = words.contiguous().reshape(-1, words.shape[-1])
     codes = torch.empty((len(rows), columns), dtype=torch.uint8)
     with team(threads) as workers:
