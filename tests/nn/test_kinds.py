@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import spicerack
-from spicerack.errors import CheckpointError, LoadError, RecipeError, ShapeError
+from spicerack.errors import CheckpointError, LoadError, RecipeError, ShapeError, UsageError
 from spicerack.nn import kinds
 from spicerack.nn.kinds import KINDS, LayerKind
 from spicerack.nn.linear import QLinear
@@ -174,3 +174,6 @@ def test_what_a_new_row_refuses_is_refused_everywhere(tmp_path: Path, monkeypatc
     monkeypatch.setattr(kinds, "KINDS", KINDS)
     with pytest.raises(CheckpointError, match=r"0\.0 is packed as 'conv3d'"):
         spicerack.load(folder, into=net())
+    for use in (lambda: spicerack.save(small, tmp_path / "again"), lambda: spicerack.prepare_qat(small)):
+        with pytest.raises(UsageError, match=r"a Q(Conv3d|ScaledLinear) is of no kind that is saved or trained"):
+            use()

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from spicerack.errors import UsageError
 from spicerack.models.families import names
 from spicerack.nn.conv import Geometry, QConv2d
 from spicerack.nn.embedding import QEmbedding
@@ -186,13 +187,13 @@ def of(layer: nn.Module) -> LayerKind:
 def of_packed(layer: PackedLayer) -> LayerKind:
     """The kind of the float layer in whose place a packed one is: the row of its class, or of the next one above it.
 
-    Raises KeyError for a class that has no row.
+    Raises UsageError for a class that has no row.
     """
     for cls in type(layer).__mro__:
         for kind in KINDS:
             if cls is kind.packed_class and layer.packed.transposed == kind.transposed:
                 return kind
-    raise KeyError(type(layer).__name__)
+    raise UsageError(f"a {type(layer).__name__} is of no kind that is saved or trained", "give it a row in nn/kinds.py")
 
 
 def may_be_tied(layer: nn.Module) -> bool:
