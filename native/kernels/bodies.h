@@ -102,7 +102,7 @@ INLINE void for_each(const Body& body) {
 template <int BITS, int M, int P>
 INLINE void add_block(const Panels& w, int64_t at, int pass, const int8_t* a, vi (&i)[M][Vectors<BITS, P>::count]) {
     constexpr int V = Vectors<BITS, P>::count;
-#pragma GCC unroll 8
+#pragma GCC unroll QUADS_UNROLLED
     for (int quad = 0; quad < QUADS; quad++) {
         vi u[V];
         take<BITS, P>(w, at, quad, pass, u);
@@ -206,7 +206,7 @@ void floating(const Panels& w, const Strip& x, float* sums) {
             if (w.half) z = z - 0.5f;
             vf t[M][4] = {};
             for (int64_t b = 0; b < group; b++, at += w.step, a += BLOCK * M) {
-#pragma GCC unroll 8
+#pragma GCC unroll QUADS_UNROLLED
                 for (int quad = 0; quad < QUADS; quad++) {
                     vi u;
                     if constexpr (BITS == TRITS) {
