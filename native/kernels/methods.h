@@ -94,7 +94,7 @@ constexpr Bodies reading_bytes_of_trits() {
     Bodies bodies{};
     constexpr int rows = FROM_BYTES.rows, shared = fewest(ROWS_IN_REGISTERS_TRITS_SCALED, rows);
     constexpr int own = fewest(ROWS_IN_REGISTERS_TRITS_SUMMED, TRITS_ROWS_SUMMED_FROM_BYTES);
-    add_summed<UNPACKED, rows, (own < shared ? own : shared), BUNDLE>(bodies);
+    if constexpr (!SCALAR) add_summed<UNPACKED, rows, (own < shared ? own : shared), BUNDLE>(bodies);
     return bodies;
 }
 

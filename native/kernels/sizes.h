@@ -55,7 +55,7 @@ constexpr int64_t ROWS_IN_REGISTERS_TRITS_SUMMED = SCALAR ? ANY_ROWS : 2 * TRITS
 // ---- in caches -------------------------------------------------------------------------------------------------------
 
 // Columns that a unit walks over at once, for one strip of x after the other: 8 KB of bytes for a panel, which stay in the
-// first level. Of a unit of two bundles they are 80 KB; with few strips, which read them seldom, less are unpacked at once.
+// first level. Of a unit of two bundles they are 80 KB: for few strips of x, fewer.
 constexpr int COLUMNS = 512, COLUMNS_TRITS = 128;
 constexpr int64_t ROWS_COLUMNS_TRITS = 4 * FROM_BYTES.rows;  // up to so many rows of x
 // Bytes of quantized x at once. Between 32 KB and 4 MB there was no difference (1536 x 384, M = 4096).
