@@ -74,7 +74,7 @@ std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& 
     require(!importance || (importance->shape(0) > 0 && importance->shape(0) % size == 0 &&
                             count * size % importance->shape(0) == 0),
             "importance must repeat over whole blocks");
-    const Plan plan{levels, float_type(scale_type), !coarse.empty(), coarse.data(), int(coarse.size()), shifts.data(),
+    const SearchPlan plan{levels, float_type(scale_type), !coarse.empty(), coarse.data(), int(coarse.size()), shifts.data(),
                     int(shifts.size()), fine.data(), int(fine.size()), refinements};
     const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;

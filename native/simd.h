@@ -19,7 +19,7 @@
 
 namespace spicerack::SPICERACK_ISA {
 
-#if defined(__AVX512F__) && !defined(SPICERACK_NARROW)
+#if defined(__AVX512F__) && !defined(SPICERACK_256_BITS)
 #define LANES 16
 #elif defined(__AVX2__)
 #define LANES 8

@@ -20,6 +20,9 @@ enum Scaling {
     SCALINGS
 };
 
+constexpr int FOLD_BLOCKS = 512 / BLOCK;
+static_assert(COLUMNS % (FOLD_BLOCKS * BLOCK) == 0, "a chunk of float sums ends where they are folded");
+
 // Panels of one matrix, from the chunk's first column on.
 struct Panels {
     const uint8_t* codes[PANELS_MOST];  // step: bytes from tile to tile; trits in bundles: all in the first
@@ -102,7 +105,7 @@ INLINE void for_each(const Body& body) {
 template <int BITS, int M, int P>
 INLINE void add_block(const Panels& w, int64_t at, int pass, const int8_t* a, vi (&i)[M][Vectors<BITS, P>::count]) {
     constexpr int V = Vectors<BITS, P>::count;
-#pragma GCC unroll 8
+#pragma GCC unroll QUADS_UNROLLED
     for (int quad = 0; quad < QUADS; quad++) {
         vi u[V];
         take<BITS, P>(w, at, quad, pass, u);
@@ -192,21 +195,23 @@ void summed(const Panels& w, const Strip& x, float* sums) {
     for (int pass = 0; pass < Vectors<BITS, P>::passes; pass++) summed_pass<BITS, M, P>(w, x, sums, pass);
 }
 
-// One panel times floats: (u - z) x for each column, columns 4 q + j in the running sum j.
+// One panel times floats: (u - z) x for each column, columns 4 q + j in the running sum j. Running sums begin anew with each
+// group; of a row with one scale, every FOLD_BLOCKS, so that it makes no difference where chunks end.
 template <int BITS, int M>
 void floating(const Panels& w, const Strip& x, float* sums) {
     const bool rows = w.group_blocks == 0;
-    const int64_t group = rows ? w.blocks : w.group_blocks;
+    const int64_t fold = rows ? FOLD_BLOCKS : w.group_blocks;
     for (int part = 0; part < PARTS; part++) {
         const float* a = x.floats;
         int64_t at = 0;
-        for (int64_t g = 0; g * group < w.blocks; g++) {
+        for (int64_t first = 0; first < w.blocks; first += fold) {
+            const int64_t g = rows ? 0 : first / fold, last = first + fold < w.blocks ? first + fold : w.blocks;
             vf z = splat(float(w.offset));
             if (w.zero[0]) z = to_float(zero_at(w, 0, g, part * LANES));
             if (w.half) z = z - 0.5f;
             vf t[M][4] = {};
-            for (int64_t b = 0; b < group; b++, at += w.step, a += BLOCK * M) {
-#pragma GCC unroll 8
+            for (int64_t b = first; b < last; b++, at += w.step, a += BLOCK * M) {
+#pragma GCC unroll QUADS_UNROLLED
                 for (int quad = 0; quad < QUADS; quad++) {
                     vi u;
                     if constexpr (BITS == TRITS) {

@@ -82,15 +82,7 @@ INLINE vi dot(vi acc, vi u, vi a) {
         }
         return acc;
     }
-    typedef uint8_t bytes __attribute__((vector_size(VECTOR_BYTES)));
-    typedef int8_t signed_bytes __attribute__((vector_size(VECTOR_BYTES)));
-    const bytes w = (bytes)u;
-    const signed_bytes v = (signed_bytes)a;
-    for (int lane = 0; lane < LANES; lane++) {
-        int32_t sum = 0;
-        for (int i = 4 * lane; i < 4 * lane + 4; i++) sum += (int32_t(w[i]) - SHIFT<BITS>)*int32_t(v[i]);
-        acc[lane] += sum;
-    }
+    for (int j = 0; j < 4; j++) acc += ((vi)((vu)u >> 8 * j & 0xff) - SHIFT<BITS>) * (a << (24 - 8 * j) >> 24);
     return acc;
 #endif
 }

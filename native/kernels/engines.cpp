@@ -1,4 +1,4 @@
-// Which engines this processor runs.
+// Which engines this processor runs, of those that this build holds: libraries.cmake defines SPICERACK_WITH_<isa> for each.
 #include "kernel.h"
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -14,39 +14,62 @@ namespace {
 #define ENGINE(isa) \
     { #isa, isa::linear, isa::attention, isa::spin, isa::read }
 
-struct Found {
-    Engine all[6];
-    int count = 0;
-    void add(const Engine& engine) { all[count++] = engine; }
+// The instruction sets that engines are compiled for, and whether this processor has them.
+struct Processor {
+    bool avx2 = false, avxvnni = false, avx512vnni = false, avx512vbmi = false, neon = false;
+
+    Processor() {
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        avxvnni = avx2 && __builtin_cpu_supports("avxvnni");
+        avx512vnni = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                     __builtin_cpu_supports("avx512vnni");
+        avx512vbmi = avx512vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+#elif defined(__aarch64__) && defined(__linux__)
+        neon = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__aarch64__) && defined(__APPLE__)
+        neon = true;  // every processor of Apple's that runs macOS has dot products
+#endif
+    }
 };
 
-Found usable() {
-    Found found;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool vnni = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vnni");
-    if (vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni")) found.add(ENGINE(avx512vbmi));
-    if (vnni) found.add(ENGINE(avx512vnni));
-    if (vnni) found.add(ENGINE(avx512vlvnni));
-    if (avx2 && __builtin_cpu_supports("avxvnni")) found.add(ENGINE(avxvnni));
-    if (avx2) found.add(ENGINE(avx2));
-#elif defined(__aarch64__) && defined(__linux__)
-    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.add(ENGINE(neon));
-#elif defined(__aarch64__) && defined(__APPLE__)
-    found.add(ENGINE(neon));  // every processor of Apple's that runs macOS has dot products
+struct Usable {
+    Engine all[6];
+    int count = 0;
+
+    Usable() {
+        const Processor has;
+        (void)has;
+#if defined(SPICERACK_WITH_avx512vbmi)
+        if (has.avx512vbmi) add(ENGINE(avx512vbmi));
 #endif
-    found.add(ENGINE(scalar));
-    return found;
-}
+#if defined(SPICERACK_WITH_avx512vnni)
+        if (has.avx512vnni) add(ENGINE(avx512vnni));
+#endif
+#if defined(SPICERACK_WITH_avx512vlvnni)
+        if (has.avx512vnni) add(ENGINE(avx512vlvnni));
+#endif
+#if defined(SPICERACK_WITH_avxvnni)
+        if (has.avxvnni) add(ENGINE(avxvnni));
+#endif
+#if defined(SPICERACK_WITH_avx2)
+        if (has.avx2) add(ENGINE(avx2));
+#endif
+#if defined(SPICERACK_WITH_neon)
+        if (has.neon) add(ENGINE(neon));
+#endif
+        add(ENGINE(scalar));
+    }
+    void add(const Engine& engine) { all[count++] = engine; }
+};
 
 }  // namespace
 
 Engines engines() {
-    static const Found found = usable();
-    return {found.all, found.count};
+    static const Usable usable;
+    return {usable.all, usable.count};
 }
 
 }  // namespace spicerack

@@ -34,17 +34,26 @@ constexpr void add_summed(Bodies& bodies) {
     if constexpr (M > LEAST) add_summed<BITS, M - 1, LEAST, P>(bodies);
 }
 
-template <int BITS, int M>
+template <int BITS, int M, int LEAST>
 constexpr void add_floating(Bodies& bodies) {
     bodies.of[of_floats][M - 1] = floating<BITS, M>;
     bodies.panels[of_floats] = 1;
-    if constexpr (M > 1) add_floating<BITS, M - 1>(bodies);
+    if constexpr (M > LEAST) add_floating<BITS, M - 1, LEAST>(bodies);
 }
 
-// Strips are of nearly equal size, so that no strip has less than half of the most rows where there are more than those.
+// The fewest rows of a strip, where x has more than `beyond` rows and strips of nearly equal size have at most `most`.
+constexpr int fewest(int64_t beyond, int most) {
+    int64_t least = most;
+    for (int64_t rows = beyond + 1; rows <= beyond + most * most; rows++) {
+        const int64_t strips = (rows + most - 1) / most;
+        if (rows / strips < least) least = rows / strips;
+    }
+    return int(least);
+}
+
 template <int BITS>
 constexpr Bodies reading_once() {
-    constexpr int rows = READ_ONCE.rows, least = (rows + 1) / 2;
+    constexpr int rows = READ_ONCE.rows, least = fewest(IN_REGISTERS.rows, rows);
     Bodies bodies{};
     add_scaled<BITS, rows, least, READ_ONCE.panels_scaled>(bodies);
     add_summed<BITS, rows, least, READ_ONCE.panels_summed>(bodies);
@@ -56,15 +65,18 @@ constexpr Bodies reading_planes() {
     Bodies bodies{};
     add_scaled<BITS, ROWS, 1, IN_REGISTERS.panels_scaled>(bodies);
     add_summed<BITS, ROWS, 1, IN_REGISTERS.panels_summed>(bodies);
-    add_floating<BITS, ROWS>(bodies);
+    add_floating<BITS, ROWS, 1>(bodies);
     return bodies;
 }
 
+// Planes and trits that were unpacked. Planes may share x with 8 bits, which take larger strips from fewer rows on.
 constexpr Bodies reading_bytes() {
+    constexpr int rows = FROM_BYTES.rows, planes = fewest(ROWS_IN_REGISTERS_8_BITS, rows);
+    constexpr int trits = fewest(ROWS_IN_REGISTERS_TRITS_SCALED, rows);
     Bodies bodies{};
-    add_scaled<UNPACKED, FROM_BYTES.rows, 1, FROM_BYTES.panels_scaled>(bodies);
-    add_summed<UNPACKED, FROM_BYTES.rows, 1, FROM_BYTES.panels_summed>(bodies);
-    add_floating<UNPACKED, FROM_BYTES.rows>(bodies);
+    add_scaled<UNPACKED, rows, (trits < planes ? trits : planes), FROM_BYTES.panels_scaled>(bodies);
+    add_summed<UNPACKED, rows, planes, FROM_BYTES.panels_summed>(bodies);
+    add_floating<UNPACKED, rows, planes>(bodies);
     return bodies;
 }
 
@@ -72,7 +84,7 @@ constexpr Bodies reading_trits() {
     Bodies bodies{};
     add_scaled<TRITS, TRITS_ROWS_SCALED, 1, BUNDLE>(bodies);
     add_summed<TRITS, TRITS_ROWS_SUMMED, 1, BUNDLE>(bodies);
-    add_floating<TRITS, 1>(bodies);
+    add_floating<TRITS, 1, 1>(bodies);
     return bodies;
 }
 
@@ -80,7 +92,9 @@ constexpr Bodies reading_trits() {
 // product that shares x and is scaled.
 constexpr Bodies reading_bytes_of_trits() {
     Bodies bodies{};
-    add_summed<UNPACKED, FROM_BYTES.rows, 1, BUNDLE>(bodies);
+    constexpr int rows = FROM_BYTES.rows, shared = fewest(ROWS_IN_REGISTERS_TRITS_SCALED, rows);
+    constexpr int own = fewest(ROWS_IN_REGISTERS_TRITS_SUMMED, TRITS_ROWS_SUMMED_FROM_BYTES);
+    if constexpr (!SCALAR) add_summed<UNPACKED, rows, (own < shared ? own : shared), BUNDLE>(bodies);
     return bodies;
 }
 

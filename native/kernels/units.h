@@ -67,10 +67,10 @@ struct UnitPanels {
     INLINE int64_t chunk() const {
         const Slab& s = job.slab;
         const Weights& w = product.weights;
-        const bool short_chunk = w.bits == TRITS && s.rows <= ROWS_COLUMNS_TRITS;
-        const int64_t blocks = job.strips.count == 1 && !work.method.unpack ? s.blocks
-                               : (short_chunk ? COLUMNS_TRITS : COLUMNS) / BLOCK;
+        const bool trits = w.bits == TRITS && work.method.scaling != of_floats;
         const int64_t group = w.group / BLOCK;
+        const int64_t blocks = job.strips.count == 1 && !work.method.unpack ? s.blocks
+                               : (trits && s.rows <= ROWS_COLUMNS_TRITS ? COLUMNS_TRITS : COLUMNS) / BLOCK;
         return group ? most(blocks / group, 1) * group : blocks;
     }
 

@@ -1,27 +1,29 @@
-// Which instruction sets this processor has.
+// Which instruction sets this processor has, of those that this build holds: libraries.cmake defines SPICERACK_WITH_<isa>.
 #include "dispatch.h"
 
 namespace spicerack {
 namespace {
 
-#define SPICERACK_QUANTIZERS(isa) \
+#define QUANTIZERS(isa) \
     { #isa, isa::search, isa::encode, isa::judge, isa::compare, isa::fake, isa::fake_gradients }
 
 std::vector<Quantizers> usable() {
-    std::vector<Quantizers> found;
+    std::vector<Quantizers> all;
 #if defined(__x86_64__)
     __builtin_cpu_init();
+#endif
+#if defined(SPICERACK_WITH_avx512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-        found.push_back(SPICERACK_QUANTIZERS(avx512));
+        all.push_back(QUANTIZERS(avx512));
     }
-    if (__builtin_cpu_supports("avx2")) found.push_back(SPICERACK_QUANTIZERS(avx2));
 #endif
-    found.push_back(SPICERACK_QUANTIZERS(baseline));
-    return found;
+#if defined(SPICERACK_WITH_avx2)
+    if (__builtin_cpu_supports("avx2")) all.push_back(QUANTIZERS(avx2));
+#endif
+    all.push_back(QUANTIZERS(baseline));
+    return all;
 }
-
-#undef SPICERACK_QUANTIZERS
 
 }  // namespace
 

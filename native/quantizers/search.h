@@ -22,7 +22,7 @@ struct Blocks {
 
 // What is tried, in order: factors of the absmax scale, with each the zero-point shifts; then factors of the best scale
 // in pairs; then least squares. Without `optimize`: absmax only.
-struct Plan {
+struct SearchPlan {
     Levels levels;
     Float scale_type;
     bool optimize;
@@ -53,7 +53,7 @@ struct Outcome {
 #define SPICERACK_SEARCH_FUNCTIONS                                                                                     \
     /* importance: null, or `period` values that repeat along the data. scale [count] gets stored values, zero [count]  \
        and codes [count * size] integers. */                                                                           \
-    Outcome search(const Blocks& blocks, const Plan& plan, const float* importance, int64_t period, float* scale,      \
+    Outcome search(const Blocks& blocks, const SearchPlan& plan, const float* importance, int64_t period, float* scale,      \
                    int8_t* zero, int8_t* codes);                                                                       \
     /* Codes against given scales and zeros (null: none). */                                                           \
     void encode(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes);    \
@@ -63,7 +63,7 @@ struct Outcome {
     void compare(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero,                   \
                  const int8_t* codes, Misfit& out);
 
-// search.cpp is compiled once per instruction set, each time into one of these.
+// search.cpp and judge.cpp are compiled once per instruction set, each time into one of these.
 namespace baseline {
 SPICERACK_SEARCH_FUNCTIONS
 }

@@ -1,0 +1,123 @@
+// Scales and zero points on trial: codes, errors and sums of a tile. Part of search.cpp and judge.cpp.
+#pragma once
+
+#include "blocks.h"
+
+namespace spicerack::SPICERACK_ISA {
+namespace {
+
+constexpr int RUN = 16;              // neighbours folded in pairs in float32: part of the specification
+constexpr int PATIENCE = 32;         // runs between looks whether a candidate has lost already
+constexpr double INF = __builtin_inf();
+
+// A scale and a zero for each lane, ready for use.
+struct Candidate {
+    vf scale, zero, inverse, offset, lo, hi;
+    vi usable;  // the scale is neither 0 nor infinite
+
+    INLINE Candidate(vf s, vf z, const Levels& levels)
+        : scale(s), zero(z), offset(levels.half ? splat(-0.5f) : z), lo(splat(levels.lo)), hi(splat(levels.hi)) {
+        usable = (s != vf{}) & ((vi)vabs(s) < INFINITE);
+        inverse = (vf)((vi)(1.0f / s) & usable);
+    }
+    INLINE Wide or_infinite(const Wide& error) const { return select(WideMask(usable), error, Wide(INF)); }
+
+    template <bool OFFSET>
+    INLINE vf value(vf x) const {
+        vf u = x * inverse;
+        if (OFFSET) u = u + offset;
+        const vf code = round_small(vmin(vmax(u, lo), hi));
+        return OFFSET ? code - offset : code;
+    }
+};
+
+struct Tile {
+    const vf* x;
+    const vf* a;  // importance, or null
+    int64_t size;
+};
+
+template <int N, class Term>
+INLINE vf fold(const Term& term, int64_t j) {
+    if constexpr (N == 1) {
+        return term(j);
+    } else {
+        return fold<N / 2>(term, j) + fold<N / 2>(term, j + N / 2);
+    }
+}
+
+template <class Term>
+INLINE vf run_sum(const Term& term, int64_t j, int64_t size) {
+    if (j + RUN <= size) return fold<RUN>(term, j);
+    return fold<RUN>([&](int64_t i) FLAT { return i < size ? term(i) : vf{}; }, j);
+}
+
+template <bool OFFSET, bool WEIGHTED>
+INLINE vf error_term(const Tile& t, const Candidate& c, vf x, int64_t j) {
+    const vf e = c.scale * c.value<OFFSET>(x) - x;
+    return WEIGHTED ? (t.a[j] * e) * e : e * e;
+}
+
+// The error of each lane; or infinity in every lane as soon as none can get below `limit` any more: terms are not negative
+// and rounding is monotone, so a partial sum never exceeds the whole one.
+template <bool OFFSET, bool WEIGHTED>
+Wide errors(const Tile tile, const Candidate c, const Wide limit, Wide total = {}) {
+    for (int64_t j = 0, patience = PATIENCE; j < tile.size; j += RUN) {
+        total.add(run_sum([&](int64_t i) FLAT { return error_term<OFFSET, WEIGHTED>(tile, c, tile.x[i], i); }, j, tile.size));
+        if (--patience == 0) {
+            if (!any((total < limit).narrow())) return Wide(INF);
+            patience = PATIENCE;
+        }
+    }
+    return c.or_infinite(total);
+}
+
+struct LaneSums {
+    Wide xv, vv, x, v;
+};
+
+template <bool OFFSET, bool WEIGHTED>
+LaneSums sums(const Tile tile, const Candidate c, LaneSums s = {}) {
+    const vf* x = tile.x;
+    for (int64_t j = 0; j < tile.size; j += RUN) {
+        const auto weigh = [&](vf y, int64_t i) FLAT { return WEIGHTED ? tile.a[i] * y : y; };
+        const auto v = [&](int64_t i) FLAT { return c.value<OFFSET>(x[i]); };
+        s.xv.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i) * x[i]; }, j, tile.size));
+        s.vv.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i) * v(i); }, j, tile.size));
+        if (!OFFSET) continue;
+        s.x.add(run_sum([&](int64_t i) FLAT { return weigh(x[i], i); }, j, tile.size));
+        s.v.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i); }, j, tile.size));
+    }
+    return s;
+}
+
+// Codes against one scale and zero for each block, without a tile.
+template <class T, bool OFFSET>
+void encode_row(const typename T::value* x, int64_t size, const Candidate& c, int8_t* codes) {
+    for (int64_t j = 0; j < size; j += LANES) {
+        vf u = widen_or_repeat<T>(x + j, size - j) * c.inverse;
+        if (OFFSET) u = u + c.offset;
+        const vi code = (vi)(vmin(vmax(u, c.lo), c.hi) + ROUNDER);  // the low bits of the sum are the integer
+        int8_t bytes[LANES];
+        for (int lane = 0; lane < LANES; lane++) bytes[lane] = int8_t(code[lane]);
+        if (size - j >= LANES) {
+            std::memcpy(codes + j, bytes, LANES);
+        } else {
+            std::memcpy(codes + j, bytes, size - j);
+        }
+    }
+}
+
+template <class T>
+void encode_rows(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes) {
+    const auto* data = (const typename T::value*)blocks.data;
+    const bool offset = levels.half || levels.zero;
+    for (int64_t b = 0; b < blocks.count; b++) {
+        const Candidate c(splat(scale[b]), splat(zero ? zero[b] : 0), levels);
+        const auto encode_one = offset ? encode_row<T, true> : encode_row<T, false>;
+        encode_one(data + b * blocks.size, blocks.size, c, codes + b * blocks.size);
+    }
+}
+
+}  // namespace
+}  // namespace spicerack::SPICERACK_ISA
