@@ -93,7 +93,7 @@ def test_long_sums_do_not_stall() -> None:
 
 def test_a_gram_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = integers(300, 21)
-    monkeypatch.setattr(stats, "BLOCK", 8)
+    monkeypatch.setattr(stats, "STRIP", 8)
     gram = collect([x], ("gram",)).gram
     assert gram is not None and torch.equal(gram, ((x.T @ x).double() / 300).float())
 

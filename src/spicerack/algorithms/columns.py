@@ -1,6 +1,6 @@
 """What a quantized weight is made of, column by column: for solvers whose arithmetic is that of matrices [N, K].
 
-Scales and zero points are one for each block, and blocks lie within a row or are the whole tensor; here each stands for
+Scales and zero points are one for each group, and groups lie within a row or are the whole tensor; here each stands for
 all of its weights. All of it is float32, on the device of the codes.
 """
 
@@ -12,7 +12,7 @@ from spicerack.numerics.qtensor import QTensor
 
 
 def by_column(values: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """A value for each block [N or 1, groups or 1] -> one for each weight, [N, K]; rows of one value share memory."""
+    """A value for each group [N or 1, groups or 1] -> one for each weight, [N, K]; rows of one value share memory."""
     return values.repeat_interleave(k // values.shape[1], dim=1).expand(n, k)
 
 

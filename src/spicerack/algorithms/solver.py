@@ -25,7 +25,7 @@ from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
 
 Obstacle = Callable[[Scheme], str | None]
-"""A scheme -> why the solver cannot choose its codes, a clause such as "its blocks have minima"; None if it can."""
+"""A scheme -> why the solver cannot choose its codes, a clause such as "its levels are a table"; None if it can."""
 Memory = Callable[[int, int], int]
 """N, K -> bytes that solving a weight [N, K] takes beside the statistics of its inputs, the weight itself included."""
 

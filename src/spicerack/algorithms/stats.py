@@ -27,8 +27,8 @@ CHUNK = 1024
 """Tokens whose products are summed in float32."""
 WIDE = 8192
 """Columns above which the gram is summed in float32."""
-BLOCK = 1024
-"""Columns of a gram that are multiplied at once; blocks below its diagonal are not."""
+STRIP = 1024
+"""Columns of a gram that are multiplied at once; what lies below its diagonal is not."""
 LARGEST = 2.0**57
 """Magnitudes above overflow float32 when a chunk of them is squared and summed: 2^10 * (2^57)^2 = 2^124."""
 
@@ -126,14 +126,14 @@ def products(columns: int, device: torch.device | str = "cpu") -> torch.Tensor:
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total [K, K] += a^T b, in place, for a few rows a and b, float32 [T, K]; the product itself is float32."""
-    for first in range(0, len(total), BLOCK):
-        _add(total[first : first + BLOCK], a[:, first : first + BLOCK], b)
+    for first in range(0, len(total), STRIP):
+        _add(total[first : first + STRIP], a[:, first : first + STRIP], b)
 
 
 def _add_upper(total: torch.Tensor, x: torch.Tensor) -> None:
-    """total [K, K] += x^T x for x float32 [T, K], but for blocks below the diagonal, which `_mirrored` fills."""
-    for first in range(0, len(total), BLOCK):
-        _add(total[first : first + BLOCK, first:], x[:, first : first + BLOCK], x[:, first:])
+    """total [K, K] += x^T x for x float32 [T, K], but for what lies below the diagonal, which `_mirrored` fills."""
+    for first in range(0, len(total), STRIP):
+        _add(total[first : first + STRIP, first:], x[:, first : first + STRIP], x[:, first:])
 
 
 def _add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -145,12 +145,12 @@ def _add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def _mirrored(total: torch.Tensor) -> torch.Tensor:
-    """The total [K, K] made exactly symmetric, in place, from its blocks on the diagonal and above."""
-    for first in range(0, len(total), BLOCK):
-        rows = total[first : first + BLOCK, first:]
+    """The total [K, K] made exactly symmetric, in place, from what lies on the diagonal and above."""
+    for first in range(0, len(total), STRIP):
+        rows = total[first : first + STRIP, first:]
         square = rows[:, : len(rows)]
         square.copy_((square + square.T) / 2)
-        total[first:, first : first + BLOCK] = rows.T.clone()
+        total[first:, first : first + STRIP] = rows.T.clone()
     return total
 
 

@@ -181,22 +181,22 @@ def _steps(method: Method, weights: Sequence[_Weight], activations: int) -> Iter
     """What a block goes through, and the bytes that each takes."""
     solver = solvers.get(method.solver)
     opening = solvers.opening(method.solver)
-    for group in _groups(weights):
-        first, largest = group[0], max(group, key=lambda w: w.rows)
+    for readers in _readers(weights):
+        first, largest = readers[0], max(readers, key=lambda w: w.rows)
         decoded = 8 * largest.rows * largest.columns  # a weight, and what it is decoded by
-        yield f"gathering statistics for {first.layer}", _statistics(group) + activations + decoded
-        yield f"solving {largest.layer}", _solving(group, opening)
+        yield f"gathering statistics for {first.layer}", _statistics(readers) + activations + decoded
+        yield f"solving {largest.layer}", _solving(readers, opening)
     if solver.needs == "block":
         learning = sum(w.count * solver.memory(w.rows, w.columns) for w in weights)
         yield "learning the codes of a block", learning + activations
 
 
-def _groups(weights: Sequence[_Weight]) -> list[list[_Weight]]:
-    """Those that may share an input: of one parent and as many columns."""
-    groups: dict[tuple[str, int], list[_Weight]] = {}
+def _readers(weights: Sequence[_Weight]) -> list[list[_Weight]]:
+    """Those that may read one input: of one parent and as many columns."""
+    readers: dict[tuple[str, int], list[_Weight]] = {}
     for weight in weights:
-        groups.setdefault((weight.parent, weight.columns), []).append(weight)
-    return list(groups.values())
+        readers.setdefault((weight.parent, weight.columns), []).append(weight)
+    return list(readers.values())
 
 
 def _gram(columns: int) -> int:
@@ -204,22 +204,22 @@ def _gram(columns: int) -> int:
     return (8 if columns <= WIDE else 4) * columns**2
 
 
-def _statistics(group: Sequence[_Weight]) -> int:
-    """Bytes of the statistics that a group needs at once, gram and shift, while they are gathered."""
-    first = group[0]
+def _statistics(readers: Sequence[_Weight]) -> int:
+    """Bytes of the statistics of one input at once, gram and shift, while they are gathered."""
+    first = readers[0]
     temporary = 4 * first.columns**2 if first.columns <= WIDE else 0  # the gram is float32 in the end
     if first.expert:
         return max(STATISTICS, _gram(first.columns)) + temporary
     return 2 * _gram(first.columns) + temporary
 
 
-def _solving(group: Sequence[_Weight], opening: Solver) -> int:
-    """Bytes while the largest weight of a group is solved: its own, and what waits meanwhile for the others."""
-    first, rows = group[0], max(w.rows for w in group)
+def _solving(readers: Sequence[_Weight], opening: Solver) -> int:
+    """Bytes while the largest of an input's readers is solved: its own, and what waits meanwhile for the others."""
+    first, rows = readers[0], max(w.rows for w in readers)
     grams = max(STATISTICS // 2, 4 * first.columns**2) if first.expert else 4 * first.columns**2
     pulls = 0
     if opening.needs == "gram" and not first.expert:  # targets of experts are not shifted
-        pulls = 4 * sum(w.rows * w.columns for w in group)
+        pulls = 4 * sum(w.rows * w.columns for w in readers)
     return grams + pulls + opening.memory(rows, first.columns)
 
 

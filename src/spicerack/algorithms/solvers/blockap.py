@@ -5,7 +5,7 @@
 
 w begins as what `start` decodes to, in the middle of its cells: from the weights that were rounded, moved into their
 cells, what is found is farther off (docs/quality.md). A step moves a weight's place among the levels, or their ends, by
-eta at most, whatever the block's first scale s_0 and the number of levels (the first half of EfficientQAT, Chen et al.
+eta at most, whatever the group's first scale s_0 and the number of levels (the first half of EfficientQAT, Chen et al.
 2024, arXiv:2407.11062, which begins with the float weights, and has one rate for all).
 """
 

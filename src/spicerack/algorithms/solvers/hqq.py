@@ -9,11 +9,11 @@
     beta *= kappa
 
 It is what there is for low bits without a text: rounding to nearest weighs all errors by their squares, so that a far
-outlier widens its block's steps for all; to the power 0.7 it may be off instead. Where calibration text tells which
+outlier widens its group's steps for all; to the power 0.7 it may be off instead. Where calibration text tells which
 columns matter, `gptq` is nearer (docs/quality.md).
 
-After each step scale and zero are judged as they are stored, by the sum itself; each block keeps its best, those of
-`start` among them, so that no block gets worse by this measure. https://mobiusml.github.io/hqq_blog
+After each step scale and zero are judged as they are stored, by the sum itself; each group keeps its best, those of
+`start` among them, so that no group gets worse by this measure. https://mobiusml.github.io/hqq_blog
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from spicerack.numerics.scheme import Scheme
 P = 0.7
 """p, the authors' for weights of language models: the smaller, the more a few weights may be off."""
 BETA = 10.0
-"""beta at first, the authors'; of weights divided by the mean magnitude of their block: the penalty has no unit."""
+"""beta at first, the authors'; of weights divided by the mean magnitude of their group: the penalty has no unit."""
 KAPPA = 1.01
 """kappa, the authors': what beta grows by in a step."""
 STEPS = 20
 """The authors' number of steps; the best step counts, so that more of them cost time only."""
 _CHUNK = 1 << 24
-"""Weights whose blocks are worked on at once: 64 MB for each of the float32 temporaries of a step."""
+"""Weights whose groups are worked on at once: 64 MB for each of the float32 temporaries of a step."""
 
 
 def obstacle(scheme: Scheme) -> str | None:
-    """Why the equations above do not hold for the scheme; None if they do. Blocks may have any shape."""
+    """Why the equations above do not hold for the scheme; None if they do. Groups may have any shape."""
     return scheme.scale_obstacle or scheme.levels_obstacle
 
 
@@ -56,14 +56,14 @@ def memory(n: int, k: int) -> int:
 
 
 def solve(w: torch.Tensor, start: QTensor) -> Solved:
-    """Codes, scales and zero points of w [..., N, K], float; no block has more error to the power P than in `start`."""
+    """Codes, scales and zero points of w [..., N, K], float; no group has more error to the power P than in `start`."""
     block = start.scheme.block_shape(*start.shape[-2:])
     x = to_blocks(w, block)
     s = start.plain_scale.float().reshape(-1, 1)
     z = torch.zeros_like(s) if start.zero is None else start.zero.float().reshape(-1, 1)
     count = max(_CHUNK // x.shape[1], 1)
     solved = [
-        _solve_blocks(*some, start.scheme, start.plain_scale.dtype)
+        _solve_groups(*some, start.scheme, start.plain_scale.dtype)
         for some in zip(x.split(count), s.split(count), z.split(count), strict=True)
     ]
     q, s, z = (torch.cat(parts) for parts in zip(*solved, strict=True))
@@ -86,10 +86,10 @@ def shrink(r: torch.Tensor, beta: float, p: float = P) -> torch.Tensor:
     return r.sign() * (size - size.clamp(min=1e-8) ** (p - 1) / beta).clamp(min=0)
 
 
-def _solve_blocks(
+def _solve_groups(
     w: torch.Tensor, s: torch.Tensor, z: torch.Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """M blocks w [M, B] and their first s and z [M, 1] -> q [M, B], s and z [M, 1], float32; s is as stored."""
+    """M groups w [M, B] and their first s and z [M, 1] -> q [M, B], s and z [M, 1], float32; s is as stored."""
     levels = scheme.integers
     unit = w.float().abs().mean(1, keepdim=True)
     unit = torch.where(unit == 0, 1.0, unit)
@@ -117,7 +117,7 @@ def _solve_blocks(
 
 
 def _error(w: torch.Tensor, s: torch.Tensor, z: torch.Tensor, levels: IntLevels) -> torch.Tensor:
-    """float64 [M, 1]: sum |w - s (q - z)|^P over each block of w [M, B], q the nearest codes; s and z are [M, 1]."""
+    """float64 [M, 1]: sum |w - s (q - z)|^P over each group of w [M, B], q the nearest codes; s and z are [M, 1]."""
     decoded = s * levels.decode(levels.encode(w / s, z), z)
     return (w - decoded).abs().pow(P).sum(1, keepdim=True, dtype=torch.float64)
 

@@ -1,6 +1,6 @@
 """RTN: the codes of rounding to nearest, as they are. Every solver starts from them, and this one ends there.
 
-Which scale and zero point a block gets is decided before a solver is asked, by the search of `numerics/search.py`; with
+Which scale and zero point a group gets is decided before a solver is asked, by the search of `numerics/search.py`; with
 calibration text its errors are weighted by the mean square of each input.
 """
 
@@ -21,7 +21,7 @@ def solve(_w: torch.Tensor, start: QTensor) -> Solved:
 def memory(n: int, k: int) -> int:
     """Bytes that rounding a weight [N, K] to nearest takes, 24 of a weight: as much as six float32 matrices.
 
-    They are the weight, a copy in blocks, and of the one candidate that the search in torch judges at a time the
+    They are the weight, a copy in groups, and of the one candidate that the search in torch judges at a time the
     levels, the errors, and the products of both with importances. Where C++ searches it is less.
     """
     return 24 * n * k

@@ -9,7 +9,7 @@ Rounding and storing pass gradients straight through, clipping stops them (Cheng
 A weight goes to one of its two neighbours at most, because |v| <= 1/2, and zero points stay. Of a gradient only the
 sign counts: a weight with little to say moves as far as one with much, which keeps the method free of learning rates by
 layer, and needs no averages. a is the paper's alpha and beta in one: the paper scales the largest and the least weight
-of a block, from which the scale follows; here the scale is what is searched already, and moves itself.
+of a group, from which the scale follows; here the scale is what is searched already, and moves itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Learned:
         self.best: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _by_column(self, values: torch.Tensor) -> torch.Tensor:
-        """A value for each block [N or 1, groups or 1] -> one for each weight [N, K]."""
+        """A value for each group [N or 1, groups or 1] -> one for each weight [N, K]."""
         return by_column(values, *self.weight.shape)
 
     def _shift(self) -> torch.Tensor | float:

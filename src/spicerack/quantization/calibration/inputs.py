@@ -20,8 +20,8 @@ from spicerack.quantization.calibration.flow import Flow
 from spicerack.quantization.calibration.pair import Pair
 from spicerack.quantization.memory import STATISTICS
 
-Group = tuple[str, ...]
-"""Paths of layers that share an input."""
+Readers = tuple[str, ...]
+"""Paths of layers that read one input."""
 
 FEW = 0.25
 """Tokens of a column below which an expert has too few: its gram would have a rank of a quarter of its columns or
@@ -30,7 +30,7 @@ less."""
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """What is known of the inputs of a group of layers: x what they get now, x' in the float model.
+    """What is known of the inputs of layers that read one: x what they get now, x' in the float model.
 
     gram        H = mean x x^T, float32 [K, K]; None where there are too few tokens
     shift       C = mean (x' - x) x^T, float [K, K]; None where the float model calls the layers with other rows, so
@@ -52,48 +52,48 @@ class Moments:
 # ---- who goes together -----------------------------------------------------------------------------------------------
 
 
-def stages(pair: Pair, flow: Flow) -> list[list[Group]]:
-    """All targets that the text reaches, in the order of their calls; groups of a stage do not wait for each other.
+def stages(pair: Pair, flow: Flow) -> list[list[Readers]]:
+    """All targets that the text reaches, by the inputs that they read, in the order of their calls.
 
-    The exact block is run chunk by chunk until all were called.
+    Those of one stage do not wait for each other. The exact block is run chunk by chunk until all were called.
     """
     missing = {target.path for target in pair.targets}
     stacks = _stacks(pair)
-    order: list[list[Group]] = []
+    order: list[list[Readers]] = []
     for call in flow.calls(ALONE):
         if not missing:
             break
         called: list[tuple[str, torch.Tensor]] = []
         with blocks.watched(pair.exact, sorted(missing), called.append):
             flow.run(pair.exact, flow.hidden(call)[1], call)
-        for group in blocks.shared_inputs([(path, x) for path, x in called if len(x)]):
-            if group[0] in missing:
-                stage = stacks.get(group[0], [group])
+        for readers in blocks.shared_inputs([(path, x) for path, x in called if len(x)]):
+            if readers[0] in missing:
+                stage = stacks.get(readers[0], [readers])
                 order.append(stage)
                 missing.difference_update(*stage)
     return order
 
 
-def _stacks(pair: Pair) -> dict[str, list[Group]]:
-    """For each layer of an expert the groups of its stack: the layers of one expert."""
+def _stacks(pair: Pair) -> dict[str, list[Readers]]:
+    """For each layer of an expert the stage that its stack is: the layers of each expert, which read its tokens."""
     stacks: dict[str, dict[str, list[str]]] = {}
     for target in pair.targets:
         if target.stack:
             stacks.setdefault(target.stack, {}).setdefault(target.expert, []).append(target.path)
     stages = ([tuple(paths) for paths in experts.values()] for experts in stacks.values())
-    return {path: stage for stage in stages for group in stage for path in group}
+    return {path: stage for stage in stages for readers in stage for path in readers}
 
 
-def rounds(pair: Pair, stage: Sequence[Group]) -> Iterator[list[Group]]:
-    """The groups of a stage, in parts whose statistics fit in STATISTICS bytes, or which are a single group."""
-    part: list[Group] = []
+def rounds(pair: Pair, stage: Sequence[Readers]) -> Iterator[list[Readers]]:
+    """A stage in parts whose statistics fit in STATISTICS bytes, or which are the readers of a single input."""
+    part: list[Readers] = []
     nbytes = 0
-    for group in stage:
-        needed = 8 * pair.columns(group[0]) ** 2
+    for readers in stage:
+        needed = 8 * pair.columns(readers[0]) ** 2
         if part and nbytes + needed > STATISTICS:
             yield part
             part, nbytes = [], 0
-        part.append(group)
+        part.append(readers)
         nbytes += needed
     yield part
 
@@ -101,11 +101,11 @@ def rounds(pair: Pair, stage: Sequence[Group]) -> Iterator[list[Group]]:
 # ---- moments ---------------------------------------------------------------------------------------------------------
 
 
-def moments(pair: Pair, flow: Flow, groups: Sequence[Group]) -> dict[Group, Moments]:
-    """The moments of groups of one stage, over the whole text. Raises ActivationError naming block, layer and chunk."""
-    if any(target.stack for target in pair.targets if target.path == groups[0][0]):
-        return _of_experts(pair, flow, groups)
-    return {group: _of_layers(pair, flow, group[0]) for group in groups}
+def moments(pair: Pair, flow: Flow, part: Sequence[Readers]) -> dict[Readers, Moments]:
+    """The moments of inputs of one stage, over the whole text. Raises ActivationError naming block, layer and chunk."""
+    if any(target.stack for target in pair.targets if target.path == part[0][0]):
+        return _of_experts(pair, flow, part)
+    return {readers: _of_layers(pair, flow, readers[0]) for readers in part}
 
 
 def _of_layers(pair: Pair, flow: Flow, path: str) -> Moments:
@@ -129,9 +129,9 @@ def _of_layers(pair: Pair, flow: Flow, path: str) -> Moments:
     return Moments(stats.gram, None if apart or not stats.tokens else shift.div_(stats.tokens), stats.gram.diagonal())
 
 
-def _of_experts(pair: Pair, flow: Flow, groups: Sequence[Group]) -> dict[Group, Moments]:
+def _of_experts(pair: Pair, flow: Flow, part: Sequence[Readers]) -> dict[Readers, Moments]:
     """The moments of experts of one stack; without shifts: the float model's router sends an expert other tokens."""
-    paths = [group[0] for group in groups]
+    paths = [readers[0] for readers in part]
     accumulators = {path: Accumulator(["gram"], pair.columns(path), device=flow.device) for path in paths}
     for call in flow.calls():
         for path, x in flow.inputs(pair.quantized, paths, flow.hidden(call)[0], call).items():
@@ -146,7 +146,10 @@ def _of_experts(pair: Pair, flow: Flow, groups: Sequence[Group]) -> dict[Group, 
         gram = stats[path].gram
         assert gram is not None
         pooled += gram.diagonal() * (count / max(sum(counts.values()), 1))
-    return {group: _of_expert(stats[group[0]].gram, pooled, counts[group[0]], shown.get(group[0])) for group in groups}
+    return {
+        readers: _of_expert(stats[path].gram, pooled, counts[path], shown.get(path))
+        for readers, path in zip(part, paths, strict=True)
+    }
 
 
 def _of_expert(gram: torch.Tensor | None, pooled: torch.Tensor, count: int, shown: int | None) -> Moments:

@@ -17,14 +17,14 @@ part of these. The price is that nothing can be solved ahead: layers wait for th
 blocks.
 
 What is given up for memory that does not grow with the model or the text is time: the text goes through every block
-several times, twice for each group of layers that share an input (once exact, once quantized), and hidden states are
+several times, twice for the layers that share an input (once exact, once quantized), and hidden states are
 read from disk each time. Of a block nothing is kept but its codes.
 
 A block is finished when its file is there, so that a run that is killed continues with the block that it was at.
 
-Several ranks share the chunks of hidden states, and the layers of a group once its statistics are added up; each solved
-layer is a file that the others read (`Exchange`). What follows from all of the text alone (order, transforms) each
-finds for itself. Learning is the first rank's alone, because every step needs the one before.
+Several ranks share the chunks of hidden states, and layers that share an input once its statistics are added up; each
+solved layer is a file that the others read (`Exchange`). What follows from all of the text alone (order, transforms)
+each finds for itself. Learning is the first rank's alone, because every step needs the one before.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from spicerack.models import blocks
 from spicerack.numerics.qtensor import QTensor, moved
 from spicerack.quantization.calibration.exchange import Exchange
 from spicerack.quantization.calibration.flow import Flow
-from spicerack.quantization.calibration.inputs import Group, Moments, moments, rounds, stages
+from spicerack.quantization.calibration.inputs import Moments, Readers, moments, rounds, stages
 from spicerack.quantization.calibration.pair import Pair
 from spicerack.quantization.calibration.static import observe
 from spicerack.quantization.calibration.targets import Target
@@ -36,13 +36,12 @@ def solve(
     """
     starts: dict[str, QTensor] = {}
     solutions: dict[str, Solved] = {}
-    for groups in (part for stage in stages(pair, flow) for part in rounds(pair, stage)):
-        for group in groups:
-            observe(pair, flow, group, observer)
-        targets = [target for group in groups for target in _in(pair, group)]
-        _solve_mine(pair, flow, exchange, groups, name)
+    for part in (part for stage in stages(pair, flow) for part in rounds(pair, stage)):
+        for readers in part:
+            observe(pair, flow, readers, observer)
+        _solve_mine(pair, flow, exchange, part, name)
         flow.ranks.wait()
-        for target in targets:
+        for target in (target for readers in part for target in _targets(pair, readers)):
             starts[target.key], solutions[target.key] = exchange.take(target)
             pair.put(target, solutions[target.key].q)
     for target in pair.targets:
@@ -58,28 +57,28 @@ def solve(
     return starts, solutions
 
 
-def _in(pair: Pair, group: Group) -> list[Target]:
-    """The targets of a group, in its order."""
+def _targets(pair: Pair, readers: Readers) -> list[Target]:
+    """The targets at these paths, in their order."""
     by_path = {target.path: target for target in pair.targets}
-    return [by_path[path] for path in group]
+    return [by_path[path] for path in readers]
 
 
-def _solve_mine(pair: Pair, flow: Flow, exchange: Exchange, groups: Sequence[Group], name: str) -> None:
-    """Solve those targets of some groups that are this rank's share, and hand them over.
+def _solve_mine(pair: Pair, flow: Flow, exchange: Exchange, part: Sequence[Readers], name: str) -> None:
+    """Solve those targets of a part of a stage that are this rank's share, and hand them over.
 
     The costliest go first to the rank with the least to do: what solving costs grows with the weight's size.
     """
-    known = moments(pair, flow, groups)
-    by_path = {target.path: (target, group) for group in groups for target in _in(pair, group)}
+    known = moments(pair, flow, part)
+    by_path = {target.path: (target, readers) for readers in part for target in _targets(pair, readers)}
     costs = {path: float(pair.weight(target).numel()) for path, (target, _) in by_path.items()}
     mine = [by_path[path] for path, rank in flow.ranks.shares(costs).items() if rank == flow.ranks.rank]
     pulls: dict[str, torch.Tensor | None] = {}
     if solvers.opening(name).needs == "gram":
-        pulls = {target.path: known[group].pull(pair.weight(target)) for target, group in mine}
+        pulls = {target.path: known[readers].pull(pair.weight(target)) for target, readers in mine}
     # Shifts are as large as what solving needs, which comes now: from here on nothing holds them.
-    known = {group: dataclasses.replace(one, shift=None) for group, one in known.items()}
-    for target, group in mine:
-        exchange.hand_over(target, *_solve_one(pair, target, known[group], pulls.pop(target.path, None), name))
+    known = {readers: dataclasses.replace(one, shift=None) for readers, one in known.items()}
+    for target, readers in mine:
+        exchange.hand_over(target, *_solve_one(pair, target, known[readers], pulls.pop(target.path, None), name))
 
 
 def _solve_one(

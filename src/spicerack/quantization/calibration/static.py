@@ -21,13 +21,13 @@ from spicerack.quantization.calibration.observer import Observer
 from spicerack.quantization.calibration.pair import Pair
 
 
-def observe(pair: Pair, flow: Flow, group: Sequence[str], name: str | None) -> None:
-    """Find one scale for the layers of a group, which share an input, by the observer `name`, where they are static.
+def observe(pair: Pair, flow: Flow, readers: Sequence[str], name: str | None) -> None:
+    """Find one scale for layers that read one input, by the observer `name`, where they are static.
 
     It is found over the whole text, a sequence at a time, padding left out. Raises ActivationError naming block, layer
     and sequence, also where no token comes.
     """
-    static = pair.static(group)
+    static = pair.static(readers)
     if not static:
         return
     observer = _begin(name)
