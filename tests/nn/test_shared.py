@@ -38,7 +38,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     multiply = engines.multiply
 
-    def counted(x: torch.Tensor, matrices: Sequence[engines.Matrix], *rest: Any, **more: Any) -> list[torch.Tensor]:
+    def counted(
+        x: torch.Tensor, matrices: Sequence[engines.PanelMatrix], *rest: Any, **more: Any
+    ) -> list[torch.Tensor]:
         made.append(len(matrices))
         return multiply(x, matrices, *rest, **more)
 

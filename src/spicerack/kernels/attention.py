@@ -1,4 +1,9 @@
-"""Attention of many heads by the native kernel, in float32 whatever the type."""
+"""Attention of many heads by the native kernel, in float32 whatever the type.
+
+It runs on the engines of the products, for models whose own code would call torch's (`nn.attention` puts it there). No
+matrix of scores is kept: keys are taken some at a time, sums shrink when a larger score comes (the online softmax of
+Milakov and Gimelshein 2018, arXiv:1805.02867). What it cannot do `obstacle` says, and torch does.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +27,15 @@ def attention(
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v, in float32 whatever the type -> [B, L, H, V], contiguous, in q's type.
 
-    q [B, H, L, D], k [B, G, S, D], v [B, G, S, V]: H / G heads of q share one of k and v. mask: bool, broadcast to
-    [B, H, L, S]; False hides a key. causal: query i sees keys 0..i. A query that sees no key gets zeros. No gradients;
-    as many threads as torch uses. engine: one of `panels.NAMES`, None is the fastest; all give the same bits. Raises
-    ShapeError, and UsageError for an engine that this processor has not; `obstacle` tells of shapes beforehand.
+    q       [B, H, L, D]: float32, float16 or bfloat16, on the CPU; D and V are multiples of 16
+    k, v    [B, G, S, D] and [B, G, S, V], of q's type: H / G heads of q share one of k and v
+    mask    bool, broadcast to [B, H, L, S]; False hides a key
+    causal  query i sees keys 0..i
+    scale   of the scores, before softmax
+    engine  one of `panels.NAMES`; None is the fastest. All give the same bits
+
+    A query that sees no key gets zeros. No gradients; as many threads as torch uses. Raises ShapeError, and UsageError
+    for an engine that this processor has not; `obstacle` tells of shapes beforehand.
     """
     reason = obstacle(q, k, v, mask)
     if reason is not None:
@@ -60,7 +70,7 @@ def attention(
 
 
 def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
-    """Why `attention` cannot run these, or None."""
+    """Why `attention` cannot run these, or None if it can."""
     if not (q.dim() == k.dim() == v.dim() == 4 and q.is_cpu and k.is_cpu and v.is_cpu):
         return "it takes three tensors of four axes, on the CPU"
     if q.dtype not in TYPES or k.dtype != q.dtype or v.dtype != q.dtype:

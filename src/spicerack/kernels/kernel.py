@@ -1,7 +1,14 @@
 """How packed weights multiply: `Kernel`, a row of plain data, and `pick`, which chooses a row and can say why.
 
-A file in `kernels/table/` declares its rows as KERNELS. A kernel lays a QTensor out for itself in memory; that layout
-never reaches the disk.
+A file in `kernels/table/` declares its rows as KERNELS; nothing else names it. A kernel lays a QTensor out for itself
+in memory (`pack`); that layout never reaches the disk, so no folder depends on a processor, and `unpack` gives the
+QTensor back to whoever saves, merges or moves a model. What a weight goes through:
+
+    QTensor -> pick -> pack -> tensors, the buffers of a module (nn.weight) -> prepare, once -> run, at each forward
+
+The choice is made for each weight alone, by its scheme, its shape, the type of its inputs and the device: a row that
+cannot run it says why (`obstacle`), and of those that can the fastest is taken. The reference, in torch, has no
+obstacles but for types that are no floats; it is what the others are tested against, and the slowest.
 """
 
 from __future__ import annotations
@@ -22,7 +29,6 @@ from spicerack.numerics.scheme import Scheme
 Shape = tuple[int, int]
 """[N, K]: outputs, inputs."""
 
-
 Compute = Literal["int8", "float"]
 """What weight-only schemes multiply with: activations rounded to int8 on the fly, in blocks of 32, or floats.
 
@@ -31,18 +37,24 @@ A scheme that names its activations (a8) has them so with either."""
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """
-    speed   of the rows that fit, the one with the highest runs
-    vector  it has vector instructions made for its activations
-    compute "int8" if it rounds the activations of weight-only schemes; such rows run only where that is asked for
-    obstacle    (scheme, [N, K], type of x, device) -> why it cannot run these, or None if it can
-    pack    QTensor [N, K] -> tensors by name, in the kernel's own layout
-    unpack  its exact inverse: (scheme, [N, K], tensors) -> QTensor
-    rows    (scheme, [N, K], tensors, rows) -> float32 [R, K], the chosen rows decoded
-    prepare (scheme, [N, K], tensors) -> a matrix as `run` takes it: made once for these tensors
-    run     (x [..., K], matrices, biases, gelu) -> for each x W^T + b [..., N] in x's type, and GELU (by erf) of it if
-            asked for; differentiable in x and b
-    engine  the instruction set of the CPU that it is compiled for; None where it is for no certain one
+    """One way to multiply by packed weights: data and functions that know each other's layout, and nothing else does.
+
+    name     for people, and for `get`; no two rows share it
+    speed    of the rows that run a weight, the one with the highest is taken; only the order counts, and no two are
+             equal
+    vector   it has vector instructions made for its activations
+    compute  "int8" if it rounds the activations of weight-only schemes; such rows run only where that is asked for
+    obstacle (scheme, [N, K], type of x, device) -> why it cannot run these, as the end of a sentence, or None if it
+             can; the functions below are called with what has no obstacle only
+    pack     QTensor [N, K], on any device -> tensors by name, in the kernel's own layout. They become buffers of a
+             module: "rows", "shape" and other names that a PackedWeight has of its own are taken
+    unpack   its exact inverse: (scheme, [N, K], tensors) -> QTensor, codes and scales bit for bit
+    rows     (scheme, [N, K], tensors, rows) -> float32 [R, K], the chosen rows decoded, equal to `codec.decode`
+    prepare  (scheme, [N, K], tensors) -> the weight as `run` takes it: made once for these tensors
+    run      (x [..., K], weights as `prepare` made them, biases [N], gelu) -> for each x W^T + b [..., N] in x's type,
+             and GELU (by erf) of it if asked for; differentiable in x and b. All weights have the same K and
+             activations
+    engine   the instruction set of the CPU that it is compiled for; None where it is for no certain one
     """
 
     name: str
@@ -60,14 +72,14 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The kernel that will run, and the faster ones that were passed over: name -> reason."""
+    """What `pick` chose: the kernel that will run, and the faster ones that were passed over, name -> reason."""
 
     kernel: Kernel
     passed_over: dict[str, str]
 
 
 def get(name: str) -> Kernel:
-    """The kernel of this name; KeyError if there is none."""
+    """The kernel of this name, whether or not this machine runs it. Raises KeyError if there is none."""
     return {kernel.name: kernel for kernel in table()}[name]
 
 
@@ -94,11 +106,18 @@ def pick(
     compute: Compute | None = None,
     engine: str | None = None,
 ) -> Choice:
-    """The fastest kernel that fits; the reference, which runs everything anywhere, is the slowest.
+    """The fastest kernel that runs a weight, and why each faster one does not.
 
-    compute: None is int8 on a processor with vector instructions for it, else float. engine: one of `panels.NAMES`; the
-    choice is then that of a processor whose fastest engine it is. Raises SchemeError if no kernel fits, UsageError for
-    another `compute`, and for an `engine` that this processor has not.
+    scheme   what the weight's numbers are
+    shape    [N, K]
+    dtype    the type of the inputs
+    device   where they and the weight are
+    compute  what weight-only schemes multiply with; None is int8 on a processor with vector instructions for it, else
+             float
+    engine   one of `panels.NAMES`: the choice is then that of a processor whose fastest engine it is
+
+    Raises SchemeError, with every kernel's reason, if none runs it; UsageError for another `compute`, and for an
+    `engine` that this processor has not.
     """
     if compute not in (None, "int8", "float"):
         raise UsageError(f"compute={compute!r}", 'use "int8" or "float"')

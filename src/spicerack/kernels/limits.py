@@ -1,4 +1,8 @@
-"""What this machine can do at most, measured: dot products a second, bytes a second."""
+"""What this machine can do at most, measured: dot products a second, bytes a second.
+
+The benchmark prints every kernel as a share of these, measured in the same run: a figure of its own says as much about
+the machine and its neighbours as about the kernel. The best turn counts, because others can only make it slower.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,11 @@ from spicerack.kernels.panels import zeros
 
 
 def dot_peak(threads: int, *, engine: int = 0, seconds: float = 0.3) -> float:
-    """Operations per second (2 for a multiply-add) of integer dot products that touch registers only; the best turn."""
-    best, rounds, end = 0.0, 200_000, time.perf_counter() + seconds
+    """Operations per second (2 for a multiply-add) of int8 dot products that touch registers only; the best turn.
+
+    threads: of a team of torch's. engine: a place in `panels.NAMES`. seconds: how long turns are repeated.
+    """
+    best, rounds, end = 0.0, 200_000, time.perf_counter() + seconds  # a turn is long beside starting a team
     while (begin := time.perf_counter()) < end or not best:
         done = _native.spin(engine, rounds, threads)
         best = max(best, done / (time.perf_counter() - begin))
@@ -18,7 +25,10 @@ def dot_peak(threads: int, *, engine: int = 0, seconds: float = 0.3) -> float:
 
 
 def read_bandwidth(nbytes: int, threads: int, *, engine: int = 0, turns: int = 5) -> float:
-    """Bytes per second that `threads` threads read together from nbytes of memory, in order; the best turn."""
+    """Bytes per second that `threads` threads read together from nbytes of memory, in order; the best turn.
+
+    nbytes should be more than the caches hold. engine: a place in `panels.NAMES`. turns: how often all of it is read.
+    """
     data = zeros(nbytes).fill_(1)
     best = 0.0
     for _ in range(turns):

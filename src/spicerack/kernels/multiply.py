@@ -2,6 +2,10 @@
 
 Arithmetic and bounds are told in native/kernels/. All engines give the same bits, for any number of rows and threads.
 Threads are those of torch's own OpenMP team.
+
+A call from Python costs microseconds that small layers notice (docs/kernels.md counts them), so what can be done once
+is done once: `PanelMatrix` checks its tensors when their memory changes and not at each product, and the native module
+gets addresses and numbers, never tensors.
 """
 
 from __future__ import annotations
@@ -22,10 +26,15 @@ _MANY = 1 << 18
 """Weights from which on threads share the decoding of rows."""
 
 
-class Matrix:
-    """Packed tensors as `pack` made them, how activations enter, and the native module's view of it all.
+class PanelMatrix:
+    """A matrix [N, K] in panels: tensors as `panels.pack` made them, how activations enter, and the native view of it.
 
-    input_scale: float32 [1], of FIXED activations.
+    codes, scale, zero  see `panels.pack`; on the CPU. zero is None for none
+    spec                their numbers
+    activations         FLOATS, BLOCKS, TOKENS or FIXED
+    input_scale         float32 [1], of FIXED activations, else None
+
+    Whether they belong together is checked when they are first used.
     """
 
     def __init__(
@@ -43,7 +52,10 @@ class Matrix:
         self._native: _native.Matrix  # since its first use
 
     def native(self) -> _native.Matrix:
-        """Made when it is first needed, and again when a tensor has other memory. Raises ShapeError."""
+        """What the native module takes: made when it is first needed, and again when a tensor has other memory.
+
+        Raises ShapeError for tensors that do not make this matrix: native code would read beyond their ends.
+        """
         zero = self.zero
         addresses = (self.codes.data_ptr(), self.scale.data_ptr(), 0 if zero is None else zero.data_ptr())
         if addresses != self._addresses:
@@ -53,7 +65,7 @@ class Matrix:
         return self._native
 
     def _check(self) -> None:
-        """The tensors have the size that the numbers say."""
+        """Raise ShapeError unless the tensors have the sizes and types that the numbers say, and lie on the CPU."""
         codes, scale, zero = self.codes, self.scale, self.zero
         n, k, group, bits, _, _ = self.spec
         panels = -(-n // PANEL)
@@ -71,7 +83,7 @@ class Matrix:
             raise ShapeError(f"packed tensors do not make a [{n}, {k}] matrix of {bits} bits", "pack the weight again")
 
     def fixed(self) -> int:
-        """Address of the scale of FIXED activations, else 0. Raises ShapeError."""
+        """Address of the scale of FIXED activations, else 0. Raises ShapeError for one too many or none at all."""
         x = self.input_scale
         if (x is not None) != (self.activations == FIXED) or (
             x is not None and (x.dtype != torch.float32 or x.numel() != 1 or not x.is_cpu)
@@ -82,17 +94,21 @@ class Matrix:
 
 def multiply(
     x: torch.Tensor,
-    matrices: Sequence[Matrix],
+    matrices: Sequence[PanelMatrix],
     biases: Sequence[torch.Tensor | None],
     engine: int,
     gelu: bool = False,
 ) -> list[torch.Tensor]:
     """x [..., K] -> x W^T + b [..., N] for each matrix, in x's type; x is quantized once, as for the first.
 
-    gelu: of that, x (1 + erf(x / sqrt 2)) / 2, as torch's GELU to 4e-7 before it is rounded to x's type.
+    x         float32, float16 or bfloat16, on the CPU; copied if it is not contiguous
+    matrices  of the same K, whose activations enter in the same way
+    biases    [N] for each, or None; of another type than x they are converted at each call
+    engine    a place in `panels.NAMES`
+    gelu      y (1 + erf(y / sqrt 2)) / 2 of each result y, as torch's GELU to 4e-7 before it is rounded to x's type
 
     No gradients; as many threads as torch uses. NaN and infinities in a row of x give what float arithmetic gives for
-    that row. Raises ShapeError and TypeError.
+    that row. Raises ShapeError for x or tensors of another shape, TypeError for x of another type or device.
     """
     k = matrices[0].spec.k
     shape = list(x.shape)
@@ -127,13 +143,16 @@ def multiply(
 def rows(
     scheme: Scheme, shape: tuple[int, int], tensors: Tensors, which: Rows, tiling: Tiling = "planes"
 ) -> torch.Tensor:
-    """float32 [R, K]: the chosen rows, equal to `codec.decode` bit for bit. Raises IndexError."""
+    """Chosen rows of a matrix [N, K] in panels, decoded: float32 [R, K], equal to `codec.decode` bit for bit.
+
+    Raises IndexError for rows that there are not.
+    """
     codes, scale, zero = tensors["codes"], tensors["scale"], tensors.get("zero")
-    return rows_of(Matrix(codes, scale, zero, spec_of(scheme, shape, tiling), FLOATS), which)
+    return rows_of(PanelMatrix(codes, scale, zero, spec_of(scheme, shape, tiling), FLOATS), which)
 
 
-def rows_of(matrix: Matrix, which: Rows) -> torch.Tensor:
-    """The same of a matrix that was made already."""
+def rows_of(matrix: PanelMatrix, which: Rows) -> torch.Tensor:
+    """The same as `rows`, of a matrix that was made already."""
     spec = matrix.spec
     if isinstance(which, slice):
         which = torch.arange(*which.indices(spec.n))

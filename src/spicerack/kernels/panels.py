@@ -1,4 +1,11 @@
-"""Panels: how the CPU kernels lay packed weights out in memory, and back; tiles are told in native/kernels/kernel.h."""
+"""Panels: how the CPU kernels lay packed weights out in memory, and back.
+
+A matrix [N, K] is cut into panels of 16 rows, and a panel into tiles of 32 columns, so that one vector holds several
+output rows and integer dot products need no sums across it. Within a tile codes are bit planes, or ternary ones five to
+a byte (`Tiling`); scales and zero points lie 16 rows of a panel side by side, one for each group. N is rounded up to
+whole panels and K to whole tiles; what is beyond them are zeros. How a tile's bytes are ordered, and why, is told in
+native/kernels/kernel.h; the native module fills tiles and empties them, and what is here says which and where.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +27,30 @@ from spicerack.numerics.scheme import Scheme
 NAMES: tuple[str, ...] = tuple(_native.engines())
 """Engines that this processor runs, fastest first; "scalar" is always the last."""
 PANEL, BLOCK, UNIT = 16, 32, 64
-"""Rows of a panel, columns of a tile, bytes of a tile for each bit: native/kernels/kernel.h."""
+"""Rows of a panel, columns of a tile, bytes of a tile for each bit (16 * 32 / 8), as in native/kernels/kernel.h."""
 TRITS, BUNDLE, TRITS_BYTES = 1, 5, 512
-"""Instead of a number of bits: ternary codes in 1.6 bits; panels that share a tile of them; bytes of such a tile."""
+"""In place of a number of bits: ternary codes, five to a byte (3^5 = 243); how many panels share a tile of them, one
+row
+of each in a byte; bytes of such a tile."""
 FLOATS, BLOCKS, TOKENS, FIXED = range(4)
 """How activations enter: float32; int8 with a scale for 32 columns of a row, for a row, or one that is given."""
 MAX_EXACT_COLUMNS = 1 << 16
 """Columns whose products are summed in int32 without overflow: 255 * 127 * 2^16 < 2^31."""
 TYPES = {dtype: number for number, dtype in enumerate(dtypes.SOURCES)}
-"""Of x, y, bias and scales, as the native module counts them."""
+"""Types of x, y, bias and scales, and their numbers in the native module."""
 _HUGE = 2 << 20
-"""Bytes of a huge page."""
+"""Bytes of a huge page on x86 and, where pages have 4 KB, on Arm; below one there is nothing to gain."""
 
 
 class Spec(NamedTuple):
-    """A matrix [N, K]: w = scale * (u - offset or zero + half / 2), u below 2^bits. group: columns, 0 for the row.
+    """The numbers of a matrix in panels: w = scale * (u - offset + half / 2), or scale * (u - zero), with u = code -
+    lo.
 
-    bits may be TRITS: u is 0, 1 or 2.
+    n, k    N and K: output rows, and columns that are summed over
+    group   columns that share a scale; 0: all of a row, or the whole matrix (whose scale is then stored for each row)
+    bits    of a code: u is below 2^bits; or TRITS: u is 0, 1 or 2
+    offset  u of the level 0: -lo
+    half    levels are code + 1/2
     """
 
     n: int
@@ -48,14 +62,14 @@ class Spec(NamedTuple):
 
     @property
     def tiles(self) -> tuple[int, int, int]:
-        """The shape of the packed codes."""
+        """The shape of the packed codes, uint8: panels (or bundles of them), tiles of a panel, bytes of a tile."""
         if self.bits == TRITS:
             return -(-self.n // (BUNDLE * PANEL)), -(-self.k // BLOCK), TRITS_BYTES
         return -(-self.n // PANEL), -(-self.k // BLOCK), UNIT * self.bits
 
 
 Tiling = Literal["planes", "trits"]
-"""Of codes: planes of bits for any scheme, or five ternary codes to a byte."""
+"""How codes lie in a tile: planes of bits, for any scheme, or five ternary codes to a byte."""
 
 
 def engine_index(engine: str | None = None) -> int:
@@ -78,7 +92,9 @@ def spec_of(scheme: Scheme, shape: tuple[int, int], tiling: Tiling = "planes") -
 
 
 def obstacle(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a weight has no panels, or None if it has."""
+    """Why a weight [N, K] of a scheme, for inputs of type `dtype`, cannot be laid out in panels there; None if it
+    can.
+    """
     if device.type != "cpu":
         return f"runs on the CPU, not on {device.type}"
     if dtype not in TYPES:
@@ -94,9 +110,14 @@ def obstacle(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device:
 
 
 def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
-    """codes uint8 [N/16, K/32, 64 bits], scale [N/16, groups, 16] as stored, zero uint8 like scale; N, K rounded up.
+    """A QTensor [N, K] of a scheme without an `obstacle` -> its tensors in panels, on the CPU, by name.
 
-    Trits: codes uint8 [N/80, K/32, 512]. input_scale as it is.
+    codes        uint8 [N/16, K/32, 64 * bits], N and K rounded up; in trits [N/80, K/32, 512]
+    scale        [N/16, groups, 16], in its stored type
+    zero         uint8, like scale: zero - lo; only with zero points
+    input_scale  float32 [1], as it is; only with static activations
+
+    As many threads as torch uses.
     """
     n, k = q.shape
     spec = spec_of(q.scheme, (n, k), tiling)
@@ -118,14 +139,14 @@ def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
 
 
 def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Tiling = "planes") -> QTensor:
-    """Inverse of `pack`."""
+    """Inverse of `pack`: a matrix [N, K] from its tensors in panels, codes and scales bit for bit, on the CPU."""
     n, k = shape
     spec = spec_of(scheme, shape, tiling)
     codes = torch.empty((n, k), dtype=torch.uint8)
     _native.from_panels(tensors["codes"].cpu(), spec.bits, spec.offset, codes)
     scale = _from_lanes(tensors["scale"], n)
     if scheme.block == (None, None):
-        scale = scale[:1]
+        scale = scale[:1]  # all rows have a copy of it
     zero = None
     if scheme.zero:
         zero = _from_lanes(tensors["zero"], n).to(torch.int16).sub_(spec.offset)
@@ -134,7 +155,11 @@ def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Til
 
 
 def zeros(nbytes: int) -> torch.Tensor:
-    """uint8 zeros, on huge pages where Linux gives them: with small ones memory reads a fifth to a third slower."""
+    """uint8 zeros [nbytes], on huge pages where Linux gives them.
+
+    With small pages memory reads a fifth to a third slower (docs/kernels.md: 22 and 29 GB/s for one thread). torch has
+    no way to ask for them, so the tensor is a view of an anonymous mapping, which goes when the tensor goes.
+    """
     if sys.platform != "linux" or nbytes < _HUGE:
         return torch.zeros(nbytes, dtype=torch.uint8)
     memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -152,4 +177,5 @@ def _to_lanes(values: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _from_lanes(lanes: torch.Tensor, n: int) -> torch.Tensor:
+    """Inverse of `_to_lanes`: [N/16, groups, 16] -> [N, groups]."""
     return lanes.transpose(1, 2).reshape(-1, lanes.shape[1])[:n].contiguous()

@@ -1,7 +1,13 @@
 """The product as a torch operator, for torch.compile, torch.export and autograd.
 
-spicerack::linear               y = x W^T + b on panels
-spicerack::linear_transposed    its gradient with respect to x
+spicerack::linear y = x W^T + b on panels spicerack::linear_transposed its gradient with respect to x
+
+Operators take tensors and numbers alone, so that what records a graph can keep them: a matrix is its tensors and the
+numbers of its Spec, one after the other. That makes fourteen arguments, which no other function here has. Gradients are
+those of y = x W^T with the decoded weight, as if activations had not been rounded; the weight itself has none.
+
+Ordinary calls do not come here (`table.cpu` calls `multiply` at once), only those that somebody traces, compiles or
+differentiates: the dispatcher costs as much as all of `multiply`.
 """
 
 from __future__ import annotations
@@ -11,13 +17,13 @@ from typing import Any
 
 import torch
 
-from spicerack.kernels.multiply import Matrix, multiply, rows_of
+from spicerack.kernels.multiply import PanelMatrix, multiply, rows_of
 from spicerack.kernels.panels import FLOATS, Spec
 
 _CHUNK = 1 << 22
 """Weights decoded at once for a gradient: 16 MiB of float32."""
 _PLAIN = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU).add(torch._C.DispatchKey.AutogradCPU).raw_repr()
-"""Dispatch keys of ordinary tensors on the CPU, with no mode that watches."""
+"""Dispatch keys of ordinary tensors on the CPU, with no mode that watches: nothing is left to dispatch to."""
 _LIBRARY = torch.library.Library("spicerack", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, Tensor? input_scale, SymInt n, SymInt k, "
@@ -45,13 +51,15 @@ def _linear(
     engine: int,
     activations: int,
 ) -> torch.Tensor:
-    matrix = Matrix(codes, scale, zero, Spec(n, k, group, bits, offset, half), activations, input_scale)
+    """x [..., K] -> [..., N]: `multiply` of one matrix. The numbers are Spec's, then `multiply`'s and PanelMatrix's."""
+    matrix = PanelMatrix(codes, scale, zero, Spec(n, k, group, bits, offset, half), activations, input_scale)
     return multiply(x, (matrix,), (bias,), engine)[0]
 
 
 def _fake(
     x: torch.Tensor, _codes: object, _scale: object, _zero: object, _bias: object, _fixed: object, n: int, *_: object
 ) -> torch.Tensor:
+    """The shape and type of what `_linear` returns, for tensors without values."""
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -67,19 +75,20 @@ def _transposed(
     offset: int,
     half: bool,
 ) -> torch.Tensor:
-    """grad [..., N] -> grad W [..., K], some rows of W at a time."""
+    """grad [..., N] -> grad W [..., K], some rows of W at a time, so that W is never there as a whole."""
     spec = Spec(n, k, group, bits, offset, half)
     total = grad.new_zeros((*grad.shape[:-1], k))
     step = max(_CHUNK // k, 1)
     for start in range(0, n, step):
         some = slice(start, min(start + step, n))
-        total += grad[..., some] @ rows_of(Matrix(codes, scale, zero, spec, FLOATS), some).to(grad.dtype)
+        total += grad[..., some] @ rows_of(PanelMatrix(codes, scale, zero, spec, FLOATS), some).to(grad.dtype)
     return total
 
 
 def _fake_transposed(
     grad: torch.Tensor, _codes: object, _scale: object, _zero: object, _n: int, k: int, *_: object
 ) -> torch.Tensor:
+    """The shape and type of what `_transposed` returns."""
     return grad.new_empty((*grad.shape[:-1], k))
 
 
@@ -88,17 +97,21 @@ def _keep_transposed(
     inputs: tuple[object, ...],
     output: torch.Tensor,  # noqa: ARG001
 ) -> None:
+    """What `_gradients_transposed` needs: the matrix, and not its input."""
     ctx.save_for_backward(*inputs[1:4])  # type: ignore[arg-type]
     ctx.spec = Spec(*inputs[4:])  # type: ignore[attr-defined, arg-type]
 
 
 def _gradients_transposed(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[object, ...]:
+    """The gradient of the gradient: W is linear in both, so this is the product itself, with floats."""
     y = OPERATOR(grad, *ctx.saved_tensors, None, None, *ctx.spec, 0, FLOATS)  # type: ignore[attr-defined]
     return (y, *[None] * 9)
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator where a gradient is wanted: for x and bias."""
+    """The operator where a gradient is wanted: for x, as `_transposed` of it, and for the bias, as its sum over
+    rows.
+    """
 
     @staticmethod
     def forward(
@@ -133,6 +146,7 @@ def _autograd(keys: torch._C.DispatchKeySet, *inputs: Any) -> torch.Tensor:
 
 
 def _redispatch(keys: torch._C.DispatchKeySet, inputs: Sequence[object]) -> torch.Tensor:
+    """On to whoever comes behind autograd: a mode that records, another device, or `_linear`."""
     with torch._C._AutoDispatchBelowAutograd():
         return OPERATOR.redispatch(keys & torch._C._after_autograd_keyset, *inputs)  # type: ignore[no-any-return]
 

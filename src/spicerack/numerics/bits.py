@@ -2,6 +2,8 @@
 
 A row of codes is one dense little-endian bit stream: element i occupies bits [i*b, (i+1)*b), bit k of the stream is bit
 k % 32 of word k // 32, and the last word is filled up with zeros. Codes do cross word borders (3, 5, 6 and 7 bits).
+compressed-tensors packs the same way since 0.18, so its tensors are these words. On the CPU the native module packs and
+unpacks (`native.pack`); what is here decodes on any device.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ def word_count(columns: int, bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [..., R, C], every code below 2^bits -> int32 [..., R, word_count(C, bits)]."""
+    """uint8 [..., R, C], every code below 2^bits -> int32 [..., R, word_count(C, bits)]. bits: 1 to 8."""
     *leading, columns = codes.shape
     if bits < 8:
         codes = _eight_in_bytes(codes, bits)

@@ -33,15 +33,22 @@ from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.scales import smallest_scale
 
 Clip = Literal["levels", "cells", "none"]
+"""Where a weight counts as clipped: see above. "none": nowhere, because its scale is not learned."""
 _INT8 = IntLevels(-127, 127)
+"""Codes of activations, as kernels round them: symmetric, so that a token's largest value keeps its sign."""
 Parts = tuple[torch.Tensor, torch.Tensor | None]
 """Scale and zero point of each block as they are stored, float32 [N/rows, K/columns]; no zero point is None."""
-Several = tuple[torch.Tensor | None, ...]
+Gradients = tuple[torch.Tensor | None, ...]
+"""Of what was asked for, None for the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Integer levels, the block [rows, columns] that shares a scale, and where weights count as clipped."""
+    """Integer levels, the block [rows, columns] that shares a scale, and where weights count as clipped.
+
+    Places and codes are in tiles, [N/rows, rows, K/columns, columns], so that a scale [N/rows, K/columns] meets its
+    block by broadcasting, and no copy of it has a weight's size.
+    """
 
     levels: IntLevels
     block: tuple[int, int]
@@ -59,24 +66,24 @@ class Grid:
         return w.view(len(w) // rows, rows, w.shape[1] // columns, columns)
 
     def places(self, w: torch.Tensor, parts: Parts) -> torch.Tensor:
-        """w / s + z in tiles: rounded and clipped, that is the codes."""
+        """w / s + z of weights [N, K], float32 in tiles: rounded and clipped, that is the codes."""
         scale, zero = parts
         u = self.tiles(w.detach()).float() * _spread(1 / scale)
         return u.add_(self._zero(zero)) if zero is not None or self.levels.half else u
 
     def round(self, places: torch.Tensor) -> torch.Tensor:
-        """Codes in tiles, float32."""
+        """Places -> codes, float32 in tiles: halfway to the even one, as the codec rounds."""
         return torch.round(places).clamp_(self.levels.lo, self.levels.hi)
 
     def decode(self, codes: torch.Tensor, parts: Parts) -> torch.Tensor:
-        """Codes in tiles -> w^ [N, K], in the memory of the codes."""
+        """Codes in tiles, float32 -> w^ [N, K]. The codes' memory becomes the result's."""
         scale, zero = parts
         if zero is not None or self.levels.half:
             codes = codes.sub_(self._zero(zero))
         return codes.mul_(_spread(scale)).flatten(2).flatten(0, 1)
 
     def fake(self, w: torch.Tensor, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """w^ [N, K], in float32, then rounded to `dtype`."""
+        """Weights [N, K] -> w^ [N, K]: computed in float32, then rounded to `dtype`."""
         if dtype in SOURCES and _natively(parts, w):
             return fake_native.fake(Operands(w, self.levels, self.block, *parts), dtype)
         return self.decode(self.round(self.places(w, parts)), parts).to(dtype)
@@ -90,10 +97,14 @@ class Grid:
         *,
         rounded: torch.dtype | None = None,
         spare: bool = False,
-    ) -> Several:
-        """Of w [N, K], s and z, where they are needed, from that of w^ [N, K]; and w^ once more, in `rounded`.
+    ) -> Gradients:
+        """The gradients of w [N, K], s and z, where they are needed, from that of w^; and w^ once more.
 
-        spare: grad is of no other use, and may become the gradient of w.
+        grad     of w^, [N, K]
+        w, parts what was rounded, and with which scales and zero points
+        needed   which of the three are wanted; None comes in place of the others
+        rounded  the type in which w^ is wanted too; None for not at all
+        spare    grad is of no other use, and may become the gradient of w
         """
         if self.clip == "none":
             return grad if needed[0] else None, None, None, None if rounded is None else self.fake(w, parts, rounded)
@@ -110,7 +121,7 @@ class Grid:
         by_scale = None if by_scale is None else by_scale.mul_(factor)
         return by_weight, by_scale, None if by_zero is None else by_zero.mul_(scale * factor), again
 
-    def _sums(self, grad: torch.Tensor, w: torch.Tensor, parts: Parts, needed: Needed) -> Several:
+    def _sums(self, grad: torch.Tensor, w: torch.Tensor, parts: Parts, needed: Needed) -> Gradients:
         """`gradients` without the factors of s and z."""
         tiles = self.tiles(grad).float()
         u = self.places(w, parts)
@@ -128,9 +139,8 @@ class Grid:
         return kept.flatten(2).flatten(0, 1) if needed[0] else None, by_scale, by_zero
 
     def _zero(self, zero: torch.Tensor | None) -> torch.Tensor | float:
-        if zero is not None:
-            return _spread(zero)
-        return -0.5 if self.levels.half else 0.0
+        """What stands between codes and w / s, over tiles."""
+        return self.levels.offset(0.0 if zero is None else _spread(zero))
 
 
 def _natively(parts: Parts, *matrices: torch.Tensor) -> bool:
@@ -184,9 +194,9 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, w, scale, zero)
         ctx.grid, ctx.tokens = grid, tokens
-        seen = fake_tokens(x) if tokens else x
+        x_hat = fake_tokens(x) if tokens else x
         bias = None if bias is None else bias.to(x.dtype)
-        return nn.functional.linear(seen, grid.fake(w, (scale, zero), x.dtype), bias)
+        return nn.functional.linear(x_hat, grid.fake(w, (scale, zero), x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -197,8 +207,8 @@ class _Linear(torch.autograd.Function):
         again = grad.dtype if needs[0] else None
         rows = grad.flatten(0, -2)
         if any(needs[1:4]):
-            seen = fake_tokens(x) if ctx.tokens else x
-            product = rows.t() @ seen.flatten(0, -2)
+            x_hat = fake_tokens(x) if ctx.tokens else x
+            product = rows.t() @ x_hat.flatten(0, -2)
             by_weight, by_scale, by_zero, rounded = grid.gradients(
                 product, w, (scale, zero), needs[1:4], rounded=again, spare=True
             )
@@ -246,29 +256,36 @@ _rounded: Callable[..., torch.Tensor] = _Rounded.apply
 
 
 def fake(w: torch.Tensor, parts: Parts, grid: Grid) -> torch.Tensor:
-    """w [N, K] -> w^ [N, K], float32."""
+    """Weights [N, K] of any float type -> w^ [N, K], float32, with gradients for w, scales and zero points."""
     return _fake(w, *parts, grid)
 
 
 def fake_linear(
     x: torch.Tensor, w: torch.Tensor, parts: Parts, bias: torch.Tensor | None, grid: Grid, *, tokens: bool = False
 ) -> torch.Tensor:
-    """x [..., K], w [N, K] -> [..., N] in x's type. tokens: x is rounded to int8, with one scale per token, too."""
+    """x [..., K], weights w [N, K] -> x^ w^T + bias [..., N] in x's type, with gradients for all of them.
+
+    tokens: x is rounded too, to int8 with one scale per token; its gradient is that of x as it was. w^ is in x's type,
+    float16 or bfloat16 included, and is made anew for the backward pass.
+    """
     return _linear(x, w, *parts, bias, grid, tokens)
 
 
 def stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32, as `dtype` stores it; nearer to 0 than the smallest that it stores counts as that."""
+    """Learned scales -> float32 as `dtype` stores them, with the gradient of what was stored.
+
+    What is nearer to 0 than the smallest that `dtype` stores counts as that, with its sign: from 0 nothing is learned.
+    """
     return _stored(scale, dtype)
 
 
 def rounded(zero: torch.Tensor, levels: IntLevels) -> torch.Tensor:
-    """float32, the nearest integer within the levels."""
+    """Learned zero points -> the nearest integers within the levels, float32, with the gradient of what was rounded."""
     return _rounded(zero, levels.lo, levels.hi)
 
 
 def fake_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x in int8 with one scale [1, 1], and back, in x's type: LSQ for activations."""
+    """x [..., K] in int8 with one scale [1, 1], and back, in x's type, with gradients for both: LSQ for activations."""
     rows = x.reshape(-1, x.shape[-1])
     return fake(rows, (scale.float(), None), Grid(_INT8, (len(rows), rows.shape[1]))).view(x.shape).to(x.dtype)
 

@@ -29,47 +29,46 @@ def to_nearest(
     source: torch.dtype | None = None,
     threads: int = 1,
 ) -> QTensor:
-    """Quantize w [..., N, K]. Raises ShapeError, and WeightError naming tensor, place and value.
+    """Quantize w [..., N, K] (any float type): `codec.encode`, but fast. Raises ShapeError, and WeightError by name.
 
-    importance: [K] or of w's shape, not negative: how much an error in each weight matters. source: the type that
-    decides that of scales; w's own if None.
+    w           [..., N, K], any float type, on any device: what is not on the CPU is left to the codec
+    range_      how scales are chosen: "absmax" or "opt"
+    name        of the tensor, for errors: those name place and value too
+    importance  [K] or of w's shape, not negative: how much an error in each weight matters; None is equally
+    source      the type that decides that of scales; w's own if None
+    threads     how many share the work; they change nothing else
     """
     shape = tuple(w.shape)
     scheme.check_shape(name, shape)
     if not _native_fits(w, scheme, importance):
         return codec.encode(w, scheme, range_=range_, importance=importance, name=name, source=source)
-    grid = scheme.scale_shape(shape)
     size = math.prod(scheme.block_shape(*shape[-2:]))
-    blocks = w.detach().contiguous().reshape(-1, size)
-    dtype = dtype_of(scheme.scale, source or w.dtype)
-    codes: torch.Tensor | None = None
+    blocks, dtype = w.detach().contiguous().reshape(-1, size), dtype_of(scheme.scale, source or w.dtype)
     if size > PIECE:
         codec.check_finite(w, name)
-        with native.team(threads) as workers:
-            scale, zeros = search(native.LongBlocks(blocks, scheme, workers), scheme, dtype, range_)
-        zero, fits = zeros.to(torch.int8), codec.scale_fits(scale)
+        best = _search_long(blocks, scheme, dtype, range_, threads)
     else:
-        found = native.quantize(blocks, scheme, dtype, range_, _repeating(importance, shape, size), threads=threads)
-        if found is None:
+        repeating = _repeating(importance, shape, size)
+        searched = native.quantize(blocks, scheme, dtype, range_, repeating, threads=threads)
+        if searched is None:
             codec.check_finite(w, name)
-        assert found is not None, "the search met a value that is not finite, the check did not"
-        codes, scale, zero, fits = found.codes, found.scale, found.zero, found.fits
-    if not fits:
+        assert searched is not None, "the search met a value that is not finite, the check did not"
+        best = searched
+    codes, scale, grid = best.codes, best.scale, scheme.scale_shape(shape)
+    if not best.fits:
         peak = torch.maximum(blocks.amax(1), -blocks.amin(1)).float()
         scale = codec.check_scale(peak.reshape(grid), scale.reshape(grid), dtype, name).reshape(-1)
-        codes = None
-    if codes is None:
-        codes = native.encode(blocks, scheme, scale, zero, threads=threads)
+        codes = native.encode(blocks, scheme, scale, best.zero, threads=threads)
     return QTensor(
         scheme=scheme,
         codes=codes.reshape(shape),
         scale=scale.to(dtype).reshape(grid),
-        zero=zero.reshape(grid) if scheme.zero else None,
+        zero=best.zero.reshape(grid) if scheme.zero else None,
     )
 
 
 def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
-    """||decoded - w|| / ||w|| to four digits, in bounded memory; 0 for a tensor of zeros."""
+    """||decoded - w|| / ||w|| of w [..., N, K] to four digits, in bounded memory; 0 for a tensor of zeros."""
     if _native_fits(w, q.scheme, None):
         blocks = w.detach().contiguous().reshape(q.plain_scale.numel(), -1)
         zero = None if q.zero is None else q.zero.reshape(-1)
@@ -87,10 +86,22 @@ def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
     return float(f"{math.sqrt(wrong / total):.4g}") if total else 0.0
 
 
-def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None) -> bool:
-    """Whether the search is written in C++ for these: plain schemes around 0, whose blocks are contiguous, on the CPU.
+def _search_long(
+    blocks: torch.Tensor, scheme: Scheme, dtype: torch.dtype, range_: Range, threads: int
+) -> native.Quantized:
+    """Blocks [M, B] longer than a piece, all weights alike: the search in Python, whose candidates C++ judges."""
+    with native.team(threads) as workers:
+        scale, zeros = search(native.LongBlocks(blocks, scheme, workers), scheme, dtype, range_)
+    zero, fits = zeros.to(torch.int8), codec.scale_fits(scale)
+    codes = native.encode(blocks, scheme, scale, zero, threads=threads) if fits else torch.empty(0, dtype=torch.int8)
+    return native.Quantized(codes, scale, zero, fits)
 
-    Long blocks only without importance, and ternary ones only where they are long.
+
+def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None) -> bool:
+    """Whether the search is written in C++ for these: plain schemes whose codes are around 0, on the CPU.
+
+    The blocks of plain schemes are contiguous in memory. Long blocks come here only without importance,
+    ternary ones only where they are long; the rest is the codec's.
     """
     short = math.prod(scheme.block_shape(*w.shape[-2:])) <= PIECE
     searched = not scheme.is_ternary if short else importance is None
@@ -99,7 +110,10 @@ def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | Non
 
 
 def _repeating(importance: torch.Tensor | None, shape: tuple[int, ...], size: int) -> torch.Tensor | None:
-    """Importance in memory order: the row [K] if blocks lie inside rows, else one value per weight."""
+    """Importance, float32, in memory order: the row [K] if blocks lie inside rows, else one value per weight.
+
+    The search takes a short one again and again, which spares a copy of it for every row.
+    """
     if importance is None:
         return None
     row = importance.numel() == shape[-1] and shape[-1] % size == 0

@@ -29,6 +29,7 @@ from spicerack.numerics.scales import store
 from spicerack.numerics.scheme import Scheme
 
 Range = Literal["absmax", "opt"]
+"""How a block's scale is chosen: from its largest magnitude, or by the search."""
 
 DIVISORS: tuple[float, ...] = tuple(1.25**i for i in range(12))
 """Coarse: divisors of the absmax scale. The largest, 11.6, is for 2-bit rows with far outliers."""
@@ -39,8 +40,12 @@ FINE: tuple[tuple[float, float], ...] = tuple((step, 1 / step) for step in (1.12
 SHIFTS: tuple[float, ...] = (-1.0, 0.0, 1.0)
 """Zero points tried at every coarse scale, around the one that centres the range."""
 REFINEMENTS = 2
+"""Least squares with the codes fixed is done so often: codes change with the scale, and the scale with the codes."""
 RUN = 16
+"""Neighbours whose terms are summed in float32, in pairs: one vector of 512 bits, two of 256 or four of 128."""
 PIECE = 1 << 16
+"""Elements of a block whose sums are in one float64 chain; longer blocks are judged piece by piece, so that threads can
+share them and no temporary is larger than a piece. Part of the specification: another value changes the last bits."""
 SORTED = 1 << 20
 """Weights that are sorted at once, in whole blocks: order and sums take far more memory than the weights."""
 
@@ -49,7 +54,8 @@ SORTED = 1 << 20
 class Fit:
     """One candidate per block: scale [M] (stored values, float32), zero [M]; its error and sums, float64.
 
-    xv = sum(a x v), vv = sum(a v v), x = sum(a x), v = sum(a v); the last two only matter with a zero point.
+    xv = sum(a x v), vv = sum(a v v), x = sum(a x), v = sum(a v); the last two only matter with a zero point, and are
+    any numbers without one.
     """
 
     scale: torch.Tensor
@@ -67,7 +73,7 @@ class Fit:
 
 
 class Blocks(Protocol):
-    """M blocks of weights, as the search sees them."""
+    """M blocks of weights, as the search sees them: it asks for bounds once, and then has candidates judged."""
 
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest weight of each block, float32 [M]."""
@@ -88,6 +94,8 @@ def search(
     """Scale and zero of every block -> (scale [M] as stored in `dtype`, zero [M]), both float32.
 
     Blocks of zeros get scale 1: nothing divides by 0. An infinite absmax scale stays: `codec.check_scale` refuses it.
+    Every candidate is one pass over the weights: 4 (powers of two) to 36 (with zero points) coarse ones, 8 fine ones
+    and REFINEMENTS more; two in all for ternary levels, and none for `absmax`.
     """
     raw, centre = _start(*blocks.bounds(), scheme)
     scale = torch.where(raw == 0, 1.0, store(raw, dtype))
@@ -115,14 +123,17 @@ def search(
 
 
 def coarse_factors(scheme: Scheme) -> tuple[float, ...]:
-    """Factors of the absmax scale in the order in which they are judged; of both signs where that differs."""
+    """Factors of the absmax scale in the order in which they are judged; of both signs where levels are not mirrored.
+
+    A negative scale turns the longer side of a range that has one (-8..7) to where the weights are.
+    """
     signs = (1.0,) if scheme.zero or scheme.levels.mirrored else (1.0, -1.0)
     divisors = POWERS if scheme.scale == "float8_e8m0fnu" else DIVISORS
     return tuple(sign / divisor for divisor in divisors for sign in signs)
 
 
 def shifts(scheme: Scheme) -> tuple[float, ...]:
-    """Zero points tried at each coarse scale, from the central one."""
+    """Zero points tried at each coarse scale, as distances from the central one; only that one without zero points."""
     return SHIFTS if scheme.zero else (0.0,)
 
 
@@ -151,6 +162,7 @@ def _zero_for(centre: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torc
 
 
 def _clip_zero(zero: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The nearest zero point that can be stored; 0 for none (0 / 0, of a scale that is never taken)."""
     return torch.nan_to_num(torch.round(zero), nan=0.0).clamp(scheme.levels.lo, scheme.levels.hi)
 
 
@@ -169,22 +181,28 @@ def _refined(fit: Fit, scheme: Scheme, total: torch.Tensor, dtype: torch.dtype) 
 
 @dataclass(frozen=True, slots=True)
 class TensorBlocks:
-    """x [M, B] float32; importance: float32 of that shape, not negative, or None for ones."""
+    """Blocks in torch's operations, on any device: the specification of what `native` does.
+
+    x: float32 [M, B]; importance: float32 of that shape, not negative, or None for ones.
+    """
 
     x: torch.Tensor
     scheme: Scheme
     importance: torch.Tensor | None = None
 
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Blocks.bounds`."""
         return self.x.amin(1), self.x.amax(1)
 
     def weight(self) -> torch.Tensor:
+        """See `Blocks.weight`."""
         count, size = self.x.shape
         if self.importance is None:
             return torch.full((count,), float(size), dtype=torch.float64, device=self.x.device)
         return ordered_sum([piece_sum(self.importance[:, i : i + PIECE]) for i in range(0, size, PIECE)])
 
     def judge(self, scale: torch.Tensor, zero: torch.Tensor) -> Fit:
+        """See `Blocks.judge`: x / s, level and error in float32; their products summed by `piece_sum`."""
         usable = (scale != 0) & torch.isfinite(scale)
         levels, s, z = self.scheme.levels, scale[:, None], zero[:, None]
         inverse = torch.where(usable, 1 / scale, 0)[:, None]
@@ -205,6 +223,7 @@ class TensorBlocks:
         return Fit(scale, zero, torch.where(usable, error, torch.inf), xv, vv, x_sum, v_sum)
 
     def ternary(self) -> torch.Tensor:
+        """See `Blocks.ternary`; blocks are sorted SORTED weights at a time."""
         step = max(SORTED // self.x.shape[1], 1)
         return torch.cat([self._ternary(slice(first, first + step)) for first in range(0, len(self.x), step)])
 
@@ -215,13 +234,17 @@ class TensorBlocks:
 
 
 def best_prefix(size: torch.Tensor, a: torch.Tensor | None = None) -> torch.Tensor:
-    """float32 [M]: of magnitudes [M, B] that fall, the mean of those in the best prefix. a: importances, or counts."""
+    """float32 [M]: of magnitudes [M, B] that fall, the mean of those in the prefix with the greatest gain.
+
+    The gain of a prefix is (sum a |x|)^2 / sum a, which is by how much its mean as scale makes the squared error
+    smaller. a: importances, or how often each magnitude occurs.
+    """
     best, mean, total, weight = (torch.zeros((len(size), 1), dtype=torch.float64, device=size.device) for _ in range(4))
     for start in range(0, size.shape[1], PIECE):
         some = size[:, start : start + PIECE].double()
         share = torch.ones_like(some) if a is None else a[:, start : start + PIECE].double()
         sums, weights = total + (some * share).cumsum(1), weight + share.cumsum(1)
-        gain = sums.square() / weights.clamp(min=1e-300)
+        gain = sums.square() / weights.clamp(min=1e-300)  # importances may be 0: such a prefix gains 0, not nan
         greatest, which = gain.max(1, keepdim=True)
         mean = torch.where(greatest > best, sums.gather(1, which) / weights.gather(1, which).clamp(min=1e-300), mean)
         best, total, weight = torch.maximum(best, greatest), sums[:, -1:], weights[:, -1:]

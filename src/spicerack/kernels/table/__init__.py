@@ -1,1 +1,2 @@
-"""Kernels, one row each: what it runs, why not, how it lays weights out and how it multiplies."""
+"""Kernels: a file declares its rows as KERNELS, each a `kernels.kernel.Kernel` that says what it runs, why not, how it
+lays weights out and how it multiplies."""

@@ -15,7 +15,11 @@ from spicerack.numerics.scheme import Scheme
 
 
 def _row(speed: int, compute: Compute, engine: str, tiling: Tiling = "planes") -> Kernel:
-    """The row for `compute` on the engine of that name, which this processor need not have."""
+    """The row for `compute` on the engine of that name, which this processor need not have.
+
+    All rows have the same functions, bound to what tells them apart: a row's name, and so what an error or a table of
+    choices shows, is `int8_avx2`, or `ternary_avx512vbmi` for the one whose tiles hold trits.
+    """
     index = panels.NAMES.index(engine) if engine in panels.NAMES else -1  # which never fits
     return Kernel(
         name=f"{compute if tiling == 'planes' else 'ternary'}_{engine}",
@@ -41,6 +45,7 @@ def _obstacle(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:
+    """Why the row of these three cannot run a weight, or None; what all rows have in common `panels.obstacle` says."""
     if engine not in panels.NAMES:
         return f"this processor, or this build, has no {engine}"
     if tiling == "trits" and not scheme.is_ternary:
@@ -52,22 +57,24 @@ def _obstacle(
     return panels.obstacle(scheme, shape, dtype, device)
 
 
-def _prepare(compute: Compute, tiling: Tiling, scheme: Scheme, shape: Shape, tensors: Tensors) -> multiply.Matrix:
+def _prepare(compute: Compute, tiling: Tiling, scheme: Scheme, shape: Shape, tensors: Tensors) -> multiply.PanelMatrix:
+    """The weight as `_run` takes it: its panels, and how activations enter for this row and scheme."""
     activations = panels.FLOATS
     if compute == "int8":
         activations = {None: panels.BLOCKS, "token": panels.TOKENS, "static": panels.FIXED}[scheme.activations]
     spec = panels.spec_of(scheme, shape, tiling)
     zero, fixed = tensors.get("zero"), tensors.get("input_scale")
-    return multiply.Matrix(tensors["codes"], tensors["scale"], zero, spec, activations, fixed)
+    return multiply.PanelMatrix(tensors["codes"], tensors["scale"], zero, spec, activations, fixed)
 
 
 def _run(
     engine: int,
     x: torch.Tensor,
-    matrices: Sequence[multiply.Matrix],
+    matrices: Sequence[multiply.PanelMatrix],
     biases: Sequence[torch.Tensor | None],
     gelu: bool,
 ) -> list[torch.Tensor]:
+    """See `Kernel.run`: the operator where a graph or gradients are made, else the native module at once."""
     if x.dtype == torch.float64:  # which no engine has
         return [y.double() for y in _run(engine, x.float(), matrices, biases, gelu)]
     if type(x) is not torch.Tensor or torch.compiler.is_compiling() or _wants_gradients(x, biases):
@@ -83,6 +90,8 @@ def _wants_gradients(x: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> 
     return torch.is_grad_enabled() and (x.requires_grad or any(b is not None and b.requires_grad for b in biases))
 
 
+# Speeds say which of the rows that run a weight is taken: the wider the instructions the higher, int8 above floats. The
+# scalar engine is below all vectors, whatever they compute with.
 KERNELS = (
     # Ternary weights in 1.6 bits, split by byte permutations and bit matrices (VBMI, GFNI) for AVX-512 VNNI.
     _row(170, "int8", "avx512vbmi", "trits"),

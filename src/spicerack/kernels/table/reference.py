@@ -29,30 +29,35 @@ _EXACT = 1024
 
 
 def obstacle(_scheme: Scheme, _shape: Shape, dtype: torch.dtype, _device: torch.device) -> str | None:
+    """None, but for inputs that are no floats: it runs every scheme, shape and device."""
     if not dtype.is_floating_point:
         return f"x would be {dtype}, not a float"
     return None
 
 
 def rows(scheme: Scheme, shape: Shape, tensors: Tensors, which: packed.Rows) -> torch.Tensor:
-    """float32 [R, K], equal to `codec.decode` bit for bit."""
+    """The chosen rows decoded, float32 [R, K], equal to `codec.decode` bit for bit."""
     return packed.decode_rows(scheme, shape, tensors, which)
 
 
 def unpack(scheme: Scheme, shape: Shape, tensors: Tensors) -> QTensor:
+    """See `Kernel.unpack`."""
     return packed.unpack(scheme, shape, tensors)
 
 
-Matrix = tuple[Scheme, Shape, Tensors]
+PackedMatrix = tuple[Scheme, Shape, Tensors]
+"""All that `run` needs of a weight: its scheme, [N, K], and tensors as `numerics.packed` has them."""
 
 
-def prepare(scheme: Scheme, shape: Shape, tensors: Tensors) -> Matrix:
+def prepare(scheme: Scheme, shape: Shape, tensors: Tensors) -> PackedMatrix:
+    """See `Kernel.prepare`: nothing is left to do."""
     return scheme, shape, tensors
 
 
 def run(
-    x: torch.Tensor, matrices: Sequence[Matrix], biases: Sequence[torch.Tensor | None], gelu: bool
+    x: torch.Tensor, matrices: Sequence[PackedMatrix], biases: Sequence[torch.Tensor | None], gelu: bool
 ) -> list[torch.Tensor]:
+    """See `Kernel.run`: one product after the other."""
     products = zip((_product(x, *matrix) for matrix in matrices), biases, strict=True)
     results = [y if bias is None else y + bias.to(y.dtype) for y, bias in products]
     return [torch.nn.functional.gelu(y) for y in results] if gelu else results
@@ -97,7 +102,10 @@ def _linear(x: torch.Tensor, scheme: Scheme, shape: Shape, tensors: Tensors) -> 
 
 
 def _integer_linear(codes: torch.Tensor, scheme: Scheme, shape: Shape, tensors: Tensors) -> torch.Tensor:
-    """float32 (codes W_codes^T) * scale, the product exact in int32."""
+    """codes [..., K], integers as float32 -> (codes W_codes^T) * scale, float32 [..., N], the product exact in int32.
+
+    float32 multiplies, because torch has no integer product on every device; sums of `_EXACT` terms are exact in it.
+    """
     y = codes.new_empty((*codes.shape[:-1], shape[0]))
     for some in _chunks(shape):
         weight = packed.code_rows(scheme, shape, tensors, some)

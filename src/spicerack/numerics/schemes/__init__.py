@@ -1,1 +1,2 @@
-"""Named schemes, one file each: levels, block, and the types of scale and zero point."""
+"""Named schemes, one file each: a file `name.py` declares SCHEME, a `numerics.scheme.Scheme` of that name. Levels that
+are of no kind in `numerics.levels` are a class in the same file."""
