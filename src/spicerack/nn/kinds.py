@@ -85,7 +85,7 @@ class LayerKind:
         return named, (self.name,)
 
 
-def _plain(_layer: nn.Module) -> None:
+def _nothing(_layer: nn.Module) -> None:
     """Of kinds whose layers have no options, or no obstacle: None."""
 
 
@@ -138,10 +138,10 @@ KINDS: tuple[LayerKind, ...] = (
         role="conv1d",
         float_class=Conv1D,
         packed_class=QLinear,
-        options=_plain,
+        options=_nothing,
         pack=lambda weight, _options, bias: QLinear(weight, bias),
         blank=lambda weight, _options: Conv1D(weight.shape[1], weight.shape[0]),
-        obstacle=_plain,
+        obstacle=_nothing,
         inputs="tokens",
         transposed=True,
     ),
@@ -150,10 +150,10 @@ KINDS: tuple[LayerKind, ...] = (
         role="linear",
         float_class=nn.Linear,
         packed_class=QLinear,
-        options=_plain,
+        options=_nothing,
         pack=lambda weight, _options, bias: QLinear(weight, bias),
         blank=lambda weight, _options: nn.Linear(weight.shape[1], weight.shape[0]),
-        obstacle=_plain,
+        obstacle=_nothing,
         inputs="tokens",
         subclasses=names.PLAIN_LINEAR,
     ),
