@@ -88,6 +88,13 @@ def test_rooms_are_small_and_say_what_they_are_for() -> None:
     assert not [file for file, path in FILES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
 
 
+def test_the_environment_is_read_at_the_door() -> None:
+    """By the command line, and by what asks who started the process: nothing else may depend on what nobody named."""
+    readers = {file for file, path in FILES.items() for node in ast.walk(ast.parse(path.read_text()))
+               if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")}  # fmt: skip
+    assert {room(file) for file in readers} <= {"cli", "machine"}, readers
+
+
 def test_the_extension_has_one_seam_each_way() -> None:
     users = {file for file, path in FILES.items() if "_native" in {n.name for i in ast.walk(ast.parse(path.read_text()))
              if isinstance(i, ast.ImportFrom) and i.module == "spicerack" for n in i.names}}  # fmt: skip

@@ -15,9 +15,10 @@ from scipy.stats import chisquare
 from torch.distributions import Categorical, kl_divergence
 
 from spicerack.errors import OutputError, TextError, UsageError
+from spicerack.machine.ranks import ALONE, Ranks, launched
 from spicerack.training.distillation import Cached, Predictions, divergence
 from spicerack.training.schedule import decay, rate
-from spicerack.training.settings import Settings
+from spicerack.training.settings import Settings, arguments
 from spicerack.training.text import Order, Subset, pack, split
 
 LENGTH = 8
@@ -106,6 +107,17 @@ def test_batches_are_cut_evenly() -> None:
     assert Settings(batch=16).micro(4) == 4
     with pytest.raises(UsageError, match="16 rows is not 3 processes"):
         Settings(batch=16).micro(3)
+
+
+def test_processes_are_counted_as_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == ALONE and launched().first
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launched() == Ranks(1, 2) and not launched().first
+    with pytest.raises(UsageError, match="several processes"):
+        arguments(Settings(fsdp=True), Path("out.training"), 1)
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------
