@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -47,14 +47,11 @@ def test_importing_loads_no_torch_and_changes_nothing() -> None:
 
 
 def test_the_first_help_comes_at_once() -> None:
-    """The aim is 0.3 s; the bound is loose, because other work may share the machine."""
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        run("--help")
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(3)) < 1.5
+    """The aim is 0.3 s. Its own CPU seconds count, which other work on the machine stretches to twice that at most."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -365,16 +365,16 @@ def test_fingerprint_sees_every_part(tmp_path: Path) -> None:
 
 
 def test_headers_alone_and_quickly(tmp_path: Path) -> None:
-    """A 70B folder of 30 shards, and a mixture of 61,000 expert tensors, in bounded time and without torch."""
+    """A 70B folder of 30 shards, and a mixture of 61,000 expert tensors, in bounded CPU time and without torch."""
     big = folders.folder(tmp_path / "70b", folders.llama_shapes(folders.LLAMA_70B), folders.LLAMA_70B, shards=30)
-    start = time.perf_counter()
+    start = time.process_time()
     checkpoint = Checkpoint.open(big)
-    assert len(checkpoint.tensors) == 723 and time.perf_counter() - start < 1
+    assert len(checkpoint.tensors) == 723 and time.process_time() - start < 1
     assert sum(info.nbytes for info in checkpoint.tensors.values()) == 2 * 70_553_706_496
     checkpoint.fingerprint()
     moe = folders.folder(tmp_path / "moe", folders.mixtral_shapes(80, 256), {"num_experts": 256}, shards=60)
-    start = time.perf_counter()
-    assert len(Checkpoint.open(moe).tensors) == 80 * (1 + 3 * 256) and time.perf_counter() - start < 5
+    start = time.process_time()
+    assert len(Checkpoint.open(moe).tensors) == 80 * (1 + 3 * 256) and time.process_time() - start < 5
 
 
 @pytest.mark.slow
