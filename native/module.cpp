@@ -1,6 +1,9 @@
-// The Python face of the native code: checks types and sizes, releases the GIL, calls. src/spicerack/native.py and engines.py
-// are its only users. Functions work on one thread, and callers split rows among threads, which never changes a result; those
-// of training and of the kernels bring torch's team.
+// The Python face of the native code: checks types and sizes, releases the GIL, calls. Its only users, in
+// src/spicerack: numerics/native.py (search, codes, bit streams, fake quantization), and of the kernels kernels/panels.py
+// (layout), multiply.py (products), attention.py and limits.py. What they hand in is told in _native.pyi.
+//
+// Those of numerics work on one thread, and callers split rows among threads, which never changes a result; those of
+// training and of the kernels bring torch's team. isa: an instruction set of quantizers(), "" for the widest.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -62,6 +65,8 @@ const Quantizers& quantizers_for(const std::string& isa) {
     throw std::invalid_argument("this processor has no " + isa);
 }
 
+// Scales [count], zeros [count] and codes [count, size] of blocks w [count, size], as search.h tells -> every weight is
+// finite, every scale is usable. importance: one value for each weight, or a length that repeats.
 std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& scale_type,
             const std::vector<float>& coarse, const std::vector<float>& shifts, const std::vector<float>& fine, int refinements,
             std::optional<Vector<const float>> importance, Vector<float> scale, Vector<int8_t> zero, Matrix<int8_t> codes,
@@ -84,6 +89,7 @@ std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& 
     return {outcome.finite, outcome.fits};
 }
 
+// Codes [count, size] of blocks w [count, size] against scale [count] and zero [count].
 void encode(const Floats& w, Levels levels, Vector<const float> scale, std::optional<Vector<const int8_t>> zero,
             Matrix<int8_t> codes, const std::string& isa) {
     const Blocks blocks = blocks_of(w);
@@ -95,6 +101,7 @@ void encode(const Floats& w, Levels levels, Vector<const float> scale, std::opti
     q.encode(blocks, levels, scale.data(), zero ? zero->data() : nullptr, codes.data());
 }
 
+// One scale and zero over pieces [count, size] of a long block: error, sum x v, sum v v, sum x, sum v of each, [count, 5].
 void judge(const Floats& pieces, Levels levels, float scale, float zero, Matrix<double> out, const std::string& isa) {
     const Blocks blocks = blocks_of(pieces);
     require(out.shape(0) == size_t(blocks.count) && out.shape(1) == 5, "five sums for each piece");
@@ -103,6 +110,7 @@ void judge(const Floats& pieces, Levels levels, float scale, float zero, Matrix<
     q.judge(blocks, levels, scale, zero, (Sums*)out.data());
 }
 
+// -> sum (decoded - w)^2, sum w^2 over blocks w [count, size] with given codes, scale [count] and zero [count].
 std::pair<double, double> compare(const Floats& w, Levels levels, Vector<const float> scale,
                                   std::optional<Vector<const int8_t>> zero, Matrix<const int8_t> codes) {
     const Blocks blocks = blocks_of(w);
@@ -121,6 +129,7 @@ void check_packed(int bits, size_t rows, size_t columns, size_t packed_rows, siz
     require(packed_rows == rows && words == (columns * bits + 31) / 32, "codes and words do not belong together");
 }
 
+// Codes [rows, columns] as little-endian bit streams, words [rows, ceil(columns * bits / 32)]; and back. pack.h.
 void pack_codes(Matrix<const uint8_t> codes, int bits, int offset, Matrix<int32_t> words) {
     check_packed(bits, codes.shape(0), codes.shape(1), words.shape(0), words.shape(1));
     nb::gil_scoped_release unlocked;
@@ -133,9 +142,9 @@ void unpack_words(Matrix<const int32_t> words, int bits, int offset, Matrix<uint
     unpack((const uint8_t*)words.data(), codes.shape(0), codes.shape(1), bits, offset, codes.data());
 }
 
-// ---- training: addresses of tensors that native.py has checked -------------------------------------------------------
+// ---- training: addresses of tensors that numerics/native.py has checked ---------------------------------------------
 
-constexpr int64_t WORTH_A_THREAD = 1 << 15;  // weights
+constexpr int64_t WEIGHTS_A_THREAD = 1 << 15;  // that are worth a thread
 
 // Calls work(first, last) on pieces of the rows, on torch's team.
 template <class Work>
@@ -144,7 +153,7 @@ void for_rows(const Fake& f, const Work& work) {
         const Work& work;
         int64_t rows;
     } shared{work, f.n};
-    const int64_t worth = f.n * f.k / WORTH_A_THREAD + 1;
+    const int64_t worth = f.n * f.k / WEIGHTS_A_THREAD + 1;
     run_team(int(worth < team_size() ? worth : team_size()), [](void* context, Member me) {
         const Shared& s = *(const Shared*)context;
         s.work(s.rows * me.index / me.count, s.rows * (me.index + 1) / me.count);
@@ -159,7 +168,8 @@ Fake fake_of(uintptr_t w, int type, const std::tuple<int64_t, int64_t, int64_t, 
     return {(const void*)w, Float(type), n, k, rows, columns, (const float*)scale, (const float*)zero, levels};
 }
 
-// sizes: N, K, rows and columns of a block.
+// w [N, K] rounded to its grid, to out [N, K]. sizes: N, K, rows and columns of a block; scale and zero: float32, one
+// for each block, zero 0 for none.
 void fake(uintptr_t w, int type, const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t scale,
           uintptr_t zero, const Levels& levels, uintptr_t out, int out_type, const std::string& isa) {
     const Fake f = fake_of(w, type, sizes, scale, zero, levels);
@@ -180,6 +190,7 @@ void add_rows(const Fake& f, const double* partial, float* out) {
     }
 }
 
+// What follows from grad [N, K], as fake.h tells: by_weight [N, K], by_scale and by_zero for each block, rounded [N, K].
 // Address 0: not wanted. by_weight may be grad; by_scale and by_zero get sums without factors.
 void fake_gradients(uintptr_t grad, int grad_type, uintptr_t w, int type,
                     const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t scale, uintptr_t zero,
@@ -199,21 +210,22 @@ void fake_gradients(uintptr_t grad, int grad_type, uintptr_t w, int type,
     if (by_zero) add_rows(f, zeros.get(), (float*)by_zero);
 }
 
-// ---- kernels ---------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
 const Engine& engine(int index) {
     require(index >= 0 && index < engines().count, "no such engine");
     return engines().first[index];
 }
 
-// Addresses come as integers: a call costs less than a microsecond, and engines.py has checked the tensors behind them.
+// Addresses come as integers: a call costs less than a microsecond, and kernels/multiply.py and attention.py have checked
+// the tensors behind them.
 void* address(nb::handle h) { return (void*)nb::cast<uintptr_t>(h); }
 
 struct Bound {
     Weights weights;
 };
 
-// Addresses of packed tensors, and what they hold: engines.py has checked them.
+// Addresses of packed tensors, and what they hold: kernels/multiply.py has checked them.
 void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int scale_type, int64_t n, int64_t k,
           int64_t group, int bits, int offset, bool half) {
     require(codes && scale && n > 0 && k > 0 && bits >= TRITS && bits <= 8, "not a matrix of 2 to 8 bits, or trits");
@@ -226,6 +238,7 @@ void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int sca
 
 constexpr int MOST_PRODUCTS = 16;
 
+// y = x W^T + bias for each product; x [m, K] and y [m, N] in `type`, activations as in kernel.h.
 // scale: address of the float that a code of x counts for where activations are fixed, else 0.
 // products: for each (matrix, address of its bias or 0, of y, whether GELU follows).
 void linear(int index, uintptr_t x, int type, int64_t m, int activations, uintptr_t scale, const nb::list& products) {
@@ -256,6 +269,7 @@ Strided strided(const Place& p) {
     return {(const void*)std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p)};
 }
 
+// y [batch, queries, heads, value_width] = softmax(q k^T * scale) v, as kernel.h tells.
 // mask: address 0 for none. sizes: batch, heads, kv_heads, queries, keys, width, value_width.
 void attention(int index, int type, const Place& q, const Place& k, const Place& v, const Place& mask, uintptr_t y,
                const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& sizes, bool causal,
@@ -270,6 +284,7 @@ void attention(int index, int type, const Place& q, const Place& k, const Place&
                  keys, width, value_width, causal, scale, team_size()});
 }
 
+// out [count, K]: the rows `which` [count] of a matrix, decoded.
 void rows(const Bound& matrix, Vector<const int64_t> which, Matrix<float> out) {
     const Weights& w = matrix.weights;
     require(out.shape(0) == which.shape(0) && int64_t(out.shape(1)) == w.k, "one row of K floats for each index");
@@ -291,6 +306,7 @@ void check_panels(int bits, size_t n, size_t k, const Tiles& tiles) {
             "codes and tiles do not belong together");
 }
 
+// Codes [N, K] as tiles [bundles, blocks, bytes of a tile]; and back. layout.h.
 void to_panels(Matrix<const uint8_t> codes, int bits, int offset, Tiles tiles) {
     check_panels(bits, codes.shape(0), codes.shape(1), tiles);
     nb::gil_scoped_release unlocked;

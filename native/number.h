@@ -1,7 +1,7 @@
 // The float types that weights, scales and activations come in.
 #pragma once
 
-// Headers that several instruction sets include: what is not inlined could end up in common code compiled for a newer one.
+// For headers that several instruction sets include: what is not inlined could end up in common code with newer ones.
 #define ALWAYS_INLINE __attribute__((always_inline)) inline
 
 namespace spicerack {

@@ -1,8 +1,8 @@
 // Vectors as wide as the instruction set that this file is compiled for, in GCC's and Clang's portable notation.
 //
 // Files that include it are compiled once per instruction set, each time in its own namespace SPICERACK_ISA, so that no
-// inline code with wide instructions can end up in common code. For the same reason they use no templates of the standard
-// library. Lanes never mix: results do not depend on how many there are.
+// inline code with wide instructions can end up in common code. For the same reason they use no templates of the
+// standard library. Lanes never mix: results do not depend on how many there are.
 #pragma once
 
 #include <cstdint>

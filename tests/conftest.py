@@ -38,8 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow ones first: the others fill what is left, and no worker waits at the end for the last of them."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Slow ones first, and before them what compiles and emulates: the others fill what is left, and no worker waits at
+    the end for the last of them."""
+    native = ROOT / "tests" / "native"
+    items.sort(key=lambda item: (native not in item.path.parents, item.get_closest_marker("slow") is None))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,7 +1,7 @@
 // x as bodies read it: strips of its rows, in int8 with their scales and sums, or in float32. Part of linear.cpp.
 //
-// A row of x is quantized by one thread, its blocks of 32 columns from left to right; codes are q = round(a / s), half to even,
-// within -127..127, with s = largest magnitude / 127 of the block or the row, or a given one.
+// A row of x is quantized by one thread, its blocks of 32 columns from left to right; codes are q = round(a / s), half
+// to even, within -127..127, with s = largest magnitude / 127 of the block or the row, or a given one.
 #pragma once
 
 #include <cstring>
@@ -27,8 +27,8 @@ struct EvenParts {
     INLINE int64_t size(int64_t part) const { return each + (part < longer); }
 };
 
-// Some rows of x, [rows, K], as the bodies read them. The strip that begins with row r begins at r * blocks * 32 (codes, floats)
-// and r * blocks (scale, sums); in it all rows' values for a block lie together.
+// Some rows of x, [rows, K], as the bodies read them. The strip that begins with row r begins at r * blocks * 32
+// (codes, floats) and r * blocks (scale, sums); in it all rows' values for a block lie together.
 struct Slab {
     int64_t rows, k, blocks;
     const char* x;
@@ -90,8 +90,8 @@ struct Step {
     }
 };
 
-// -> the sum of the codes. Divided, a given scale has the codes that any other reader of it finds; a scale of our own costs a
-// product.
+// -> the sum of the codes. Divided, a given scale has the codes that any other reader of it finds; a scale of our own
+// costs a product.
 template <bool DIVIDED>
 INLINE int32_t round_block(const vf* x, const Step& step, int8_t* codes) {
     vi sum{};

@@ -1,12 +1,13 @@
 // softmax(q k^T * scale) v in float32, compiled once per instruction set.
 //
-// The rows of a unit of work are queries that share a head of k and v: some positions, each with all of its heads. A unit
-// walks over the keys in blocks of 128, of which keys are transposed and values widened once for all of its rows, and keeps
-// for every row the largest score so far, the sum of 2^(score - largest), and the values weighted by it, all of which
-// shrink when a larger score comes (Milakov and Gimelshein, 2018; Dao et al., 2022).
+// The rows of a unit of work are queries that share a head of k and v: some positions, each with all of its heads. A
+// unit walks over the keys in blocks of 128, of which keys are transposed and values widened once for all of its rows,
+// and keeps for every row the largest score so far, the sum of 2^(score - largest), and the values weighted by it, all
+// of which shrink when a larger score comes (Milakov and Gimelshein, 2018; Dao et al., 2022).
 //
-// A score is one chain of fused multiply-adds over the width, a weighted value one over the keys, and weights are summed in
-// 16 chains: results do not depend on how rows are cut into units and tiles, on threads, or on the instruction set.
+// A score is one chain of fused multiply-adds over the width, a weighted value one over the keys, and weights are
+// summed in 16 chains: results do not depend on how rows are cut into units and strips, on threads, or on the
+// instruction set.
 #include "buffer.h"
 #include "functions.h"
 #include "team.h"
@@ -14,11 +15,14 @@
 namespace spicerack::SPICERACK_ISA {
 namespace {
 
-constexpr int KEYS = 128;                     // of a block
-constexpr int TALL = 6;                       // rows of a tile
-constexpr int VECTORS = LANES == 8 ? 2 : 4;   // of a tile: with its rows they fill the registers
-constexpr int64_t ROWS = 16 * TALL;           // of a unit, at most
-constexpr int64_t SMALL = 1 << 17;            // multiply-adds that are worth a thread
+// Chosen for speed; docs/kernels.md has what was measured (AMD Zen 4).
+// Of a block: 128 and not 64, together with scores and sums by no more vectors than are needed, brought 12 heads of 32 and
+// 128 tokens from 231 to 205 us.
+constexpr int KEYS = 128;
+// Of a strip: rows, and vectors of columns, whose 6 x 4 (of 16 registers 6 x 2) sums stay in registers.
+constexpr int STRIP_ROWS = 6, STRIP_VECTORS = LANES == 8 ? 2 : 4;
+constexpr int64_t UNIT_ROWS = 16 * STRIP_ROWS;      // for which keys are transposed once, at most
+constexpr int64_t PRODUCTS_A_THREAD = 1 << 17;      // multiply-adds that are worth a thread
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float NOTHING = -__builtin_inff();  // the score of a hidden key
 
@@ -40,11 +44,12 @@ struct Unit {
     int64_t batch, kv_head, first, rows;
 };
 
-struct Plan {
+// How a call is cut: for each head of k and v its queries, by position, then head, and these into units of nearly `each`.
+struct Units {
     const Attention* call;
-    int64_t heads;       // of q that share one of k and v
-    int64_t rows, each;  // of queries for a head of k and v; of a unit
-    int64_t units, next;
+    int64_t heads;        // of q that share one of k and v
+    int64_t rows, each;   // of queries for a head of k and v; of a unit
+    int64_t count, next;  // of units; the one that nobody has taken yet
 
     INLINE Unit unit(int64_t i) const {
         const int64_t parts = (rows + each - 1) / each, part = i % parts, place = i / parts;
@@ -110,18 +115,18 @@ template <int M>
 void multiply(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t depth, float* out, int64_t step,
               int64_t width) {
     int64_t column = 0;
-    for (; column + VECTORS * LANES <= width; column += VECTORS * LANES) {
-        multiply_some<M, VECTORS>(a, a_step, b + column, b_step, depth, out + column, step);
+    for (; column + STRIP_VECTORS * LANES <= width; column += STRIP_VECTORS * LANES) {
+        multiply_some<M, STRIP_VECTORS>(a, a_step, b + column, b_step, depth, out + column, step);
     }
-    if (column + VECTORS / 2 * LANES <= width) {
-        multiply_some<M, VECTORS / 2>(a, a_step, b + column, b_step, depth, out + column, step);
-        column += VECTORS / 2 * LANES;
+    if (column + STRIP_VECTORS / 2 * LANES <= width) {
+        multiply_some<M, STRIP_VECTORS / 2>(a, a_step, b + column, b_step, depth, out + column, step);
+        column += STRIP_VECTORS / 2 * LANES;
     }
     for (; column < width; column += LANES) multiply_some<M, 1>(a, a_step, b + column, b_step, depth, out + column, step);
 }
 
 // For so many rows, one less than the index.
-constexpr decltype(&multiply<1>) MULTIPLY[TALL] = {multiply<1>, multiply<2>, multiply<3>,
+constexpr decltype(&multiply<1>) MULTIPLY[STRIP_ROWS] = {multiply<1>, multiply<2>, multiply<3>,
                                                    multiply<4>, multiply<5>, multiply<6>};
 
 // Of lanes without NaN, which is never the largest score and comes through by its weight.
@@ -172,66 +177,89 @@ void soften(float* scores, int64_t count, float* largest, float* total, float* s
     for (int p = 0; p < PARTS; p++) store(total + p * LANES, chains[p]);
 }
 
-void run(const Plan& plan, const Unit& u, Scratch& scratch) {
-    const Attention& call = *plan.call;
-    const int64_t width = call.width, value_width = call.value_width;
-    float* q = scratch.q.need(u.rows * width);
-    float* keys = scratch.keys.need(width * KEYS);
-    float* values = scratch.values.need(value_width * KEYS);
-    float* sums = scratch.sums.need(u.rows * value_width);
-    float* weights = scratch.weights.need(TALL * KEYS);
-    float* largest = scratch.largest.need(u.rows);
-    float* total = scratch.total.need(u.rows * PANEL);
-    std::memset(sums, 0, u.rows * value_width * sizeof(float));
-    std::memset(total, 0, u.rows * PANEL * sizeof(float));
+// What a unit keeps for each of its rows, and what its rows share.
+struct State {
+    float* q;        // [rows, width], times the scale and log2(e)
+    float* sums;     // [rows, value_width]
+    float* largest;  // [rows]: score so far
+    float* total;    // [rows, 16]: chains of weights
+    float* keys;     // [width, KEYS]
+    float* values;   // [KEYS, value_width]
+    float* weights;  // [STRIP_ROWS, KEYS]
+};
+
+State begin(const Units& units, const Unit& u, Scratch& scratch) {
+    const Attention& call = *units.call;
+    State s{scratch.q.need(u.rows * call.width),      scratch.sums.need(u.rows * call.value_width),
+            scratch.largest.need(u.rows),             scratch.total.need(u.rows * PANEL),
+            scratch.keys.need(call.width * KEYS),     scratch.values.need(call.value_width * KEYS),
+            scratch.weights.need(STRIP_ROWS * KEYS)};
+    std::memset(s.sums, 0, u.rows * call.value_width * sizeof(float));
+    std::memset(s.total, 0, u.rows * PANEL * sizeof(float));
     for (int64_t r = 0; r < u.rows; r++) {
-        largest[r] = NOTHING;
-        const char* row = at(call.q, call.type, u.batch, plan.head(u, u.first + r), plan.position(u.first + r));
-        for (int64_t column = 0; column < width; column += LANES) {
+        s.largest[r] = NOTHING;
+        const char* row = at(call.q, call.type, u.batch, units.head(u, u.first + r), units.position(u.first + r));
+        for (int64_t column = 0; column < call.width; column += LANES) {
             const vf x = widen(row + column * size_of(call.type), call.type);
-            store(q + r * width + column, x * splat(call.scale * LOG2_E));
+            store(s.q + r * call.width + column, x * splat(call.scale * LOG2_E));
         }
     }
-    const int64_t end = plan.visible(u.first + u.rows - 1);
-    for (int64_t first = 0; first < end; first += KEYS) {
-        const int64_t count = least(KEYS, call.keys - first);
-        transpose_keys(call, u, first, count, keys);
-        widen_values(call, u, first, count, values);
-        int64_t height;
-        for (int64_t r = 0; r < u.rows; r += height) {
-            height = least(TALL, u.rows - r);
-            const int64_t seen = least(plan.visible(u.first + r + height - 1) - first, count);
-            if (seen <= 0) continue;
-            const int64_t whole = (seen + PANEL - 1) / PANEL * PANEL;
-            const auto multiply = MULTIPLY[height - 1];
-            std::memset(weights, 0, height * KEYS * sizeof(float));
-            multiply(q + r * width, width, keys, KEYS, width, weights, KEYS, whole);
-            for (int64_t m = 0; m < height; m++) {
-                const int64_t row = u.first + r + m;
-                float* own = weights + m * KEYS;
-                hide(call, u, plan.head(u, row), plan.position(row), first, plan.visible(row) - first, whole, own);
-                soften(own, whole, largest + r + m, total + (r + m) * PANEL, sums + (r + m) * value_width, value_width);
-            }
-            multiply(weights, KEYS, values, value_width, seen, sums + r * value_width, value_width, value_width);
+    return s;
+}
+
+// The keys first .. first + KEYS, as far as there are so many, for all rows of the unit.
+void attend(const Units& units, const Unit& u, const State& s, int64_t first) {
+    const Attention& call = *units.call;
+    const int64_t width = call.width, value_width = call.value_width, count = least(KEYS, call.keys - first);
+    transpose_keys(call, u, first, count, s.keys);
+    widen_values(call, u, first, count, s.values);
+    int64_t height;
+    for (int64_t r = 0; r < u.rows; r += height) {
+        height = least(STRIP_ROWS, u.rows - r);
+        const int64_t seen = least(units.visible(u.first + r + height - 1) - first, count);
+        if (seen <= 0) continue;
+        const int64_t whole = (seen + PANEL - 1) / PANEL * PANEL;
+        const auto multiply = MULTIPLY[height - 1];
+        std::memset(s.weights, 0, height * KEYS * sizeof(float));
+        multiply(s.q + r * width, width, s.keys, KEYS, width, s.weights, KEYS, whole);
+        for (int64_t m = 0; m < height; m++) {
+            const int64_t row = u.first + r + m;
+            float* own = s.weights + m * KEYS;
+            hide(call, u, units.head(u, row), units.position(row), first, units.visible(row) - first, whole, own);
+            soften(own, whole, s.largest + r + m, s.total + (r + m) * PANEL, s.sums + (r + m) * value_width, value_width);
         }
+        multiply(s.weights, KEYS, s.values, value_width, seen, s.sums + r * value_width, value_width, value_width);
     }
+}
+
+// y of the unit's rows: their sums over the sum of their weights.
+void finish(const Units& units, const Unit& u, const State& s) {
+    const Attention& call = *units.call;
     for (int64_t r = 0; r < u.rows; r++) {
         float sum = 0.0f;
-        for (int i = 0; i < PANEL; i++) sum += total[r * PANEL + i];
+        for (int i = 0; i < PANEL; i++) sum += s.total[r * PANEL + i];
         const vf share = splat(sum == 0.0f ? 0.0f : 1.0f / sum);  // 0: every key is hidden
-        const int64_t place = (u.batch * call.queries + plan.position(u.first + r)) * call.heads + plan.head(u, u.first + r);
-        char* y = (char*)call.y + place * value_width * size_of(call.type);
-        for (int64_t column = 0; column < value_width; column += LANES, y += LANES * size_of(call.type)) {
-            narrow(load<vf>(sums + r * value_width + column) * share, call.type, y, LANES);
+        const int64_t position = units.position(u.first + r), head = units.head(u, u.first + r);
+        const int64_t place = (u.batch * call.queries + position) * call.heads + head;
+        char* y = (char*)call.y + place * call.value_width * size_of(call.type);
+        for (int64_t column = 0; column < call.value_width; column += LANES, y += LANES * size_of(call.type)) {
+            narrow(load<vf>(s.sums + r * call.value_width + column) * share, call.type, y, LANES);
         }
     }
 }
 
+void run(const Units& units, const Unit& u, Scratch& scratch) {
+    const State state = begin(units, u, scratch);
+    const int64_t end = units.visible(u.first + u.rows - 1);
+    for (int64_t first = 0; first < end; first += KEYS) attend(units, u, state, first);
+    finish(units, u, state);
+}
+
 void work(void* context, Member) {
-    Plan& plan = *(Plan*)context;
+    Units& units = *(Units*)context;
     Scratch& scratch = own_scratch();
-    for (int64_t i; (i = __atomic_fetch_add(&plan.next, 1, __ATOMIC_RELAXED)) < plan.units;) {
-        run(plan, plan.unit(i), scratch);
+    for (int64_t i; (i = __atomic_fetch_add(&units.next, 1, __ATOMIC_RELAXED)) < units.count;) {
+        run(units, units.unit(i), scratch);
     }
 }
 
@@ -239,14 +267,14 @@ void work(void* context, Member) {
 
 void attention(const Attention& call) {
     const int64_t heads = call.heads / call.kv_heads, rows = heads * call.queries, places = call.batch * call.kv_heads;
-    const int64_t useful = places * rows * call.keys * (call.width + call.value_width) / SMALL + 1;
+    const int64_t useful = places * rows * call.keys * (call.width + call.value_width) / PRODUCTS_A_THREAD + 1;
     const int threads = int(least(call.threads, useful));
     // Two units for each thread at least, where there are rows enough.
     const int64_t parts = (2 * threads + places - 1) / places;
     const int64_t fair = (rows + parts - 1) / parts;
-    Plan plan{&call, heads, rows, least((fair + TALL - 1) / TALL * TALL, ROWS), 0, 0};
-    plan.units = places * ((rows + plan.each - 1) / plan.each);
-    run_team(threads, work, &plan);
+    Units units{&call, heads, rows, least((fair + STRIP_ROWS - 1) / STRIP_ROWS * STRIP_ROWS, UNIT_ROWS), 0, 0};
+    units.count = places * ((rows + units.each - 1) / units.each);
+    run_team(threads, work, &units);
 }
 
 }  // namespace spicerack::SPICERACK_ISA

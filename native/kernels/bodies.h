@@ -1,4 +1,5 @@
-// The innermost loops of linear.cpp: a strip of x, which is some of its rows, times a few panels of W, over a chunk of columns.
+// The innermost loops: a strip of x, which is some of its rows, times a few panels of W, over a chunk of columns. Part of
+// linear.cpp.
 //
 // A body is compiled for each width of codes, number of rows, number of panels, and way of scaling. Loops over rows and
 // vectors have constant counts, so that all sums stay in registers. Every body adds the same terms in the same order.
@@ -47,7 +48,8 @@ struct Strip {
     const float* floats;   // [blocks, M, 32], or null
 };
 
-// How the rows of P panels lie in vectors: P * parts of them at once, all parts of the panels or one of a bundle of trits.
+// How the rows of P panels lie in vectors: P * parts of them at once, all parts of the panels or one of a bundle of
+// trits.
 template <int BITS, int P>
 struct Vectors {
     static constexpr bool trits = BITS == TRITS || P == BUNDLE;
@@ -195,8 +197,8 @@ void summed(const Panels& w, const Strip& x, float* sums) {
     for (int pass = 0; pass < Vectors<BITS, P>::passes; pass++) summed_pass<BITS, M, P>(w, x, sums, pass);
 }
 
-// One panel times floats: (u - z) x for each column, columns 4 q + j in the running sum j. Running sums begin anew with each
-// group; of a row with one scale, every FOLD_BLOCKS, so that it makes no difference where chunks end.
+// One panel times floats: (u - z) x for each column, columns 4 q + j in the running sum j. Running sums begin anew with
+// each group; of a row with one scale, every FOLD_BLOCKS, so that it makes no difference where chunks end.
 template <int BITS, int M>
 void floating(const Panels& w, const Strip& x, float* sums) {
     const bool rows = w.group_blocks == 0;

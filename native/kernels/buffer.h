@@ -1,4 +1,4 @@
-// Memory that a thread keeps from call to call.
+// Memory that a thread keeps from call to call, so that no call waits until the system hands out pages.
 #pragma once
 
 #include <new>

@@ -1,4 +1,4 @@
-// Codes out of tiles, to one byte each: from bit planes, or from bytes that hold five trits. kernel.h tells how tiles lie.
+// Codes out of tiles, to one byte each: from bit planes, or from bytes of five trits. kernel.h tells how tiles lie.
 //
 // Part of linear.cpp. Bodies take a vector at a time in registers; for many rows of x whole tiles are unpacked before.
 #pragma once

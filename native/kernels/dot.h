@@ -1,5 +1,5 @@
-// What each instruction set brings to the kernels: 16 rows times a quad of 4 columns, and the few operations that portable
-// vectors lack. Every function gives the same numbers on every instruction set.
+// What each instruction set brings to the kernels: 16 rows times a quad of 4 columns, and the few operations that
+// portable vectors lack. Every function gives the same numbers on every instruction set.
 #pragma once
 
 #include "../simd.h"

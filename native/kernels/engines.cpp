@@ -1,4 +1,4 @@
-// Which engines this processor runs, of those that this build holds: libraries.cmake defines SPICERACK_WITH_<isa> for each.
+// Which engines this processor runs, of those that this build holds: libraries.cmake defines SPICERACK_WITH_<isa>.
 #include "kernel.h"
 
 #if defined(__aarch64__) && defined(__linux__)

@@ -1,4 +1,4 @@
-// Functions of float32 vectors, the same bits on every instruction set.
+// Functions of float32 vectors, by polynomials: the same bits on every instruction set, and not those of a libm.
 #pragma once
 
 #include "dot.h"
@@ -19,7 +19,8 @@ INLINE vf power_of_two(vf x) {
 
 // x * (1 + erf(x / sqrt(2))) / 2, to 4e-7 (absolute, |x| <= 12) and 3e-7 (relative, x > 0).
 //
-// erfc(z) = 2^(-z P(z)) for z = |x| / sqrt(2) <= 5 with a polynomial P, fitted to weigh errors as they reach the result.
+// erfc(z) = 2^(-z P(z)) for z = |x| / sqrt(2) <= 5 with a polynomial P, fitted to weigh errors as they reach the
+// result.
 INLINE vf gelu(vf x) {
     const vf whole = vabs(x) * 0x1.6a09e6p-1f;
     const vf z = whole > 5.0f ? splat(5.0f) : whole;

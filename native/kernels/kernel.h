@@ -1,13 +1,15 @@
 // How packed integer weights multiply. linear.cpp is compiled once per instruction set; all give the same bits.
 //
-// Weights lie in panels of 16 output rows. For every 32 columns a panel has one tile of 64 * bits bytes, made of planes of
-// 4, 2 and 1 bits, widest first, each a part of the code from its low bits up (3 bits = 2 + 1; 8 bits are one plane).
-// The 64 bytes of a vector are 16 rows by 4 columns (a quad): what one integer dot-product instruction multiplies.
-// Plane of 8: quad q is vector q. Of 4: quads 2v and 2v+1 are the low and high nibbles of vector v. Of 2: quads 4v..4v+3
-// are bits 0-1, 2-3, 4-5, 6-7 of vector v. Of 1: quad q is bit q. N is filled up to 16 and K to 32 with zeros.
+// Weights lie in panels of 16 output rows. For every 32 columns a panel has one tile of 64 * bits bytes, made of planes
+// of 4, 2 and 1 bits, widest first, each a part of the code from its low bits up (3 bits = 2 + 1; 8 bits are one
+// plane). The 64 bytes of a vector are 16 rows by 4 columns (a quad): what one integer dot-product instruction
+// multiplies. Plane of 8: quad q is vector q. Of 4: quads 2v and 2v+1 are the low and high nibbles of vector v. Of 2:
+// quads 4v..4v+3 are bits 0-1, 2-3, 4-5, 6-7 of vector v. Of 1: quad q is bit q. N is filled up to 16 and K to 32 with
+// zeros.
 //
 // Trits, the codes 0, 1, 2 of ternary weights, may instead lie in bundles of 5 panels, N filled up to 80: a tile of 32
-// columns has 512 bytes, vector q is quad q, and each byte the sum of code * 3^p over the panels p = 0..4: 1.6 bits a code.
+// columns has 512 bytes, vector q is quad q, and each byte the sum of code * 3^p over the panels p = 0..4: 1.6 bits a
+// code.
 #pragma once
 
 #include <cstdint>
@@ -91,7 +93,8 @@ struct Attention {
     int threads;
 };
 
-// |sum of products| < 2^31 for a row of K columns: 255 * 127 * 2^16 < 2^31. Longer rows are refused with one scale a row.
+// |sum of products| < 2^31 for a row of K columns: 255 * 127 * 2^16 < 2^31. Longer rows are refused with one scale a
+// row.
 constexpr int64_t MAX_EXACT_COLUMNS = 1 << 16;
 
 #define SPICERACK_KERNEL_FUNCTIONS                                                                                     \

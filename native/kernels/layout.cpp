@@ -8,8 +8,8 @@ namespace {
 constexpr int VECTOR = TILE_UNIT;
 constexpr int POWERS_OF_3[BUNDLE] = {1, 3, 9, 27, 81};
 
-// The planes of a code, widest first: `codes` bytes [8 quads, 64] <-> `tile`. Work on one plane, `bits` wide, whose codes
-// begin at bit `low`; quads v * per .. v * per + per - 1 share vector v.
+// The planes of a code, widest first: `codes` bytes [8 quads, 64] <-> `tile`. Work on one plane, `bits` wide, whose
+// codes begin at bit `low`; quads v * per .. v * per + per - 1 share vector v.
 void squeeze(const uint8_t* codes, int bits, int low, uint8_t* plane) {
     const int per = 8 / bits, mask = (1 << bits) - 1;
     for (int v = 0; v < QUADS / per; v++) {

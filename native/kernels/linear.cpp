@@ -1,7 +1,7 @@
 // y = x W^T for packed weights, compiled once per instruction set; kernel.h tells the layout.
 //
-// int8 activations. One block of 32 columns is eight integer dot products for every 16 rows; its exact sum becomes float32
-// and is scaled:
+// int8 activations. One block of 32 columns is eight integer dot products for every 16 rows; its exact sum becomes
+// float32 and is scaled:
 //
 //     t += float(sum over the block of (u - z) a) * s_a        one fused multiply-add for each block
 //     y += t * s_w                                             another for each group, or one for the row
@@ -10,10 +10,11 @@
 // turned to floats, four running sums for a group. Blocks, groups and sums come in the same order wherever they are
 // computed, so results do not depend on M, on threads, or on the instruction set.
 //
-// The rows of x are cut into slabs and these into strips, the panels of W into units, and a unit's columns into chunks. From
-// the inside out: codes.h unpacks, bodies.h multiplies a strip by a few panels, methods.h chooses the body, activations.h
-// quantizes x, job.h makes a slab ready, results.h makes y of sums, units.h walks over a unit; sizes.h has what was tuned.
-// Here the units are shared among threads. All of it is one unit of compilation, with nothing that others could link to.
+// The rows of x are cut into slabs and these into strips, the panels of W into units, and a unit's columns into chunks.
+// From the inside out: codes.h unpacks, bodies.h multiplies a strip by a few panels, methods.h chooses the body,
+// activations.h quantizes x, job.h makes a slab ready, results.h makes y of sums, units.h walks over a unit; sizes.h
+// has what was tuned. Here the units are shared among threads. All of it is one unit of compilation, with nothing that
+// others could link to.
 #include "buffer.h"
 #include "team.h"
 #include "units.h"
@@ -21,8 +22,8 @@
 namespace spicerack::SPICERACK_ISA {
 namespace {
 
-// The units of one member of a team. Each takes its own in order, so that a layer's weights stay in the caches where they
-// were; who is done takes from the others.
+// The units of one member of a team. Each takes its own in order, so that a layer's weights stay in the caches where
+// they were; who is done takes from the others.
 struct alignas(64) Share {
     int64_t next, last;
 };

@@ -1,4 +1,6 @@
-// Which body multiplies: by the rows of x, the width of the codes, and where scales change. A new body gets its place here.
+// Which body multiplies: by the rows of x, the width of the codes, and where scales change. Part of linear.cpp.
+//
+// A table has the bodies there are; two functions choose. What is chosen changes how fast a result comes, not its bits.
 #pragma once
 
 #include "bodies.h"
@@ -15,7 +17,7 @@ struct Bodies {
     int panels[SCALINGS];
 };
 
-// ---- the bodies there are ----------------------------------------------------------------------------------------------
+// ---- the bodies there are -------------------------------------------------------------------------------------------
 
 // For strips of LEAST to M rows.
 template <int BITS, int M, int LEAST, int P>
@@ -116,7 +118,7 @@ constexpr Bodies BODIES_FROM_BYTES = reading_bytes(), BODIES_FROM_BYTES_OF_TRITS
 constexpr Unpack UNPACK[9] = {nullptr,        unpack_tile<TRITS>, unpack_tile<2>, unpack_tile<3>, unpack_tile<4>,
                               unpack_tile<5>, unpack_tile<6>,     unpack_tile<7>, nullptr};
 
-// ---- the choice --------------------------------------------------------------------------------------------------------
+// ---- the choice -----------------------------------------------------------------------------------------------------
 
 // How codes are read: the same for all products of a call, which share the strips of x.
 enum class Reading {

@@ -14,8 +14,8 @@ struct Patch {
     int64_t first, rows;
 };
 
-// Fetches where y of a patch will be written: its rows lie apart, so that no processor foresees it. 1536 x 384, M = 4096:
-// from 66 to 70 % of the peak.
+// Fetches where y of a patch will be written: its rows lie apart, so that no processor foresees it. 1536 x 384, M =
+// 4096: from 66 to 70 % of the peak.
 INLINE void expect(const Job& job, const Product& product, const Patch& p) {
     const int64_t size = size_of(job.call->type), line = product.weights.n * size;
     const char* y = (const char*)product.y + (job.row0 + p.first) * line + p.panel * PANEL * size;

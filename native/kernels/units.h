@@ -1,8 +1,8 @@
 // What a thread does at a time. Part of linear.cpp.
 //
-// A unit is some panels of one product times a job's rows of x. It walks over its columns chunk by chunk; in a chunk, over its
-// panels as many at once as a body takes; and for those over the strips of x. A strip's sums become y right behind its last
-// chunk, while they are near.
+// A unit is some panels of one product times a job's rows of x. It walks over its columns chunk by chunk; in a chunk,
+// over its panels as many at once as a body takes; and for those over the strips of x. A strip's sums become y right
+// behind its last chunk, while they are near.
 #pragma once
 
 #include "results.h"

@@ -1,7 +1,7 @@
 // Blocks of weights in vectors. Part of search.cpp and judge.cpp.
 //
-// LANES blocks at a time are transposed into a tile, so that every lane has a block of its own: element j of all of them is
-// tile[j], and a sum over blocks is a sum of vectors, in the specification's order.
+// LANES blocks at a time are transposed into a tile, so that every lane has a block of its own: element j of all of
+// them is tile[j], and a sum over blocks is a sum of vectors, in the specification's order.
 #pragma once
 
 #include <new>

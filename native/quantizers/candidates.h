@@ -58,8 +58,8 @@ INLINE vf error_term(const Tile& t, const Candidate& c, vf x, int64_t j) {
     return WEIGHTED ? (t.a[j] * e) * e : e * e;
 }
 
-// The error of each lane; or infinity in every lane as soon as none can get below `limit` any more: terms are not negative
-// and rounding is monotone, so a partial sum never exceeds the whole one.
+// The error of each lane; or infinity in every lane as soon as none can get below `limit` any more: terms are not
+// negative and rounding is monotone, so a partial sum never exceeds the whole one.
 template <bool OFFSET, bool WEIGHTED>
 Wide errors(const Tile tile, const Candidate c, const Wide limit, Wide total = {}) {
     for (int64_t j = 0, patience = PATIENCE; j < tile.size; j += RUN) {

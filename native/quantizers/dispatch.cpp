@@ -1,4 +1,5 @@
-// Which instruction sets this processor has, of those that this build holds: libraries.cmake defines SPICERACK_WITH_<isa>.
+// Which instruction sets this processor has, of those that this build holds: libraries.cmake defines
+// SPICERACK_WITH_<isa> for each.
 #include "dispatch.h"
 
 namespace spicerack {

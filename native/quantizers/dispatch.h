@@ -1,4 +1,5 @@
-// The sources that are compiled once per instruction set, but the kernels: kernels/engines.cpp has those.
+// The quantizers that this processor runs: search.h and fake.h, compiled once per instruction set. kernels/kernel.h has
+// the kernels' engines.
 #pragma once
 
 #include <vector>

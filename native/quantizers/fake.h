@@ -1,5 +1,7 @@
-// Fake quantization of weights, and its gradients. Grid in src/spicerack/nn/fake.py is their specification: rounded weights
-// and gradients of weights equal it bit for bit, sums over blocks but for their last bits.
+// Fake quantization of weights, and its gradients: what training rounds with, in one pass over the weight each.
+//
+// Grid in src/spicerack/numerics/fake.py is the specification: rounded weights and gradients of weights equal it bit for
+// bit. Sums over blocks have an order of their own, and so other last bits: the same on every instruction set.
 #pragma once
 
 #include <cstdint>

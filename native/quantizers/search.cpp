@@ -6,7 +6,7 @@ namespace {
 
 constexpr double BETTER = 1 - 1e-9;  // a tie keeps the earlier candidate, as in the specification
 
-// ---- one batch -------------------------------------------------------------------------------------------------------
+// ---- one batch ------------------------------------------------------------------------------------------------------
 
 INLINE vf clip_zero(vf zero, const Levels& levels) {
     const vf number = zero == zero ? zero : vf{};
@@ -111,7 +111,7 @@ void optimize(const SearchPlan& plan, const Tile& tile, vf top, vf bottom, const
     zero = final ? zero : batch.zero;
 }
 
-// ---- all blocks ------------------------------------------------------------------------------------------------------
+// ---- all blocks -----------------------------------------------------------------------------------------------------
 
 // Largest and smallest value of a row -> false if one is NaN or infinite.
 template <class T>

@@ -1,4 +1,8 @@
-// The range search over contiguous blocks of weights. src/spicerack/search.py is its specification, equal bit for bit.
+// Which scale, and which zero point, a block of weights gets: the range search, and what given ones make of weights.
+//
+// Blocks lie one after the other. src/spicerack/numerics/search.py is the specification, codec.py that of codes: scales,
+// zeros and codes equal theirs bit for bit, on every instruction set. What is given up: levels are integers, weights and
+// stored scales float32, float16 or bfloat16, and all work is one thread's.
 #pragma once
 
 #include <cstdint>

@@ -14,31 +14,43 @@ struct Case {
     bool masked, causal;
 };
 
+// [batch, rows, heads, width], as projections make it.
+struct Tensor {
+    Exact memory;
+    Strided strided;
+    Float type;
+    std::vector<double> values;
+
+    Tensor() = default;
+    Tensor(int64_t batch, int64_t rows, int64_t heads, int64_t width, Float t, Random& random)
+        : memory(batch * rows * heads * width, size_of(t)), type(t), values(batch * rows * heads * width) {
+        strided = {memory.data(), rows * heads * width, width, heads * width};
+        for (int64_t i = 0; i < int64_t(values.size()); i++) set(i, random.bell());
+    }
+    void set(int64_t i, double x) {
+        put(memory.data(), i, x, type);
+        values[i] = get(memory.data(), i, type);
+    }
+    const double* row(int64_t batch, int64_t head, int64_t row) const {
+        return &values[batch * strided.batch + head * strided.head + row * strided.row];
+    }
+};
+
 struct Inputs {
-    Exact q, k, v, mask;
+    Tensor q, k, v;
+    Exact mask;  // the same for all heads
     Attention call{};
 };
 
-// Memory as [batch, rows, heads, width], as projections make it; masks the same for all heads.
-Strided placed(const Exact& memory, int64_t rows, int64_t heads, int64_t width) {
-    return {memory.data(), rows * heads * width, width, heads * width};
-}
-
-Inputs made(const Case& c, Random& random) {
-    const int size = size_of(c.type);
+Inputs inputs(const Case& c, Random& random) {
     Inputs in;
-    const auto fill = [&](int64_t rows, int64_t heads, int64_t width) {
-        Exact memory(c.batch * rows * heads * width, size);
-        for (int64_t i = 0; i < c.batch * rows * heads * width; i++) put(memory.data(), i, random.bell(), c.type);
-        return memory;
-    };
-    in.q = fill(c.queries, c.heads, c.width);
-    in.k = fill(c.keys, c.kv_heads, c.width);
-    in.v = fill(c.keys, c.kv_heads, c.value_width);
+    in.q = Tensor(c.batch, c.queries, c.heads, c.width, c.type, random);
+    in.k = Tensor(c.batch, c.keys, c.kv_heads, c.width, c.type, random);
+    in.v = Tensor(c.batch, c.keys, c.kv_heads, c.value_width, c.type, random);
     Attention& a = in.call;
-    a.q = placed(in.q, c.queries, c.heads, c.width);
-    a.k = placed(in.k, c.keys, c.kv_heads, c.width);
-    a.v = placed(in.v, c.keys, c.kv_heads, c.value_width);
+    a.q = in.q.strided;
+    a.k = in.k.strided;
+    a.v = in.v.strided;
     if (c.masked) {
         in.mask = Exact(c.batch * c.queries * c.keys, 1);
         // The first query sees nothing.
@@ -65,45 +77,54 @@ std::vector<double> run(const Engine& engine, const Inputs& in, int threads) {
     return values;
 }
 
-double value(const Strided& t, Float type, int64_t batch, int64_t head, int64_t row, int64_t column) {
-    return get(t.data, batch * t.batch + head * t.head + row * t.row + column, type);
+// exp(score - largest) for each key that one query of one head sees, else 0; and the rounding steps of its largest
+// score.
+struct Scored {
+    std::vector<double> weights;
+    double steps = 0, total = 0;
+};
+
+Scored scored(const Inputs& in, int64_t batch, int64_t head, int64_t query) {
+    const Attention& a = in.call;
+    const int64_t shared = head / (a.heads / a.kv_heads);
+    const uint8_t* mask = (const uint8_t*)a.mask.data;
+    Scored s{std::vector<double>(a.keys)};
+    for (int64_t key = 0; key < a.keys; key++) {
+        const double *q = in.q.row(batch, head, query), *k = in.k.row(batch, shared, key);
+        const bool hidden = (mask && !mask[batch * a.mask.batch + query * a.mask.row + key]) || (a.causal && key > query);
+        double score = 0, magnitude = 0;
+        for (int64_t column = 0; column < a.width; column++) {
+            const double term = q[column] * k[column] * double(a.scale);
+            score += term;
+            magnitude += std::fabs(term);
+        }
+        s.steps = std::max(s.steps, (double(a.width) + 4) * magnitude);
+        s.weights[key] = hidden ? -INFINITY : score;
+    }
+    const double largest = *std::max_element(s.weights.begin(), s.weights.end());
+    for (double& w : s.weights) s.total += w = largest == -INFINITY ? 0 : std::exp(w - largest);
+    return s;
 }
 
 // Of long calls some rows, the first and the last among them: emulators and sanitizers take minutes for all.
 void check_right(const Inputs& in, const std::vector<double>& y) {
     const Attention& a = in.call;
-    std::vector<double> weights(a.keys);
     const int64_t last = a.batch * a.queries * a.heads - 1, checked = std::min<int64_t>(last, 40);
     for (int64_t turn = 0; turn <= checked; turn++) {
         const int64_t i = checked ? last * turn / checked : 0;
         const int64_t head = i % a.heads, query = i / a.heads % a.queries, batch = i / a.heads / a.queries;
         const int64_t shared = head / (a.heads / a.kv_heads);
-        double largest = -INFINITY, total = 0, steps = 0;
-        for (int64_t key = 0; key < a.keys; key++) {
-            const uint8_t* mask = (const uint8_t*)a.mask.data;
-            const bool seen = (!mask || mask[batch * a.mask.batch + query * a.mask.row + key]) && (!a.causal || key <= query);
-            double score = 0, magnitude = 0;
-            for (int64_t column = 0; column < a.width; column++) {
-                const double term = value(a.q, a.type, batch, head, query, column) *
-                                    value(a.k, a.type, batch, shared, key, column) * double(a.scale);
-                score += term;
-                magnitude += std::fabs(term);
-            }
-            steps = std::max(steps, (double(a.width) + 4) * magnitude);
-            weights[key] = seen ? score : -INFINITY;
-            largest = std::max(largest, weights[key]);
-        }
-        for (double& w : weights) total += w = largest == -INFINITY ? 0 : std::exp(w - largest);
+        const Scored s = scored(in, batch, head, query);
         bool right = true;
         for (int64_t column = 0; column < a.value_width; column++) {
             double sum = 0, magnitude = 0;
             for (int64_t key = 0; key < a.keys; key++) {
-                const double term = weights[key] * value(a.v, a.type, batch, shared, key, column);
+                const double term = s.weights[key] * in.v.row(batch, shared, key)[column];
                 sum += term;
                 magnitude += std::fabs(term);
             }
-            const double exact = total ? sum / total : 0;
-            const double bound = total ? magnitude / total * 0x1p-24 * (4 * steps + double(a.keys) + 16) : 0;
+            const double exact = s.total ? sum / s.total : 0;
+            const double bound = s.total ? magnitude / s.total * 0x1p-24 * (4 * s.steps + double(a.keys) + 16) : 0;
             const double got = y[i * a.value_width + column];
             right = right && rounded(exact - bound, a.type) <= got && got <= rounded(exact + bound, a.type);
         }
@@ -112,11 +133,12 @@ void check_right(const Inputs& in, const std::vector<double>& y) {
 }
 
 void check_case(const Case& c, Random& random) {
-    const Inputs in = made(c, random);
+    const Inputs in = inputs(c, random);
     const auto name = [&](const char* isa, int threads) {
-        std::snprintf(subject, sizeof subject, "attention: %s, %s, heads %d over %d, %d queries, %d keys, widths %d, %d%s%s, %d threads",
-                      isa, TYPE_NAMES[int(c.type)], int(c.heads), int(c.kv_heads), int(c.queries), int(c.keys),
-                      int(c.width), int(c.value_width), c.masked ? ", masked" : "", c.causal ? ", causal" : "", threads);
+        std::snprintf(subject, sizeof subject,
+                      "attention: %s, %s, heads %d over %d, %d queries, %d keys, widths %d, %d%s%s, %d threads", isa,
+                      TYPE_NAMES[int(c.type)], int(c.heads), int(c.kv_heads), int(c.queries), int(c.keys), int(c.width),
+                      int(c.value_width), c.masked ? ", masked" : "", c.causal ? ", causal" : "", threads);
     };
     name("scalar", 1);
     const std::vector<double> want = run(scalar_engine(), in, 1);
@@ -132,10 +154,10 @@ void check_case(const Case& c, Random& random) {
 }  // namespace
 
 void spicerack::test_attention(Random& random) {
-    const int64_t keys[] = {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300};
-    for (const int64_t count : keys) {
-        for (int kind = 0; kind < 4; kind++) {
-            const bool causal = kind % 2, large = causal && count > 64;
+    for (const int64_t count : {1, 15, 16, 17, 64, 127, 128, 129, 300}) {
+        if (once && count != 17 && count != 129) continue;
+        for (int kind = 0; kind < 3; kind++) {
+            const bool causal = kind == 1, large = causal && count > 64;
             const int64_t kv_heads = random.between(1, 2), heads = kv_heads * (large ? 1 : random.between(1, 3));
             const int64_t batch = large ? 1 : random.between(1, 2), widest = large ? 2 : 6;
             check_case({TYPES[random.below(3)], batch, heads, kv_heads, causal ? count : random.between(1, 9), count,
@@ -144,13 +166,14 @@ void spicerack::test_attention(Random& random) {
     }
     // A NaN reaches the queries that see its key, and them alone.
     const Case c{Float::f32, 1, 2, 1, 40, 40, 32, 16, false, true};
-    Inputs in = made(c, random);
-    put(in.k.data(), 20 * c.width + 3, NAN, c.type);
+    Inputs in = inputs(c, random);
+    in.k.set(20 * c.width + 3, NAN);
     for (const Engine& engine : engines()) {
         std::snprintf(subject, sizeof subject, "attention: a NaN, %s", engine.isa);
         const std::vector<double> y = run(engine, in, 2);
         bool right = true;
-        for (int64_t i = 0; i < int64_t(y.size()); i++) right &= std::isnan(y[i]) == (i / (c.heads * c.value_width) >= 20);
+        const int64_t row = c.heads * c.value_width;
+        for (int64_t i = 0; i < int64_t(y.size()); i++) right &= std::isnan(y[i]) == (i / row >= 20);
         check(right, "where it is seen");
     }
 }

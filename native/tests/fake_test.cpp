@@ -18,7 +18,7 @@ struct Inputs {
     Fake fake{};
 };
 
-Inputs made(const Case& c, Random& random) {
+Inputs inputs(const Case& c, Random& random) {
     const int64_t blocks = c.n / c.rows * (c.k / c.columns);
     Inputs in{Exact(c.n * c.k, size_of(c.type)), Exact(c.n * c.k, size_of(c.grad_type)), Exact(blocks, 4), Exact(blocks, 4)};
     for (int64_t i = 0; i < c.n * c.k; i++) {
@@ -62,10 +62,11 @@ Results run(const Quantizers& q, const Case& c, const Inputs& in, int64_t pieces
         q.fake(in.fake, first, last, out.data(), c.out_type);
         q.fake_gradients(in.fake, slopes, first, last);
     }
-    return {values(out, count, c.out_type), values(again, count, c.out_type), values(by_weight, count, Float::f32), by_scale, by_zero};
+    return {values(out, count, c.out_type), values(again, count, c.out_type), values(by_weight, count, Float::f32),
+            by_scale, by_zero};
 }
 
-void check_right(const Case& c, const Inputs& in, const Results& found) {
+void check_right(const Case& c, const Inputs& in, const Results& results) {
     bool rounded_right = true, weights_right = true, sums_right = true;
     for (int64_t row = 0; row < c.n; row++) {
         for (int64_t b = 0; b < in.fake.across(); b++) {
@@ -84,32 +85,32 @@ void check_right(const Case& c, const Inputs& in, const Results& found) {
                 const bool inside = c.cells ? std::fabs(q - u) <= 0.5f : u >= c.levels.lo && u <= c.levels.hi;
                 const float kept = g * float(inside), slope = (q - (inside ? u : zero)) * g;
                 const float value = (shifted ? q - zero : q) * scale;
-                rounded_right &= same(found.rounded[i], rounded(value, c.out_type));
-                weights_right &= same(found.by_weight[i], kept);
+                rounded_right &= same(results.rounded[i], rounded(value, c.out_type));
+                weights_right &= same(results.by_weight[i], kept);
                 by_scale += slope, slopes += std::fabs(slope), by_zero += kept - g, grads += std::fabs(g);
             }
             const double unit = 0x1p-24 * 70;  // 64 values in each of the sums side by side, and their own sum
-            const double ours = found.by_scale[row * in.fake.across() + b];
+            const double ours = results.by_scale[row * in.fake.across() + b];
             sums_right &= std::isnan(by_scale) ? std::isnan(ours) : std::fabs(ours - by_scale) <= slopes * unit;
-            sums_right &= std::fabs(found.by_zero[row * in.fake.across() + b] - by_zero) <= grads * unit;
+            sums_right &= std::fabs(results.by_zero[row * in.fake.across() + b] - by_zero) <= grads * unit;
         }
     }
-    check(rounded_right && equal(found.rounded, found.rounded_again), "rounded weights");
+    check(rounded_right && equal(results.rounded, results.rounded_again), "rounded weights");
     check(weights_right, "gradients of weights");
     check(sums_right, "sums over blocks");
 }
 
 void check_case(const Case& c, Random& random) {
-    const Inputs in = made(c, random);
+    const Inputs in = inputs(c, random);
     const Results want = run(quantizers().back(), c, in, 1);
     for (const Quantizers& q : quantizers()) {
         std::snprintf(subject, sizeof subject, "fake: %s, %s, grad %s, out %s, %d x %d in %d x %d, levels %d..%d%s%s%s", q.isa,
                       TYPE_NAMES[int(c.type)], TYPE_NAMES[int(c.grad_type)], TYPE_NAMES[int(c.out_type)], int(c.n),
                       int(c.k), int(c.rows), int(c.columns), c.levels.lo, c.levels.hi, c.levels.half ? ", half" : "",
                       c.levels.zero ? ", zero" : "", c.cells ? ", cells" : "");
-        const Results found = run(q, c, in, random.between(1, 3));
-        check_right(c, in, found);
-        check(equal(found.by_scale, want.by_scale) && equal(found.by_zero, want.by_zero), "the same sums as baseline");
+        const Results results = run(q, c, in, random.between(1, 3));
+        check_right(c, in, results);
+        check(equal(results.by_scale, want.by_scale) && equal(results.by_zero, want.by_zero), "the same sums as baseline");
     }
 }
 
@@ -120,6 +121,7 @@ void spicerack::test_fake(Random& random) {
                             {-128, 127, false, true}};
     const int64_t widths[] = {1, 3, 8, 15, 16, 17, 32, 33, 64, 1023, 1024, 1025, 2100};
     for (const int64_t columns : widths) {
+        if (once && columns != 17 && columns != 1025) continue;
         for (const Levels& levels : grids) {
             const int64_t rows = random.between(1, 3);
             check_case({TYPES[random.below(3)], TYPES[random.below(3)], TYPES[random.below(3)], rows * random.between(1, 4),

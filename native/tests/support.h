@@ -13,6 +13,7 @@
 
 namespace spicerack {
 
+inline bool once = false;  // enough that all code runs, where it is the processor that is tested and not the results
 inline int checks = 0, failures = 0;
 inline char subject[256] = "";
 
@@ -125,7 +126,12 @@ inline const Engine& scalar_engine() { return engines().first[engines().count - 
 const Float TYPES[] = {Float::f32, Float::f16, Float::bf16};
 const char* const TYPE_NAMES[] = {"f32", "f16", "bf16"};
 
+// One for each file of tests.
+void test_bodies(Random& random);
+void test_sharing(Random& random);
+void test_results(Random& random);
 void test_attention(Random& random);
 void test_fake(Random& random);
+void test_search(Random& random);
 
 }  // namespace spicerack

@@ -1,0 +1,160 @@
+// Matrices, inputs and runs of products.h.
+#include "products.h"
+
+namespace spicerack {
+
+namespace {
+
+const char* const HOW_NAMES[] = {"floats", "blocks", "tokens", "fixed"};
+
+// Codes [N, K], one byte each, as tiles; and back again.
+Exact packed(const Weights& w, const std::vector<uint8_t>& codes) {
+    Exact tiles(w.bundles() * w.blocks() * w.tile_bytes(), 1);
+    pack_panels(codes.data(), w.n, w.k, w.bits, w.offset, tiles.data());
+    std::vector<uint8_t> back(codes.size());
+    unpack_panels(tiles.data(), w.n, w.k, w.bits, w.offset, back.data());
+    std::snprintf(subject, sizeof subject, "packing: %d bits, N %d, K %d", w.bits, int(w.n), int(w.k));
+    check(back == codes, "unpack_panels is the inverse of pack_panels");
+    return tiles;
+}
+
+}  // namespace
+
+Matrix make(const Form& f, Random& random, const std::function<int64_t(int64_t, int64_t)>& codes) {
+    Matrix m;
+    Weights& w = m.weights;
+    w.n = f.n;
+    w.k = f.k;
+    w.group = f.group;
+    w.bits = f.bits;
+    w.scale_type = f.scale_type;
+    w.half = f.kind == halves || f.kind == both;
+    const int offsets[] = {1 << (f.bits - 1), (1 << (f.bits - 1)) - 1, 0};
+    w.offset = f.offset < 0 ? offsets[random.below(3)] : f.offset;
+    const int count = f.bits == TRITS ? 3 : 1 << f.bits;
+    std::vector<uint8_t> stored(f.n * f.k);
+    m.levels.resize(f.n * f.k);
+    for (int64_t i = 0; i < f.n * f.k; i++) {
+        const int u = int((uint64_t(codes(i / f.k, i % f.k)) & 0xffffffffu) % count);
+        m.levels[i] = u;
+        stored[i] = uint8_t(u - w.offset);
+    }
+    m.tiles = packed(w, stored);
+
+    const int64_t lanes = w.panels() * w.groups() * PANEL;
+    m.scales = Exact(lanes, size_of(w.scale_type));
+    std::memset(m.scales.data(), 0, m.scales.bytes());
+    const bool zero = f.kind == zeros || f.kind == both;
+    if (zero) {
+        m.zero = Exact(lanes, 1);
+        std::memset(m.zero.data(), 0, m.zero.bytes());
+    }
+    const double first = f.powers ? 0.25 : 0.001 + 0.05 * random.unit();
+    for (int64_t n = 0; n < f.n; n++) {
+        for (int64_t g = 0; g < w.groups(); g++) {
+            const int64_t at = (n / PANEL * w.groups() + g) * PANEL + n % PANEL;
+            double s = first;
+            if (!f.tensor) s = f.powers ? std::ldexp(1.0, int(random.between(-3, 2))) : first * (0.2 + random.unit());
+            put(m.scales.data(), at, s, w.scale_type);
+            m.scale.push_back(get(m.scales.data(), at, w.scale_type));
+            int z = w.offset;
+            if (zero) m.zero.data()[at] = uint8_t(z = int(random.between(0, count - 1)));
+            double* level = &m.levels[n * f.k + g * m.columns()];
+            for (int64_t k = 0; k < m.columns(); k++) level[k] -= z - (w.half ? 0.5 : 0);
+        }
+    }
+    w.codes = m.tiles.data();
+    w.scale = m.scales.data();
+    w.zero = zero ? m.zero.data() : nullptr;
+    return m;
+}
+
+Matrix make(const Form& form, Random& random) {
+    const int64_t mode = random.below(8);  // once in a while only the least and the greatest code
+    const int64_t last = form.bits == TRITS ? 2 : (1 << form.bits) - 1;
+    return make(form, random, [&](int64_t, int64_t) {
+        return mode == 0 ? last * random.below(2) : int64_t(random.bits() >> 20);
+    });
+}
+
+Input input(int64_t m, int64_t k, Float type, const std::function<double(int64_t, int64_t)>& values) {
+    Input x{m, k, type, Exact(m * k, size_of(type)), std::vector<double>(m * k)};
+    for (int64_t i = 0; i < m * k; i++) x.set(i / k, i % k, values(i / k, i % k));
+    return x;
+}
+
+Input input(int64_t m, int64_t k, Float type, Spread spread, Random& random) {
+    return input(m, k, type, [&](int64_t, int64_t column) {
+        switch (spread) {
+            case outliers: return random.bell() * (random.below(20) == 0 ? 60 : 1);
+            case integers: return column % BLOCK == 0 ? 127.0 : double(random.between(-127, 127));
+            case extremes: return random.below(2) ? 3.0 : -3.0;
+            case nothing: return random.below(3) ? 0.0 : (type == Float::f16 ? 0x1p-24 : 0x1p-110);
+            default: return random.bell();
+        }
+    });
+}
+
+Exact bias_of(int64_t n, Float type, Random& random) {
+    Exact bias(n, size_of(type));
+    for (int64_t i = 0; i < n; i++) put(bias.data(), i, random.bell(), type);
+    return bias;
+}
+
+std::vector<Output> run(const Engine& engine, const Input& x, const std::vector<const Matrix*>& matrices,
+                        const std::vector<const Exact*>& biases, const Setting& s) {
+    std::vector<Output> outputs;
+    std::vector<Product> products;
+    for (size_t i = 0; i < matrices.size(); i++) {
+        const int64_t n = matrices[i]->weights.n;
+        outputs.push_back({Exact(x.m * n, size_of(x.type)), {}});
+        products.push_back({matrices[i]->weights, biases[i] ? biases[i]->data() : nullptr, outputs[i].y.data(),
+                            s.gelu});
+    }
+    const int count = int(products.size());
+    engine.linear({x.memory.data(), x.type, x.m, s.how, s.fixed_scale, products.data(), count, s.threads});
+    for (size_t i = 0; i < matrices.size(); i++) {
+        for (int64_t j = 0; j < x.m * matrices[i]->weights.n; j++) {
+            outputs[i].values.push_back(get(outputs[i].y.data(), j, x.type));
+        }
+    }
+    return outputs;
+}
+
+Output run(const Engine& engine, const Input& x, const Matrix& matrix, const Exact* bias, const Setting& s) {
+    return std::move(run(engine, x, {&matrix}, {bias}, s)[0]);
+}
+
+void name(const char* test, const Matrix& m, const Input& x, const Setting& s, const char* isa) {
+    const Weights& w = m.weights;
+    std::snprintf(subject, sizeof subject,
+                  "%s: %s, %d bits, N %d, K %d, M %d, group %d, scales %s%s%s, offset %d, x %s as %s, %d threads", test, isa,
+                  w.bits, int(w.n), int(w.k), int(x.m), int(w.group), TYPE_NAMES[int(w.scale_type)],
+                  w.zero ? ", zeros" : "", w.half ? ", halves" : "", w.offset, TYPE_NAMES[int(x.type)],
+                  HOW_NAMES[int(s.how)], s.threads);
+}
+
+std::vector<double> check_engines(const char* test, const Matrix& m, const Input& x, const Exact* bias,
+                                  const Setting& s) {
+    name(test, m, x, s);
+    const Output want = run(scalar_engine(), x, m, bias, s);
+    if (!once) check_right(m, x, bias, s, want.values);
+    for (const Engine& engine : engines()) {
+        if (&engine == &scalar_engine()) continue;
+        name(test, m, x, s, engine.isa);
+        check(equal(run(engine, x, m, bias, s).values, want.values), "the same bits as scalar");
+    }
+    return want.values;
+}
+
+void check_one_row(const Matrix& m, const Input& x, const Exact* bias, const Setting& s, const std::vector<double>& y,
+                   Random& random) {
+    const int64_t row = random.below(x.m), n = m.weights.n;
+    const Input one = input(1, x.k, x.type, [&](int64_t, int64_t column) { return x.at(row, column); });
+    const Engine& engine = engines().first[random.below(engines().count)];
+    name("one row", m, one, s, engine.isa);
+    check(equal(run(engine, one, m, bias, s).values, {y.begin() + row * n, y.begin() + (row + 1) * n}),
+          "the same bits as among others");
+}
+
+}  // namespace spicerack
