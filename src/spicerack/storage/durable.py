@@ -1,4 +1,10 @@
-"""Files that survive a crash: written whole or not at all, by one process at a time, for one purpose."""
+"""Files that survive a crash: written whole or not at all, by one process at a time, for one purpose.
+
+A file counts once it has its name: it is written beside it, brought to the disk (fsync), and renamed, which file
+systems do whole or not at all; `sync` of the folder then brings the name to the disk too. Who may write in a folder is
+settled by a lock that the system drops with its process, however that ends, so nobody has to clear away one that was
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +18,14 @@ from typing import Any
 from spicerack.errors import OutputError
 
 LOCK = ".lock"
-"""Held by the process that writes in a folder."""
+"""Name of the file that is locked by the process that writes in a folder; its number stands in it, for errors."""
 
 
 def refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise OutputError naming the first fact in which a folder's origin differs from the present run."""
+    """Raise OutputError naming the first fact in which a folder's origin differs from the present run.
+
+    before, now: facts by name, of values that JSON has; one that only one of them has differs too.
+    """
     for key in [*before, *(k for k in now if k not in before)]:
         if before.get(key) != now.get(key):
             raise OutputError(
@@ -28,7 +37,8 @@ def refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 def locked(folder: Path) -> int:
     """Descriptor of the lock of `folder`, held until it is closed or the process ends, however it does.
 
-    The process itself may begin again, as after Ctrl+C in a notebook.
+    The process itself may begin again, as after Ctrl+C in a notebook. Raises OutputError, naming the process, while
+    another one holds it.
     """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -43,22 +53,26 @@ def locked(folder: Path) -> int:
 
 
 def _short(value: Any) -> str:
+    """A fact in an error, cut to what a line holds."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."
 
 
 def disk_error(error: OSError, partial: Path) -> OutputError:
-    """What is raised for `error`."""
+    """What is raised for an error of the system while `partial` was written; the remedy is that of a full disk."""
     return OutputError(f"writing {partial} failed: {error.strerror}", "the same command continues once there is room")
 
 
 def json_bytes(value: Any) -> bytes:
-    """As it is stored."""
+    """A value as it is stored: JSON, indented, with a line's end. Raises ValueError for NaN, which JSON has not."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
-    """None where there is nothing that can be read."""
+    """The value in a JSON file of our own; None where there is no file, or no JSON in it.
+
+    `files.read_json` is for those of strangers.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
@@ -66,7 +80,10 @@ def read_json(path: Path) -> Any:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file appears at once, and is on the disk then."""
+    """Write `content` to `path`: the whole file appears at once, in place of one that was there, and is on the disk.
+
+    Its name may be lost in a crash until the folder is brought to the disk, by `sync`.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -76,7 +93,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """What is in a file, or the names in a folder, are on the disk behind this."""
+    """Bring what is in a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -23,10 +23,14 @@ from spicerack.errors import CheckpointError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
+"""The weights of a model that has one shard."""
 INDEX = "model.safetensors.index.json"
+"""Which shard holds which tensor, where there are several."""
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 256 << 20
+"""JSON of strangers that is larger is refused before it is read; an index takes about 100 bytes a tensor."""
 MAX_SIDE_FILES = 10_000
+"""A folder with more files than that is not a model's, but somebody's home, say."""
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (
@@ -54,6 +58,7 @@ HUB_ALLOW = (
 )  # fmt: skip
 """What is fetched from the hub: no pickled weights."""
 HUB_IGNORE = ("onnx/*", "openvino/*", "original/*", "metal/*", "consolidated*")
+"""What is not, of those: the same model once more, for other programs or in other layouts."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -61,8 +66,11 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class Files:
     """The files of a model folder, by name relative to it.
 
-    index: tensor -> shard as the index says, None without an index.
-    left_out: weight files that are not part of the model (other engines', duplicates), neither read nor copied.
+    folder      where they are
+    shards      safetensors files of the model
+    index       tensor -> shard as the index says, None without an index
+    side_files  every other file that belongs to the model: what a copy needs
+    left_out    weight files that are not part of the model (other engines', duplicates), neither read nor copied
     """
 
     folder: Path
@@ -120,6 +128,7 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 
 
 def _download(hub_id: str) -> Path:
+    """A snapshot of a hub id in the hub's own cache. Raises CheckpointError with the hub's reason."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -135,6 +144,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _index_name(folder: Path) -> str | None:
+    """The index: the one of the usual name, else the only one of any name (`consolidated.safetensors.index.json`)."""
     names = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
     if INDEX in names:
         return INDEX
@@ -142,6 +152,7 @@ def _index_name(folder: Path) -> str | None:
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    """Tensor -> shard. Raises CheckpointError for shards that are not plain names of files beside the index."""
     weight_map = read_json(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map", "save the model again with save_pretrained")
@@ -162,6 +173,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _only_weight_file(folder: Path) -> str:
+    """The one safetensors file of a folder without an index. CheckpointError says what another folder is."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     candidates = [name for name in names if name.endswith(".safetensors")]
     if "adapter_config.json" in names:
@@ -191,6 +203,7 @@ def _only_weight_file(folder: Path) -> str:
 
 
 def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Side files, and files that are left out, of a folder whose own shards and index are `weights`."""
     modules = _sentence_transformer_modules(folder)
     side: list[str] = []
     left_out: list[str] = []
@@ -226,6 +239,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _check_link(folder: Path, name: str) -> None:
+    """Raise CheckpointError for a side file that is a link out of the folder and of the hub's cache of it."""
     path = folder / name
     if not path.is_symlink():
         return

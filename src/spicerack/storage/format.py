@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -106,6 +106,25 @@ class Format(Protocol):
         """What `contents` in this format cost in portability, in plain sentences."""
 
 
+class MethodFormat:
+    """What formats have in common that transformers tells apart by the `quant_method` in config.json.
+
+    The model's own config stays as it was, with a section `quantization_config` beside it.
+    """
+
+    __slots__ = ()
+    method: ClassVar[str]
+
+    def recognizes(self, config: Mapping[str, Any], /) -> bool:
+        """See `Format.recognizes`."""
+        section = config.get("quantization_config")
+        return isinstance(section, dict) and section.get("quant_method") == self.method
+
+    def float_config(self, config: Mapping[str, Any], /) -> dict[str, Any]:
+        """See `Format.float_config`."""
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
 def get(name: str) -> Format:
     """The format in `formats/<name>.py`; KeyError if there is no such file."""
     declared: Format = plugins.get("storage.formats", name, "FORMAT")
@@ -144,7 +163,10 @@ def portability(contents: Contents, fused: Sequence[Sequence[str]]) -> list[str]
 
 
 def checked_input_scale(module: str, stored: torch.Tensor) -> torch.Tensor:
-    """float32 [1]: a static scale of activations as it was read. Raises CheckpointError."""
+    """A static scale of activations as it was read, of any float type and shape of one number -> float32 [1].
+
+    Raises CheckpointError, naming `module`, for one that is not positive and finite.
+    """
     scale = stored.float().reshape(1)
     if not 0 < float(scale) < math.inf:
         raise CheckpointError(f"{module}: a scale of activations of {float(scale)}", "the folder is damaged")

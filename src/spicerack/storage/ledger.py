@@ -125,13 +125,13 @@ def read(folder: Path) -> Ledger | None:
         identity = record["identity"]
         if not isinstance(identity, Mapping):
             raise TypeError("identity is no object")
-        found = Ledger(identity, tuple(Entry.of(entry) for entry in record["tensors"]))
-        str(found.recipe)
+        ledger = Ledger(identity, tuple(Entry.of(entry) for entry in record["tensors"]))
+        str(ledger.recipe)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a ledger that spicerack wrote: {error!r}", "quantize the model again"
         ) from error
-    return found
+    return ledger
 
 
 def by_layer_type(entries: Iterable[Entry]) -> list[LayerType]:

@@ -29,7 +29,9 @@ BITS = {
 }  # fmt: skip
 """Bits per element of safetensors' types."""
 _MAX_NAME = 1000
+"""Characters of a tensor's name; errors print names."""
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+"""Of each shard in a fingerprint: how many samples, and how long: a page each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """How many numbers it holds."""
         return math.prod(self.shape)
 
 
@@ -51,7 +54,10 @@ class TensorInfo:
 class Checkpoint:
     """A model folder, opened: `open` reads headers, `read` one tensor.
 
+    folder      where it is
+    config      what config.json says
     tensors     by name, in the order of their bytes on disk, shard after shard, so that reading them all is sequential
+    shards      files that hold them
     side_files  every other file that belongs to the model, relative, '/'-separated
     notes       what was noticed and left alone, for people
     """
@@ -66,26 +72,26 @@ class Checkpoint:
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
         """Open a local folder or a hub id. Raises CheckpointError naming file, tensor, rule and remedy."""
-        found = files.find(files.locate(model))
-        config = files.read_json(found.folder / files.CONFIG, files.MAX_CONFIG_BYTES)
+        own = files.find(files.locate(model))
+        config = files.read_json(own.folder / files.CONFIG, files.MAX_CONFIG_BYTES)
         tensors: dict[str, TensorInfo] = {}
-        for shard in found.shards:
-            for info in _read_header(found.folder / shard):
+        for shard in own.shards:
+            for info in _read_header(own.folder / shard):
                 if info.name in tensors:
                     raise CheckpointError(
-                        f"tensor {info.name} is in both {tensors[info.name].file} and {shard} of {found.folder}",
+                        f"tensor {info.name} is in both {tensors[info.name].file} and {shard} of {own.folder}",
                         "save the model again with save_pretrained",
                     )
                 tensors[info.name] = info
         if not tensors:
-            raise CheckpointError(f"{found.folder / found.shards[0]} holds no tensors", "fetch the file again")
-        notes = [f"{name} is not part of the model and is left out" for name in found.left_out]
-        if found.index is not None:
-            notes += _check_index(found.folder, found.index, tensors)
-        return cls(found.folder, config, tensors, found.shards, found.side_files, tuple(notes))
+            raise CheckpointError(f"{own.folder / own.shards[0]} holds no tensors", "fetch the file again")
+        notes = [f"{name} is not part of the model and is left out" for name in own.left_out]
+        if own.index is not None:
+            notes += _check_index(own.folder, own.index, tensors)
+        return cls(own.folder, config, tensors, own.shards, own.side_files, tuple(notes))
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in its stored type.
+        """One tensor, on the CPU, in its stored type. Raises CheckpointError for a file that cannot be read.
 
         The file is mapped afresh each time: a mapping that lives on keeps every page it has touched resident, until the
         whole shard is. The tensor's pages go when the tensor goes.
@@ -99,7 +105,7 @@ class Checkpoint:
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop-1 of a tensor's first axis; no other page of the file is touched."""
+        """Rows start..stop-1 of a tensor's first axis; no other page of the file is touched. Raises CheckpointError."""
         info = self.tensors[name]
         try:
             with safe_open(self.folder / info.file, framework="pt") as shard:
@@ -150,8 +156,9 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
 
 
 def _unreadable(path: Path, error: Exception, tensor: str = "") -> CheckpointError:
-    what = f"{path}: {tensor}" if tensor else f"{path}"
-    return CheckpointError(f"{what} cannot be read: {error}", "the file is damaged or incomplete: fetch it again")
+    """What is raised for a shard, or a tensor in it, that safetensors or the system does not read."""
+    place = f"{path}: {tensor}" if tensor else f"{path}"
+    return CheckpointError(f"{place} cannot be read: {error}", "the file is damaged or incomplete: fetch it again")
 
 
 def _check_index(folder: Path, index: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:

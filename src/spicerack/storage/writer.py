@@ -47,7 +47,7 @@ from spicerack.storage.ledger import Entry
 from spicerack.storage.reader import BITS
 
 SHARD_BYTES = 2_000_000_000
-"""Shards are closed at this size (a single larger tensor gets a shard of its own): what a crash can cost at most."""
+"""Bytes at which shards are closed (a single larger tensor gets a shard of its own): what a crash can cost at most."""
 _PROGRESS = "progress.json"  # OUT.partial: whose it is
 
 
@@ -58,7 +58,7 @@ def partial_folder(output: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor that will be written: name, safetensors dtype, shape."""
+    """A tensor that will be written: name, safetensors dtype ("BF16"), shape."""
 
     name: str
     dtype: str
@@ -66,6 +66,7 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
+        """Bytes on disk; types of less than a byte are packed."""
         return -(-math.prod(self.shape) * BITS[self.dtype] // 8)
 
 
@@ -78,6 +79,7 @@ class Unit:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all slots."""
         return sum(slot.nbytes for slot in self.slots)
 
 
@@ -90,7 +92,10 @@ class Shard:
 
 
 def plan_shards(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
-    """Fill shards in order; one shard is called `model.safetensors`, several are numbered as transformers does."""
+    """Units dealt to shards, in order; one is called `model.safetensors`, several are numbered as transformers does.
+
+    shard_bytes: no shard is larger, but for one that holds a single unit.
+    """
     groups: list[list[Unit]] = [[]]
     size = 0
     for unit in units:
@@ -107,10 +112,14 @@ def plan_shards(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[
 class Writer:
     """One output folder in the making: `pending`/`shard` until all are there, then `finish`, then `seal`.
 
-    resumed: an earlier run left finished shards. complete: it left everything but the final rename.
-    identity: JSON-able facts that must be equal for a resumed run to continue this folder (recipe, source, versions).
-    Raises OutputError if OUT exists, if OUT.partial belongs to something else or is being written, or if the disk is
-    too small.
+    output      the folder that will appear; `partial` is where it lies until then
+    shards      what will be in it
+    identity    facts, of values that JSON has, that must be equal for a resumed run to continue this folder (recipe,
+                source, versions)
+    side_bytes  of side files, for the disk to have room for
+
+    resumed: an earlier run left finished shards. complete: it left everything but the final rename. Raises OutputError
+    if OUT exists, if OUT.partial belongs to something else or is being written, or if the disk is too small.
     """
 
     def __init__(self, output: Path, shards: Sequence[Shard], identity: Mapping[str, Any], side_bytes: int = 0) -> None:
@@ -120,6 +129,9 @@ class Writer:
         self._begin(dict(identity), side_bytes)
 
     def _begin(self, identity: dict[str, Any], side_bytes: int) -> None:
+        """Take the folder into possession: checks first, then the lock, then what an earlier run left half-done
+        goes.
+        """
         refuse_existing(self.output, identity)
         record = self.partial / _PROGRESS
         if self.partial.exists():
@@ -145,7 +157,11 @@ class Writer:
 
     @contextmanager
     def shard(self, shard: Shard) -> Iterator[ShardWriter]:
-        """Write one shard; it counts once the block ends without an exception."""
+        """Write one shard in a `with` block; it counts once that ends without an exception. Raises OutputError.
+
+        An error of the system becomes one that names the folder; the shard's temporary file stays, and the next run
+        removes it.
+        """
         temporary = self.partial / (shard.file + ".tmp")
         try:
             with temporary.open("wb") as file:
@@ -196,13 +212,17 @@ class Writer:
             raise disk_error(error, self.partial) from error
 
     def _index(self) -> dict[str, Any]:
+        """The index as transformers writes it: which shard holds which tensor."""
         weight_map = {slot.name: shard.file for shard in self.shards for unit in shard.units for slot in unit.slots}
         total = sum(unit.nbytes for shard in self.shards for unit in shard.units)
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 class ShardWriter:
-    """Tensors of one shard, written in the order that the header promised."""
+    """One shard in the making: the header first, then tensors in the order that it promised.
+
+    entries: those of the ledger, which whoever writes tensors appends for each unit.
+    """
 
     def __init__(self, file: BinaryIO, shard: Shard) -> None:
         self._file = file
@@ -223,16 +243,17 @@ class ShardWriter:
         self._todo.reverse()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one tensor; it must be the next one promised, in type and shape."""
-        slot = self._todo.pop()
-        found = Slot(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
-        if found != slot:
-            raise AssertionError(f"the plan promised {slot}, the encoder made {found}")
+        """Append one tensor; it must be the next one promised, in name, type and shape."""
+        promised = self._todo.pop()
+        slot = Slot(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+        if slot != promised:
+            raise AssertionError(f"the layout promised {promised}, the encoder made {slot}")
         flat = tensor.detach().contiguous().reshape(-1)
         if flat.numel():
             self._file.write(flat.view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
+        """Nothing that the header promised is missing."""
         if self._todo:
             raise AssertionError(f"{len(self._todo)} promised tensors were not written, first {self._todo[-1].name}")
 

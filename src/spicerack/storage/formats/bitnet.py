@@ -24,12 +24,13 @@ from spicerack.numerics.dtypes import SOURCE_BY_NAME, safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import parse
-from spicerack.storage.format import Contents, Layout, StoredTensor
+from spicerack.storage.format import Contents, Layout, MethodFormat, StoredTensor
 from spicerack.storage.reader import Checkpoint
 
-METHOD, SCHEME = "bitnet", "ternarya8"
+SCHEME = "ternarya8"
+"""The one scheme that the layout holds."""
 _PARTS = 4
-"""Codes in a byte."""
+"""Codes in a byte, of as many output rows."""
 _INVERSE = {"bitlinear": True, "autobitlinear": False}
 """Whether the folder holds 1 / scale."""
 _ELSEWHERE = "load it with transformers"
@@ -37,23 +38,27 @@ _DAMAGED = "the folder is damaged, or in a variant of bitnet that is not read"
 
 
 @dataclass(frozen=True, slots=True)
-class BitNet:
-    """See the module's docstring."""
+class BitNet(MethodFormat):
+    """Ternary linear layers with int8 activations. Methods: `storage.format.Format`."""
 
+    method = "bitnet"
     name: str = "bitnet"
     rank: int = 20
     read_by_others: bool = True
 
     def obstacles(self, contents: Contents) -> list[str]:
+        """What the layout does not have, for each module that needs it."""
         reasons = ((p, _obstacle(p)) for p in contents.values())
         return [f"{p.module}: bitnet has no {reason}" for p, reason in reasons if reason]
 
     def layout(self, stored: StoredTensor) -> Layout:
+        """Four rows of codes to a row of bytes, and a scale."""
         module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
         scale = safetensors_dtype(dtype_of(scheme.scale, stored.source_dtype))
         return {f"{module}.weight": ("U8", (rows // _PARTS, columns)), f"{module}.weight_scale": (scale, (1,))}
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
+        """Codes + 1, which is 0, 1 or 2, each quarter of the rows two bits further up."""
         assert not stored.inverse_scale, "1 / scale is read, never written"
         parts = (q.codes + 1).view(torch.uint8).chunk(_PARTS)
         packed = torch.zeros_like(parts[0])
@@ -62,6 +67,7 @@ class BitNet:
         return {f"{stored.module}.weight": packed, f"{stored.module}.weight_scale": q.plain_scale.reshape(1)}
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+        """1 / scale is inverted in float32, which is what the scale then is stored in."""
         module = stored.module
         packed, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"].reshape(1, 1)
         codes = torch.cat([packed >> 2 * place & 3 for place in range(_PARTS)]).view(torch.int8) - 1
@@ -75,22 +81,17 @@ class BitNet:
     def config(
         self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]
     ) -> dict[str, Any]:
+        """`modules_to_not_convert`: the linear layers that stay float."""
         quantization = {
-            "quant_method": METHOD,
+            "quant_method": self.method,
             "linear_class": "autobitlinear",
             "quantization_mode": "offline",
             "modules_to_not_convert": [_pattern(module, contents) for module in unquantized_linears],
         }
         return {**config, "quantization_config": quantization}
 
-    def recognizes(self, config: Mapping[str, Any]) -> bool:
-        section = config.get("quantization_config")
-        return isinstance(section, dict) and section.get("quant_method") == METHOD
-
-    def float_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in config.items() if key != "quantization_config"}
-
     def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+        """Modules by the names of their tensors, in a folder whose config.json says packed weights without norms."""
         section, where = checkpoint.config["quantization_config"], f"{checkpoint.folder}: config.json"
         kind, mode = section.get("linear_class", "bitlinear"), section.get("quantization_mode", "offline")
         if not isinstance(kind, str) or kind not in _INVERSE:
@@ -112,6 +113,7 @@ class BitNet:
         return {module: _stored(module, _INVERSE[kind], checkpoint) for module in dict.fromkeys(modules)}
 
     def notes(self, contents: Contents, _fused: Sequence[Sequence[str]], /) -> list[str]:
+        """Who reads it, and how."""
         return ["transformers decodes all weights while loading, and needs accelerate for that; vLLM does not read it"]
 
 

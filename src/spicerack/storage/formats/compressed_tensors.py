@@ -11,7 +11,7 @@ Linear P [N, K], b-bit codes, groups of g inputs (a row is a group of K):
                       P.input_scale        F32 [1]                   w8a8s
 
 Reading looks at the tensors themselves, with config.json for what they cannot tell. Regular expressions in a stranger's
-config are never run.
+config are never run. (Longer than other files: a format is one file, and this one is two things, tensors and groups.)
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme, parse
-from spicerack.storage.format import Contents, Layout, StoredTensor, checked_input_scale
+from spicerack.storage.format import Contents, Layout, MethodFormat, StoredTensor, checked_input_scale
 from spicerack.storage.reader import Checkpoint
 
-METHOD = "compressed-tensors"
 PACKED, INTEGER = "pack-quantized", "int-quantized"
+"""The two layouts above, as config.json calls them."""
 _SOURCES = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16}
 """Type of scales -> the source that has such: float16 is what the scales of float32 weights are stored in, too."""
+# What config.json says of int8 activations: a scale for each token, found as it comes, or a stored one for the tensor.
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "observer": None}
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "token": {**_INT8, "strategy": "token", "dynamic": True},
@@ -46,24 +47,27 @@ _DAMAGED = "the folder is damaged, or in a variant of compressed-tensors that is
 
 
 @dataclass(frozen=True, slots=True)
-class CompressedTensors:
-    """See the module's docstring."""
+class CompressedTensors(MethodFormat):
+    """Integers with float scales of rows or groups in them, of linear layers. Methods: `storage.format.Format`."""
 
+    method = "compressed-tensors"
     name: str = "compressed_tensors"
     rank: int = 10
     read_by_others: bool = True
 
     def obstacles(self, contents: Contents) -> list[str]:
+        """What compressed-tensors does not have, for each module that needs it."""
         reasons = ((p, _obstacle(p)) for p in contents.values())
         return [f"{p.module}: compressed-tensors has no {reason}" for p, reason in reasons if reason]
 
     def layout(self, stored: StoredTensor) -> Layout:
+        """Codes as int8 where activations are int8 too, else as a stream of bits."""
         module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
         groups = columns // (scheme.group or columns)
         scale = (safetensors_dtype(dtype_of(scheme.scale, stored.source_dtype)), (rows, groups))
         if scheme.activations:
-            found: Layout = {f"{module}.weight": ("I8", (rows, columns)), f"{module}.weight_scale": scale}
-            return found if scheme.activations == "token" else {**found, f"{module}.input_scale": ("F32", (1,))}
+            integers: Layout = {f"{module}.weight": ("I8", (rows, columns)), f"{module}.weight_scale": scale}
+            return integers if scheme.activations == "token" else {**integers, f"{module}.input_scale": ("F32", (1,))}
         tensors: Layout = {f"{module}.weight_packed": ("I32", (rows, bits.word_count(columns, scheme.bits)))}
         tensors[f"{module}.weight_scale"] = scale
         if scheme.zero:
@@ -72,10 +76,11 @@ class CompressedTensors:
         return tensors
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
+        """Zero points are packed along the output rows, as the format wants them, and not along the groups."""
         module, scheme, scale = stored.module, stored.scheme, q.plain_scale
         if scheme.activations:
-            found = {f"{module}.weight": q.codes, f"{module}.weight_scale": scale}
-            return found if q.input_scale is None else {**found, f"{module}.input_scale": q.input_scale}
+            integers = {f"{module}.weight": q.codes, f"{module}.weight_scale": scale}
+            return integers if q.input_scale is None else {**integers, f"{module}.input_scale": q.input_scale}
         tensors = {f"{module}.weight_packed": _pack(q.codes, scheme.bits), f"{module}.weight_scale": scale}
         if q.zero is not None:
             tensors[f"{module}.weight_zero_point"] = _pack(q.zero.t(), scheme.bits).t().contiguous()
@@ -83,6 +88,7 @@ class CompressedTensors:
         return tensors
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+        """Scales that others wrote as [N] become [N, 1]; shapes were checked with the folder's contents."""
         module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
         scale = tensors[f"{module}.weight_scale"].reshape(rows, -1)
         if scheme.activations:
@@ -98,6 +104,7 @@ class CompressedTensors:
     def config(
         self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]
     ) -> dict[str, Any]:
+        """A group of `config_groups` for each scheme; linear layers that stay float are under `ignore`."""
         members: dict[Scheme, list[str]] = {}
         for p in contents.values():
             members.setdefault(p.scheme, []).append(p.module)
@@ -108,7 +115,7 @@ class CompressedTensors:
             groups[f"group_{i}"] = _group(scheme, targets)
         formats = {_format(scheme) for scheme in members}
         quantization: dict[str, Any] = {
-            "quant_method": METHOD,
+            "quant_method": self.method,
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": groups,
@@ -120,14 +127,8 @@ class CompressedTensors:
             quantization["dequantize"] = True
         return {**config, "quantization_config": quantization}
 
-    def recognizes(self, config: Mapping[str, Any]) -> bool:
-        section = config.get("quantization_config")
-        return isinstance(section, dict) and section.get("quant_method") == METHOD
-
-    def float_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in config.items() if key != "quantization_config"}
-
     def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+        """Modules by the names of their tensors, each with the scheme of config.json that fits their shapes."""
         schemes = _schemes(checkpoint)
         contents: dict[str, StoredTensor] = {}
         for name, info in checkpoint.tensors.items():
@@ -148,7 +149,7 @@ class CompressedTensors:
         source = _SOURCES.get(scale.dtype if scale else "")
         if scale is None or source is None:
             raise CheckpointError(f"{checkpoint.folder}: {module}.weight_scale is missing or not a float", _DAMAGED)
-        found = []
+        fits = []
         for scheme in schemes:
             stored = StoredTensor(module, scheme, (rows, columns), source_dtype=source)
             if integer != (scheme.activations is not None) or columns % (scheme.group or columns):
@@ -158,17 +159,18 @@ class CompressedTensors:
             if optional & tensors.keys() == optional & wanted.keys() and all(
                 name in tensors and tensors[name].shape == shape for name, shape in wanted.items()
             ):
-                found.append(stored)
-        if len(found) != 1:
+                fits.append(stored)
+        if len(fits) != 1:
             parts = (f"{module}.weight", f"{module}.input_")
             shapes = {n: list(tensors[n].shape) for n in tensors if n.startswith(parts)}
             raise CheckpointError(
-                f"{checkpoint.folder}: {module} [{rows}, {columns}] fits {len(found)} schemes of config.json: {shapes}",
+                f"{checkpoint.folder}: {module} [{rows}, {columns}] fits {len(fits)} schemes of config.json: {shapes}",
                 "before 0.18 compressed-tensors packed 3, 5, 6 and 7 bits differently: quantize the float model again",
             )
-        return found[0]
+        return fits[0]
 
     def notes(self, contents: Contents, fused: Sequence[Sequence[str]], /) -> list[str]:
+        """What transformers, vLLM and older readers make of this folder, where it is less than everything."""
         schemes = {p.scheme for p in contents.values()}
         zero, mixed = any(s.zero for s in schemes), len(schemes) > 1
         notes = []
@@ -224,10 +226,12 @@ def _obstacle(p: StoredTensor) -> str | None:
 
 
 def _format(scheme: Scheme) -> str:
+    """Which of the two layouts a scheme has."""
     return INTEGER if scheme.activations else PACKED
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    """An entry of `config_groups`: the scheme in the format's words, for the modules that `targets` match."""
     weights = {
         "num_bits": scheme.bits,
         "type": "int",
@@ -256,18 +260,22 @@ def _patterns(modules: Sequence[str], everything: Sequence[str]) -> list[str]:
 
 
 def _expression(module: str) -> str:
+    """A regular expression for the modules of that name in every layer: numbers match any number."""
     return "^" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split(".")) + "$"
 
 
 def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """int8 codes [..., C] as words, moved by 2^(b-1) so that none is negative."""
     return native.pack(codes, width, offset=2 ** (width - 1))
 
 
 def _unpack(words: torch.Tensor, width: int, columns: int) -> torch.Tensor:
+    """Inverse of `_pack`."""
     return native.unpack(words, width, columns, offset=2 ** (width - 1)).view(torch.int8)
 
 
 def _shape(module: str, integer: bool, checkpoint: Checkpoint) -> tuple[int, int]:
+    """N and K of a module: of its codes, or of the tensor that says so where they are packed."""
     if integer:
         shape: Sequence[int] = checkpoint.tensors[f"{module}.weight"].shape
     else:
@@ -291,6 +299,7 @@ def _schemes(checkpoint: Checkpoint) -> list[Scheme]:
 
 
 def _scheme(group: Any, where: str) -> Scheme:
+    """The scheme of one group of a stranger's config. Raises CheckpointError, beginning with `where`, for any other."""
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
         raise CheckpointError(f"{where} has no integer weights", _ELSEWHERE)

@@ -30,18 +30,20 @@ from spicerack.storage.format import Contents, Layout, StoredTensor, checked_inp
 from spicerack.storage.reader import Checkpoint
 
 VERSION = 1
+"""Of the container; a folder of another version is refused."""
 _REMEDY = "the folder is damaged, or was written by a newer spicerack"
 
 
 @dataclass(frozen=True, slots=True)
 class SpicerackFormat:
-    """See the module's docstring."""
+    """Whatever scheme is found again by its name, in any kind of layer. Methods: `storage.format.Format`."""
 
     name: str = "spicerack"
     rank: int = 1000  # behind all others: it holds whatever they do not
     read_by_others: bool = False
 
     def obstacles(self, contents: Contents) -> list[str]:
+        """Schemes that are no file in `schemes/` and no name of the grammar: nobody could read them again."""
         return [
             f"{p.module}: scheme {p.scheme.name!r} cannot be found again by its name"
             for p in contents.values()
@@ -49,14 +51,17 @@ class SpicerackFormat:
         ]
 
     def layout(self, stored: StoredTensor) -> Layout:
+        """What `packed` says, under the module's name."""
         parts = packed.layout(stored.scheme, stored.shape, stored.source_dtype)
         return {f"{stored.module}.{key}": (safetensors_dtype(dtype), shape) for key, (dtype, shape) in parts.items()}
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
+        """`packed.pack`, in the order of the layout."""
         tensors = {f"{stored.module}.{key}": tensor for key, tensor in packed.pack(q).items()}
         return {name: tensors[name] for name in self.layout(stored)}
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+        """`packed.unpack`, with codes that mean nothing refused: a stream of bits holds more than three levels, say."""
         parts = packed.part(tensors, stored.module)
         q = packed.unpack(stored.scheme, stored.shape, parts, stored.transposed)
         levels = stored.scheme.levels
@@ -69,6 +74,7 @@ class SpicerackFormat:
     def config(
         self, config: Mapping[str, Any], contents: Contents, _unquantized_linears: Sequence[str], /
     ) -> dict[str, Any]:
+        """Modules that are alike but for their names share an entry of the table."""
         groups: dict[tuple[object, ...], dict[str, Any]] = {}
         for p in contents.values():
             facts = {
@@ -85,15 +91,18 @@ class SpicerackFormat:
         return {**written, "config": dict(config)} if config else written
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """By `model_type`."""
         return config.get("model_type") == CONTAINER
 
     def float_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The nested config; nothing for a plain torch module."""
         nested = config.get("config", {})
         if not isinstance(nested, dict):
             raise CheckpointError("config.json: 'config' is not an object", _REMEDY)
         return nested
 
     def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+        """What the table says, once the tensors have the types and shapes that it promises."""
         where = str(checkpoint.folder / "config.json")
         table = checkpoint.config.get("quantized")
         if not isinstance(table, dict) or not isinstance(table.get("tensors"), list):
@@ -108,14 +117,16 @@ class SpicerackFormat:
         return contents
 
     def _check(self, stored: StoredTensor, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError unless the folder has the tensors that the entry needs."""
         for name, (dtype, shape) in self.layout(stored).items():
             info = checkpoint.tensors.get(name)
             if info is None or (info.dtype, info.shape) != (dtype, shape):
-                found = f"is {info.dtype} {list(info.shape)}" if info else "is missing"
+                present = f"is {info.dtype} {list(info.shape)}" if info else "is missing"
                 wanted = f"{stored.scheme} needs {dtype} {list(shape)}"
-                raise CheckpointError(f"{checkpoint.folder}: {name} {found}; {wanted}", _REMEDY)
+                raise CheckpointError(f"{checkpoint.folder}: {name} {present}; {wanted}", _REMEDY)
 
     def notes(self, contents: Contents, _fused: Sequence[Sequence[str]], /) -> list[str]:
+        """That nobody else reads it, and which schemes made it so."""
         names = sorted({p.scheme.name for p in contents.values()})
         return [f"only spicerack reads this folder ({', '.join(names)})"]
 
@@ -143,6 +154,7 @@ def _read_group(group: Any, where: str) -> list[StoredTensor]:
 
 
 def _is_named(scheme: Scheme) -> bool:
+    """Whether its name leads back to it."""
     try:
         return parse(scheme.name) == scheme
     except SchemeError:
