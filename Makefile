@@ -13,7 +13,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not interop"
 
-# What a change most likely breaks, in about two minutes on two cores; test has all of it and more.
+# What a change most likely breaks, in a minute and a half on two cores; test has all of it and more.
 fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not interop"
 

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 import spicerack
 from spicerack.nn.cache import QuantizedCache
 
+pytestmark = pytest.mark.slow
+
 
 def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)

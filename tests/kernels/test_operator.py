@@ -20,6 +20,8 @@ from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
 
+pytestmark = pytest.mark.slow
+
 SCHEMES = ["w8", "w4g32z", "w3g64", "w2g32h", "w8a8", "w4g32za8s"]
 N, K = 24, 64
 

@@ -19,6 +19,8 @@ from spicerack.cli import _output, cli
 from spicerack.errors import OutputError, SchemeError, SpicerackError, TextError, TrainingError, UsageError
 from spicerack.training.run import Trained, train
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"steps": 6, "batch": 4, "length": 32, "eval_every": 3, "save_every": 3, "log_every": 1}
 
 

@@ -27,6 +27,8 @@ from spicerack.quantization.watch import Finished
 from spicerack.runtime.load import load_apart
 from spicerack.storage.reader import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 EXPERT = 2
 """The one that is starved."""
 

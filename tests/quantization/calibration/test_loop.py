@@ -34,6 +34,8 @@ from spicerack.quantization.watch import Finished
 from spicerack.text import calibration, pieces
 from spicerack.text.calibration import Calibration
 
+pytestmark = pytest.mark.slow
+
 
 def same_files(a: Path, b: Path) -> bool:
     names = sorted(p.name for p in a.iterdir() if p.name != "run.json")

@@ -24,6 +24,8 @@ from spicerack.quantization.run import decided, execute
 from spicerack.quantization.watch import Finished
 from spicerack.text.calibration import Calibration
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 90, (12, 24), generator=torch.Generator().manual_seed(0))
 TEXT = Calibration(IDS, None, "of no text", 0.0, "made up")
 HELD_OUT = torch.randint(3, 90, (8, 24), generator=torch.Generator().manual_seed(1))
