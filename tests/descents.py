@@ -13,9 +13,11 @@ from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
 
 
-def linear_case(scheme: str, n: int = 12, k: int = 32) -> tuple[nn.Linear, Tunable, Forward, torch.Tensor]:
+def linear_case(
+    scheme: str, n: int = 12, k: int = 32, seed: int = 0
+) -> tuple[nn.Linear, Tunable, Forward, torch.Tensor]:
     """One layer, its inputs [16 sequences, 10 tokens, K], and a forward over them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     module = nn.Linear(k, n).requires_grad_(False)
     module.weight.copy_(torch.randn(n, k, generator=generator))
     x = torch.randn(16, 10, k // 2, generator=generator) @ torch.randn(k // 2, k, generator=generator) / k**0.5

@@ -26,16 +26,26 @@ def test_it_begins_with_the_codes_that_there_are(scheme: str) -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "share"),
-    [("w4g16", 0.95), ("w2g16z", 0.8), ("w3g32", 0.9), ("w2g16h", 0.8), ("w4t", 0.8), ("ternary", 0.8)],
+    [("w4g16", 0.97), ("w2g16z", 0.8), ("w3g32", 0.9), ("w2g16h", 0.8), ("w4t", 0.82), ("ternary", 0.8)],
 )
 def test_the_output_is_nearer(scheme: str, share: float) -> None:
-    module, layer, forward, x = linear_case(scheme)
+    """On average over eight layers: 200 steps are chaotic, and the last bits of a product decide where one layer ends.
+
+    Over 16 seeds a layer's share had a standard deviation of .075 to .103. The bounds are four of a mean of eight above
+    the mean share (.54 to .76), for w4g16 (.86) three, because it must stay below 1.
+    """
+    shares = [_share_left(scheme, seed) for seed in range(8)]
+    assert sum(shares) / len(shares) <= share
+
+
+def _share_left(scheme: str, seed: int) -> float:
+    """What is left of a layer's loss when its codes are learned."""
+    module, layer, forward, x = linear_case(scheme, seed=seed)
     before = module.forward
     solved = blockap.solve({"a": layer}, forward, 16)["a"].q
     assert module.forward == before and torch.equal(module.weight, layer.weight)
-    assert loss(solved, layer.weight, x) <= share * loss(layer.start, layer.weight, x)
-    assert not torch.equal(solved.codes, layer.start.codes)
-    assert solved.scale.dtype == layer.start.scale.dtype  # type: ignore[union-attr]
+    assert solved.plain_scale.dtype == layer.start.plain_scale.dtype
+    return loss(solved, layer.weight, x) / loss(layer.start, layer.weight, x)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

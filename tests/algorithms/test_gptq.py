@@ -144,6 +144,26 @@ def test_the_shift_is_the_least_squares_target() -> None:
         direct = (q @ x.t() - w @ float_x.t()).square().mean(1).sum()
         least = (target @ x.t() - w @ float_x.t()).square().mean(1).sum()
         assert torch.isclose(direct - least, ((q - target) @ gram * (q - target)).sum())
+
+
+def test_codes_follow_the_shift() -> None:
+    """They are nearer to the shifted target than codes that know nothing of it.
+
+    Over 48 cases the share of the error that is left was .55 on average, its standard deviation .155: a mean of eight
+    stays within .8 by more than four of its own.
+    """
+    shares = [_share_left(seed) for seed in range(8)]
+    assert sum(shares) / len(shares) < 0.8
+
+
+def _share_left(seed: int) -> float:
+    """The error of codes that are solved for the shift, as a share of that without; what no code changes left out."""
+    k, n = 48, 8
+    x = inputs(k, 500, 100 + 3 * seed).double()
+    float_x = x + 0.2 * inputs(k, 500, 101 + 3 * seed).double()
+    gram, shift = gram_of(x), (float_x - x).t() @ x / len(x)
+    w = torch.randn(n, k, generator=generator(102 + 3 * seed)).double()
+    target = w + w @ shift @ torch.linalg.inv(gram)
     start = rounding.to_nearest(w.float(), parse("w4"), range_="absmax")
     with_shift = gptq.solve(w.float(), start, gram, w.float() @ shift.float(), beta=1.0).q
     without = gptq.solve(w.float(), start, gram).q
@@ -152,7 +172,7 @@ def test_the_shift_is_the_least_squares_target() -> None:
         return float((codec.decode(q).double() @ x.t() - w @ float_x.t()).square().mean())
 
     least = float((target @ x.t() - w @ float_x.t()).square().mean())
-    assert output_error(with_shift) - least < 0.6 * (output_error(without) - least)
+    return (output_error(with_shift) - least) / (output_error(without) - least)
 
 
 def test_dead_columns_and_too_few_tokens() -> None:
