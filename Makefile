@@ -27,9 +27,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(PEERS)
-	$(BIN)/python benchmarks/quantize_speed.py
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/models.py
+	$(BIN)/python -m benchmarks.quantization.speed
+	$(BIN)/python -m benchmarks.kernels.layers
+	$(BIN)/python -m benchmarks.runtime.models
 
 # torch goes first, so that nothing that depends on it pulls another build.
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/* native/kernels/* native/quantizers/*)

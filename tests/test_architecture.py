@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -103,3 +104,20 @@ def test_the_extension_has_one_seam_each_way() -> None:
     assert [p.name for p in sorted(native.rglob("*.*")) if p.is_file() and "nanobind" in p.read_text()] == [
         "module.cpp"
     ]
+
+
+def test_tests_and_benchmarks_have_the_rooms_of_the_package() -> None:
+    shared = {"benchmarks": {"harness", "results"}, "tests": {"native"}}
+    for place, more in shared.items():
+        folders = {path.name for path in (ROOT / place).iterdir() if path.is_dir() and path.name != "__pycache__"}
+        assert folders <= FLOOR.keys() | more, f"{place} has rooms of its own"
+
+
+def test_pages_name_benchmarks_that_are_there() -> None:
+    pages = "".join(path.read_text() for path in (ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")))
+    named = set(re.findall(r"-m\s+benchmarks\.([\w.]+\w)", pages))
+    assert named
+    assert not [
+        name for name in named if not (ROOT / "benchmarks" / name.replace(".", "/")).with_suffix(".py").exists()
+    ]
+    assert "benchmarks/" not in re.sub(r"benchmarks/(results/|\s| )", "", pages), "a page names a benchmark by its file"

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from openvino import opset13 as op
 
-from peers.encoder import Encoder, Hidden, example
-from peers.layer import F32, Layer, Prepared, decoded, packed, rounded, weight
+from benchmarks.harness.peers.encoder import Encoder, Hidden, example
+from benchmarks.harness.peers.layer import F32, Layer, Prepared, decoded, packed, rounded, weight
 
 _BLOCK = 128
 _PEAK = 4.5

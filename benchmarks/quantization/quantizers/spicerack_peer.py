@@ -1,4 +1,4 @@
-"""Ours, with GPTQ, called as the peers are: for what it costs (`block_cost.py`). It leaves its own kind of folder."""
+"""Ours, with GPTQ, called as the peers are: for what it costs (`block_cost`). It leaves its own kind of folder."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import machine
-import report
-from peers.layer import Layer
-from rows import LAYERS, LIMITS, Result, Row, chosen, compared, spreads, timed
-from turns import Sample, Workers
+
+from benchmarks.harness import machine, report
+from benchmarks.harness.peers.layer import Layer
+from benchmarks.harness.rows import LAYERS, LIMITS, Result, Row, chosen, compared, spreads, timed
+from benchmarks.harness.turns import Sample, Workers
 
 LARGE, SMALL = ((4096, 4096), (11008, 4096)), ((384, 384), (1536, 384), (384, 1536))
 """[N, K]: a language model's layers and a small encoder's."""

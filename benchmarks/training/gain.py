@@ -1,6 +1,6 @@
 """What training in few bits gains on the project's language model, beside rounding and beside training on in float.
 
-    python benchmarks/training.py --out training    # an hour and a half on two cores
+    python -m benchmarks.training.gain --out training    # an hour and a half on two cores
 
 bits: the float model, rounded (data-free, and as `--calib` does it), trained in few bits from the calibrated folder
 with the float model as its teacher, and, as controls, trained on in float with the same text, loss and number of steps.
@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import spicerack
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "assets" / "stdlib-lm"
 WINDOW = 512
 STEPS, BATCH = 400, 8

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 import spicerack
-from peers import decoder as decoders
-from peers import encoder as encoders
-from peers.layer import F32, Layer, Prepared, weight
+from benchmarks.harness.peers import decoder as decoders
+from benchmarks.harness.peers import encoder as encoders
+from benchmarks.harness.peers.layer import F32, Layer, Prepared, weight
 from spicerack.kernels import limits
 from spicerack.nn.linear import QLinear
 from spicerack.numerics import codec, rounding

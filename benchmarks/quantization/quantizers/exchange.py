@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.append(str(Path(__file__).parents[2] / "src"))  # that module needs nothing but Python
+sys.path.append(str(Path(__file__).parents[3] / "src"))  # that module needs nothing but Python
 from spicerack.machine.memory import peak_rss_bytes
 
 __all__ = ["Job", "finish", "job", "peak_rss_bytes", "tell"]

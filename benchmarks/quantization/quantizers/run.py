@@ -1,8 +1,8 @@
 """Other projects' quantizers beside ours: KL of the project's language model after each, on text held out from all.
 
-All calibrate with the same tokens and are judged by the same function as in quality.py, in float32. Each peer lives in
+All calibrate with the same tokens and are judged by the same function as in `quality`, in float32. Each peer lives in
 a virtual environment of its own under --venvs, made when it is not there (1 GB each). What was measured before stays in
-results/peers.json until it is measured again. Another --model is calibrated and judged as in quality.py; layers whose
+results/peers.json until it is measured again. Another --model is calibrated and judged as there; layers whose
 inputs do not divide by the group stay in float, as AutoRound leaves them.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 import venv
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import spicerack
+from benchmarks.harness import machine, texts
 from spicerack.evaluation.language import compare
 from spicerack.models.bundled import language_model
 from spicerack.quantization.recipe import skip
@@ -34,11 +34,7 @@ from spicerack.text.calibration import Calibration
 from spicerack.text.pieces import windows
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-import machine  # noqa: E402
-import texts  # noqa: E402
-
-RESULTS = HERE.parent / "results" / "peers.json"
+RESULTS = HERE.parents[1] / "results" / "peers.json"
 TORCH = "torch==2.13.0"
 WINDOW = 512
 Row = dict[str, Any]

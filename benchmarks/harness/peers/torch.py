@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import spicerack
-from peers import decoder as decoders
-from peers import encoder as encoders
-from peers.layer import F32, Layer, Prepared, decoded, rounded, weight
+from benchmarks.harness.peers import decoder as decoders
+from benchmarks.harness.peers import encoder as encoders
+from benchmarks.harness.peers.layer import F32, Layer, Prepared, decoded, rounded, weight
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from peers.layer import Prepared
+from benchmarks.harness.peers.layer import Prepared
 from spicerack.models.families.names import KEY_VALUE_CACHES
 
 _FILE = "model.safetensors"

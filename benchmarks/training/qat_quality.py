@@ -23,7 +23,7 @@ from spicerack import QATConfig
 from spicerack.training.qat.fake_layers import Quantizer
 from spicerack.training.qat.start import Init
 
-MODEL = Path(__file__).parents[1] / "assets" / "stdlib-lm"
+MODEL = Path(__file__).parents[2] / "assets" / "stdlib-lm"
 LENGTH, BATCH, WARM_UP = 128, 4, 10
 WINDOW, HELD_OUT = 256, 12_288
 SCALES_RATE = 1e-4

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig
 
 import spicerack
-from peers.layer import Prepared, timed
+from benchmarks.harness.peers.layer import Prepared, timed
 from spicerack.evaluation.encoder import pool
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.text.tokenizer import read_tokenizer

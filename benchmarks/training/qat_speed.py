@@ -27,7 +27,7 @@ from rich.table import Table
 import spicerack
 from spicerack.machine.memory import peak_rss_bytes
 
-MODEL = Path(__file__).parents[1] / "assets" / "stdlib-lm"
+MODEL = Path(__file__).parents[2] / "assets" / "stdlib-lm"
 SCHEMES = ("w8", "w4g32", "w4g32z", "w2g32h", "ternary", "w4g32a8", "ternarya8")
 TORCHAO = {"torchao int4 g32": False, "torchao int4 g32, int8 per token": True}
 
@@ -96,7 +96,7 @@ def speed(names: list[str], batch: int, length: int, bf16: bool, rounds: int) ->
 def memory(name: str, batch: int, length: int, bf16: bool, threads: int) -> int:
     """Bytes that two steps take, in a process of their own."""
     options = ["--batch", batch, "--length", length, "--threads", threads, *(["--bf16"] if bf16 else [])]
-    command = [sys.executable, __file__, "--alone", name, *options]
+    command = [sys.executable, "-m", "benchmarks.training.qat_speed", "--alone", name, *options]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from peers.encoder import Encoder, export
-from peers.layer import F32, Layer, Prepared, decoded, packed, rounded, weight
+from benchmarks.harness.peers.encoder import Encoder, export
+from benchmarks.harness.peers.layer import F32, Layer, Prepared, decoded, packed, rounded, weight
 
 ACCURACY = 4
 """MatMulNBits' accuracy_level: 4 is int8 activations, in blocks as long as the weight's."""

@@ -22,17 +22,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-import machine
 import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.harness import machine
+from benchmarks.quantization.quantizers.run import python_of
 from spicerack.models.bundled import language_model
 from spicerack.text import calibration
 
 HERE = Path(__file__).parent / "quantizers"
-sys.path.insert(0, str(HERE))
-from run import python_of  # noqa: E402
 
 OURS = "spicerack"
 PEERS = ("gptqmodel", "gptqmodel,bf16")

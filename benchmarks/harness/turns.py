@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any
 
 import click
-from rows import Row
+
+from benchmarks.harness.rows import Row
 
 Sample = dict[str, float]
 """One turn: figure -> seconds, or what a limit is measured in."""
@@ -38,10 +39,10 @@ class Worker(AbstractContextManager["Worker"]):
 
     def __init__(self, threads: int) -> None:
         self._pipe, theirs = Pipe()
-        command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(theirs.fileno())]
+        command = [sys.executable, "-m", "benchmarks.harness.worker", str(theirs.fileno())]
         environment = os.environ | dict.fromkeys(_POOLS, str(threads))
         self._process = subprocess.Popen(  # what runtimes print must not get between the tables
-            command, pass_fds=[theirs.fileno()], env=environment, stdout=sys.stderr
+            command, pass_fds=[theirs.fileno()], env=environment, stdout=sys.stderr, cwd=Path(__file__).parents[2]
         )
         theirs.close()
 

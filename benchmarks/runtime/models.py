@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import machine
 import numpy as np
-import report
-from peers.decoder import Decoder, make
-from peers.encoder import Encoder
-from rows import BASE, DECODERS, ENCODERS, LIMITS, Result, Row, chosen, compared, spreads, timed
-from turns import Sample, Workers
 
+from benchmarks.harness import machine, report
+from benchmarks.harness.peers.decoder import Decoder, make
+from benchmarks.harness.peers.encoder import Encoder
+from benchmarks.harness.rows import BASE, DECODERS, ENCODERS, LIMITS, Result, Row, chosen, compared, spreads, timed
+from benchmarks.harness.turns import Sample, Workers
 from spicerack.models.bundled import encoder as minilm
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import gguf
 import llama_cpp as llama
 
-from peers.decoder import DECODE, PROMPT, Decoder, prompt, speeds, write_gguf
-from peers.layer import Prepared
+from benchmarks.harness.peers.decoder import DECODE, PROMPT, Decoder, prompt, speeds, write_gguf
+from benchmarks.harness.peers.layer import Prepared
 
 TYPES = {
     "Q8_0": llama.LLAMA_FTYPE_MOSTLY_Q8_0,

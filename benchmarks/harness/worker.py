@@ -1,4 +1,4 @@
-"""The process on the other side of `turns.Worker`: python worker.py FILE_DESCRIPTOR."""
+"""The process on the other side of `turns.Worker`: python -m benchmarks.harness.worker FILE_DESCRIPTOR."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from multiprocessing.connection import Connection
 from typing import Any
 
-from peers.layer import Prepared
+from benchmarks.harness.peers.layer import Prepared
 
 
 def serve(pipe: Connection[Any, Any]) -> None:

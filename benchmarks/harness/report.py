@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from rows import BASE, OURS, Result
 
-RESULTS = Path(__file__).with_name("results")
+from benchmarks.harness.rows import BASE, OURS, Result
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def write(folder: Path, name: str, result: Result, text: str, plot: Callable[[Result, Path], None]) -> None:

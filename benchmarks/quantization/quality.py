@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-import texts
 import torch
 
 import spicerack
+from benchmarks.harness import texts
 from spicerack.evaluation.encoder import EncoderComparison
 from spicerack.evaluation.evaluate import EvaluationOptions, measure
 from spicerack.evaluation.language import Comparison

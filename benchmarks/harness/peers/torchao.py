@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-from peers.layer import Layer, Prepared, weight
+from benchmarks.harness.peers.layer import Layer, Prepared, weight
 
 
 def layer(_variant: str, what: Layer) -> Prepared:

@@ -1,0 +1,1 @@
+"""What quantizing costs, and what is left of the model."""

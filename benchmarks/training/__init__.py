@@ -1,0 +1,1 @@
+"""What training in few bits gains and costs."""
