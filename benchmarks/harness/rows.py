@@ -24,7 +24,7 @@ class Row:
 
     @property
     def target(self) -> str:
-        return f"peers.{self.peer}:{self.function}"
+        return f"benchmarks.harness.peers.{self.peer}:{self.function}"
 
 
 OURS, BASE = "spicerack", "torch float32"
