@@ -36,7 +36,14 @@ typedef double vd __attribute__((vector_size(LANES * 4)));
 typedef float vf_half __attribute__((vector_size(LANES * 2)));
 typedef int32_t vi_half __attribute__((vector_size(LANES * 2)));
 
-INLINE vf splat(float x) { return vf{} + x; }
+// Every lane by itself: `vf{} + x` would be a sum, since 0 + x is not x where x is -0. A third of attention's time.
+#if LANES == 16
+INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+#elif LANES == 8
+INLINE vf splat(float x) { return vf{x, x, x, x, x, x, x, x}; }
+#else
+INLINE vf splat(float x) { return vf{x, x, x, x}; }
+#endif
 INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 INLINE vf vabs(vf x) { return (vf)((vu)x & 0x7fffffffu); }
