@@ -34,6 +34,7 @@ struct Slab {
     const char* x;
     Float type;
     int8_t* codes;
+    int16_t* words;  // the codes once more, or null: of every four the even ones, then the odd ones
     float* scale;    // one for each block, or 1 where rows have their own
     int32_t* sums;   // of the codes of each block
     float* token;    // [rows], or null: the row's scale
@@ -70,7 +71,7 @@ INLINE void load_block(const Slab& s, int64_t row, int64_t block, vf* x) {
 
 // The larger magnitudes of two, as integers, of which NaN is the largest.
 INLINE vi larger(const vf* x, vi most) {
-    for (int i = 0; i < VECTORS_A_BLOCK; i++) most = magnitude(x[i]) > most ? magnitude(x[i]) : most;
+    for (int i = 0; i < VECTORS_A_BLOCK; i++) most = vmax(magnitude(x[i]), most);
     return most;
 }
 
@@ -91,16 +92,19 @@ struct Step {
 };
 
 // -> the sum of the codes. Divided, a given scale has the codes that any other reader of it finds; a scale of our own
-// costs a product.
-template <bool DIVIDED>
+// costs a product, and needs no limits: 127 (1 + 2^-22) rounds to 127.
+template <bool GIVEN>
 INLINE int32_t round_block(const vf* x, const Step& step, int8_t* codes) {
-    vi sum{};
+    vi q[VECTORS_A_BLOCK], sum{};
     for (int i = 0; i < VECTORS_A_BLOCK; i++) {
-        const vf u = DIVIDED ? x[i] / splat(step.scale) : x[i] * step.inverse;
-        const vi q = round_to_int(vmin(vmax(u, splat(-LARGEST)), splat(LARGEST)));
-        sum += q;
-        to_bytes(q, codes + i * LANES);
+        if (GIVEN) {
+            q[i] = round_to_int(vmin(vmax(x[i] / splat(step.scale), splat(-LARGEST)), splat(LARGEST)));
+        } else {
+            q[i] = round_to_int(x[i] * splat(step.inverse));
+        }
+        sum += q[i];
     }
+    to_bytes(q, codes);
     return sum_across(sum);
 }
 
@@ -139,6 +143,13 @@ void quantize_row(const Slab& s, Activations how, float fixed_scale, const SlabR
     }
     s.total[row] = total;
     s.wild[row] = worst >= INFINITE;
+}
+
+// `count` codes, a multiple of 32, as words in the order of Slab.
+INLINE void words_of(const int8_t* codes, int64_t count, int16_t* words) {
+    for (int64_t i = 0; i < count; i += 4) {
+        words[i] = codes[i], words[i + 1] = codes[i + 2], words[i + 2] = codes[i + 1], words[i + 3] = codes[i + 3];
+    }
 }
 
 template <class T>

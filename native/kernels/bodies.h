@@ -41,7 +41,7 @@ struct Panels {
 
 // A strip of x: for every block of the chunk its M rows one after the other.
 struct Strip {
-    const int8_t* codes;   // [blocks, M, 32]
+    const int8_t* codes;   // [blocks, M, 32], or for products of words their bytes, [blocks, M, 64]
     const float* scale;    // [blocks, M]
     const int32_t* start;  // [blocks, M]: -offset * sum of the codes; with zeros the sum itself, negated
     const float* half;     // [blocks, M]: half the sum of the codes, or null
@@ -60,7 +60,21 @@ struct Vectors {
     static constexpr int place(int v, int pass) { return panel(v) * PANEL + row(v, pass); }
 };
 
-// The codes of one quad, for all vectors.
+// How many times four bytes of x, a quad or half of it in words, a body multiplies for a block; bytes of a row's block.
+template <int BITS>
+constexpr int STEPS = in_words(BITS) ? 2 * QUADS : QUADS;
+template <int BITS>
+constexpr int BLOCK_BYTES = 4 * STEPS<BITS>;
+
+// Steps whose sums of pairs of columns fit in 16 bits: (2^bits - 1) * 127 * 2 * steps < 2^15. With 1 nothing is summed
+// before it is widened to 32.
+template <int BITS>
+constexpr int SHORT_STEPS = !PAIRS || in_words(BITS) || bits_of(BITS) > 6 ? 1
+                            : bits_of(BITS) == 6                          ? 2
+                            : bits_of(BITS) == 5                          ? 4
+                                                                          : QUADS;
+
+// The codes of one step, for all vectors.
 template <int BITS, int P>
 INLINE void take(const Panels& w, int64_t at, int quad, int pass, vi* u) {
     using S = Vectors<BITS, P>;
@@ -84,7 +98,7 @@ INLINE void prefetch(const Panels& w, int64_t at) {
 // Bodies that read packed codes prefetch for few rows of x, which leave memory no time otherwise.
 template <int BITS, int M, int P>
 constexpr bool prefetches(int panels_read_once) {
-    return BITS != UNPACKED && (M <= IN_REGISTERS.rows || P == panels_read_once);
+    return BITS < UNPACKED && (M <= IN_REGISTERS.rows || P == panels_read_once);
 }
 
 INLINE vf scale_at(const Panels& w, int panel, int64_t group, int row) {
@@ -103,23 +117,46 @@ INLINE void for_each(const Body& body) {
     }
 }
 
-// i += u a of one block, in int32. `at`: bytes to its tile in each panel; a [M, 32].
-template <int BITS, int M, int P>
-INLINE void add_block(const Panels& w, int64_t at, int pass, const int8_t* a, vi (&i)[M][Vectors<BITS, P>::count]) {
-    constexpr int V = Vectors<BITS, P>::count;
+// i = begin(m, v) + u a of one block, in int32. `at`: bytes to its tile in each panel; a [M, 32].
+template <int BITS, int M, int P, class Begin>
+INLINE void sum_block(const Panels& w, int64_t at, int pass, const int8_t* a, const Begin& begin,
+                      vi (&i)[M][Vectors<BITS, P>::count]) {
+    constexpr int V = Vectors<BITS, P>::count, SHORT = SHORT_STEPS<BITS>;
+    if constexpr (SHORT < QUADS) for_each<M, V>([&](int m, int v) FLAT { i[m][v] = begin(m, v); });
+    if constexpr (SHORT == 1) {
 #pragma GCC unroll QUADS_UNROLLED
-    for (int quad = 0; quad < QUADS; quad++) {
-        vi u[V];
-        take<BITS, P>(w, at, quad, pass, u);
-        for (int m = 0; m < M; m++) {
-            const vi four = four_bytes(a + m * BLOCK + quad * 4);
-            for (int v = 0; v < V; v++) i[m][v] = dot<BITS>(i[m][v], u[v], four);
+        for (int step = 0; step < STEPS<BITS>; step++) {
+            vi u[V];
+            take<BITS, P>(w, at, step, pass, u);
+            for (int m = 0; m < M; m++) {
+                const vi four = four_bytes(a + m * BLOCK_BYTES<BITS> + step * 4);
+                for (int v = 0; v < V; v++) i[m][v] = dot<BITS>(i[m][v], u[v], four);
+            }
+        }
+    } else {
+        vi h[M][V];
+#pragma GCC unroll 8
+        for (int step = 0; step < QUADS; step++) {
+            vi u[V];
+            take<BITS, P>(w, at, step, pass, u);
+            for (int m = 0; m < M; m++) {
+                const vi four = four_bytes(a + m * BLOCK + step * 4);
+                for (int v = 0; v < V; v++) {
+                    const vi products = pairs(u[v], four);
+                    h[m][v] = step % SHORT ? add_pairs(h[m][v], products) : products;
+                }
+            }
+            if (step % SHORT == SHORT - 1) {
+                for_each<M, V>([&](int m, int v) FLAT {
+                    i[m][v] = add_widened(SHORT < QUADS ? i[m][v] : begin(m, v), h[m][v]);
+                });
+            }
         }
     }
 }
 
-// Sums [M, rows of P panels], in float32, of the rows that one pass has vectors for.
-template <int BITS, int M, int P, Scaling SCALING>
+// Sums [M, rows of P panels], in float32, of the rows that one pass has vectors for. PLAIN: without zeros and halves.
+template <int BITS, int M, int P, Scaling SCALING, bool PLAIN>
 INLINE void scaled_pass(const Panels& w, const Strip& x, float* sums, int pass) {
     using S = Vectors<BITS, P>;
     constexpr int V = S::count;
@@ -130,36 +167,43 @@ INLINE void scaled_pass(const Panels& w, const Strip& x, float* sums, int pass) 
     const float* s_a = x.scale;
     const int32_t* start = x.start;
     const float* half = x.half;
+    // Sums stay where they come from if registers are short: a block's own products need them.
+    constexpr bool near = by_group || M * V < SUMS_IN_REGISTERS;
     vf t[M][V] = {};
-    if constexpr (!by_group) for_each<M, V>([&](int m, int v) FLAT { t[m][v] = load<vf>(sum(m, v)); });
+    if constexpr (!by_group && near) for_each<M, V>([&](int m, int v) FLAT { t[m][v] = load<vf>(sum(m, v)); });
+    const bool zeros = !PLAIN && w.zero[0];
     int64_t at = 0;
     for (int64_t g = 0; g * group < w.blocks; g++) {
         if constexpr (by_group) for_each<M, V>([&](int m, int v) FLAT { t[m][v] = vf{}; });
         vi z[V] = {};
-        if (w.zero[0]) {
+        if (zeros) {
             for (int v = 0; v < V; v++) {
                 z[v] = small_factor(zero_at(w, S::panel(v), g, S::row(v, pass)) - SHIFT<BITS>);
             }
         }
-        for (int64_t b = 0; b < group; b++, at += w.step, a += BLOCK * M, s_a += M, start += M) {
+        for (int64_t b = 0; b < group; b++, at += w.step, a += BLOCK_BYTES<BITS> * M, s_a += M, start += M) {
+            const auto begin = [&](int m, int v) FLAT {
+                return zeros ? small_product(z[v], four_bytes(start + m)) : four_bytes(start + m);
+            };
             vi i[M][V];
-            for_each<M, V>([&](int m, int v) FLAT { i[m][v] = four_bytes(start + m); });
-            if (w.zero[0]) for_each<M, V>([&](int m, int v) FLAT { i[m][v] = small_product(z[v], i[m][v]); });
             if constexpr (prefetches<BITS, M, P>(READ_ONCE.panels_scaled)) prefetch<BITS, P>(w, at);
-            add_block<BITS, M, P>(w, at, pass, a, i);
+            sum_block<BITS, M, P>(w, at, pass, a, begin, i);
             vf f[M][V];
             for_each<M, V>([&](int m, int v) FLAT { f[m][v] = to_float(i[m][v]); });
-            if (half) {
+            if (!PLAIN && half) {
                 for_each<M, V>([&](int m, int v) FLAT { f[m][v] = f[m][v] + splat(half[m]); });
                 half += M;
             }
             for (int v = 0; v < V; v++) {
                 const vf s_w = by_block ? scale_at(w, S::panel(v), g, S::row(v, pass)) : vf{};
                 for (int m = 0; m < M; m++) {
-                    t[m][v] = by_block ? fused(f[m][v] * splat(s_a[m]), s_w, t[m][v])
-                                       : fused(f[m][v], splat(s_a[m]), t[m][v]);
+                    const vf before = near ? t[m][v] : load<vf>(sum(m, v));
+                    t[m][v] = by_block ? fused(f[m][v] * splat(s_a[m]), s_w, before)
+                                       : fused(f[m][v], splat(s_a[m]), before);
+                    if constexpr (!near) store(sum(m, v), t[m][v]);
                 }
             }
+            if constexpr (!near) forget_registers();
         }
         if constexpr (by_group) {
             for (int v = 0; v < V; v++) {
@@ -168,12 +212,19 @@ INLINE void scaled_pass(const Panels& w, const Strip& x, float* sums, int pass) 
             }
         }
     }
-    if constexpr (!by_group) for_each<M, V>([&](int m, int v) FLAT { store(sum(m, v), t[m][v]); });
+    if constexpr (!by_group && near) for_each<M, V>([&](int m, int v) FLAT { store(sum(m, v), t[m][v]); });
 }
 
 template <int BITS, int M, int P, Scaling SCALING>
 void scaled(const Panels& w, const Strip& x, float* sums) {
-    for (int pass = 0; pass < Vectors<BITS, P>::passes; pass++) scaled_pass<BITS, M, P, SCALING>(w, x, sums, pass);
+    const bool plain = !w.zero[0] && !x.half;
+    for (int pass = 0; pass < Vectors<BITS, P>::passes; pass++) {
+        if (PAIRS && plain) {
+            scaled_pass<BITS, M, P, SCALING, true>(w, x, sums, pass);
+        } else {
+            scaled_pass<BITS, M, P, SCALING, false>(w, x, sums, pass);
+        }
+    }
 }
 
 // Sums [M, rows of P panels] of u a, exact, in int32.
@@ -185,9 +236,9 @@ INLINE void summed_pass(const Panels& w, const Strip& x, float* sums, int pass) 
     vi i[M][V];
     for_each<M, V>([&](int m, int v) FLAT { i[m][v] = load<vi>(sum(m, v)); });
     const int8_t* a = x.codes;
-    for (int64_t b = 0, at = 0; b < w.blocks; b++, at += w.step, a += BLOCK * M) {
+    for (int64_t b = 0, at = 0; b < w.blocks; b++, at += w.step, a += BLOCK_BYTES<BITS> * M) {
         if constexpr (prefetches<BITS, M, P>(READ_ONCE.panels_summed)) prefetch<BITS, P>(w, at);
-        add_block<BITS, M, P>(w, at, pass, a, i);
+        sum_block<BITS, M, P>(w, at, pass, a, [&](int m, int v) FLAT { return i[m][v]; }, i);
     }
     for_each<M, V>([&](int m, int v) FLAT { store(sum(m, v), i[m][v]); });
 }

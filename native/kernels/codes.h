@@ -8,16 +8,15 @@
 namespace spicerack::SPICERACK_ISA {
 namespace {
 
-constexpr int UNPACKED = 0;  // instead of a number of bits: a tile of bytes
-
 // A shift to the right by `by`, or to the left by -by.
 INLINE vi shift(vi x, int by) { return by >= 0 ? (vi)((vu)x >> by) : x << -by; }
 
-// One vector of a tile: quad 0..7 of 4 columns, rows LANES * part and on, one byte a code.
+// One vector of a tile: quad 0..7 of 4 columns, rows LANES * part and on, one byte a code. Of a tile of words: half a
+// quad, 0..15.
 template <int BITS>
 INLINE vi codes(const uint8_t* tile, int quad, int part) {
     tile += part * VECTOR_BYTES;
-    if constexpr (BITS == 8 || BITS == UNPACKED) return load<vi>(tile + quad * TILE_UNIT);
+    if constexpr (BITS == 8 || BITS >= UNPACKED) return load<vi>(tile + quad * TILE_UNIT);
     vi u{};
     int low = 0;
     if constexpr (BITS & 4) {
@@ -71,6 +70,19 @@ INLINE void split_trits(vi packed, vi* u) {
     }
     u[0] = (vi)left;
 #endif
+}
+
+constexpr int WORD_TILE = 2 * BYTE_TILE;  // bytes of a tile with one word a code
+
+// A tile of 8 bits to words, of every quad the even columns and then the odd ones.
+INLINE void unpack_words(const uint8_t* tile, uint8_t* words) {
+    for (int quad = 0; quad < QUADS; quad++, words += 2 * TILE_UNIT) {
+        for (int part = 0; part < PARTS; part++) {
+            const vu bytes = (vu)codes<8>(tile, quad, part);
+            store(words + part * VECTOR_BYTES, bytes & 0x00ff00ff);
+            store(words + TILE_UNIT + part * VECTOR_BYTES, bytes >> 8 & 0x00ff00ff);
+        }
+    }
 }
 
 // A tile to one byte a code: BYTE_TILE bytes for each of its panels, a quad of 16 rows after the other.

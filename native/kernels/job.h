@@ -28,9 +28,6 @@ struct Job {
     INLINE int64_t units() const { return work[call->count].first_unit; }
 };
 
-// What dot products leave out of every code.
-INLINE int shift_of(const Weights& w) { return w.bits == 8 ? SHIFT<8> : w.bits == TRITS ? SHIFT<TRITS> : 0; }
-
 // Strips first_strip..last_strip become what the bodies read.
 template <class T>
 void prepare_as(const Job& job, int64_t first_strip, int64_t last_strip) {
@@ -46,9 +43,10 @@ void prepare_as(const Job& job, int64_t first_strip, int64_t last_strip) {
         for (int i = 0; i < job.call->count; i++) {
             const Weights& w = job.call->products[i].weights;
             // With zeros: minus the sums. Without: minus offset times the sums.
-            const int32_t factor = w.zero ? 1 : w.offset - shift_of(w);
+            const int32_t factor = w.zero ? 1 : w.offset - job.work[i].method.shift;
             for (int64_t at = begin; at < end; at++) job.work[i].starts[at] = -factor * s.sums[at];
         }
+        if (s.words) words_of(s.codes + begin * BLOCK, (end - begin) * BLOCK, s.words + begin * BLOCK);
         if (job.halves) {
             for (int64_t at = begin; at < end; at++) job.halves[at] = 0.5f * float(s.sums[at]);
         }

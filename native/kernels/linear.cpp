@@ -31,6 +31,7 @@ struct alignas(64) Share {
 // The memory of one thread's jobs.
 struct Arena {
     Buffer<int8_t> codes;
+    Buffer<int16_t> words;
     Buffer<float> scale, token, floats, halves;
     Buffer<int32_t> sums, total, starts;
     Buffer<uint8_t> wild;
@@ -55,7 +56,7 @@ Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Aren
     s.blocks = w0.blocks();
     s.x = (const char*)call.x + row0 * s.k * size_of(call.type);
     s.type = call.type;
-    bool half = false;
+    bool half = false, words = false;
     work[0].first_unit = 0;
     for (int i = 0; i < call.count; i++) {
         const Weights& w = call.products[i].weights;
@@ -63,6 +64,7 @@ Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Aren
         const int panels = work[i].method.unit_panels;
         work[i + 1].first_unit = work[i].first_unit + (w.panels() + panels - 1) / panels;
         half |= w.half;
+        words |= work[i].method.words;
     }
     const int64_t count = rows * s.blocks;
     if (how == Activations::floats) {
@@ -70,6 +72,7 @@ Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Aren
         return job;
     }
     s.codes = arena.codes.need(count * BLOCK);
+    if (words) s.words = arena.words.need(count * BLOCK);
     s.scale = arena.scale.need(count);
     s.sums = arena.sums.need(count);
     s.total = arena.total.need(rows);

@@ -62,23 +62,28 @@ constexpr Bodies reading_once() {
     return bodies;
 }
 
-template <int BITS, int ROWS>
+template <int BITS, int ROWS, int FLOATS>
 constexpr Bodies reading_planes() {
     Bodies bodies{};
     add_scaled<BITS, ROWS, 1, IN_REGISTERS.panels_scaled>(bodies);
     add_summed<BITS, ROWS, 1, IN_REGISTERS.panels_summed>(bodies);
-    add_floating<BITS, ROWS, 1>(bodies);
+    add_floating<BITS, FLOATS, 1>(bodies);
     return bodies;
 }
 
+// Unpacked codes whose width makes a difference: as 4 bits come all that are narrower. Where a dot product takes bytes
+// of any width, all are the same.
+constexpr int unpacked(int bits) { return UNPACKED + (!PAIRS ? 7 : bits < 4 ? 4 : bits); }
+
 // Planes and trits that were unpacked. Planes may share x with 8 bits, which take larger strips from fewer rows on.
+template <int BITS>
 constexpr Bodies reading_bytes() {
     constexpr int rows = FROM_BYTES.rows, planes = fewest(ROWS_IN_REGISTERS_8_BITS, rows);
-    constexpr int trits = fewest(ROWS_IN_REGISTERS_TRITS_SCALED, rows);
+    constexpr int trits = fewest(ROWS_IN_REGISTERS_TRITS_SCALED, rows), codes = unpacked(BITS);
     Bodies bodies{};
-    add_scaled<UNPACKED, rows, (trits < planes ? trits : planes), FROM_BYTES.panels_scaled>(bodies);
-    add_summed<UNPACKED, rows, planes, FROM_BYTES.panels_summed>(bodies);
-    add_floating<UNPACKED, rows, planes>(bodies);
+    add_scaled<codes, rows, (trits < planes ? trits : planes), FROM_BYTES.panels_scaled>(bodies);
+    add_summed<codes, rows, planes, FROM_BYTES.panels_summed>(bodies);
+    add_floating<unpacked(7), FLOAT_ROWS, fewest(ROWS_IN_REGISTERS_8_BITS, FLOAT_ROWS)>(bodies);
     return bodies;
 }
 
@@ -96,27 +101,31 @@ constexpr Bodies reading_bytes_of_trits() {
     Bodies bodies{};
     constexpr int rows = FROM_BYTES.rows, shared = fewest(ROWS_IN_REGISTERS_TRITS_SCALED, rows);
     constexpr int own = fewest(ROWS_IN_REGISTERS_TRITS_SUMMED, TRITS_ROWS_SUMMED_FROM_BYTES);
-    if constexpr (!SCALAR) add_summed<UNPACKED, rows, (own < shared ? own : shared), BUNDLE>(bodies);
+    if constexpr (!SCALAR) add_summed<unpacked(TRITS), rows, (own < shared ? own : shared), BUNDLE>(bodies);
     return bodies;
 }
 
-// By bits, TRITS among them. 8 bits are read as they are for any number of rows.
+// By bits, TRITS among them. 8 bits are read as they are for any number of rows, if products of words are not faster.
+constexpr int FEW_FLOATS = IN_REGISTERS.rows < FLOAT_ROWS ? IN_REGISTERS.rows : FLOAT_ROWS;
 constexpr Bodies BODIES_IN_REGISTERS[9] = {
     {},
     reading_trits(),
-    reading_planes<2, IN_REGISTERS.rows>(),
-    reading_planes<3, IN_REGISTERS.rows>(),
-    reading_planes<4, IN_REGISTERS.rows>(),
-    reading_planes<5, IN_REGISTERS.rows>(),
-    reading_planes<6, IN_REGISTERS.rows>(),
-    reading_planes<7, IN_REGISTERS.rows>(),
-    reading_planes<8, FROM_BYTES.rows>()};
+    reading_planes<2, IN_REGISTERS.rows, FEW_FLOATS>(),
+    reading_planes<3, IN_REGISTERS.rows, FEW_FLOATS>(),
+    reading_planes<4, IN_REGISTERS.rows, FEW_FLOATS>(),
+    reading_planes<5, IN_REGISTERS.rows, FEW_FLOATS>(),
+    reading_planes<6, IN_REGISTERS.rows, FEW_FLOATS>(),
+    reading_planes<7, IN_REGISTERS.rows, FEW_FLOATS>(),
+    reading_planes<8, (PAIRS ? IN_REGISTERS.rows : FROM_BYTES.rows), FLOAT_ROWS>()};
 constexpr Bodies BODIES_READ_ONCE[9] = {
     {}, {}, reading_once<2>(), reading_once<3>(), reading_once<4>(),
     reading_once<5>(), reading_once<6>(), reading_once<7>(), reading_once<8>()};
-constexpr Bodies BODIES_FROM_BYTES = reading_bytes(), BODIES_FROM_BYTES_OF_TRITS = reading_bytes_of_trits();
+constexpr Bodies BODIES_FROM_BYTES[9] = {
+    {}, reading_bytes<TRITS>(), reading_bytes<2>(), reading_bytes<3>(), reading_bytes<4>(),
+    reading_bytes<5>(), reading_bytes<6>(), reading_bytes<7>(), reading_bytes<8>()};
+constexpr Bodies BODIES_FROM_BYTES_OF_TRITS = reading_bytes_of_trits();
 constexpr Unpack UNPACK[9] = {nullptr,        unpack_tile<TRITS>, unpack_tile<2>, unpack_tile<3>, unpack_tile<4>,
-                              unpack_tile<5>, unpack_tile<6>,     unpack_tile<7>, nullptr};
+                              unpack_tile<5>, unpack_tile<6>,     unpack_tile<7>, unpack_words};
 
 // ---- the choice -----------------------------------------------------------------------------------------------------
 
@@ -153,8 +162,11 @@ INLINE Strips strips_for(int64_t rows, Activations how, const Product* products,
         if (rows <= limit) return {Reading::in_registers, all_unscaled ? TRITS_ROWS_SUMMED : TRITS_ROWS_SCALED};
         return {Reading::from_bytes, all_unscaled ? TRITS_ROWS_SUMMED_FROM_BYTES : FROM_BYTES.rows};
     }
-    if (rows > (bytes ? ROWS_IN_REGISTERS_8_BITS : ROWS_IN_REGISTERS)) return {Reading::from_bytes, FROM_BYTES.rows};
-    if (rows <= IN_REGISTERS.rows || floats) return {Reading::in_registers, IN_REGISTERS.rows};
+    if (rows > (bytes ? ROWS_IN_REGISTERS_8_BITS : ROWS_IN_REGISTERS)) {
+        return {Reading::from_bytes, floats ? FLOAT_ROWS : FROM_BYTES.rows};
+    }
+    if (floats) return {Reading::in_registers, FEW_FLOATS};
+    if (rows <= IN_REGISTERS.rows) return {Reading::in_registers, IN_REGISTERS.rows};
     return {Reading::once, READ_ONCE.rows};
 }
 
@@ -165,19 +177,30 @@ struct Method {
     int body_panels;     // that a body multiplies at once
     int unit_panels;     // of a unit of work, a multiple of that
     Unpack unpack;       // called once for each tile; null: bodies read the packed codes
+    bool words;          // x, and what is unpacked, are words
+    int shift;           // what products leave out of every code
+
+    INLINE int tile_bytes() const { return words ? WORD_TILE : BYTE_TILE; }  // of a panel's unpacked tile
 };
 
 INLINE Method method_of(Activations how, const Weights& w, Reading reading) {
     const Scaling scaling = scaling_of(how, w);
     const bool trits = w.bits == TRITS;
+    const int shift = trits ? SHIFT<TRITS> : w.bits == 8 ? SHIFT<8> : 0;
     const auto with = [&](const Bodies& bodies, Unpack unpack) FLAT {
-        return Method{scaling, bodies.of[scaling], bodies.panels[scaling], bodies.panels[scaling], unpack};
+        return Method{scaling, bodies.of[scaling], bodies.panels[scaling], bodies.panels[scaling], unpack, false, shift};
     };
+    if (PAIRS && w.bits == 8 && reading == Reading::from_bytes && scaling != of_floats) {
+        Method method = with(BODIES_FROM_BYTES[8], UNPACK[8]);
+        method.words = true;
+        method.shift = 0;
+        return method;
+    }
     if (reading == Reading::once) return with(BODIES_READ_ONCE[w.bits], nullptr);
     if (reading == Reading::in_registers || w.bits == 8) return with(BODIES_IN_REGISTERS[w.bits], nullptr);
-    if (!trits) return with(BODIES_FROM_BYTES, UNPACK[w.bits]);
+    if (!trits) return with(BODIES_FROM_BYTES[w.bits], UNPACK[w.bits]);
     if (scaling == unscaled) return with(BODIES_FROM_BYTES_OF_TRITS, UNPACK[TRITS]);
-    Method method = with(BODIES_FROM_BYTES, UNPACK[TRITS]);
+    Method method = with(BODIES_FROM_BYTES[TRITS], UNPACK[TRITS]);
     method.unit_panels = 2 * BUNDLE;  // whole bundles, of which bodies multiply an even number of panels
     return method;
 }

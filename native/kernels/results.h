@@ -24,12 +24,12 @@ INLINE void expect(const Job& job, const Product& product, const Patch& p) {
     }
 }
 
-// y of a patch from its sums [rows, 16 panels], integers where they are not scaled yet.
-INLINE void finish(const Job& job, const Product& product, const Patch& p, bool integers, const float* sums) {
+// y of a patch from its sums [rows, 16 panels].
+INLINE void finish(const Job& job, const Product& product, const Patch& p, const Method& method, const float* sums) {
     const Weights& w = product.weights;
     const Slab& s = job.slab;
     const Float type = job.call->type;
-    const int shift = shift_of(w);
+    const bool integers = method.scaling == unscaled;  // what is not scaled yet
     const int64_t last = least(p.panel + p.panels, w.panels());
     for (int64_t panel = p.panel; panel < last; panel++) {
         for (int part = 0; part < PARTS; part++) {
@@ -45,7 +45,7 @@ INLINE void finish(const Job& job, const Product& product, const Patch& p, bool 
             for (int64_t m = p.first; m < p.first + p.rows; m++) {
                 vf value;
                 if (integers) {
-                    value = to_float(load<vi>(sum) - (zero - shift) * s.total[m]);
+                    value = to_float(load<vi>(sum) - (zero - method.shift) * s.total[m]);
                     if (w.half) value = value + splat(0.5f * float(s.total[m]));
                 } else {
                     value = load<vf>(sum);

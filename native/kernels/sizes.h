@@ -26,12 +26,19 @@ constexpr BodySize IN_REGISTERS{4, 2, 4};
 // bits, groups of 128, 4096 x 4096, M = 12 and 16: 693 and 841 us, where unpacking to bytes took 1064 and 1231.
 constexpr BodySize READ_ONCE{8, 1, 2};
 #elif LANES == 8
-// 16 registers (avx2, avxvnni; avx512vlvnni has 32 and the same source), a panel in two: 3 x 1 x 2 x 2 leave 4.
-constexpr BodySize FROM_BYTES{3, 1, 1}, IN_REGISTERS = FROM_BYTES, READ_ONCE = FROM_BYTES;
+// 16 registers (avx2, avxvnni; avx512vlvnni has 32 and the same source), a panel in two. 6 x 1 x 2 sums of a block leave
+// 4 for codes and activations; float sums stay in memory meanwhile. 1536 x 384, M = 128, on an Intel Sapphire Rapids with
+// 3, 4, 5, 6 rows: 4 bits in groups of 32 on AVX2 -, 189, 202, 205 GOP/s, 8 bits -, 132, 133, 133; with VNNI 246, 247,
+// 255, 265 and, one scale a token, 222, 271, 301, 331.
+constexpr BodySize FROM_BYTES{6, 1, 1}, IN_REGISTERS{4, 1, 1}, READ_ONCE = IN_REGISTERS;
 #else
 // 32 registers on Arm, a panel in four: 4 x 1 x 4 x 2 are all of them.
 constexpr BodySize FROM_BYTES{4, 1, 1}, IN_REGISTERS = FROM_BYTES, READ_ONCE = FROM_BYTES;
 #endif
+// Rows of x in a strip of floats, which have four running sums each. 16 registers, M = 128: 63 GFLOP/s with 3, 57 with 4.
+constexpr int FLOAT_ROWS = LANES == 8 ? 3 : FROM_BYTES.rows;
+// From so many vectors of float sums on they stay in memory while a block is multiplied.
+constexpr int SUMS_IN_REGISTERS = LANES == 8 ? 6 : 1 << 10;
 // Bundles of trits are multiplied whole, a vector of each of their panels at a time: 3 x 5 x 2, 4 x 5 and 5 x 5 of 32
 // registers.
 constexpr int TRITS_ROWS_SCALED = LANES == 16 ? 3 : 1;           // unpacked in registers
@@ -42,14 +49,17 @@ constexpr int TRITS_ROWS_SUMMED_FROM_BYTES = LANES == 16 ? 5 : 2;
 // with 4 (Intel Sapphire Rapids, as for any x86-64, together with products by vectors), from a third of the code in
 // half the compiler's time.
 constexpr int QUADS_UNROLLED = SCALAR ? 1 : QUADS;
-constexpr int ROWS_MOST = READ_ONCE.rows, PANELS_MOST = BUNDLE;  // of all these
+// Of all these.
+constexpr int ROWS_MOST = FROM_BYTES.rows > READ_ONCE.rows ? FROM_BYTES.rows : READ_ONCE.rows, PANELS_MOST = BUNDLE;
 
 // ---- how codes become bytes -----------------------------------------------------------------------------------------
 
 // Up to so many rows of x codes are unpacked in registers; beyond, to bytes, once for all rows. 8 bits need no
 // unpacking, and larger strips are faster earlier: 8 bits with a scale a token, M = 12: 681 us, and 855 where panels
 // are read once.
-constexpr int64_t ROWS_IN_REGISTERS = 2 * READ_ONCE.rows, ROWS_IN_REGISTERS_8_BITS = READ_ONCE.rows;
+constexpr int64_t ROWS_IN_REGISTERS = 2 * READ_ONCE.rows;
+// AVX2 unpacks 8 bits to words: 8 rows by 1536 x 4096 121 GOP/s from bytes and 106 from words, 16 rows 121 and 118.
+constexpr int64_t ROWS_IN_REGISTERS_8_BITS = PAIRS ? ROWS_IN_REGISTERS : READ_ONCE.rows;
 // Splitting a byte of trits costs more than unpacking bits. The scalar engine always does it in registers: with what it
 // splits it adds and subtracts, and never multiplies.
 constexpr int64_t ANY_ROWS = INT64_MAX / 2;

@@ -13,7 +13,7 @@ namespace {
 // A thread's memory for one unit.
 struct Scratch {
     Buffer<uint8_t> bytes;
-    Buffer<float> sums;
+    Buffer<float> scales, sums;
 };
 
 // Fetches the next chunk of some panels, a part at a time, while this one is multiplied: of these panels, or the first
@@ -76,17 +76,35 @@ struct UnitPanels {
 
     // Bytes from tile to tile of what bodies read.
     INLINE int64_t step() const {
-        return work.method.unpack ? work.method.unit_panels * BYTE_TILE : product.weights.tile_bytes();
+        return work.method.unpack ? work.method.unit_panels * work.method.tile_bytes() : product.weights.tile_bytes();
     }
 
-    // Blocks first .. first + count, to bytes: [count, unit_panels, BYTE_TILE].
+    // Blocks first .. first + count, to bytes: [count, unit_panels, tile].
     INLINE void unpack(int64_t first, int64_t count, uint8_t* bytes) const {
         const Weights& w = product.weights;
         const int panels = w.bits == TRITS ? BUNDLE : 1;
         for (int i = 0; i < bundles; i++) {
             const uint8_t* tile = w.tile(least(bundle + i, w.bundles() - 1), first);  // beyond the last, it again
-            uint8_t* to = bytes + i * panels * BYTE_TILE;
+            uint8_t* to = bytes + i * panels * work.method.tile_bytes();
             for (int64_t j = 0; j < count; j++, tile += w.tile_bytes(), to += step()) work.method.unpack(tile, to);
+        }
+    }
+
+    // Where the scales of a panel begin that hold from a block on; of the last panel, beyond it.
+    INLINE int64_t first_scale(int64_t own, int64_t block) const {
+        const Weights& w = product.weights;
+        return (least(own, w.panels() - 1) * w.groups() + (w.group ? block * BLOCK / w.group : 0)) * PANEL;
+    }
+
+    // Scales of blocks first .. first + count as floats, [unit_panels, groups, 16]: every strip of x reads them again.
+    INLINE void widen_scales(int64_t first, int64_t count, float* scales) const {
+        const Weights& w = product.weights;
+        const int64_t groups = count * BLOCK / w.group;
+        for (int p = 0; p < work.method.unit_panels; p++) {
+            const char* from = (const char*)w.scale + first_scale(panel + p, first) * size_of(w.scale_type);
+            for (int64_t i = 0; i < groups * PANEL; i += LANES, scales += LANES) {
+                store(scales, widen(from + i * size_of(w.scale_type), w.scale_type));
+            }
         }
     }
 
@@ -96,7 +114,6 @@ struct UnitPanels {
         Panels panels{};
         panels.blocks = count;
         panels.group_blocks = w.group / BLOCK;
-        panels.type = w.scale_type;
         panels.offset = w.offset;
         panels.half = w.half;
         panels.step = step();
@@ -106,15 +123,18 @@ struct UnitPanels {
         return panels;
     }
 
-    // The panels of one body, the unit's `done` and on, from block `first` on; bytes: what `unpack` made, or null.
-    INLINE void point(Panels& panels, int done, int64_t first, const uint8_t* bytes) const {
+    // The panels of one body, the unit's `done` and on, from block `first` on. bytes, scales: what `unpack` and
+    // `widen_scales` made, or null.
+    INLINE void point(Panels& panels, int done, int64_t first, const uint8_t* bytes, const float* scales) const {
         const Weights& w = product.weights;
-        const int64_t group = panels.group_blocks;
+        const int64_t groups = panels.group_blocks ? panels.blocks / panels.group_blocks : 1;
+        panels.type = scales ? Float::f32 : w.scale_type;
         for (int p = 0; p < work.method.body_panels; p++) {
-            const int64_t own = least(panel + done + p, w.panels() - 1);  // beyond the last, it again
-            const int64_t at = (own * w.groups() + (group ? first / group : 0)) * PANEL;
-            panels.codes[p] = bytes ? bytes + (done + p) * BYTE_TILE : w.tile(w.bits == TRITS ? bundle : own, first);
-            panels.scale[p] = (const uint8_t*)w.scale + at * size_of(w.scale_type);
+            const int64_t own = panel + done + p, at = first_scale(own, first);
+            const int64_t bundle_of_own = w.bits == TRITS ? bundle : least(own, w.panels() - 1);
+            panels.codes[p] = bytes ? bytes + (done + p) * work.method.tile_bytes() : w.tile(bundle_of_own, first);
+            panels.scale[p] = scales ? (const uint8_t*)(scales + (done + p) * groups * PANEL)
+                                     : (const uint8_t*)w.scale + at * size_of(w.scale_type);
             panels.zero[p] = w.zero ? w.zero + at : nullptr;
         }
     }
@@ -129,7 +149,7 @@ struct UnitPanels {
             return x;
         }
         const bool integers = work.method.scaling == unscaled;
-        x.codes = s.codes + at * BLOCK;
+        x.codes = work.method.words ? (const int8_t*)(s.words + at * BLOCK) : s.codes + at * BLOCK;
         x.scale = s.scale + at;
         x.start = integers ? nullptr : work.starts + at;
         x.half = product.weights.half && !integers ? job.halves + at : nullptr;
@@ -149,22 +169,28 @@ void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
     std::memset(sums, 0, s.rows * method.unit_panels * PANEL * sizeof(float));
     const int64_t body_sums = s.rows * method.body_panels * PANEL;
     const int64_t chunk = panels.chunk(), steps = job.strips.count * (method.unit_panels / method.body_panels);
+    const int64_t group = product.weights.group / BLOCK;
     for (int64_t b = 0; b < s.blocks; b += chunk) {
         const int64_t blocks = least(chunk, s.blocks - b);
         const bool last = b + chunk >= s.blocks;
         uint8_t* bytes = method.unpack ? scratch.bytes.need(chunk * panels.step()) : nullptr;
         if (bytes) panels.unpack(b, blocks, bytes);
+        float* scales = nullptr;
+        if (group && job.reading == Reading::from_bytes) {
+            scales = scratch.scales.need(method.unit_panels * (chunk / group) * PANEL);
+            panels.widen_scales(b, blocks, scales);
+        }
         NextChunk next(product.weights, panels.bundle, panels.bundles, b + blocks, chunk, steps);
         Panels w = panels.of_chunk(b, blocks);
         for (int done = 0; done < method.unit_panels; done += method.body_panels) {
-            panels.point(w, done, b, bytes);
+            panels.point(w, done, b, bytes, scales);
             for (int64_t t = 0; t < job.strips.count; t++) {
                 const Patch patch{panels.panel + done, method.body_panels, job.strips.first(t), job.strips.size(t)};
                 float* own = sums + done / method.body_panels * body_sums + patch.first * method.body_panels * PANEL;
                 if (job.reading == Reading::from_bytes) next.step();
                 if (last) expect(job, product, patch);
                 method.bodies[patch.rows - 1](w, panels.strip(patch.first, patch.rows, b), own);
-                if (last) finish(job, product, patch, method.scaling == unscaled, own);
+                if (last) finish(job, product, patch, method, own);
             }
         }
     }
