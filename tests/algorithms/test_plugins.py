@@ -83,7 +83,7 @@ def test_codes_of_several_weights_are_not_walked() -> None:
     class Pairs(TableLevels):
         weights: int = 2
 
-    pairs = Scheme(name="pairs", levels=Pairs((0.0, 1.0)), block=(1, 32))
+    pairs = Scheme(name="pairs", levels=Pairs((0.0, 1.0)), group=(1, 32))
     several = "its codes stand for 2 weights each"
     reasons = {"rtn": None, "gptq": several, "hqq": TABLE, "signround": TABLE, "blockap": TABLE}
     assert {name: solver.get(name).obstacle(pairs) for name in solver.names()} == reasons

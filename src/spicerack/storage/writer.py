@@ -157,7 +157,7 @@ class Writer:
 
     @contextmanager
     def shard(self, shard: Shard) -> Iterator[ShardWriter]:
-        """Write one shard in a `with` block; it counts once that ends without an exception. Raises OutputError.
+        """Write one shard in a `with` statement; it counts once that ends without an exception. Raises OutputError.
 
         An error of the system becomes one that names the folder; the shard's temporary file stays, and the next run
         removes it.
