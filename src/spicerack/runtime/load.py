@@ -172,10 +172,10 @@ def _into(module: nn.Module, folder: Folder, way: Way) -> nn.Module:
         for name, layer in module.named_modules(remove_duplicate=False)
         if kinds.may_be_tied(layer)
     }
-    packed = {id(weights[name]): planned for name, planned in folder.contents.items() if name in weights}
+    packed = {id(weights[name]): stored for name, stored in folder.contents.items() if name in weights}
     tied = {name: packed[id(weight)] for name, weight in weights.items() if id(weight) in packed}
-    for name, planned in {**tied, **folder.contents}.items():
-        make_slot(module, name, planned)
+    for name, stored in {**tied, **folder.contents}.items():
+        make_slot(module, name, stored)
     tensors = folder.floats()
     _check_names(module, tensors, folder)
     try:
