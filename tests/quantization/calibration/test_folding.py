@@ -15,6 +15,7 @@ from spicerack.algorithms.stats import Stats
 from spicerack.algorithms.transforms import awq, smoothquant
 from spicerack.models import blocks
 from spicerack.models.families.folds import FOLDS
+from spicerack.nn import kinds
 from spicerack.quantization.calibration import folding
 
 TYPES = {family: families.vars_of(config).model_type for family, (config, *_) in families.FAMILIES.items()}
@@ -33,7 +34,7 @@ def awake(family: str) -> PreTrainedModel:
 
 
 def sites_of(model: PreTrainedModel, block: nn.Module, but: tuple[str, ...] = ()) -> list[folding.Site]:
-    return list(folding.sites(block, model.config, [path for path in blocks.layers(block) if path not in but]))
+    return list(folding.sites(block, model.config, [path for path in kinds.linear_layers(block) if path not in but]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
