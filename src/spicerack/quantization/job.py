@@ -22,7 +22,7 @@ from spicerack.storage.files import CONTAINER
 from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.ledger import Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
-from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, plan_shards
+from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, shards_of
 
 _LISTED = 8
 """Tensors that a message names before it counts the rest."""
@@ -74,7 +74,7 @@ class Job:
     @property
     def shards(self) -> tuple[Shard, ...]:
         """Files of the output. Units keep the source's order, so that both sides stream."""
-        return plan_shards([Unit(a.info.name, a.tensors) for a in self.actions if a.tensors], self.shard_bytes)
+        return shards_of([Unit(a.info.name, a.tensors) for a in self.actions if a.tensors], self.shard_bytes)
 
     @property
     def bytes_before(self) -> int:

@@ -91,7 +91,7 @@ class Shard:
     units: tuple[Unit, ...]
 
 
-def plan_shards(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
+def shards_of(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
     """Units dealt to shards, in order; one is called `model.safetensors`, several are numbered as transformers does.
 
     shard_bytes: no shard is larger, but for one that holds a single unit.
