@@ -9,11 +9,7 @@ int64_t spin(int64_t rounds) {
     for (int64_t i = 0; i < rounds; i++) {
 #pragma GCC unroll 12
         for (int c = 0; c < CHAINS; c++) {
-            if constexpr (PAIRS) {
-                acc[c] = add_pairs(acc[c], pairs(u, a));  // what most of a product of 4 bits is
-            } else {
-                acc[c] = dot<4>(acc[c], u, a);
-            }
+            acc[c] = dot_of_4_bits(acc[c], u, a);
 #if defined(__x86_64__)
             __asm__ volatile("" : "+v"(acc[c]), "+v"(u));
 #elif defined(__aarch64__)

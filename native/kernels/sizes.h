@@ -12,7 +12,7 @@ namespace {
 
 // ---- in registers ---------------------------------------------------------------------------------------------------
 
-// What a body multiplies at once: rows of x by panels of W, whose sums stay in registers. A sum that is scaled by block
+// What a body multiplies at once: rows of x by panels of W, whose sums stay in registers. A sum that is scaled by span
 // needs two vectors, its integers and its floats; one that is scaled in the end needs one.
 struct BodySize {
     int rows, panels_scaled, panels_summed;
@@ -26,7 +26,7 @@ constexpr BodySize IN_REGISTERS{4, 2, 4};
 // bits, groups of 128, 4096 x 4096, M = 12 and 16: 693 and 841 us, where unpacking to bytes took 1064 and 1231.
 constexpr BodySize READ_ONCE{8, 1, 2};
 #elif LANES == 8
-// 16 registers (avx2, avxvnni; avx512vlvnni has 32 and the same source), a panel in two. 6 x 1 x 2 sums of a block leave
+// 16 registers (avx2, avxvnni; avx512vlvnni has 32 and the same source), a panel in two. 6 x 1 x 2 sums of a tile leave
 // 4 for codes and activations; float sums stay in memory meanwhile. 1536 x 384, M = 128, on an Intel Sapphire Rapids with
 // 3, 4, 5, 6 rows: 4 bits in groups of 32 on AVX2 -, 189, 202, 205 GOP/s, 8 bits -, 132, 133, 133; with VNNI 246, 247,
 // 255, 265 and, one scale a token, 222, 271, 301, 331.
@@ -37,7 +37,7 @@ constexpr BodySize FROM_BYTES{4, 1, 1}, IN_REGISTERS = FROM_BYTES, READ_ONCE = F
 #endif
 // Rows of x in a strip of floats, which have four running sums each. 16 registers, M = 128: 63 GFLOP/s with 3, 57 with 4.
 constexpr int FLOAT_ROWS = LANES == 8 ? 3 : FROM_BYTES.rows;
-// From so many vectors of float sums on they stay in memory while a block is multiplied.
+// From so many vectors of float sums on they stay in memory while a tile is multiplied.
 constexpr int SUMS_IN_REGISTERS = LANES == 8 ? 6 : 1 << 10;
 // Bundles of trits are multiplied whole, a vector of each of their panels at a time: 3 x 5 x 2, 4 x 5 and 5 x 5 of 32
 // registers.

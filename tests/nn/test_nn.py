@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("reference_kernel")
 ROW_SCHEMES = ["w8", "w4", "w8t", "w4g32", "w4g32z", "w3g64", "w2g32h", "w5z", "table"]
 
 
-TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), block=(2, 16), scale="float32", min="float16")
+TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), group=(2, 16), scale="float32", min="float16")
 
 
 def scheme_of(name: str) -> Scheme:
@@ -131,10 +131,10 @@ def test_experts_multiply_as_their_parameter_does(transposed: bool) -> None:
     stack = apart(owner, (12, 8), transposed)
     assert owner.experts is stack and stack.shape == shape and len(stack) == 3
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results(), wanted, strict=True))
-    seen: list[torch.Tensor] = []
-    stack.parts(1)[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    inputs_seen: list[torch.Tensor] = []
+    stack.parts(1)[1].register_forward_pre_hook(lambda _, inputs: inputs_seen.append(inputs[0]))
     results()
-    assert len(seen) == 3 and torch.equal(seen[0], x[1])
+    assert len(inputs_seen) == 3 and torch.equal(inputs_seen[0], x[1])
 
 
 def test_what_a_stack_of_experts_cannot_answer_is_an_error() -> None:

@@ -26,9 +26,9 @@ def _seed() -> None:
 
 
 def prepared(layer: nn.Module, scheme: str, quantizer: Quantizer | None = None) -> FakeLayer:
-    made = prepare_qat(layer, scheme, config=QATConfig(quantizer))
-    assert isinstance(made, FakeLayer)
-    return made
+    twin = prepare_qat(layer, scheme, config=QATConfig(quantizer))
+    assert isinstance(twin, FakeLayer)
+    return twin
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -40,11 +40,11 @@ def test_learned_scales_begin_as_the_codec_has_them(scheme: str, dtype: torch.dt
     linear = nn.Linear(64, 24).to(dtype)
     layer = prepared(linear, scheme, "lsq")
     expected = codec.encode(linear.weight.detach(), parse(scheme))
-    made = layer.qtensor("layer")
-    assert torch.equal(made.codes, expected.codes) and made.codes.dtype == expected.codes.dtype
-    assert isinstance(made.scale, torch.Tensor) and isinstance(expected.scale, torch.Tensor)
-    assert torch.equal(made.scale, expected.scale) and made.scale.dtype == expected.scale.dtype
-    assert expected.zero is None or (made.zero is not None and torch.equal(made.zero, expected.zero))
+    q = layer.qtensor("layer")
+    assert torch.equal(q.codes, expected.codes) and q.codes.dtype == expected.codes.dtype
+    assert isinstance(q.scale, torch.Tensor) and isinstance(expected.scale, torch.Tensor)
+    assert torch.equal(q.scale, expected.scale) and q.scale.dtype == expected.scale.dtype
+    assert expected.zero is None or (q.zero is not None and torch.equal(q.zero, expected.zero))
     assert torch.equal(layer.rounded_weight(), codec.decode(expected))
 
 
@@ -96,7 +96,7 @@ def test_gradients_of_scales_and_zero_points_are_torchs() -> None:
 
 @pytest.mark.parametrize(
     ("clip", "w", "by_weight", "by_scale"),
-    [  # s = 1/2, levels -2..1, one weight in the block: the factor is 1
+    [  # s = 1/2, levels -2..1, one weight in the group: the factor is 1
         ("levels", 0.2, 1, 0 - 0.4), ("levels", 0.3, 1, 1 - 0.6), ("levels", -0.9, 1, -2 + 1.8),
         ("levels", 0.6, 0, 1), ("levels", 0.8, 0, 1), ("levels", -1.1, 0, -2), ("levels", -9.0, 0, -2),
         ("cells", 0.6, 1, 1 - 1.2), ("cells", 0.8, 0, 1), ("cells", -1.1, 1, -2 + 2.2), ("cells", -1.3, 0, -2),
@@ -184,11 +184,11 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass() -> None:
 
 def test_scales_are_the_ones_that_are_stored() -> None:
     wanted = torch.tensor([0.1, -0.1, 0.0, -0.0, 1e-9, -1e-9, 3e-8, 7.0], requires_grad=True)
-    seen = stored(wanted, torch.float16)
+    scales = stored(wanted, torch.float16)
     smallest = 2.0**-24
-    assert torch.equal(seen[:2], torch.tensor([0.1, -0.1]).half().float())
-    assert seen[2:].tolist() == [smallest, -smallest, smallest, -smallest, smallest, 7.0]
-    seen.sum().backward()
+    assert torch.equal(scales[:2], torch.tensor([0.1, -0.1]).half().float())
+    assert scales[2:].tolist() == [smallest, -smallest, smallest, -smallest, smallest, 7.0]
+    scales.sum().backward()
     assert wanted.grad is not None and torch.equal(wanted.grad, torch.ones(8))
     assert stored(torch.tensor([0.1]), torch.bfloat16).item() == torch.tensor(0.1).bfloat16().item()
 

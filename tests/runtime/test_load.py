@@ -36,9 +36,9 @@ SCHEMES = ["w8", "w6", "w4g32", "w4g32z", "w3g64", "w2g32h", "w2g32z", "w8t", "w
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Those of a stack of experts are in the stack."""
     kinds = (QLinear, QEmbedding, ExpertStack)
-    found = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
-    stacks = tuple(f"{name}." for name, m in found.items() if isinstance(m, ExpertStack))
-    return {name: m for name, m in found.items() if not name.startswith(stacks)}
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
+    stacks = tuple(f"{name}." for name, m in layers.items() if isinstance(m, ExpertStack))
+    return {name: m for name, m in layers.items() if not name.startswith(stacks)}
 
 
 def decoded(stack: ExpertStack) -> torch.Tensor:
@@ -74,18 +74,18 @@ def assert_same_model(model: PreTrainedModel, dense: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_loads(family: str, tmp_path: Path) -> None:
-    made = families.build(family)
-    made.save_pretrained(tmp_path / "model")
+    source = families.build(family)
+    source.save_pretrained(tmp_path / "model")
     spicerack.quantize(tmp_path / "model", "w8", output=tmp_path / "out", range_="absmax")
     model = spicerack.load(tmp_path / "out")
-    dense = decoded_model(type(made), tmp_path / "out", tmp_path / "dense")
+    dense = decoded_model(type(source), tmp_path / "out", tmp_path / "dense")
     assert packed_layers(model) and not any(isinstance(m, (Slot, StackSlot)) for m in model.modules())
     assert not model.training
     assert_same_model(model, dense)
     runs = (
-        made.main_input_name == "input_ids"
+        source.main_input_name == "input_ids"
         and family not in ("clip", "siglip", "dbrx")
-        and not families.is_seq2seq(made)
+        and not families.is_seq2seq(source)
     )
     if runs:
         assert torch.allclose(logits(model, IDS), logits(dense, IDS), atol=1e-5)
@@ -136,13 +136,13 @@ def test_experts_run_packed(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_of_one_stack_may_differ(family: str, tmp_path: Path) -> None:
-    made = families.build(family)
-    made.save_pretrained(tmp_path / "model")
+    source = families.build(family)
+    source.save_pretrained(tmp_path / "model")
     last = "w2" if family == "mixtral" else "down_proj"
     rules = ["**.experts.1.**=w4g8", f"**.experts.2.{last}=skip"]
     spicerack.quantize(tmp_path / "model", "w8", output=tmp_path / "out", rules=rules)
     model = spicerack.load(tmp_path / "out")
-    dense = decoded_model(type(made), tmp_path / "out", tmp_path / "dense")
+    dense = decoded_model(type(source), tmp_path / "out", tmp_path / "dense")
     assert_same_model(model, dense)
     assert torch.allclose(logits(model, IDS), logits(dense, IDS), atol=1e-5)
     stacks = [m for m in packed_layers(model).values() if isinstance(m, ExpertStack)]
@@ -227,12 +227,12 @@ def test_weights_stay_packed_in_memory(tmp_path: Path) -> None:
                                   num_attention_heads=16, num_key_value_heads=4)  # fmt: skip
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
-    plan, tensors, generator = {}, {}, torch.Generator().manual_seed(0)
+    contents, tensors, generator = {}, {}, torch.Generator().manual_seed(0)
     fmt, scheme = format.get("compressed_tensors"), parse("w4g128")
     for name, shape in shapes.items():
         if "proj" in name:
             module = name.removesuffix(".weight")
-            plan[module] = format.StoredTensor(module, scheme, tuple(shape))
+            contents[module] = format.StoredTensor(module, scheme, tuple(shape))
             small = codec.encode(torch.randn(16, shape[1], generator=generator) / 64, scheme, range_="absmax")
             packed = fmt.encode(format.StoredTensor(module, scheme, (16, shape[1])), small)
             for key, tensor in packed.items():
@@ -241,7 +241,7 @@ def test_weights_stay_packed_in_memory(tmp_path: Path) -> None:
             tensors[name] = torch.ones(shape)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     raw = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(fmt.config(raw, plan, ["lm_head"])))
+    (tmp_path / "config.json").write_text(json.dumps(fmt.config(raw, contents, ["lm_head"])))
     # A fixed threshold makes glibc return freed memory at once: asserted is what is held, not what malloc keeps.
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(tmp_path)],
@@ -276,15 +276,15 @@ class Net(nn.Module):
 
 def net_folder(folder: Path, net: Net) -> Path:
     """As `spicerack.save` writes a module: the container without a model's config."""
-    plan, tensors = {}, {n: t for n, t in net.state_dict().items() if n.endswith("bias") or n.startswith("body.2")}
+    contents, tensors = {}, {n: t for n, t in net.state_dict().items() if n.endswith("bias") or n.startswith("body.2")}
     own = format.get("spicerack")
     for module, role in (("table", "embedding"), ("body.0", "linear"), ("body.3", "linear")):
         weight = net.get_submodule(module).weight.detach()
-        plan[module] = format.StoredTensor(module, parse("w8"), tuple(weight.shape), role)
-        tensors |= own.encode(plan[module], codec.encode(weight, parse("w8")))
+        contents[module] = format.StoredTensor(module, parse("w8"), tuple(weight.shape), role)
+        tensors |= own.encode(contents[module], codec.encode(weight, parse("w8")))
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(own.config({}, plan, [])))
+    (folder / "config.json").write_text(json.dumps(own.config({}, contents, [])))
     return folder
 
 

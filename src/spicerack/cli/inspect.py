@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ABOUT = About(place=10, summary="What is in a model folder, and what it would weigh.")
 _SMALL = {"norm": "all norms", "bias": "all biases"}
 """Roles that are many, small and alike: a line for all of them."""
-_BLOCKS = "·▁▂▃▄▅▆▇█"
+_HEIGHTS = "·▁▂▃▄▅▆▇█"
 """Bars of eight heights, behind a dot for none."""
 _SHARE_OF_LOWEST_BAR = 1e-7
 """A step of the bars is then about a power of ten, and the lowest one a weight in ten million."""
@@ -206,7 +206,7 @@ def _sizes(report: Report) -> Table:
 
 
 def _misfits(estimates: Iterable[Estimate]) -> list[str]:
-    """What blocks do not tile, schemes with the same trouble in one line: `* w4g128, w3g64: 5 layers with K=172
+    """What groups do not tile, schemes with the same trouble in one line: `* w4g128, w3g64: 5 layers with K=172
     ...`."""
     schemes: dict[tuple[int, str], list[str]] = {}
     for estimate in estimates:
@@ -253,9 +253,9 @@ def _show_spreads(spreads: list[Spread], console: Console) -> None:
 def _bar(share: float) -> str:
     """A bar whose height is the logarithm of `share`: full for 1, lowest for 1e-7, a dot for none at all."""
     if share <= 0:
-        return _BLOCKS[0]
+        return _HEIGHTS[0]
     height = 1 - math.log(max(share, _SHARE_OF_LOWEST_BAR)) / math.log(_SHARE_OF_LOWEST_BAR)
-    return _BLOCKS[1 + round(height * 7)]
+    return _HEIGHTS[1 + round(height * 7)]
 
 
 def _share(share: float) -> str:

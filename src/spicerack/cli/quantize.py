@@ -173,8 +173,8 @@ def _place(device: str) -> tuple[torch.device, Ranks]:
 
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return devices.find(device), ALONE
-    found = devices.find(devices.of_rank(device, int(os.environ["LOCAL_RANK"])))
-    return found, join(found)
+    place = devices.find(devices.of_rank(device, int(os.environ["LOCAL_RANK"])))
+    return place, join(place)
 
 
 def _calibration(job: Job, source: str, options: _Options) -> Calibration:

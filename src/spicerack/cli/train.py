@@ -119,7 +119,7 @@ def command(
             source, output, data=data, scheme=scheme, rules=rules, config=config, settings=settings, teacher=teacher,
             predictions=predictions, held_out=held_out, tokenizer=tokenizer, twin=twin, scales_only=scales_only,
             stopping=stopping, callbacks=[_lines(bar, task)] if first else [],
-            told=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
+            notify=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
         )  # fmt: skip
     if first and as_json:
         _output.emit({**asdict(trained), "output": str(output)})

@@ -57,7 +57,7 @@ def partial_folder(output: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class OutputTensor:
     """A tensor that will be written: name, safetensors dtype ("BF16"), shape."""
 
     name: str
@@ -72,15 +72,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one source tensor becomes: never split over shards. No slots: the tensor is dropped."""
+    """What one source tensor becomes: never split over shards. No tensors: the tensor is dropped."""
 
     source: str
-    slots: tuple[Slot, ...]
+    tensors: tuple[OutputTensor, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(slot.nbytes for slot in self.slots)
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Shard:
     units: tuple[Unit, ...]
 
 
-def plan_shards(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
+def shards_of(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
     """Units dealt to shards, in order; one is called `model.safetensors`, several are numbered as transformers does.
 
     shard_bytes: no shard is larger, but for one that holds a single unit.
@@ -157,7 +157,7 @@ class Writer:
 
     @contextmanager
     def shard(self, shard: Shard) -> Iterator[ShardWriter]:
-        """Write one shard in a `with` block; it counts once that ends without an exception. Raises OutputError.
+        """Write one shard in a `with` statement; it counts once that ends without an exception. Raises OutputError.
 
         An error of the system becomes one that names the folder; the shard's temporary file stays, and the next run
         removes it.
@@ -213,7 +213,7 @@ class Writer:
 
     def _index(self) -> dict[str, Any]:
         """The index as transformers writes it: which shard holds which tensor."""
-        weight_map = {slot.name: shard.file for shard in self.shards for unit in shard.units for slot in unit.slots}
+        weight_map = {t.name: shard.file for shard in self.shards for unit in shard.units for t in unit.tensors}
         total = sum(unit.nbytes for shard in self.shards for unit in shard.units)
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
@@ -226,17 +226,17 @@ class ShardWriter:
 
     def __init__(self, file: BinaryIO, shard: Shard) -> None:
         self._file = file
-        self._todo = [slot for unit in shard.units for slot in unit.slots]
+        self._todo = [tensor for unit in shard.units for tensor in unit.tensors]
         self.entries: list[Entry] = []
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for slot in self._todo:
-            header[slot.name] = {
-                "dtype": slot.dtype,
-                "shape": list(slot.shape),
-                "data_offsets": [offset, offset + slot.nbytes],
+        for tensor in self._todo:
+            header[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.nbytes],
             }
-            offset += slot.nbytes
+            offset += tensor.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)
@@ -245,9 +245,9 @@ class ShardWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor; it must be the next one promised, in name, type and shape."""
         promised = self._todo.pop()
-        slot = Slot(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
-        if slot != promised:
-            raise AssertionError(f"the layout promised {promised}, the encoder made {slot}")
+        offered = OutputTensor(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+        if offered != promised:
+            raise AssertionError(f"the layout promised {promised}, the encoder made {offered}")
         flat = tensor.detach().contiguous().reshape(-1)
         if flat.numel():
             self._file.write(flat.view(torch.uint8).numpy().data)
