@@ -123,7 +123,7 @@ def multiply(
     if not x.is_contiguous() or at % x.itemsize:
         x = x.clone(memory_format=torch.contiguous_format)
         at = x.data_ptr()
-    outputs, products = [], []
+    outputs, products, held = [], [], []
     for matrix, bias in zip(matrices, biases, strict=True):
         shape[-1] = n = matrix.spec.n
         y = x.new_empty(*shape)  # faster than of a list
@@ -131,6 +131,7 @@ def multiply(
         if bias is not None:
             if bias.dtype != x.dtype or not bias.is_contiguous() or bias.numel() != n:
                 bias = bias.to(x.dtype).reshape(n).contiguous()
+                held.append(bias)  # nobody else keeps it until its address is read
             address = bias.data_ptr()
         outputs.append(y)
         products.append((matrix.native(), address, y.data_ptr(), gelu))
