@@ -21,7 +21,7 @@ from spicerack.evaluation.sentences import SENTENCES
 from spicerack.evaluation.timing import Timing
 from spicerack.models import bundled
 from spicerack.quantization.run import quantize
-from spicerack.runtime.generate import generate
+from spicerack.runtime.generate import GenerateOptions, generate
 from spicerack.runtime.load import load
 from spicerack.storage import ledger
 from spicerack.text.tokenizer import read_tokenizer
@@ -164,7 +164,7 @@ def _layer_bytes(folder: Path) -> tuple[int, int]:
 def _sample(subject: Subject, folder: Path) -> str:
     """A continuation of the prompt, or the built-in sentence nearest to the question, with its cosine."""
     if subject.decoder:
-        return generate(folder, PROMPT, max_new_tokens=NEW_TOKENS).text
+        return generate(folder, PROMPT, GenerateOptions(max_new_tokens=NEW_TOKENS)).text
     model = load(folder)
     tokenizer = read_tokenizer(folder, model.config)
     inputs = tokenizer([QUESTION, *SENTENCES], padding=True, truncation=True, max_length=_LENGTH, return_tensors="pt")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from spicerack.machine.ranks import Ranks
     from spicerack.quantization.job import Job
+    from spicerack.quantization.memory import MemoryPlan
     from spicerack.quantization.recipe import Recipe, Rule
     from spicerack.text.calibration import Calibration
 
@@ -133,9 +134,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     """
     options = _Options(**given)
     if options.calib is None:
-        for name in ("samples", "length", "seed", "device"):
-            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
+        _check_without_text(ctx)
     recipe = options.recipe(_rules.of(ctx, options.set_, options.skip))
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.cli import _quantizing
@@ -153,8 +152,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     _quantizing.announce(job, calibration, planned, where, console)
     if options.dry_run:
         if options.as_json:
-            sizes = dataclasses.asdict(job.sizes())
-            _output.emit({"dry_run": True, **sizes, "planned_peak_bytes": planned.peak_bytes})
+            _output.emit(_dry_run(job, planned))
         return
     unit = "this block" if calibration is not None else None
     with _quantizing.bar(ranks) as bar, _output.interruptible(bar.console, unit) as stopping:
@@ -164,6 +162,18 @@ def command(ctx: click.Context, /, **given: Any) -> None:
         _output.emit(summary.as_dict())
     elif summary is not None:
         _quantizing.report(summary, job.source.folder, console)
+
+
+def _check_without_text(ctx: click.Context) -> None:
+    """Raises UsageError for an option about calibration text that was typed, where there is none."""
+    for name in ("samples", "length", "seed", "device"):
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
+
+
+def _dry_run(job: Job, planned: MemoryPlan) -> dict[str, Any]:
+    """What --dry-run --json prints: the sizes that the folder would have, and the memory that the run would take."""
+    return {"dry_run": True, **dataclasses.asdict(job.sizes()), "planned_peak_bytes": planned.peak_bytes}
 
 
 def _place(device: str) -> tuple[torch.device, Ranks]:

@@ -7,7 +7,7 @@ that could have no effect are refused, because somebody meant something by them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from transformers import TrainerCallback, TrainerState
 
+    from spicerack.quantization.recipe import Rule
+    from spicerack.training.callbacks import Watch
+    from spicerack.training.job import TrainOptions
     from spicerack.training.run import Trained
-    from spicerack.training.start import Twin
 
 ABOUT = About(place=30, summary="Train a model in few bits, or from scratch.", resumes=True)
 
@@ -73,17 +75,9 @@ ABOUT = About(place=30, summary="Train a model in few bits, or from scratch.", r
 def command(
     model: str | None,
     output: Path,
-    scheme: str | None,
-    data: str,
-    held_out: str | None,
-    teacher: str | None,
-    predictions: str | None,
     set_: tuple[str, ...],
     skip: tuple[str, ...],
-    scales_only: bool,
     from_scratch: str | None,
-    tokenizer: str | None,
-    twin: Twin | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -102,25 +96,12 @@ def command(
     rules = _rules.of(click.get_current_context(), set_, skip)
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.machine.ranks import launched
-    from spicerack.training.qat.start import QATConfig
-    from spicerack.training.run import train
-    from spicerack.training.settings import Settings
+    from spicerack.training.run import execute
 
-    config = QATConfig(**_given(given, QATConfig))
-    settings = Settings(**_given(given, Settings))
-    if scheme is None and rules:
-        raise UsageError("--set and --skip change a scheme, and there is none", "name one, or leave them out")
-    if teacher is None and any(given[name] is not None for name in ("kl", "temperature")):
-        raise UsageError("--kl and --temperature are about a teacher, and there is none", "name one by --teacher")
+    options = _options(rules, given)
     first = launched().first  # of torchrun's processes one speaks for all
     with _bar(first) as bar, _output.interruptible(bar.console, "this step") as stopping:
-        task = bar.add_task("training", total=settings.steps)
-        trained = train(
-            source, output, data=data, scheme=scheme, rules=rules, config=config, settings=settings, teacher=teacher,
-            predictions=predictions, held_out=held_out, tokenizer=tokenizer, twin=twin, scales_only=scales_only,
-            stopping=stopping, callbacks=[_lines(bar, task)] if first else [],
-            told=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
-        )  # fmt: skip
+        trained = execute(source, output, options, _watch(bar, options.settings.steps, stopping, first))
     if first and as_json:
         _output.emit({**asdict(trained), "output": str(output)})
     elif first:
@@ -134,6 +115,22 @@ def _source(model: str | None, from_scratch: str | None) -> str:
     if from_scratch is not None and not from_scratch.endswith(".json"):
         raise UsageError(f"--from-scratch {from_scratch} is no config.json", "give the file, not its folder")
     return model or from_scratch or ""
+
+
+def _options(rules: list[Rule], given: dict[str, Any]) -> TrainOptions:
+    """What is asked for, of the options that were typed. Raises UsageError for those that could have no effect."""
+    from spicerack.training.job import TrainOptions
+    from spicerack.training.qat.start import QATConfig
+    from spicerack.training.settings import Settings
+
+    config = QATConfig(**_given(given, QATConfig))
+    settings = Settings(**_given(given, Settings))
+    options = TrainOptions(**_given(given, TrainOptions), rules=rules, config=config, settings=settings)
+    if options.scheme is None and rules:
+        raise UsageError("--set and --skip change a scheme, and there is none", "name one, or leave them out")
+    if options.teacher is None and any(given[name] is not None for name in ("kl", "temperature")):
+        raise UsageError("--kl and --temperature are about a teacher, and there is none", "name one by --teacher")
+    return options
 
 
 def _given(options: dict[str, Any], kind: type) -> dict[str, Any]:
@@ -162,6 +159,18 @@ def _bar(first: bool) -> Iterator[Progress]:
     )  # fmt: skip
     with Progress(*columns, console=_output.console(as_json=True), transient=True, disable=not first) as bar:
         yield bar
+
+
+def _watch(bar: Progress, steps: int, stopping: Callable[[], bool], first: bool) -> Watch:
+    """Who looks on: the bar, of `steps` steps, and above it lines; those of a step are printed by the first process."""
+    from spicerack.training.callbacks import Watch
+
+    task = bar.add_task("training", total=steps)
+    return Watch(
+        told=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
+        stopping=stopping,
+        callbacks=(_lines(bar, task),) if first else (),
+    )
 
 
 def _lines(bar: Progress, task: TaskID) -> TrainerCallback:

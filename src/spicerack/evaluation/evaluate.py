@@ -128,15 +128,9 @@ def evaluate(
     ones through that cache. Raises TextError, UsageError, CheckpointError, LoadError.
     """
     options = EvaluationOptions(
-        text=text,
-        window=window,
-        max_tokens=max_tokens,
-        device=device,
-        dtype=dtype,
-        engine=engine,
-        cache=cache,
+        text=text, window=window, max_tokens=max_tokens, device=device, dtype=dtype, engine=engine, cache=cache,
         trust_remote_code=trust_remote_code,
-    )
+    )  # fmt: skip
     return measure(folder, against=against, options=options, progress=progress).as_dict()
 
 
@@ -153,11 +147,7 @@ def measure(
     """
     out, source = locate(folder), locate(against)
     kind = kind_of(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
-    kernel.check_engine(options.engine, options.device)  # what is wrong is said before the long part
-    if options.cache is not None:
-        CacheScheme(options.cache)
-        if kind == "encoder":
-            raise UsageError(f"{source} is an encoder: it has no cache to quantize", "leave the cache out")
+    _check(options, kind, source)  # what is wrong is said before the long part
     tokenizer = common_tokenizer(out, source, options.trust_remote_code)
     path = _text(kind, options.text, out, source)
     _warn_of_calibration_text(path, out)
@@ -171,13 +161,8 @@ def measure(
 
     model = original(torch.float32)
     reference = _Reference(kind, model, tokenizer, source, path, window_of(options.window, model, source))
-    beginning = max(FLOOR_TOKENS, reference.window)
     # nothing holds the model in bfloat16 once it is measured: two are in memory, and not three
-    floor = reference.compare(
-        original(torch.bfloat16),
-        beginning if options.max_tokens is None else min(beginning, options.max_tokens),
-        lambda share: report("noise floor", share),
-    )
+    floor = reference.floor(original(torch.bfloat16), options.max_tokens, lambda share: report("noise floor", share))
     report("loading", 0.0)
     quantized = load(
         out, device=device, dtype=options.dtype, engine=options.engine, cache=options.cache, trust_remote_code=trusted
@@ -186,7 +171,16 @@ def measure(
     figures = reference.compare(quantized, options.max_tokens, lambda share: report("evaluating", share), step)
     _warn_of_unknown_tokens(figures.unknown_share)
     name = "built-in sentences" if path is None else path.name
-    return Evaluation(kind, compute(quantized), name, figures, floor.mean, options.cache)
+    return Evaluation(kind, compute(quantized), name, figures, floor, options.cache)
+
+
+def _check(options: EvaluationOptions, kind: Kind, source: Path) -> None:
+    """Raises UsageError for an engine that is not here, bits that no cache has, and a cache of an encoder."""
+    kernel.check_engine(options.engine, options.device)
+    if options.cache is not None:
+        CacheScheme(options.cache)
+        if kind == "encoder":
+            raise UsageError(f"{source} is an encoder: it has no cache to quantize", "leave the cache out")
 
 
 def compute(model: PreTrainedModel) -> str:
@@ -205,6 +199,14 @@ class _Reference:
     folder: Path
     text: Path | None
     window: int
+
+    def floor(self, cast: PreTrainedModel, most: int | None, progress: Callable[[float], None]) -> float:
+        """What the cast of the model to another float type costs, on the beginning of the text, a window at least.
+
+        Mean KL in nats per token of a decoder, mean cosine of an encoder. most: tokens, if there is a limit.
+        """
+        beginning = max(FLOOR_TOKENS, self.window)
+        return self.compare(cast, beginning if most is None else min(beginning, most), progress).mean
 
     def compare(
         self, other: PreTrainedModel, most: int | None, progress: Callable[[float], None], step: int | None = None

@@ -159,16 +159,21 @@ def compare(
             progress(window.fraction)
     if not rows:
         raise TextError("there is no window to evaluate", "give a longer text")
+    return _summed(rows, length, unknown, digest.hexdigest())
+
+
+def _summed(rows: list[_Positions], window: int, unknown: int, text: str) -> Comparison:
+    """The figures of all windows, each row one of them, put together; the rest is as `Comparison` has it."""
     kl, nll, nll_reference, agreed = (torch.stack(column) for column in zip(*rows, strict=True))
     return Comparison(
-        window=length,
+        window=window,
         kl=kl.mean(dim=1),
         nll=nll.mean(dim=1),
         nll_reference=nll_reference.mean(dim=1),
         agreed=agreed.sum(dim=1),
         kl_tokens=kl.float().flatten(),
         unknown=unknown,
-        text=digest.hexdigest(),
+        text=text,
     )
 
 

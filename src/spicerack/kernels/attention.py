@@ -14,6 +14,9 @@ from spicerack.errors import ShapeError
 from spicerack.kernels import panels
 from spicerack.kernels.panels import PANEL, TYPES
 
+_NO_MASK = (0, 0, 0, 0)
+"""The place of a mask that hides nothing: the kernel reads none at address 0."""
+
 
 def attention(
     q: torch.Tensor,
@@ -48,24 +51,11 @@ def attention(
         return y
     if not keys:
         return y.zero_()
-    hidden = (0, 0, 0, 0)
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
-        mask = mask if mask.stride(3) == 1 or keys == 1 else mask.contiguous()
-        hidden = _place(mask)
+    mask = None if mask is None else _spread(mask, batch, heads, queries, keys)
     sizes = (batch, heads, kv_heads, queries, keys, width, value_width)
-    _native.attention(
-        panels.engine_index(engine),
-        TYPES[q.dtype],
-        _place(q),
-        _place(k),
-        _place(v),
-        hidden,
-        y.data_ptr(),
-        sizes,
-        causal,
-        scale,
-    )
+    places = (_place(q), _place(k), _place(v), _NO_MASK if mask is None else _place(mask))
+    index = panels.engine_index(engine)
+    _native.attention(index, TYPES[q.dtype], *places, y.data_ptr(), sizes, causal, scale)
     return y
 
 
@@ -84,6 +74,15 @@ def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tens
     if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu):
         return "it takes boolean masks of four axes"
     return None
+
+
+def _spread(mask: torch.Tensor, batch: int, heads: int, queries: int, keys: int) -> torch.Tensor:
+    """`mask` as [B, H, L, S], keys side by side: a view of it with steps of 0, or a copy where keys lie apart.
+
+    A single key is side by side with itself, whatever its stride says.
+    """
+    mask = mask.expand(batch, heads, queries, keys)
+    return mask if mask.stride(3) == 1 or keys == 1 else mask.contiguous()
 
 
 def _place(t: torch.Tensor) -> tuple[int, int, int, int]:

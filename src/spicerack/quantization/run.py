@@ -123,29 +123,57 @@ def quantize(
     Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
     """
     chosen = recipe.of(scheme, rules).with_choices(range_, method, observer)
+    options = _FolderOptions(output, calibration, device, threads, memory, shard_bytes, progress)
     if isinstance(model, torch.nn.Module):
-        if calibration is not None or chosen.method not in (None, Method()) or chosen.observer is not None:
-            raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
-        if device != "cpu":
-            raise UsageError(f"device {device}: a module is rounded to nearest where it is", "move the module")
-        if any(option is not None for option in (output, threads, memory, shard_bytes, progress)):
-            raise UsageError(
-                "output, threads, memory, shard_bytes and progress are for folders; a module is quantized in memory",
-                "write it with spicerack.save(module, folder)",
-            )
-        return quantize_module(model, chosen, compute)
+        return _in_memory(model, chosen, compute, options)
     if compute is not None:
         raise UsageError("compute is no property of a folder", "pass it to load(folder, compute=...)")
-    if output is None:
+    return _of_folder(model, chosen, options).as_dict()
+
+
+@dataclass(frozen=True, slots=True)
+class _FolderOptions:
+    """What `quantize` takes for folders and not for modules, by the same names; the defaults are what none means."""
+
+    output: str | Path | None
+    calibration: Calibration | None
+    device: str
+    threads: int | None
+    memory: int | None
+    shard_bytes: int | None
+    progress: Progress | None
+
+
+def _in_memory(
+    module: torch.nn.Module, chosen: Recipe, compute: Compute | None, options: _FolderOptions
+) -> torch.nn.Module:
+    """A new module, rounded to nearest. Raises UsageError for methods that need text, and for options of folders."""
+    if options.calibration is not None or chosen.method not in (None, Method()) or chosen.observer is not None:
+        raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
+    if options.device != "cpu":
+        raise UsageError(f"device {options.device}: a module is rounded to nearest where it is", "move the module")
+    others = (options.output, options.threads, options.memory, options.shard_bytes, options.progress)
+    if any(option is not None for option in others):
+        raise UsageError(
+            "output, threads, memory, shard_bytes and progress are for folders; a module is quantized in memory",
+            "write it with spicerack.save(module, folder)",
+        )
+    return quantize_module(module, chosen, compute)
+
+
+def _of_folder(model: str | Path, chosen: Recipe, options: _FolderOptions) -> Summary:
+    """A smaller folder, by this process alone. Raises UsageError without an output, and what `execute` raises."""
+    calibration, device = options.calibration, options.device
+    if options.output is None:
         raise UsageError(f"no output folder for {model}", "pass output='...'")
     if device != "cpu" and calibration is None:
         raise UsageError(f"device {device}: without calibration text all is done on the CPU", "pass calibration=...")
-    means = Means(devices.find(device), threads, memory)
-    job = prepare(model, decided(chosen, calibration is not None), shard_bytes=shard_bytes or SHARD_BYTES)
-    watch = Watch() if progress is None else _Progress(progress)
-    summary = execute(job, Path(output), calibration=calibration, means=means, watch=watch)
+    means = Means(devices.find(device), options.threads, options.memory)
+    job = prepare(model, decided(chosen, calibration is not None), shard_bytes=options.shard_bytes or SHARD_BYTES)
+    watch = Watch() if options.progress is None else _Progress(options.progress)
+    summary = execute(job, Path(options.output), calibration=calibration, means=means, watch=watch)
     assert summary is not None, "this is the only process"
-    return summary.as_dict()
+    return summary
 
 
 class _Progress(Watch):

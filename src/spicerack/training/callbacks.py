@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from spicerack.training.schedule import Schedule, decay
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Whoever looks on while a model trains, and may ask for an end; by default nobody.
+
+    told        is given sentences on the way, by each process
+    stopping    is asked behind each step, on every rank, whether to save and to end there with KeyboardInterrupt
+    callbacks   of transformers' Trainer, beside the run's own
+    """
+
+    told: Callable[[str], None] = lambda _: None
+    stopping: Callable[[], bool] = lambda: False
+    callbacks: tuple[TrainerCallback, ...] = ()
 
 
 class Decay(TrainerCallback):

@@ -33,22 +33,21 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from spicerack.errors import UsageError
 from spicerack.machine.ranks import launched
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Recipe, Rule
 from spicerack.runtime import hf
 from spicerack.runtime.load import load
 from spicerack.storage.durable import json_bytes, read_json, sync, write_atomically
 from spicerack.storage.reader import Checkpoint
 from spicerack.training import files, text
-from spicerack.training.callbacks import Stopping, curves
+from spicerack.training.callbacks import Stopping, Watch, curves
 from spicerack.training.distillation import TOP, Cached, Live, Teacher, check_vocabulary
-from spicerack.training.job import Job
+from spicerack.training.job import Job, TrainOptions, prepare
 from spicerack.training.qat.prepare import freeze, prepare_qat, scales
 from spicerack.training.qat.start import QATConfig
 from spicerack.training.settings import Settings, arguments
 from spicerack.training.sharding import ShardedTrainer, shard
 from spicerack.training.shipping import loss_of, ship
-from spicerack.training.start import Twin, find_start
+from spicerack.training.start import Twin
 from spicerack.training.text import Corpus, Order
 from spicerack.training.trainer import FewBitsTrainer
 
@@ -119,25 +118,28 @@ def train(
     Under torchrun all processes call it. Killed anywhere, the same call continues, to the same bytes. Raises UsageError
     and its kinds, TrainingError where a loss is not finite (checkpoints stay).
     """
+    options = TrainOptions(
+        data=data, scheme=scheme, rules=rules, config=config or QATConfig(), settings=settings or Settings(),
+        teacher=teacher, predictions=predictions, held_out=held_out, tokenizer=tokenizer, twin=twin,
+        scales_only=scales_only,
+    )  # fmt: skip
+    return execute(model, output, options, Watch(told, stopping, tuple(callbacks)))
+
+
+def execute(model: str | Path, output: str | Path, options: TrainOptions, watch: Watch) -> Trained:
+    """As `train`, with what is asked for, and who looks on, as one object each.
+
+    model: a folder or hub id, or a config.json. output: the folder to write, which must not exist. Raises what `train`
+    raises, and KeyboardInterrupt, behind a checkpoint, where the watch asked for an end.
+    """
     began = time.time()
     _require_packages()
-    job = Job(
-        output=Path(output),
-        recipe=None if scheme is None else recipe.of(scheme, rules),
-        settings=settings or Settings(),
-        config=config or QATConfig(),
-        start=find_start(model, tokenizer=tokenizer, twin=twin),
-        teacher=None if teacher is None else Checkpoint.open(teacher),
-        scales_only=scales_only,
-        data=data,
-        held_out=held_out,
-        predictions=None if predictions is None else Path(predictions),
-    )
+    job = prepare(model, Path(output), options)
     args = arguments(job.settings, files.folder_of(job.output), launched().count)
     identity = job.identity(args.world_size)
     with files.entered(job.output, identity, first=args.process_index == 0) as folder:
-        run = _with_text(job, args, folder, told)
-        trainer = _begin(run, stopping, callbacks)
+        run = _with_text(job, args, folder, watch.told)
+        trainer = _begin(run, watch)
         _take_steps(run, trainer)
         return _finish(run, trainer, began)
 
@@ -184,7 +186,7 @@ def _with_text(job: Job, args: TrainingArguments, folder: Path, tell: Callable[[
     return _Run(job, args, folder, corpus, files.last_checkpoint(folder))
 
 
-def _begin(run: _Run, stopping: Callable[[], bool], callbacks: Iterable[TrainerCallback]) -> FewBitsTrainer:
+def _begin(run: _Run, watch: Watch) -> FewBitsTrainer:
     """The Trainer in front of its first step, or of the one behind its checkpoint.
 
     Of a run that begins, the losses before the first step are written down: one that continues cannot measure them.
@@ -198,7 +200,7 @@ def _begin(run: _Run, stopping: Callable[[], bool], callbacks: Iterable[TrainerC
     before = {"float": run.loss_of(net)} if begins and run.first and job.recipe is not None else {}
     _prepare(run, net)
     trainer = _trainer(run, net, teacher)
-    for callback in (Stopping(stopping), *([curves(run.folder)] if run.first else []), *callbacks):
+    for callback in (Stopping(watch.stopping), *([curves(run.folder)] if run.first else []), *watch.callbacks):
         trainer.add_callback(callback)
     if begins and job.quantizes:
         rounded = trainer.evaluate()["eval_loss"]

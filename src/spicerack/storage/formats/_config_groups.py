@@ -4,9 +4,9 @@
     schemes   the section of a folder -> its schemes
 
 A group names its modules by what compressed-tensors calls targets: a class, a module's path, or `re:` and a regular
-expression that is matched against paths. Written are few of them: one for a kind of layer, in all blocks at once, where that matches
-no module too many. Reading looks at the numbers of a group and never at its targets: which modules it means is told by
-the tensors' shapes, so that a regular expression in a stranger's config is never run.
+expression that is matched against paths. Written are few of them: one for a kind of layer, in all blocks at once, where
+that matches no module too many. Reading looks at the numbers of a group and never at its targets: which modules it
+means is told by the tensors' shapes, so that a regular expression in a stranger's config is never run.
 """
 
 from __future__ import annotations
