@@ -1,4 +1,7 @@
-"""`spicerack generate MODEL PROMPT`: the quickest look at what is left of a model."""
+"""`spicerack generate MODEL PROMPT`: the quickest look at what is left of a model.
+
+Text appears as it is made. With --json it does not: the object has all of it, and the speed, at the end.
+"""
 
 from __future__ import annotations
 

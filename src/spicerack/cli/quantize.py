@@ -1,4 +1,10 @@
-"""`spicerack quantize MODEL -o OUT --scheme w4g128`."""
+"""`spicerack quantize MODEL -o OUT --scheme w4g128`.
+
+The stages, each of which can refuse before the next costs anything: what was typed becomes a `Recipe`; `prepare` reads
+headers and decides about every tensor; `_calibration` tokenizes the text, if there is one; `plan` finds out what will
+be in memory; --dry-run ends here; `execute` writes the folder. Under torchrun every process goes this way, and the
+first one speaks.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
 
 ABOUT = About(place=20, summary="Turn a model folder into a smaller one that runs.", resumes=True)
 _LENGTH = 512
+"""Tokens of a calibration sequence by default; a model with fewer positions gets as many as it has."""
 
 
 def _names(folder: str) -> str:
@@ -36,10 +43,14 @@ def _names(folder: str) -> str:
 
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+"""What may stand behind a number of bytes: decimal units, as `_output.size` prints them."""
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """ "500MB" -> 500,000,000."""
+    """What --shard-size and --memory mean in bytes: "500MB" -> 500,000,000; decimal units, or a plain number.
+
+    value: as typed, at most twelve digits; None where the option was not given, and stays None. Raises BadParameter.
+    """
     if value is None:
         return None
     match = re.fullmatch(r"([1-9]\d{0,11})\s*([kmg]b)?", value.lower())
@@ -50,7 +61,21 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """What was typed, option by option."""
+    """What was typed, option by option, under the names of click's parameters.
+
+    model                   folder, or hub id
+    output                  folder to write
+    scheme, range_, method, observer   over those of `recipe_file`; None leaves them to it, or to the defaults
+    calib                   text to run the model on, "none" for text that it makes itself; None: no calibration
+    samples, length, seed   how many sequences of it, their tokens (None: `_LENGTH`), which ones
+    device                  where blocks compute while they are calibrated
+    recipe_file             YAML with a scheme and rules
+    set_, skip              rules, each option's own; their order is in the context
+    threads                 of the CPU; None: one per core
+    shard_bytes             the largest file to write
+    memory                  bytes that must not be exceeded; None: no limit
+    dry_run, as_json        show what would be done; print one JSON object
+    """
 
     model: str
     output: Path
@@ -73,7 +98,12 @@ class _Options:
     as_json: bool
 
     def recipe(self, rules: list[Rule]) -> Recipe:
-        """The recipe's file with what was typed over it. Raises RecipeError, SchemeError."""
+        """The recipe's file with what was typed over it, and `rules`, of --set and --skip, behind the file's own.
+
+        `--method auto` undoes the file's method: the choice is then made by scheme and text. Raises RecipeError where
+        there is neither a file nor a scheme, and for what cannot be combined; SchemeError for a scheme that there is
+        not.
+        """
         from spicerack.numerics.scheme import parse
         from spicerack.quantization import recipe
 
@@ -177,7 +207,11 @@ def _dry_run(job: Job, planned: MemoryPlan) -> dict[str, Any]:
 
 
 def _place(device: str) -> tuple[torch.device, Ranks]:
-    """Where this process computes, and among which others, if torchrun started it."""
+    """Where this process computes, and among which others, if torchrun started it.
+
+    device: as typed, "cpu" or "cuda" under torchrun; each process then has the GPU of its own number. That torchrun
+    started it is told by a variable that nobody else sets. Raises UsageError for a device that torch cannot compute on.
+    """
     from spicerack.machine import devices
     from spicerack.machine.ranks import ALONE, join
 
@@ -188,7 +222,12 @@ def _place(device: str) -> tuple[torch.device, Ranks]:
 
 
 def _calibration(job: Job, source: str, options: _Options) -> Calibration:
-    """The text that --calib names, as tokens of the job's model. Raises UsageError, TextError, CheckpointError."""
+    """The text that --calib names, as tokens of the job's model.
+
+    job: of the float model, whose tokenizer, kind and number of positions count. source: a file, a folder, a data set,
+    or "none" for text that the model makes itself, for which it is loaded. options: how many sequences, of how many
+    tokens, and which. Raises UsageError for sequences longer than the model's positions, TextError, CheckpointError.
+    """
     from spicerack.models.kind import kind_of, positions
     from spicerack.runtime import hf
     from spicerack.runtime.load import load

@@ -109,7 +109,10 @@ def command(
 
 
 def _source(model: str | None, from_scratch: str | None) -> str:
-    """The one of both that was given. Raises UsageError for both, none, and a folder where a config.json should be."""
+    """The one of both that was given: a model, or a config.json to begin from with random weights.
+
+    Raises UsageError for both, for none, and for a folder where a config.json should be.
+    """
     if (model is None) == (from_scratch is None):
         raise UsageError("give either MODEL or --from-scratch CONFIG", "spicerack train --help")
     if from_scratch is not None and not from_scratch.endswith(".json"):
@@ -118,7 +121,12 @@ def _source(model: str | None, from_scratch: str | None) -> str:
 
 
 def _options(rules: list[Rule], given: dict[str, Any]) -> TrainOptions:
-    """What is asked for, of the options that were typed. Raises UsageError for those that could have no effect."""
+    """What is asked for, of the options that were typed.
+
+    rules: of --set and --skip, in their order. given: click's parameters by name, None for what was not typed. Those
+    that are fields of `Settings`, `QATConfig` or `TrainOptions` go there, by their names. Raises UsageError for those
+    that could have no effect, and for numbers that make no sense.
+    """
     from spicerack.training.job import TrainOptions
     from spicerack.training.qat.start import QATConfig
     from spicerack.training.settings import Settings
@@ -134,7 +142,11 @@ def _options(rules: list[Rule], given: dict[str, Any]) -> TrainOptions:
 
 
 def _given(options: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Those of a dataclass's fields that were given on the command line; 0 is given, a flag that is not set is not."""
+    """Those of the fields of the dataclass `kind` that were given on the command line, name -> value.
+
+    options: click's parameters, None for what was not typed. 0 is given; a flag that is not set is not, so that the
+    dataclass's own default holds.
+    """
     names = {field.name for field in fields(kind)}
     return {
         name: value for name, value in options.items() if name in names and value is not None and value is not False
@@ -210,7 +222,11 @@ def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
 
 
 def _report(trained: Trained, source: str, console: Console) -> None:
-    """The four losses, how far it came, and what to do next. source: what it was trained from."""
+    """The four losses in nats a token, how far it came, and what to do next.
+
+    trained: what came out; a figure that it has not (a float run, no teacher) has no row. source: what it was trained
+    from, for the command that compares the two; a config.json has no float model to compare with.
+    """
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
