@@ -39,7 +39,7 @@ engine_option = click.option(
 )
 """--engine, a name that `kernels.kernel.check_engine` knows or refuses, since only it knows this processor."""
 model_argument = click.argument("model", metavar="MODEL")
-"""MODEL: a folder, or a hub id, which `storage.files.locate` finds among the downloaded ones."""
+"""MODEL: a folder, or a hub id, of which `storage.files.locate` fetches a snapshot into the hub's own cache."""
 
 
 def console(as_json: bool = False) -> Console:

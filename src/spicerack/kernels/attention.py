@@ -2,7 +2,12 @@
 
 It runs on the engines of the products, for models whose own code would call torch's (`nn.attention` puts it there). No
 matrix of scores is kept: keys are taken some at a time, sums shrink when a larger score comes (the online softmax of
-Milakov and Gimelshein 2018, arXiv:1805.02867). What it cannot do `obstacle` says, and torch does.
+Milakov and Gimelshein 2018, arXiv:1805.02867). So memory is that of the results, however long the text is. What it
+cannot do `obstacle` says, and torch does.
+
+What is given up. There are no gradients and no dropout, masks hide keys and add nothing, and a head's width is a
+multiple of 16, because 16 numbers are what one vector holds. Sums run in another order than torch's, so that the last
+bits of a result are not torch's.
 """
 
 from __future__ import annotations
@@ -60,7 +65,11 @@ def attention(
 
 
 def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
-    """Why `attention` cannot run these, or None if it can."""
+    """Why `attention` cannot run these, as the end of a sentence, or None if it can.
+
+    The arguments are those of `attention`. Asked before each call by who has torch's attention to fall back to; it
+    looks at types, axes and widths only, and at no number.
+    """
     if not (q.dim() == k.dim() == v.dim() == 4 and q.is_cpu and k.is_cpu and v.is_cpu):
         return "it takes three tensors of four axes, on the CPU"
     if q.dtype not in TYPES or k.dtype != q.dtype or v.dtype != q.dtype:
@@ -86,6 +95,9 @@ def _spread(mask: torch.Tensor, batch: int, heads: int, queries: int, keys: int)
 
 
 def _place(t: torch.Tensor) -> tuple[int, int, int, int]:
-    """Address and the steps of the first three axes, in elements."""
+    """Where a tensor of four axes lies: its address, and the steps of the first three axes, in elements.
+
+    The last axis has steps of 1: `attention` copies what has others. Views and heads that share keys need no copy.
+    """
     batch, head, row, _ = t.stride()
     return t.data_ptr(), batch, head, row
