@@ -31,7 +31,10 @@ def use_native_attention(model: PreTrainedModel, engine: str | None = None) -> N
 
     Its config is changed, and nothing else. A model that was asked for another attention keeps it, and so does one
     whose family does not look it up by name (`names.ATTENTION_BY_NAME`, or transformers itself says that it cannot be
-    set). engine: as in `kernels.attention`; each has a name of its own among transformers', so that it is this model's.
+    set).
+
+    model: of any family; called again with another engine it takes that one. engine: as in `kernels.attention`, None
+    the fastest; each has a name of its own among transformers', so that it is this model's alone.
     """
     if model.config._attn_implementation != "sdpa" or model.config.model_type in names.ATTENTION_BY_NAME:
         return

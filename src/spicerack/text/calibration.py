@@ -4,6 +4,10 @@ For a decoder the documents are joined with the tokenizer's own end and start to
 length; nothing is padded. For an encoder each document is one sequence, and padding is masked: that is how either is
 used.
 
+How it chooses. Of a large source an evenly spread share is tokenized, about `BYTES_A_TOKEN` bytes for each token that
+was asked for; of the sequences that this makes, each is as likely as any other. What is given up is the rest of the
+source, and that a sequence begins where a cut falls and not where a sentence does.
+
 Calibrate on other text than is evaluated: the same would flatter the result. The hash of the text is kept for that, and
 an evaluation on it warns.
 """
@@ -121,7 +125,10 @@ def _packed(
     length: int,
     seed: int,
 ) -> _Chosen:
-    """Some of the sequences that the passages make when they are joined, all of `length`. Raises TextError."""
+    """Some of the sequences that the passages make when they are joined, all of `length` tokens; no mask, no notes.
+
+    source: for the error alone. samples: how many at most. seed: which. Raises TextError where there is not one.
+    """
     packing = Packing(tokenizer, length)
     sequences = sample(packing.sequences(passages), samples, seed)
     if not sequences:
@@ -141,7 +148,10 @@ def _padded(
     length: int,
     seed: int,
 ) -> _Chosen:
-    """Some of the documents, each a sequence, cut at `length` and padded at the end. Raises TextError."""
+    """Some of the documents, each a sequence, cut at `length` tokens and padded at the end to the longest; with a mask.
+
+    source: for the error alone. A note says how many documents were cut. Raises TextError where there is no text.
+    """
     texts = sample((passage.text for passage in passages if passage.first and passage.text.strip()), samples, seed)
     if not texts:
         raise TextError(f"{source} has no text", "give one sentence per line")
@@ -155,9 +165,10 @@ def _padded(
 
 
 def checked(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibration:
-    """`calibration` with its share of unknown tokens, and notes on what is odd about it.
+    """`calibration` with its share of unknown tokens, and notes on what is odd about it; nothing in it is changed.
 
-    Special tokens do not count. Raises TextError if it is no use.
+    tokenizer: which tokens stand for what it does not know, and which are special and do not count. Raises TextError if
+    the text is no use: more than half of it is unknown, or it has fewer than `FEWEST_TOKENS` different tokens.
     """
     special = set(tokenizer.all_special_ids)
     unknown_id = tokenizer.unk_token_id

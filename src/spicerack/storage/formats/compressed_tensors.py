@@ -47,7 +47,12 @@ class CompressedTensors(MethodFormat):
     read_by_others: bool = True
 
     def obstacles(self, contents: Contents) -> list[str]:
-        """What compressed-tensors does not have, for each module that needs it."""
+        """What compressed-tensors does not have, a sentence for each module that needs it.
+
+        It has integers of the full range of 2 to 8 bits, a float scale for each row or group of a row, an integer zero
+        point beside it, and int8 activations with w8; embeddings, experts in one tensor and convolutions are left to
+        other formats.
+        """
         reasons = ((p, _obstacle(p)) for p in contents.values())
         return [f"{p.module}: compressed-tensors has no {reason}" for p, reason in reasons if reason]
 
@@ -67,7 +72,11 @@ class CompressedTensors(MethodFormat):
         return tensors
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
-        """Zero points are packed along the output rows, as the format wants them, and not along the groups."""
+        """The tensors of one module, in the layout's order.
+
+        q: codes [N, K]. Zero points are packed along the output rows, as the format wants them, and not along the
+        groups.
+        """
         module, scheme, scale = stored.module, stored.scheme, q.plain_scale
         if scheme.activations:
             integers = {f"{module}.weight": q.codes, f"{module}.weight_scale": scale}
@@ -112,7 +121,11 @@ class CompressedTensors(MethodFormat):
         return contents
 
     def _match(self, module: str, integer: bool, schemes: Iterable[Scheme], checkpoint: Checkpoint) -> StoredTensor:
-        """The one scheme of config.json that the tensors of `module` are shaped for."""
+        """The one scheme of config.json that the tensors of `module` are shaped for, as a StoredTensor.
+
+        integer: its codes are int8 and not packed. schemes: of config.json's groups. Raises CheckpointError where none
+        fits, or several do, for permuted columns and for a scale that is missing.
+        """
         tensors = checkpoint.tensors
         if f"{module}.weight_g_idx" in tensors:
             raise CheckpointError(f"{checkpoint.folder}: {module} has permuted columns (weight_g_idx)", ELSEWHERE)
@@ -168,7 +181,7 @@ class CompressedTensors(MethodFormat):
 
 
 def _obstacle(p: StoredTensor) -> str | None:
-    """What compressed-tensors lacks for `p`; None if it holds it exactly."""
+    """What compressed-tensors lacks for `p`, as the end of "compressed-tensors has no"; None if it holds it exactly."""
     scheme, integers = p.scheme, p.scheme.levels.integers
     if p.role not in ("linear", "head", "router") or p.transposed or len(p.shape) != 2:
         return f"quantized {p.role}"
@@ -185,7 +198,8 @@ def _obstacle(p: StoredTensor) -> str | None:
 
 
 def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
-    """int8 codes [..., C] as words, moved by 2^(b-1) so that none is negative."""
+    """int8 codes [..., C] of `width` bits -> int32 words [..., ceil(C width / 32)], moved by 2^(b-1) so that none is
+    negative."""
     return native.pack(codes, width, offset=2 ** (width - 1))
 
 
@@ -195,7 +209,10 @@ def _unpack(words: torch.Tensor, width: int, columns: int) -> torch.Tensor:
 
 
 def _shape(module: str, integer: bool, checkpoint: Checkpoint) -> tuple[int, int]:
-    """N and K of a module: of its codes, or of the tensor that says so where they are packed."""
+    """N and K of a module: of its codes, or of the tensor that says so where they are packed, because padding hides K.
+
+    Raises CheckpointError for a tensor that is missing, or holds anything but two numbers above 0.
+    """
     if integer:
         shape: Sequence[int] = checkpoint.tensors[f"{module}.weight"].shape
     else:
