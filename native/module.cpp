@@ -34,8 +34,8 @@ using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-void require(bool fact, const char* what) {
-    if (!fact) throw std::invalid_argument(what);
+void require(bool fact, const char* message) {
+    if (!fact) throw std::invalid_argument(message);
 }
 
 Float float_type(const Floats& w) {
@@ -53,8 +53,8 @@ Float float_type(const std::string& name) {
     return Float::bf16;
 }
 
-Blocks blocks_of(const Floats& w) {
-    require(w.shape(1) > 0, "empty blocks");
+Groups groups_of(const Floats& w) {
+    require(w.shape(1) > 0, "empty groups");
     return {w.data(), float_type(w), int64_t(w.shape(0)), int64_t(w.shape(1))};
 }
 
@@ -65,62 +65,62 @@ const Quantizers& quantizers_for(const std::string& isa) {
     throw std::invalid_argument("this processor has no " + isa);
 }
 
-// Scales [count], zeros [count] and codes [count, size] of blocks w [count, size], as search.h tells -> every weight is
+// Scales [count], zeros [count] and codes [count, size] of groups w [count, size], as search.h tells -> every weight is
 // finite, every scale is usable. importance: one value for each weight, or a length that repeats.
 std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& scale_type,
             const std::vector<float>& coarse, const std::vector<float>& shifts, const std::vector<float>& fine, int refinements,
             std::optional<Vector<const float>> importance, Vector<float> scale, Vector<int8_t> zero, Matrix<int8_t> codes,
             const std::string& isa) {
-    const Blocks blocks = blocks_of(w);
-    const size_t count = blocks.count, size = blocks.size;
-    require(scale.shape(0) == count && zero.shape(0) == count, "one scale and zero for each block");
+    const Groups groups = groups_of(w);
+    const size_t count = groups.count, size = groups.size;
+    require(scale.shape(0) == count && zero.shape(0) == count, "one scale and zero for each group");
     require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
     require(fine.size() % 2 == 0, "fine factors come in pairs");
     require(!importance || (importance->shape(0) > 0 && importance->shape(0) % size == 0 &&
                             count * size % importance->shape(0) == 0),
-            "importance must repeat over whole blocks");
+            "importance must repeat over whole groups");
     const SearchPlan plan{levels, float_type(scale_type), !coarse.empty(), coarse.data(), int(coarse.size()), shifts.data(),
                     int(shifts.size()), fine.data(), int(fine.size()), refinements};
     const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;
     const Outcome outcome =
-        q.search(blocks, plan, importance ? importance->data() : nullptr, importance ? int64_t(importance->shape(0)) : 1,
+        q.search(groups, plan, importance ? importance->data() : nullptr, importance ? int64_t(importance->shape(0)) : 1,
                  scale.data(), zero.data(), codes.data());
     return {outcome.finite, outcome.fits};
 }
 
-// Codes [count, size] of blocks w [count, size] against scale [count] and zero [count].
+// Codes [count, size] of groups w [count, size] against scale [count] and zero [count].
 void encode(const Floats& w, Levels levels, Vector<const float> scale, std::optional<Vector<const int8_t>> zero,
             Matrix<int8_t> codes, const std::string& isa) {
-    const Blocks blocks = blocks_of(w);
-    const size_t count = blocks.count, size = blocks.size;
-    require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each block");
+    const Groups groups = groups_of(w);
+    const size_t count = groups.count, size = groups.size;
+    require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each group");
     require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
     const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;
-    q.encode(blocks, levels, scale.data(), zero ? zero->data() : nullptr, codes.data());
+    q.encode(groups, levels, scale.data(), zero ? zero->data() : nullptr, codes.data());
 }
 
-// One scale and zero over pieces [count, size] of a long block: error, sum x v, sum v v, sum x, sum v of each, [count, 5].
+// One scale and zero over pieces [count, size] of a long group: error, sum x v, sum v v, sum x, sum v of each, [count, 5].
 void judge(const Floats& pieces, Levels levels, float scale, float zero, Matrix<double> out, const std::string& isa) {
-    const Blocks blocks = blocks_of(pieces);
-    require(out.shape(0) == size_t(blocks.count) && out.shape(1) == 5, "five sums for each piece");
+    const Groups groups = groups_of(pieces);
+    require(out.shape(0) == size_t(groups.count) && out.shape(1) == 5, "five sums for each piece");
     const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;
-    q.judge(blocks, levels, scale, zero, (Sums*)out.data());
+    q.judge(groups, levels, scale, zero, (Sums*)out.data());
 }
 
-// -> sum (decoded - w)^2, sum w^2 over blocks w [count, size] with given codes, scale [count] and zero [count].
+// -> sum (decoded - w)^2, sum w^2 over groups w [count, size] with given codes, scale [count] and zero [count].
 std::pair<double, double> compare(const Floats& w, Levels levels, Vector<const float> scale,
                                   std::optional<Vector<const int8_t>> zero, Matrix<const int8_t> codes) {
-    const Blocks blocks = blocks_of(w);
-    const size_t count = blocks.count, size = blocks.size;
-    require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each block");
+    const Groups groups = groups_of(w);
+    const size_t count = groups.count, size = groups.size;
+    require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each group");
     require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
     const Quantizers& q = quantizers_for("");
     nb::gil_scoped_release unlocked;
     Misfit misfit;
-    q.compare(blocks, levels, scale.data(), zero ? zero->data() : nullptr, codes.data(), misfit);
+    q.compare(groups, levels, scale.data(), zero ? zero->data() : nullptr, codes.data(), misfit);
     return {misfit.wrong, misfit.total};
 }
 
@@ -164,12 +164,12 @@ Fake fake_of(uintptr_t w, int type, const std::tuple<int64_t, int64_t, int64_t, 
              uintptr_t zero, const Levels& levels) {
     const auto [n, k, rows, columns] = sizes;
     require(type >= 0 && type <= 2, "no such type");
-    require(n >= 0 && k >= 0 && rows > 0 && columns > 0 && n % rows == 0 && k % columns == 0, "blocks do not fit");
+    require(n >= 0 && k >= 0 && rows > 0 && columns > 0 && n % rows == 0 && k % columns == 0, "groups do not fit");
     return {(const void*)w, Float(type), n, k, rows, columns, (const float*)scale, (const float*)zero, levels};
 }
 
-// w [N, K] rounded to its grid, to out [N, K]. sizes: N, K, rows and columns of a block; scale and zero: float32, one
-// for each block, zero 0 for none.
+// w [N, K] rounded to its grid, to out [N, K]. sizes: N, K, rows and columns of a group; scale and zero: float32, one
+// for each group, zero 0 for none.
 void fake(uintptr_t w, int type, const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t scale,
           uintptr_t zero, const Levels& levels, uintptr_t out, int out_type, const std::string& isa) {
     const Fake f = fake_of(w, type, sizes, scale, zero, levels);
@@ -179,18 +179,18 @@ void fake(uintptr_t w, int type, const std::tuple<int64_t, int64_t, int64_t, int
     for_rows(f, [&](int64_t first, int64_t last) { q.fake(f, first, last, (void*)out, Float(out_type)); });
 }
 
-// Sums of float64 [n, across] over rows of a block, in their order, to float32 [n / rows, across].
+// Sums of float64 [n, across] over rows of a group, in their order, to float32 [n / rows, across].
 void add_rows(const Fake& f, const double* partial, float* out) {
-    for (int64_t block = 0; block < f.n / f.rows * f.across(); block++) {
+    for (int64_t group = 0; group < f.n / f.rows * f.across(); group++) {
         double total = 0;
         for (int64_t row = 0; row < f.rows; row++) {
-            total += partial[(block / f.across() * f.rows + row) * f.across() + block % f.across()];
+            total += partial[(group / f.across() * f.rows + row) * f.across() + group % f.across()];
         }
-        out[block] = float(total);
+        out[group] = float(total);
     }
 }
 
-// What follows from grad [N, K], as fake.h tells: by_weight [N, K], by_scale and by_zero for each block, rounded [N, K].
+// What follows from grad [N, K], as fake.h tells: by_weight [N, K], by_scale and by_zero for each group, rounded [N, K].
 // Address 0: not wanted. by_weight may be grad; by_scale and by_zero get sums without factors.
 void fake_gradients(uintptr_t grad, int grad_type, uintptr_t w, int type,
                     const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t scale, uintptr_t zero,
@@ -230,7 +230,7 @@ void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int sca
           int64_t group, int bits, int offset, bool half) {
     require(codes && scale && n > 0 && k > 0 && bits >= TRITS && bits <= 8, "not a matrix of 2 to 8 bits, or trits");
     require(bits != TRITS || (!zero && !half), "trits have neither zeros nor half levels");
-    require(group >= 0 && group % BLOCK == 0 && (group == 0 || k % group == 0), "groups are multiples of 32");
+    require(group >= 0 && group % TILE == 0 && (group == 0 || k % group == 0), "groups are multiples of 32");
     require(scale_type >= 0 && scale_type <= 2, "no such type");
     new (self) Bound{{(const uint8_t*)codes, (const void*)scale, (const uint8_t*)zero, n, k, group, Float(scale_type),
                       bits, offset, half}};
@@ -301,12 +301,12 @@ void check_panels(int bits, size_t n, size_t k, const Tiles& tiles) {
     require(bits >= TRITS && bits <= 8, "2 to 8 bits, or trits");
     Weights w{};
     w.n = n, w.k = k, w.bits = bits;
-    require(int64_t(tiles.shape(0)) == w.bundles() && int64_t(tiles.shape(1)) == w.blocks() &&
+    require(int64_t(tiles.shape(0)) == w.bundles() && int64_t(tiles.shape(1)) == w.tiles() &&
                 int64_t(tiles.shape(2)) == w.tile_bytes(),
             "codes and tiles do not belong together");
 }
 
-// Codes [N, K] as tiles [bundles, blocks, bytes of a tile]; and back. layout.h.
+// Codes [N, K] as tiles [bundles, tiles of a panel, bytes of a tile]; and back. layout.h.
 void to_panels(Matrix<const uint8_t> codes, int bits, int offset, Tiles tiles) {
     check_panels(bits, codes.shape(0), codes.shape(1), tiles);
     nb::gil_scoped_release unlocked;
@@ -338,16 +338,16 @@ void read_all(int index, Vector<const uint8_t> data, int threads) {
     struct Work {
         const Engine* engine;
         const uint8_t* data;
-        int64_t bytes, next, piece, seen;
+        int64_t bytes, next, piece, checksum;
     } work{&engine(index), data.data(), int64_t(data.shape(0)), 0, 1 << 20, 0};
     nb::gil_scoped_release unlocked;
     run_team(threads, [](void* context, Member) {
         Work& w = *(Work*)context;
-        int64_t seen = 0;
+        int64_t checksum = 0;
         for (int64_t at; (at = __atomic_fetch_add(&w.next, w.piece, __ATOMIC_RELAXED)) < w.bytes;) {
-            seen ^= w.engine->read(w.data + at, w.bytes - at < w.piece ? w.bytes - at : w.piece);
+            checksum ^= w.engine->read(w.data + at, w.bytes - at < w.piece ? w.bytes - at : w.piece);
         }
-        __atomic_fetch_xor(&w.seen, seen, __ATOMIC_RELAXED);
+        __atomic_fetch_xor(&w.checksum, checksum, __ATOMIC_RELAXED);
     }, &work);
 }
 

@@ -117,7 +117,7 @@ INLINE Wide select(const WideMask& mask, const Wide& a, const Wide& b) {
     return {mask.low ? a.low : b.low, mask.high ? a.high : b.high};
 }
 
-// Interleaving the first and second half of the rows log2(LANES) times transposes a LANES x LANES tile.
+// Interleaving the first and second half of the rows log2(LANES) times transposes a LANES x LANES square.
 INLINE void transpose(vf* rows) {
     for (int step = 1; step < LANES; step *= 2) {
         vf mixed[LANES];

@@ -25,9 +25,9 @@ def decoded_folder(quantized: Path, destination: Path) -> Path:
     ledger = json.loads((quantized / LEDGER).read_text())["tensors"]
     names = {entry["tensor"].removesuffix(".weight"): entry["tensor"] for entry in ledger}
     tensors = {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
-    for planned in fmt.contents(checkpoint).values():
-        parts = {name: tensors.pop(name) for name in fmt.layout(planned)}
-        tensors[names[planned.module]] = codec.decode(fmt.decode(planned, parts), planned.source_dtype).contiguous()
+    for stored in fmt.contents(checkpoint).values():
+        parts = {name: tensors.pop(name) for name in fmt.layout(stored)}
+        tensors[names[stored.module]] = codec.decode(fmt.decode(stored, parts), stored.source_dtype).contiguous()
     shutil.copytree(quantized, destination, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
     (destination / "config.json").write_text(json.dumps(fmt.float_config(checkpoint.config)))
     save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})

@@ -13,7 +13,7 @@ from spicerack import plugins
 
 @contextmanager
 def dropped(package: ModuleType, folder: Path, name: str, source: str) -> Iterator[None]:
-    """`package` with one file more, `name`.py in `folder`, for the length of a `with` block."""
+    """`package` with one file more, `name`.py in `folder`, for the length of a `with` statement."""
     (folder / f"{name}.py").write_text(source)
     package.__path__.append(str(folder))
     plugins.names.cache_clear()

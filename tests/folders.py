@@ -104,7 +104,7 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
     fmt = of_folder(checkpoint)
     assert fmt is not None
     found = {}
-    for name, planned in fmt.contents(checkpoint).items():
-        tensors = {key: checkpoint.read(key) for key in fmt.layout(planned)}
-        found[name] = fmt.decode(planned, tensors).codes
+    for name, stored in fmt.contents(checkpoint).items():
+        tensors = {key: checkpoint.read(key) for key in fmt.layout(stored)}
+        found[name] = fmt.decode(stored, tensors).codes
     return found

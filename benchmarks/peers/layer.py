@@ -79,10 +79,10 @@ def weight(n: int, k: int) -> F32:
 @cache
 def rounded(n: int, k: int, bits: int, group: int) -> tuple[I8, F32]:
     """Codes int8 [n, k] and scales float32 [n, k / group] of W: symmetric, plain rounding."""
-    blocks = weight(n, k).reshape(n, k // group, group)
+    groups = weight(n, k).reshape(n, k // group, group)
     largest = max(2 ** (bits - 1) - 1, 1)
-    scale = (np.abs(blocks).max(2) / largest).astype(np.float16).astype(np.float32)
-    codes = np.rint(blocks / scale[..., None]).clip(-largest, largest).astype(np.int8)
+    scale = (np.abs(groups).max(2) / largest).astype(np.float16).astype(np.float32)
+    codes = np.rint(groups / scale[..., None]).clip(-largest, largest).astype(np.int8)
     return codes.reshape(n, k), scale
 
 

@@ -54,7 +54,7 @@ def _layers(variant: str, n: int, k: int, copies: int) -> tuple[tuple[QLinear, .
 
 
 def _quantized(scheme: Scheme, n: int, k: int) -> QTensor:
-    if scheme.block == (None, None):  # nearly all weights of a whole tensor would round to 0
+    if scheme.group == (None, None):  # nearly all weights of a whole tensor would round to 0
         codes = torch.randint(-1, 2, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(n + k))
         return QTensor(scheme, codes, torch.full((1, 1), (1.5 / k) ** 0.5, dtype=torch.float16))
     return rounding.to_nearest(torch.from_numpy(weight(n, k)), scheme, range_="absmax", threads=torch.get_num_threads())

@@ -1,7 +1,7 @@
 // x as bodies read it: strips of its rows, in int8 with their scales and sums, or in float32. Part of linear.cpp.
 //
-// A row of x is quantized by one thread, its blocks of 32 columns from left to right; codes are q = round(a / s), half
-// to even, within -127..127, with s = largest magnitude / 127 of the block or the row, or a given one.
+// A row of x is quantized by one thread, its spans of 32 columns from left to right; codes are q = round(a / s), half
+// to even, within -127..127, with s = largest magnitude / 127 of the span or the row, or a given one.
 #pragma once
 
 #include <cstring>
@@ -13,9 +13,9 @@ namespace spicerack::SPICERACK_ISA {
 namespace {
 
 constexpr float LARGEST = 127.0f;         // codes are -127..127, of equal reach to both sides
-constexpr float FLUSH = 0x1p-100f;        // a block below this counts as zeros: from 2^-121 down 1 / scale would overflow
+constexpr float FLUSH = 0x1p-100f;        // a span below this counts as zeros: from 2^-121 down 1 / scale would overflow
 constexpr int32_t INFINITE = 0x7f800000;  // the bits of infinity; those of NaN are above
-constexpr int VECTORS_A_BLOCK = BLOCK / LANES;
+constexpr int VECTORS_A_SPAN = TILE / LANES;
 
 // Rows in parts of nearly equal size, none larger than `most`: the first `longer` have one row more than the others.
 struct EvenParts {
@@ -27,15 +27,15 @@ struct EvenParts {
     INLINE int64_t size(int64_t part) const { return each + (part < longer); }
 };
 
-// Some rows of x, [rows, K], as the bodies read them. The strip that begins with row r begins at r * blocks * 32
-// (codes, floats) and r * blocks (scale, sums); in it all rows' values for a block lie together.
+// Some rows of x, [rows, K], as the bodies read them. The strip that begins with row r begins at r * spans * 32
+// (codes, floats) and r * spans (scale, sums); in it all rows' values for a span lie together.
 struct Slab {
-    int64_t rows, k, blocks;
+    int64_t rows, k, spans;
     const char* x;
     Float type;
     int8_t* codes;
-    float* scale;    // one for each block, or 1 where rows have their own
-    int32_t* sums;   // of the codes of each block
+    float* scale;    // one for each span, or 1 where rows have their own
+    int32_t* sums;   // of the codes of each span
     float* token;    // [rows], or null: the row's scale
     int32_t* total;  // [rows]: of all codes of a row
     float* floats;
@@ -47,30 +47,30 @@ struct SlabRow {
     int64_t first, height, r;
 
     INLINE int64_t row() const { return first + r; }
-    // Of the row's first value among those that have one for each block.
-    INLINE int64_t at(const Slab& s) const { return first * s.blocks + r; }
-    INLINE int64_t at_column(const Slab& s) const { return (first * s.blocks + r) * BLOCK; }
+    // Of the row's first value among those that have one for each span.
+    INLINE int64_t at(const Slab& s) const { return first * s.spans + r; }
+    INLINE int64_t at_column(const Slab& s) const { return (first * s.spans + r) * TILE; }
 };
 
 INLINE vi magnitude(vf x) { return (vi)x & 0x7fffffff; }
 
 // 32 activations, zeros beyond the row's end.
 template <class T>
-INLINE void load_block(const Slab& s, int64_t row, int64_t block, vf* x) {
-    const typename T::value* at = (const typename T::value*)s.x + row * s.k + block * BLOCK;
-    const int64_t left = s.k - block * BLOCK;
-    if (left >= BLOCK) {
-        for (int i = 0; i < VECTORS_A_BLOCK; i++) x[i] = T::widen(at + i * LANES);
+INLINE void load_span(const Slab& s, int64_t row, int64_t span, vf* x) {
+    const typename T::value* at = (const typename T::value*)s.x + row * s.k + span * TILE;
+    const int64_t left = s.k - span * TILE;
+    if (left >= TILE) {
+        for (int i = 0; i < VECTORS_A_SPAN; i++) x[i] = T::widen(at + i * LANES);
     } else {
-        typename T::value some[BLOCK] = {};
+        typename T::value some[TILE] = {};
         std::memcpy(some, at, left * sizeof *at);
-        for (int i = 0; i < VECTORS_A_BLOCK; i++) x[i] = T::widen(some + i * LANES);
+        for (int i = 0; i < VECTORS_A_SPAN; i++) x[i] = T::widen(some + i * LANES);
     }
 }
 
 // The larger magnitudes of two, as integers, of which NaN is the largest.
 INLINE vi larger(const vf* x, vi most) {
-    for (int i = 0; i < VECTORS_A_BLOCK; i++) most = magnitude(x[i]) > most ? magnitude(x[i]) : most;
+    for (int i = 0; i < VECTORS_A_SPAN; i++) most = magnitude(x[i]) > most ? magnitude(x[i]) : most;
     return most;
 }
 
@@ -93,9 +93,9 @@ struct Step {
 // -> the sum of the codes. Divided, a given scale has the codes that any other reader of it finds; a scale of our own
 // costs a product.
 template <bool DIVIDED>
-INLINE int32_t round_block(const vf* x, const Step& step, int8_t* codes) {
+INLINE int32_t round_span(const vf* x, const Step& step, int8_t* codes) {
     vi sum{};
-    for (int i = 0; i < VECTORS_A_BLOCK; i++) {
+    for (int i = 0; i < VECTORS_A_SPAN; i++) {
         const vf u = DIVIDED ? x[i] / splat(step.scale) : x[i] * step.inverse;
         const vi q = round_to_int(vmin(vmax(u, splat(-LARGEST)), splat(LARGEST)));
         sum += q;
@@ -112,12 +112,12 @@ void quantize_row(const Slab& s, Activations how, float fixed_scale, const SlabR
     int32_t* sums = s.sums + place.at(s);
     const bool given = how == Activations::fixed;
     int32_t worst = 0, total = 0;
-    vf x[VECTORS_A_BLOCK];
+    vf x[VECTORS_A_SPAN];
     Step step;
-    if (how != Activations::blocks) {
+    if (how != Activations::spans) {
         vi most{};
-        for (int64_t b = 0; b < s.blocks; b++) {
-            load_block<T>(s, row, b, x);
+        for (int64_t b = 0; b < s.spans; b++) {
+            load_span<T>(s, row, b, x);
             most = larger(x, most);
         }
         worst = largest_across(most);
@@ -125,17 +125,17 @@ void quantize_row(const Slab& s, Activations how, float fixed_scale, const SlabR
         if (given) step.scale = fixed_scale;
         s.token[row] = step.scale;
     }
-    for (int64_t b = 0; b < s.blocks; b++) {
-        load_block<T>(s, row, b, x);
-        if (how == Activations::blocks) {
+    for (int64_t b = 0; b < s.spans; b++) {
+        load_span<T>(s, row, b, x);
+        if (how == Activations::spans) {
             const int32_t largest = largest_across(larger(x, vi{}));
             worst = largest > worst ? largest : worst;
             step = Step(largest);
         }
-        *scale = how == Activations::blocks ? step.scale : 1.0f;
-        *sums = given ? round_block<true>(x, step, codes) : round_block<false>(x, step, codes);
+        *scale = how == Activations::spans ? step.scale : 1.0f;
+        *sums = given ? round_span<true>(x, step, codes) : round_span<false>(x, step, codes);
         total += *sums;
-        codes += BLOCK * place.height, scale += place.height, sums += place.height;
+        codes += TILE * place.height, scale += place.height, sums += place.height;
     }
     s.total[row] = total;
     s.wild[row] = worst >= INFINITE;
@@ -144,10 +144,10 @@ void quantize_row(const Slab& s, Activations how, float fixed_scale, const SlabR
 template <class T>
 void widen_row(const Slab& s, const SlabRow& place) {
     float* floats = s.floats + place.at_column(s);
-    for (int64_t b = 0; b < s.blocks; b++, floats += BLOCK * place.height) {
-        vf x[VECTORS_A_BLOCK];
-        load_block<T>(s, place.row(), b, x);
-        for (int i = 0; i < VECTORS_A_BLOCK; i++) store(floats + i * LANES, x[i]);
+    for (int64_t b = 0; b < s.spans; b++, floats += TILE * place.height) {
+        vf x[VECTORS_A_SPAN];
+        load_span<T>(s, place.row(), b, x);
+        for (int i = 0; i < VECTORS_A_SPAN; i++) store(floats + i * LANES, x[i]);
     }
 }
 

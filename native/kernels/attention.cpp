@@ -1,7 +1,7 @@
 // softmax(q k^T * scale) v in float32, compiled once per instruction set.
 //
 // The rows of a unit of work are queries that share a head of k and v: some positions, each with all of its heads. A
-// unit walks over the keys in blocks of 128, of which keys are transposed and values widened once for all of its rows,
+// unit walks over the keys 128 at a time, of which keys are transposed and values widened once for all of its rows,
 // and keeps for every row the largest score so far, the sum of 2^(score - largest), and the values weighted by it, all
 // of which shrink when a larger score comes (Milakov and Gimelshein, 2018; Dao et al., 2022).
 //
@@ -16,8 +16,8 @@ namespace spicerack::SPICERACK_ISA {
 namespace {
 
 // Chosen for speed; docs/kernels.md has what was measured (AMD Zen 4).
-// Of a block: 128 and not 64, together with scores and sums by no more vectors than are needed, brought 12 heads of 32 and
-// 128 tokens from 231 to 205 us.
+// At a time. 128 and not 64, together with scores and sums by no more vectors than are needed, brought 12 heads of 32
+// and 128 tokens from 231 to 205 us.
 constexpr int KEYS = 128;
 // Of a strip: rows, and vectors of columns, whose 6 x 4 (of 16 registers 6 x 2) sums stay in registers.
 constexpr int STRIP_ROWS = 6, STRIP_VECTORS = LANES == 8 ? 2 : 4;
@@ -68,16 +68,16 @@ struct Units {
 void transpose_keys(const Attention& call, const Unit& u, int64_t first, int64_t count, float* out) {
     for (int64_t key = 0; key < (count + PANEL - 1) / PANEL * PANEL; key += LANES) {
         for (int64_t column = 0; column < call.width; column += LANES) {
-            vf tile[LANES];
+            vf square[LANES];
             for (int i = 0; i < LANES; i++) {
-                tile[i] = vf{};
+                square[i] = vf{};
                 if (key + i < count) {
                     const char* row = at(call.k, call.type, u.batch, u.kv_head, first + key + i);
-                    tile[i] = widen(row + column * size_of(call.type), call.type);
+                    square[i] = widen(row + column * size_of(call.type), call.type);
                 }
             }
-            transpose(tile);
-            for (int i = 0; i < LANES; i++) store(out + (column + i) * KEYS + key, tile[i]);
+            transpose(square);
+            for (int i = 0; i < LANES; i++) store(out + (column + i) * KEYS + key, square[i]);
         }
     }
 }
@@ -141,14 +141,14 @@ INLINE float largest_of(vf x) {
     return most;
 }
 
-// Keys that a row does not see get no weight: of `count` those from `seen` on, and those that are masked.
-void hide(const Attention& call, const Unit& u, int64_t head, int64_t position, int64_t first, int64_t seen, int64_t count,
-          float* scores) {
-    for (int64_t key = most(seen, 0); key < count; key++) scores[key] = NOTHING;
+// Keys that a row does not see get no weight: of `count` those from `visible` on, and those that are masked.
+void hide(const Attention& call, const Unit& u, int64_t head, int64_t position, int64_t first, int64_t visible,
+          int64_t count, float* scores) {
+    for (int64_t key = most(visible, 0); key < count; key++) scores[key] = NOTHING;
     if (!call.mask.data) return;
     const Strided& m = call.mask;
     const uint8_t* mask = (const uint8_t*)m.data + u.batch * m.batch + head * m.head + position * m.row + first;
-    for (int64_t key = 0; key < least(seen, count); key++) {
+    for (int64_t key = 0; key < least(visible, count); key++) {
         if (!mask[key]) scores[key] = NOTHING;
     }
 }
@@ -216,9 +216,9 @@ void attend(const Units& units, const Unit& u, const State& s, int64_t first) {
     int64_t height;
     for (int64_t r = 0; r < u.rows; r += height) {
         height = least(STRIP_ROWS, u.rows - r);
-        const int64_t seen = least(units.visible(u.first + r + height - 1) - first, count);
-        if (seen <= 0) continue;
-        const int64_t whole = (seen + PANEL - 1) / PANEL * PANEL;
+        const int64_t visible = least(units.visible(u.first + r + height - 1) - first, count);
+        if (visible <= 0) continue;
+        const int64_t whole = (visible + PANEL - 1) / PANEL * PANEL;
         const auto multiply = MULTIPLY[height - 1];
         std::memset(s.weights, 0, height * KEYS * sizeof(float));
         multiply(s.q + r * width, width, s.keys, KEYS, width, s.weights, KEYS, whole);
@@ -228,7 +228,7 @@ void attend(const Units& units, const Unit& u, const State& s, int64_t first) {
             hide(call, u, units.head(u, row), units.position(row), first, units.visible(row) - first, whole, own);
             soften(own, whole, s.largest + r + m, s.total + (r + m) * PANEL, s.sums + (r + m) * value_width, value_width);
         }
-        multiply(s.weights, KEYS, s.values, value_width, seen, s.sums + r * value_width, value_width, value_width);
+        multiply(s.weights, KEYS, s.values, value_width, visible, s.sums + r * value_width, value_width, value_width);
     }
 }
 

@@ -13,16 +13,16 @@ namespace {
 
 // What a body adds to its sums.
 enum Scaling {
-    scale_of_row,    // float32: t, of blocks times their scales of x; W has one scale a row, which comes in the end
-    scale_of_block,  // float32: t s_w, with a scale for each block of W
-    scale_of_group,  // float32: t s_w, with a scale for several blocks of W
+    scale_of_row,    // float32: t, of spans times their scales of x; W has one scale a row, which comes in the end
+    scale_of_tile,   // float32: t s_w, with a scale for each tile of W
+    scale_of_group,  // float32: t s_w, with a scale for several tiles of W
     unscaled,        // int32: u a, where x has one scale a row and W has, too
     of_floats,       // float32: (u - z) x, or s_w (u - z) x where groups of W have scales
     SCALINGS
 };
 
-constexpr int FOLD_BLOCKS = 512 / BLOCK;
-static_assert(COLUMNS % (FOLD_BLOCKS * BLOCK) == 0, "a chunk of float sums ends where they are folded");
+constexpr int FOLD_TILES = 512 / TILE;
+static_assert(COLUMNS % (FOLD_TILES * TILE) == 0, "a chunk of float sums ends where they are folded");
 
 // Panels of one matrix, from the chunk's first column on.
 struct Panels {
@@ -31,21 +31,21 @@ struct Panels {
     const uint8_t* zero[PANELS_MOST];   // null: none
     int64_t step;
     int64_t left, jump;    // bytes to a panel's end, and from there to the panel that its thread reads next
-    int64_t blocks;        // of the chunk
+    int64_t tiles;         // of the chunk, in each panel
     int which;             // panel of a bundle of trits, where they are multiplied by floats
-    int64_t group_blocks;  // 0: one scale a row, applied in the end
+    int64_t group_tiles;   // 0: one scale a row, applied in the end
     Float type;
     int offset;
     bool half;
 };
 
-// A strip of x: for every block of the chunk its M rows one after the other.
+// A strip of x: for every span of the chunk its M rows one after the other.
 struct Strip {
-    const int8_t* codes;   // [blocks, M, 32]
-    const float* scale;    // [blocks, M]
-    const int32_t* start;  // [blocks, M]: -offset * sum of the codes; with zeros the sum itself, negated
-    const float* half;     // [blocks, M]: half the sum of the codes, or null
-    const float* floats;   // [blocks, M, 32], or null
+    const int8_t* codes;   // [spans, M, 32]
+    const float* scale;    // [spans, M]
+    const int32_t* start;  // [spans, M]: -offset * sum of the codes; with zeros the sum itself, negated
+    const float* half;     // [spans, M]: half the sum of the codes, or null
+    const float* floats;   // [spans, M, 32], or null
 };
 
 // How the rows of P panels lie in vectors: P * parts of them at once, all parts of the panels or one of a bundle of
@@ -103,16 +103,16 @@ INLINE void for_each(const Body& body) {
     }
 }
 
-// i += u a of one block, in int32. `at`: bytes to its tile in each panel; a [M, 32].
+// i += u a of one span, in int32. `at`: bytes to its tile in each panel; a [M, 32].
 template <int BITS, int M, int P>
-INLINE void add_block(const Panels& w, int64_t at, int pass, const int8_t* a, vi (&i)[M][Vectors<BITS, P>::count]) {
+INLINE void add_tile(const Panels& w, int64_t at, int pass, const int8_t* a, vi (&i)[M][Vectors<BITS, P>::count]) {
     constexpr int V = Vectors<BITS, P>::count;
 #pragma GCC unroll QUADS_UNROLLED
     for (int quad = 0; quad < QUADS; quad++) {
         vi u[V];
         take<BITS, P>(w, at, quad, pass, u);
         for (int m = 0; m < M; m++) {
-            const vi four = four_bytes(a + m * BLOCK + quad * 4);
+            const vi four = four_bytes(a + m * TILE + quad * 4);
             for (int v = 0; v < V; v++) i[m][v] = dot<BITS>(i[m][v], u[v], four);
         }
     }
@@ -123,8 +123,8 @@ template <int BITS, int M, int P, Scaling SCALING>
 INLINE void scaled_pass(const Panels& w, const Strip& x, float* sums, int pass) {
     using S = Vectors<BITS, P>;
     constexpr int V = S::count;
-    constexpr bool by_group = SCALING == scale_of_group, by_block = SCALING == scale_of_block;
-    const int64_t group = by_group ? w.group_blocks : by_block ? 1 : w.blocks;
+    constexpr bool by_group = SCALING == scale_of_group, by_tile = SCALING == scale_of_tile;
+    const int64_t group = by_group ? w.group_tiles : by_tile ? 1 : w.tiles;
     const auto sum = [&](int m, int v) FLAT { return sums + m * S::rows + S::place(v, pass); };
     const int8_t* a = x.codes;
     const float* s_a = x.scale;
@@ -133,7 +133,7 @@ INLINE void scaled_pass(const Panels& w, const Strip& x, float* sums, int pass) 
     vf t[M][V] = {};
     if constexpr (!by_group) for_each<M, V>([&](int m, int v) FLAT { t[m][v] = load<vf>(sum(m, v)); });
     int64_t at = 0;
-    for (int64_t g = 0; g * group < w.blocks; g++) {
+    for (int64_t g = 0; g * group < w.tiles; g++) {
         if constexpr (by_group) for_each<M, V>([&](int m, int v) FLAT { t[m][v] = vf{}; });
         vi z[V] = {};
         if (w.zero[0]) {
@@ -141,12 +141,12 @@ INLINE void scaled_pass(const Panels& w, const Strip& x, float* sums, int pass) 
                 z[v] = small_factor(zero_at(w, S::panel(v), g, S::row(v, pass)) - SHIFT<BITS>);
             }
         }
-        for (int64_t b = 0; b < group; b++, at += w.step, a += BLOCK * M, s_a += M, start += M) {
+        for (int64_t b = 0; b < group; b++, at += w.step, a += TILE * M, s_a += M, start += M) {
             vi i[M][V];
             for_each<M, V>([&](int m, int v) FLAT { i[m][v] = four_bytes(start + m); });
             if (w.zero[0]) for_each<M, V>([&](int m, int v) FLAT { i[m][v] = small_product(z[v], i[m][v]); });
             if constexpr (prefetches<BITS, M, P>(READ_ONCE.panels_scaled)) prefetch<BITS, P>(w, at);
-            add_block<BITS, M, P>(w, at, pass, a, i);
+            add_tile<BITS, M, P>(w, at, pass, a, i);
             vf f[M][V];
             for_each<M, V>([&](int m, int v) FLAT { f[m][v] = to_float(i[m][v]); });
             if (half) {
@@ -154,9 +154,9 @@ INLINE void scaled_pass(const Panels& w, const Strip& x, float* sums, int pass) 
                 half += M;
             }
             for (int v = 0; v < V; v++) {
-                const vf s_w = by_block ? scale_at(w, S::panel(v), g, S::row(v, pass)) : vf{};
+                const vf s_w = by_tile ? scale_at(w, S::panel(v), g, S::row(v, pass)) : vf{};
                 for (int m = 0; m < M; m++) {
-                    t[m][v] = by_block ? fused(f[m][v] * splat(s_a[m]), s_w, t[m][v])
+                    t[m][v] = by_tile ? fused(f[m][v] * splat(s_a[m]), s_w, t[m][v])
                                        : fused(f[m][v], splat(s_a[m]), t[m][v]);
                 }
             }
@@ -185,9 +185,9 @@ INLINE void summed_pass(const Panels& w, const Strip& x, float* sums, int pass) 
     vi i[M][V];
     for_each<M, V>([&](int m, int v) FLAT { i[m][v] = load<vi>(sum(m, v)); });
     const int8_t* a = x.codes;
-    for (int64_t b = 0, at = 0; b < w.blocks; b++, at += w.step, a += BLOCK * M) {
+    for (int64_t b = 0, at = 0; b < w.tiles; b++, at += w.step, a += TILE * M) {
         if constexpr (prefetches<BITS, M, P>(READ_ONCE.panels_summed)) prefetch<BITS, P>(w, at);
-        add_block<BITS, M, P>(w, at, pass, a, i);
+        add_tile<BITS, M, P>(w, at, pass, a, i);
     }
     for_each<M, V>([&](int m, int v) FLAT { store(sum(m, v), i[m][v]); });
 }
@@ -198,21 +198,21 @@ void summed(const Panels& w, const Strip& x, float* sums) {
 }
 
 // One panel times floats: (u - z) x for each column, columns 4 q + j in the running sum j. Running sums begin anew with
-// each group; of a row with one scale, every FOLD_BLOCKS, so that it makes no difference where chunks end.
+// each group; of a row with one scale, every FOLD_TILES, so that it makes no difference where chunks end.
 template <int BITS, int M>
 void floating(const Panels& w, const Strip& x, float* sums) {
-    const bool rows = w.group_blocks == 0;
-    const int64_t fold = rows ? FOLD_BLOCKS : w.group_blocks;
+    const bool rows = w.group_tiles == 0;
+    const int64_t fold = rows ? FOLD_TILES : w.group_tiles;
     for (int part = 0; part < PARTS; part++) {
         const float* a = x.floats;
         int64_t at = 0;
-        for (int64_t first = 0; first < w.blocks; first += fold) {
-            const int64_t g = rows ? 0 : first / fold, last = first + fold < w.blocks ? first + fold : w.blocks;
+        for (int64_t first = 0; first < w.tiles; first += fold) {
+            const int64_t g = rows ? 0 : first / fold, last = first + fold < w.tiles ? first + fold : w.tiles;
             vf z = splat(float(w.offset));
             if (w.zero[0]) z = to_float(zero_at(w, 0, g, part * LANES));
             if (w.half) z = z - 0.5f;
             vf t[M][4] = {};
-            for (int64_t b = first; b < last; b++, at += w.step, a += BLOCK * M) {
+            for (int64_t b = first; b < last; b++, at += w.step, a += TILE * M) {
 #pragma GCC unroll QUADS_UNROLLED
                 for (int quad = 0; quad < QUADS; quad++) {
                     vi u;
@@ -226,7 +226,7 @@ void floating(const Panels& w, const Strip& x, float* sums) {
 #pragma GCC unroll 4
                     for (int j = 0; j < 4; j++) {
                         const vf value = to_float((vi)((vu)u >> 8 * j) & 0xff) - z;
-                        for (int m = 0; m < M; m++) t[m][j] = fused(splat(a[m * BLOCK + quad * 4 + j]), value, t[m][j]);
+                        for (int m = 0; m < M; m++) t[m][j] = fused(splat(a[m * TILE + quad * 4 + j]), value, t[m][j]);
                     }
                 }
             }

@@ -42,7 +42,7 @@ void prepare_as(const Job& job, int64_t first_strip, int64_t last_strip) {
             continue;
         }
         for (int64_t r = 0; r < height; r++) quantize_row<T>(s, job.how, job.call->fixed_scale, {first, height, r});
-        const int64_t begin = first * s.blocks, end = begin + height * s.blocks;
+        const int64_t begin = first * s.spans, end = begin + height * s.spans;
         for (int i = 0; i < job.call->count; i++) {
             const Weights& w = job.call->products[i].weights;
             // With zeros: minus the sums. Without: minus offset times the sums.

@@ -19,10 +19,10 @@
 namespace spicerack {
 
 constexpr int PANEL = 16;                // rows of a panel
-constexpr int BLOCK = 32;                // columns of a tile, and of a block of activations that share a scale
+constexpr int TILE = 32;                 // columns of a tile, and of a span of activations that share a scale
 constexpr int QUADS = 8;                 // groups of 4 columns in a tile
 constexpr int TILE_UNIT = 64;            // bytes of a tile, for each bit of a code
-constexpr int BYTE_TILE = PANEL * BLOCK;  // bytes of a tile with one byte a code
+constexpr int BYTE_TILE = PANEL * TILE;  // bytes of a tile with one byte a code
 constexpr int TRITS = 1;                 // instead of a number of bits
 constexpr int BUNDLE = 5;                // panels of trits in a byte
 
@@ -38,20 +38,20 @@ struct Weights {
     bool half;
 
     ALWAYS_INLINE int64_t panels() const { return (n + PANEL - 1) / PANEL; }
-    ALWAYS_INLINE int64_t blocks() const { return (k + BLOCK - 1) / BLOCK; }
+    ALWAYS_INLINE int64_t tiles() const { return (k + TILE - 1) / TILE; }
     ALWAYS_INLINE int64_t groups() const { return group == 0 ? 1 : k / group; }
     // Panels whose codes lie together.
     ALWAYS_INLINE int64_t bundles() const { return bits == TRITS ? (panels() + BUNDLE - 1) / BUNDLE : panels(); }
     ALWAYS_INLINE int64_t tile_bytes() const { return int64_t(bits == TRITS ? QUADS : bits) * TILE_UNIT; }
-    ALWAYS_INLINE const uint8_t* tile(int64_t bundle, int64_t block) const {
-        return codes + (bundle * blocks() + block) * tile_bytes();
+    ALWAYS_INLINE const uint8_t* tile(int64_t bundle, int64_t number) const {
+        return codes + (bundle * tiles() + number) * tile_bytes();
     }
 };
 
 // How activations enter the product.
 enum class Activations : int {
     floats,  // as they are, in float32
-    blocks,  // int8, one scale for 32 columns of a row
+    spans,   // int8, one scale for 32 columns of a row
     tokens,  // int8, one scale for a row
     fixed,   // int8, one given scale
 };

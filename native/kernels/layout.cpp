@@ -51,21 +51,21 @@ struct Tile {
     Tile(const uint8_t* codes, int64_t n, int64_t k, int offset, int64_t row, int64_t column) {
         for (int64_t r = 0; r < PANEL && row + r < n; r++) {
             const uint8_t* from = codes + (row + r) * k + column;
-            for (int64_t c = 0; c < BLOCK && column + c < k; c++) bytes[place(r, c)] = uint8_t(from[c] + offset);
+            for (int64_t c = 0; c < TILE && column + c < k; c++) bytes[place(r, c)] = uint8_t(from[c] + offset);
         }
     }
 
     void to(uint8_t* codes, int64_t n, int64_t k, int offset, int64_t row, int64_t column) const {
         for (int64_t r = 0; r < PANEL && row + r < n; r++) {
             uint8_t* out = codes + (row + r) * k + column;
-            for (int64_t c = 0; c < BLOCK && column + c < k; c++) out[c] = uint8_t(bytes[place(r, c)] - offset);
+            for (int64_t c = 0; c < TILE && column + c < k; c++) out[c] = uint8_t(bytes[place(r, c)] - offset);
         }
     }
 };
 
 void pack_trits(const uint8_t* codes, int64_t n, int64_t k, int offset, uint8_t* tiles) {
     for (int64_t row = 0; row < n; row += BUNDLE * PANEL) {
-        for (int64_t column = 0; column < k; column += BLOCK, tiles += BYTE_TILE) {
+        for (int64_t column = 0; column < k; column += TILE, tiles += BYTE_TILE) {
             std::memset(tiles, 0, BYTE_TILE);
             for (int p = BUNDLE - 1; p >= 0; p--) {
                 const Tile tile(codes, n, k, offset, row + p * PANEL, column);
@@ -77,7 +77,7 @@ void pack_trits(const uint8_t* codes, int64_t n, int64_t k, int offset, uint8_t*
 
 void unpack_trits(const uint8_t* tiles, int64_t n, int64_t k, int offset, uint8_t* codes) {
     for (int64_t row = 0; row < n; row += BUNDLE * PANEL) {
-        for (int64_t column = 0; column < k; column += BLOCK, tiles += BYTE_TILE) {
+        for (int64_t column = 0; column < k; column += TILE, tiles += BYTE_TILE) {
             uint8_t left[BYTE_TILE];
             std::memcpy(left, tiles, BYTE_TILE);
             for (int p = 0; p < BUNDLE; p++) {
@@ -97,7 +97,7 @@ void unpack_trits(const uint8_t* tiles, int64_t n, int64_t k, int offset, uint8_
 void pack_panels(const uint8_t* codes, int64_t n, int64_t k, int bits, int offset, uint8_t* tiles) {
     if (bits == TRITS) return pack_trits(codes, n, k, offset, tiles);
     for (int64_t row = 0; row < n; row += PANEL) {
-        for (int64_t column = 0; column < k; column += BLOCK) {
+        for (int64_t column = 0; column < k; column += TILE) {
             const Tile tile(codes, n, k, offset, row, column);
             planes(bits, [&](int width, int low) {
                 squeeze(tile.bytes, width, low, tiles);
@@ -110,7 +110,7 @@ void pack_panels(const uint8_t* codes, int64_t n, int64_t k, int bits, int offse
 void unpack_panels(const uint8_t* tiles, int64_t n, int64_t k, int bits, int offset, uint8_t* codes) {
     if (bits == TRITS) return unpack_trits(tiles, n, k, offset, codes);
     for (int64_t row = 0; row < n; row += PANEL) {
-        for (int64_t column = 0; column < k; column += BLOCK) {
+        for (int64_t column = 0; column < k; column += TILE) {
             Tile tile;
             planes(bits, [&](int width, int low) {
                 spread(tiles, width, low, tile.bytes);
@@ -147,14 +147,14 @@ void decode_rows(const Weights& w, const int64_t* rows, int64_t count, float* ou
     for (int64_t i = 0; i < count; i++) {
         const int64_t panel = rows[i] / PANEL, r = rows[i] % PANEL;
         const uint8_t* tile = w.tile(w.bits == TRITS ? panel / BUNDLE : panel, 0);
-        for (int64_t column = 0; column < w.k; column += BLOCK, tile += w.tile_bytes()) {
+        for (int64_t column = 0; column < w.k; column += TILE, tile += w.tile_bytes()) {
             const int64_t at = (panel * w.groups() + column / group) * PANEL + r;
             const float scale = as_float(w.scale, at, w.scale_type);
             const float zero = float(w.zero ? w.zero[at] : w.offset) - (w.half ? 0.5f : 0.0f);
-            uint8_t codes[BLOCK] = {};
+            uint8_t codes[TILE] = {};
             const uint8_t* plane = tile;
             if (w.bits == TRITS) {
-                for (int64_t c = 0; c < BLOCK; c++) codes[c] = tile[place(r, c)] / POWERS_OF_3[panel % BUNDLE] % 3;
+                for (int64_t c = 0; c < TILE; c++) codes[c] = tile[place(r, c)] / POWERS_OF_3[panel % BUNDLE] % 3;
             } else {
                 planes(w.bits, [&](int width, int low) {
                     const int per = 8 / width, mask = (1 << width) - 1;
@@ -165,7 +165,7 @@ void decode_rows(const Weights& w, const int64_t* rows, int64_t count, float* ou
                     plane += width * TILE_UNIT;
                 });
             }
-            for (int64_t c = 0; c < BLOCK && column + c < w.k; c++) *out++ = scale * (float(codes[c]) - zero);
+            for (int64_t c = 0; c < TILE && column + c < w.k; c++) *out++ = scale * (float(codes[c]) - zero);
         }
     }
 }

@@ -7,8 +7,9 @@
 
 namespace spicerack {
 
-// codes [N, K], one byte each -> tiles [bundles, blocks, bytes of a tile]. Of code + offset the low bits are kept; rows
-// and columns that fill the last tiles up are zeros. bits: 2 to 8, or TRITS, whose codes plus offset are 0, 1 or 2.
+// codes [N, K], one byte each -> tiles [bundles, tiles of a panel, bytes of a tile]. Of code + offset the low bits are
+// kept; rows and columns that fill the last tiles up are zeros. bits: 2 to 8, or TRITS, whose codes plus
+// offset are 0, 1 or 2.
 void pack_panels(const uint8_t* codes, int64_t n, int64_t k, int bits, int offset, uint8_t* tiles);
 
 // Its inverse: codes get back minus offset, modulo 256.

@@ -1,13 +1,13 @@
 // y = x W^T for packed weights, compiled once per instruction set; kernel.h tells the layout.
 //
-// int8 activations. One block of 32 columns is eight integer dot products for every 16 rows; its exact sum becomes
+// int8 activations. One span of 32 columns is eight integer dot products for every 16 rows; its exact sum becomes
 // float32 and is scaled:
 //
-//     t += float(sum over the block of (u - z) a) * s_a        one fused multiply-add for each block
+//     t += float(sum over the span of (u - z) a) * s_a        one fused multiply-add for each span
 //     y += t * s_w                                             another for each group, or one for the row
 //
 // With one scale for a token and one for a row nothing is scaled before the end. Float activations: the same with codes
-// turned to floats, four running sums for a group. Blocks, groups and sums come in the same order wherever they are
+// turned to floats, four running sums for a group. Spans, groups and sums come in the same order wherever they are
 // computed, so results do not depend on M, on threads, or on the instruction set.
 //
 // The rows of x are cut into slabs and these into strips, the panels of W into units, and a unit's columns into chunks.
@@ -52,7 +52,7 @@ Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Aren
     Slab& s = job.slab;
     s.rows = rows;
     s.k = w0.k;
-    s.blocks = w0.blocks();
+    s.spans = w0.tiles();
     s.x = (const char*)call.x + row0 * s.k * size_of(call.type);
     s.type = call.type;
     bool half = false;
@@ -64,17 +64,17 @@ Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Aren
         work[i + 1].first_unit = work[i].first_unit + (w.panels() + panels - 1) / panels;
         half |= w.half;
     }
-    const int64_t count = rows * s.blocks;
+    const int64_t count = rows * s.spans;
     if (how == Activations::floats) {
-        s.floats = arena.floats.need(count * BLOCK);
+        s.floats = arena.floats.need(count * TILE);
         return job;
     }
-    s.codes = arena.codes.need(count * BLOCK);
+    s.codes = arena.codes.need(count * TILE);
     s.scale = arena.scale.need(count);
     s.sums = arena.sums.need(count);
     s.total = arena.total.need(rows);
     s.wild = arena.wild.need(rows);
-    if (how != Activations::blocks) s.token = arena.token.need(rows);
+    if (how != Activations::spans) s.token = arena.token.need(rows);
     if (half) job.halves = arena.halves.need(count);
     int32_t* starts = arena.starts.need(count * call.count);
     for (int i = 0; i < call.count; i++) work[i].starts = starts + i * count;
@@ -164,9 +164,9 @@ void linear(const Call& call) {
     for (int i = 0; i < call.count; i++) {
         const Weights& w = call.products[i].weights;
         n += w.n;
-        bytes += w.bundles() * w.blocks() * w.tile_bytes();
+        bytes += w.bundles() * w.tiles() * w.tile_bytes();
     }
-    const int64_t slab = most(SLAB_BYTES / (w0.blocks() * BLOCK) / FROM_BYTES.rows * FROM_BYTES.rows, SLAB_ROWS_LEAST);
+    const int64_t slab = most(SLAB_BYTES / (w0.tiles() * TILE) / FROM_BYTES.rows * FROM_BYTES.rows, SLAB_ROWS_LEAST);
     const int64_t useful = call.m * w0.k * n / PRODUCTS_A_THREAD + 1;
     const int threads = int(least(call.threads, useful));
     const int64_t rows = call.m / threads;

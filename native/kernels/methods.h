@@ -23,9 +23,9 @@ struct Bodies {
 template <int BITS, int M, int LEAST, int P>
 constexpr void add_scaled(Bodies& bodies) {
     bodies.of[scale_of_row][M - 1] = scaled<BITS, M, P, scale_of_row>;
-    bodies.of[scale_of_block][M - 1] = scaled<BITS, M, P, scale_of_block>;
+    bodies.of[scale_of_tile][M - 1] = scaled<BITS, M, P, scale_of_tile>;
     bodies.of[scale_of_group][M - 1] = scaled<BITS, M, P, scale_of_group>;
-    bodies.panels[scale_of_row] = bodies.panels[scale_of_block] = bodies.panels[scale_of_group] = P;
+    bodies.panels[scale_of_row] = bodies.panels[scale_of_tile] = bodies.panels[scale_of_group] = P;
     if constexpr (M > LEAST) add_scaled<BITS, M - 1, LEAST, P>(bodies);
 }
 
@@ -129,9 +129,9 @@ enum class Reading {
 
 INLINE Scaling scaling_of(Activations how, const Weights& w) {
     if (how == Activations::floats) return of_floats;
-    if (w.group == BLOCK) return scale_of_block;
+    if (w.group == TILE) return scale_of_tile;
     if (w.group != 0) return scale_of_group;
-    return how == Activations::blocks ? scale_of_row : unscaled;
+    return how == Activations::spans ? scale_of_row : unscaled;
 }
 
 // How the rows of x are read, and how many a strip has at most.

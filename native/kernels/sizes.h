@@ -12,7 +12,7 @@ namespace {
 
 // ---- in registers ---------------------------------------------------------------------------------------------------
 
-// What a body multiplies at once: rows of x by panels of W, whose sums stay in registers. A sum that is scaled by block
+// What a body multiplies at once: rows of x by panels of W, whose sums stay in registers. A sum that is scaled by span
 // needs two vectors, its integers and its floats; one that is scaled in the end needs one.
 struct BodySize {
     int rows, panels_scaled, panels_summed;

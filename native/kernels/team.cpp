@@ -26,7 +26,7 @@ struct OpenMP {
 
 #if defined(__linux__)
 // Of the runtimes in this process the one that came with torch, else the first.
-int look_at(dl_phdr_info* object, size_t, void* found) {
+int look_at(dl_phdr_info* object, size_t, void* library) {
     const char* path = object->dlpi_name;
     const char* name = std::strrchr(path, '/');
     name = name ? name + 1 : path;
@@ -34,7 +34,7 @@ int look_at(dl_phdr_info* object, size_t, void* found) {
         std::strncmp(name, "libiomp", 7) != 0) {
         return 0;
     }
-    const char** best = (const char**)found;
+    const char** best = (const char**)library;
     if (*best == nullptr || std::strstr(path, "/torch")) *best = path;
     return 0;
 }
@@ -44,14 +44,14 @@ OpenMP look() {
     dl_iterate_phdr(look_at, &path);
     void* library = path ? dlopen(path, RTLD_NOLOAD | RTLD_LAZY) : nullptr;
     if (!library) return {};
-    OpenMP found;
-    found.parallel = (decltype(found.parallel))dlsym(library, "GOMP_parallel");
-    found.barrier = (decltype(found.barrier))dlsym(library, "GOMP_barrier");
-    found.max_threads = (decltype(found.max_threads))dlsym(library, "omp_get_max_threads");
-    found.index = (decltype(found.index))dlsym(library, "omp_get_thread_num");
-    found.count = (decltype(found.count))dlsym(library, "omp_get_num_threads");
-    const bool whole = found.parallel && found.barrier && found.max_threads && found.index && found.count;
-    return whole ? found : OpenMP{};
+    OpenMP runtime;
+    runtime.parallel = (decltype(runtime.parallel))dlsym(library, "GOMP_parallel");
+    runtime.barrier = (decltype(runtime.barrier))dlsym(library, "GOMP_barrier");
+    runtime.max_threads = (decltype(runtime.max_threads))dlsym(library, "omp_get_max_threads");
+    runtime.index = (decltype(runtime.index))dlsym(library, "omp_get_thread_num");
+    runtime.count = (decltype(runtime.count))dlsym(library, "omp_get_num_threads");
+    const bool whole = runtime.parallel && runtime.barrier && runtime.max_threads && runtime.index && runtime.count;
+    return whole ? runtime : OpenMP{};
 }
 #else
 OpenMP look() { return {}; }
@@ -59,15 +59,15 @@ OpenMP look() { return {}; }
 
 // Looked for until it is there: torch may be imported after us.
 const OpenMP& openmp() {
-    static OpenMP found;
+    static OpenMP runtime;
     static std::atomic<bool> known{false};
     static std::mutex looking;
     if (!known.load(std::memory_order_acquire)) {
         const std::lock_guard<std::mutex> alone(looking);
-        if (!found.parallel) found = look();
-        known.store(found.parallel != nullptr, std::memory_order_release);
+        if (!runtime.parallel) runtime = look();
+        known.store(runtime.parallel != nullptr, std::memory_order_release);
     }
-    return found;
+    return runtime;
 }
 
 // Where there is no such runtime: a barrier for threads of our own.

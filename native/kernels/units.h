@@ -23,17 +23,17 @@ struct NextChunk {
     int64_t left, each;
     int width;
 
-    // bundle: the first of `count`, of one panel each but for trits. block: where the next chunk begins, or their end.
-    INLINE NextChunk(const Weights& w, int64_t bundle, int count, int64_t block, int64_t chunk, int64_t steps)
+    // bundle: the first of `count`, of one panel each but for trits. tile: where the next chunk begins, or their end.
+    INLINE NextChunk(const Weights& w, int64_t bundle, int count, int64_t tile, int64_t chunk, int64_t steps)
         : width(count) {
-        if (block == w.blocks()) {
+        if (tile == w.tiles()) {
             bundle += count;
-            block = 0;
+            tile = 0;
         }
         if (bundle + count > w.bundles()) width = 0;
-        left = least(chunk, w.blocks() - block) * w.tile_bytes();
+        left = least(chunk, w.tiles() - tile) * w.tile_bytes();
         each = (left / steps + 63) / 64 * 64;
-        for (int p = 0; p < width; p++) at[p] = (const char*)w.tile(bundle + p, block);
+        for (int p = 0; p < width; p++) at[p] = (const char*)w.tile(bundle + p, tile);
     }
     INLINE void step() {
         const int64_t count = least(each, left);
@@ -63,15 +63,15 @@ struct UnitPanels {
         bundles = trits && method.scaling != of_floats ? method.unit_panels / BUNDLE : method.unit_panels;
     }
 
-    // Blocks that are walked over at once: all, where the codes of a single strip are unpacked in registers.
+    // Tiles that are walked over at once: all, where the codes of a single strip are unpacked in registers.
     INLINE int64_t chunk() const {
         const Slab& s = job.slab;
         const Weights& w = product.weights;
         const bool trits = w.bits == TRITS && work.method.scaling != of_floats;
-        const int64_t group = w.group / BLOCK;
-        const int64_t blocks = job.strips.count == 1 && !work.method.unpack ? s.blocks
-                               : (trits && s.rows <= ROWS_COLUMNS_TRITS ? COLUMNS_TRITS : COLUMNS) / BLOCK;
-        return group ? most(blocks / group, 1) * group : blocks;
+        const int64_t group = w.group / TILE;
+        const int64_t tiles = job.strips.count == 1 && !work.method.unpack ? s.spans
+                              : (trits && s.rows <= ROWS_COLUMNS_TRITS ? COLUMNS_TRITS : COLUMNS) / TILE;
+        return group ? most(tiles / group, 1) * group : tiles;
     }
 
     // Bytes from tile to tile of what bodies read.
@@ -79,7 +79,7 @@ struct UnitPanels {
         return work.method.unpack ? work.method.unit_panels * BYTE_TILE : product.weights.tile_bytes();
     }
 
-    // Blocks first .. first + count, to bytes: [count, unit_panels, BYTE_TILE].
+    // Tiles first .. first + count, to bytes: [count, unit_panels, BYTE_TILE].
     INLINE void unpack(int64_t first, int64_t count, uint8_t* bytes) const {
         const Weights& w = product.weights;
         const int panels = w.bits == TRITS ? BUNDLE : 1;
@@ -90,26 +90,26 @@ struct UnitPanels {
         }
     }
 
-    // What all bodies share of blocks first .. first + count.
+    // What all bodies share of tiles first .. first + count.
     INLINE Panels of_chunk(int64_t first, int64_t count) const {
         const Weights& w = product.weights;
         Panels panels{};
-        panels.blocks = count;
-        panels.group_blocks = w.group / BLOCK;
+        panels.tiles = count;
+        panels.group_tiles = w.group / TILE;
         panels.type = w.scale_type;
         panels.offset = w.offset;
         panels.half = w.half;
         panels.step = step();
-        panels.left = (job.slab.blocks - first) * w.tile_bytes();
-        panels.jump = (bundles - 1) * job.slab.blocks * w.tile_bytes();
+        panels.left = (job.slab.spans - first) * w.tile_bytes();
+        panels.jump = (bundles - 1) * job.slab.spans * w.tile_bytes();
         panels.which = int(panel % BUNDLE);
         return panels;
     }
 
-    // The panels of one body, the unit's `done` and on, from block `first` on; bytes: what `unpack` made, or null.
+    // The panels of one body, the unit's `done` and on, from tile `first` on; bytes: what `unpack` made, or null.
     INLINE void point(Panels& panels, int done, int64_t first, const uint8_t* bytes) const {
         const Weights& w = product.weights;
-        const int64_t group = panels.group_blocks;
+        const int64_t group = panels.group_tiles;
         for (int p = 0; p < work.method.body_panels; p++) {
             const int64_t own = least(panel + done + p, w.panels() - 1);  // beyond the last, it again
             const int64_t at = (own * w.groups() + (group ? first / group : 0)) * PANEL;
@@ -119,17 +119,17 @@ struct UnitPanels {
         }
     }
 
-    // A strip of `height` rows that begins with row `first`, from block `block` on.
-    INLINE Strip strip(int64_t first, int64_t height, int64_t block) const {
+    // A strip of `height` rows that begins with row `first`, from span `span` on.
+    INLINE Strip strip(int64_t first, int64_t height, int64_t span) const {
         const Slab& s = job.slab;
-        const int64_t at = first * s.blocks + block * height;
+        const int64_t at = first * s.spans + span * height;
         Strip x{};
         if (work.method.scaling == of_floats) {
-            x.floats = s.floats + at * BLOCK;
+            x.floats = s.floats + at * TILE;
             return x;
         }
         const bool integers = work.method.scaling == unscaled;
-        x.codes = s.codes + at * BLOCK;
+        x.codes = s.codes + at * TILE;
         x.scale = s.scale + at;
         x.start = integers ? nullptr : work.starts + at;
         x.half = product.weights.half && !integers ? job.halves + at : nullptr;
@@ -149,13 +149,13 @@ void run_unit(const Job& job, int64_t unit, Scratch& scratch) {
     std::memset(sums, 0, s.rows * method.unit_panels * PANEL * sizeof(float));
     const int64_t body_sums = s.rows * method.body_panels * PANEL;
     const int64_t chunk = panels.chunk(), steps = job.strips.count * (method.unit_panels / method.body_panels);
-    for (int64_t b = 0; b < s.blocks; b += chunk) {
-        const int64_t blocks = least(chunk, s.blocks - b);
-        const bool last = b + chunk >= s.blocks;
+    for (int64_t b = 0; b < s.spans; b += chunk) {
+        const int64_t tiles = least(chunk, s.spans - b);
+        const bool last = b + chunk >= s.spans;
         uint8_t* bytes = method.unpack ? scratch.bytes.need(chunk * panels.step()) : nullptr;
-        if (bytes) panels.unpack(b, blocks, bytes);
-        NextChunk next(product.weights, panels.bundle, panels.bundles, b + blocks, chunk, steps);
-        Panels w = panels.of_chunk(b, blocks);
+        if (bytes) panels.unpack(b, tiles, bytes);
+        NextChunk next(product.weights, panels.bundle, panels.bundles, b + tiles, chunk, steps);
+        Panels w = panels.of_chunk(b, tiles);
         for (int done = 0; done < method.unit_panels; done += method.body_panels) {
             panels.point(w, done, b, bytes);
             for (int64_t t = 0; t < job.strips.count; t++) {

@@ -1,7 +1,7 @@
-// Scales and zero points on trial: codes, errors and sums of a tile. Part of search.cpp and judge.cpp.
+// Scales and zero points on trial: codes, errors and sums of some groups in lanes. Part of search.cpp and judge.cpp.
 #pragma once
 
-#include "blocks.h"
+#include "groups.h"
 
 namespace spicerack::SPICERACK_ISA {
 namespace {
@@ -31,7 +31,8 @@ struct Candidate {
     }
 };
 
-struct Tile {
+// LANES groups side by side: x[j] has element j of each.
+struct Lanes {
     const vf* x;
     const vf* a;  // importance, or null
     int64_t size;
@@ -53,7 +54,7 @@ INLINE vf run_sum(const Term& term, int64_t j, int64_t size) {
 }
 
 template <bool OFFSET, bool WEIGHTED>
-INLINE vf error_term(const Tile& t, const Candidate& c, vf x, int64_t j) {
+INLINE vf error_term(const Lanes& t, const Candidate& c, vf x, int64_t j) {
     const vf e = c.scale * c.value<OFFSET>(x) - x;
     return WEIGHTED ? (t.a[j] * e) * e : e * e;
 }
@@ -61,9 +62,10 @@ INLINE vf error_term(const Tile& t, const Candidate& c, vf x, int64_t j) {
 // The error of each lane; or infinity in every lane as soon as none can get below `limit` any more: terms are not
 // negative and rounding is monotone, so a partial sum never exceeds the whole one.
 template <bool OFFSET, bool WEIGHTED>
-Wide errors(const Tile tile, const Candidate c, const Wide limit, Wide total = {}) {
-    for (int64_t j = 0, patience = PATIENCE; j < tile.size; j += RUN) {
-        total.add(run_sum([&](int64_t i) FLAT { return error_term<OFFSET, WEIGHTED>(tile, c, tile.x[i], i); }, j, tile.size));
+Wide errors(const Lanes lanes, const Candidate c, const Wide limit, Wide total = {}) {
+    for (int64_t j = 0, patience = PATIENCE; j < lanes.size; j += RUN) {
+        total.add(run_sum([&](int64_t i) FLAT { return error_term<OFFSET, WEIGHTED>(lanes, c, lanes.x[i], i); }, j,
+                          lanes.size));
         if (--patience == 0) {
             if (!any((total < limit).narrow())) return Wide(INF);
             patience = PATIENCE;
@@ -77,21 +79,21 @@ struct LaneSums {
 };
 
 template <bool OFFSET, bool WEIGHTED>
-LaneSums sums(const Tile tile, const Candidate c, LaneSums s = {}) {
-    const vf* x = tile.x;
-    for (int64_t j = 0; j < tile.size; j += RUN) {
-        const auto weigh = [&](vf y, int64_t i) FLAT { return WEIGHTED ? tile.a[i] * y : y; };
+LaneSums sums(const Lanes lanes, const Candidate c, LaneSums s = {}) {
+    const vf* x = lanes.x;
+    for (int64_t j = 0; j < lanes.size; j += RUN) {
+        const auto weigh = [&](vf y, int64_t i) FLAT { return WEIGHTED ? lanes.a[i] * y : y; };
         const auto v = [&](int64_t i) FLAT { return c.value<OFFSET>(x[i]); };
-        s.xv.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i) * x[i]; }, j, tile.size));
-        s.vv.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i) * v(i); }, j, tile.size));
+        s.xv.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i) * x[i]; }, j, lanes.size));
+        s.vv.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i) * v(i); }, j, lanes.size));
         if (!OFFSET) continue;
-        s.x.add(run_sum([&](int64_t i) FLAT { return weigh(x[i], i); }, j, tile.size));
-        s.v.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i); }, j, tile.size));
+        s.x.add(run_sum([&](int64_t i) FLAT { return weigh(x[i], i); }, j, lanes.size));
+        s.v.add(run_sum([&](int64_t i) FLAT { return weigh(v(i), i); }, j, lanes.size));
     }
     return s;
 }
 
-// Codes against one scale and zero for each block, without a tile.
+// Codes against one scale and zero for each group, without lanes.
 template <class T, bool OFFSET>
 void encode_row(const typename T::value* x, int64_t size, const Candidate& c, int8_t* codes) {
     for (int64_t j = 0; j < size; j += LANES) {
@@ -109,13 +111,13 @@ void encode_row(const typename T::value* x, int64_t size, const Candidate& c, in
 }
 
 template <class T>
-void encode_rows(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes) {
-    const auto* data = (const typename T::value*)blocks.data;
+void encode_rows(const Groups& groups, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes) {
+    const auto* data = (const typename T::value*)groups.data;
     const bool offset = levels.half || levels.zero;
-    for (int64_t b = 0; b < blocks.count; b++) {
+    for (int64_t b = 0; b < groups.count; b++) {
         const Candidate c(splat(scale[b]), splat(zero ? zero[b] : 0), levels);
         const auto encode_one = offset ? encode_row<T, true> : encode_row<T, false>;
-        encode_one(data + b * blocks.size, blocks.size, c, codes + b * blocks.size);
+        encode_one(data + b * groups.size, groups.size, c, codes + b * groups.size);
     }
 }
 

@@ -1,4 +1,4 @@
-// See fake.h. Row by row, block by block, in float32; rows of a block need not end with a vector.
+// See fake.h. Row by row, group by group, in float32; rows of a group need not end with a vector.
 #include "fake.h"
 
 #include "../simd.h"
@@ -15,15 +15,15 @@ INLINE vf round_even(vf x) {
     return (vf)((vu)(size < 0x1p23f ? whole : size) | ((vu)x & 0x80000000u));
 }
 
-// One block's numbers in every lane.
+// One group's numbers in every lane.
 template <bool OFFSET>
 struct Rounding {
     vf scale, inverse, zero, lo, hi;
 
-    INLINE Rounding(const Fake& f, int64_t block)
-        : scale(splat(f.scale[block])),
-          inverse(splat(1.0f / f.scale[block])),
-          zero(OFFSET ? splat(f.zero ? f.zero[block] : -0.5f) : vf{}),
+    INLINE Rounding(const Fake& f, int64_t group)
+        : scale(splat(f.scale[group])),
+          inverse(splat(1.0f / f.scale[group])),
+          zero(OFFSET ? splat(f.zero ? f.zero[group] : -0.5f) : vf{}),
           lo(splat(f.levels.lo)),
           hi(splat(f.levels.hi)) {}
     INLINE vf place(vf w) const { return OFFSET ? w * inverse + zero : w * inverse; }

@@ -1,7 +1,7 @@
 // Fake quantization of weights, and its gradients: what training rounds with, in one pass over the weight each.
 //
 // Grid in src/spicerack/numerics/fake.py is the specification: rounded weights and gradients of weights equal it bit for
-// bit. Sums over blocks have an order of their own, and so other last bits: the same on every instruction set.
+// bit. Sums over groups have an order of their own, and so other last bits: the same on every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace spicerack {
 
-// Weights [N, K] and their grid: blocks of `rows` by `columns` share a scale, and a zero point where zero is not null.
+// Weights [N, K] and their grid: groups of `rows` by `columns` share a scale, and a zero point where zero is not null.
 struct Fake {
     const void* w;
     Float type;
@@ -22,7 +22,7 @@ struct Fake {
 };
 
 // The gradient of rounded weights [N, K] and what follows from it. cells: weights are clipped half a step farther.
-// The sums are those over a row of a block, [N, K / columns], without factors. Null: not wanted. by_weight may be grad.
+// The sums are those over a row of a group, [N, K / columns], without factors. Null: not wanted. by_weight may be grad.
 struct Slopes {
     const void* grad;
     Float type;

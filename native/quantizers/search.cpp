@@ -1,4 +1,4 @@
-// The search of search.h: every lane searches a block of its own.
+// The search of search.h: every lane searches a group of its own.
 #include "candidates.h"
 
 namespace spicerack::SPICERACK_ISA {
@@ -37,14 +37,14 @@ struct Start {
 template <bool OFFSET, bool WEIGHTED>
 struct BatchSearch {
     const SearchPlan& plan;
-    const Tile tile;
+    const Lanes lanes;
     const vf top, bottom;  // the largest and smallest element
     vf scale, zero;        // the best so far
     Wide error;
 
     void run(const Start& start) {
         const Levels& levels = plan.levels;
-        error = errors<OFFSET, WEIGHTED>(tile, Candidate(scale, zero, levels), Wide(INF));
+        error = errors<OFFSET, WEIGHTED>(lanes, Candidate(scale, zero, levels), Wide(INF));
         for (int i = 0; i < plan.coarse_count; i++) {
             const vf candidate = stored(start.raw * plan.coarse[i], plan.scale_type);
             const vf base = start.zero_for(candidate, levels);
@@ -64,7 +64,7 @@ struct BatchSearch {
 
     // -> false if it changed nothing, and so never will
     bool refine() {
-        const LaneSums s = sums<OFFSET, WEIGHTED>(tile, Candidate(scale, zero, plan.levels));
+        const LaneSums s = sums<OFFSET, WEIGHTED>(lanes, Candidate(scale, zero, plan.levels));
         if (!plan.levels.zero) return attempt(stored((s.xv / s.vv).narrow(), plan.scale_type), zero);
         const Wide n = weight(), slope = (n * s.xv - s.v * s.x) / (n * s.vv - s.v * s.v);
         const Wide intercept = (s.x - slope * s.v) / n;
@@ -73,10 +73,10 @@ struct BatchSearch {
     }
 
     Wide weight() const {
-        if (!WEIGHTED) return Wide(double(tile.size));
+        if (!WEIGHTED) return Wide(double(lanes.size));
         Wide total;
-        for (int64_t j = 0; j < tile.size; j += RUN) {
-            total.add(run_sum([&](int64_t i) FLAT { return tile.a[i]; }, j, tile.size));
+        for (int64_t j = 0; j < lanes.size; j += RUN) {
+            total.add(run_sum([&](int64_t i) FLAT { return lanes.a[i]; }, j, lanes.size));
         }
         return total;
     }
@@ -86,10 +86,10 @@ struct BatchSearch {
         const Candidate c(new_scale, new_zero, plan.levels);
         const Wide limit = error * Wide(BETTER);
         if (!WEIGHTED && hopeless(c, limit)) return false;
-        const Wide found = errors<OFFSET, WEIGHTED>(tile, c, limit);
-        const WideMask better = found < limit;
+        const Wide candidate_error = errors<OFFSET, WEIGHTED>(lanes, c, limit);
+        const WideMask better = candidate_error < limit;
         const vi take = better.narrow();
-        error = select(better, found, error);
+        error = select(better, candidate_error, error);
         scale = take ? new_scale : scale;
         zero = take ? new_zero : zero;
         return any(take);
@@ -97,21 +97,22 @@ struct BatchSearch {
 
     // In every lane the largest or smallest element alone costs more than the best candidate does altogether.
     bool hopeless(const Candidate& c, const Wide& limit) const {
-        const vf above = error_term<OFFSET, false>(tile, c, top, 0), below = error_term<OFFSET, false>(tile, c, bottom, 0);
+        const vf above = error_term<OFFSET, false>(lanes, c, top, 0);
+        const vf below = error_term<OFFSET, false>(lanes, c, bottom, 0);
         return !any((c.or_infinite(Wide(vmax(above, below))) < limit).narrow());
     }
 };
 
 template <bool OFFSET, bool WEIGHTED>
-void optimize(const SearchPlan& plan, const Tile& tile, vf top, vf bottom, const Start& start, vf& scale, vf& zero) {
-    BatchSearch<OFFSET, WEIGHTED> batch{plan, tile, top, bottom, scale, zero, {}};
+void optimize(const SearchPlan& plan, const Lanes& lanes, vf top, vf bottom, const Start& start, vf& scale, vf& zero) {
+    BatchSearch<OFFSET, WEIGHTED> batch{plan, lanes, top, bottom, scale, zero, {}};
     batch.run(start);
     const vi final = (start.raw == vf{}) | ((vi)vabs(scale) == INFINITE);  // nothing to search, or to be refused
     scale = final ? scale : batch.scale;
     zero = final ? zero : batch.zero;
 }
 
-// ---- all blocks -----------------------------------------------------------------------------------------------------
+// ---- all groups -----------------------------------------------------------------------------------------------------
 
 // Largest and smallest value of a row -> false if one is NaN or infinite.
 template <class T>
@@ -136,22 +137,22 @@ bool bounds(const typename T::value* x, int64_t size, float& top, float& bottom)
 }
 
 template <class T>
-Outcome search_rows(const Blocks& blocks, const SearchPlan& plan, const float* importance, int64_t period, float* scale,
+Outcome search_rows(const Groups& groups, const SearchPlan& plan, const float* importance, int64_t period, float* scale,
                     int8_t* zero, int8_t* codes) {
     bool fits = true;
-    const auto* data = (const typename T::value*)blocks.data;
+    const auto* data = (const typename T::value*)groups.data;
     const Levels& levels = plan.levels;
-    const int64_t size = blocks.size, room = plan.optimize ? round_up(size, LANES) : 1;
-    const Aligned<vf> tile(room), weights(importance ? room : 1);
-    for (int64_t first = 0; first < blocks.count; first += LANES) {
-        const int64_t count = blocks.count - first < LANES ? blocks.count - first : LANES;
+    const int64_t size = groups.size, room = plan.optimize ? round_up(size, LANES) : 1;
+    const Aligned<vf> lanes(room), weights(importance ? room : 1);
+    for (int64_t first = 0; first < groups.count; first += LANES) {
+        const int64_t count = groups.count - first < LANES ? groups.count - first : LANES;
         const typename T::value* rows[LANES];
         const float* weight_rows[LANES];
         float tops[LANES], bottoms[LANES];
-        for (int lane = 0; lane < LANES; lane++) {  // lanes without a block of their own repeat the last one
-            const int64_t block = first + (lane < count ? lane : count - 1);
-            rows[lane] = data + block * size;
-            weight_rows[lane] = importance ? importance + block * size % period : nullptr;
+        for (int lane = 0; lane < LANES; lane++) {  // lanes without a group of their own repeat the last one
+            const int64_t group = first + (lane < count ? lane : count - 1);
+            rows[lane] = data + group * size;
+            weight_rows[lane] = importance ? importance + group * size % period : nullptr;
             if (!bounds<T>(rows[lane], size, tops[lane], bottoms[lane])) return {false, false};
         }
         const vf top = load<vf>(tops), bottom = load<vf>(bottoms);
@@ -160,9 +161,9 @@ Outcome search_rows(const Blocks& blocks, const SearchPlan& plan, const float* i
         s = start.raw == vf{} ? splat(1.0f) : s;
         vf z = start.zero_for(s, levels);
         if (plan.optimize) {
-            fill<T>(tile.data, rows, size);
+            fill<T>(lanes.data, rows, size);
             if (importance) fill<F32>(weights.data, weight_rows, size);
-            const Tile t{tile.data, importance ? weights.data : nullptr, size};
+            const Lanes t{lanes.data, importance ? weights.data : nullptr, size};
             const bool offset = levels.half || levels.zero;
             const auto find = importance ? (offset ? optimize<true, true> : optimize<false, true>)
                                          : (offset ? optimize<true, false> : optimize<false, false>);
@@ -173,7 +174,7 @@ Outcome search_rows(const Blocks& blocks, const SearchPlan& plan, const float* i
             zero[first + lane] = int8_t(z[lane]);
         }
         fits &= !any((s == vf{}) | ((vi)vabs(s) == INFINITE));
-        const Blocks batch{rows[0], blocks.type, count, size};
+        const Groups batch{rows[0], groups.type, count, size};
         encode_rows<T>(batch, levels, scale + first, zero + first, codes + first * size);
     }
     return {true, fits};
@@ -181,10 +182,10 @@ Outcome search_rows(const Blocks& blocks, const SearchPlan& plan, const float* i
 
 }  // namespace
 
-Outcome search(const Blocks& blocks, const SearchPlan& plan, const float* importance, int64_t period, float* scale,
+Outcome search(const Groups& groups, const SearchPlan& plan, const float* importance, int64_t period, float* scale,
                int8_t* zero, int8_t* codes) {
-    const auto typed = for_type(blocks.type, search_rows<F32>, search_rows<F16>, search_rows<BF16>);
-    return typed(blocks, plan, importance, period, scale, zero, codes);
+    const auto typed = for_type(groups.type, search_rows<F32>, search_rows<F16>, search_rows<BF16>);
+    return typed(groups, plan, importance, period, scale, zero, codes);
 }
 
 }  // namespace spicerack::SPICERACK_ISA

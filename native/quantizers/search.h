@@ -1,6 +1,6 @@
-// Which scale, and which zero point, a block of weights gets: the range search, and what given ones make of weights.
+// Which scale, and which zero point, a group of weights gets: the range search, and what given ones make of weights.
 //
-// Blocks lie one after the other. src/spicerack/numerics/search.py is the specification, codec.py that of codes: scales,
+// Groups lie one after the other. src/spicerack/numerics/search.py is the specification, codec.py that of codes: scales,
 // zeros and codes equal theirs bit for bit, on every instruction set. What is given up: levels are integers, weights and
 // stored scales float32, float16 or bfloat16, and all work is one thread's.
 #pragma once
@@ -17,8 +17,8 @@ struct Levels {
     bool half, zero;
 };
 
-// `count` blocks of `size` values each, one after the other.
-struct Blocks {
+// `count` groups of `size` values each, one after the other.
+struct Groups {
     const void* data;
     Float type;
     int64_t count, size;
@@ -39,12 +39,12 @@ struct SearchPlan {
     int refinements;
 };
 
-// One candidate judged over one block: its error, and sum x v, sum v v, sum x, sum v.
+// One candidate judged over one group: its error, and sum x v, sum v v, sum x, sum v.
 struct Sums {
     double error, xv, vv, x, v;
 };
 
-// sum (decoded - w)^2 and sum w^2 over whole blocks.
+// sum (decoded - w)^2 and sum w^2 over whole groups.
 struct Misfit {
     double wrong, total;
 };
@@ -57,14 +57,14 @@ struct Outcome {
 #define SPICERACK_SEARCH_FUNCTIONS                                                                                     \
     /* importance: null, or `period` values that repeat along the data. scale [count] gets stored values, zero [count]  \
        and codes [count * size] integers. */                                                                           \
-    Outcome search(const Blocks& blocks, const SearchPlan& plan, const float* importance, int64_t period, float* scale,      \
+    Outcome search(const Groups& groups, const SearchPlan& plan, const float* importance, int64_t period, float* scale,      \
                    int8_t* zero, int8_t* codes);                                                                       \
     /* Codes against given scales and zeros (null: none). */                                                           \
-    void encode(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes);    \
-    /* Judges one scale and zero over pieces of one long block. out [count]. */                                        \
-    void judge(const Blocks& pieces, const Levels& levels, float scale, float zero, Sums* out);                        \
+    void encode(const Groups& groups, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes);    \
+    /* Judges one scale and zero over pieces of one long group. out [count]. */                                        \
+    void judge(const Groups& pieces, const Levels& levels, float scale, float zero, Sums* out);                        \
     /* How far given codes are from the weights. The last digits depend on the instruction set. */                     \
-    void compare(const Blocks& blocks, const Levels& levels, const float* scale, const int8_t* zero,                   \
+    void compare(const Groups& groups, const Levels& levels, const float* scale, const int8_t* zero,                   \
                  const int8_t* codes, Misfit& out);
 
 // search.cpp and judge.cpp are compiled once per instruction set, each time into one of these.

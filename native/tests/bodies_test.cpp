@@ -11,7 +11,7 @@ void every_body(Random& random) {
     const struct {
         int64_t group;
         Activations how;
-    } scalings[] = {{0, Activations::blocks}, {32, Activations::blocks}, {64, Activations::tokens},
+    } scalings[] = {{0, Activations::spans}, {32, Activations::spans}, {64, Activations::tokens},
                     {0, Activations::tokens}, {0, Activations::floats}};
     for (int bits = TRITS; bits <= 8; bits++) {
         for (const auto& scaling : scalings) {
@@ -69,13 +69,13 @@ void every_code(Random& random) {
             const Activations how = HOWS[turn % 4];
             const Kind kind = bits == TRITS ? symmetric : Kind(turn / 4 % KINDS);
             const auto codes = [&](int64_t n, int64_t k) { return n * steps + k * 5 + turn; };
-            const Form form{32, BLOCK, turn % 2 ? BLOCK : 0, bits, kind, Float::f32, false, true};
+            const Form form{32, TILE, turn % 2 ? TILE : 0, bits, kind, Float::f32, false, true};
             const Matrix m = make(form, random, codes);
-            const Input x = input(BLOCK, BLOCK, Float::f32, [](int64_t row, int64_t k) { return row == k ? 127.0 : 0.0; });
+            const Input x = input(TILE, TILE, Float::f32, [](int64_t row, int64_t k) { return row == k ? 127.0 : 0.0; });
             const Setting s{how, 1.0f};
             const std::vector<double> y = check_engines("every code", m, x, nullptr, s);
             bool equal = true;
-            for (int64_t k = 0; k < BLOCK; k++) {
+            for (int64_t k = 0; k < TILE; k++) {
                 for (int64_t n = 0; n < 32; n++) equal = equal && y[k * 32 + n] == 127 * m.level(n, k) * m.scale_of(n, k);
             }
             check(equal, "y is 127 times the weight");

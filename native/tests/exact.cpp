@@ -2,7 +2,7 @@
 //
 //     |y - exact| <= (steps * 2^-24) * sum of |terms|,   then rounded to y's type
 //
-// int8 activations: the terms are scale * scale * exact integer sum, one for each block of 32 columns (one for each
+// int8 activations: the terms are scale * scale * exact integer sum, one for each span of 32 columns (one for each
 // group where a whole row has one scale); float activations: the products. `steps` is how often a term and the sums
 // that it is in are rounded to float32. Where scales are powers of two and sums are below 2^24 no rounding is left: y
 // must be exact.
@@ -21,7 +21,7 @@ constexpr double NEARLY_NOTHING = 0x1p-100;
 // Nearest codes, half to even, in float32; the scale is the largest magnitude over 127, unless given.
 Quantized quantize(const Input& x, int64_t row, Activations how, float fixed_scale) {
     Quantized q;
-    const int64_t part = how == Activations::blocks ? BLOCK : x.k;
+    const int64_t part = how == Activations::spans ? TILE : x.k;
     for (int64_t begin = 0; begin < x.k; begin += part) {
         const int64_t end = std::min(begin + part, x.k);
         float most = 0;
@@ -32,7 +32,7 @@ Quantized quantize(const Input& x, int64_t row, Activations how, float fixed_sca
         for (int64_t k = begin; k < end; k++) {
             const float u = how == Activations::fixed ? float(x.at(row, k)) / scale : float(x.at(row, k)) * inverse;
             q.codes.push_back(std::nearbyint(std::min(std::max(u, -127.0f), 127.0f)));
-            if (k % BLOCK == 0) q.scale.push_back(scale);
+            if (k % TILE == 0) q.scale.push_back(scale);
         }
     }
     return q;
@@ -69,19 +69,19 @@ Terms terms_of_floats(const Matrix& m, const Input& x, int64_t row, int64_t n) {
 
 // Parts of a row are what one product of scales belongs to.
 Terms terms_of_codes(const Matrix& m, int64_t n, Activations how, const Quantized& q) {
-    const int64_t columns = m.weights.k, part = how == Activations::blocks ? BLOCK : m.columns();
+    const int64_t columns = m.weights.k, part = how == Activations::spans ? TILE : m.columns();
     Terms t;
     for (int64_t begin = 0; begin < columns; begin += part) {
-        const double scale = q.scale[begin / BLOCK] * m.scale_of(n, begin);
-        double sum = 0, blocks = 0;
-        for (int64_t at = begin; at < std::min(begin + part, columns); at += BLOCK) {
-            double block = 0;
-            for (int64_t k = at; k < std::min(at + BLOCK, columns); k++) block += m.level(n, k) * q.codes[k];
-            sum += block;
-            blocks += std::fabs(block);
+        const double scale = q.scale[begin / TILE] * m.scale_of(n, begin);
+        double sum = 0, spans = 0;
+        for (int64_t at = begin; at < std::min(begin + part, columns); at += TILE) {
+            double span = 0;
+            for (int64_t k = at; k < std::min(at + TILE, columns); k++) span += m.level(n, k) * q.codes[k];
+            sum += span;
+            spans += std::fabs(span);
         }
-        // A group's sum is of blocks, each rounded to float32; a whole row's is of integers.
-        t.magnitudes += (m.weights.group == 0 ? std::fabs(sum) : blocks) * std::fabs(scale);
+        // A group's sum is of spans, each rounded to float32; a whole row's is of integers.
+        t.magnitudes += (m.weights.group == 0 ? std::fabs(sum) : spans) * std::fabs(scale);
         t.value += sum * scale;
         int exponent;
         t.exact_scales = t.exact_scales && (scale == 0 || std::frexp(scale, &exponent) == 0.5);
@@ -95,7 +95,7 @@ Exactly exactly(const Matrix& m, const Input& x, int64_t row, int64_t n, Activat
     const Terms t = floats ? terms_of_floats(m, x, row, n) : terms_of_codes(m, n, how, q);
     if (t.exact_scales && t.magnitudes < 0x1p20) return {t.value + bias, 0};
     // A term of a group's sum, then of the row's; times both scales; the bias.
-    const double steps = double(m.columns() / (floats ? 1 : BLOCK) + m.weights.groups() + 8);
+    const double steps = double(m.columns() / (floats ? 1 : TILE) + m.weights.groups() + 8);
     const double tiniest = 0x1p-140 * double(x.k);  // of subnormal numbers
     return {t.value + bias, steps * 0x1p-24 * (t.magnitudes + std::fabs(bias)) + tiniest};
 }

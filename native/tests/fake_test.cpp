@@ -9,7 +9,7 @@ namespace {
 struct Case {
     Float type, grad_type, out_type;
     int64_t n, k, rows, columns;
-    Levels levels;  // zero: blocks have zero points
+    Levels levels;  // zero: groups have zero points
     bool cells;
 };
 
@@ -19,15 +19,15 @@ struct Inputs {
 };
 
 Inputs inputs(const Case& c, Random& random) {
-    const int64_t blocks = c.n / c.rows * (c.k / c.columns);
-    Inputs in{Exact(c.n * c.k, size_of(c.type)), Exact(c.n * c.k, size_of(c.grad_type)), Exact(blocks, 4), Exact(blocks, 4)};
+    const int64_t groups = c.n / c.rows * (c.k / c.columns);
+    Inputs in{Exact(c.n * c.k, size_of(c.type)), Exact(c.n * c.k, size_of(c.grad_type)), Exact(groups, 4), Exact(groups, 4)};
     for (int64_t i = 0; i < c.n * c.k; i++) {
         put(in.w.data(), i, random.bell(), c.type);
         put(in.grad.data(), i, random.bell(), c.grad_type);
     }
     const double odd[] = {0.0, -0.0, INFINITY, -INFINITY, NAN, 1e9, -1e9, 0.25};
     for (const double x : odd) put(in.w.data(), random.below(c.n * c.k), x, c.type);
-    for (int64_t i = 0; i < blocks; i++) {
+    for (int64_t i = 0; i < groups; i++) {
         put(in.scale.data(), i, (random.below(2) ? 1 : -1) * (0.05 + 0.3 * random.unit()), Float::f32);
         put(in.zero.data(), i, double(random.between(c.levels.lo, c.levels.hi)), Float::f32);
     }
@@ -70,9 +70,9 @@ void check_right(const Case& c, const Inputs& in, const Results& results) {
     bool rounded_right = true, weights_right = true, sums_right = true;
     for (int64_t row = 0; row < c.n; row++) {
         for (int64_t b = 0; b < in.fake.across(); b++) {
-            const int64_t block = row / c.rows * in.fake.across() + b;
-            const float scale = in.fake.scale[block];
-            const float zero = in.fake.zero ? in.fake.zero[block] : c.levels.half ? -0.5f : 0.0f;
+            const int64_t group = row / c.rows * in.fake.across() + b;
+            const float scale = in.fake.scale[group];
+            const float zero = in.fake.zero ? in.fake.zero[group] : c.levels.half ? -0.5f : 0.0f;
             const bool shifted = in.fake.zero || c.levels.half;
             double by_scale = 0, by_zero = 0, slopes = 0, grads = 0;
             for (int64_t i = row * c.k + b * c.columns; i < row * c.k + (b + 1) * c.columns; i++) {
@@ -97,7 +97,7 @@ void check_right(const Case& c, const Inputs& in, const Results& results) {
     }
     check(rounded_right && equal(results.rounded, results.rounded_again), "rounded weights");
     check(weights_right, "gradients of weights");
-    check(sums_right, "sums over blocks");
+    check(sums_right, "sums over groups");
 }
 
 void check_case(const Case& c, Random& random) {

@@ -5,11 +5,11 @@ namespace spicerack {
 
 namespace {
 
-const char* const HOW_NAMES[] = {"floats", "blocks", "tokens", "fixed"};
+const char* const HOW_NAMES[] = {"floats", "spans", "tokens", "fixed"};
 
 // Codes [N, K], one byte each, as tiles; and back again.
 Exact packed(const Weights& w, const std::vector<uint8_t>& codes) {
-    Exact tiles(w.bundles() * w.blocks() * w.tile_bytes(), 1);
+    Exact tiles(w.bundles() * w.tiles() * w.tile_bytes(), 1);
     pack_panels(codes.data(), w.n, w.k, w.bits, w.offset, tiles.data());
     std::vector<uint8_t> back(codes.size());
     unpack_panels(tiles.data(), w.n, w.k, w.bits, w.offset, back.data());
@@ -87,7 +87,7 @@ Input input(int64_t m, int64_t k, Float type, Spread spread, Random& random) {
     return input(m, k, type, [&](int64_t, int64_t column) {
         switch (spread) {
             case outliers: return random.bell() * (random.below(20) == 0 ? 60 : 1);
-            case integers: return column % BLOCK == 0 ? 127.0 : double(random.between(-127, 127));
+            case integers: return column % TILE == 0 ? 127.0 : double(random.between(-127, 127));
             case extremes: return random.below(2) ? 3.0 : -3.0;
             case nothing: return random.below(3) ? 0.0 : (type == Float::f16 ? 0x1p-24 : 0x1p-110);
             default: return random.bell();

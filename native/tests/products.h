@@ -95,7 +95,7 @@ void check_one_row(const Matrix& matrix, const Input& x, const Exact* bias, cons
 // ---- families -------------------------------------------------------------------------------------------------------
 
 const int64_t GROUPS[] = {0, 32, 64, 128};
-const Activations HOWS[] = {Activations::floats, Activations::blocks, Activations::tokens, Activations::fixed};
+const Activations HOWS[] = {Activations::floats, Activations::spans, Activations::tokens, Activations::fixed};
 
 // body(bits, group, kind, how) for every width, group, kind of levels and activations: every body is in one of them.
 template <class Body>

@@ -17,10 +17,10 @@ inline bool once = false;  // enough that all code runs, where it is the process
 inline int checks = 0, failures = 0;
 inline char subject[256] = "";
 
-inline void check(bool fact, const char* what) {
+inline void check(bool fact, const char* message) {
     checks++;
     if (fact) return;
-    std::printf("FAILED: %s: %s\n", subject, what);
+    std::printf("FAILED: %s: %s\n", subject, message);
     if (++failures == 20) std::exit(1);
 }
 

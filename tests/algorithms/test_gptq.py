@@ -55,7 +55,7 @@ def test_no_row_gets_worse_and_all_together_much_better(scheme: str) -> None:
     w, start, gram = case(scheme)
     solved = gptq.solve(w, start, gram)
     before, after = loss(start, w, gram), loss(solved.q, w, gram)
-    if parse(scheme).block[0] == 1:
+    if parse(scheme).group[0] == 1:
         assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < 0.6 * before.sum()
     assert not solved.events and solved.q.scheme == start.scheme
@@ -94,10 +94,10 @@ def test_equals_ldlq(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (ours != theirs).float().mean() < 0.002  # float32 against float64, at the edges of rounding
 
 
-def test_blocks_of_columns_are_only_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_at_a_time_are_only_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     w, start, gram = case("w3g64", k=192)
     whole = gptq.solve(w, start, gram).q.codes
-    monkeypatch.setattr(gptq, "_BLOCK", 1)
+    monkeypatch.setattr(gptq, "_COLUMNS", 1)
     assert (gptq.solve(w, start, gram).q.codes != whole).float().mean() < 0.002
 
 

@@ -1,4 +1,4 @@
-"""HQQ: its shrinkage in closed form, its error beside the paper's own loop, and blocks with nothing to gain."""
+"""HQQ: its shrinkage in closed form, its error beside the paper's own loop, and groups with nothing to gain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def power(w: torch.Tensor, q: codec.QTensor, p: float) -> torch.Tensor:
 
 
 def published(w: np.ndarray, bits: int, steps: int = 20) -> float:
-    """The paper's loop for one block [B] in numpy, min-max scale, real-valued zero -> its least mean |error|."""
+    """The paper's loop for one group [B] in numpy, min-max scale, real-valued zero -> its least mean |error|."""
     top = 2**bits - 1
     s = (w.max() - w.min()) / top
     z = -w.min() / s
@@ -49,13 +49,13 @@ def test_shrink_is_the_soft_threshold_for_p_1_and_minimises_below() -> None:
 
 
 @pytest.mark.parametrize("name", ["w4g64z", "w3g64z", "w4g64", "w3g64", "w2g32h", "w8", "w3t"])
-def test_no_block_gets_worse_and_many_get_better(name: str) -> None:
+def test_no_group_gets_worse_and_many_get_better(name: str) -> None:
     w = heavy(64, 256)
     start = rounding.to_nearest(w, parse(name), range_="absmax")
     found = hqq.solve(w, start)
-    blocks = parse(name).block_shape(64, 256)
+    groups = parse(name).group_shape(64, 256)
     before, after = (
-        codec.to_blocks((codec.decode(q) - w).abs().double() ** hqq.P, blocks).sum(1) for q in (start, found.q)
+        codec.to_groups((codec.decode(q) - w).abs().double() ** hqq.P, groups).sum(1) for q in (start, found.q)
     )
     assert bool((after <= before * (1 + 1e-6)).all())
     assert float((after < before).double().mean()) > 0.5
@@ -71,7 +71,7 @@ def test_as_close_as_the_paper_though_zeros_are_whole(bits: int) -> None:
     assert ours < theirs * 1.05
 
 
-def test_blocks_with_nothing_to_gain() -> None:
+def test_groups_with_nothing_to_gain() -> None:
     w = torch.zeros(5, 32)
     w[1] = 0.7
     w[2, 3] = 5.0

@@ -83,7 +83,7 @@ def test_codes_of_several_weights_are_not_walked() -> None:
     class Pairs(TableLevels):
         weights: int = 2
 
-    pairs = Scheme(name="pairs", levels=Pairs((0.0, 1.0)), block=(1, 32))
+    pairs = Scheme(name="pairs", levels=Pairs((0.0, 1.0)), group=(1, 32))
     several = "its codes stand for 2 weights each"
     reasons = {"rtn": None, "gptq": several, "hqq": TABLE, "signround": TABLE, "blockap": TABLE}
     assert {name: solver.get(name).obstacle(pairs) for name in solver.names()} == reasons
@@ -164,7 +164,7 @@ def test_a_new_solver_is_planned_and_called_in_the_loop(drop: Drop, tmp_path: Pa
     source, out = saved("llama", tmp_path / "float"), tmp_path / "out"
     drop(solvers, "towards_zero", TRUNCATING)
     work = job(source, "w4g16", "awq+towards_zero")
-    largest = max(a.info.numel for a in work.actions if a.planned is not None)
+    largest = max(a.info.numel for a in work.actions if a.stored is not None)
     plan = memory.make(work, (12, 24))
     assert plan.where.startswith("while solving") and plan.peak_bytes >> 40 == largest
     with pytest.raises(UsageError, match="needed, while solving"):
@@ -192,7 +192,7 @@ def test_a_solver_of_blocks_says_what_it_starts_from(drop: Drop, tmp_path: Path)
     drop(solvers, "towards_zero", TRUNCATING)
     drop(solvers, "kept", TRUNCATED_AND_KEPT)
     work = job(source, "w4g16", "kept")
-    weights = sum(a.info.numel for a in work.actions if a.planned is not None) // 2  # of one of two blocks
+    weights = sum(a.info.numel for a in work.actions if a.stored is not None) // 2  # of one of two blocks
     plan = memory.make(work, (12, 24))
     assert plan.where == "while learning the codes of a block" and plan.peak_bytes >> 41 == weights
     assert method.parse("kept").needs_text and not method.parse("towards_zero").needs_text
@@ -241,7 +241,7 @@ def test_a_new_transform_of_blocks_is_one_file(drop: Drop, tmp_path: Path) -> No
         method.parse("even+rtn")
     assert method.parse("evening").needs_text
     plain, work = (memory.make(job(source, "w3g16", chain), (12, 24)) for chain in ("rtn", "evening"))
-    weights = sum(a.info.numel for a in job(source, "w3g16", "rtn").actions if a.planned is not None) // 2
+    weights = sum(a.info.numel for a in job(source, "w3g16", "rtn").actions if a.stored is not None) // 2
     assert work.peak_bytes - plain.peak_bytes == weights << 40
     for chain in ("rtn", "evening"):
         spicerack.quantize(source, "w3g16", output=tmp_path / chain, method=chain, calibration=text(vocabulary=90))
@@ -259,7 +259,7 @@ def test_a_new_rotation_is_one_file(drop: Drop, tmp_path: Path) -> None:
         method.parse("awq+mirror")
     assert not method.parse("mirror").needs_text
     plain, work = (memory.make(job(source, "w8", chain), (12, 24)) for chain in ("rtn", "mirror"))
-    weights = sum(a.info.numel for a in job(source, "w8", "rtn").actions if a.planned is not None) // 2
+    weights = sum(a.info.numel for a in job(source, "w8", "rtn").actions if a.stored is not None) // 2
     assert work.peak_bytes - plain.peak_bytes == 4 * weights << 40
     spicerack.quantize(source, "w8", output=out, method="mirror")
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")

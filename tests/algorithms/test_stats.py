@@ -91,7 +91,7 @@ def test_long_sums_do_not_stall() -> None:
     assert absolute.tolist() == [2**26 + 2] * 2 and largest.tolist() == [2] * 2
 
 
-def test_a_gram_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gram_of_several_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     x = integers(300, 21)
     monkeypatch.setattr(stats, "STRIP", 8)
     gram = collect([x], ("gram",)).gram

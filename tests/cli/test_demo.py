@@ -64,7 +64,7 @@ def test_every_way_in_the_demo_can_be_planned() -> None:
         for variant in subject.variants:
             job = prepare(subject.folder, Recipe(parse(variant.scheme)).then(map(rule, variant.rules)))
             assert job.bytes_after < job.bytes_before
-            embeddings = [a for a in job.actions if a.planned is not None and a.role == "embedding"]
+            embeddings = [a for a in job.actions if a.stored is not None and a.role == "embedding"]
             assert len(embeddings) == len(variant.rules)
 
 

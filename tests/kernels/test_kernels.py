@@ -43,8 +43,8 @@ NAMES = [
     "ternary",
     "ternarya8",
 ]
-TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), block=(8, 16), scale="float32", min="float16")
-TERNARY_GROUPS = Scheme("ternary_groups", IntLevels(-1, 1), block=(1, 64))
+TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), group=(8, 16), scale="float32", min="float16")
+TERNARY_GROUPS = Scheme("ternary_groups", IntLevels(-1, 1), group=(1, 64))
 SCHEMES = [*map(parse, NAMES), TABLE, TERNARY_GROUPS]
 KERNELS = [row.name for row in kernel.table()]
 CPU = torch.device("cpu")
@@ -80,10 +80,10 @@ def activations(x: torch.Tensor, q: QTensor, row: kernel.Kernel) -> torch.Tensor
         return torch.round(x / q.input_scale).clamp(-127, 127).double() * q.input_scale.double()
     if q.scheme.activations is None and row.compute == "float":
         return x.double()
-    blocks = x.unflatten(-1, (-1, 32)) if q.scheme.activations is None else x[..., None, :]
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    spans = x.unflatten(-1, (-1, 32)) if q.scheme.activations is None else x[..., None, :]
+    scale = spans.abs().amax(-1, keepdim=True) / 127
     inverse = 1 / torch.where(scale == 0, 1.0, scale)
-    return (torch.round(blocks * inverse).double() * scale.double()).flatten(-2)
+    return (torch.round(spans * inverse).double() * scale.double()).flatten(-2)
 
 
 def bound(x: torch.Tensor, q: QTensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_unpack_is_the_inverse_of_pack(name: str, scheme: Scheme) -> None:
 @pytest.mark.parametrize("shape", [(192,), (1, 192), (5, 192), (2, 3, 192), (0, 192)])
 @pytest.mark.parametrize(("name", "scheme"), FITTING)
 def test_products_are_within_rounding(name: str, scheme: Scheme, shape: tuple[int, ...], monkeypatch) -> None:
-    monkeypatch.setattr(reference, "CHUNK", 192 * 10)  # three chunks, the last one short, blocks cut through
+    monkeypatch.setattr(reference, "CHUNK", 192 * 10)  # three chunks, the last one short, groups cut through
     row, q, x = kernel.get(name), quantized(scheme), inputs(*shape)
     y = run(row, x, q)
     assert y.shape == (*shape[:-1], 24) and y.dtype == x.dtype
@@ -212,7 +212,7 @@ from spicerack.numerics.qtensor import QTensor
 
 def obstacle(scheme, shape, dtype, device):
     reason = scheme.plain_obstacle
-    return reason or (None if scheme.bits == 5 and scheme.group is None else "only whole rows of five bits")
+    return reason or (None if scheme.bits == 5 and scheme.group_columns is None else "only whole rows of five bits")
 
 def pack(q):
     return {"columns": q.codes.t().contiguous(), "steps": q.plain_scale.float()[:, 0]}

@@ -41,7 +41,7 @@ def test_estimates_equal_what_quantize_writes(scheme: str, llama_folder: Any) ->
     found = {estimate.scheme: estimate for estimate in look(folder).estimates}[scheme]
     job = prepare(folder, Recipe(parse(scheme)))
     after = job.sizes()
-    layers = sum(action.planned is not None for action in job.actions)
+    layers = sum(action.stored is not None for action in job.actions)
     assert 0 <= after.bytes_after - found.nbytes <= layers * PADDING
     assert found.bits_per_weight == pytest.approx(after.bits_per_weight)
     assert not found.indivisible

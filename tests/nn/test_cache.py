@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 import spicerack
 from spicerack.errors import ActivationError, SchemeError, ShapeError, UsageError
-from spicerack.nn import cache_blocks
+from spicerack.nn import cache_segments
 from spicerack.nn.cache import QuantizedCache, QuantizedLayer, QuantizedSlidingLayer, nbytes
-from spicerack.nn.cache_blocks import TOKENS, CacheScheme, Share, encode, packed_bytes
+from spicerack.nn.cache_segments import TOKENS, CacheScheme, Share, encode, packed_bytes
 
 SHARES: tuple[Share, ...] = ("channel", "token")
 CONFIG = LlamaConfig(num_hidden_layers=2)
@@ -29,12 +29,12 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# ---- blocks ----------------------------------------------------------------------------------------------------------
+# ---- segments --------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.sampled_from([8, 4]), share=st.sampled_from(SHARES), blocks=st.integers(1, 3), heads=st.integers(1, 2),
+    bits=st.sampled_from([8, 4]), share=st.sampled_from(SHARES), segments=st.integers(1, 3), heads=st.integers(1, 2),
     width=st.sampled_from([1, 5, 16, 32, 64]), offset=st.sampled_from([0.0, 1.0, -300.0, 1000.0]),
     spread=st.sampled_from([0.0, 1e-7, 1e-3, 1.0, 50.0]), seed=st.integers(0, 99),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
@@ -43,15 +43,15 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 @example(8, "token", 1, 1, 16, -300.0, 1e-3, 0, torch.float32)
 @example(4, "channel", 1, 1, 16, 0.0, 1e-7, 0, torch.float32)  # a step among float16's subnormals
 def test_no_number_moves_by_more_than_half_a_step(
-    bits: int, share: Share, blocks: int, heads: int, width: int, offset: float, spread: float, seed: int,
+    bits: int, share: Share, segments: int, heads: int, width: int, offset: float, spread: float, seed: int,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    x = (values(2, heads, blocks * TOKENS, width, seed=seed) * spread + offset).to(dtype)
+    x = (values(2, heads, segments * TOKENS, width, seed=seed) * spread + offset).to(dtype)
     packed = encode(x, CacheScheme(bits, group=16), share)
     out = torch.empty_like(x, dtype=torch.float32)
     packed.decode(out)
     step = packed.scale.float().expand(
-        2, heads, blocks, TOKENS, -1, -1 if share == "channel" else width // packed.low.shape[4]
+        2, heads, segments, TOKENS, -1, -1 if share == "channel" else width // packed.low.shape[4]
     )
     error = (out.double() - x.double()).abs()
     rounding = torch.finfo(torch.float32).eps * (
@@ -219,7 +219,7 @@ def test_sliding_layers_return_what_transformers_own_do(window: int, steps: list
         for got, want in zip(ours.update(part, -part), theirs.update(part, -part), strict=True):
             assert near(got, want, 8), number
         assert ours.get_seq_length() == theirs.get_seq_length()
-        assert ours.stored < window + TOKENS + 8 + TOKENS, "old blocks are dropped"
+        assert ours.stored < window + TOKENS + 8 + TOKENS, "old segments are dropped"
 
 
 def test_sliding_layers_roll_back_while_they_record() -> None:
@@ -247,5 +247,5 @@ def test_windows_too_short_to_be_packed_are_refused() -> None:
     assert cache.layers[0].packed is not None
 
 
-def test_the_blocks_are_as_the_docs_say() -> None:
-    assert cache_blocks.TOKENS == 32 and CacheScheme(4) == CacheScheme(4, 32, 32, "channel", "token")
+def test_the_segments_are_as_the_docs_say() -> None:
+    assert cache_segments.TOKENS == 32 and CacheScheme(4) == CacheScheme(4, 32, 32, "channel", "token")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("reference_kernel")
 ROW_SCHEMES = ["w8", "w4", "w8t", "w4g32", "w4g32z", "w3g64", "w2g32h", "w5z", "table"]
 
 
-TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), block=(2, 16), scale="float32", min="float16")
+TABLE = Scheme("table", TableLevels((-1.0, 0.0, 1.0)), group=(2, 16), scale="float32", min="float16")
 
 
 def scheme_of(name: str) -> Scheme:

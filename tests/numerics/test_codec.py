@@ -22,10 +22,10 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def block_errors(w: torch.Tensor, scheme: Scheme, range_: codec.Range) -> torch.Tensor:
-    """Squared error of every block, float64."""
+def group_errors(w: torch.Tensor, scheme: Scheme, range_: codec.Range) -> torch.Tensor:
+    """Squared error of every group, float64."""
     e = codec.decode(codec.encode(w, scheme, range_=range_)).double() - w.double()
-    return codec.to_blocks(e.square(), scheme.block_shape(*w.shape[-2:])).sum(1)
+    return codec.to_groups(e.square(), scheme.group_shape(*w.shape[-2:])).sum(1)
 
 
 # ---- enumeration ----------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_search_comes_near_the_exhaustive_optimum(name: str) -> None:
     scheme = parse(name)
     w = gaussian(40, 6)
     optimum = torch.tensor([exhaustive(row, scheme) for row in w], dtype=torch.float64)
-    found, absmax = (block_errors(w, scheme, r) for r in ("opt", "absmax"))
+    found, absmax = (group_errors(w, scheme, r) for r in ("opt", "absmax"))
     assert bool((found >= optimum * (1 - 1e-5)).all())
     assert bool((found <= absmax * (1 + 1e-6)).all())
     assert float(found.sum() / optimum.sum()) < 1.05
@@ -123,7 +123,7 @@ def test_gaussian_closed_form(levels: IntLevels, mse: float) -> None:
     w = gaussian(1, 1 << 18)
     w = w / w.square().mean().sqrt()
     scheme = Scheme("closed form", levels, (1, None), scale="float32")
-    assert float(block_errors(w, scheme, "opt")[0]) / w.numel() == pytest.approx(mse, rel=0.015)
+    assert float(group_errors(w, scheme, "opt")[0]) / w.numel() == pytest.approx(mse, rel=0.015)
 
 
 @pytest.mark.parametrize("name", ["w8", "w4g32", "w4g32z", "w3g16", "w2g32", "w2g32z", "w2g32h", "w4t"])
@@ -147,10 +147,10 @@ def test_importance_moves_the_error_to_where_it_matters_less(name: str) -> None:
     shape=st.sampled_from(["gauss", "zeros", "constant", "positive", "negative", "subnormal", "huge", "one outlier"]),
     seed=st.integers(0, 2**31),
 )
-def test_any_block(
+def test_any_group(
     bits: int, kind: str, dtype: torch.dtype, rows: int, group: int, groups: int, shape: str, seed: int
 ) -> None:
-    """Codes stay in range, nothing becomes NaN, opt is never worse than absmax in any block, errors stay in bounds."""
+    """Codes stay in range, nothing becomes NaN, opt is never worse than absmax in any group, errors stay in bounds."""
     w = gaussian(rows, group * groups, seed=seed)
     if shape == "zeros":
         w = w * (w > 1)
@@ -171,10 +171,10 @@ def test_any_block(
     assert int(q.codes.min()) >= scheme.levels.lo and int(q.codes.max()) <= scheme.levels.hi
     decoded = codec.decode(q)
     assert bool(decoded.isfinite().all())
-    step = codec.from_blocks(q.scale.float().abs().reshape(-1, 1).expand(-1, group), tuple(w.shape), (1, group))
+    step = codec.from_groups(q.scale.float().abs().reshape(-1, 1).expand(-1, group), tuple(w.shape), (1, group))
     # Half a step; a whole one where clipping is asymmetric or the zero point is rounded; and the scale's own rounding.
     assert bool(((decoded - w.float()).abs() <= step * (1 + 2.0**-8 * 2**bits)).all())
-    opt, absmax = (block_errors(w, scheme, r) for r in ("opt", "absmax"))
+    opt, absmax = (group_errors(w, scheme, r) for r in ("opt", "absmax"))
     assert bool((opt <= absmax * (1 + 1e-4)).all())
 
 
@@ -204,14 +204,14 @@ def test_transposed_tensors_come_back_transposed() -> None:
     assert float((decoded - conv1d).abs().max()) < 0.02
 
 
-@pytest.mark.parametrize("block", [(1, 8), (4, None), (None, None), (2, 16), (1, None)])
-def test_blocks_and_back(block: tuple[int | None, int | None]) -> None:
+@pytest.mark.parametrize("group", [(1, 8), (4, None), (None, None), (2, 16), (1, None)])
+def test_groups_and_back(group: tuple[int | None, int | None]) -> None:
     w = gaussian(2, 8, 32)
-    full = Scheme("s", IntLevels(-8, 7), block).block_shape(8, 32)
-    blocks = codec.to_blocks(w, full)
-    assert blocks.shape == (w.numel() // (full[0] * full[1]), full[0] * full[1])
-    assert torch.equal(blocks[0], w[0, : full[0], : full[1]].flatten())
-    assert torch.equal(codec.from_blocks(blocks, tuple(w.shape), full), w)
+    full = Scheme("s", IntLevels(-8, 7), group).group_shape(8, 32)
+    groups = codec.to_groups(w, full)
+    assert groups.shape == (w.numel() // (full[0] * full[1]), full[0] * full[1])
+    assert torch.equal(groups[0], w[0, : full[0], : full[1]].flatten())
+    assert torch.equal(codec.from_groups(groups, tuple(w.shape), full), w)
 
 
 @pytest.mark.parametrize("name", ["w8", "w4g32z", "w4t"])
@@ -263,7 +263,7 @@ def test_a_scale_that_would_be_infinite_is_refused() -> None:
         codec.encode(w, parse("ternary"), name="up")  # though the mean of all would fit
 
 
-def test_a_scale_that_would_be_zero_is_refused_unless_the_block_is_negligible() -> None:
+def test_a_scale_that_would_be_zero_is_refused_unless_the_group_is_negligible() -> None:
     w = gaussian(4, 64) * 1e-9
     with pytest.raises(WeightError, match=r"q: block \[0, 0\] with weights up to .*e-09 needs a scale below 5\.96e-08"):
         codec.encode(w, parse("w4g32"), name="q")
@@ -297,11 +297,11 @@ def test_ternary_is_the_optimum_of_all_codes(weighted: bool) -> None:
     torch.testing.assert_close(found, errors, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("block", [(1, None), (1, 32), (None, None)])
-def test_ternary_blocks_are_sorted_some_at_a_time(
-    block: tuple[int | None, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("group", [(1, None), (1, 32), (None, None)])
+def test_ternary_groups_are_sorted_some_at_a_time(
+    group: tuple[int | None, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheme = Scheme("t", IntLevels(-1, 1), block=block)
+    scheme = Scheme("t", IntLevels(-1, 1), group=group)
     w, a = gaussian(16, 96), torch.rand(16, 96, generator=torch.Generator().manual_seed(5))
     for importance in (None, a):
         at_once = codec.encode(w, scheme, importance=importance)
@@ -313,7 +313,7 @@ def test_ternary_blocks_are_sorted_some_at_a_time(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_no_stored_ternary_scale_beside_the_chosen_one_is_better(dtype: torch.dtype) -> None:
-    scheme = Scheme("t", IntLevels(-1, 1), block=(1, None))
+    scheme = Scheme("t", IntLevels(-1, 1), group=(1, None))
     w = (gaussian(8, 4096) ** 3).to(dtype)
     q = codec.encode(w, scheme)
     assert isinstance(q.scale, torch.Tensor) and q.scale.dtype == dtype

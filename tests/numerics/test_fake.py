@@ -96,7 +96,7 @@ def test_gradients_of_scales_and_zero_points_are_torchs() -> None:
 
 @pytest.mark.parametrize(
     ("clip", "w", "by_weight", "by_scale"),
-    [  # s = 1/2, levels -2..1, one weight in the block: the factor is 1
+    [  # s = 1/2, levels -2..1, one weight in the group: the factor is 1
         ("levels", 0.2, 1, 0 - 0.4), ("levels", 0.3, 1, 1 - 0.6), ("levels", -0.9, 1, -2 + 1.8),
         ("levels", 0.6, 0, 1), ("levels", 0.8, 0, 1), ("levels", -1.1, 0, -2), ("levels", -9.0, 0, -2),
         ("cells", 0.6, 1, 1 - 1.2), ("cells", 0.8, 0, 1), ("cells", -1.1, 1, -2 + 2.2), ("cells", -1.3, 0, -2),

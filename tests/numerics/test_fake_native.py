@@ -55,7 +55,7 @@ def parts_of(shape: tuple[int, int], levels: IntLevels, zero: bool, random: torc
 )  # fmt: skip
 def test_the_bits_are_torchs(
     seed: int,
-    blocks: tuple[int, int],
+    groups: tuple[int, int],
     rows: int,
     columns: int,
     levels: IntLevels,
@@ -66,17 +66,17 @@ def test_the_bits_are_torchs(
     out_dtype: torch.dtype,
 ) -> None:
     random = torch.Generator().manual_seed(seed)
-    w, grad = torch.randn((2, blocks[0] * rows, blocks[1] * columns), generator=random)
+    w, grad = torch.randn((2, groups[0] * rows, groups[1] * columns), generator=random)
     places = torch.randint(0, w.numel(), (len(ODD),), generator=random)
     w.view(-1)[places] = torch.tensor(ODD)
     grad.view(-1)[places.roll(1)] = torch.tensor(ODD)
     w, grad = w.to(dtype), grad.to(grad_dtype)
     grid = Grid(levels, (rows, columns), clip)
-    parts = parts_of(blocks, levels, zero and not levels.half, random)
+    parts = parts_of(groups, levels, zero and not levels.half, random)
     rounded = grid.decode(grid.round(grid.places(w, parts)), parts).to(out_dtype)
     wanted = (True, True, parts[1] is not None)
     by_weight, by_scale, by_zero = grid._sums(grad, w, parts, wanted)
-    operands = Operands(w, levels, grid.block, *parts)
+    operands = Operands(w, levels, grid.group, *parts)
     for isa in native.ISAS:
         assert same(fake_native.fake(operands, out_dtype, isa=isa), rounded)
         ours = fake_native.gradients(
@@ -89,7 +89,7 @@ def test_the_bits_are_torchs(
                 assert torch.allclose(sums, theirs, rtol=1e-5, atol=1e-3, equal_nan=True)
 
 
-def test_sums_over_long_blocks_are_those_of_float64() -> None:
+def test_sums_over_long_groups_are_those_of_float64() -> None:
     w, grad = torch.randn(2, 5, 70_001)
     grid, parts = Grid(IntLevels(-8, 7), (5, 70_001)), (torch.full((1, 1), 0.1), torch.full((1, 1), 3.0))
     exact = grid._sums(grad.double(), w, parts, (True, True, True))  # float32 inside: of the products alone
@@ -98,18 +98,18 @@ def test_sums_over_long_blocks_are_those_of_float64() -> None:
     inside = (u >= -8) & (u <= 7)
     by_scale = ((codes - torch.where(inside, u, 3.0)).double() * grid.tiles(grad)).sum()
     by_zero = -(grid.tiles(grad).double() * ~inside).sum()
-    operands = Operands(w, grid.levels, grid.block, *parts)
+    operands = Operands(w, grid.levels, grid.group, *parts)
     ours = fake_native.gradients(grad, operands, cells=False, needed=(True, True, True))
     assert exact[0] is not None and ours[1] is not None and ours[2] is not None
     assert float(ours[1]) == pytest.approx(float(by_scale), rel=1e-5)
     assert float(ours[2]) == pytest.approx(float(by_zero), rel=1e-5)
 
 
-@pytest.mark.parametrize("block", [(1, 32), (2, 100), (1, 800), (400, 800)])
-def test_threads_change_nothing(block: tuple[int, int], threads: None) -> None:
+@pytest.mark.parametrize("group", [(1, 32), (2, 100), (1, 800), (400, 800)])
+def test_threads_change_nothing(group: tuple[int, int], threads: None) -> None:
     w, grad = torch.randn(2, 400, 800)
-    grid = Grid(IntLevels(-8, 7), block)
-    parts = parts_of((400 // block[0], 800 // block[1]), grid.levels, True, torch.Generator().manual_seed(0))
+    grid = Grid(IntLevels(-8, 7), group)
+    parts = parts_of((400 // group[0], 800 // group[1]), grid.levels, True, torch.Generator().manual_seed(0))
     found = []
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
@@ -140,7 +140,7 @@ def test_strided_weights_and_gradients() -> None:
     grid = Grid(IntLevels(-8, 7), (1, 8))
     grad = torch.ones(1, 1).expand(12, 32)
     expected = grid._sums(grad, w, (scale, None), (True, True, False))
-    operands = Operands(w, grid.levels, grid.block, scale, None)
+    operands = Operands(w, grid.levels, grid.group, scale, None)
     by_weight = fake_native.gradients(grad, operands, cells=False, needed=(True, True, False))[0]
     assert same(by_weight, expected[0])
     assert same(grid.fake(w, (scale.t().contiguous().t(), None)), grid.fake(w.contiguous(), (scale, None)))

@@ -11,7 +11,7 @@ from spicerack.numerics import bits, codec, native, rounding
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme, parse
-from spicerack.numerics.search import PIECE, TensorBlocks, search
+from spicerack.numerics.search import PIECE, TensorGroups, search
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = [
@@ -93,20 +93,20 @@ def test_any_shape_kind_and_processor(
 ) -> None:  # fmt: skip
     half = 2 ** (low - 1)
     scheme = Scheme("any", IntLevels(-half, half - 1, half=suffix == "h"), (1, group), zero=suffix == "z")
-    blocks = weights(rows, group * groups, dtype=dtype, seed=seed, kind=kind).reshape(-1, group)
+    w = weights(rows, group * groups, dtype=dtype, seed=seed, kind=kind).reshape(-1, group)
     stored = getattr(torch, scale)
-    found = native.quantize(blocks, scheme, stored, range_, threads=threads, isa=isa)
+    found = native.quantize(w, scheme, stored, range_, threads=threads, isa=isa)
     assert found is not None
     codes, scales, zeros = found.codes, found.scale, found.zero
-    expected, expected_zeros = search(TensorBlocks(blocks.float(), scheme), scheme, stored, range_)
+    expected, expected_zeros = search(TensorGroups(w.float(), scheme), scheme, stored, range_)
     assert torch.equal(scales, expected)
     assert torch.equal(zeros, expected_zeros.to(torch.int8))
     assert found.fits == codec.scale_fits(scales)
     if found.fits:
-        u = blocks.float() * (1 / expected)[:, None]
+        u = w.float() * (1 / expected)[:, None]
         assert torch.equal(codes, scheme.levels.encode(u, expected_zeros[:, None]).to(torch.int8))
         zero = zeros if scheme.zero else None
-        assert torch.equal(native.encode(blocks, scheme, scales, zero, threads=threads, isa=isa), codes)
+        assert torch.equal(native.encode(w, scheme, scales, zero, threads=threads, isa=isa), codes)
 
 
 @pytest.mark.parametrize("isa", native.ISAS)
@@ -125,18 +125,18 @@ def test_every_16_bit_number_and_its_neighbours(dtype: torch.dtype, isa: str) ->
     for stored in DTYPES:
         found = native.quantize(w, one, stored, "absmax", isa=isa)
         assert found is not None
-        assert torch.equal(found.scale, search(TensorBlocks(w.float(), one), one, stored, "absmax")[0])
+        assert torch.equal(found.scale, search(TensorGroups(w.float(), one), one, stored, "absmax")[0])
 
 
 @pytest.mark.parametrize("name", ["w4t", "w2tz", "ternary", "w3th"])
 @pytest.mark.parametrize("size", [PIECE, PIECE + 1, 2 * PIECE + 1000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_long_blocks(name: str, size: int, dtype: torch.dtype) -> None:
+def test_long_groups(name: str, size: int, dtype: torch.dtype) -> None:
     w = weights(2, 1, size, seed=3, dtype=dtype)  # two experts, one scale each
     assert same(codec.encode(w, parse(name)), rounding.to_nearest(w, parse(name), threads=2))
 
 
-def test_blocks_of_several_rows_and_of_strided_tensors() -> None:
+def test_groups_of_several_rows_and_of_strided_tensors() -> None:
     w = weights(32, 64)
     pair = Scheme("pairs", IntLevels(-8, 7), (2, None))
     tiles = Scheme("tiles", IntLevels(-8, 7), (16, 16))

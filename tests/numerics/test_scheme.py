@@ -10,17 +10,17 @@ from spicerack.numerics.scheme import Scheme, parse
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("block", ["", "g64", "t"])
+@pytest.mark.parametrize("group", ["", "g64", "t"])
 @pytest.mark.parametrize("kind", ["", "z", "h"])
 @pytest.mark.parametrize("activations", ["", "a8", "a8s"])
-def test_the_whole_grammar(bits: int, block: str, kind: str, activations: str) -> None:
-    name = f"w{bits}{block}{kind}{activations}"
+def test_the_whole_grammar(bits: int, group: str, kind: str, activations: str) -> None:
+    name = f"w{bits}{group}{kind}{activations}"
     scheme = parse(name)
     half = 2 ** (bits - 1)
     assert str(scheme) == name
     assert scheme.levels == IntLevels(-half, half - 1, half=kind == "h")
     assert scheme.bits == bits
-    assert scheme.block == {"": (1, None), "g64": (1, 64), "t": (None, None)}[block]
+    assert scheme.group == {"": (1, None), "g64": (1, 64), "t": (None, None)}[group]
     assert scheme.zero == (kind == "z")
     assert scheme.activations == {"": None, "a8": "token", "a8s": "static"}[activations]
 

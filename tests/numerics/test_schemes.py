@@ -49,7 +49,7 @@ def test_every_scheme_encodes_and_decodes(name: str, range_: codec.Range) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_searching_is_not_worse_than_absmax(name: str) -> None:
-    """On the whole: where scales are quantized too, single blocks may lose a little."""
+    """On the whole: where scales are quantized too, single groups may lose a little."""
     w = gaussian(32, 512)
     errors = [
         float((codec.decode(codec.encode(w, parse(name), range_=r)) - w).square().sum()) for r in ("absmax", "opt")
@@ -137,15 +137,15 @@ def q4_k_bytes(q: QTensor) -> np.ndarray:
         [s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4], axis=1
     )
     nibbles = (codes[:, :, 0] | codes[:, :, 1] << 4).reshape(-1, 128)
-    blocks = np.concatenate([d.view(np.uint8), dmin.view(np.uint8), packed, nibbles], axis=1)
-    return blocks.reshape(q.shape[0], -1)
+    groups = np.concatenate([d.view(np.uint8), dmin.view(np.uint8), packed, nibbles], axis=1)
+    return groups.reshape(q.shape[0], -1)
 
 
 NEW_SCHEME = '''
 """Signed powers of two, for a shifter."""
 from spicerack.numerics.levels import TableLevels
 from spicerack.numerics.scheme import Scheme
-SCHEME = Scheme(name="shift3", levels=TableLevels((-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)), block=(1, 8))
+SCHEME = Scheme(name="shift3", levels=TableLevels((-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)), group=(1, 8))
 '''
 
 
@@ -193,7 +193,7 @@ class PairLevels:
     def decode(self, codes, zero=0.0):
         return torch.tensor(PAIRS)[codes.long()].flatten(-2)
 
-SCHEME = Scheme(name="pairs", levels=PairLevels(), block=(1, 32))
+SCHEME = Scheme(name="pairs", levels=PairLevels(), group=(1, 32))
 '''
 
 
@@ -218,4 +218,4 @@ def test_a_codebook_is_one_file_from_its_name_to_the_product(tmp_path: Path, lla
         assert torch.allclose(layer(x), x @ codec.decode(exact).t(), atol=1e-5)
         assert solver.get("gptq").obstacle(q.scheme) == "its codes stand for 2 weights each"
         with pytest.raises(ShapeError, match="blocks of 33 columns are no whole codes of pairs"):
-            dataclasses.replace(parse("pairs"), block=(1, 33)).check_shape("w", (2, 66))
+            dataclasses.replace(parse("pairs"), group=(1, 33)).check_shape("w", (2, 66))

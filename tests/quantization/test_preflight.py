@@ -90,8 +90,8 @@ def test_a_folder_that_computes_something_else_stops_the_run(tmp_path: Path, mon
     source = deep("llama", tmp_path / "float")
     original = type(FORMAT).encode
 
-    def broken(self: Any, planned: Any, q: Any) -> dict[str, torch.Tensor]:
-        return original(self, planned, rounding.to_nearest(spicerack.numerics.codec.decode(q).flip(0), q.scheme))
+    def broken(self: Any, stored: Any, q: Any) -> dict[str, torch.Tensor]:
+        return original(self, stored, rounding.to_nearest(spicerack.numerics.codec.decode(q).flip(0), q.scheme))
 
     monkeypatch.setattr(type(FORMAT), "encode", broken)
     with pytest.raises(LoadError, match=r"preflight: the first 2 blocks.* off"):

@@ -34,7 +34,7 @@ from spicerack.errors import UsageError
 from spicerack.evaluation import bench
 from spicerack.evaluation.evaluate import evaluate
 from spicerack.nn.cache import QuantizedCache, QuantizedLayer
-from spicerack.nn.cache_blocks import CacheScheme
+from spicerack.nn.cache_segments import CacheScheme
 from spicerack.runtime.cache import use_quantized_cache
 
 SMALL = {

@@ -28,18 +28,18 @@ from spicerack.storage.reader import Checkpoint
 CT, OWN = format.get("compressed_tensors"), format.get("spicerack")
 CT_SCHEMES = [f"w{bits}{g}{z}" for bits in range(2, 9) for g in ("", "g32") for z in ("", "z")]
 CT_SCHEMES += ["w8a8", "w8a8s"]
-E4M3 = Scheme("e4m3", FloatLevels(4, 3, max_value=448.0), block=(None, None), scale="float32")
-NVFP4_LIKE = Scheme("nvfp4_like", FloatLevels(2, 1), block=(1, 16), scale=E4M3)
-Q4K_PART = Scheme("q4k_part", IntLevels(0, 63), block=(1, 8), scale="float16")
+E4M3 = Scheme("e4m3", FloatLevels(4, 3, max_value=448.0), group=(None, None), scale="float32")
+NVFP4_LIKE = Scheme("nvfp4_like", FloatLevels(2, 1), group=(1, 16), scale=E4M3)
+Q4K_PART = Scheme("q4k_part", IntLevels(0, 63), group=(1, 8), scale="float16")
 Q4K_LIKE = Scheme(
-    "q4k_like", IntLevels(0, 15), block=(1, 32), scale=Q4K_PART, min=Scheme("m", IntLevels(-63, 0), (1, 8))
+    "q4k_like", IntLevels(0, 15), group=(1, 32), scale=Q4K_PART, min=Scheme("m", IntLevels(-63, 0), (1, 8))
 )
-BLOCKS = Scheme("blocks", TableLevels((-1.0, 0.0, 1.0)), block=(8, 16), scale="float32")
+RECTANGLES = Scheme("rectangles", TableLevels((-1.0, 0.0, 1.0)), group=(8, 16), scale="float32")
 EVERY = [
     *map(parse, [*CT_SCHEMES, "w2h", "w2g32h", "w8t", "w4t", "w3g64a8", "w4g32za8s"]),
     NVFP4_LIKE,
     Q4K_LIKE,
-    BLOCKS,
+    RECTANGLES,
 ]
 
 
@@ -113,7 +113,7 @@ def tiny(zero: bool) -> QTensor:
     return QTensor(parse("w4g4z" if zero else "w4g4"), codes, scale, z)
 
 
-@pytest.mark.parametrize("scheme", [parse("ternary"), BLOCKS], ids=str)
+@pytest.mark.parametrize("scheme", [parse("ternary"), RECTANGLES], ids=str)
 def test_bits_that_are_no_code_are_refused(scheme: Scheme) -> None:
     stored = StoredTensor("a.b", scheme, (16, 32))
     tensors = OWN.encode(stored, codec.encode(random_weight(16, 32), scheme, range_="absmax"))
@@ -269,8 +269,8 @@ def test_the_container_is_chosen_for_the_rest(stored: StoredTensor) -> None:
 
 
 def test_a_scheme_without_a_name_is_refused() -> None:
-    with pytest.raises(SchemeError, match="'blocks' cannot be found"):
-        format.choose(contents_of(StoredTensor("a", BLOCKS, (64, 64))))
+    with pytest.raises(SchemeError, match="'rectangles' cannot be found"):
+        format.choose(contents_of(StoredTensor("a", RECTANGLES, (64, 64))))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from spicerack.errors import OutputError
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.storage import writer as module
 from spicerack.storage.ledger import Entry
-from spicerack.storage.writer import CONFIG, INDEX, Shard, Slot, Unit, Writer, plan_shards
+from spicerack.storage.writer import CONFIG, INDEX, OutputTensor, Shard, Unit, Writer, plan_shards
 
 IDENTITY = {"recipe": {"scheme": "w8"}, "source": "abc"}
 TENSORS = {
@@ -31,15 +31,16 @@ TENSORS = {
 
 def unit(name: str) -> Unit:
     tensor = TENSORS[name]
-    return Unit(name, (Slot(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape)),))
+    return Unit(name, (OutputTensor(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape)),))
 
 
 def write(writer: Writer, shard: Shard) -> None:
     with writer.shard(shard) as out:
         for u in shard.units:
-            for slot in u.slots:
-                out.write(slot.name, TENSORS[slot.name])
-            out.entries.append(Entry(u.source, "copy", "", "", None, u.slots[0].dtype, u.slots[0].shape, 0, u.nbytes))
+            for tensor in u.tensors:
+                out.write(tensor.name, TENSORS[tensor.name])
+            dtype, shape = u.tensors[0].dtype, u.tensors[0].shape
+            out.entries.append(Entry(u.source, "copy", "", "", None, dtype, shape, 0, u.nbytes))
 
 
 def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
@@ -65,12 +66,13 @@ def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
 
 
 def test_units_are_not_split_and_shards_are_filled_in_order() -> None:
-    units = [Unit(str(i), (Slot(f"{i}.x", "F32", (10,)), Slot(f"{i}.y", "U8", (10,)))) for i in range(5)]
+    pairs = [(OutputTensor(f"{i}.x", "F32", (10,)), OutputTensor(f"{i}.y", "U8", (10,))) for i in range(5)]
+    units = [Unit(str(i), pair) for i, pair in enumerate(pairs)]
     shards = plan_shards(units, shard_bytes=120)
     assert [[u.source for u in s.units] for s in shards] == [["0", "1"], ["2", "3"], ["4"]]
     assert [s.file for s in shards] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert plan_shards(units)[0].file == "model.safetensors"
-    assert len(plan_shards([Unit("big", (Slot("big", "F32", (1000,)),))], shard_bytes=8)) == 1
+    assert len(plan_shards([Unit("big", (OutputTensor("big", "F32", (1000,)),))], shard_bytes=8)) == 1
 
 
 def test_the_plan_is_binding(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small_is_found_before_work(tmp_path: Path) -> None:
-    huge = [Unit("x", (Slot("x", "F32", (1 << 50,)),))]
+    huge = [Unit("x", (OutputTensor("x", "F32", (1 << 50,)),))]
     with pytest.raises(OutputError, match="GB free"):
         Writer(tmp_path / "out", plan_shards(huge), IDENTITY)
     assert not list(tmp_path.iterdir())

@@ -82,5 +82,5 @@ def auto(scheme: Scheme, with_text: bool) -> Method:
         return Method()
     integers = scheme.levels.integers
     steps = _MANY if integers is None else integers.hi - integers.lo
-    learned = "blockap" if steps == _TWO_BITS and scheme.block[0] is not None else "signround"
+    learned = "blockap" if steps == _TWO_BITS and scheme.group[0] is not None else "signround"
     return Method(("smoothquant",) if scheme.activations else (), learned if steps < _MANY else "gptq")

@@ -41,7 +41,7 @@ def rescaled(start: QTensor, codes: torch.Tensor, target: torch.Tensor, h: torch
     and r = D H (target - decoded).
     """
     n, k = codes.shape
-    group = start.scheme.block_shape(n, k)[1]
+    group = start.scheme.group_shape(n, k)[1]
     dtype = start.plain_scale.dtype
     one = len(start.plain_scale) != n
     nothing = torch.zeros((1, k // group), dtype=torch.float64, device=target.device)
@@ -65,7 +65,7 @@ def rescaled(start: QTensor, codes: torch.Tensor, target: torch.Tensor, h: torch
 def objective(e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     """e H e^T of every row of the errors e [N, K], float64 [N], for a symmetric H [K, K] of their type.
 
-    Only blocks of H on its diagonal and right of it are multiplied with: the others count the same again.
+    Only parts of H on its diagonal and right of it are multiplied with: the others count the same again.
     """
     total = torch.zeros(len(e), dtype=torch.float64, device=e.device)
     for first in range(0, e.shape[1], _COLUMNS):

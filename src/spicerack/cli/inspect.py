@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ABOUT = About(place=10, summary="What is in a model folder, and what it would weigh.")
 _SMALL = {"norm": "all norms", "bias": "all biases"}
 """Roles that are many, small and alike: a line for all of them."""
-_BLOCKS = "·▁▂▃▄▅▆▇█"
+_HEIGHTS = "·▁▂▃▄▅▆▇█"
 """Bars of eight heights, behind a dot for none."""
 _SHARE_OF_LOWEST_BAR = 1e-7
 """A step of the bars is then about a power of ten, and the lowest one a weight in ten million."""
@@ -287,9 +287,9 @@ def _show_spreads(spreads: list[Spread], console: Console) -> None:
 def _bar(share: float) -> str:
     """A bar whose height is the logarithm of `share`: full for 1, lowest for 1e-7, a dot for none at all."""
     if share <= 0:
-        return _BLOCKS[0]
+        return _HEIGHTS[0]
     height = 1 - math.log(max(share, _SHARE_OF_LOWEST_BAR)) / math.log(_SHARE_OF_LOWEST_BAR)
-    return _BLOCKS[1 + round(height * 7)]
+    return _HEIGHTS[1 + round(height * 7)]
 
 
 def _share(share: float) -> str:

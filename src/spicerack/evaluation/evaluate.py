@@ -29,7 +29,7 @@ from spicerack.evaluation.language import Comparison
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.kernels import kernel
 from spicerack.models.kind import Kind, kind_of
-from spicerack.nn.cache_blocks import CacheScheme
+from spicerack.nn.cache_segments import CacheScheme
 from spicerack.nn.weight import PackedWeight
 from spicerack.runtime.load import load
 from spicerack.storage import ledger

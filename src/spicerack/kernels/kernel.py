@@ -30,7 +30,7 @@ Shape = tuple[int, int]
 """[N, K]: outputs, inputs."""
 
 Compute = Literal["int8", "float"]
-"""What weight-only schemes multiply with: activations rounded to int8 on the fly, in blocks of 32, or floats.
+"""What weight-only schemes multiply with: activations rounded to int8 on the fly, in spans of 32, or floats.
 
 A scheme that names its activations (a8) has them so with either."""
 

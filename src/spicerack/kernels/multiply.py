@@ -32,7 +32,7 @@ class PanelMatrix:
 
     codes, scale, zero  see `panels.pack`; on the CPU. zero is None for none
     spec                their numbers
-    activations         FLOATS, BLOCKS, TOKENS or FIXED
+    activations         FLOATS, SPANS, TOKENS or FIXED
     input_scale         float32 [1], of FIXED activations, else None
 
     Whether they belong together is checked when they are first used.

@@ -26,13 +26,13 @@ from spicerack.numerics.scheme import Scheme
 
 NAMES: tuple[str, ...] = tuple(_native.engines())
 """Engines that this processor runs, fastest first; "scalar" is always the last."""
-PANEL, BLOCK, UNIT = 16, 32, 64
+PANEL, TILE, UNIT = 16, 32, 64
 """Rows of a panel, columns of a tile, bytes of a tile for each bit (16 * 32 / 8), as in native/kernels/kernel.h."""
 TRITS, BUNDLE, TRITS_BYTES = 1, 5, 512
 """In place of a number of bits: ternary codes, five to a byte (3^5 = 243); how many panels share a tile of them, one
 row of each in a byte; bytes of such a tile."""
-FLOATS, BLOCKS, TOKENS, FIXED = range(4)
-"""How activations enter: float32; int8 with a scale for 32 columns of a row, for a row, or one that is given."""
+FLOATS, SPANS, TOKENS, FIXED = range(4)
+"""How activations enter: float32; int8 with a scale for a span (32 columns of a row), for a row, or a given one."""
 MAX_EXACT_COLUMNS = 1 << 16
 """Columns whose products are summed in int32 without overflow: 255 * 127 * 2^16 < 2^31."""
 TYPES = {dtype: number for number, dtype in enumerate(dtypes.SOURCES)}
@@ -63,8 +63,8 @@ class Spec(NamedTuple):
     def tiles(self) -> tuple[int, int, int]:
         """The shape of the packed codes, uint8: panels (or bundles of them), tiles of a panel, bytes of a tile."""
         if self.bits == TRITS:
-            return -(-self.n // (BUNDLE * PANEL)), -(-self.k // BLOCK), TRITS_BYTES
-        return -(-self.n // PANEL), -(-self.k // BLOCK), UNIT * self.bits
+            return -(-self.n // (BUNDLE * PANEL)), -(-self.k // TILE), TRITS_BYTES
+        return -(-self.n // PANEL), -(-self.k // TILE), UNIT * self.bits
 
 
 Tiling = Literal["planes", "trits"]
@@ -92,7 +92,7 @@ def spec_of(scheme: Scheme, shape: tuple[int, int], tiling: Tiling = "planes") -
     SchemeError for levels in a table, which have no offset.
     """
     levels = scheme.integers
-    group = scheme.group or 0
+    group = scheme.group_columns or 0
     bits = scheme.bits if tiling == "planes" else TRITS
     return Spec(*shape, 0 if group == shape[1] else group, bits, -levels.lo, levels.half)
 
@@ -112,9 +112,9 @@ def obstacle(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device:
         return scheme.plain_obstacle
     if scheme.bits < 2:
         return "codes have 2 to 8 bits"
-    group = scheme.group or shape[1]
-    if group != shape[1] and group % BLOCK:
-        return f"groups are multiples of {BLOCK}, not {group}"
+    group = scheme.group_columns or shape[1]
+    if group != shape[1] and group % TILE:
+        return f"groups are multiples of {TILE}, not {group}"
     return None
 
 
@@ -159,7 +159,7 @@ def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Til
     codes = torch.empty((n, k), dtype=torch.uint8)
     _native.from_panels(tensors["codes"].cpu(), spec.bits, spec.offset, codes)
     scale = _from_lanes(tensors["scale"], n)
-    if scheme.block == (None, None):
+    if scheme.group == (None, None):
         scale = scale[:1]  # all rows have a copy of it
     zero = None
     if scheme.zero:

@@ -62,7 +62,7 @@ def _linear(
     input_scale          float32 [1] of FIXED activations, else None
     n, k, group, bits, offset, half   the numbers of its `Spec`
     engine               a place in `panels.NAMES`
-    activations          FLOATS, BLOCKS, TOKENS or FIXED
+    activations          FLOATS, SPANS, TOKENS or FIXED
     """
     matrix = PanelMatrix(codes, scale, zero, Spec(n, k, group, bits, offset, half), activations, input_scale)
     return multiply(x, (matrix,), (bias,), engine)[0]

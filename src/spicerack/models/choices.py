@@ -71,18 +71,18 @@ def layers(folder: str | Path, compute: Compute | None = None, engine: str | Non
     """
     kernel.check_engine(engine)  # also where nothing is quantized
     checkpoint = Checkpoint.open(folder)
-    layout = format.of_folder(checkpoint)
-    if layout is None:
+    fmt = format.of_folder(checkpoint)
+    if fmt is None:
         return []
-    declared = _dtype(architecture(layout.float_config(checkpoint.config)).dtype)
+    declared = _dtype(architecture(fmt.float_config(checkpoint.config)).dtype)
     picked: dict[tuple[Scheme, Shape, torch.dtype], Choice] = {}
     counts: dict[tuple[str, Scheme, Shape, torch.dtype], int] = {}
-    for planned in layout.contents(checkpoint).values():
-        rows, columns = planned.shape[-2:]
-        key = (planned.scheme, (rows, columns), declared or planned.source_dtype)
+    for stored in fmt.contents(checkpoint).values():
+        rows, columns = stored.shape[-2:]
+        key = (stored.scheme, (rows, columns), declared or stored.source_dtype)
         if key not in picked:
             picked[key] = kernel.pick(*key, _CPU, compute, engine)
-        kind = (pattern_of(planned.module), *key)
+        kind = (pattern_of(stored.module), *key)
         counts[kind] = counts.get(kind, 0) + 1
     return [
         Layers(

@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Indivisible:
-    """Layers that a scheme's blocks do not tile: they would stay in float. remedy: the group that fits."""
+    """Layers that a scheme's groups do not tile: they would stay in float. remedy: the group that fits."""
 
     pattern: str
     count: int
@@ -74,7 +74,7 @@ class Estimate:
 
     nbytes           codes, scales and zero points counted; headers and padding of files add a few bytes per tensor
     bits_per_weight  of the quantized layers;  bits_per_weight_total: of the whole model
-    indivisible      layers that would stay in float, because the scheme's blocks do not tile them
+    indivisible      layers that would stay in float, because the scheme's groups do not tile them
     """
 
     scheme: str
@@ -160,7 +160,7 @@ def _stored(written: Ledger) -> dict[str, Stored]:
 def estimate(census: Census, scheme: Scheme) -> Estimate:
     """The size of a model in this scheme, by the roles and shapes of its tensors.
 
-    What is quantized by default is; layers that the scheme's blocks do not tile stay as they are, and are listed.
+    What is quantized by default is; layers that the scheme's groups do not tile stay as they are, and are listed.
     """
     quantized_bits = weights = rest = 0
     bits: dict[tuple[int, ...], int | str] = {}  # by shape: models have few of them, and many layers
@@ -207,7 +207,7 @@ def pattern_of(module: str) -> str:
 
 
 def _bits_or_remedy(scheme: Scheme, shape: tuple[int, ...]) -> int | str:
-    """What a matrix takes in this scheme, in bits; where its blocks do not tile it, the group that fits."""
+    """What a matrix takes in this scheme, in bits; where its groups do not tile it, the group that fits."""
     try:
         scheme.check_shape("layer", shape)
     except ShapeError as error:

@@ -2,11 +2,11 @@
 
     model.generate(ids, cache=QuantizedCache(model.config, bits=4))
 
-The last tokens stay in float; whole blocks of older ones are packed (`cache_blocks`). What a layer gives to attention
-is decoded each time, for one layer at a time, and new tokens reach it as they are. So memory is that of the packed
-blocks and one decoded layer, and each step pays for decoding the whole cache. Given up is the way back: a block that
-was packed is never again what it was, so that whoever rolls back past it gets rounded numbers (assisted decoding is
-refused).
+The last tokens stay in float; whole segments of older ones are packed (`cache_segments`). What a layer gives to
+attention is decoded each time, for one layer at a time, and new tokens reach it as they are. So memory is that of the
+packed segments and one decoded layer, and each step pays for decoding the whole cache. Given up is the way back: a
+segment that was packed is never again what it was, so that whoever rolls back past it gets rounded numbers (assisted
+decoding is refused).
 
 Layers are subclasses of transformers' own, because its models ask a cache's layers for sizes and masks by methods that
 change with its versions: what is not overridden here is as it is there.
@@ -22,14 +22,14 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from spicerack.errors import ShapeError, UsageError
-from spicerack.nn.cache_blocks import TOKENS, Blocks, CacheScheme, encode
+from spicerack.nn.cache_segments import TOKENS, CacheScheme, Segments, encode
 
 
 class QuantizedLayer(DynamicLayer):
     """Keys and values of one attention layer, in place of transformers' `DynamicLayer`.
 
     keys, values   [B, H, r, D]: the last r tokens, in float
-    packed         blocks of keys and of values, all tokens before those; None if there are none
+    packed         segments of keys and of values, all tokens before those; None if there are none
 
     A rollback (`crop`) behind the float tokens keeps what was rounded, so that `is_croppable`, which promises the bits
     from before, is False and transformers' assisted decoding refuses this cache.
@@ -42,7 +42,7 @@ class QuantizedLayer(DynamicLayer):
     def __init__(self, scheme: CacheScheme) -> None:
         DynamicLayer.__init__(self)
         self.scheme = scheme
-        self.packed: tuple[Blocks, Blocks] | None = None
+        self.packed: tuple[Segments, Segments] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Become a layer without tokens, in the type, width and place of these [B, H, n, D], as transformers does at
@@ -82,10 +82,10 @@ class QuantizedLayer(DynamicLayer):
         return _joined(self.packed[0], self.keys), _joined(self.packed[1], self.values)
 
     def _pack(self) -> None:
-        """Pack whole blocks of the oldest float tokens, as long as `residual` of them are left.
+        """Pack whole segments of the oldest float tokens, as long as `residual` of them are left.
 
         So between `residual` and residual + 31 tokens are in float: the last ones matter most to what comes next, and a
-        block that is not full would have a scale that later tokens do not fit.
+        segment that is not full would have a scale that later tokens do not fit.
         """
         count = max(self.keys.shape[2] - self.scheme.residual, 0) // TOKENS * TOKENS
         if not count:
@@ -112,7 +112,7 @@ class QuantizedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens (a number not above 0, as in transformers).
 
-        Where the cut goes through a packed block, the block's other tokens become float ones, decoded. Raises
+        Where the cut goes through a packed segment, the segment's other tokens become float ones, decoded. Raises
         UsageError for a number above 0, or for more tokens than there are.
         """
         if tokens_to_remove > 0 or -tokens_to_remove > self.stored:
@@ -128,17 +128,18 @@ class QuantizedLayer(DynamicLayer):
             return
         whole, rest = divmod(left, TOKENS)
         tails = []
-        for blocks, floating in zip(self.packed, (self.keys, self.values), strict=True):
-            tail = _joined(blocks.blocks(whole, whole + 1), floating[:, :, :0])  # a block that is cut, or none
+        for segments, floating in zip(self.packed, (self.keys, self.values), strict=True):
+            tail = _joined(segments.part(whole, whole + 1), floating[:, :, :0])  # a segment that is cut, or none
             tails.append(tail[:, :, :rest].clone())
         self.keys, self.values = tails
-        self._keep_blocks(0, whole)
+        self._keep_segments(0, whole)
 
-    def _keep_blocks(self, first: int, last: int) -> None:
-        """Of the packed blocks keep number `first` to `last`, the latter left out; none at all makes `packed` None."""
+    def _keep_segments(self, first: int, last: int) -> None:
+        """Of the packed segments keep number `first` to `last`, the latter left out; none at all makes `packed`
+        None."""
         if self.packed is not None:
             keys, values = self.packed
-            self.packed = (keys.blocks(first, last), values.blocks(first, last)) if last > first else None
+            self.packed = (keys.part(first, last), values.part(first, last)) if last > first else None
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply `change`, which acts on sequences, the first axis, to every tensor that is held."""
@@ -166,7 +167,7 @@ class QuantizedLayer(DynamicLayer):
 
 
 class QuantizedSlidingLayer(QuantizedLayer):
-    """The same for attention that sees the last `sliding_window` tokens: blocks wholly before them are dropped.
+    """The same for attention that sees the last `sliding_window` tokens: segments wholly before them are dropped.
 
     cumulative_length: tokens that came in so far. record_past: nothing is dropped until `crop`, which assisted decoding
     asks for.
@@ -224,11 +225,11 @@ class QuantizedSlidingLayer(QuantizedLayer):
         self._drop()
 
     def _drop(self) -> None:
-        """Drop what no later token will see: whole blocks, then, if none is left, float tokens."""
+        """Drop what no later token will see: whole segments, then, if none is left, float tokens."""
         gone = max(self.stored - (self.sliding_window - 1), 0)
-        blocks = 0 if self.packed is None else self.packed[0].tokens // TOKENS
-        if gone >= TOKENS and blocks:
-            self._keep_blocks(min(gone // TOKENS, blocks), blocks)
+        count = 0 if self.packed is None else self.packed[0].tokens // TOKENS
+        if gone >= TOKENS and count:
+            self._keep_segments(min(gone // TOKENS, count), count)
         if self.packed is None and self.stored > self.sliding_window - 1:
             first = self.stored - (self.sliding_window - 1)
             self.keys, self.values = self.keys[:, :, first:].clone(), self.values[:, :, first:].clone()
@@ -263,7 +264,7 @@ def layers_for(config: PreTrainedConfig, scheme: CacheScheme) -> list[Any]:
     config: of the model, which transformers' own cache is asked about: a layer is packed where that has keys and
     values, whole or of a window. scheme: how they are stored. Layers without keys of their own get transformers'.
     Raises UsageError for a layer that keeps something else (the state of a recurrence), and for a model in whose
-    windows no block would ever be packed.
+    windows no segment would ever be packed.
     """
     layers: list[Any] = []
     for number, layer in enumerate(DynamicCache(config=config).layers):
@@ -294,23 +295,23 @@ def nbytes(cache: Cache) -> int:
 
 
 def _tensors(held: object) -> Iterator[torch.Tensor]:
-    """The tensors in an attribute of a layer, in containers and packed blocks too; each as often as it is met."""
+    """The tensors in an attribute of a layer, in containers and packed segments too; each as often as it is met."""
     if isinstance(held, torch.Tensor):
         yield held
-    elif isinstance(held, Blocks):
+    elif isinstance(held, Segments):
         yield from (held.codes, held.scale, held.low)
     elif isinstance(held, (dict, list, tuple)):
         for part in held.values() if isinstance(held, dict) else held:
             yield from _tensors(part)
 
 
-def _joined(blocks: Blocks, tail: torch.Tensor) -> torch.Tensor:
+def _joined(segments: Segments, tail: torch.Tensor) -> torch.Tensor:
     """[B, H, n * 32 + r, D] from packed tokens and the float ones [B, H, r, D] behind them, in the float ones' type.
 
     One tensor is made and written to: decoding into it saves a copy of all that is packed.
     """
     batch, heads, count, width = tail.shape
-    out = tail.new_empty(batch, heads, blocks.tokens + count, width)
-    blocks.decode(out[:, :, : blocks.tokens])
-    out[:, :, blocks.tokens :] = tail
+    out = tail.new_empty(batch, heads, segments.tokens + count, width)
+    segments.decode(out[:, :, : segments.tokens])
+    out[:, :, segments.tokens :] = tail
     return out

@@ -35,7 +35,7 @@ Bias = nn.Parameter | None
 class LayerKind:
     """One kind of layer whose weight has a packed form.
 
-    name          what folders call it (`storage.format.Planned.role`), and what other tables are keyed by
+    name          what folders call it (`storage.format.StoredTensor.role`), and what other tables are keyed by
     role          what recipes go by, as a role of `models.census`: convolutions are quantized where linear layers are
     float_class   torch's class; its subclasses may compute something else and are of no kind
     packed_class  the layer that takes its place; kinds may share one, if `transposed` tells them apart

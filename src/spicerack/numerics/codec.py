@@ -1,12 +1,12 @@
 """The specification: how numbers become codes and back. Slow, exact, in torch; fast paths must equal it bit for bit.
 
-    encode: the search (search.py) finds scale s and zero z of every block; then q = nearest code to x / s
+    encode: the search (search.py) finds scale s and zero z of every group; then q = nearest code to x / s
     decode: w = s * (level[q] - z) + min
 
-Codes are chosen against the scale as stored, never against the one that was meant. A block is a row of a matrix [M, B]
+Codes are chosen against the scale as stored, never against the one that was meant. A group is a row of a matrix [M, B]
 while it is worked on, whatever its shape in the tensor; one matrix of scales [M, 1] goes with it.
 
-What quantization would ruin is refused here too, by name: weights that are not finite, and blocks whose scale the type
+What quantization would ruin is refused here too, by name: weights that are not finite, and groups whose scale the type
 of scales cannot hold.
 """
 
@@ -20,33 +20,33 @@ from spicerack.errors import WeightError
 from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
 from spicerack.numerics.scales import dtype_of, smallest_scale
 from spicerack.numerics.scheme import FloatType, Scheme
-from spicerack.numerics.search import Range, TensorBlocks, search
+from spicerack.numerics.search import Range, TensorGroups, search
 
 FLUSH = 1e-4
-"""A block this much smaller than the tensor's largest weight may be rounded up to the smallest stored scale."""
+"""A group this much smaller than the tensor's largest weight may be rounded up to the smallest stored scale."""
 
 
-# ---- blocks ---------------------------------------------------------------------------------------------------------
+# ---- groups ---------------------------------------------------------------------------------------------------------
 
 
-def to_blocks(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """[..., N, K] -> [blocks, elements], blocks in the order of the scales [..., N/rows, K/columns]."""
-    rows, columns = block
+def to_groups(w: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
+    """[..., N, K] -> [groups, elements], groups in the order of the scales [..., N/rows, K/columns]."""
+    rows, columns = group
     *leading, n, k = w.shape
     tiles = w.reshape(*leading, n // rows, rows, k // columns, columns).transpose(-3, -2)
     return tiles.reshape(-1, rows * columns)
 
 
-def from_blocks(blocks: torch.Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:
-    """Inverse of `to_blocks`: [blocks, elements] -> a tensor of `shape`."""
-    rows, columns = block
+def from_groups(groups: torch.Tensor, shape: tuple[int, ...], group: tuple[int, int]) -> torch.Tensor:
+    """Inverse of `to_groups`: [groups, elements] -> a tensor of `shape`."""
+    rows, columns = group
     *leading, n, k = shape
-    return blocks.reshape(*leading, n // rows, k // columns, rows, columns).transpose(-3, -2).reshape(shape)
+    return groups.reshape(*leading, n // rows, k // columns, rows, columns).transpose(-3, -2).reshape(shape)
 
 
-def _codes_block(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The block of weights [..., N, K] in codes: fewer columns where a code stands for several weights."""
-    rows, columns = scheme.block_shape(*shape[-2:])
+def _codes_group(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The group of weights [..., N, K] in codes: fewer columns where a code stands for several weights."""
+    rows, columns = scheme.group_shape(*shape[-2:])
     return rows, columns // scheme.levels.weights
 
 
@@ -71,28 +71,28 @@ def encode(
     source = source or w.dtype
     scheme.check_shape(name, shape)
     check_finite(w.float(), name)
-    block, blocks = scheme.block_shape(*shape[-2:]), scheme.scale_shape(shape)
-    x = to_blocks(w.float(), block)
-    a = None if importance is None else to_blocks(importance.float().expand(shape), block)
+    group, groups = scheme.group_shape(*shape[-2:]), scheme.scale_shape(shape)
+    x = to_groups(w.float(), group)
+    a = None if importance is None else to_groups(importance.float().expand(shape), group)
     min_: Scale | None = None
     if scheme.min is not None:
-        lowest = x.amin(1).clamp(max=0).reshape(blocks)
+        lowest = x.amin(1).clamp(max=0).reshape(groups)
         min_, stored_min = _encode_part(lowest, scheme.min, range_, source, name)
         x = x - stored_min[:, None]
     dtype = dtype_of(scheme.scale, source)
-    best, zero = search(TensorBlocks(x, scheme, a), scheme, dtype, range_)
-    best = best.reshape(blocks)
+    best, zero = search(TensorGroups(x, scheme, a), scheme, dtype, range_)
+    best = best.reshape(groups)
     if not scale_fits(best):
-        best = check_scale(x.abs().amax(1).reshape(blocks), best, dtype, name)
+        best = check_scale(x.abs().amax(1).reshape(groups), best, dtype, name)
     scale, stored = _encode_part(best, scheme.scale, range_, source, name)
     inverse = torch.where(stored == 0, 0, 1 / stored)[:, None]
     codes = scheme.levels.encode(x * inverse, zero[:, None])
-    codes = from_blocks(codes, scheme.codes_shape(shape), _codes_block(scheme, shape))
+    codes = from_groups(codes, scheme.codes_shape(shape), _codes_group(scheme, shape))
     return QTensor(
         scheme=scheme,
         codes=codes.to(codes_dtype(scheme)).contiguous(),
         scale=scale,
-        zero=zero.reshape(blocks).to(torch.int8) if scheme.zero else None,
+        zero=zero.reshape(groups).to(torch.int8) if scheme.zero else None,
         min=min_,
     )
 
@@ -110,32 +110,32 @@ def _encode_part(
 
 def decode(q: QTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[..., N, K] in `dtype`: float32 arithmetic, rounded once at the end. The checkpoint's order is restored."""
-    codes = to_blocks(q.codes, _codes_block(q.scheme, q.shape))
+    codes = to_groups(q.codes, _codes_group(q.scheme, q.shape))
     zero = 0.0 if q.zero is None else q.zero.reshape(-1, 1).float()
     x = _part_values(q.scale) * q.scheme.levels.decode(codes, zero)
     if q.min is not None:
         x = x + _part_values(q.min)
-    w = from_blocks(x, q.shape, q.scheme.block_shape(*q.shape[-2:])).to(dtype)
+    w = from_groups(x, q.shape, q.scheme.group_shape(*q.shape[-2:])).to(dtype)
     return w.transpose(-1, -2) if q.transposed else w
 
 
 def decode_rows(q: QTensor, rows: int) -> Iterator[torch.Tensor]:
-    """`decode` in float32, `rows` of the flattened [rows, K] matrix at a time (whole blocks; output rows first)."""
+    """`decode` in float32, `rows` of the flattened [rows, K] matrix at a time (whole groups; output rows first)."""
     *_, n, k = q.shape
-    block_rows, block_columns = q.scheme.block_shape(n, k)
+    group_rows, group_columns = q.scheme.group_shape(n, k)
     codes = q.codes.reshape(-1, q.codes.shape[-1])
     parts = [
-        None if part is None else _part_values(part).reshape(-1, k // block_columns)
+        None if part is None else _part_values(part).reshape(-1, k // group_columns)
         for part in (q.scale, q.zero, q.min)
     ]
     for start in range(0, len(codes), rows):
         chunk = codes[start : start + rows]
-        blocks = slice(start // block_rows, (start + len(chunk)) // block_rows)
-        scale, zero, low = (None if part is None else part[blocks].reshape(-1, 1) for part in parts)
+        groups = slice(start // group_rows, (start + len(chunk)) // group_rows)
+        scale, zero, low = (None if part is None else part[groups].reshape(-1, 1) for part in parts)
         assert scale is not None
-        v = q.scheme.levels.decode(to_blocks(chunk, _codes_block(q.scheme, q.shape)), 0.0 if zero is None else zero)
+        v = q.scheme.levels.decode(to_groups(chunk, _codes_group(q.scheme, q.shape)), 0.0 if zero is None else zero)
         x = scale * v if low is None else scale * v + low
-        yield from_blocks(x, (len(chunk), k), (block_rows, block_columns))
+        yield from_groups(x, (len(chunk), k), (group_rows, group_columns))
 
 
 def _part_values(part: Scale) -> torch.Tensor:
@@ -167,7 +167,7 @@ def scale_fits(scale: torch.Tensor) -> bool:
 def check_scale(peak: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """Stored scales [..., N/rows, K/columns], zeros rounded up where that is harmless; WeightError where it is not.
 
-    peak: each block's largest magnitude. Harmless: it is FLUSH times smaller than the tensor's, so that the block's
+    peak: each group's largest magnitude. Harmless: it is FLUSH times smaller than the tensor's, so that the group's
     error is below anything visible.
     """
     remedy = "convert the model to bfloat16 first, or skip this tensor"

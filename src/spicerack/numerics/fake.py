@@ -4,7 +4,7 @@
 
               inside        clipped
     dw^/dw    1             0               always 1 if the scale is not learned but the mean of |w| ("none")
-    dw^/ds    q - z - w/s   q - z           times 1 / sqrt(weights in a block * largest level)
+    dw^/ds    q - z - w/s   q - z           times 1 / sqrt(weights in a group * largest level)
     dw^/dz    0             -s              times the same, with hi - lo for the largest level
 
 Rounding and storing pass gradients straight through. A weight is clipped if it lies outside the levels ("levels": LSQ,
@@ -37,32 +37,32 @@ Clip = Literal["levels", "cells", "none"]
 _INT8 = IntLevels(-127, 127)
 """Codes of activations, as kernels round them: symmetric, so that a token's largest value keeps its sign."""
 Parts = tuple[torch.Tensor, torch.Tensor | None]
-"""Scale and zero point of each block as they are stored, float32 [N/rows, K/columns]; no zero point is None."""
+"""Scale and zero point of each group as they are stored, float32 [N/rows, K/columns]; no zero point is None."""
 Gradients = tuple[torch.Tensor | None, ...]
 """Of what was asked for, None for the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Integer levels, the block [rows, columns] that shares a scale, and where weights count as clipped.
+    """Integer levels, the group [rows, columns] that shares a scale, and where weights count as clipped.
 
     Places and codes are in tiles, [N/rows, rows, K/columns, columns], so that a scale [N/rows, K/columns] meets its
-    block by broadcasting, and no copy of it has a weight's size.
+    group by broadcasting, and no copy of it has a weight's size.
     """
 
     levels: IntLevels
-    block: tuple[int, int]
+    group: tuple[int, int]
     clip: Clip = "levels"
 
     def factor(self, zero: bool) -> float:
         """LSQ's factor of the gradients of scales, and of zero points if there are any."""
         levels = self.levels
         largest = levels.hi - levels.lo if zero else levels.hi + 0.5 * levels.half
-        return 1 / math.sqrt(math.prod(self.block) * largest)
+        return 1 / math.sqrt(math.prod(self.group) * largest)
 
     def tiles(self, w: torch.Tensor) -> torch.Tensor:
         """[N, K] -> a view [N/rows, rows, K/columns, columns]."""
-        rows, columns = self.block
+        rows, columns = self.group
         return w.view(len(w) // rows, rows, w.shape[1] // columns, columns)
 
     def places(self, w: torch.Tensor, parts: Parts) -> torch.Tensor:
@@ -85,7 +85,7 @@ class Grid:
     def fake(self, w: torch.Tensor, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Weights [N, K] -> w^ [N, K]: computed in float32, then rounded to `dtype`."""
         if dtype in SOURCES and _natively(parts, w):
-            return fake_native.fake(Operands(w, self.levels, self.block, *parts), dtype)
+            return fake_native.fake(Operands(w, self.levels, self.group, *parts), dtype)
         return self.decode(self.round(self.places(w, parts)), parts).to(dtype)
 
     def gradients(
@@ -110,7 +110,7 @@ class Grid:
             return grad if needed[0] else None, None, None, None if rounded is None else self.fake(w, parts, rounded)
         scale, zero = parts
         if _natively(parts, w, grad) and rounded in (None, *SOURCES):
-            operands, cells = Operands(w, self.levels, self.block, scale, zero), self.clip == "cells"
+            operands, cells = Operands(w, self.levels, self.group, scale, zero), self.clip == "cells"
             by_weight, by_scale, by_zero, again = fake_native.gradients(
                 grad, operands, cells=cells, needed=needed, rounded=rounded, spare=spare
             )
@@ -158,7 +158,7 @@ def _natively(parts: Parts, *matrices: torch.Tensor) -> bool:
 
 
 def _spread(part: torch.Tensor) -> torch.Tensor:
-    """One per block -> over the block's tile."""
+    """One per group -> over the group's weights."""
     return part[:, None, :, None]
 
 

@@ -1,7 +1,7 @@
 """Fake quantization of the native module: `fake.Grid` in C++, on torch's own threads.
 
 The specification is `Grid`, in torch's operations: what is rounded here is equal to it bit for bit, and so are the
-gradients of weights; sums over blocks, for scales and zero points, are within rounding of it, and the same for any
+gradients of weights; sums over groups, for scales and zero points, are within rounding of it, and the same for any
 number of threads. Native code gets addresses alone, so whether tensors lie where their shapes say is checked here.
 """
 
@@ -28,25 +28,25 @@ class Operands(NamedTuple):
 
     w      [N, K], float32, float16 or bfloat16
     levels the codes
-    block  rows and columns that share a scale; they divide N and K
+    group  rows and columns that share a scale; they divide N and K
     scale  float32 [N/rows, K/columns], with values as stored
     zero   like scale, with whole values; None for none
     """
 
     w: torch.Tensor
     levels: IntLevels
-    block: tuple[int, int]
+    group: tuple[int, int]
     scale: torch.Tensor
     zero: torch.Tensor | None
 
     def contiguous(self) -> Operands:
         """The same numbers one after the other in memory. Raises ShapeError for scales or zeros of another shape."""
-        (rows, columns), w = self.block, self.w
+        (rows, columns), w = self.group, self.w
         for part in (self.scale, self.zero):
             fits = part is None or part.shape == (len(w) // rows, w.shape[1] // columns)
             if part is not None and not (fits and part.dtype == torch.float32):
                 raise ShapeError(
-                    f"weights {[*w.shape]} in blocks {[*self.block]}: scales {[*part.shape]} of {part.dtype}"
+                    f"weights {[*w.shape]} in blocks {[*self.group]}: scales {[*part.shape]} of {part.dtype}"
                 )
         zero = None if self.zero is None else self.zero.contiguous()
         return self._replace(w=w.contiguous(), scale=self.scale.contiguous(), zero=zero)
@@ -62,7 +62,7 @@ def fake(operands: Operands, dtype: torch.dtype = torch.float32, *, isa: str = "
     o = operands.contiguous()
     out = _like(o.w, dtype)
     _native.fake(
-        o.w.data_ptr(), _NUMBERS[o.w.dtype], (*o.w.shape, *o.block), o.scale.data_ptr(), _address(o.zero), o.grid,
+        o.w.data_ptr(), _NUMBERS[o.w.dtype], (*o.w.shape, *o.group), o.scale.data_ptr(), _address(o.zero), o.grid,
         out.data_ptr(), _NUMBERS[dtype], isa,
     )  # fmt: skip
     return out
@@ -100,7 +100,7 @@ def gradients(
     by_zero = _like(o.zero) if needed[2] and o.zero is not None else None
     again = None if rounded is None else _like(o.w, rounded)
     _native.fake_gradients(
-        grad.data_ptr(), _NUMBERS[grad.dtype], o.w.data_ptr(), _NUMBERS[o.w.dtype], (*o.w.shape, *o.block),
+        grad.data_ptr(), _NUMBERS[grad.dtype], o.w.data_ptr(), _NUMBERS[o.w.dtype], (*o.w.shape, *o.group),
         o.scale.data_ptr(), _address(o.zero), o.grid, cells, _address(by_weight), _address(by_scale),
         _address(by_zero), _address(again), 0 if rounded is None else _NUMBERS[rounded], isa,
     )  # fmt: skip

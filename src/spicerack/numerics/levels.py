@@ -1,6 +1,6 @@
 """What codes stand for: `Levels`, the interface, and the three kinds that there are. Imports no torch by itself.
 
-A code is an integer; its level is what it counts for in units of its block's scale. Everything else asks a scheme's
+A code is an integer; its level is what it counts for in units of its group's scale. Everything else asks a scheme's
 levels the questions of `Levels` and never which class they are, so that another kind (a codebook whose codes stand for
 several weights each, say) is one more class, in the file of the scheme that needs it:
 

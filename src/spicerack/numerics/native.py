@@ -1,7 +1,7 @@
 """The search, rounding and packing of the native module: allocates, splits the work among threads, calls.
 
 Results equal the specifications bit for bit (`search`, `codec`, `bits`), whatever the threads and the processor. What
-is searched and rounded are blocks of plain schemes whose codes are around 0 (`rounding` asks): a matrix [M, B] of
+is searched and rounded are groups of plain schemes whose codes are around 0 (`rounding` asks): a matrix [M, B] of
 weights, float32, float16 or bfloat16, contiguous and on the CPU, each row of which shares a scale. Here none of it is
 checked.
 
@@ -66,14 +66,14 @@ class Team:
 
 @contextmanager
 def team(threads: int) -> Iterator[Team]:
-    """A Team for the length of a `with` block."""
+    """A Team for the length of a `with` statement."""
     with ThreadPoolExecutor(max_workers=threads) as pool:
         yield Team(pool, threads)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """M blocks of B weights: codes int8 [M, B], scale float32 [M] with values as stored, zero int8 [M].
+    """M groups of B weights: codes int8 [M, B], scale float32 [M] with values as stored, zero int8 [M].
 
     fits: no scale is 0 or infinite. If one is, the codes are of no use: the scale has to be put right first.
     """
@@ -100,14 +100,14 @@ def quantize(
     threads: int = 1,
     isa: str = "",
 ) -> Quantized | None:
-    """Search and round blocks w [M, B], B <= PIECE, against scales stored in `dtype`; None if a weight is not finite.
+    """Search and round groups w [M, B], B <= PIECE, against scales stored in `dtype`; None if a weight is not finite.
 
     w           [M, B]
     scheme      a plain one, not ternary: for that the search sorts, which is done in torch
     dtype       float16, bfloat16 or float32
     range_      as in `search.search`
     importance  float32, one value per weight, or of a length that repeats along the flattened weights
-    threads     how many share the blocks
+    threads     how many share the groups
     isa         one of ISAS; "" is the widest
     """
     count, size = w.shape
@@ -144,7 +144,7 @@ def encode(
     threads: int = 1,
     isa: str = "",
 ) -> torch.Tensor:
-    """Codes int8 [M, B] of blocks w [M, B] against scale float32 [M] and zero int8 [M], or None for none."""
+    """Codes int8 [M, B] of groups w [M, B] against scale float32 [M] and zero int8 [M], or None for none."""
     codes = torch.empty(w.shape, dtype=torch.int8)
     levels = levels_of(scheme)
 
@@ -166,7 +166,7 @@ def compare(
     *,
     threads: int = 1,
 ) -> tuple[float, float]:
-    """sum (decoded - w)^2 and sum w^2 of blocks w [M, B] with codes int8 [M, B], scale float32 [M] and zero int8 [M].
+    """sum (decoded - w)^2 and sum w^2 of groups w [M, B] with codes int8 [M, B], scale float32 [M] and zero int8 [M].
 
     The one result here whose last digits depend on threads and processor: it is reported, never computed with.
     """
@@ -182,11 +182,11 @@ def compare(
 
 
 @dataclass(frozen=True, slots=True)
-class LongBlocks:
-    """Blocks w [M, B] of any length for `search.search`: pieces are judged natively, one candidate at a time.
+class LongGroups:
+    """Groups w [M, B] of any length for `search.search`: pieces are judged natively, one candidate at a time.
 
-    For blocks longer than PIECE (a scale for a tensor, or for a very long row), whose threads share a block and not the
-    blocks. All weights matter the same. workers: the threads; isa: as in `quantize`.
+    For groups longer than PIECE (a scale for a tensor, or for a very long row), whose threads share a group and not the
+    groups. All weights matter the same. workers: the threads; isa: as in `quantize`.
     """
 
     w: torch.Tensor
@@ -207,11 +207,11 @@ class LongBlocks:
         return Fit(scale, zero, torch.where(usable, error, torch.inf), xv, vv, x, v)
 
     def ternary(self) -> torch.Tensor:
-        return torch.cat([_ternary(block) for block in self.w])
+        return torch.cat([_ternary(group) for group in self.w])
 
-    def _sums(self, block: torch.Tensor, scale: float, zero: float) -> torch.Tensor:
-        whole = len(block) // PIECE
-        pieces, rest = block[: whole * PIECE].view(whole, PIECE), block[whole * PIECE :].view(1, -1)
+    def _sums(self, group: torch.Tensor, scale: float, zero: float) -> torch.Tensor:
+        whole = len(group) // PIECE
+        pieces, rest = group[: whole * PIECE].view(whole, PIECE), group[whole * PIECE :].view(1, -1)
         out = torch.zeros((whole + 1, 5), dtype=torch.float64)
         levels = levels_of(self.scheme)
 
@@ -224,16 +224,16 @@ class LongBlocks:
         return ordered_sum(list(out))
 
 
-def _ternary(block: torch.Tensor) -> torch.Tensor:
-    """`TensorBlocks.ternary` of one long block [B], in 8 bytes a weight at most. -> [1]."""
-    if block.dtype == torch.float32:
-        size = torch.from_numpy(np.sort(block.abs().numpy())).flip(0)[None]
+def _ternary(group: torch.Tensor) -> torch.Tensor:
+    """`TensorGroups.ternary` of one long group [B], in 8 bytes a weight at most. -> [1]."""
+    if group.dtype == torch.float32:
+        size = torch.from_numpy(np.sort(group.abs().numpy())).flip(0)[None]
         return best_prefix(size)
     counts = torch.zeros(1 << 15, dtype=torch.int64)  # 16-bit floats: there are not more magnitudes than that
-    for piece in block.split(PIECE):
+    for piece in group.split(PIECE):
         counts += torch.bincount(piece.view(torch.int16).to(torch.int32) & 0x7FFF, minlength=len(counts))
     patterns = counts.nonzero()[:, 0].flip(0)
-    return best_prefix(patterns.to(torch.int16).view(block.dtype).float()[None], counts[patterns][None])
+    return best_prefix(patterns.to(torch.int16).view(group.dtype).float()[None], counts[patterns][None])
 
 
 def pack(codes: torch.Tensor, bits: int, *, offset: int = 0, threads: int = 1) -> torch.Tensor:

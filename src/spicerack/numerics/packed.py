@@ -32,16 +32,16 @@ Rows = torch.Tensor | slice
 
 def layout(scheme: Scheme, shape: tuple[int, ...], source: torch.dtype) -> Layout:
     """Name -> (type, shape) of what `pack` makes of a tensor [..., N, K] that was of type `source`."""
-    blocks = scheme.scale_shape(shape)
+    groups = scheme.scale_shape(shape)
     parts: Layout = {"codes": _words(scheme.codes_shape(shape), scheme)}
     for name, kind in _parts(scheme):
         if isinstance(kind, Scheme):
-            inner = layout(kind, blocks, source)
+            inner = layout(kind, groups, source)
             parts |= {f"{name}.{key}": value for key, value in inner.items()}
         else:
-            parts[name] = (dtype_of(kind, source), blocks)
+            parts[name] = (dtype_of(kind, source), groups)
     if scheme.zero:
-        parts["zero"] = _words(blocks, scheme)
+        parts["zero"] = _words(groups, scheme)
     if scheme.activations == "static":
         parts["input_scale"] = (torch.float32, (1,))
     return parts
@@ -64,15 +64,15 @@ def pack(q: QTensor) -> dict[str, torch.Tensor]:
 
 def unpack(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed: bool = False) -> QTensor:
     """Inverse of `pack`, for a tensor of shape [..., N, K]. Raises KeyError for a missing tensor, and ShapeError."""
-    blocks = scheme.scale_shape(shape)
+    groups = scheme.scale_shape(shape)
     parts: dict[str, Scale] = {}
     for name, kind in _parts(scheme):
-        parts[name] = unpack(kind, blocks, part(tensors, name)) if isinstance(kind, Scheme) else tensors[name]
+        parts[name] = unpack(kind, groups, part(tensors, name)) if isinstance(kind, Scheme) else tensors[name]
     return QTensor(
         scheme=scheme,
         codes=_unpack_codes(tensors["codes"], scheme, scheme.codes_shape(shape)[-1]),
         scale=parts["scale"],
-        zero=_unpack_codes(tensors["zero"], scheme, blocks[-1]) if scheme.zero else None,
+        zero=_unpack_codes(tensors["zero"], scheme, groups[-1]) if scheme.zero else None,
         min=parts.get("min"),
         transposed=transposed,
         input_scale=tensors.get("input_scale"),
@@ -85,17 +85,17 @@ def decode_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: 
     Only the words and scales of those rows are touched.
     """
     n, k = shape
-    block_rows, block_columns = scheme.block_shape(n, k)
+    group_rows, group_columns = scheme.group_shape(n, k)
     count = len(range(n)[rows]) if isinstance(rows, slice) else len(rows)
-    blocks = rows if block_rows == 1 else _indices(rows, n, tensors["codes"].device) // block_rows
+    groups = rows if group_rows == 1 else _indices(rows, n, tensors["codes"].device) // group_rows
     grid = scheme.scale_shape(shape)
     codes = bits.unpack(tensors["codes"][rows], scheme.bits, scheme.codes_shape(shape)[-1])
-    codes = codes.reshape(count, grid[1], block_columns // scheme.levels.weights)
+    codes = codes.reshape(count, grid[1], group_columns // scheme.levels.weights)
     zero: torch.Tensor | float = 0.0
     if scheme.zero:
-        zero = _codes(bits.unpack(tensors["zero"][blocks], scheme.bits, grid[1]), scheme)[..., None]
+        zero = _codes(bits.unpack(tensors["zero"][groups], scheme.bits, grid[1]), scheme)[..., None]
     values = scheme.levels.decode(_codes(codes, scheme), zero)
-    parts = {name: _part_rows(kind, grid, tensors, name, blocks)[..., None] for name, kind in _parts(scheme)}
+    parts = {name: _part_rows(kind, grid, tensors, name, groups)[..., None] for name, kind in _parts(scheme)}
     values = parts["scale"] * values
     if "min" in parts:
         values = values + parts["min"]

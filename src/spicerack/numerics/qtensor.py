@@ -20,11 +20,11 @@ from spicerack.numerics.scheme import Scheme
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QTensor:
-    """w = scale * (level[codes] - zero) + min, blockwise; only the scheme's levels know what a code stands for.
+    """w = scale * (level[codes] - zero) + min, group by group; only the scheme's levels know what a code stands for.
 
     scheme      what the numbers are
     codes       of `codes_dtype`, [..., N, K] (K / weights where a code stands for several); leading axes are experts
-    scale       float tensor [..., N/block_rows, K/block_columns] in its stored type, or a QTensor of that shape
+    scale       float tensor [..., N/group_rows, K/group_columns] in its stored type, or a QTensor of that shape
     zero        int8 like scale, or None
     min         like scale, or None
     transposed  the checkpoint's tensor is the transpose, [..., K, N] (GPT-2's Conv1D)
@@ -47,10 +47,10 @@ class QTensor:
         if self.codes.dtype != dtype:
             raise ShapeError(f"{self.scheme}: codes are {self.codes.dtype}, not {str(dtype).removeprefix('torch.')}")
         self.scheme.check_shape(f"QTensor {self.scheme}", self.shape)
-        blocks = self.scheme.scale_shape(self.shape)
+        groups = self.scheme.scale_shape(self.shape)
         for part, name in ((self.scale, "scale"), (self.zero, "zero"), (self.min, "min")):
-            if part is not None and tuple(part.shape) != blocks:
-                raise ShapeError(f"{self.scheme}: {name} has shape {list(part.shape)}, its blocks make {list(blocks)}")
+            if part is not None and tuple(part.shape) != groups:
+                raise ShapeError(f"{self.scheme}: {name} has shape {list(part.shape)}, its blocks make {list(groups)}")
         if (self.zero is not None) != self.scheme.zero or (self.min is not None) != (self.scheme.min is not None):
             raise ShapeError(f"{self.scheme}: zero or min given that the scheme lacks, or the other way round")
         x = self.input_scale
@@ -102,7 +102,7 @@ class QTensor:
 
 
 Scale = torch.Tensor | QTensor
-"""Scales or minima of blocks: floats as they are stored, or quantized themselves."""
+"""Scales or minima of groups: floats as they are stored, or quantized themselves."""
 
 
 def codes_dtype(scheme: Scheme) -> torch.dtype:

@@ -1,9 +1,9 @@
 """Rounding to nearest: `to_nearest` gives what `codec.encode` gives, bit for bit, and natively where that is written.
 
-    s, z = argmin sum_j a_j (s * (q_j - z) - w_j)^2 per block,      q = clamp(round(w / s) + z)
+    s, z = argmin sum_j a_j (s * (q_j - z) - w_j)^2 per group,      q = clamp(round(w / s) + z)
 
 This is the end of every way to quantize that chooses no codes itself, and the start of every solver that does. With
-`range_="absmax"` a block's largest weight gives the scale, with "opt" the sum above is searched: see `search`.
+`range_="absmax"` a group's largest weight gives the scale, with "opt" the sum above is searched: see `search`.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ def to_nearest(
     scheme.check_shape(name, shape)
     if not _native_fits(w, scheme, importance):
         return codec.encode(w, scheme, range_=range_, importance=importance, name=name, source=source)
-    size = math.prod(scheme.block_shape(*shape[-2:]))
-    blocks, dtype = w.detach().contiguous().reshape(-1, size), dtype_of(scheme.scale, source or w.dtype)
+    size = math.prod(scheme.group_shape(*shape[-2:]))
+    groups, dtype = w.detach().contiguous().reshape(-1, size), dtype_of(scheme.scale, source or w.dtype)
     if size > PIECE:
         codec.check_finite(w, name)
-        best = _search_long(blocks, scheme, dtype, range_, threads)
+        best = _search_long(groups, scheme, dtype, range_, threads)
     else:
         repeating = _repeating(importance, shape, size)
-        searched = native.quantize(blocks, scheme, dtype, range_, repeating, threads=threads)
+        searched = native.quantize(groups, scheme, dtype, range_, repeating, threads=threads)
         if searched is None:
             codec.check_finite(w, name)
         assert searched is not None, "the search met a value that is not finite, the check did not"
         best = searched
     codes, scale, grid = best.codes, best.scale, scheme.scale_shape(shape)
     if not best.fits:
-        peak = torch.maximum(blocks.amax(1), -blocks.amin(1)).float()
+        peak = torch.maximum(groups.amax(1), -groups.amin(1)).float()
         scale = codec.check_scale(peak.reshape(grid), scale.reshape(grid), dtype, name).reshape(-1)
-        codes = native.encode(blocks, scheme, scale, best.zero, threads=threads)
+        codes = native.encode(groups, scheme, scale, best.zero, threads=threads)
     return QTensor(
         scheme=scheme,
         codes=codes.reshape(shape),
@@ -70,14 +70,14 @@ def to_nearest(
 def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
     """||decoded - w|| / ||w|| of w [..., N, K] to four digits, in bounded memory; 0 for a tensor of zeros."""
     if _native_fits(w, q.scheme, None):
-        blocks = w.detach().contiguous().reshape(q.plain_scale.numel(), -1)
+        groups = w.detach().contiguous().reshape(q.plain_scale.numel(), -1)
         zero = None if q.zero is None else q.zero.reshape(-1)
         scale = q.plain_scale.float().reshape(-1)
-        wrong, total = native.compare(blocks, q.scheme, scale, zero, q.codes.reshape(blocks.shape), threads=threads)
+        wrong, total = native.compare(groups, q.scheme, scale, zero, q.codes.reshape(groups.shape), threads=threads)
     else:
         columns = w.shape[-1]
-        block_rows, _ = q.scheme.block_shape(*q.shape[-2:])
-        step = max(PIECE // columns // block_rows, 1) * block_rows
+        group_rows, _ = q.scheme.group_shape(*q.shape[-2:])
+        step = max(PIECE // columns // group_rows, 1) * group_rows
         wrong = total = 0.0
         for chunk, decoded in zip(w.reshape(-1, columns).split(step), codec.decode_rows(q, step), strict=True):
             exact = chunk.float()
@@ -87,30 +87,30 @@ def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
 
 
 def _search_long(
-    blocks: torch.Tensor, scheme: Scheme, dtype: torch.dtype, range_: Range, threads: int
+    groups: torch.Tensor, scheme: Scheme, dtype: torch.dtype, range_: Range, threads: int
 ) -> native.Quantized:
-    """Blocks [M, B] longer than a piece, all weights alike: the search in Python, whose candidates C++ judges."""
+    """Groups [M, B] longer than a piece, all weights alike: the search in Python, whose candidates C++ judges."""
     with native.team(threads) as workers:
-        scale, zeros = search(native.LongBlocks(blocks, scheme, workers), scheme, dtype, range_)
+        scale, zeros = search(native.LongGroups(groups, scheme, workers), scheme, dtype, range_)
     zero, fits = zeros.to(torch.int8), codec.scale_fits(scale)
-    codes = native.encode(blocks, scheme, scale, zero, threads=threads) if fits else torch.empty(0, dtype=torch.int8)
+    codes = native.encode(groups, scheme, scale, zero, threads=threads) if fits else torch.empty(0, dtype=torch.int8)
     return native.Quantized(codes, scale, zero, fits)
 
 
 def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None) -> bool:
     """Whether the search is written in C++ for these: plain schemes whose codes are around 0, on the CPU.
 
-    The blocks of plain schemes are contiguous in memory. Long blocks come here only without importance,
+    The groups of plain schemes are contiguous in memory. Long groups come here only without importance,
     ternary ones only where they are long; the rest is the codec's.
     """
-    short = math.prod(scheme.block_shape(*w.shape[-2:])) <= PIECE
+    short = math.prod(scheme.group_shape(*w.shape[-2:])) <= PIECE
     searched = not scheme.is_ternary if short else importance is None
     plain = scheme.plain_obstacle is None and scheme.integers.lo < 0
     return plain and searched and w.dtype in native.TYPES and w.device.type == "cpu"
 
 
 def _repeating(importance: torch.Tensor | None, shape: tuple[int, ...], size: int) -> torch.Tensor | None:
-    """Importance, float32, in memory order: the row [K] if blocks lie inside rows, else one value per weight.
+    """Importance, float32, in memory order: the row [K] if groups lie inside rows, else one value per weight.
 
     The search takes a short one again and again, which spares a copy of it for every row.
     """

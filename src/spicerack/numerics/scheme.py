@@ -42,11 +42,11 @@ _GROUPS = (256, 128, 64, 32, 16, 8, 4)
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """w = scale * (level[code] - zero) + min, one scale (and zero, and min) per block of the last two axes.
+    """w = scale * (level[code] - zero) + min, one scale (and zero, and min) per group of the last two axes.
 
     name         the grammar's, or that of the file in `schemes/`; folders and recipes know the scheme by it
     levels       what the codes stand for
-    block        (rows, columns) that share a scale; None means the whole axis. (1, 128) is group 128, (1, None) one
+    group        (rows, columns) that share a scale; None means the whole axis. (1, 128) is group 128, (1, None) one
                  scale per output row, (None, None) one per tensor
     scale, min   a float type, or a Scheme: scales that are themselves quantized (q4_k, nvfp4). No min: None
     zero         integer zero points, in the range of the codes and stored like them
@@ -58,7 +58,7 @@ class Scheme:
 
     name: str
     levels: Levels
-    block: tuple[int | None, int | None] = (1, None)
+    group: tuple[int | None, int | None] = (1, None)
     scale: FloatType | Scheme = "source"
     zero: bool = False
     min: FloatType | Scheme | None = None
@@ -97,7 +97,7 @@ class Scheme:
 
     @property
     def scale_obstacle(self) -> str | None:
-        """Why a block is not its levels times one float (q4_k, nvfp4), or None. `QTensor.plain_scale` is that float."""
+        """Why a group is not its levels times one float (q4_k, nvfp4), or None. `QTensor.plain_scale` is that float."""
         if isinstance(self.scale, Scheme):
             return "its scales are quantized themselves"
         return None if self.min is None else "its blocks have minima"
@@ -105,7 +105,7 @@ class Scheme:
     @property
     def rows_obstacle(self) -> str | None:
         """Why rows are not independent of each other but for a scale of the whole tensor, or None."""
-        return None if self.block in ((None, None), (1, self.block[1])) else "rows of a block share a scale"
+        return None if self.group in ((None, None), (1, self.group[1])) else "rows of a block share a scale"
 
     @property
     def plain_obstacle(self) -> str | None:
@@ -129,38 +129,38 @@ class Scheme:
         return self.levels.bits
 
     @property
-    def group(self) -> int | None:
+    def group_columns(self) -> int | None:
         """Columns that share a scale; None is the whole row."""
-        return self.block[1]
+        return self.group[1]
 
-    def block_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """The block in full for a [rows, columns] matrix."""
-        return self.block[0] or rows, self.block[1] or columns
+    def group_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """The group in full for a [rows, columns] matrix."""
+        return self.group[0] or rows, self.group[1] or columns
 
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the codes of weights [..., N, K]: the same, but for levels whose codes stand for several."""
         return (*shape[:-1], shape[-1] // self.levels.weights)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of scales, zero points and minima of weights [..., N, K]: one of each per block."""
+        """The shape of scales, zero points and minima of weights [..., N, K]: one of each per group."""
         *leading, rows, columns = shape
-        block_rows, block_columns = self.block_shape(rows, columns)
-        return (*leading, rows // block_rows, columns // block_columns)
+        group_rows, group_columns = self.group_shape(rows, columns)
+        return (*leading, rows // group_rows, columns // group_columns)
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise ShapeError unless whole blocks (and blocks of scales) tile the last two axes of `shape`."""
+        """Raise ShapeError unless whole groups (and groups of scales) tile the last two axes of `shape`."""
         if len(shape) < 2 or 0 in shape:
             raise ShapeError(f"{name}: shape {list(shape)} is not a matrix", "skip it")
         rows, columns = shape[-2:]
-        block_rows, block_columns = self.block_shape(rows, columns)
-        for axis, size, block in (("N", rows, block_rows), ("K", columns, block_columns)):
-            if size % block:
-                fits = [g for g in _GROUPS if size % g == 0 and g < block]
+        group_rows, group_columns = self.group_shape(rows, columns)
+        for axis, size, group in (("N", rows, group_rows), ("K", columns, group_columns)):
+            if size % group:
+                fits = [g for g in _GROUPS if size % g == 0 and g < group]
                 remedy = f"use group {fits[0]} or skip it" if fits else "use one scale per row, or skip it"
-                raise ShapeError(f"{name}: {axis}={size} is not divisible by {self.name}'s block of {block}", remedy)
-        if block_columns % self.levels.weights:
+                raise ShapeError(f"{name}: {axis}={size} is not divisible by {self.name}'s block of {group}", remedy)
+        if group_columns % self.levels.weights:
             raise ShapeError(
-                f"{name}: blocks of {block_columns} columns are no whole codes of {self.name}, which stand for "
+                f"{name}: blocks of {group_columns} columns are no whole codes of {self.name}, which stand for "
                 f"{self.levels.weights} weights each",
                 "skip it",
             )
@@ -173,13 +173,13 @@ class Scheme:
 
         Padding of files is not counted.
         """
-        blocks = math.prod(self.scale_shape(shape))
-        total = math.prod(self.codes_shape(shape)) * self.bits + (blocks * self.bits if self.zero else 0)
+        groups = math.prod(self.scale_shape(shape))
+        total = math.prod(self.codes_shape(shape)) * self.bits + (groups * self.bits if self.zero else 0)
         for part in (self.scale, self.min):
             if isinstance(part, Scheme):
                 total += part.stored_bits(self.scale_shape(shape))
             elif part is not None:
-                total += blocks * FLOAT_BITS[part]
+                total += groups * FLOAT_BITS[part]
         return total + (FLOAT_BITS["float32"] if self.activations == "static" else 0)
 
     @property
@@ -214,7 +214,7 @@ def parse(name: str) -> Scheme:
     return Scheme(
         name=name,
         levels=IntLevels(-half, half - 1, half=match["kind"] == "h"),
-        block=(None, None) if match["tensor"] else (1, columns),
+        group=(None, None) if match["tensor"] else (1, columns),
         zero=match["kind"] == "z",
         activations=activations,
     )

@@ -1,10 +1,10 @@
-"""The specification of the range search: which scale (and zero) a block gets. In torch; native/quantizers/ equals it.
+"""The specification of the range search: which scale (and zero) a group gets. In torch; native/quantizers/ equals it.
 
-For a block x with importance a >= 0 (one by default) the search looks for the stored scale s and zero z that minimize
+For a group x with importance a >= 0 (one by default) the search looks for the stored scale s and zero z that minimize
 
     E(s, z) = sum_j a_j (s * v_j - x_j)^2,      v_j = level[q_j] - z,     q_j = nearest code to x_j / s
 
-`absmax` takes the scale that puts the block's largest magnitude on the outermost code (with a zero point: that spans
+`absmax` takes the scale that puts the group's largest magnitude on the outermost code (with a zero point: that spans
 minimum and maximum). `opt` starts there and goes from coarse to fine: scales down to 1/12 of that one, of both signs;
 then a few percent up and down from the best; then least squares with the codes fixed, s = sum(a x v) / sum(a v v).
 Every candidate is rounded to the type it will be stored in before it is judged, so `opt` is never worse than `absmax`,
@@ -29,7 +29,7 @@ from spicerack.numerics.scales import store
 from spicerack.numerics.scheme import Scheme
 
 Range = Literal["absmax", "opt"]
-"""How a block's scale is chosen: from its largest magnitude, or by the search."""
+"""How a group's scale is chosen: from its largest magnitude, or by the search."""
 
 DIVISORS: tuple[float, ...] = tuple(1.25**i for i in range(12))
 """Coarse: divisors of the absmax scale. The largest, 11.6, is for 2-bit rows with far outliers."""
@@ -44,15 +44,15 @@ REFINEMENTS = 2
 RUN = 16
 """Neighbours whose terms are summed in float32, in pairs: one vector of 512 bits, two of 256 or four of 128."""
 PIECE = 1 << 16
-"""Elements of a block whose sums are in one float64 chain; longer blocks are judged piece by piece, so that threads can
+"""Elements of a group whose sums are in one float64 chain; longer groups are judged piece by piece, so that threads can
 share them and no temporary is larger than a piece. Part of the specification: another value changes the last bits."""
 SORTED = 1 << 20
-"""Weights that are sorted at once, in whole blocks: order and sums take far more memory than the weights."""
+"""Weights that are sorted at once, in whole groups: order and sums take far more memory than the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """One candidate per block: scale [M] (stored values, float32), zero [M]; its error and sums, float64.
+    """One candidate per group: scale [M] (stored values, float32), zero [M]; its error and sums, float64.
 
     xv = sum(a x v), vv = sum(a v v), x = sum(a x), v = sum(a v); the last two only matter with a zero point, and are
     any numbers without one.
@@ -67,58 +67,58 @@ class Fit:
     v: torch.Tensor
 
     def better(self, other: Fit) -> Fit:
-        """Blockwise the one with the smaller error; `self` on a tie (1e-9 relative: sums of equal candidates)."""
+        """Group by group the one with the smaller error; `self` on a tie (1e-9 relative: sums of equal candidates)."""
         take = other.error < self.error * (1 - 1e-9)
         return Fit(*(torch.where(take, getattr(other, f), getattr(self, f)) for f in Fit.__slots__))
 
 
-class Blocks(Protocol):
-    """M blocks of weights, as the search sees them: it asks for bounds once, and then has candidates judged."""
+class Groups(Protocol):
+    """M groups of weights, as the search sees them: it asks for bounds once, and then has candidates judged."""
 
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smallest and largest weight of each block, float32 [M]."""
+        """Smallest and largest weight of each group, float32 [M]."""
 
     def judge(self, scale: torch.Tensor, zero: torch.Tensor) -> Fit:
-        """Error and sums of a stored scale and zero for each block; infinite error where the scale is 0 or infinite."""
+        """Error and sums of a stored scale and zero for each group; infinite error where the scale is 0 or infinite."""
 
     def weight(self) -> torch.Tensor:
-        """Total importance of each block, float64 [M]; its size, if all weights matter the same."""
+        """Total importance of each group, float64 [M]; its size, if all weights matter the same."""
 
     def ternary(self) -> torch.Tensor:
-        """The scale with the least error for levels -1, 0, 1, float32 [M]; 0 for blocks of zeros."""
+        """The scale with the least error for levels -1, 0, 1, float32 [M]; 0 for groups of zeros."""
 
 
 def search(
-    blocks: Blocks, scheme: Scheme, dtype: torch.dtype, range_: Range = "opt"
+    groups: Groups, scheme: Scheme, dtype: torch.dtype, range_: Range = "opt"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero of every block -> (scale [M] as stored in `dtype`, zero [M]), both float32.
+    """Scale and zero of every group -> (scale [M] as stored in `dtype`, zero [M]), both float32.
 
-    Blocks of zeros get scale 1: nothing divides by 0. An infinite absmax scale stays: `codec.check_scale` refuses it.
+    Groups of zeros get scale 1: nothing divides by 0. An infinite absmax scale stays: `codec.check_scale` refuses it.
     Every candidate is one pass over the weights: 4 (powers of two) to 36 (with zero points) coarse ones, 8 fine ones
     and REFINEMENTS more; two in all for ternary levels, and none for `absmax`.
     """
-    raw, centre = _start(*blocks.bounds(), scheme)
+    raw, centre = _start(*groups.bounds(), scheme)
     scale = torch.where(raw == 0, 1.0, store(raw, dtype))
     zero = _zero_for(centre, scale, scheme)
     if range_ == "absmax":
         return scale, zero
-    best = blocks.judge(scale, zero)
+    best = groups.judge(scale, zero)
     final = (raw == 0) | torch.isinf(scale)  # nothing to search, or to be refused: clipping would hide it
     if scheme.is_ternary:
-        best = best.better(blocks.judge(store(blocks.ternary(), dtype), zero))
+        best = best.better(groups.judge(store(groups.ternary(), dtype), zero))
         return torch.where(final, scale, best.scale), zero
     for factor in coarse_factors(scheme):
         candidate = store(raw * torch.tensor(factor), dtype)
         base = _zero_for(centre, candidate, scheme)
         for shift in shifts(scheme):
-            best = best.better(blocks.judge(candidate, _clip_zero(base + shift, scheme) if scheme.zero else base))
+            best = best.better(groups.judge(candidate, _clip_zero(base + shift, scheme) if scheme.zero else base))
     for pair in FINE:
         middle = best
         for factor in pair:
-            best = best.better(blocks.judge(store(middle.scale * torch.tensor(factor), dtype), middle.zero))
-    total = blocks.weight()
+            best = best.better(groups.judge(store(middle.scale * torch.tensor(factor), dtype), middle.zero))
+    total = groups.weight()
     for _ in range(REFINEMENTS):
-        best = best.better(blocks.judge(*_refined(best, scheme, total, dtype)))
+        best = best.better(groups.judge(*_refined(best, scheme, total, dtype)))
     return torch.where(final, scale, best.scale), torch.where(final, zero, best.zero)
 
 
@@ -176,12 +176,12 @@ def _refined(fit: Fit, scheme: Scheme, total: torch.Tensor, dtype: torch.dtype) 
     return store(slope.float(), dtype), _clip_zero(fit.zero - (intercept / slope).float(), scheme)
 
 
-# ---- blocks in torch ------------------------------------------------------------------------------------------------
+# ---- groups in torch ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class TensorBlocks:
-    """Blocks in torch's operations, on any device: the specification of what `native` does.
+class TensorGroups:
+    """Groups in torch's operations, on any device: the specification of what `native` does.
 
     x: float32 [M, B]; importance: float32 of that shape, not negative, or None for ones.
     """
@@ -191,18 +191,18 @@ class TensorBlocks:
     importance: torch.Tensor | None = None
 
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Blocks.bounds`."""
+        """See `Groups.bounds`."""
         return self.x.amin(1), self.x.amax(1)
 
     def weight(self) -> torch.Tensor:
-        """See `Blocks.weight`."""
+        """See `Groups.weight`."""
         count, size = self.x.shape
         if self.importance is None:
             return torch.full((count,), float(size), dtype=torch.float64, device=self.x.device)
         return ordered_sum([piece_sum(self.importance[:, i : i + PIECE]) for i in range(0, size, PIECE)])
 
     def judge(self, scale: torch.Tensor, zero: torch.Tensor) -> Fit:
-        """See `Blocks.judge`: x / s, level and error in float32; their products summed by `piece_sum`."""
+        """See `Groups.judge`: x / s, level and error in float32; their products summed by `piece_sum`."""
         usable = (scale != 0) & torch.isfinite(scale)
         levels, s, z = self.scheme.levels, scale[:, None], zero[:, None]
         inverse = torch.where(usable, 1 / scale, 0)[:, None]
@@ -223,7 +223,7 @@ class TensorBlocks:
         return Fit(scale, zero, torch.where(usable, error, torch.inf), xv, vv, x_sum, v_sum)
 
     def ternary(self) -> torch.Tensor:
-        """See `Blocks.ternary`; blocks are sorted SORTED weights at a time."""
+        """See `Groups.ternary`; groups are sorted SORTED weights at a time."""
         step = max(SORTED // self.x.shape[1], 1)
         return torch.cat([self._ternary(slice(first, first + step)) for first in range(0, len(self.x), step)])
 

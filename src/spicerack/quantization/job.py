@@ -22,7 +22,7 @@ from spicerack.storage.files import CONTAINER
 from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.ledger import Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
-from spicerack.storage.writer import SHARD_BYTES, Shard, Slot, Unit, plan_shards
+from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, plan_shards
 
 _LISTED = 8
 """Tensors that a message names before it counts the rest."""
@@ -33,8 +33,8 @@ class Action:
     """What becomes of one tensor of the source.
 
     fate     it is quantized, copied, or dropped (the same tensor is there under another name), and why
-    slots    the tensors that the output has for it, by name, type and shape
-    planned  what it is stored as, if it is quantized
+    tensors  the tensors that the output has for it, by name, type and shape
+    stored   what it is stored as, if it is quantized
     """
 
     info: TensorInfo
@@ -42,8 +42,8 @@ class Action:
     why: str
     role: str
     layer_type: str
-    slots: tuple[Slot, ...]
-    planned: StoredTensor | None = None
+    tensors: tuple[OutputTensor, ...]
+    stored: StoredTensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Job:
     @property
     def shards(self) -> tuple[Shard, ...]:
         """Files of the output. Units keep the source's order, so that both sides stream."""
-        return plan_shards([Unit(a.info.name, a.slots) for a in self.actions if a.slots], self.shard_bytes)
+        return plan_shards([Unit(a.info.name, a.tensors) for a in self.actions if a.tensors], self.shard_bytes)
 
     @property
     def bytes_before(self) -> int:
@@ -82,7 +82,7 @@ class Job:
 
     @property
     def bytes_after(self) -> int:
-        return sum(slot.nbytes for a in self.actions for slot in a.slots)
+        return sum(tensor.nbytes for a in self.actions for tensor in a.tensors)
 
     def identity(self) -> dict[str, Any]:
         """Facts in which a resumed run must agree, and provenance in the ledger: no times, no paths."""
@@ -96,14 +96,14 @@ class Job:
 
     def sizes(self) -> Sizes:
         """What it makes of how much."""
-        planned = [a.planned for a in self.actions if a.planned is not None]
-        weights = sum(torch.Size(p.shape).numel() for p in planned)
-        stored = sum(p.scheme.stored_bits(p.shape) for p in planned)
+        contents = [a.stored for a in self.actions if a.stored is not None]
+        weights = sum(torch.Size(p.shape).numel() for p in contents)
+        bits = sum(p.scheme.stored_bits(p.shape) for p in contents)
         return Sizes(
             scheme=self.recipe.scheme.name,
             bytes_before=self.bytes_before,
             bytes_after=self.bytes_after,
-            bits_per_weight=stored / weights if weights else 0.0,
+            bits_per_weight=bits / weights if weights else 0.0,
             bits_per_weight_total=8 * self.bytes_after / self.parameters,
         )
 
@@ -128,19 +128,19 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, shard_bytes: int = SHARD_BY
         checkpoint = rotate(checkpoint, asked.method.rotation)
     source = Source.of(checkpoint)
     decided = decisions.decide(source, asked)
-    planned = {name: _stored(source, name, choice.scheme) for name, choice in decided.items() if choice.scheme}
-    _check_shapes(planned)
-    contents = {stored.module: stored for stored in planned.values()}
-    layout = format.choose(contents)
+    stored_tensors = {name: _stored(source, name, choice.scheme) for name, choice in decided.items() if choice.scheme}
+    _check_shapes(stored_tensors)
+    contents = {stored.module: stored for stored in stored_tensors.values()}
+    fmt = format.choose(contents)
     tied = source.tied
     floats = [name for name in source.linears() if name not in contents and tied.get(name) not in contents]
     return Job(
         source=checkpoint,
         recipe=asked,
-        format=layout,
-        actions=tuple(_actions(source, decided, planned, layout)),
+        format=fmt,
+        actions=tuple(_actions(source, decided, stored_tensors, fmt)),
         notes=tuple(_notes(source, decided, contents)),
-        config=layout.config(dict(checkpoint.config), contents, floats),
+        config=fmt.config(dict(checkpoint.config), contents, floats),
         parameters=source.census.parameters,
         shard_bytes=shard_bytes,
     )
@@ -160,10 +160,10 @@ def _stored(source: Source, name: str, scheme: Scheme) -> StoredTensor:
     return StoredTensor(entry.module, scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
 
-def _check_shapes(planned: Mapping[str, StoredTensor]) -> None:
+def _check_shapes(stored_tensors: Mapping[str, StoredTensor]) -> None:
     """Raise ShapeError for all tensors that no whole groups tile, at once."""
     problems = []
-    for name, stored in planned.items():
+    for name, stored in stored_tensors.items():
         try:
             stored.scheme.check_shape(name, stored.shape)
         except ShapeError as error:
@@ -175,20 +175,20 @@ def _check_shapes(planned: Mapping[str, StoredTensor]) -> None:
 
 
 def _actions(
-    source: Source, decided: Mapping[str, Decision], planned: Mapping[str, StoredTensor], layout: Format
+    source: Source, decided: Mapping[str, Decision], stored_tensors: Mapping[str, StoredTensor], fmt: Format
 ) -> Iterator[Action]:
     """One for each tensor, in the order of the files."""
     tied = source.census.tied
     for name, entry in source.census.entries.items():
-        info, stored, why = entry.info, planned.get(name), decided[name].why
+        info, stored, why = entry.info, stored_tensors.get(name), decided[name].why
         if stored is not None:
-            slots = tuple(Slot(key, dtype, shape) for key, (dtype, shape) in layout.layout(stored).items())
-            yield Action(info, "quantize", why, entry.role, entry.layer_type, slots, stored)
+            tensors = tuple(OutputTensor(key, dtype, shape) for key, (dtype, shape) in fmt.layout(stored).items())
+            yield Action(info, "quantize", why, entry.role, entry.layer_type, tensors, stored)
         elif name in tied and _equal(source.checkpoint, name, tied[name]):
             yield Action(info, "drop", f"the same tensor as {tied[name]}", entry.role, entry.layer_type, ())
         else:
-            slot = Slot(name, info.dtype, info.shape)
-            yield Action(info, "copy", why, entry.role, entry.layer_type, (slot,))
+            tensor = OutputTensor(name, info.dtype, info.shape)
+            yield Action(info, "copy", why, entry.role, entry.layer_type, (tensor,))
 
 
 def _equal(checkpoint: Checkpoint, alias: str, owner: str, rows: int = 4096) -> bool:

@@ -133,13 +133,13 @@ def _weights(block: Sequence[Action]) -> list[_Weight]:
     """What is quantized of a block."""
     weights = []
     for action in block:
-        if action.planned is None:
+        if action.stored is None:
             continue
-        *experts, rows, columns = action.planned.shape
+        *experts, rows, columns = action.stored.shape
         weights.append(_Weight(
-            layer=action.planned.module, parent=action.planned.module.rpartition(".")[0], rows=rows, columns=columns,
+            layer=action.stored.module, parent=action.stored.module.rpartition(".")[0], rows=rows, columns=columns,
             count=math.prod(experts), expert="experts" in action.info.name,
-            itemsize=action.planned.source_dtype.itemsize,
+            itemsize=action.stored.source_dtype.itemsize,
         ))  # fmt: skip
     return weights
 
@@ -160,7 +160,7 @@ def _of_block(job: Job, block: Sequence[Action], sequences: int, length: int) ->
     method = job.recipe.method
     assert method is not None, "decided before work starts"
     total = sum(w.rows * w.columns * w.count for w in weights)
-    rest = sum(a.info.numel for a in block if a.planned is None)
+    rest = sum(a.info.numel for a in block if a.stored is None)
     # Two codes a weight, their scales, and everything else float32 in both copies of the block.
     held = PROCESS + int((2 + _GRID) * total) + 8 * rest
     held += _transformed(method, total, max((w.itemsize for w in weights), default=0))

@@ -191,7 +191,7 @@ def _key(layer: nn.Module) -> tuple[int, bool]:
 
 
 def check(layers: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> None:
-    """Raise for the first layer that cannot have its scheme, and for all at once whose shape no whole blocks tile.
+    """Raise for the first layer that cannot have its scheme, and for all at once whose shape no whole groups tile.
 
     Raises RecipeError (the layer has no packed form), SchemeError (activations that it cannot round), WeightError (it
     has no values), ShapeError.

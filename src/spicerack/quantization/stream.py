@@ -141,7 +141,7 @@ class Stream:
         """Complete the folder and let it appear. record: what is true of this run only, for run.json."""
         writer = self._writer
         if not writer.complete:
-            dropped = (_entry(action, 0) for action in self.job.actions if not action.slots)
+            dropped = (_entry(action, 0) for action in self.job.actions if not action.tensors)
             ledger = Ledger(self.facts, (*writer.entries(), *dropped))
             config = json_bytes(dict(self.job.config))
             files = {RUN: json_bytes(record), LEDGER: ledger.content(), CONFIG: config}
@@ -152,23 +152,23 @@ class Stream:
 
 def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, threads: int) -> Entry:
     """Read, quantize or copy, and write one tensor -> its ledger entry."""
-    name, planned = action.info.name, action.planned
+    name, stored = action.info.name, action.stored
     w = job.source.read(name)
-    if planned is None:
+    if stored is None:
         changed = solutions.changed(name)
         out.write(name, w if changed is None else changed)
         moved = () if changed is None else ("divided by factors that the layers behind it have now",)
         return _entry(action, action.info.nbytes, events=moved)
-    w = w.transpose(-1, -2).contiguous() if planned.transposed else w
+    w = w.transpose(-1, -2).contiguous() if stored.transposed else w
     if name in solutions:
-        q, error = solutions.read(name, planned), solutions.error(name)
+        q, error = solutions.read(name, stored), solutions.error(name)
         events = tuple(solutions.events(name))
     else:
-        q, events = _solve(job, w, planned.scheme, name, threads)
+        q, events = _solve(job, w, stored.scheme, name, threads)
         error = rounding.relative_error(w, q, threads=threads)
-    for key, tensor in job.format.encode(planned, q).items():
+    for key, tensor in job.format.encode(stored, q).items():
         out.write(key, tensor)
-    return _entry(action, sum(slot.nbytes for slot in action.slots), error, events)
+    return _entry(action, sum(output.nbytes for output in action.tensors), error, events)
 
 
 def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -> tuple[QTensor, tuple[str, ...]]:
@@ -181,8 +181,8 @@ def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -
 
 
 def _entry(action: Action, bytes_after: int, error: float | None = None, events: Iterable[str] = ()) -> Entry:
-    info, planned = action.info, action.planned
+    info, stored = action.info, action.stored
     return Entry(
-        info.name, action.fate, action.why, action.layer_type, None if planned is None else planned.scheme.name,
+        info.name, action.fate, action.why, action.layer_type, None if stored is None else stored.scheme.name,
         info.dtype, info.shape, info.nbytes, bytes_after, error, tuple(events),
     )  # fmt: skip

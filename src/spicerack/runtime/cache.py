@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DummyLayer
 from spicerack.errors import UsageError
 from spicerack.models.families.names import KEY_VALUE_CACHES
 from spicerack.nn.cache import QuantizedCache, QuantizedLayer, layers_for
-from spicerack.nn.cache_blocks import CacheScheme
+from spicerack.nn.cache_segments import CacheScheme
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,25 +40,25 @@ class Folder:
     def open(cls, folder: str | Path) -> Folder:
         """The folder at a path or hub id. Raises CheckpointError, also where a packed tensor has an unknown role."""
         checkpoint = Checkpoint.open(folder)
-        form = formats.of_folder(checkpoint)
-        contents = form.contents(checkpoint) if form is not None else {}
+        fmt = formats.of_folder(checkpoint)
+        contents = fmt.contents(checkpoint) if fmt is not None else {}
         known = {kind.name for kind in kinds.KINDS} | BY_DEFAULT | ON_REQUEST
-        if strange := next((planned for planned in contents.values() if planned.role not in known), None):
+        if strange := next((stored for stored in contents.values() if stored.role not in known), None):
             raise CheckpointError(
                 f"{checkpoint.folder}: {strange.module} is packed as {strange.role!r}, of which nothing is known",
                 "the folder is damaged, or was written by a newer spicerack",
             )
-        return cls(checkpoint, form, contents)
+        return cls(checkpoint, fmt, contents)
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The config.json of the float model; empty if the folder holds a plain module."""
         return self.checkpoint.config if self.format is None else self.format.float_config(self.checkpoint.config)
 
-    def packed(self, planned: StoredTensor) -> QTensor:
+    def packed(self, stored: StoredTensor) -> QTensor:
         """Codes and scales of one tensor of `contents`, read from the disk. Raises CheckpointError."""
         assert self.format is not None, "contents come from a format"
-        return self.format.decode(planned, {name: self.checkpoint.read(name) for name in self.format.layout(planned)})
+        return self.format.decode(stored, {name: self.checkpoint.read(name) for name in self.format.layout(stored)})
 
     def floats(self) -> dict[str, torch.Tensor]:
         """Tensors that are no part of a packed one, by name.
@@ -66,7 +66,7 @@ class Folder:
         They are mapped from their files, each of which is opened once, and not read: a page comes from the disk when it
         is looked at.
         """
-        layouts = [self.format.layout(planned) for planned in self.contents.values()] if self.format is not None else []
+        layouts = [self.format.layout(stored) for stored in self.contents.values()] if self.format is not None else []
         packed = {name for layout in layouts for name in layout}
         names_in: dict[str, list[str]] = {}
         for name, info in self.checkpoint.tensors.items():

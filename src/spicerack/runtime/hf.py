@@ -175,7 +175,7 @@ def _quantization(prepare: Prepare) -> SpicerackConfig:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bars and reports, which it prints for every load, for the length of a `with` block.
+    """Without transformers' bars and reports, which it prints for every load, for the length of a `with` statement.
 
     Callers draw bars of their own, and what a report would say is raised.
     """

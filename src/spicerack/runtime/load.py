@@ -38,7 +38,7 @@ from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Compute
 from spicerack.models import census
 from spicerack.nn import kinds
-from spicerack.nn.cache_blocks import CacheScheme
+from spicerack.nn.cache_segments import CacheScheme
 from spicerack.nn.fused import fuse
 from spicerack.runtime import hf
 from spicerack.runtime.cache import use_quantized_cache
@@ -89,7 +89,7 @@ def load(
 
     into     your own module, for folders written by `spicerack.save`; it is changed in place and returned, in its mode
     device   where the model goes, which decides the kernels
-    compute  "int8" rounds activations on the fly, in blocks of 32, "float" does not; None is int8 on processors with
+    compute  "int8" rounds activations on the fly, in spans of 32, "float" does not; None is int8 on processors with
              vector instructions for it
     engine   the instruction set that quantized layers and attention compute with, one of `spicerack kernels`' that this
              processor has; None is the fastest
@@ -172,10 +172,10 @@ def _into(module: nn.Module, folder: Folder, way: Way) -> nn.Module:
         for name, layer in module.named_modules(remove_duplicate=False)
         if kinds.may_be_tied(layer)
     }
-    packed = {id(weights[name]): planned for name, planned in folder.contents.items() if name in weights}
+    packed = {id(weights[name]): stored for name, stored in folder.contents.items() if name in weights}
     tied = {name: packed[id(weight)] for name, weight in weights.items() if id(weight) in packed}
-    for name, planned in {**tied, **folder.contents}.items():
-        make_slot(module, name, planned)
+    for name, stored in {**tied, **folder.contents}.items():
+        make_slot(module, name, stored)
     tensors = folder.floats()
     _check_names(module, tensors, folder)
     try:

@@ -30,14 +30,14 @@ from spicerack.storage import format
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG
 from spicerack.storage.format import Format, StoredTensor
-from spicerack.storage.writer import Slot, Unit
+from spicerack.storage.writer import OutputTensor, Unit
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What will be in the folder, by the names that checkpoints have.
 
-    format  the layout of packed tensors, chosen for all of them
+    format  of packed tensors, chosen for all of them
     contents  module -> what is packed there
     packed  module -> its packed weight
     state   every other tensor
@@ -52,19 +52,22 @@ class Parts:
 
     def units(self) -> list[Unit]:
         """What is written at a time: all tensors of a packed one, or one that is not."""
-        packed = [Unit(p.module, tuple(Slot(n, *slot) for n, slot in layout)) for p, layout in self._layouts()]
-        return packed + [Unit(n, (Slot(n, _dtype(n, t), tuple(t.shape)),)) for n, t in self.state.items()]
+        packed = [
+            Unit(stored.module, tuple(OutputTensor(n, *header) for n, header in layout))
+            for stored, layout in self._layouts()
+        ]
+        return packed + [Unit(n, (OutputTensor(n, _dtype(n, t), tuple(t.shape)),)) for n, t in self.state.items()]
 
     def _layouts(self) -> list[tuple[StoredTensor, Any]]:
         """What is packed, and (name, (type, shape)) of the tensors that it will be."""
-        return [(planned, self.format.layout(planned).items()) for planned in self.contents.values()]
+        return [(stored, self.format.layout(stored).items()) for stored in self.contents.values()]
 
     def tensors(self, unit: Unit) -> dict[str, torch.Tensor]:
         """The tensors of one of `units`, by name, in the order of writing; a packed weight is unpacked here."""
-        planned = self.contents.get(unit.source)
-        if planned is None:
+        stored = self.contents.get(unit.source)
+        if stored is None:
             return {unit.source: self.state[unit.source]}
-        return self.format.encode(planned, self.packed[unit.source].qtensor())
+        return self.format.encode(stored, self.packed[unit.source].qtensor())
 
     def fingerprint(self) -> str:
         """sha256 of everything that will be stored: a half-written folder is continued for these very contents only."""
@@ -173,12 +176,12 @@ def _floats(module: nn.Module) -> dict[str, torch.Tensor]:
     aliases = _aliases(module)
     values: dict[str, Any] = module.state_dict(keep_vars=True)
     floats: dict[str, torch.Tensor] = {}
-    stored: set[int] = set()
+    ids: set[int] = set()
     for name, tensor in sorted(values.items(), key=lambda item: item[0] in aliases):
         if not isinstance(tensor, torch.Tensor):
             raise UsageError(f"{name} is a {type(tensor).__name__}: only tensors are stored", "keep it outside")
-        if not name.startswith(inside) and id(tensor) not in stored:
-            stored.add(id(tensor))
+        if not name.startswith(inside) and id(tensor) not in ids:
+            ids.add(id(tensor))
             floats[name] = tensor.detach()
     return floats
 
@@ -204,9 +207,9 @@ def _source_dtype(name: str, weight: PackedWeight) -> torch.dtype:
         assert isinstance(scheme.scale, Scheme)
         scheme, scale = scheme.scale, scale.scale
     assert isinstance(scheme.scale, str)
-    stored = scheme.scale
+    kind = scheme.scale
     for dtype in (weight.dtype, torch.float32, torch.bfloat16):
-        if dtype_of(stored, dtype) == scale.dtype:
+        if dtype_of(kind, dtype) == scale.dtype:
             return dtype
     raise UsageError(
         f"{name}: its scales are {scale.dtype}, which {scheme} does not store",

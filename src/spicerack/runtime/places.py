@@ -43,29 +43,29 @@ class _Places:
 
 
 def make_slots(
-    model: PreTrainedModel, plan: Mapping[str, StoredTensor], floats: Mapping[str, bool], *, apart: bool = False
+    model: PreTrainedModel, contents: Mapping[str, StoredTensor], floats: Mapping[str, bool], *, apart: bool = False
 ) -> list[str]:
-    """Make slots in `model`, on the meta device, for a whole plan -> the float tensors that go into slots as well.
+    """Make slots in `model`, on the meta device, for a whole folder -> the float tensors that go into slots as well.
 
     Those are experts in one stack with packed ones.
 
-    plan     module in the checkpoint's names -> what is packed there
-    floats   float tensor of the checkpoint -> whether it is stored [..., K, N]
-    apart    stacks get slots whether any expert is packed or not
+    contents  module in the checkpoint's names -> what is packed there
+    floats    float tensor of the checkpoint -> whether it is stored [..., K, N]
+    apart     stacks get slots whether any expert is packed or not
 
     Raises LoadError for a packed tensor that the model has no use
     for or that transformers changes on loading, and for a layer that it does not fit.
     """
     sources: dict[str, Source] = {name: name for name in floats}
-    sources |= {f"{planned.module}.weight": planned for planned in plan.values()}
+    sources |= {f"{stored.module}.weight": stored for stored in contents.values()}
     # A tensor of all experts is a parameter, whose name may or may not end in `.weight`.
-    sources |= {planned.module: planned for planned in plan.values() if planned.role == "experts"}
+    sources |= {stored.module: stored for stored in contents.values() if stored.role == "experts"}
     destination = destinations(model, sources)
     places = _sorted(model, sources, destination, apart)
     _tie(model, places.layers, {destination[name].parameter for name in floats if name in destination})
-    for parameter, planned in places.layers.items():
-        make_slot(model, parameter.removesuffix(".weight"), planned)
-    without = {p.module: p for p in plan.values() if p.role == "experts" and p not in places.whole.values()}
+    for parameter, stored in places.layers.items():
+        make_slot(model, parameter.removesuffix(".weight"), stored)
+    without = {p.module: p for p in contents.values() if p.role == "experts" and p not in places.whole.values()}
     if without:
         _parameter_of(without[min(without)], None, model)
     return [*_whole_stacks(model, places.whole, floats), *_stacks_of_many(model, places.stacks, sources, apart)]
@@ -122,18 +122,16 @@ def _by_expert(members: Iterable[tuple[str, Destination]], sources: Mapping[str,
     return [[parts[part] for part in sorted(parts)] for _, parts in sorted(experts.items())]
 
 
-def _parameter_of(planned: StoredTensor, place: Destination | None, model: PreTrainedModel) -> str:
+def _parameter_of(stored: StoredTensor, place: Destination | None, model: PreTrainedModel) -> str:
     """The parameter that a packed tensor takes the place of. Raises LoadError if it cannot."""
     if place is None:
-        raise LoadError(
-            f"{planned.module}: {type(model).__name__} has no use for it", "is config.json the model's own?"
-        )
+        raise LoadError(f"{stored.module}: {type(model).__name__} has no use for it", "is config.json the model's own?")
     if place.operations:
-        raise LoadError(f"{planned.module}: transformers changes it by {', '.join(place.operations)}", "skip it")
+        raise LoadError(f"{stored.module}: transformers changes it by {', '.join(place.operations)}", "skip it")
     return place.parameter
 
 
-def _tie(model: PreTrainedModel, layers: dict[str, StoredTensor], stored: set[str]) -> None:
+def _tie(model: PreTrainedModel, layers: dict[str, StoredTensor], floats: set[str]) -> None:
     """Give the packed weight of a layer to those tied to it, unless the folder has weights of their own for them.
 
     `layers` and the model's ties are changed: transformers must not tie them, for there is no parameter any more.
@@ -145,6 +143,6 @@ def _tie(model: PreTrainedModel, layers: dict[str, StoredTensor], stored: set[st
     for group in groups.values():
         packed = [name for name in group if name in layers]
         if packed:
-            layers |= {name: layers[packed[0]] for name in group if name not in layers and name not in stored}
+            layers |= {name: layers[packed[0]] for name in group if name not in layers and name not in floats}
             for name in group:
                 ties.pop(name, None)

@@ -19,7 +19,7 @@ from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import LEDGER
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
-from spicerack.storage.writer import Slot, Unit, Writer, plan_shards
+from spicerack.storage.writer import OutputTensor, Unit, Writer, plan_shards
 
 
 def save(module: nn.Module, folder: str | Path) -> Path:
@@ -55,21 +55,21 @@ def save(module: nn.Module, folder: str | Path) -> Path:
     return target
 
 
-def _entry(unit: Unit, planned: StoredTensor | None) -> Entry:
+def _entry(unit: Unit, stored: StoredTensor | None) -> Entry:
     """A tensor's line in the ledger; what only quantizing knows, such as the error, is not there."""
-    slot = unit.slots[0]
-    if planned is None:
-        shape, dtype, before = slot.shape, slot.dtype, unit.nbytes
+    first = unit.tensors[0]
+    if stored is None:
+        shape, dtype, before = first.shape, first.dtype, unit.nbytes
     else:
-        shape = planned.shape[::-1] if planned.transposed else planned.shape
-        dtype = safetensors_dtype(planned.source_dtype)
-        before = Slot(unit.source, dtype, shape).nbytes
+        shape = stored.shape[::-1] if stored.transposed else stored.shape
+        dtype = safetensors_dtype(stored.source_dtype)
+        before = OutputTensor(unit.source, dtype, shape).nbytes
     return Entry(
-        tensor=unit.source if planned is None else f"{unit.source}.weight",
-        action="copy" if planned is None else "quantize",
+        tensor=unit.source if stored is None else f"{unit.source}.weight",
+        action="copy" if stored is None else "quantize",
         why="as it was in the module",
         layer_type=unit.source,
-        scheme=None if planned is None else planned.scheme.name,
+        scheme=None if stored is None else stored.scheme.name,
         dtype=dtype,
         shape=shape,
         bytes_before=before,

@@ -45,20 +45,20 @@ class Slot(nn.Module):
     """Where a layer with packed weights will be: its bias, its mode, and what `fill` makes the packed layer from.
 
     kind, options   of the layer that was here (`nn/kinds.py`)
-    planned         the packed tensor that its weight is
+    stored         the packed tensor that its weight is
     dtype           of its weight
     bias            its own, a parameter like any other while the model is filled
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, layer: nn.Module, kind: LayerKind, planned: StoredTensor) -> None:
+    def __init__(self, layer: nn.Module, kind: LayerKind, stored: StoredTensor) -> None:
         super().__init__()
-        self.kind, self.options, self.planned = kind, kind.options(layer), planned
+        self.kind, self.options, self.stored = kind, kind.options(layer), stored
         self.dtype, self.training = kinds.weight_of(layer).dtype, layer.training
         self.register_parameter("bias", kinds.bias_of(layer))
         # transformers' initializers look at these: there is a weight, and it needs no values.
-        self.out_features, self.in_features = planned.shape
+        self.out_features, self.in_features = stored.shape
         self.weight = torch.empty(0, device="meta")
         vars(self.weight)["_is_hf_initialized"] = vars(self)["_is_hf_initialized"] = True
 
@@ -75,30 +75,30 @@ class StackSlot(nn.Module):
         vars(self)["_is_hf_initialized"] = True
 
 
-def make_slot(model: nn.Module, name: str, planned: StoredTensor) -> None:
+def make_slot(model: nn.Module, name: str, stored: StoredTensor) -> None:
     """Replace the layer `name` of `model` by a slot.
 
-    Raises LoadError unless there is a layer of a kind that has a packed form, whose weight has the planned shape.
+    Raises LoadError unless there is a layer of a kind that has a packed form, whose weight has the stored shape.
     """
     try:
         layer = model.get_submodule(name)
     except AttributeError:
-        raise LoadError(f"{planned.module}: the model has no layer {name}", "is config.json the model's own?") from None
+        raise LoadError(f"{stored.module}: the model has no layer {name}", "is config.json the model's own?") from None
     kind = kinds.find(layer)
     if kind is None:
         raise LoadError(
-            f"{planned.module}: {name} is a {type(layer).__name__}, which has no packed form",
+            f"{stored.module}: {name} is a {type(layer).__name__}, which has no packed form",
             "quantize again and skip it",
         )
     if reason := kind.obstacle(layer):
-        raise LoadError(f"{planned.module}: {name}: {reason}", "quantize again and skip it")
+        raise LoadError(f"{stored.module}: {name}: {reason}", "quantize again and skip it")
     weight, cls = kinds.weight_of(layer), type(layer).__name__
-    if kind.matrix(weight).shape != planned.shape or kind.transposed != planned.transposed:
+    if kind.matrix(weight).shape != stored.shape or kind.transposed != stored.transposed:
         raise LoadError(
-            f"{planned.module}: packed {list(planned.shape)}, but {name} is {cls} {list(weight.shape)}",
+            f"{stored.module}: packed {list(stored.shape)}, but {name} is {cls} {list(weight.shape)}",
             "is config.json the model's own?",
         )
-    model.set_submodule(name, Slot(layer, kind, planned))
+    model.set_submodule(name, Slot(layer, kind, stored))
 
 
 def make_stack_slot(model: nn.Module, parameter: str, matrices: list[list[Expert]], *, transposed: bool) -> None:
@@ -144,19 +144,19 @@ class _Packing:
     way: Way
     packed: dict[tuple[str, int | None], PackedWeight] = field(default_factory=dict)
 
-    def weight(self, planned: StoredTensor, dtype: torch.dtype, number: int | None = None) -> PackedWeight:
+    def weight(self, stored: StoredTensor, dtype: torch.dtype, number: int | None = None) -> PackedWeight:
         """The tensor, or one matrix of a tensor of all experts. dtype: of the float weight that it replaces."""
-        if (planned.module, number) not in self.packed:
-            q = self.folder.packed(planned)
+        if (stored.module, number) not in self.packed:
+            q = self.folder.packed(stored)
             for place, matrix in [(None, q)] if number is None else enumerate(q.matrices()):
                 way = self.way
                 weight = PackedWeight(matrix, dtype, way.device, way.compute, way.engine)
-                self.packed[planned.module, place] = weight
-        return self.packed[planned.module, number]
+                self.packed[stored.module, place] = weight
+        return self.packed[stored.module, number]
 
     def layer(self, slot: Slot) -> nn.Module:
         """The packed layer that a slot becomes, with the slot's bias and mode."""
-        weight = self.weight(slot.planned, slot.dtype)
+        weight = self.weight(slot.stored, slot.dtype)
         return slot.kind.pack(weight, slot.options, slot.bias).train(slot.training)
 
     def stack(self, slot: StackSlot) -> ExpertStack:

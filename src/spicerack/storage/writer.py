@@ -57,7 +57,7 @@ def partial_folder(output: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class OutputTensor:
     """A tensor that will be written, known before its numbers are.
 
     name    in the output
@@ -77,15 +77,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one source tensor becomes: never split over shards. No slots: the tensor is dropped."""
+    """What one source tensor becomes: never split over shards. No tensors: the tensor is dropped."""
 
     source: str
-    slots: tuple[Slot, ...]
+    tensors: tuple[OutputTensor, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(slot.nbytes for slot in self.slots)
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class Writer:
 
     @contextmanager
     def shard(self, shard: Shard) -> Iterator[ShardWriter]:
-        """Write one shard in a `with` block; it counts once that ends without an exception. Raises OutputError.
+        """Write one shard in a `with` statement; it counts once that ends without an exception. Raises OutputError.
 
         An error of the system becomes one that names the folder; the shard's temporary file stays, and the next run
         removes it.
@@ -230,7 +230,7 @@ class Writer:
 
     def _index(self) -> dict[str, Any]:
         """The index as transformers writes it: which shard holds which tensor."""
-        weight_map = {slot.name: shard.file for shard in self.shards for unit in shard.units for slot in unit.slots}
+        weight_map = {t.name: shard.file for shard in self.shards for unit in shard.units for t in unit.tensors}
         total = sum(unit.nbytes for shard in self.shards for unit in shard.units)
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
@@ -247,17 +247,17 @@ class ShardWriter:
 
     def __init__(self, file: BinaryIO, shard: Shard) -> None:
         self._file = file
-        self._todo = [slot for unit in shard.units for slot in unit.slots]
+        self._todo = [tensor for unit in shard.units for tensor in unit.tensors]
         self.entries: list[Entry] = []
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for slot in self._todo:
-            header[slot.name] = {
-                "dtype": slot.dtype,
-                "shape": list(slot.shape),
-                "data_offsets": [offset, offset + slot.nbytes],
+        for tensor in self._todo:
+            header[tensor.name] = {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.nbytes],
             }
-            offset += slot.nbytes
+            offset += tensor.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)
@@ -270,9 +270,9 @@ class ShardWriter:
         tensor: on the CPU; one that is not contiguous is copied.
         """
         promised = self._todo.pop()
-        slot = Slot(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
-        if slot != promised:
-            raise AssertionError(f"the layout promised {promised}, the encoder made {slot}")
+        offered = OutputTensor(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+        if offered != promised:
+            raise AssertionError(f"the layout promised {promised}, the encoder made {offered}")
         flat = tensor.detach().contiguous().reshape(-1)
         if flat.numel():
             self._file.write(flat.view(torch.uint8).numpy().data)

@@ -65,7 +65,7 @@ def test_transforms_that_move_factors_share_one_copy_of_a_block(tmp_path: Path) 
         given = job(folder, "w4g128", chain)
         block = tuple(a for a in given.actions if "layers" in a.info.name)  # the embedding is larger than all of it
         peaks[chain] = memory.make(dataclasses.replace(given, actions=block), (128, 512)).peak_bytes
-    weights = sum(a.info.numel for a in block if a.planned is not None)
+    weights = sum(a.info.numel for a in block if a.stored is not None)
     assert peaks["awq+gptq"] - peaks["gptq"] == 4 * weights
     assert peaks["smoothquant+awq+gptq"] == peaks["awq+gptq"]
     assert peaks["hadamard+awq+gptq"] - peaks["awq+gptq"] == 2 * weights

@@ -55,9 +55,9 @@ def test_values_and_gradients_are_those_of_codes_times_scales(kind: str, scheme:
     decoded = codec.decode(q)
     assert torch.equal(layer.matrix(), decoded) and torch.equal(layer.weight, decoded)
     scale = q.scale.float().requires_grad_()
-    block = q.scheme.block_shape(*q.shape)
-    unit = (decoded.detach() / scale.detach().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)).detach()
-    weight = unit * scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    group = q.scheme.group_shape(*q.shape)
+    unit = (decoded.detach() / scale.detach().repeat_interleave(group[0], 0).repeat_interleave(group[1], 1)).detach()
+    weight = unit * scale.repeat_interleave(group[0], 0).repeat_interleave(group[1], 1)
     if kind == "conv":
         out = nn.functional.conv2d(x, weight.view(6, -1, 2, 2), packed.bias, groups=packed.geometry.groups)
     elif kind == "embedding":
@@ -74,10 +74,10 @@ def test_values_and_gradients_are_those_of_codes_times_scales(kind: str, scheme:
         largest = levels.hi - levels.lo if q.scheme.zero else levels.hi + 0.5 * levels.half
     else:
         largest = max(levels.values)
-    factor = (block[0] * block[1] * largest) ** -0.5
+    factor = (group[0] * group[1] * largest) ** -0.5
     assert layer.weight_scale.grad is not None and scale.grad is not None
     assert torch.allclose(layer.weight_scale.grad, factor * scale.grad, rtol=1e-4, atol=1e-5)
-    if kind == "embedding" and block[0] == 1:
+    if kind == "embedding" and group[0] == 1:
         assert not layer.weight_scale.grad[4].any() and layer.weight_scale.grad[5].any()
 
 

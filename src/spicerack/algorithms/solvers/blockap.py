@@ -49,7 +49,7 @@ class _Learned:
     def __init__(self, layer: Tunable) -> None:
         q = layer.start
         self.best, self.dtype, self.levels = q, q.plain_scale.dtype, q.scheme.integers
-        self.grid = Grid(self.levels, q.scheme.block_shape(*q.shape))
+        self.grid = Grid(self.levels, q.scheme.group_shape(*q.shape))
         self.scale = q.plain_scale.float().clone()
         self.zero = None if q.zero is None else q.zero.float()
         unit = self.scale.abs()

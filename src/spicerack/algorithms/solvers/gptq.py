@@ -33,7 +33,7 @@ BETA = 0.5
 """Of the pull: all of it overfits small calibration sets."""
 DOUBLE = 4096
 """Columns up to which H is factored in float64; above, in float32, memory is what counts."""
-_BLOCK = 128
+_COLUMNS = 128
 """Columns after which errors are made good in all that is left at once, the paper's B: faster, with the same result."""
 _PIECE = 1 << 24
 """Values that are swapped at once while a matrix is turned round in place."""
@@ -75,7 +75,7 @@ def solve(
         return Solved(start, ("inputs are not finite: kept round-to-nearest",))
     dead = int((h.diagonal() == 0).sum())
     events = [f"{dead} input columns are always 0"] if dead else []
-    order = _order(h.diagonal(), start.scheme.block_shape(*w.shape)[1])
+    order = _order(h.diagonal(), start.scheme.group_shape(*w.shape)[1])
     damping, u = _factor(h, order)
     if u is None:
         return Solved(start, (*events, "inputs are not positive definite: kept round-to-nearest"))
@@ -148,7 +148,7 @@ def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:
 def _walk(target: torch.Tensor, start: QTensor, u: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Codes [N, K] of start's type for the target [N, K], column by column in `order`, with the factor U [K, K].
 
-    Blocks of columns: what is wrong before a block is made good in all of it at once.
+    Some columns at a time: what is wrong before them is made good in all of them at once.
     """
     n, k = target.shape
     e = target.t()[order].contiguous()  # [K, N]: a column of W in one piece; behind the walk, what is wrong with it
@@ -157,8 +157,8 @@ def _walk(target: torch.Tensor, start: QTensor, u: torch.Tensor, order: torch.Te
     wide, levels = k // len(scale), start.scheme.levels
     groups = (order // wide).tolist()
     q = torch.empty((k, n), dtype=start.codes.dtype, device=target.device)
-    for first in range(0, k, _BLOCK):
-        last = min(first + _BLOCK, k)
+    for first in range(0, k, _COLUMNS):
+        last = min(first + _COLUMNS, k)
         factors = (u[:last, first:last] / u.diagonal()[first:last]).t().contiguous()
         w = e[first:last].addmm(factors[:, :first], e[:first])
         for i in range(first, last):

@@ -24,7 +24,7 @@ import torch
 
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import WeightSolver
-from spicerack.numerics.codec import from_blocks, to_blocks
+from spicerack.numerics.codec import from_groups, to_groups
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import store
@@ -57,8 +57,8 @@ def memory(n: int, k: int) -> int:
 
 def solve(w: torch.Tensor, start: QTensor) -> Solved:
     """Codes, scales and zero points of w [..., N, K], float; no group has more error to the power P than in `start`."""
-    block = start.scheme.block_shape(*start.shape[-2:])
-    x = to_blocks(w, block)
+    group = start.scheme.group_shape(*start.shape[-2:])
+    x = to_groups(w, group)
     s = start.plain_scale.float().reshape(-1, 1)
     z = torch.zeros_like(s) if start.zero is None else start.zero.float().reshape(-1, 1)
     count = max(_CHUNK // x.shape[1], 1)
@@ -70,7 +70,7 @@ def solve(w: torch.Tensor, start: QTensor) -> Solved:
     return Solved(
         dataclasses.replace(
             start,
-            codes=from_blocks(q, start.shape, block).to(start.codes.dtype).contiguous(),
+            codes=from_groups(q, start.shape, group).to(start.codes.dtype).contiguous(),
             scale=s.reshape(start.plain_scale.shape).to(start.plain_scale.dtype),
             zero=None if start.zero is None else z.reshape(start.zero.shape).to(start.zero.dtype),
         )

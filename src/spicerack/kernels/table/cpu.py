@@ -58,7 +58,7 @@ def _obstacle(
         return "its levels are not -1, 0 and 1"
     if compute == "float" and scheme.activations is not None:
         return f"{scheme} rounds activations to int8"
-    if scheme.activations is not None and scheme.group is None and shape[1] > panels.MAX_EXACT_COLUMNS:
+    if scheme.activations is not None and scheme.group_columns is None and shape[1] > panels.MAX_EXACT_COLUMNS:
         return f"sums of more than {panels.MAX_EXACT_COLUMNS} products may overflow"
     return panels.obstacle(scheme, shape, dtype, device)
 
@@ -67,7 +67,7 @@ def _prepare(compute: Compute, tiling: Tiling, scheme: Scheme, shape: Shape, ten
     """The weight as `_run` takes it: its panels, and how activations enter for this row and scheme."""
     activations = panels.FLOATS
     if compute == "int8":
-        activations = {None: panels.BLOCKS, "token": panels.TOKENS, "static": panels.FIXED}[scheme.activations]
+        activations = {None: panels.SPANS, "token": panels.TOKENS, "static": panels.FIXED}[scheme.activations]
     spec = panels.spec_of(scheme, shape, tiling)
     zero, fixed = tensors.get("zero"), tensors.get("input_scale")
     return multiply.PanelMatrix(tensors["codes"], tensors["scale"], zero, spec, activations, fixed)

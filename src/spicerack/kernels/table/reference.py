@@ -126,7 +126,7 @@ def _integer_linear(codes: torch.Tensor, scheme: Scheme, shape: Shape, tensors: 
 
 def _is_integer(scheme: Scheme) -> bool:
     """Whether all products of a row share one scale and are integers."""
-    plain = scheme.plain_obstacle is None and scheme.group is None and not scheme.zero
+    plain = scheme.plain_obstacle is None and scheme.group_columns is None and not scheme.zero
     return plain and not scheme.integers.half
 
 

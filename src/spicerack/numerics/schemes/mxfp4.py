@@ -3,4 +3,4 @@
 from spicerack.numerics.levels import FloatLevels
 from spicerack.numerics.scheme import Scheme
 
-SCHEME = Scheme(name="mxfp4", levels=FloatLevels(2, 1), block=(1, 32), scale="float8_e8m0fnu")
+SCHEME = Scheme(name="mxfp4", levels=FloatLevels(2, 1), group=(1, 32), scale="float8_e8m0fnu")

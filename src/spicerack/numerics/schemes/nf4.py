@@ -21,4 +21,4 @@ def _levels() -> TableLevels:
     return TableLevels(tuple(value / values[-1] for value in values))
 
 
-SCHEME = Scheme(name="nf4", levels=_levels(), block=(1, 64))
+SCHEME = Scheme(name="nf4", levels=_levels(), group=(1, 64))

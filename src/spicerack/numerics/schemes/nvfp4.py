@@ -3,5 +3,5 @@
 from spicerack.numerics.levels import FloatLevels
 from spicerack.numerics.scheme import Scheme
 
-SCALES = Scheme(name="nvfp4 scales", levels=FloatLevels(4, 3, max_value=448), block=(None, None), scale="float32")
-SCHEME = Scheme(name="nvfp4", levels=FloatLevels(2, 1), block=(1, 16), scale=SCALES)
+SCALES = Scheme(name="nvfp4 scales", levels=FloatLevels(4, 3, max_value=448), group=(None, None), scale="float32")
+SCHEME = Scheme(name="nvfp4", levels=FloatLevels(2, 1), group=(1, 16), scale=SCALES)

@@ -7,7 +7,7 @@ SIX_BITS = IntLevels(0, 63)
 SCHEME = Scheme(
     name="q4_k",
     levels=IntLevels(0, 15),
-    block=(1, 32),
-    scale=Scheme(name="q4_k scales", levels=SIX_BITS, block=(1, 8), scale="float16"),
-    min=Scheme(name="q4_k minima", levels=SIX_BITS, block=(1, 8), scale="float16"),
+    group=(1, 32),
+    scale=Scheme(name="q4_k scales", levels=SIX_BITS, group=(1, 8), scale="float16"),
+    min=Scheme(name="q4_k minima", levels=SIX_BITS, group=(1, 8), scale="float16"),
 )

@@ -3,4 +3,4 @@
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.scheme import Scheme
 
-SCHEME = Scheme(name="ternary", levels=IntLevels(-1, 1), block=(None, None))
+SCHEME = Scheme(name="ternary", levels=IntLevels(-1, 1), group=(None, None))

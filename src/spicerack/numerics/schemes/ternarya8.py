@@ -3,4 +3,4 @@
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.scheme import Scheme
 
-SCHEME = Scheme(name="ternarya8", levels=IntLevels(-1, 1), block=(None, None), activations="token")
+SCHEME = Scheme(name="ternarya8", levels=IntLevels(-1, 1), group=(None, None), activations="token")

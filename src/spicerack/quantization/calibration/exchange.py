@@ -33,4 +33,4 @@ class Exchange:
 
     def take(self, target: Target) -> tuple[QTensor, Solved]:
         """What some rank has handed over of the target, once; on the CPU."""
-        return self._here.pop(target.path, None) or self._states.read_part(target.path, target.planned)
+        return self._here.pop(target.path, None) or self._states.read_part(target.path, target.stored)

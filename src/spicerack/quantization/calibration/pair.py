@@ -92,8 +92,8 @@ class Pair:
             self._become({path: source.read(tensor) for path, tensor in names.items()})
         self._roundings: dict[str, ActivationRounding] = {}
         for target in self.targets:
-            if target.planned.scheme.activations is not None:
-                hook = ActivationRounding(static=target.planned.scheme.activations == "static")
+            if target.stored.scheme.activations is not None:
+                hook = ActivationRounding(static=target.stored.scheme.activations == "static")
                 self.quantized.get_submodule(target.path).register_forward_pre_hook(hook)
                 self._roundings[target.path] = hook
 
@@ -102,7 +102,7 @@ class Pair:
     def weight(self, target: Target) -> torch.Tensor:
         """The target's weight in the exact block, float32 [N, K]."""
         weight = self._exact[target.path].weight()
-        return weight.t().contiguous() if target.planned.transposed else weight
+        return weight.t().contiguous() if target.stored.transposed else weight
 
     def type_of(self, path: str) -> torch.dtype:
         """The type of a layer's weight in the model."""
@@ -119,15 +119,15 @@ class Pair:
         """
         importance = moved(importance, CPU) if importance is not None and bool(importance.any()) else None
         q = rounding.to_nearest(
-            moved(self.weight(target) if w is None else w, CPU), target.planned.scheme, range_=self._range,
-            name=target.tensor, importance=importance, source=target.planned.source_dtype, threads=self._threads,
+            moved(self.weight(target) if w is None else w, CPU), target.stored.scheme, range_=self._range,
+            name=target.tensor, importance=importance, source=target.stored.source_dtype, threads=self._threads,
         )  # fmt: skip
         hook = self._roundings.get(target.path)
         return q if hook is None else dataclasses.replace(q, input_scale=moved(hook.scale, CPU))
 
     def put(self, target: Target, w: QTensor | torch.Tensor) -> None:
         """Let the quantized block compute with `w`, [N, K], codes or floats, in place of the target's weight."""
-        if isinstance(w, torch.Tensor) and target.planned.transposed:
+        if isinstance(w, torch.Tensor) and target.stored.transposed:
             w = w.t()
         self._quantized[target.path].source = moved(w, self.device)
 

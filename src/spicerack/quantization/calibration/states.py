@@ -76,11 +76,11 @@ class Solutions:
         errors = [self._layers[name]["error"] for name in self._of(tensor)]
         return errors[0] if len(errors) == 1 else float(f"{math.hypot(*errors) / math.sqrt(len(errors)):.4g}")
 
-    def read(self, tensor: str, planned: StoredTensor) -> QTensor:
+    def read(self, tensor: str, stored: StoredTensor) -> QTensor:
         """The tensor as it was solved, output rows first."""
         if tensor in self._layers:
-            return self._read(tensor, planned.scheme, planned.shape)
-        matrices = [self._read(name, planned.scheme, planned.shape[1:]) for name in self._of(tensor)]
+            return self._read(tensor, stored.scheme, stored.shape)
+        matrices = [self._read(name, stored.scheme, stored.shape[1:]) for name in self._of(tensor)]
         return QTensor.stack(matrices)
 
     def _read(self, name: str, scheme: Scheme, shape: tuple[int, ...]) -> QTensor:
@@ -145,13 +145,13 @@ class States:
         }
         _save(tensors, self.folder / f"part-{path}.safetensors", {"spicerack": json.dumps(solved.events)})
 
-    def read_part(self, path: str, planned: StoredTensor) -> tuple[QTensor, Solved]:
-        """What a rank has written of the layer at `path`, whose plan is `planned`."""
+    def read_part(self, path: str, stored: StoredTensor) -> tuple[QTensor, Solved]:
+        """What a rank has written of the layer at `path`, which is to be `stored`."""
         with safe_open(self.folder / f"part-{path}.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
             events = json.loads(file.metadata()["spicerack"])
         start, solved = (
-            packed.unpack(planned.scheme, planned.shape, {
+            packed.unpack(stored.scheme, stored.shape, {
                 name.removeprefix(kind): part for name, part in tensors.items() if name.startswith(kind)
             })
             for kind in ("start/", "solved/")

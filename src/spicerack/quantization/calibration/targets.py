@@ -23,14 +23,14 @@ class Target:
 
     path      of the layer, in the block
     tensor    name of the source tensor
-    planned   what was decided for the matrix [N, K]
+    stored    what was decided for the matrix [N, K]
     stack     path of the stack of experts that the layer is in; empty for others
     number    of the matrix in a tensor of all experts; None where it is the tensor
     """
 
     path: str
     tensor: str
-    planned: StoredTensor
+    stored: StoredTensor
     stack: str = ""
     number: int | None = None
 
@@ -71,15 +71,15 @@ def tensors_of(stack: Stack, experts: Mapping[str, Expert], job: Job) -> list[Bl
     tensors = []
     for i, block in enumerate(stack.blocks):
         inside = {path: names.get(f"{stack.name(i)}.{path}") for path, _ in block.named_parameters()}
-        stored = {path: tensor for path, tensor in inside.items() if tensor is not None}
+        tensor_of = {path: tensor for path, tensor in inside.items() if tensor is not None}
         linear = {f"{path}.weight": path for path in blocks.layers(block)}
-        plans = {path: actions[tensor].planned for path, tensor in stored.items()}
+        stored_as = {path: actions[tensor].stored for path, tensor in tensor_of.items()}
         targets = [
-            Target(linear[path], stored[path], planned)
-            for path, planned in plans.items()
-            if planned is not None and path in linear
+            Target(linear[path], tensor_of[path], stored)
+            for path, stored in stored_as.items()
+            if stored is not None and path in linear
         ]
-        others = {path: tensor for path, tensor in stored.items() if plans[path] is None}
+        others = {path: tensor for path, tensor in tensor_of.items() if stored_as[path] is None}
         tensors.append(BlockTensors((*_experts(block, stack.name(i), experts, actions), *targets), others))
     return tensors
 
@@ -90,10 +90,10 @@ def _experts(
     """The targets of a block, called `name` in the model, that are matrices of experts."""
     for path in blocks.layers(block):
         expert = experts.get(f"{name}.{path}")
-        planned = None if expert is None or not isinstance(expert.source, str) else actions[expert.source].planned
-        if expert is None or planned is None:
+        stored = None if expert is None or not isinstance(expert.source, str) else actions[expert.source].stored
+        if expert is None or stored is None:
             continue
         if expert.number is not None:
-            planned = dataclasses.replace(planned, shape=planned.shape[1:], transposed=False)
+            stored = dataclasses.replace(stored, shape=stored.shape[1:], transposed=False)
         assert isinstance(expert.source, str)
-        yield Target(path, expert.source, planned, path.rsplit(".", 2)[0], expert.number)
+        yield Target(path, expert.source, stored, path.rsplit(".", 2)[0], expert.number)

@@ -92,8 +92,8 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "num_bits": scheme.bits,
         "type": "int",
         "symmetric": not scheme.zero,
-        "strategy": "group" if scheme.group else "channel",
-        "group_size": scheme.group,
+        "strategy": "group" if scheme.group_columns else "channel",
+        "group_size": scheme.group_columns,
         "dynamic": False,
         "observer": "minmax",
     }

@@ -59,7 +59,7 @@ class CompressedTensors(MethodFormat):
     def layout(self, stored: StoredTensor) -> Layout:
         """Codes as int8 where activations are int8 too, else as a stream of bits."""
         module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
-        groups = columns // (scheme.group or columns)
+        groups = columns // (scheme.group_columns or columns)
         scale = (safetensors_dtype(dtype_of(scheme.scale, stored.source_dtype)), (rows, groups))
         if scheme.activations:
             integers: Layout = {f"{module}.weight": ("I8", (rows, columns)), f"{module}.weight_scale": scale}
@@ -137,7 +137,7 @@ class CompressedTensors(MethodFormat):
         fits = []
         for scheme in schemes:
             stored = StoredTensor(module, scheme, (rows, columns), source_dtype=source)
-            if integer != (scheme.activations is not None) or columns % (scheme.group or columns):
+            if integer != (scheme.activations is not None) or columns % (scheme.group_columns or columns):
                 continue
             wanted = {name: shape for name, (_, shape) in self.layout(stored).items()}
             optional = {f"{module}.{part}" for part in ("weight_zero_point", "input_scale", "input_zero_point")}
@@ -190,9 +190,9 @@ def _obstacle(p: StoredTensor) -> str | None:
         return f"levels of {scheme.name}"
     if integers.half:
         return f"half-integer levels ({scheme.name})"
-    if scheme.plain_obstacle is not None or scheme.block[0] != 1:
+    if scheme.plain_obstacle is not None or scheme.group[0] != 1:
         return f"scales like those of {scheme.name}"
-    if scheme.activations and (scheme.bits, scheme.block, scheme.zero) != (8, (1, None), False):
+    if scheme.activations and (scheme.bits, scheme.group, scheme.zero) != (8, (1, None), False):
         return f"activations like those of {scheme.name} here"
     return None
 

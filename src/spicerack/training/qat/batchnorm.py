@@ -103,7 +103,7 @@ def _scaled(packed: PackedWeight, factor: torch.Tensor, name: str) -> PackedWeig
     Raises RecipeError if rows share scales, WeightError if a scale leaves its type.
     """
     q = packed.qtensor()
-    if q.scheme.block[0] != 1 or q.scheme.scale_obstacle is not None:
+    if q.scheme.group[0] != 1 or q.scheme.scale_obstacle is not None:
         raise RecipeError(f"{name}: {q.scheme} has no scales for each row that a factor could go into", "keep the norm")
     scale = (q.plain_scale.float() * factor.to(q.plain_scale.device)[:, None]).to(q.plain_scale.dtype)
     scale = torch.where(scale == 0, smallest_scale(scale.dtype), scale)

@@ -1,6 +1,6 @@
 """Layers that are trained in few bits: subclasses of torch's, with the same parameters under the same names.
 
-What is learned beside them is `weight_scale` and, with zero points, `weight_zero`, one per block; all are plain
+What is learned beside them is `weight_scale` and, with zero points, `weight_zero`, one per group; all are plain
 parameters, so that state dicts, optimizers and wrappers see what they saw before. `twins.fake_twin` is the way in,
 `qtensor` the way out.
 
@@ -25,7 +25,7 @@ from spicerack.numerics import codec
 from spicerack.numerics.fake import Grid, Parts, fake, fake_linear, fake_tensor, rounded, stored
 from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scheme import Scheme
-from spicerack.numerics.search import TensorBlocks, search
+from spicerack.numerics.search import TensorGroups, search
 from spicerack.training.qat.trained import TrainedLayer
 
 Quantizer = Literal["lsq", "seq", "absmax", "absmean"]
@@ -44,7 +44,7 @@ class Rounding:
 
     scheme     what it will be stored in
     quantizer  where scales come from
-    grid       the scheme's levels and block, and where weights count as clipped
+    grid       the scheme's levels and group, and where weights count as clipped
     dtype      that scales are stored in
     ranges     how the static scale of activations moves: learned, or the average of what would hold the largest
     """
@@ -60,7 +60,7 @@ class FakeLayer(TrainedLayer):
     """What the layers below have in common: they compute as their float class would with the rounded weight.
 
     weight        the float layer's own parameter
-    weight_scale  [N/rows, K/columns] of the blocks' scales, in the weight's type; None where they are not learned
+    weight_scale  [N/rows, K/columns] of the groups' scales, in the weight's type; None where they are not learned
     weight_zero   the same of zero points; None where the scheme has none, or they are not learned
     input_scale   [1, 1], of static int8 activations: a parameter, or a buffer that moves; None if they are not static
     """
@@ -93,7 +93,7 @@ class FakeLayer(TrainedLayer):
         return self.kind.matrix(self.weight)
 
     def parts(self) -> Parts:
-        """Scale and zero point of each block as they would be stored now, float32 [N/rows, K/columns].
+        """Scale and zero point of each group as they would be stored now, float32 [N/rows, K/columns].
 
         They have gradients where they are learned.
         """
@@ -105,9 +105,9 @@ class FakeLayer(TrainedLayer):
         if how.quantizer == "absmean":
             mean = how.grid.tiles(w).float().abs().mean((1, 3)).clamp_(min=LEAST_MEAN)
             return stored(mean, how.dtype), None
-        blocks = TensorBlocks(codec.to_blocks(w.float(), how.grid.block), how.scheme)
-        scales, zeros = search(blocks, how.scheme, how.dtype, "absmax")
-        shape = (w.shape[0] // how.grid.block[0], -1)
+        groups = TensorGroups(codec.to_groups(w.float(), how.grid.group), how.scheme)
+        scales, zeros = search(groups, how.scheme, how.dtype, "absmax")
+        shape = (w.shape[0] // how.grid.group[0], -1)
         return stored(scales.reshape(shape), how.dtype), zeros.reshape(shape) if how.scheme.zero else None
 
     def rounded_weight(self) -> torch.Tensor:
@@ -203,7 +203,7 @@ class FakeEmbedding(FakeLayer, nn.Embedding):
         flat = ids.flatten()
         scale, zero = self.parts()
         rows = nn.functional.embedding(flat, self.weight, self.padding_idx)
-        blocks = flat // self.rounding.grid.block[0]
-        grid = Grid(self.rounding.grid.levels, (1, self.rounding.grid.block[1]), self.rounding.grid.clip)
-        looked_up = fake(rows, (scale[blocks], None if zero is None else zero[blocks]), grid)
+        groups = flat // self.rounding.grid.group[0]
+        grid = Grid(self.rounding.grid.levels, (1, self.rounding.grid.group[1]), self.rounding.grid.clip)
+        looked_up = fake(rows, (scale[groups], None if zero is None else zero[groups]), grid)
         return looked_up.view(*ids.shape, -1).to(self.weight.dtype)

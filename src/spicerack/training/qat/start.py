@@ -4,7 +4,7 @@ Of a float model `choose` says which layers train, by the rules that `quantize` 
 `first_scales` and `observed` where what is learned begins. Of a packed model the folder has said all that already:
 `rounding_as` and `learned_of` take it from its QTensors.
 
-    scale at the beginning, of a block of weights w on levels lo ... hi
+    scale at the beginning, of a group of weights w on levels lo ... hi
 
     "opt"      least sum of (w - w^)^2, as `quantize` finds it
     "absmax"   the range of w, as `quantize` finds it; with the stretched grid 2 max |w| / (hi - lo + 1), ParetoQ's
@@ -117,7 +117,7 @@ def rounding_of(name: str, layer: nn.Module, scheme: Scheme, config: QATConfig) 
     weight = kinds.weight_of(layer)
     rows, columns = kinds.of(layer).matrix(weight).shape
     source = weight.dtype if config.stored is None else SOURCE_BY_WORD[config.stored]
-    grid = Grid(scheme.integers, scheme.block_shape(rows, columns), _CLIPS[quantizer])
+    grid = Grid(scheme.integers, scheme.group_shape(rows, columns), _CLIPS[quantizer])
     return Rounding(scheme, quantizer, grid, dtype_of(scheme.scale, source), config.ranges)
 
 

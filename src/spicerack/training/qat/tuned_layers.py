@@ -1,7 +1,7 @@
 """Layers whose codes stay what they are while their scales train: what `prepare_qat` makes of packed ones.
 
     w^ = s (level[code] - z)      s as stored
-    dw^/ds = level[code] - z      times LSQ's factor, 1 / sqrt(weights in a block * largest level), as in `fake`
+    dw^/ds = level[code] - z      times LSQ's factor, 1 / sqrt(weights in a group * largest level), as in `fake`
 
 Codes stay bit-packed, and are decoded in the forward pass and again in the backward pass, a layer at a time; nothing of
 a weight's size is kept between them (EfficientQAT's second half, Chen et al. 2024, arXiv:2407.11062). What is given up
@@ -41,7 +41,7 @@ class Decoding:
     transposed    the float layer has it as [K, N]
     dtype         that scales are stored in
     weight_dtype  of the float weight
-    block         (rows, columns) that share a scale
+    group         (rows, columns) that share a scale
     factor        LSQ's, of the gradients of scales
 
     words, below, are codes as `numerics.packed` has them, int32; scale and zero are float32 [N/rows, K/columns], and
@@ -53,13 +53,13 @@ class Decoding:
     transposed: bool
     dtype: torch.dtype
     weight_dtype: torch.dtype
-    block: tuple[int, int]
+    group: tuple[int, int]
     factor: float
 
     def levels(self, words: torch.Tensor, zero: torch.Tensor | None, rows: Rows = _ALL) -> torch.Tensor:
         """level - zero of the chosen rows, float32 [R, K/columns, columns]."""
         codes = packed.code_rows(self.scheme, self.shape, {"codes": words}, rows)
-        codes = codes.view(len(codes), -1, self.block[1])
+        codes = codes.view(len(codes), -1, self.group[1])
         offset = 0.0 if zero is None else self.spread(zero, rows)
         return self.scheme.levels.decode(codes, offset)
 
@@ -74,14 +74,14 @@ class Decoding:
         return fake_tokens(x) if self.scheme.activations == "token" else x
 
     def spread(self, part: torch.Tensor, rows: Rows = _ALL) -> torch.Tensor:
-        """One number a block, [N/rows, K/columns] -> one for each chosen row's piece of a block, [R, K/columns, 1]."""
-        place = torch.arange(self.shape[0], device=part.device)[rows] // self.block[0]
+        """One number a group, [N/rows, K/columns] -> one for each chosen row's piece of a group, [R, K/columns, 1]."""
+        place = torch.arange(self.shape[0], device=part.device)[rows] // self.group[0]
         return part[place][..., None]
 
     def gathered(self, part: torch.Tensor, rows: Rows = _ALL) -> torch.Tensor:
-        """The transpose of `spread`: [R, K/columns] -> sums over the rows of each block, [N/rows, K/columns]."""
-        place = torch.arange(self.shape[0], device=part.device)[rows] // self.block[0]
-        return part.new_zeros((self.shape[0] // self.block[0], part.shape[1])).index_add_(0, place, part)
+        """The transpose of `spread`: [R, K/columns] -> sums over the rows of each group, [N/rows, K/columns]."""
+        place = torch.arange(self.shape[0], device=part.device)[rows] // self.group[0]
+        return part.new_zeros((self.shape[0] // self.group[0], part.shape[1])).index_add_(0, place, part)
 
 
 class _Rows(torch.autograd.Function):
@@ -160,17 +160,17 @@ class SharedWeight:
 
     def __init__(self, name: str, weight: PackedWeight) -> None:
         q, device = weight.qtensor(), next(iter(weight.tensors.values())).device
-        scheme, block = q.scheme, q.scheme.block_shape(*q.shape)
+        scheme, group = q.scheme, q.scheme.group_shape(*q.shape)
         if scheme.scale_obstacle is not None or q.plain_scale.dtype not in SOURCES:
             raise SchemeError(f"{name}: {scheme} is not trained: its scales are no plain floats", "leave it packed")
         if scheme.codes_obstacle is not None:
             raise SchemeError(f"{name}: {scheme} is not trained: {scheme.codes_obstacle}", "leave it packed")
         integers, levels = scheme.levels.integers, scheme.levels
         if integers is not None:
-            factor = Grid(integers, block).factor(scheme.zero)
+            factor = Grid(integers, group).factor(scheme.zero)
         else:
-            factor = 1 / math.sqrt(math.prod(block) * max(-levels.lowest, levels.highest))
-        self.decoding = Decoding(scheme, weight.shape, q.transposed, q.plain_scale.dtype, weight.dtype, block, factor)
+            factor = 1 / math.sqrt(math.prod(group) * max(-levels.lowest, levels.highest))
+        self.decoding = Decoding(scheme, weight.shape, q.transposed, q.plain_scale.dtype, weight.dtype, group, factor)
         self.scale = nn.Parameter(q.plain_scale.float().to(device))
         self.codes = packed.pack(q)["codes"].to(device)
         self.zero = None if q.zero is None else q.zero.to(device)

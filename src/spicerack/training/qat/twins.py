@@ -42,7 +42,7 @@ TWINS: Mapping[str, Twins] = {
 """By the name of the kind."""
 
 Learned = tuple[nn.Parameter | None, nn.Parameter | None]
-"""Scale and zero point of each block, [N/rows, K/columns]; None if they are not learned."""
+"""Scale and zero point of each group, [N/rows, K/columns]; None if they are not learned."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Keys or values of attention as packed codes: x = low + scale * code, in blocks of 32 tokens.
+"""Keys or values of attention as packed codes: x = low + scale * code, in segments of 32 tokens.
 
-Keys have a scale and a low per channel, over the tokens of a block: some channels are large at every token. Values have
-them per token, over some channels. (KIVI, Liu et al. 2024, arXiv:2402.02750.)
+Keys have a scale and a low per channel, over the tokens of a segment: some channels are large at every token. Values
+have them per token, over some channels. (KIVI, Liu et al. 2024, arXiv:2402.02750.)
 
 Both numbers are float16 as stored, and chosen so that every x lies between low and low + scale (2^b - 1) then: rounding
 them to nearest could put the largest number out of reach. The price is a scale that is up to a part in a thousand too
@@ -20,11 +20,11 @@ import torch
 from spicerack.errors import ActivationError, SchemeError
 
 TOKENS = 32
-"""Of a block: a scale and a low per channel then add one bit to each code of a key."""
+"""Of a segment: a scale and a low per channel then add one bit to each code of a key."""
 BITS = (8, 4)
 """Widths of a code that there are."""
 Share = Literal["channel", "token"]
-"""What has a scale of its own: a channel (over the tokens of a block), or a token (over a group of channels)."""
+"""What has a scale of its own: a channel (over the tokens of a segment), or a token (over a group of channels)."""
 
 _HALF_UNIT = 2.0**-11
 """The most that rounding to float16 changes a number, relative to it; below 2^-14, by 2^-25 at most."""
@@ -38,7 +38,7 @@ class CacheScheme:
     bits           8 or 4, of a code
     group          channels of a token that share a scale where `Share` is "token"; the head's width if that is no
                    multiple of it
-    residual       the last tokens, never packed; up to 31 more wait until they fill a block
+    residual       the last tokens, never packed; up to 31 more wait until they fill a segment
     keys, values   what has a scale of its own, see the module
 
     Raises SchemeError for other widths, a group below 1 and a residual below 0.
@@ -58,8 +58,8 @@ class CacheScheme:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
-    """n blocks of T = 32 tokens, B sequences, H heads of width D; two 4-bit codes share a byte.
+class Segments:
+    """n segments of T = 32 tokens, B sequences, H heads of width D; two 4-bit codes share a byte.
 
     codes uint8 [B, H, n, T * bits / 8, D]: token t is in the low half of byte t, token t + T / 2 in the high half.
     scale, low float16: [B, H, n, 1, D / g, g] per channel, [B, H, n, T, D / g, 1] per token.
@@ -72,21 +72,21 @@ class Blocks:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in all blocks together, n * T."""
+        """Number of tokens in all segments together, n * T."""
         return int(self.codes.shape[2]) * TOKENS
 
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Blocks:
-        """New Blocks of `change` applied to each tensor, which must leave the last three axes alone."""
-        return Blocks(self.bits, change(self.codes), change(self.scale), change(self.low))
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Segments:
+        """New Segments of `change` applied to each tensor, which must leave the last three axes alone."""
+        return Segments(self.bits, change(self.codes), change(self.scale), change(self.low))
 
-    def blocks(self, first: int, last: int) -> Blocks:
-        """Blocks number `first` to `last`, the latter left out, in memory of their own."""
+    def part(self, first: int, last: int) -> Segments:
+        """Segments number `first` to `last`, the latter left out, in memory of their own."""
         return self.map(lambda t: t[:, :, first:last].clone())
 
-    def append(self, later: Blocks) -> Blocks:
-        """New Blocks of these and, behind them, `later` ones."""
+    def append(self, later: Segments) -> Segments:
+        """New Segments of these and, behind them, `later` ones."""
         pairs = ((self.codes, later.codes), (self.scale, later.scale), (self.low, later.low))
-        return Blocks(self.bits, *(torch.cat(pair, dim=2) for pair in pairs))
+        return Segments(self.bits, *(torch.cat(pair, dim=2) for pair in pairs))
 
     def decode(self, out: torch.Tensor) -> None:
         """Write the numbers to `out` [B, H, n * T, D], computed in float32 and rounded to its type.
@@ -108,8 +108,8 @@ class Blocks:
 
 
 @torch.no_grad()
-def encode(x: torch.Tensor, scheme: CacheScheme, share: Share) -> Blocks:
-    """x [B, H, n * 32, D] -> Blocks, with |x - decoded| <= scale / 2 for each number, but for the rounding of float32
+def encode(x: torch.Tensor, scheme: CacheScheme, share: Share) -> Segments:
+    """x [B, H, n * 32, D] -> Segments, with |x - decoded| <= scale / 2 for each number, but for the rounding of float32
     and of the type that is decoded to.
 
     low and scale are chosen as stored: low, rounded to float16, is not above the least number, and low + scale *
@@ -132,7 +132,7 @@ def encode(x: torch.Tensor, scheme: CacheScheme, share: Share) -> Blocks:
     if scheme.bits == 4:
         first, second = codes.split(TOKENS // 2, dim=3)
         codes = first | (second << 4)
-    return Blocks(scheme.bits, codes, scale, low)
+    return Segments(scheme.bits, codes, scale, low)
 
 
 def packed_bytes(scheme: CacheScheme, tokens: int, width: int, share: Share) -> int:

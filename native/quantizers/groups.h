@@ -1,7 +1,7 @@
-// Blocks of weights in vectors. Part of search.cpp and judge.cpp.
+// Groups of weights in vectors. Part of search.cpp and judge.cpp.
 //
-// LANES blocks at a time are transposed into a tile, so that every lane has a block of its own: element j of all of
-// them is tile[j], and a sum over blocks is a sum of vectors, in the specification's order.
+// LANES groups at a time are transposed, so that every lane has a group of its own: element j of all of
+// them is lanes[j], and a sum over groups is a sum of vectors, in the specification's order.
 #pragma once
 
 #include <new>
@@ -35,12 +35,12 @@ INLINE vf widen_or_repeat(const typename T::value* p, int64_t count) {
     return T::widen(some);
 }
 
-// tile[j] = element j of each of the LANES rows.
+// lanes[j] = element j of each of the LANES rows.
 template <class T>
-void fill(vf* tile, const typename T::value* const* rows, int64_t size) {
+void fill(vf* lanes, const typename T::value* const* rows, int64_t size) {
     for (int64_t j = 0; j < size; j += LANES) {
-        for (int lane = 0; lane < LANES; lane++) tile[j + lane] = widen_or_repeat<T>(rows[lane] + j, size - j);
-        transpose(tile + j);
+        for (int lane = 0; lane < LANES; lane++) lanes[j + lane] = widen_or_repeat<T>(rows[lane] + j, size - j);
+        transpose(lanes + j);
     }
 }
 
