@@ -1,4 +1,18 @@
-"""`quantize`: a module in memory -> a new module; a model folder -> a smaller folder."""
+"""`quantize`: a module in memory -> a new module; a model folder -> a smaller folder.
+
+    recipe -> decided -> prepare -> plan -> preflight -> calibrate -> write -> finish
+
+How it works. `prepare` decides about every tensor from headers; `plan` says what memory that takes; what is left is
+work that cannot be refused any more. With calibration text the first blocks are tried from end to end (`preflight`),
+then every block is solved into a file of its own (`calibration/loop.py`). In the end, with or without text, all tensors
+stream through once, into shards (`stream.py`), and the folder appears by one rename.
+
+A run can be killed anywhere: blocks that are solved and shards that are written stay, and the same call continues, to
+the same bytes. Which call is the same is written down first (`stream.identity`); another one is refused by name.
+
+What is given up. A module in memory is rounded to nearest only: calibration needs a model that it can run block by
+block from a folder. Solved blocks and hidden states lie on disk beside the output while the run lasts.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +47,20 @@ from spicerack.text.calibration import Calibration
 OBSERVER = "percentile"
 """The best measured (docs/quality.md)."""
 Progress = Callable[[int], None]
+"""Called with the bytes of each source tensor as it is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a finished run did: the folder, its sizes, seconds, bytes of memory planned and used, whether it went on."""
+    """What a finished run did.
+
+    output               the folder
+    sizes                of its tensors, before and after
+    seconds              of this run; of one that continued, from there on
+    planned_peak_bytes   of memory, as planned
+    peak_rss_bytes       the most that the process had, as measured
+    resumed              whether it went on where an earlier one stopped
+    """
 
     output: Path
     sizes: Sizes
@@ -183,12 +206,14 @@ class _Progress(Watch):
         self._progress = progress
 
     def progress(self, nbytes: int) -> None:
+        """See `Watch.progress`."""
         self._progress(nbytes)
 
 
 def decided(chosen: Recipe, with_text: bool) -> Recipe:
-    """The recipe with its method and observer decided; with_text: whether there is calibration text.
+    """The recipe with its method and observer decided, by what was measured to be best where it names none.
 
+    chosen: as asked for. with_text: whether there is calibration text; without it the method is rounding to nearest.
     Raises RecipeError or SchemeError if they need such a text and there is none, or an observer has no use.
     """
     method = chosen.method or methods.auto(chosen.scheme, with_text)
@@ -214,7 +239,12 @@ def execute(
 ) -> Summary | None:
     """Write what `job` decided into `output` -> what was done; None from every rank but the first, which writes.
 
-    calibration: what flows through the model; None where methods need none. Models of many blocks are tried first.
+    job           of `prepare`, its recipe `decided`
+    output        the folder to write; it must not exist
+    calibration   what flows through the model; None where methods need none. Models of many blocks are tried first
+    means         what the run may use of the machine
+    watch         told how it gets on; asked whether to stop
+
     Raises UsageError (memory would be exceeded), WeightError (tensor, place, value), ActivationError (the same of what
     flows), LoadError (the trial's folder computes something else) and OutputError; whatever was finished stays, and the
     same call continues. KeyboardInterrupt where the watch asked for it.

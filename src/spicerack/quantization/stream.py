@@ -87,6 +87,13 @@ def calibrate(
 ) -> None:
     """Solve what lies in the model's blocks, a file for each beside `output`; continues what is there.
 
+    job           its recipe has a method
+    calibration   the text
+    planned       how many sequences go through a block at once
+    output        beside which the files lie
+    means         device, threads and ranks
+    watch         told of each block
+
     Raises ActivationError (block, layer, token), and UsageError where the memory of a GPU does not do.
     """
     try:
@@ -104,7 +111,12 @@ def calibrate(
 class Stream:
     """A job on its way into the folder `output`, begun or continued.
 
-    Raises OutputError for an output that exists, is another run's, or is at work; and where the disk is too small.
+    job      what was decided of every tensor
+    output   the folder that will appear; it must not exist
+    facts    in which a continued run must agree, see `identity`
+
+    resumed: whether an earlier run left something. Raises OutputError for an output that exists, is another run's, or
+    is at work; and where the disk is too small.
     """
 
     def __init__(self, job: Job, output: Path, facts: dict[str, Any]) -> None:
@@ -181,6 +193,7 @@ def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -
 
 
 def _entry(action: Action, bytes_after: int, error: float | None = None, events: Iterable[str] = ()) -> Entry:
+    """The ledger's entry of a tensor: what was decided of it, and what became of that."""
     info, stored = action.info, action.stored
     return Entry(
         info.name, action.fate, action.why, action.layer_type, None if stored is None else stored.scheme.name,

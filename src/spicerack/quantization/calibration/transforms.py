@@ -40,8 +40,8 @@ _SAME = 1e-3
 class Changes:
     """What transforms did to a block.
 
-    tensors: parameters beside its targets, by tensor, as they are stored now. events: what happened -> to which
-    targets, by key.
+    tensors   parameters beside its targets, by tensor, as they are stored now
+    events    what happened -> to which targets, by key
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
