@@ -75,9 +75,13 @@ def bench(
     options: BenchOptions = _DEFAULTS,
     progress: Progress | None = None,
 ) -> Benchmark:
-    """Time `folder` and the model it was made from, in turns.
+    """Time `folder` and the model it was made from, in turns -> speeds, bytes and how they were measured.
 
-    folder, against: folders or hub ids. Raises UsageError, CheckpointError, LoadError.
+    folder, against   folders or hub ids, of one kind of model
+    options           what a turn is, how many of them, and where
+    progress          called with what is being done and the share of it, 0 to 1
+
+    All models are in memory at once. Raises UsageError, CheckpointError, LoadError.
     """
     out, source = files.locate(folder), files.locate(against)
     config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)

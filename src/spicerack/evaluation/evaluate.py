@@ -121,11 +121,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """What `folder` lost `against` the model it was made from -> the figures of `spicerack eval --json`.
 
-    text: a file; None is `heldout.txt` in the model's folder, or for encoders the built-in sentences. window: tokens
-    that are read together, None is 512 or the model's longest; longer sentences are cut there. max_tokens: None is the
-    whole text. dtype: float type that `folder` computes in; None is its own, which is what ships. engine: that it
-    computes with, as in `load`. cache: bits of its key-value cache; it then reads 16 tokens at a time, and the earlier
-    ones through that cache. Raises TextError, UsageError, CheckpointError, LoadError.
+    folder, against   folders or hub ids
+    text, window, max_tokens, device, dtype, engine, cache, trust_remote_code   as `EvaluationOptions` has them
+    progress          called with what is being done and the share of it, 0 to 1
+
+    Raises TextError, UsageError, CheckpointError, LoadError.
     """
     options = EvaluationOptions(
         text=text, window=window, max_tokens=max_tokens, device=device, dtype=dtype, engine=engine, cache=cache,
@@ -191,7 +191,15 @@ def compute(model: PreTrainedModel) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """The float model, and what others read beside it. text: a file; None: the built-in sentences of encoders."""
+    """The float model, and what others read beside it.
+
+    kind        decoder or encoder
+    model       in float32
+    tokenizer   of both models
+    folder      where the model is from: it says how sentences are pooled
+    text        a file; None: the built-in sentences of encoders
+    window      tokens that are read together
+    """
 
     kind: Kind
     model: PreTrainedModel

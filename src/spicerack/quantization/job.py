@@ -44,7 +44,7 @@ class Action:
     why          the rule, or the reason, for people
     role         what the tensor does in the model
     layer_type   what all layers of its kind are called
-    outputs      the tensors that the output has for it, by name, type and shape
+    tensors      the tensors that the output has for it, by name, type and shape
     stored       what it is stored as, if it is quantized
     """
 

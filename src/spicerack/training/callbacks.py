@@ -1,4 +1,7 @@
-"""What hangs on transformers' Trainer beside its loop: decay that follows a schedule, stopping on request, curves."""
+"""What hangs on transformers' Trainer beside its loop: decay that follows a schedule, stopping on request, curves.
+
+`Watch` is what the outside sees and says: sentences, a wish to stop, callbacks of one's own.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ class Watch:
 
 
 class Decay(TrainerCallback):
-    """Sets the weight decay of the groups that have one, in front of each step."""
+    """Sets the weight decay of the groups that have one, in front of each step.
+
+    highest: the decay while it lasts. schedule: says when it ends. torch's schedulers move rates only.
+    """
 
     def __init__(self, highest: float, schedule: Schedule) -> None:
         self.highest, self.schedule = highest, schedule
@@ -38,6 +44,7 @@ class Decay(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Called by the Trainer: the optimizer's groups are changed in place, those that decay."""
         for group in kwargs["optimizer"].param_groups:
             if group["decays"]:
                 group["weight_decay"] = self.highest * decay(self.schedule, state.global_step, state.max_steps)
@@ -59,7 +66,10 @@ class Stopping(TrainerCallback):
 
 
 def curves(folder: Path) -> TrainerCallback:
-    """Losses and rates of a run, as TensorBoard reads them, in the folder `logs` of the run's own."""
+    """Losses and rates of a run, as TensorBoard reads them, in the folder `logs` of the run's own folder.
+
+    The package tensorboard is needed here and nowhere else; `run` says so before anything begins.
+    """
     from torch.utils.tensorboard import SummaryWriter  # only where something is trained: an optional package
 
     return TensorBoardCallback(SummaryWriter(str(folder / "logs")))

@@ -1,5 +1,7 @@
 """What a run is asked to do: everything that is knowable before a text is read or a weight is computed with.
 
+    TrainOptions (names and paths) -> prepare -> Job (opened, checked) -> run
+
 What cannot be, or would have no effect, is refused here by name, before anything is written.
 """
 

@@ -61,12 +61,18 @@ REPORT = "training.json"
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What came out. Losses in nats a token on the held-out rows: of the float model, with its weights rounded before
-    training, trained, and of the folder read back, by the kernels that it will run on. None where there is none (a run
-    in float; the folder is read by the first process).
+    """What came out of a run. Losses are in nats a token on the held-out rows; None where there is none (a run in
+    float; the folder is read by the first process).
 
-    kl: the trained model's divergence from the teacher. tokens: how many were learned from, those that came again
-    counted each time. resumed_at: step, 0 if from the beginning.
+    output         the folder
+    tokens         how many were learned from, those that came again counted each time
+    seconds        of this call
+    resumed_at     step at which it went on; 0 if from the beginning
+    loss_trained   of the trained model
+    loss_float     of the float model, before
+    loss_rounded   with its weights rounded, before training
+    loss_shipped   of the folder, read back, by the kernels that it will run on
+    kl             the trained model's divergence from the teacher
     """
 
     output: Path
@@ -153,7 +159,14 @@ def _require_packages() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A job at work in one process. folder: `OUT.training`; checkpoint: what it goes on from, None from the start."""
+    """A job at work in one process.
+
+    job          what is asked for
+    args         of transformers' Trainer; they know which process this is
+    folder       `OUT.training`
+    corpus       rows to learn from and to measure on
+    checkpoint   what it goes on from; None from the start
+    """
 
     job: Job
     args: TrainingArguments
@@ -172,7 +185,11 @@ class _Run:
 
 
 def _with_text(job: Job, args: TrainingArguments, folder: Path, tell: Callable[[str], None]) -> _Run:
-    """The run with its text packed: by the first process of all, while the others wait, who then find it there."""
+    """The run with its text packed: by the first process of all, while the others wait, who then find it there.
+
+    tell: is given the text's notes, and how often the run goes through it. Raises TextError for text that is no use, or
+    too little.
+    """
     settings = job.settings
     with args.main_process_first(local=False):
         corpus = text.read(
@@ -210,8 +227,11 @@ def _begin(run: _Run, watch: Watch) -> FewBitsTrainer:
 
 
 def _teacher(run: _Run, checkpoint: Checkpoint, student: PreTrainedModel) -> Teacher:
-    """Who predicts: the checkpoint's model on the run's device, or what it predicted before, and itself for the
-    rest."""
+    """Who predicts: the checkpoint's model on the run's device, or what it predicted before, and itself for the rest.
+
+    student: for its vocabulary, which must be the teacher's. Raises UsageError where it is not, or predictions are
+    damaged; OutputError where they are another teacher's.
+    """
     job, settings = run.job, run.job.settings
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     model = load(checkpoint.folder, dtype=dtype, device=run.args.device)
@@ -227,7 +247,11 @@ def _teacher(run: _Run, checkpoint: Checkpoint, student: PreTrainedModel) -> Tea
 
 
 def _prepare(run: _Run, net: PreTrainedModel) -> None:
-    """Make `net`, in place, compute with weights as they would be stored; a float run leaves it as it is."""
+    """Make `net`, in place, compute with weights as they would be stored; a float run leaves it as it is.
+
+    Of a quantized model codes stay and scales train, or all of it trains from where it is. Raises UsageError for a rate
+    of scales where none is learned, and what `prepare_qat` raises.
+    """
     job = run.job
     if job.start.packed:
         rounding = QATConfig() if job.scales_only else job.rounding
@@ -263,7 +287,11 @@ def _take_steps(run: _Run, trainer: FewBitsTrainer) -> None:
 
 
 def _finish(run: _Run, trainer: FewBitsTrainer, began: float) -> Trained:
-    """Freeze the model, write the folder and measure it; by the first process, while the others only freeze."""
+    """Freeze the model, write the folder and measure it; by the first process, while the others only freeze.
+
+    began: when the run did, in seconds. What is reported of the folder is measured on what was read back from it; only
+    then does it get its name.
+    """
     job = run.job
     before = read_json(run.folder / files.BEFORE) or {}
     last = trainer.last_metrics()
