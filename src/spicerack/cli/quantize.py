@@ -24,12 +24,10 @@ from spicerack.cli._commands import About
 from spicerack.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
-    import torch
-
-    from spicerack.machine.ranks import Ranks
     from spicerack.quantization.job import Job
     from spicerack.quantization.memory import MemoryPlan
     from spicerack.quantization.recipe import Recipe, Rule
+    from spicerack.quantization.stream import Means
     from spicerack.text.calibration import Calibration
 
 ABOUT = About(place=20, summary="Turn a model folder into a smaller one that runs.", resumes=True)
@@ -163,23 +161,22 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     spicerack quantize MODEL -o out --scheme w3g64 --calib text.jsonl
     """
     options = _Options(**given)
-    if options.calib is None:
-        _check_without_text(ctx)
+    _check_calibration_options(ctx, options)
     recipe = options.recipe(_rules.of(ctx, options.set_, options.skip))
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.cli import _quantizing
     from spicerack.quantization.job import prepare
     from spicerack.quantization.run import decided, execute
-    from spicerack.quantization.stream import Means, plan
+    from spicerack.quantization.stream import plan
 
-    where, ranks = _place(options.device)
-    means = Means(where, options.threads, options.memory, ranks)
+    means = _means(options)
+    ranks = means.ranks
     console = _output.console(options.as_json or not ranks.first)
     console.quiet = not ranks.first
     job = prepare(options.model, decided(recipe, options.calib is not None), shard_bytes=options.shard_bytes)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)
-    _quantizing.announce(job, calibration, planned, where, console)
+    _quantizing.announce(job, calibration, planned, means.device, console)
     if options.dry_run:
         if options.as_json:
             _output.emit(_dry_run(job, planned))
@@ -194,10 +191,10 @@ def command(ctx: click.Context, /, **given: Any) -> None:
         _quantizing.report(summary, job.source.folder, console)
 
 
-def _check_without_text(ctx: click.Context) -> None:
+def _check_calibration_options(ctx: click.Context, options: _Options) -> None:
     """Raises UsageError for an option about calibration text that was typed, where there is none."""
     for name in ("samples", "length", "seed", "device"):
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        if options.calib is None and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
 
 
@@ -206,19 +203,21 @@ def _dry_run(job: Job, planned: MemoryPlan) -> dict[str, Any]:
     return {"dry_run": True, **dataclasses.asdict(job.sizes()), "planned_peak_bytes": planned.peak_bytes}
 
 
-def _place(device: str) -> tuple[torch.device, Ranks]:
-    """Where this process computes, and among which others, if torchrun started it.
+def _means(options: _Options) -> Means:
+    """What the run may use: the device, threads and memory as typed, among other processes, if torchrun started this.
 
-    device: as typed, "cpu" or "cuda" under torchrun; each process then has the GPU of its own number. That torchrun
-    started it is told by a variable that nobody else sets. Raises UsageError for a device that torch cannot compute on.
+    Under torchrun --device is "cpu" or "cuda"; each process then has the GPU of its own number. That torchrun started
+    it is told by a variable that nobody else sets. Raises UsageError for a device that torch cannot compute on.
     """
     from spicerack.machine import devices
     from spicerack.machine.ranks import ALONE, join
+    from spicerack.quantization.stream import Means
 
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return devices.find(device), ALONE
-    found = devices.find(devices.of_rank(device, int(os.environ["LOCAL_RANK"])))
-    return found, join(found)
+    device = options.device
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    where = devices.find(devices.of_rank(device, int(os.environ["LOCAL_RANK"])) if launched else device)
+    ranks = join(where) if launched else ALONE
+    return Means(where, options.threads, options.memory, ranks)
 
 
 def _calibration(job: Job, source: str, options: _Options) -> Calibration:

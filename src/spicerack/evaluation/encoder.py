@@ -100,9 +100,9 @@ def compare(
 
     Raises TextError for fewer than three sentences, SpicerackError for embeddings that are not finite.
     """
-    cosines: list[torch.Tensor] = []
-    kept: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    cosines, kept = list[torch.Tensor](), (list[torch.Tensor](), list[torch.Tensor]())
     count = tokens = unknown = 0
+    report = progress or (lambda _share: None)
     for batch, fraction in _batches(sentences):
         ours, theirs, read = _embed_both(reference, other, tokenizer, batch, pooling, length)
         _check_finite(ours, theirs, count)
@@ -110,14 +110,13 @@ def compare(
         for vectors, some in zip(kept, (ours, theirs), strict=True):  # of those beyond, only the cosine is kept
             vectors.append(some[: max(PAIRED_SENTENCES - count, 0)])
         count, tokens, unknown = count + len(batch), tokens + len(read), unknown + _unknown(read, tokenizer)
-        if progress is not None:
-            progress(fraction)
+        report(fraction)
         if max_tokens is not None and tokens >= max_tokens:
             break
     if count < FEWEST:
         raise TextError(f"{count} sentences are too few to compare their pairs", f"give at least {FEWEST}, one a line")
-    similarities = [_pair_similarities(torch.cat(vectors)) for vectors in kept]
-    return EncoderComparison(torch.cat(cosines), spearman(*similarities), tokens, unknown)
+    correlation = spearman(*(_pair_similarities(torch.cat(vectors)) for vectors in kept))
+    return EncoderComparison(torch.cat(cosines), correlation, tokens, unknown)
 
 
 def _embed_both(

@@ -159,7 +159,7 @@ def measure(
         report("loading", 0.0)
         return load(source, device=device, dtype=dtype, trust_remote_code=trusted)
 
-    model = original(torch.float32)
+    model = original(torch.float32)  # whatever it is stored in: what is lost is to be the quantized model's alone
     reference = _Reference(kind, model, tokenizer, source, path, window_of(options.window, model, source))
     # nothing holds the model in bfloat16 once it is measured: two are in memory, and not three
     floor = reference.floor(original(torch.bfloat16), options.max_tokens, lambda share: report("noise floor", share))

@@ -54,7 +54,7 @@ def attention(
     y = q.new_empty(batch, queries, heads, value_width)
     if not y.numel():
         return y
-    if not keys:
+    if not keys:  # the softmax of nothing: as of a query that sees no key
         return y.zero_()
     mask = None if mask is None else _spread(mask, batch, heads, queries, keys)
     sizes = (batch, heads, kv_heads, queries, keys, width, value_width)

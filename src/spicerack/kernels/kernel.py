@@ -137,7 +137,7 @@ def pick(
     faster = panels.NAMES[: panels.engine_index(engine)]
     passed_over: dict[str, str] = {}
     for kernel in table():
-        reason = kernel.obstacle(scheme, shape, dtype, device)
+        reason = kernel.obstacle(scheme, shape, dtype, device)  # first: no other choice of compute would change it
         if reason is None and kernel.engine in faster:
             reason = f"computes with {kernel.engine}, and {engine} was asked for"
         if reason is None and kernel.compute == "int8" and scheme.activations is None:

@@ -57,7 +57,7 @@ class Ranks:
             return value
         parts = [torch.empty_like(value) for _ in range(self.count)]
         distributed.all_gather(parts, value.contiguous())
-        result = parts[0]
+        result = parts[0]  # first to last on every rank: floating sums depend on their order
         for part in parts[1:]:
             result = result + part
         return result

@@ -27,8 +27,9 @@ Share = Literal["channel", "token"]
 """What has a scale of its own: a channel (over the tokens of a segment), or a token (over a group of channels)."""
 
 _HALF_UNIT = 2.0**-11
-"""The most that rounding to float16 changes a number, relative to it; below 2^-14, by 2^-25 at most."""
+"""The most that rounding to float16 changes a number, relative to it, where it is no subnormal of float16."""
 _LEAST = 2.0**-24
+"""The smallest positive float16: below 2^-14 rounding changes a number by half of this at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ class PackedWeight(nn.Module):
         self.choice = kernel.pick(q.scheme, self.shape, dtype, torch.device(device), compute, engine)
         self._names: dict[str, str] = {}
         for name, tensor in self.choice.kernel.pack(q).items():
+            # torch takes no dots in the names of buffers, which scales of scales have
             self._names[name] = name.replace(".", "_")
             self.register_buffer(self._names[name], tensor.to(device))
         self._prepared: Any = None

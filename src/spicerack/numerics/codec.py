@@ -85,12 +85,9 @@ def encode(
         lowest = x.amin(1).clamp(max=0).reshape(groups)
         min_, stored_min = _encode_part(lowest, scheme.min, range_, source, name)
         x = x - stored_min[:, None]
-    dtype = dtype_of(scheme.scale, source)
-    best, zero = search(TensorGroups(x, scheme, a), scheme, dtype, range_)
-    best = best.reshape(groups)
-    if not scale_fits(best):
-        best = check_scale(x.abs().amax(1).reshape(groups), best, dtype, name)
+    best, zero = _searched(TensorGroups(x, scheme, a), dtype_of(scheme.scale, source), groups, range_, name)
     scale, stored = _encode_part(best, scheme.scale, range_, source, name)
+    # multiplied by the inverse and not divided: that is what native code does, and the two may differ by a code
     inverse = torch.where(stored == 0, 0, 1 / stored)[:, None]
     codes = scheme.levels.encode(x * inverse, zero[:, None])
     codes = from_groups(codes, scheme.codes_shape(shape), _codes_group(scheme, shape))
@@ -101,6 +98,21 @@ def encode(
         zero=zero.reshape(groups).to(torch.int8) if scheme.zero else None,
         min=min_,
     )
+
+
+def _searched(
+    weights: TensorGroups, dtype: torch.dtype, groups: tuple[int, ...], range_: Range, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales, of the shape `groups`, and zero points [M] that the search finds, in stored values, float32.
+
+    dtype: that scales are stored in. name: of the tensor, for errors. Raises WeightError for a scale that `dtype`
+    cannot hold.
+    """
+    best, zero = search(weights, weights.scheme, dtype, range_)
+    best = best.reshape(groups)
+    if not scale_fits(best):
+        best = check_scale(weights.x.abs().amax(1).reshape(groups), best, dtype, name)
+    return best, zero
 
 
 def _encode_part(

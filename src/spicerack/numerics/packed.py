@@ -86,7 +86,7 @@ def decode_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: 
     """
     n, k = shape
     group_rows, group_columns = scheme.group_shape(n, k)
-    count = len(range(n)[rows]) if isinstance(rows, slice) else len(rows)
+    count = len(range(n)[rows]) if isinstance(rows, slice) else len(rows)  # without making the indices
     groups = rows if group_rows == 1 else _indices(rows, n, tensors["codes"].device) // group_rows
     grid = scheme.scale_shape(shape)
     codes = bits.unpack(tensors["codes"][rows], scheme.bits, scheme.codes_shape(shape)[-1])

@@ -75,6 +75,7 @@ class Fit:
         A tie is 1e-9 relative: equal candidates, reached on different ways, must not differ by the rounding of their
         sums.
         """
+        # far above the rounding of float64 sums of a group's weights, far below any difference that could be seen
         take = other.error < self.error * (1 - 1e-9)
         return Fit(*(torch.where(take, getattr(other, f), getattr(self, f)) for f in Fit.__slots__))
 

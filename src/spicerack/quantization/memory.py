@@ -172,7 +172,7 @@ def _of_block(job: Job, block: Sequence[Action], sequences: int, length: int) ->
     assert method is not None, "decided before work starts"
     total = sum(w.rows * w.columns * w.count for w in weights)
     rest = sum(a.info.numel for a in block if a.stored is None)
-    # Two codes a weight, their scales, and everything else float32 in both copies of the block.
+    # Two codes a weight (rounded to nearest, and solved), their scales, and all else float32 in both copies.
     held = PROCESS + int((2 + _GRID) * total) + 8 * rest
     held += _transformed(method, total, max((w.itemsize for w in weights), default=0))
     activations = _activations(job, block, sequences * length)

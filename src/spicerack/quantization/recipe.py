@@ -35,6 +35,10 @@ SKIP = "skip"
 """What stands for no scheme in a rule: the tensor stays in float."""
 _MAX_BYTES = 1 << 20
 """Of a recipe's file, which is read whole."""
+_LONGEST = 500
+"""Characters of a pattern: no tensor's path is nearly as long."""
+_MOST_STARS = 4
+"""`**` in a pattern: what a regular expression tries grows with the name's length to the power of their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +171,10 @@ def skip(pattern: str) -> Rule:
 def _rule(pattern: str, scheme: str) -> Rule:
     """A rule of a pattern and the name of a scheme, or SKIP, both without margins.
 
-    Raises RecipeError for more than 500 characters or four `**`, which a stranger's recipe could stall on, and for a
-    pattern that ends in `.weight`, which would match nothing.
+    Raises RecipeError for more than `_LONGEST` characters or `_MOST_STARS` `**`, which a stranger's recipe could stall
+    on, and for a pattern that ends in `.weight`, which would match nothing.
     """
-    if len(pattern) > 500 or pattern.count("**") > 4:
+    if len(pattern) > _LONGEST or pattern.count("**") > _MOST_STARS:
         raise RecipeError(f"pattern {pattern[:60]!r} is too long or has more than four '**'", "write several rules")
     if pattern.endswith(".weight"):
         raise RecipeError(f"pattern {pattern!r} ends in .weight", f"patterns match names without it: {pattern[:-7]!r}")

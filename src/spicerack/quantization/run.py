@@ -257,7 +257,7 @@ def execute(
         trial = preflight.run(job, calibration, stream.workshop, means)
         if trial is not None:
             watch.tried(trial)
-    if bool(ranks.largest(torch.tensor(needed))):
+    if bool(ranks.largest(torch.tensor(needed))):  # the first rank knows, and all must go into the loop, or none
         assert calibration is not None, "a rank needs it"
         calibrate(job, calibration, planned, output, means, watch)
     if stream is None:

@@ -123,6 +123,7 @@ class Stream:
         self.job, self.output, self.facts = job, output, facts
         side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
         self._writer = Writer(output, job.shards, facts, side_bytes)
+        # blocks that are solved lie apart from shards, and make a run one that goes on as well
         self.resumed = self._writer.resumed or bool(Solutions(blocks_folder(output)))
 
     @property
@@ -171,6 +172,7 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
         out.write(name, w if changed is None else changed)
         moved = () if changed is None else ("divided by factors that the layers behind it have now",)
         return _entry(action, action.info.nbytes, events=moved)
+    # codes are [..., N, K] everywhere but in the files of whoever stores the transpose
     w = w.transpose(-1, -2).contiguous() if stored.transposed else w
     if name in solutions:
         q, error = solutions.read(name, stored), solutions.error(name)

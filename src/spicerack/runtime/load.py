@@ -110,7 +110,7 @@ def load(
     if into is not None:
         return _into(into, opened, way)
     model, expert_floats = _with_slots(opened, dtype, trust_remote_code=trust_remote_code)
-    nn.Module.to(model, device)
+    nn.Module.to(model, device)  # floats only: what is packed is packed where it will run
     if opened.format is not None:
         fill(model, opened, expert_floats, way)
         fuse(model, engine)

@@ -148,6 +148,7 @@ class Checkpoint:
                 digest.update(file.read(header))
                 begin, last = 8 + header, max(8 + header, size - _SAMPLE_BYTES)
                 for i in range(_SAMPLES):
+                    # evenly from the first byte to the last page, so that a change of many bytes hits one
                     file.seek(begin + (last - begin) * i // (_SAMPLES - 1))
                     digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()

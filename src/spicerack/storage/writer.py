@@ -177,6 +177,7 @@ class Writer:
                 writer.finish()
                 file.flush()
                 os.fsync(file.fileno())
+            # before the shard has its name: a shard that counts has its entries
             write_atomically(self._ledger_of(shard), json_bytes([entry.as_dict() for entry in writer.entries]))
             temporary.replace(self.partial / shard.file)
             sync(self.partial)

@@ -130,7 +130,7 @@ def windows(
     """
     if length < 2:
         raise TextError(f"a window of {length} tokens predicts nothing", "use --window 2 or more")
-    most = None if max_tokens is None else max_tokens // length
+    most = None if max_tokens is None else max_tokens // length  # of whole windows, which are what is compared
     if most == 0:
         raise TextError(f"--max-tokens {max_tokens} is less than one window of {length} tokens", "lower --window")
     cutting = _Cutting(tokenizer, length)

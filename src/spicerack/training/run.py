@@ -209,7 +209,7 @@ def _begin(run: _Run, watch: Watch) -> FewBitsTrainer:
     Of a run that begins, the losses before the first step are written down: one that continues cannot measure them.
     """
     job = run.job
-    set_seed(job.settings.seed)
+    set_seed(job.settings.seed)  # before the model is made, whose random weights come from it
     net = job.start.model()
     teacher = None if job.teacher is None else _teacher(run, job.teacher, net)
     begins = run.checkpoint is None

@@ -129,6 +129,7 @@ class _Judge:
 
     def difference(self) -> float:
         """||out - target|| / ||target|| of the exact block, as it is now."""
+        # a block that makes zeros is the same as itself: 0 / 0 would compare as changed
         return self._agreed((self._run(self.pair.exact) - self.target).norm() / self.target.norm().clamp(min=1e-30))
 
     def _agreed(self, value: torch.Tensor) -> float:

@@ -53,6 +53,7 @@ from spicerack.training.qat.twins import Learned, Start, fake_twin, tuned_twin
 
 _DEFAULTS = QATConfig()
 _LISTED = 8
+"""Layers that a message names before it counts the rest."""
 
 
 def prepare_qat(
