@@ -3,7 +3,7 @@
 Everything in the table is measured here and now, on the folders that were written: nothing is quoted. Each way to
 quantize a model goes through the same four stations as a user's own model would: `quantize` writes a folder, `measure`
 compares its predictions with the original's, `bench` times both in turns, and a sample lets a person look. The figures
-of the original come from the first of these runs: it is measured once.
+of the original are those of the first of these runs.
 
 What is given up. Few rounds and a short text, so that the whole demo takes minutes: intervals are wider than those of
 the commands' defaults.

@@ -63,8 +63,8 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
 def _print(result: Benchmark, console: Console) -> None:
     """A column for each model, then how it was measured, and what it means in one sentence.
 
-    Sizes in decimal megabytes; speeds as medians with four digits, the least and the most of all turns below them in a
-    dim row. The cache has a row only where every model has one.
+    Sizes in decimal units; speeds as medians with four digits, the least and the most of all turns below them in a dim
+    row. The cache has a row only where every model has one.
     """
     from rich.table import Table
 

@@ -127,7 +127,14 @@ def _embed_both(
     pooling: Pooling,
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings [B, H] of the sentences by both models, and the tokens [n] that were read, padding left out."""
+    """Embeddings [B, H] of some sentences by both models, and the tokens [n] that were read, padding left out.
+
+    reference, other   the models, each on its own device
+    tokenizer          of both
+    batch              the sentences
+    pooling            how a sentence's vector is made of its tokens'
+    length             tokens at which sentences are cut
+    """
     inputs = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     ours, theirs = (embed(model, ids, mask, pooling) for model in (reference, other))

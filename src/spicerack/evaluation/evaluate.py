@@ -121,9 +121,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """What `folder` lost `against` the model it was made from -> the figures of `spicerack eval --json`.
 
-    folder, against   folders or hub ids
-    text, window, max_tokens, device, dtype, engine, cache, trust_remote_code   as `EvaluationOptions` has them
-    progress          called with what is being done and the share of it, 0 to 1
+    folder, against     folders or hub ids
+    text                a file; None: `heldout.txt` in the model's folder, or for encoders the built-in sentences
+    window              tokens that are read together; None: 512 or the model's longest. Longer sentences are cut there
+    max_tokens          tokens of the text that are used; None: all of it
+    device              where both models run
+    dtype               float type that `folder` computes in; None: its own, which is what ships
+    engine              that it computes with, as in `load`
+    cache               bits of its key-value cache; it then reads 16 tokens at a time, the earlier ones through that
+                        cache
+    trust_remote_code   whether code that came with the model may run
+    progress            called with what is being done and the share of it, 0 to 1
 
     Raises TextError, UsageError, CheckpointError, LoadError.
     """

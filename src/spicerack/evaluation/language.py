@@ -134,9 +134,10 @@ def compare(
     positions: int | None = None,
     step: int | None = None,
 ) -> Comparison:
-    """Run both models over `windows`, all of the same length.
+    """Run both models over the same text, and compare their predictions.
 
     reference, other   each on its own device, in its own float type
+    windows     of the text, all of the same length
     progress    called behind each window with the share of the text, 0 to 1, that has been read
     positions   how many positions' logits are held at once; None: what the vocabulary allows
     step        `other` reads so many tokens at a time, through its cache; None: a window at once, without

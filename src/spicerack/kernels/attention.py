@@ -6,7 +6,7 @@ Milakov and Gimelshein 2018, arXiv:1805.02867). So memory is that of the results
 cannot do `obstacle` says, and torch does.
 
 What is given up. There are no gradients and no dropout, masks hide keys and add nothing, and a head's width is a
-multiple of 16, because 16 numbers are what one vector holds. Sums run in another order than torch's, so that the last
+multiple of 16, the numbers that the kernel works on at a time. Sums run in another order than torch's, so that the last
 bits of a result are not torch's.
 """
 

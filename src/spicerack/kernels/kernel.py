@@ -91,7 +91,7 @@ def table() -> list[Kernel]:
     """All kernels, fastest first, whether or not this machine runs them: the rows of every file in `kernels/table/`.
 
     The order is that of `Kernel.speed`, which is written down and not measured: a choice that depended on how busy a
-    machine was would give one folder other bits each time it is loaded.
+    machine was could give one folder other numbers each time it is loaded.
     """
     files = (plugins.get("kernels.table", name, "KERNELS") for name in plugins.names("kernels.table"))
     return sorted((kernel for rows in files for kernel in rows), key=lambda kernel: -kernel.speed)

@@ -150,9 +150,8 @@ def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
 def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Tiling = "planes") -> QTensor:
     """Inverse of `pack`: a matrix [N, K] from its tensors in panels, codes and scales bit for bit, on the CPU.
 
-    scheme, shape and tiling are those of `pack`; tensors may lie on any device. A scale of the whole matrix, which
-    panels repeat for each row, is one number again. Whether the layer was a Conv1D is not told by panels: who knows it
-    says so in the QTensor.
+    scheme, shape and tiling are those of `pack`. A scale of the whole matrix, which panels repeat for each row, is one
+    number again. Whether the layer was a Conv1D is not told by panels: who knows it says so in the QTensor.
     """
     n, k = shape
     spec = spec_of(scheme, shape, tiling)

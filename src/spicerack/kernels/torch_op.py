@@ -90,8 +90,11 @@ def _transposed(
 ) -> torch.Tensor:
     """grad [..., N] -> grad W [..., K], in grad's type: the gradient of `_linear` with respect to x.
 
-    codes, scale and zero are a matrix in panels, and n to half the numbers of its `Spec`. Some rows of W are decoded at
-    a time, `_CHUNK` numbers at most, so that W is never there as a whole.
+    grad                 of y
+    codes, scale, zero   a matrix in panels, see `panels.pack`
+    n, k, group, bits, offset, half   the numbers of its `Spec`
+
+    Some rows of W are decoded at a time, `_CHUNK` numbers at most, so that W is never there as a whole.
     """
     spec = Spec(n, k, group, bits, offset, half)
     total = grad.new_zeros((*grad.shape[:-1], k))

@@ -2,8 +2,8 @@
 
 A folder that spicerack quantized is described from its ledger: which scheme each layer got, and the error it made.
 
-What is given up. Roles are told by names here and not by transformers (`architecture`), which would take seconds: for a
-family that nobody knows, an estimate may differ from what `quantize` does.
+What is given up. Roles are told by names here and not by transformers (`architecture`), which takes longer: for a
+family that is not known by its names, an estimate may differ from what `quantize` does.
 """
 
 from __future__ import annotations

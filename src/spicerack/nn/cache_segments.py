@@ -4,8 +4,8 @@ Keys have a scale and a low per channel, over the tokens of a segment: some chan
 have them per token, over some channels. (KIVI, Liu et al. 2024, arXiv:2402.02750.)
 
 Both numbers are float16 as stored, and chosen so that every x lies between low and low + scale (2^b - 1) then: rounding
-them to nearest could put the largest number out of reach. The price is a scale that is up to a part in a thousand too
-wide.
+them to nearest could put the largest number out of reach. The price is a scale that is about a thousandth wider than it
+would have to be.
 """
 
 from __future__ import annotations

@@ -9,5 +9,5 @@ models or files.
     activations fake         what flows, as int8; rounding with gradients
     schemes/                 number systems, one file each
 
-The specification is torch, slow and exact; what is fast must give the same bits.
+The specification is torch, slow and exact; what is fast must give the same codes and scales, bit for bit.
 """

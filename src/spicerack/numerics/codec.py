@@ -66,6 +66,7 @@ def encode(
     """Quantize w [..., N, K]: the specification of `rounding.to_nearest`.
 
     w            any float type, on any device; codes lie where w does
+    scheme       what its numbers are to be
     range_       how scales are chosen: by the least error, or by the largest weight
     importance   [K] or of w's shape, not negative: how much an error in each weight matters (mean square of its input)
     name         of the tensor, for errors

@@ -285,10 +285,16 @@ def fake(w: torch.Tensor, parts: Parts, grid: Grid) -> torch.Tensor:
 def fake_linear(
     x: torch.Tensor, w: torch.Tensor, parts: Parts, bias: torch.Tensor | None, grid: Grid, *, tokens: bool = False
 ) -> torch.Tensor:
-    """x [..., K], weights w [N, K] -> x^ w^T + bias [..., N] in x's type, with gradients for all of them.
+    """x [..., K], weights w [N, K] -> x^ w^^T + bias [..., N] in x's type, with gradients for all of them.
 
-    tokens: x is rounded too, to int8 with one scale per token; its gradient is that of x as it was. w^ is in x's type,
-    float16 or bfloat16 included, and is made anew for the backward pass.
+    x        of any float type, which is that of the product
+    w        float weights, of any float type
+    parts    scale and zero point of each group as they are stored, see `Parts`
+    bias     [N], or None
+    grid     the levels, the group, and where weights count as clipped
+    tokens   x is rounded too, to int8 with one scale per token; its gradient is that of x as it was
+
+    w^ is in x's type, float16 or bfloat16 included, and is made anew for the backward pass.
     """
     return _linear(x, w, *parts, bias, grid, tokens)
 

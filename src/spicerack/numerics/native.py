@@ -182,7 +182,14 @@ def compare(
     *,
     threads: int = 1,
 ) -> tuple[float, float]:
-    """sum (decoded - w)^2 and sum w^2 of groups w [M, B] with codes int8 [M, B], scale float32 [M] and zero int8 [M].
+    """sum (decoded - w)^2 and sum w^2 of groups of weights.
+
+    w         [M, B], as in `quantize`
+    scheme    a plain one
+    scale     float32 [M]
+    zero      int8 [M], or None for none
+    codes     int8 [M, B]
+    threads   how many share the groups
 
     The one result here whose last digits depend on threads and processor: it is reported, never computed with.
     """

@@ -32,6 +32,7 @@ def to_nearest(
     """Quantize w [..., N, K] (any float type): `codec.encode`, but fast. Raises ShapeError, and WeightError by name.
 
     w           [..., N, K], any float type, on any device: what is not on the CPU is left to the codec
+    scheme      what its numbers are to be
     range_      how scales are chosen: "absmax" or "opt"
     name        of the tensor, for errors: those name place and value too
     importance  [K] or of w's shape, not negative: how much an error in each weight matters; None is equally

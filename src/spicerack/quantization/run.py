@@ -126,6 +126,7 @@ def quantize(
 ) -> torch.nn.Module | dict[str, Any]:
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a dict of its sizes.
 
+    model        a module in memory, which is not changed, or a folder or hub id
     scheme       a name such as "w4g128", a Scheme, or a Recipe
     rules        "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's
     range_       how scales are chosen, over the Recipe's: "opt" (default, the least error) or "absmax"

@@ -137,6 +137,7 @@ def build(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, on the CPU, in eval mode, filled with `tensors` -> (model, tensors it has no use for).
 
+    model_class   what is built; transformers' own, or of code that is trusted
     config    the model's, as `config_and_class` gives it with `model_class`
     tensors   by name, as in a checkpoint; `prepare` may take some away
     folder    that all this came from: for errors, and for the config of generation

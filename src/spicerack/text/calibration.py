@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -85,6 +85,9 @@ def read(
     source     a text file, a .jsonl file of {"text"} or {"messages"}, a folder of those, or a dataset (an id,
                id:config, or a folder of tables), which needs the package `datasets`
     tokenizer  the model's
+    samples    how many sequences, at least 1
+    length     tokens of each, at least 2
+    kind       what the model is for, which decides how sequences are made: see the module
     seed       which sequences: all are equally likely, and keep the order of the source; if there are fewer, all are
                taken. Of large sources a part is tokenized that is spread over the whole
 
@@ -103,13 +106,18 @@ def read(
     passages = reading.keep(documents.passages(origin, tokenizer, by_line=kind == "encoder", seed=seed))
     choose = _padded if kind == "encoder" else _packed
     ids, mask, notes = choose(passages, tokenizer, source, samples=samples, length=length, seed=seed)
-    if reading.share < 1:
-        notes.append(f"chosen from {reading.share:.2%} of the text, spread over all of it")
-    if reading.stopped:
-        notes.append(f"chosen from the first {reading.documents} documents of the shuffled dataset")
-    if len(ids) < samples:
-        notes.append(f"the text has only {len(ids)} of the {samples} sequences asked for")
+    notes += _shortfalls(reading, len(ids), samples)
     return checked(Calibration(ids, mask, reading.digest.hexdigest(), 0.0, str(source), tuple(notes)), tokenizer)
+
+
+def _shortfalls(reading: Reading, count: int, samples: int) -> Iterator[str]:
+    """Sentences on what of the source was not looked at, and on sequences, `count` of `samples`, that it has not."""
+    if reading.share < 1:
+        yield f"chosen from {reading.share:.2%} of the text, spread over all of it"
+    if reading.stopped:
+        yield f"chosen from the first {reading.documents} documents of the shuffled dataset"
+    if count < samples:
+        yield f"the text has only {count} of the {samples} sequences asked for"
 
 
 _Chosen = tuple[torch.Tensor, torch.Tensor | None, list[str]]
@@ -125,9 +133,16 @@ def _packed(
     length: int,
     seed: int,
 ) -> _Chosen:
-    """Some of the sequences that the passages make when they are joined, all of `length` tokens; no mask, no notes.
+    """Some of the sequences that the passages make when they are joined: ids, no mask, no notes.
 
-    source: for the error alone. samples: how many at most. seed: which. Raises TextError where there is not one.
+    passages    of all documents, in order
+    tokenizer   the model's
+    source      for the error alone
+    samples     how many sequences at most
+    length      tokens of each
+    seed        which of them
+
+    Raises TextError where there is not one.
     """
     packing = Packing(tokenizer, length)
     sequences = sample(packing.sequences(passages), samples, seed)
@@ -148,9 +163,16 @@ def _padded(
     length: int,
     seed: int,
 ) -> _Chosen:
-    """Some of the documents, each a sequence, cut at `length` tokens and padded at the end to the longest; with a mask.
+    """Some of the documents, each a sequence, cut and padded at the end to the longest: ids, a mask, and notes.
 
-    source: for the error alone. A note says how many documents were cut. Raises TextError where there is no text.
+    passages    of all documents; of each the first is used
+    tokenizer   the model's
+    source      for the error alone
+    samples     how many documents at most
+    length      tokens at which they are cut; a note says how many were
+    seed        which of them
+
+    Raises TextError where there is no text.
     """
     texts = sample((passage.text for passage in passages if passage.first and passage.text.strip()), samples, seed)
     if not texts:

@@ -108,6 +108,7 @@ def train(
     """Train a model on text in few bits, and write it, frozen, to the folder `output`.
 
     model        a folder or hub id; or a config.json, for random weights. A quantized folder goes on in its own scheme
+    output       the folder to write; it must not exist
     data         text to learn from, as for calibration: a file, JSON lines, a folder, a dataset
     scheme, rules, config   as for `prepare_qat`; without a scheme a float model trains in float, to compare with
     settings     steps, rates, batch ...; None: the defaults of `Settings`

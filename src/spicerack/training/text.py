@@ -135,12 +135,15 @@ def read(
     batch: int,
     steps: int,
 ) -> Corpus:
-    """The text of a run of `steps` steps of `batch` rows of `length` tokens, packed into files in `folder`.
+    """The text of a run, packed into files in `folder`: what is learned from, and what is measured on.
 
-    data         what is learned from: a text file, JSON lines, a folder of those, or a dataset
-    held_out     what is measured on, the same kinds of source; None: one row of `data` in a hundred, at most 128
-    tokenizer    the model's
-    folder       exists; what was packed there before is taken as it is
+    data        what is learned from: a text file, JSON lines, a folder of those, or a dataset
+    held_out    what is measured on, the same kinds of source; None: one row of `data` in a hundred, at most 128
+    tokenizer   the model's
+    folder      exists; what was packed there before is taken as it is
+    length      tokens of a row
+    batch       rows of a step
+    steps       of the run, which so looks at steps x batch rows
 
     Raises TextError where there is not enough for one batch, or text that is no use.
     """

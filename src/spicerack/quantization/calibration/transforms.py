@@ -89,6 +89,12 @@ def _best(
 ) -> torch.Tensor | None:
     """The factors [K] of a site, of the transform's candidates, with which the block's output is nearest.
 
+    pair, flow   the block, and what runs through it
+    scaling      the transform
+    site         where its factors would go
+    readers      the targets that read the site's output, one at least
+    judge        runs the block with candidates
+
     None where that is without any, or where no token comes.
     """
     stats = flow.stats(pair.quantized, readers[0].path, ("second_moment", *scaling.needs))
