@@ -53,8 +53,8 @@ def main() -> None:
         batch = rows[torch.randint(len(rows), (args.batch,))]
         with torch.no_grad():
             wanted = teacher(input_ids=batch).logits.flatten(0, 1).log_softmax(-1)
-        found = student(input_ids=batch).logits.flatten(0, 1).log_softmax(-1)
-        loss = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        predicted = student(input_ids=batch).logits.flatten(0, 1).log_softmax(-1)
+        loss = F.kl_div(predicted, wanted, reduction="batchmean", log_target=True)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

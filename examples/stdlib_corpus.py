@@ -96,11 +96,11 @@ def build_corpus(stdlib: Path | None = None) -> Corpus:
     if len(corpus.heldout) != len(HELDOUT_MODULES):
         raise RuntimeError(f"held-out modules are missing below {root}")
 
-    seen = {doc.text for doc in corpus.heldout}
+    texts = {doc.text for doc in corpus.heldout}
     for doc in (*source_files(root), *_reference_pages()):
-        if doc.text in seen or not doc.text.strip():
+        if doc.text in texts or not doc.text.strip():
             continue
-        seen.add(doc.text)
+        texts.add(doc.text)
         is_test = not TEST_FOLDERS.isdisjoint(PurePosixPath(doc.path).parts)
         if not is_test:
             corpus.library.append(doc)

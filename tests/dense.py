@@ -45,5 +45,5 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     if model.config._attn_implementation == attention.NAME:
         model.set_attn_implementation("sdpa")
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=ids)[0]
-    return found
+        output: torch.Tensor = model(input_ids=ids)[0]
+    return output

@@ -162,8 +162,8 @@ def build(family: str) -> transformers.PreTrainedModel:
     """A random model of the family, the same each time."""
     config, settings, model = FAMILIES[family]
     torch.manual_seed(0)
-    made: transformers.PreTrainedModel = vars_of(model)(vars_of(config)(**settings))
-    return made
+    instance: transformers.PreTrainedModel = vars_of(model)(vars_of(config)(**settings))
+    return instance
 
 
 def vars_of(name: str) -> Any:

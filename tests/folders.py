@@ -103,8 +103,8 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint.open(folder)
     fmt = of_folder(checkpoint)
     assert fmt is not None
-    found = {}
+    codes_of = {}
     for name, stored in fmt.contents(checkpoint).items():
         tensors = {key: checkpoint.read(key) for key in fmt.layout(stored)}
-        found[name] = fmt.decode(stored, tensors).codes
-    return found
+        codes_of[name] = fmt.decode(stored, tensors).codes
+    return codes_of

@@ -25,12 +25,12 @@ class There(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> There:
-        made: There = torch.Tensor._make_wrapper_subclass(
+        wrapper: There = torch.Tensor._make_wrapper_subclass(
             cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype,
             device=DEVICE,
         )  # fmt: skip
-        made.values = values
-        return made
+        wrapper.values = values
+        return wrapper
 
     def data_ptr(self) -> int:
         return self.values.data_ptr()
@@ -73,7 +73,7 @@ class Pretending(TorchDispatchMode):
         self.seen[name.removeprefix("aten::"), there] += 1
         given = {id(x.values): x for x in operands if isinstance(x, There)}
         inner = tree_map(lambda x: x.values if isinstance(x, There) else x, (args, kwargs))
-        made = function(*inner[0], **inner[1])
+        result = function(*inner[0], **inner[1])
         if not there:
-            return made
-        return tree_map(lambda x: given.get(id(x), There(x)) if isinstance(x, torch.Tensor) else x, made)
+            return result
+        return tree_map(lambda x: given.get(id(x), There(x)) if isinstance(x, torch.Tensor) else x, result)

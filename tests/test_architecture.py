@@ -34,7 +34,7 @@ FILES = {path.relative_to(SOURCE).with_suffix("").as_posix(): path for path in s
 
 def imports(path: Path) -> set[str]:
     """Files of the package that a file imports, late imports and those for types counted; the extension is none."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
@@ -42,12 +42,12 @@ def imports(path: Path) -> set[str]:
         else:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for parts in (name.split(".")[1:] for name in names if name.startswith("spicerack.")):
-            found |= {
+            imported |= {
                 file
                 for file in ("/".join(parts), "/".join(parts[:-1]), "/".join((*parts, "__init__")))
                 if file in FILES
             }
-    return found
+    return imported
 
 
 ARROWS = {file: imports(path) for file, path in FILES.items()}

@@ -85,7 +85,7 @@ def test_steps_are_those_of_torchs_adam() -> None:
 def test_the_size_of_weights_does_not_matter() -> None:
     """Powers of two are exact in every type on the way."""
     _, layer, _, _ = linear_case("w3g16")
-    found = []
+    weights = []
     for factor in (1.0, 2.0**-7):
         assert isinstance(layer.start.scale, torch.Tensor)
         start = dataclasses.replace(layer.start, scale=layer.start.scale * factor)
@@ -94,8 +94,8 @@ def test_the_size_of_weights_does_not_matter() -> None:
         for _ in range(10):
             (learned.decoded() * torch.randn(12, 32, generator=generator)).sum().backward()
             learned.step(0.2)
-        found.append(learned.decoded().detach() / factor)
-    assert torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-6)
+        weights.append(learned.decoded().detach() / factor)
+    assert torch.allclose(weights[0], weights[1], rtol=1e-3, atol=1e-6)
 
 
 def test_the_seed_decides() -> None:

@@ -106,11 +106,11 @@ def test_not_below_the_best_of_all_codes() -> None:
     w = torch.randn(40, 4, generator=generator(3))
     gram = gram_of(inputs(4, 50, 3))
     start = rounding.to_nearest(w, parse("w2"), range_="absmax")
-    found = unfitted(gptq.solve(w, start, gram).q, start)
+    solved = unfitted(gptq.solve(w, start, gram).q, start)
     grid = torch.tensor(list(itertools.product(range(-2, 2), repeat=4)), dtype=torch.float64)
     errors = grid[None] * start.scale.double()[:, :, None] - w.double()[:, None]
     best = torch.einsum("nci,ij,ncj->nc", errors, gram, errors).amin(1)
-    mine, plain = loss(found, w, gram), loss(start, w, gram)
+    mine, plain = loss(solved, w, gram), loss(start, w, gram)
     assert (mine >= best - 1e-9).all() and (mine <= plain + 1e-6).all()
     assert mine.sum() - best.sum() < 0.5 * (plain.sum() - best.sum())
 

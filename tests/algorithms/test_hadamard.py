@@ -49,8 +49,8 @@ def test_sizes_without_a_matrix_are_block_diagonal(n: int) -> None:
 def test_powers_of_two_are_sylvesters() -> None:
     """Built by Kronecker products, the definition; the signs turn rows only."""
     dense = functools.reduce(torch.kron, [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * 6) / 8
-    found = hadamard.rotate(torch.eye(64), seed=0)
-    assert torch.equal(found.sign() * found[:, :1].sign(), dense.sign())
+    matrix = hadamard.rotate(torch.eye(64), seed=0)
+    assert torch.equal(matrix.sign() * matrix[:, :1].sign(), dense.sign())
 
 
 def test_what_stands_out_is_spread() -> None:

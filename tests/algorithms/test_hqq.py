@@ -44,18 +44,18 @@ def test_shrink_is_the_soft_threshold_for_p_1_and_minimises_below() -> None:
     e = torch.linspace(-3, 3, 6001)
     for value in (0.8, 1.5, -2.5):  # one step of the fixed point: near the minimum, and lower than not shrinking
         loss = e.abs() ** hqq.P * (1 / hqq.P) + 5.0 * (e - value) ** 2
-        found = float(hqq.shrink(torch.tensor(value), 10.0))
-        assert found == pytest.approx(float(e[loss.argmin()]), abs=0.03)
+        shrunk = float(hqq.shrink(torch.tensor(value), 10.0))
+        assert shrunk == pytest.approx(float(e[loss.argmin()]), abs=0.03)
 
 
 @pytest.mark.parametrize("name", ["w4g64z", "w3g64z", "w4g64", "w3g64", "w2g32h", "w8", "w3t"])
 def test_no_group_gets_worse_and_many_get_better(name: str) -> None:
     w = heavy(64, 256)
     start = rounding.to_nearest(w, parse(name), range_="absmax")
-    found = hqq.solve(w, start)
+    solved = hqq.solve(w, start)
     groups = parse(name).group_shape(64, 256)
     before, after = (
-        codec.to_groups((codec.decode(q) - w).abs().double() ** hqq.P, groups).sum(1) for q in (start, found.q)
+        codec.to_groups((codec.decode(q) - w).abs().double() ** hqq.P, groups).sum(1) for q in (start, solved.q)
     )
     assert bool((after <= before * (1 + 1e-6)).all())
     assert float((after < before).double().mean()) > 0.5
@@ -79,10 +79,10 @@ def test_groups_with_nothing_to_gain() -> None:
     w[4] = 1e-7
     for name in ("w4g32", "w4g32z", "w2g32"):
         start = rounding.to_nearest(w, parse(name))
-        found = hqq.solve(w, start).q
-        assert bool(torch.isfinite(codec.decode(found)).all())
-        assert torch.equal(codec.decode(found)[0], torch.zeros(32))
-        assert bool((power(w, found, hqq.P) <= power(w, start, hqq.P) * (1 + 1e-6)).all())
+        solved = hqq.solve(w, start).q
+        assert bool(torch.isfinite(codec.decode(solved)).all())
+        assert torch.equal(codec.decode(solved)[0], torch.zeros(32))
+        assert bool((power(w, solved, hqq.P) <= power(w, start, hqq.P) * (1 + 1e-6)).all())
 
 
 def test_other_number_systems_are_rounded_and_said() -> None:

@@ -72,8 +72,8 @@ QUANTIZED = "its scales are quantized themselves"
 )
 def test_what_each_solver_cannot_do(scheme: str, reasons: dict[str, str]) -> None:
     """And what it says that it cannot is what the documentation says."""
-    found = {name: solver.get(name).obstacle(parse(scheme)) for name in solver.names()}
-    assert {name: reason for name, reason in found.items() if reason is not None} == reasons
+    obstacles = {name: solver.get(name).obstacle(parse(scheme)) for name in solver.names()}
+    assert {name: reason for name, reason in obstacles.items() if reason is not None} == reasons
 
 
 def test_codes_of_several_weights_are_not_walked() -> None:

@@ -47,10 +47,10 @@ def integers(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_statistics_are_those_of_all_tokens(dtype: torch.dtype) -> None:
     x = (gaussian(3, 700, 12) * torch.logspace(-3, 2, 12) + 0.5).to(dtype)
-    found, right = collect(list(x.split(1))), expected(x)
-    assert found.tokens == 2100
+    statistics, right = collect(list(x.split(1))), expected(x)
+    assert statistics.tokens == 2100
     for need in NEEDS:
-        value = getattr(found, need)
+        value = getattr(statistics, need)
         assert value.dtype == torch.float32
         scale = np.sqrt(np.outer(right["second_moment"], right["second_moment"])) if need == "gram" else right[need]
         # float32 sums of up to 1024 products
@@ -109,9 +109,9 @@ def test_the_gram_is_exactly_symmetric_and_not_negative() -> None:
 
 
 def test_only_what_is_needed_is_collected() -> None:
-    found = collect([gaussian(5, 3)], ("absmax",))
-    assert (found.gram, found.second_moment, found.absmean) == (None, None, None)
-    assert found.absmax is not None and found.tokens == 5
+    statistics = collect([gaussian(5, 3)], ("absmax",))
+    assert (statistics.gram, statistics.second_moment, statistics.absmean) == (None, None, None)
+    assert statistics.absmax is not None and statistics.tokens == 5
 
 
 def test_padding_does_not_count_whatever_it_holds() -> None:
@@ -143,9 +143,9 @@ def test_no_token_gives_zeros() -> None:
     accumulator = Accumulator(NEEDS, 3)
     accumulator.add(torch.ones(0, 3))
     accumulator.add(torch.full((2, 3), torch.nan), torch.zeros(2))
-    found = accumulator.result()
-    assert found.tokens == 0
-    assert all(not getattr(found, need).any() for need in NEEDS)
+    statistics = accumulator.result()
+    assert statistics.tokens == 0
+    assert all(not getattr(statistics, need).any() for need in NEEDS)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
@@ -160,13 +160,13 @@ def test_what_is_not_finite_is_refused_by_token_and_column(value: float) -> None
     assert "float32" in caught.value.hint
     with pytest.raises(ActivationError, match=r"token \[1, 2\], column 3"):
         accumulator.add(x)
-    found = accumulator.result()
-    assert found.tokens == 6 and found.absmax is not None and bool((found.absmax == 1).all())
+    statistics = accumulator.result()
+    assert statistics.tokens == 6 and statistics.absmax is not None and bool((statistics.absmax == 1).all())
 
 
 def test_the_largest_that_is_taken_does_not_overflow() -> None:
-    found = collect([torch.full((stats.CHUNK, 2), stats.LARGEST)])
-    assert found.gram is not None and bool((found.gram == stats.LARGEST**2).all())
+    statistics = collect([torch.full((stats.CHUNK, 2), stats.LARGEST)])
+    assert statistics.gram is not None and bool((statistics.gram == stats.LARGEST**2).all())
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
@@ -184,6 +184,6 @@ def test_wide_grams_are_summed_in_float32_and_are_the_same(monkeypatch: pytest.M
     wide = Accumulator(["gram"], 40)
     wide.add(x)
     assert wide.totals["gram"].dtype == torch.float32
-    found = wide.result().gram
-    assert found is not None and narrow.gram is not None and torch.equal(found, found.T)
-    assert torch.allclose(found, narrow.gram, rtol=1e-5, atol=1e-5)
+    gram = wide.result().gram
+    assert gram is not None and narrow.gram is not None and torch.equal(gram, gram.T)
+    assert torch.allclose(gram, narrow.gram, rtol=1e-5, atol=1e-5)

@@ -170,12 +170,12 @@ def test_rules_keep_the_order_of_the_command_line(llama_folder, tmp_path: Path) 
         "skip-first": ["--skip", "**.down_proj", "--set", "model.layers.0.mlp.down_proj=w8"],
         "set-first": ["--set", "model.layers.0.mlp.down_proj=w8", "--skip", "**.down_proj"],
     }
-    found = {}
+    decided = {}
     for name, rules in orders.items():
         assert in_process("quantize", model, "-o", tmp_path / name, "--scheme", "w4g32", *rules) == 0
         entries = json.loads((tmp_path / name / "spicerack.json").read_text())["tensors"]
-        found[name] = {e["tensor"]: e["scheme"] for e in entries}["model.layers.0.mlp.down_proj.weight"]
-    assert found == {"skip-first": "w8", "set-first": None}
+        decided[name] = {e["tensor"]: e["scheme"] for e in entries}["model.layers.0.mlp.down_proj.weight"]
+    assert decided == {"skip-first": "w8", "set-first": None}
 
 
 def test_the_command_line_wins_over_the_recipe_file(llama_folder, tmp_path: Path) -> None:

@@ -43,16 +43,16 @@ def reference() -> PreTrainedModel:
 @pytest.mark.parametrize("scheme", ["w8", "w4g128", "w4g32z", "w3g64", "w2g32z", "w2g32h"])
 def test_opt_is_no_worse_than_absmax(tmp_path: Path, scheme: str, reference: PreTrainedModel) -> None:
     """Mean KL on held-out text, beyond the 95 % interval paired over windows. docs/quality.md has it on more text."""
-    found = {}
+    figures = {}
     tokenizer = AutoTokenizer.from_pretrained(language_model())
     for range_ in ("opt", "absmax"):
         spicerack.quantize(language_model(), scheme, output=tmp_path / range_, range_=range_)
         small = spicerack.load(tmp_path / range_, dtype=torch.float32)
         text = windows(language_model() / HELDOUT, tokenizer, 512, 4096)
-        found[range_] = language.compare(reference, small, text)
-    difference = paired_difference(found["opt"], found["absmax"])
+        figures[range_] = language.compare(reference, small, text)
+    difference = paired_difference(figures["opt"], figures["absmax"])
     assert difference.lo is not None and difference.lo <= 0
-    assert 0 < found["opt"].mean < (0.001 if scheme == "w8" else 2.0)
+    assert 0 < figures["opt"].mean < (0.001 if scheme == "w8" else 2.0)
 
 
 def test_every_way_in_the_demo_can_be_planned() -> None:

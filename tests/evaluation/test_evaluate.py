@@ -202,10 +202,10 @@ def test_kl_grows_with_the_square_of_a_perturbation(stories: Path, tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(stories)
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little girl named Lily. She loved to play outside in the park. " * 12)
-    found = list(windows(text, tokenizer, 128))
-    assert len(found) >= 2
-    assert all(int(window.ids[0]) == tokenizer.bos_token_id for window in found)
-    results = [compare(model, perturbed(model, size), found) for size in (0.0, 0.01, 0.02, 0.02)]
+    cut = list(windows(text, tokenizer, 128))
+    assert len(cut) >= 2
+    assert all(int(window.ids[0]) == tokenizer.bos_token_id for window in cut)
+    results = [compare(model, perturbed(model, size), cut) for size in (0.0, 0.01, 0.02, 0.02)]
     assert results[0].mean == 0.0
     assert results[2].mean / results[1].mean == pytest.approx(4.0, rel=0.3)
     assert results[1].as_dict()["perplexity_reference"] < 6, "a trained model knows this text"
@@ -327,9 +327,9 @@ def test_a_text_shorter_than_a_window_is_refused(text: Path) -> None:
 def test_pieces_lose_nothing(tmp_path_factory: pytest.TempPathFactory, content: str, size: int) -> None:
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
     path.write_bytes(b"\xef\xbb\xbf" + content.encode())  # a byte-order mark does not count
-    found = list(pieces(path, size))
-    assert "".join(piece.text for piece in found) == content
-    fractions = [piece.fraction for piece in found]
+    cut = list(pieces(path, size))
+    assert "".join(piece.text for piece in cut) == content
+    fractions = [piece.fraction for piece in cut]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0
 
 
@@ -338,9 +338,9 @@ def test_windows_are_the_whole_text_without_gaps(text: Path) -> None:
     text.write_bytes(content.encode())
     tokenizer = byte_tokenizer()
     expected = torch.tensor(tokenizer(content).input_ids)
-    found = list(windows(text, tokenizer, 1000))
-    assert torch.equal(torch.cat([window.ids for window in found]), expected[: len(expected) // 1000 * 1000])
-    fractions = [window.fraction for window in found]
+    cut = list(windows(text, tokenizer, 1000))
+    assert torch.equal(torch.cat([window.ids for window in cut]), expected[: len(expected) // 1000 * 1000])
+    fractions = [window.fraction for window in cut]
     assert fractions == sorted(fractions) and 0 < fractions[0] < 0.02 and fractions[-1] > 0.98
     assert len(list(windows(text, tokenizer, 1000, max_tokens=3999))) == 3
 
@@ -354,10 +354,10 @@ def test_the_start_token_is_used_where_the_tokenizer_uses_one(stories: Path, tex
     assert start_token(byte_tokenizer()) is None  # it has one, but puts it nowhere
     tokenizer = AutoTokenizer.from_pretrained(stories)
     text.write_text("Once upon a time. " * 20)
-    found = list(windows(text, tokenizer, 16))
+    cut = list(windows(text, tokenizer, 16))
     plain = tokenizer(text.read_text(), add_special_tokens=False).input_ids
-    assert [window.ids[0] for window in found] == [tokenizer.bos_token_id] * (len(plain) // 15)
-    assert torch.cat([window.ids[1:] for window in found]).tolist() == plain[: len(plain) // 15 * 15]
+    assert [window.ids[0] for window in cut] == [tokenizer.bos_token_id] * (len(plain) // 15)
+    assert torch.cat([window.ids[1:] for window in cut]).tolist() == plain[: len(plain) // 15 * 15]
 
 
 def test_sentences_are_lines(text: Path) -> None:
@@ -369,7 +369,7 @@ def test_sentences_are_lines(text: Path) -> None:
 
 
 def test_progress_follows_the_text() -> None:
-    seen: list[float] = []
+    shares: list[float] = []
     table = Table(torch.zeros(4, 9))
-    compare(table, table, random_windows(4, 4, 9), progress=seen.append)
-    assert seen == [0.25, 0.5, 0.75, 1.0]
+    compare(table, table, random_windows(4, 4, 9), progress=shares.append)
+    assert shares == [0.25, 0.5, 0.75, 1.0]

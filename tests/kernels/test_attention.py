@@ -135,15 +135,15 @@ def bert() -> PreTrainedModel:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each call of the native kernel, whether it was causal."""
-    made: list[bool] = []
+    causals: list[bool] = []
     native = attention.attention
 
     def counted(*inputs: Any, causal: bool, **more: Any) -> torch.Tensor:
-        made.append(causal)
+        causals.append(causal)
         return native(*inputs, causal=causal, **more)
 
     monkeypatch.setattr(attention, "attention", counted)
-    return made
+    return causals
 
 
 def quantized(model: PreTrainedModel) -> PreTrainedModel:
@@ -165,8 +165,8 @@ def test_a_decoder_gives_what_it_gives_with_torchs_attention(calls: list[bool]) 
         small.set_attn_implementation("sdpa")
         theirs = small(input_ids=ids, **masks).logits
         small.set_attn_implementation(by_transformers.NAME)
-        seen = mask.bool() if masks else torch.ones(2, 12, dtype=torch.bool)
-        assert (ours - theirs)[seen].abs().max() < 1e-5
+        real = mask.bool() if masks else torch.ones(2, 12, dtype=torch.bool)
+        assert (ours - theirs)[real].abs().max() < 1e-5
 
 
 def test_decoding_with_a_cache_is_native_and_right(calls: list[bool]) -> None:
@@ -231,9 +231,9 @@ def test_families(family: str, native: bool, calls: list[bool]) -> None:
     by_transformers.use_native_attention(model)
     ours = model(**inputs)[0]
     assert bool(calls) == native
-    seen = inputs.get("attention_mask", torch.ones(1)).bool()
+    real = inputs.get("attention_mask", torch.ones(1)).bool()
     difference = (ours - theirs).abs()
-    assert (difference[seen] if "input_ids" in inputs else difference).max() < 1e-5
+    assert (difference[real] if "input_ids" in inputs else difference).max() < 1e-5
 
 
 def test_only_where_the_model_would_ask_torch() -> None:

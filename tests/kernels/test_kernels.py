@@ -154,8 +154,8 @@ def test_static_codes_are_nearest_of_the_quotient_half_to_even(name: str, dtype:
     unit = torch.full((64, 1), 2.0**-6, dtype=torch.float16)
     q = QTensor(parse("w8a8s"), codes, unit, input_scale=torch.tensor([scale]))
     expected = [max(-127, min(127, round(float(np.float32(v) / np.float32(scale))))) for v in x.flatten().tolist()]
-    found = torch.round(run(kernel.get(name), x, q).float() / scale)  # y is of x's type
-    assert torch.equal(found.flatten(), torch.tensor(expected, dtype=torch.float32))
+    codes = torch.round(run(kernel.get(name), x, q).float() / scale)  # y is of x's type
+    assert torch.equal(codes.flatten(), torch.tensor(expected, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(("name", "scheme"), FITTING)

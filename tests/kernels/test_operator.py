@@ -155,26 +155,26 @@ def test_gradients_through_a_compiled_layer_are_the_dense_ones(scheme: str) -> N
     compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
     grad = values(5, N, seed=9)
     assert small.bias is not None
-    found = []
+    gradients = []
     for model in (small, compiled):
         x = values(5, K, seed=3).requires_grad_()
         small.bias.grad = None
         model(x).backward(grad)
         assert x.grad is not None and small.bias.grad is not None
-        found.append((x.grad, small.bias.grad))
-    assert all(torch.equal(eager, traced) for eager, traced in zip(*found, strict=True))
-    assert torch.allclose(found[1][0], grad @ small.weight, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(found[1][1], grad.sum(0), rtol=1e-5, atol=1e-5)
+        gradients.append((x.grad, small.bias.grad))
+    assert all(torch.equal(eager, traced) for eager, traced in zip(*gradients, strict=True))
+    assert torch.allclose(gradients[1][0], grad @ small.weight, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(gradients[1][1], grad.sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_second_derivatives_are_the_dense_ones() -> None:
     small = layer("w4g32z", bias=False, compute="float")
-    weight, found = small.weight, []
+    weight, second = small.weight, []
     for product in (small, lambda x: nn.functional.linear(x, weight)):
         x = values(5, K, seed=3).requires_grad_()
         (first,) = torch.autograd.grad(product(x).pow(3).sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(first.square().sum(), x)[0])
-    assert torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-3 * float(found[1].abs().max()))
+        second.append(torch.autograd.grad(first.square().sum(), x)[0])
+    assert torch.allclose(second[0], second[1], rtol=1e-3, atol=1e-3 * float(second[1].abs().max()))
 
 
 def test_only_the_bias_may_want_a_gradient() -> None:
@@ -332,12 +332,12 @@ def test_threads_of_torch_and_ours_alternate_without_harm(threads: None) -> None
 
 
 def test_ours_give_the_same_bits_for_any_number_of_threads(threads: None) -> None:
-    small, found = layer("w4g32z", 320, 128), []
+    small, results = layer("w4g32z", 320, 128), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         with torch.no_grad():
-            found.append([small(values(rows, 128)) for rows in (1, 8, 300)])
-    assert all(torch.equal(y, y0) for ys in found for y, y0 in zip(ys, found[0], strict=True))
+            results.append([small(values(rows, 128)) for rows in (1, 8, 300)])
+    assert all(torch.equal(y, y0) for ys in results for y, y0 in zip(ys, results[0], strict=True))
 
 
 # ---- after it ran ----------------------------------------------------------------------------------------------------

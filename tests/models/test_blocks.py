@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel, T5Config, T5Mod
 
 from spicerack.errors import UsageError
 from spicerack.models import blocks
+from spicerack.nn import kinds
 
 DECODERS = [
     "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gemma3-text", "gpt2", "gpt_bigcode", "gpt_neo",
@@ -54,7 +55,7 @@ def test_one_by_one_is_what_the_model_does(family: str) -> None:
 def test_the_blocks_are_the_largest_list_and_named() -> None:
     stack = blocks.find(families.build("qwen2_moe"))
     assert stack.path == "model.layers" and stack.name(1) == "model.layers.1"
-    assert "self_attn.q_proj" in blocks.layers(stack.blocks[0])
+    assert "self_attn.q_proj" in kinds.linear_layers(stack.blocks[0])
 
 
 def test_layers_are_grouped_by_the_tensor_they_get() -> None:

@@ -59,8 +59,8 @@ def test_ties_agree_with_the_model(family: str, tmp_path: Path) -> None:
     """A tied head is found although it is not in the file; every parameter of the model is counted once."""
     model = families.build(family)
     model.save_pretrained(tmp_path)
-    seen = of(tmp_path)
-    heads = [name for name, owner in seen.tied.items() if owner not in ("", name)]
+    census = of(tmp_path)
+    heads = [name for name, owner in census.tied.items() if owner not in ("", name)]
     head = model.get_output_embeddings()
     inputs = model.get_input_embeddings() if head is not None else None
     if head is None or family in ("clip", "siglip"):
@@ -70,7 +70,7 @@ def test_ties_agree_with_the_model(family: str, tmp_path: Path) -> None:
         folder = Checkpoint.open(tmp_path)
         assert set(heads) <= {f"{m}.weight" for m in modules_of(folder.config, folder.tensors) or {}} | OLD_NAMES
     stored = sum(t.numel() for path in tmp_path.glob("*.safetensors") for t in load_file(path).values())
-    assert seen.parameters == stored
+    assert census.parameters == stored
 
 
 OLD_NAMES = {"language_model.lm_head.weight"}  # checkpoints of multimodal models use the names of transformers 4
@@ -142,9 +142,9 @@ def test_duplicated_head(tmp_path: Path) -> None:
     """Both in the file and declared tied: one of them is the alias, and parameters count once."""
     shapes = {"model.embed_tokens.weight": (99, 32), "lm_head.weight": (99, 32)}
     config: dict[str, Any] = {"model_type": "llama", "vocab_size": 99, "tie_word_embeddings": True}
-    seen = of(folders.folder(tmp_path / "a", shapes, config))
-    assert seen.tied == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert (seen.parameters, seen.nbytes) == (99 * 32, 99 * 32 * 2)
+    census = of(folders.folder(tmp_path / "a", shapes, config))
+    assert census.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert (census.parameters, census.nbytes) == (99 * 32, 99 * 32 * 2)
     for i, tie in enumerate(({"tie_word_embeddings": False}, {})):  # Llama does not tie unless it says so
         untied = {k: v for k, v in config.items() if k != "tie_word_embeddings"} | tie
         assert of(folders.folder(tmp_path / f"b{i}", shapes, untied)).tied == {}
@@ -178,16 +178,16 @@ def test_shared_inputs(tmp_path: Path) -> None:
 )
 def test_layer_types_read_well(family: str, expected: set[str], tmp_path: Path) -> None:
     families.build(family).save_pretrained(tmp_path)
-    found = {entry.layer_type for entry in of(tmp_path).entries.values()}
-    assert expected <= found, sorted(found)
-    assert not any(part.isdigit() for kind in found for part in kind.split("."))
+    types = {entry.layer_type for entry in of(tmp_path).entries.values()}
+    assert expected <= types, sorted(types)
+    assert not any(part.isdigit() for kind in types for part in kind.split("."))
 
 
 def test_architecture_facts(tmp_path: Path) -> None:
     families.build("gemma3").save_pretrained(tmp_path)
-    seen = of(tmp_path).architecture
-    assert (seen.model_type, seen.classes) == ("gemma3", ("Gemma3ForConditionalGeneration",))
-    assert (seen.layers, seen.hidden, seen.heads, seen.vocabulary, seen.dtype) == (2, 32, 4, 99, "float32")
+    facts = of(tmp_path).architecture
+    assert (facts.model_type, facts.classes) == ("gemma3", ("Gemma3ForConditionalGeneration",))
+    assert (facts.layers, facts.hidden, facts.heads, facts.vocabulary, facts.dtype) == (2, 32, 4, 99, "float32")
     assert architecture({"model_type": 3, "num_hidden_layers": "many", "architectures": "X"}).layers is None
 
 
@@ -243,9 +243,9 @@ def test_converted_layers_say_so(tmp_path: Path) -> None:
 
 
 def test_own_folders(stories: Path) -> None:
-    seen = of(stories)
-    assert seen.tied == {"lm_head.weight": "model.embed_tokens.weight"} and seen.parameters == 260_032
-    assert sum(e.info.numel for e in seen.entries.values() if e.role == "linear") == 5 * (
+    census = of(stories)
+    assert census.tied == {"lm_head.weight": "model.embed_tokens.weight"} and census.parameters == 260_032
+    assert sum(e.info.numel for e in census.entries.values() if e.role == "linear") == 5 * (
         2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172
     )
 

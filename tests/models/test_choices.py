@@ -34,8 +34,8 @@ def command(capsys: pytest.CaptureFixture[str], *args: str | Path, code: int = 0
 
 
 def test_the_table_has_every_kernel_and_says_why_some_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {row.name: row for row in choices.rows()}
-    assert list(found) == [row.name for row in kernel.table()]
+    rows = {row.name: row for row in choices.rows()}
+    assert list(rows) == [row.name for row in kernel.table()]
     monkeypatch.setattr(panels, "NAMES", ("scalar",))
     rows = choices.rows()
     assert [row.name for row in rows if row.obstacle is None] == ["int8_scalar", "float_scalar", "reference"]
@@ -53,7 +53,7 @@ def test_what_is_told_is_what_load_chooses(
     """All kinds at once: embedding and head, groups, activations, a table of levels."""
     rules = ("model.embed_tokens=w8", "**.down_proj=nf4", "**.1.mlp.up_proj=w8a8", "**.v_proj=w3")
     out = quantized(llama_folder, tmp_path / "out", "w4g32z", *rules, dtype=dtype)
-    told = choices.layers(out, compute)
+    lines = choices.layers(out, compute)
     model = spicerack.load(out, compute=compute)
     loaded: dict[tuple[object, ...], int] = {}
     for layer in model.modules():
@@ -63,7 +63,7 @@ def test_what_is_told_is_what_load_chooses(
             key = (layer.scheme.name, layer.shape, str(layer.dtype)[6:], chosen.kernel.name, reasons)
             loaded[key] = loaded.get(key, 0) + 1
     counted: dict[tuple[object, ...], int] = {}
-    for some in told:
+    for some in lines:
         key = (some.scheme, some.shape, some.dtype, some.kernel, tuple(some.passed_over.items()))
         counted[key] = counted.get(key, 0) + some.count
     assert counted == loaded and sum(counted.values()) == 15
@@ -71,18 +71,18 @@ def test_what_is_told_is_what_load_chooses(
 
 def test_layers_of_a_kind_are_one_line(llama_folder: LlamaFolder, tmp_path: Path) -> None:
     out = quantized(llama_folder, tmp_path / "out", "w4g32", "**.1.mlp.down_proj=w8", num_hidden_layers=3)
-    told = [(some.pattern, some.count, some.scheme, some.shape) for some in choices.layers(out)]
-    assert len(told) == 8
-    assert (f"{MLP}.up_proj", 3, "w4g32", (128, 64)) in told
-    assert (f"{MLP}.down_proj", 2, "w4g32", (64, 128)) in told and (f"{MLP}.down_proj", 1, "w8", (64, 128)) in told
+    lines = [(some.pattern, some.count, some.scheme, some.shape) for some in choices.layers(out)]
+    assert len(lines) == 8
+    assert (f"{MLP}.up_proj", 3, "w4g32", (128, 64)) in lines
+    assert (f"{MLP}.down_proj", 2, "w4g32", (64, 128)) in lines and (f"{MLP}.down_proj", 1, "w8", (64, 128)) in lines
 
 
 def test_a_table_of_levels_gets_the_reference_and_every_reason(llama_folder: LlamaFolder, tmp_path: Path) -> None:
     out = quantized(llama_folder, tmp_path / "out", "nf4")
-    told = choices.layers(out)
-    assert {some.kernel for some in told} == {"reference"}
+    lines = choices.layers(out)
+    assert {some.kernel for some in lines} == {"reference"}
     others = [row.name for row in kernel.table() if row.name != "reference"]
-    for some in told:
+    for some in lines:
         assert list(some.passed_over) == others
         assert some.passed_over["int8_scalar"] == "its levels are a table, not integers"
 

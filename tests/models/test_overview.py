@@ -38,22 +38,22 @@ def run(*args: str | Path) -> int:
 def test_estimates_equal_what_quantize_writes(scheme: str, llama_folder: Any) -> None:
     """The same tensors, the same bits: only the padding of packed rows and 16 bytes of shape per layer are left out."""
     folder = llama_folder(num_hidden_layers=2)
-    found = {estimate.scheme: estimate for estimate in look(folder).estimates}[scheme]
+    estimate = {e.scheme: e for e in look(folder).estimates}[scheme]
     job = prepare(folder, Recipe(parse(scheme)))
     after = job.sizes()
     layers = sum(action.stored is not None for action in job.actions)
-    assert 0 <= after.bytes_after - found.nbytes <= layers * PADDING
-    assert found.bits_per_weight == pytest.approx(after.bits_per_weight)
-    assert not found.indivisible
+    assert 0 <= after.bytes_after - estimate.nbytes <= layers * PADDING
+    assert estimate.bits_per_weight == pytest.approx(after.bits_per_weight)
+    assert not estimate.indivisible
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "mixtral", "qwen3"])
 def test_estimates_of_other_families(family: str, tmp_path: Path) -> None:
     """Conv1D, fused experts stored [in, out], an unfused mixture, a tied head."""
     families.build(family).save_pretrained(tmp_path)
-    found = next(e for e in look(tmp_path).estimates if e.scheme == "w8")
+    estimate = next(e for e in look(tmp_path).estimates if e.scheme == "w8")
     after = prepare(tmp_path, Recipe(parse("w8"))).sizes()
-    assert 0 <= after.bytes_after - found.nbytes <= 40 * PADDING
+    assert 0 <= after.bytes_after - estimate.nbytes <= 40 * PADDING
 
 
 def test_indivisible_widths_name_the_group_that_fits(tmp_path: Path) -> None:
@@ -179,12 +179,12 @@ def test_spreads_of_odd_tensors(tmp_path: Path) -> None:
         "e.norm.weight": torch.ones(8),
         "f.codes_proj.weight": torch.ones(4, 8, dtype=torch.int32),
     }
-    found = {spread.pattern: spread for spread in outliers.measure(model_of(tmp_path, tensors))}
-    assert set(found) == {"a.odd_proj", "b.zero_proj", "d.lost_proj"}
-    assert (found["a.odd_proj"].nonfinite, found["a.odd_proj"].rms, found["a.odd_proj"].kurtosis) == (2, 0.5, 0.0)
-    assert (found["b.zero_proj"].rms, found["b.zero_proj"].max_over_rms) == (0.0, 0.0)
-    assert (found["d.lost_proj"].nonfinite, found["d.lost_proj"].parameters) == (4, 0)
-    assert json.dumps([spread.rms for spread in found.values()], allow_nan=False)
+    spreads = {spread.pattern: spread for spread in outliers.measure(model_of(tmp_path, tensors))}
+    assert set(spreads) == {"a.odd_proj", "b.zero_proj", "d.lost_proj"}
+    assert (spreads["a.odd_proj"].nonfinite, spreads["a.odd_proj"].rms, spreads["a.odd_proj"].kurtosis) == (2, 0.5, 0.0)
+    assert (spreads["b.zero_proj"].rms, spreads["b.zero_proj"].max_over_rms) == (0.0, 0.0)
+    assert (spreads["d.lost_proj"].nonfinite, spreads["d.lost_proj"].parameters) == (4, 0)
+    assert json.dumps([spread.rms for spread in spreads.values()], allow_nan=False)
 
 
 def model_of(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:

@@ -131,10 +131,10 @@ def test_experts_multiply_as_their_parameter_does(transposed: bool) -> None:
     stack = apart(owner, (12, 8), transposed)
     assert owner.experts is stack and stack.shape == shape and len(stack) == 3
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results(), wanted, strict=True))
-    seen: list[torch.Tensor] = []
-    stack.parts(1)[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    inputs_seen: list[torch.Tensor] = []
+    stack.parts(1)[1].register_forward_pre_hook(lambda _, inputs: inputs_seen.append(inputs[0]))
     results()
-    assert len(seen) == 3 and torch.equal(seen[0], x[1])
+    assert len(inputs_seen) == 3 and torch.equal(inputs_seen[0], x[1])
 
 
 def test_what_a_stack_of_experts_cannot_answer_is_an_error() -> None:

@@ -35,24 +35,24 @@ class Attention(nn.Module):
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many matrices each call of the native module had."""
-    made: list[int] = []
+    counts: list[int] = []
     multiply = engines.multiply
 
     def counted(
         x: torch.Tensor, matrices: Sequence[engines.PanelMatrix], *rest: Any, **more: Any
     ) -> list[torch.Tensor]:
-        made.append(len(matrices))
+        counts.append(len(matrices))
         return multiply(x, matrices, *rest, **more)
 
     monkeypatch.setattr(engines, "multiply", counted)
-    return made
+    return counts
 
 
 def attention(scheme: str = "w8") -> Attention:
     torch.manual_seed(0)
-    made = spicerack.quantize(Attention(), scheme, compute="int8")
-    assert isinstance(made, Attention)
-    return made
+    small = spicerack.quantize(Attention(), scheme, compute="int8")
+    assert isinstance(small, Attention)
+    return small
 
 
 def alone(model: Attention, x: torch.Tensor) -> torch.Tensor:

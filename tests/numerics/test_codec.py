@@ -96,11 +96,11 @@ def test_search_comes_near_the_exhaustive_optimum(name: str) -> None:
     scheme = parse(name)
     w = gaussian(40, 6)
     optimum = torch.tensor([exhaustive(row, scheme) for row in w], dtype=torch.float64)
-    found, absmax = (group_errors(w, scheme, r) for r in ("opt", "absmax"))
-    assert bool((found >= optimum * (1 - 1e-5)).all())
-    assert bool((found <= absmax * (1 + 1e-6)).all())
-    assert float(found.sum() / optimum.sum()) < 1.05
-    assert int((found < optimum * 1.001).sum()) >= 28
+    opt, absmax = (group_errors(w, scheme, r) for r in ("opt", "absmax"))
+    assert bool((opt >= optimum * (1 - 1e-5)).all())
+    assert bool((opt <= absmax * (1 + 1e-6)).all())
+    assert float(opt.sum() / optimum.sum()) < 1.05
+    assert int((opt < optimum * 1.001).sum()) >= 28
     assert float(absmax.sum() / optimum.sum()) > 1.1
 
 
@@ -293,8 +293,8 @@ def test_ternary_is_the_optimum_of_all_codes(weighted: bool) -> None:
     codes = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=8)), dtype=torch.float64)
     scale = (codes * a) @ w.double().t() / ((codes.square() * a).sum(1, keepdim=True)).clamp(min=1e-30)
     errors = ((scale[..., None] * codes[:, None] - w.double()).square() * a).sum(-1).amin(0)
-    found = ((codec.decode(q) - w).double().square() * a).sum(-1)
-    torch.testing.assert_close(found, errors, rtol=1e-5, atol=1e-12)
+    actual = ((codec.decode(q) - w).double().square() * a).sum(-1)
+    torch.testing.assert_close(actual, errors, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("group", [(1, None), (1, 32), (None, None)])

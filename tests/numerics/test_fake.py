@@ -26,9 +26,9 @@ def _seed() -> None:
 
 
 def prepared(layer: nn.Module, scheme: str, quantizer: Quantizer | None = None) -> FakeLayer:
-    made = prepare_qat(layer, scheme, config=QATConfig(quantizer))
-    assert isinstance(made, FakeLayer)
-    return made
+    twin = prepare_qat(layer, scheme, config=QATConfig(quantizer))
+    assert isinstance(twin, FakeLayer)
+    return twin
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -40,11 +40,11 @@ def test_learned_scales_begin_as_the_codec_has_them(scheme: str, dtype: torch.dt
     linear = nn.Linear(64, 24).to(dtype)
     layer = prepared(linear, scheme, "lsq")
     expected = codec.encode(linear.weight.detach(), parse(scheme))
-    made = layer.qtensor("layer")
-    assert torch.equal(made.codes, expected.codes) and made.codes.dtype == expected.codes.dtype
-    assert isinstance(made.scale, torch.Tensor) and isinstance(expected.scale, torch.Tensor)
-    assert torch.equal(made.scale, expected.scale) and made.scale.dtype == expected.scale.dtype
-    assert expected.zero is None or (made.zero is not None and torch.equal(made.zero, expected.zero))
+    q = layer.qtensor("layer")
+    assert torch.equal(q.codes, expected.codes) and q.codes.dtype == expected.codes.dtype
+    assert isinstance(q.scale, torch.Tensor) and isinstance(expected.scale, torch.Tensor)
+    assert torch.equal(q.scale, expected.scale) and q.scale.dtype == expected.scale.dtype
+    assert expected.zero is None or (q.zero is not None and torch.equal(q.zero, expected.zero))
     assert torch.equal(layer.rounded_weight(), codec.decode(expected))
 
 
@@ -184,11 +184,11 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass() -> None:
 
 def test_scales_are_the_ones_that_are_stored() -> None:
     wanted = torch.tensor([0.1, -0.1, 0.0, -0.0, 1e-9, -1e-9, 3e-8, 7.0], requires_grad=True)
-    seen = stored(wanted, torch.float16)
+    scales = stored(wanted, torch.float16)
     smallest = 2.0**-24
-    assert torch.equal(seen[:2], torch.tensor([0.1, -0.1]).half().float())
-    assert seen[2:].tolist() == [smallest, -smallest, smallest, -smallest, smallest, 7.0]
-    seen.sum().backward()
+    assert torch.equal(scales[:2], torch.tensor([0.1, -0.1]).half().float())
+    assert scales[2:].tolist() == [smallest, -smallest, smallest, -smallest, smallest, 7.0]
+    scales.sum().backward()
     assert wanted.grad is not None and torch.equal(wanted.grad, torch.ones(8))
     assert stored(torch.tensor([0.1]), torch.bfloat16).item() == torch.tensor(0.1).bfloat16().item()
 

@@ -110,19 +110,19 @@ def test_threads_change_nothing(group: tuple[int, int], threads: None) -> None:
     w, grad = torch.randn(2, 400, 800)
     grid = Grid(IntLevels(-8, 7), group)
     parts = parts_of((400 // group[0], 800 // group[1]), grid.levels, True, torch.Generator().manual_seed(0))
-    found = []
+    results = []
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
-        found.append([grid.fake(w, parts), *grid.gradients(grad, w, parts, (True, True, True))])
-    assert all(same(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+        results.append([grid.fake(w, parts), *grid.gradients(grad, w, parts, (True, True, True))])
+    assert all(same(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_only_what_is_needed() -> None:
     w, grad = torch.randn(2, 4, 16)
     grid, scale = Grid(IntLevels(-8, 7), (1, 16)), torch.full((4, 1), 0.2)
     for needed in [(True, False, False), (False, True, False), (False, False, True)]:
-        found = grid.gradients(grad, w, (scale, torch.zeros(4, 1)), needed)
-        assert [one is not None for one in found] == [*needed, False]
+        gradients = grid.gradients(grad, w, (scale, torch.zeros(4, 1)), needed)
+        assert [one is not None for one in gradients] == [*needed, False]
 
 
 def test_gradients_that_others_may_hold_stay() -> None:
@@ -151,8 +151,8 @@ def test_defaults_of_types_and_devices_change_nothing() -> None:
     grid, parts = Grid(IntLevels(-8, 7), (1, 16)), (torch.full((4, 1), 0.2), None)
     wanted = [grid.fake(w, parts), *grid.gradients(w, w, parts, (True, True, False))]
     with torch.device("meta"):
-        found = [grid.fake(w, parts), *grid.gradients(w, w, parts, (True, True, False))]
-    assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
+        results = [grid.fake(w, parts), *grid.gradients(w, w, parts, (True, True, False))]
+    assert all(same(a, b) for a, b in zip(results, wanted, strict=True))
 
 
 def test_parts_of_another_shape_or_type_are_refused() -> None:

@@ -95,14 +95,14 @@ def test_any_shape_kind_and_processor(
     scheme = Scheme("any", IntLevels(-half, half - 1, half=suffix == "h"), (1, group), zero=suffix == "z")
     w = weights(rows, group * groups, dtype=dtype, seed=seed, kind=kind).reshape(-1, group)
     stored = getattr(torch, scale)
-    found = native.quantize(w, scheme, stored, range_, threads=threads, isa=isa)
-    assert found is not None
-    codes, scales, zeros = found.codes, found.scale, found.zero
+    best = native.quantize(w, scheme, stored, range_, threads=threads, isa=isa)
+    assert best is not None
+    codes, scales, zeros = best.codes, best.scale, best.zero
     expected, expected_zeros = search(TensorGroups(w.float(), scheme), scheme, stored, range_)
     assert torch.equal(scales, expected)
     assert torch.equal(zeros, expected_zeros.to(torch.int8))
-    assert found.fits == codec.scale_fits(scales)
-    if found.fits:
+    assert best.fits == codec.scale_fits(scales)
+    if best.fits:
         u = w.float() * (1 / expected)[:, None]
         assert torch.equal(codes, scheme.levels.encode(u, expected_zeros[:, None]).to(torch.int8))
         zero = zeros if scheme.zero else None
@@ -123,9 +123,9 @@ def test_every_16_bit_number_and_its_neighbours(dtype: torch.dtype, isa: str) ->
         w = w[w.isfinite()][:, None]
     one = Scheme("one", IntLevels(-1, 1), (1, 1))  # the absmax scale is the magnitude itself
     for stored in DTYPES:
-        found = native.quantize(w, one, stored, "absmax", isa=isa)
-        assert found is not None
-        assert torch.equal(found.scale, search(TensorGroups(w.float(), one), one, stored, "absmax")[0])
+        best = native.quantize(w, one, stored, "absmax", isa=isa)
+        assert best is not None
+        assert torch.equal(best.scale, search(TensorGroups(w.float(), one), one, stored, "absmax")[0])
 
 
 @pytest.mark.parametrize("name", ["w4t", "w2tz", "ternary", "w3th"])

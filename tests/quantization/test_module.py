@@ -210,15 +210,15 @@ def test_gradients_reach_inputs_and_what_is_trained_around() -> None:
     net = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
     small = spicerack.quantize(net, "w4g32z")
     dense = decoded(net, small)
-    found = []
+    gradients = []
     for model in (small, dense):
         torch.manual_seed(1)
         down, up = nn.Linear(64, 4), nn.Linear(4, 64)
         x = X.clone().requires_grad_()
         functional.mse_loss(model(x + up(down(x))), X).backward()
         assert x.grad is not None and down.weight.grad is not None and model[0].bias.grad is not None
-        found.append((x.grad, down.weight.grad, model[0].bias.grad))
-    for ours, theirs in zip(*found, strict=True):
+        gradients.append((x.grad, down.weight.grad, model[0].bias.grad))
+    for ours, theirs in zip(*gradients, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7) and ours.abs().max() > 0
 
 

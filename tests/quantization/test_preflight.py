@@ -39,13 +39,13 @@ def deep(family: str, folder: Path, blocks: int = 8) -> Path:
 
 
 def run(source: Path, output: Path, scheme: str = "w4g8", chain: str = "rtn", **named: Any) -> list[Trial]:
-    tried: list[Trial] = []
+    trials: list[Trial] = []
     recipe = Recipe(parse(scheme), method=parse_method(chain)).then(map(rule, named.pop("rules", ())))
     result = execute(
-        prepare(source, decided(recipe, True)), output, calibration=text(**named), watch=Watching(tried=tried.append)
+        prepare(source, decided(recipe, True)), output, calibration=text(**named), watch=Watching(tried=trials.append)
     )
     assert not (output / "preflight").exists() and result.sizes.bytes_after
-    return tried
+    return trials
 
 
 @pytest.mark.slow
@@ -60,9 +60,9 @@ def run(source: Path, output: Path, scheme: str = "w4g8", chain: str = "rtn", **
 )  # fmt: skip
 def test_what_is_written_computes_what_was_computed(family: str, scheme: str, chain: str, tmp_path: Path) -> None:
     source = deep(family, tmp_path / "float")
-    (tried,) = run(source, tmp_path / "out", scheme, chain, padded=family == "bert")
-    assert (tried.blocks, tried.count) == (2, 8)
-    assert tried.difference < (preflight.SAME if "a8" in scheme else 1e-4) and 0 < tried.error < 1
+    (trial,) = run(source, tmp_path / "out", scheme, chain, padded=family == "bert")
+    assert (trial.blocks, trial.count) == (2, 8)
+    assert trial.difference < (preflight.SAME if "a8" in scheme else 1e-4) and 0 < trial.error < 1
 
 
 def test_small_models_and_runs_that_continue_are_not_tried(tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ def test_small_models_and_runs_that_continue_are_not_tried(tmp_path: Path) -> No
 
     with pytest.raises(KeyboardInterrupt):
         execute(job, tmp_path / "out", calibration=text(), watch=Watching(finished=stop))
-    tried: list[Trial] = []
-    execute(job, tmp_path / "out", calibration=text(), watch=Watching(tried=tried.append))
-    assert tried == []
+    trials: list[Trial] = []
+    execute(job, tmp_path / "out", calibration=text(), watch=Watching(tried=trials.append))
+    assert trials == []
 
 
 def test_a_rule_for_later_blocks_only_leaves_nothing_to_try(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_a_folder_that_computes_something_else_stops_the_run(tmp_path: Path, mon
 
 def test_the_cut_model_is_the_first_blocks(tmp_path: Path) -> None:
     source = deep("qwen3", tmp_path / "float")
-    found = preflight._first_blocks(prepare(source, decided(Recipe(parse("w4g8")), True)))
-    assert found is not None
-    part, path, count = found
+    cut = preflight._first_blocks(prepare(source, decided(Recipe(parse("w4g8")), True)))
+    assert cut is not None
+    part, path, count = cut
     assert (path, count) == ("model.layers", 8) and part.config["num_hidden_layers"] == 2
     whole = Checkpoint.open(source).tensors
     assert set(part.source.tensors) == {n for n in whole if not any(f"layers.{i}." in n for i in range(2, 8))}

@@ -170,9 +170,9 @@ def test_an_interrupted_run_resumes_and_says_so(llama_folder, tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         spicerack.quantize(model, "w8", output=tmp_path / "out", shard_bytes=40_000, progress=interrupt)
     assert not (tmp_path / "out").exists() and list((tmp_path / "out.partial").glob("*.safetensors"))
-    seen: list[int] = []
-    result = spicerack.quantize(model, "w8", output=tmp_path / "out", shard_bytes=40_000, progress=seen.append)
-    assert result["resumed"] and sum(seen) == result["bytes_before"]
+    steps: list[int] = []
+    result = spicerack.quantize(model, "w8", output=tmp_path / "out", shard_bytes=40_000, progress=steps.append)
+    assert result["resumed"] and sum(steps) == result["bytes_before"]
     spicerack.quantize(model, "w8", output=tmp_path / "again", shard_bytes=40_000)
     assert folder_hashes(tmp_path / "out") == folder_hashes(tmp_path / "again")
 

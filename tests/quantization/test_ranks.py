@@ -69,8 +69,8 @@ def test_torchrun(
 
 def test_costs_are_shared() -> None:
     costs = {"a": 3.0, "b": 9.0, "c": 4.0, "d": 2.0}
-    found = Ranks(0, 2).shares(costs)
-    assert found == {"b": 0, "c": 1, "a": 1, "d": 1}
+    shares = Ranks(0, 2).shares(costs)
+    assert shares == {"b": 0, "c": 1, "a": 1, "d": 1}
     assert set(ALONE.shares(costs).values()) == {0}
 
 

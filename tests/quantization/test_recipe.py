@@ -69,22 +69,22 @@ def test_a_star_replaces_exactly_one_component(parts: list[str], position: int) 
 
 def test_later_rules_win() -> None:
     recipe = W4.then([rule("**.down_proj=w8"), skip("model.layers.0.**"), rule("model.layers.0.mlp.down_proj=w6")])
-    found = schemes(recipe)
-    assert found["model.layers.1.mlp.down_proj"] == "w8"
-    assert found["model.layers.0.self_attn.q_proj"] is None
-    assert found["model.layers.0.mlp.down_proj"] == "w6"
+    decided = schemes(recipe)
+    assert decided["model.layers.1.mlp.down_proj"] == "w8"
+    assert decided["model.layers.0.self_attn.q_proj"] is None
+    assert decided["model.layers.0.mlp.down_proj"] == "w6"
 
 
 @pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens", "model.embed*"])
 def test_a_rule_on_either_of_a_tied_pair_applies_to_both(name: str) -> None:
-    found = schemes(W4.then([rule(f"{name}=w8")]))
-    assert found["lm_head"] == found["model.embed_tokens"] == "w8"
+    decided = schemes(W4.then([rule(f"{name}=w8")]))
+    assert decided["lm_head"] == decided["model.embed_tokens"] == "w8"
 
 
 def test_bare_wildcards_do_not_reach_embeddings_and_routers() -> None:
-    found = schemes(W4.then([rule("model.**=w8")]))
-    assert found["model.layers.0.mlp.down_proj"] == "w8"
-    assert found["model.embed_tokens"] is None and found["model.layers.0.mlp.gate"] is None
+    decided = schemes(W4.then([rule("model.**=w8")]))
+    assert decided["model.layers.0.mlp.down_proj"] == "w8"
+    assert decided["model.embed_tokens"] is None and decided["model.layers.0.mlp.gate"] is None
 
 
 @pytest.mark.parametrize("text", ["model.layers.*.mlp.up_proj=w8", "model.norm=w8", "model.embed_tokenz=w8"])

@@ -62,8 +62,8 @@ def test_the_command_streams_text_or_prints_one_object(llama_folder) -> None:
     text = expected(folder, "def f(", 6)
     args = ["generate", str(folder), "def f(", "--max-new-tokens", "6"]
     assert CliRunner().invoke(cli, args).stdout == text + "\n"
-    found = json.loads(CliRunner().invoke(cli, [*args, "--json"]).stdout)
-    assert found.keys() == {"prompt", "text", "tokens", "tokens_per_s"} and found["text"] == text
+    record = json.loads(CliRunner().invoke(cli, [*args, "--json"]).stdout)
+    assert record.keys() == {"prompt", "text", "tokens", "tokens_per_s"} and record["text"] == text
 
 
 def test_what_cannot_generate_is_said(llama_folder, tmp_path: Path, capsys) -> None:

@@ -36,9 +36,9 @@ SCHEMES = ["w8", "w6", "w4g32", "w4g32z", "w3g64", "w2g32h", "w2g32z", "w8t", "w
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Those of a stack of experts are in the stack."""
     kinds = (QLinear, QEmbedding, ExpertStack)
-    found = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
-    stacks = tuple(f"{name}." for name, m in found.items() if isinstance(m, ExpertStack))
-    return {name: m for name, m in found.items() if not name.startswith(stacks)}
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
+    stacks = tuple(f"{name}." for name, m in layers.items() if isinstance(m, ExpertStack))
+    return {name: m for name, m in layers.items() if not name.startswith(stacks)}
 
 
 def decoded(stack: ExpertStack) -> torch.Tensor:
@@ -74,18 +74,18 @@ def assert_same_model(model: PreTrainedModel, dense: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_loads(family: str, tmp_path: Path) -> None:
-    made = families.build(family)
-    made.save_pretrained(tmp_path / "model")
+    source = families.build(family)
+    source.save_pretrained(tmp_path / "model")
     spicerack.quantize(tmp_path / "model", "w8", output=tmp_path / "out", range_="absmax")
     model = spicerack.load(tmp_path / "out")
-    dense = decoded_model(type(made), tmp_path / "out", tmp_path / "dense")
+    dense = decoded_model(type(source), tmp_path / "out", tmp_path / "dense")
     assert packed_layers(model) and not any(isinstance(m, (Slot, StackSlot)) for m in model.modules())
     assert not model.training
     assert_same_model(model, dense)
     runs = (
-        made.main_input_name == "input_ids"
+        source.main_input_name == "input_ids"
         and family not in ("clip", "siglip", "dbrx")
-        and not families.is_seq2seq(made)
+        and not families.is_seq2seq(source)
     )
     if runs:
         assert torch.allclose(logits(model, IDS), logits(dense, IDS), atol=1e-5)
@@ -136,13 +136,13 @@ def test_experts_run_packed(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_of_one_stack_may_differ(family: str, tmp_path: Path) -> None:
-    made = families.build(family)
-    made.save_pretrained(tmp_path / "model")
+    source = families.build(family)
+    source.save_pretrained(tmp_path / "model")
     last = "w2" if family == "mixtral" else "down_proj"
     rules = ["**.experts.1.**=w4g8", f"**.experts.2.{last}=skip"]
     spicerack.quantize(tmp_path / "model", "w8", output=tmp_path / "out", rules=rules)
     model = spicerack.load(tmp_path / "out")
-    dense = decoded_model(type(made), tmp_path / "out", tmp_path / "dense")
+    dense = decoded_model(type(source), tmp_path / "out", tmp_path / "dense")
     assert_same_model(model, dense)
     assert torch.allclose(logits(model, IDS), logits(dense, IDS), atol=1e-5)
     stacks = [m for m in packed_layers(model).values() if isinstance(m, ExpertStack)]

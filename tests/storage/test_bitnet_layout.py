@@ -159,10 +159,10 @@ def test_transformers_reads_what_was_trained(tmp_path: Path, dtype: torch.dtype)
     model = trained_twin(dtype)
     out = spicerack.save(spicerack.freeze(model), tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
-    found, mine = theirs(out), ours(out)
+    read_logits, mine = theirs(out), ours(out)
     tolerance = 2e-6 if dtype == torch.float32 else 4e-2  # bfloat16: transformers multiplies rounded activations
-    assert torch.allclose(found, logits(model, IDS), atol=tolerance)
-    assert torch.allclose(found, mine, atol=tolerance)
+    assert torch.allclose(read_logits, logits(model, IDS), atol=tolerance)
+    assert torch.allclose(read_logits, mine, atol=tolerance)
     read = AutoModelForCausalLM.from_pretrained(out)
     loaded = spicerack.load(out)
     trained = {name: layer for name, layer in model.named_modules() if isinstance(layer, FakeLayer)}
@@ -184,9 +184,9 @@ def test_transformers_reads_what_was_quantized(
 ) -> None:
     source = llama_folder(dtype=dtype, vocab_size=260)  # four rows to a byte
     spicerack.quantize(source, "ternarya8", output=tmp_path / "out", rules=rules)
-    found = theirs(tmp_path / "out")
-    tolerance = (1e-5 if dtype == torch.float32 else 4e-2) * float(found.float().abs().max())
-    assert torch.allclose(found, ours(tmp_path / "out"), atol=tolerance)
+    read_logits = theirs(tmp_path / "out")
+    tolerance = (1e-5 if dtype == torch.float32 else 4e-2) * float(read_logits.float().abs().max())
+    assert torch.allclose(read_logits, ours(tmp_path / "out"), atol=tolerance)
     from transformers.integrations.bitnet import ActQuant
 
     dense = decoded_model(LlamaForCausalLM, tmp_path / "out", tmp_path / "dense")
@@ -194,7 +194,7 @@ def test_transformers_reads_what_was_quantized(
     assert ("lm_head" in packed) == bool(rules) and len(packed) == (11 if rules else 14)
     for name in packed:
         dense.get_submodule(name).register_forward_pre_hook(lambda _, args: ActQuant.apply(args[0]))
-    assert torch.allclose(found, logits(dense, IDS), atol=tolerance)
+    assert torch.allclose(read_logits, logits(dense, IDS), atol=tolerance)
 
 
 def rewritten(folder: Path, section: dict[str, object], change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:

@@ -64,8 +64,8 @@ def encoded(w: torch.Tensor, scheme: Scheme) -> QTensor:
 
 
 def matches_layout(layout: format.Layout, tensors: dict[str, torch.Tensor]) -> bool:
-    found = {name: (safetensors_dtype(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
-    return list(found.items()) == list(layout.items())
+    actual = {name: (safetensors_dtype(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
+    return list(actual.items()) == list(layout.items())
 
 
 # ---- there and back --------------------------------------------------------------------------------------------------

@@ -349,19 +349,19 @@ def test_fingerprint_sees_every_part(tmp_path: Path) -> None:
     folder = folders.folder(tmp_path / "m", {"a": (512, 512), "b": (3,)}, {"x": 1}, dtype="F32")
     path = folder / "model.safetensors"
     original = path.read_bytes()
-    seen = {Checkpoint.open(folder).fingerprint()}
-    assert Checkpoint.open(folder).fingerprint() in seen
+    fingerprints = {Checkpoint.open(folder).fingerprint()}
+    assert Checkpoint.open(folder).fingerprint() in fingerprints
     start = 8 + int.from_bytes(original[:8], "little")
     eighth = start + (len(original) - 4096 - start) * 7 // 15
     for position in (start, start + 4095, eighth, eighth + 4095, len(original) - 1):  # edges of samples
         path.write_bytes(original[:position] + b"\x01" + original[position + 1 :])
-        seen.add(Checkpoint.open(folder).fingerprint())
+        fingerprints.add(Checkpoint.open(folder).fingerprint())
     path.write_bytes(original.replace(b'"b"', b'"c"'))
-    seen.add(Checkpoint.open(folder).fingerprint())
+    fingerprints.add(Checkpoint.open(folder).fingerprint())
     path.write_bytes(original)
     (folder / "config.json").write_text('{"x": 2}')
-    seen.add(Checkpoint.open(folder).fingerprint())
-    assert len(seen) == 8  # every change gave another fingerprint
+    fingerprints.add(Checkpoint.open(folder).fingerprint())
+    assert len(fingerprints) == 8  # every change gave another fingerprint
 
 
 def test_headers_alone_and_quickly(tmp_path: Path) -> None:

@@ -59,10 +59,10 @@ def rounded_to_scales(tmp_path: Path, dtype: torch.dtype) -> torch.Tensor:
 def verdict(read, folder: Path, dense: torch.Tensor) -> str:
     """ "yes": the logits of a dense model with the decoded weights; "no": an exception; "wrong": other numbers."""
     try:
-        found = read(folder)
+        output = read(folder)
     except Exception:  # noqa: BLE001  whatever the other project raises, the answer is no
         return NO
-    return YES if torch.allclose(found, dense, atol=1e-5) else WRONG
+    return YES if torch.allclose(output, dense, atol=1e-5) else WRONG
 
 
 @pytest.mark.parametrize(("scheme", "dtype"), pairs(SYMMETRIC))
@@ -89,7 +89,7 @@ def test_w8a8_has_equal_codes_and_its_readers_own_rounding(llama_folder, tmp_pat
     dense = decoded_model(LlamaForCausalLM, tmp_path / "out", tmp_path / "float")
     assert torch.equal(dequantized(tmp_path / "out"), rounded_to_scales(tmp_path, torch.float32))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    found = logits(theirs, IDS)
+    output = logits(theirs, IDS)
 
     def rounded(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
         scale = args[0].abs().amax(-1, keepdim=True) / 127.5
@@ -98,8 +98,8 @@ def test_w8a8_has_equal_codes_and_its_readers_own_rounding(llama_folder, tmp_pat
     for name, layer in dense.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
             layer.register_forward_pre_hook(rounded)
-    assert torch.allclose(found, logits(dense, IDS), atol=1e-5)
-    assert (ours(tmp_path / "out") - found).abs().max() < 0.05 * found.abs().max()
+    assert torch.allclose(output, logits(dense, IDS), atol=1e-5)
+    assert (ours(tmp_path / "out") - output).abs().max() < 0.05 * output.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -107,9 +107,9 @@ def test_w8a8_has_equal_codes_and_its_readers_own_rounding(llama_folder, tmp_pat
 def test_w8a8s_is_rounded_by_its_reader_as_by_us(llama_folder, tmp_path: Path, dtype: torch.dtype) -> None:
     """compressed-tensors' own forward: the stored scale, weights and codes bit for bit, but for -128, which it has."""
     ids = torch.randint(5, 90, (4, 32), generator=torch.Generator().manual_seed(1))
-    seen = Calibration(ids, None, "of no text", 0.0, "made up")
+    given = Calibration(ids, None, "of no text", 0.0, "made up")
     out = tmp_path / "out"
-    spicerack.quantize(llama_folder(dtype=dtype), "w8a8s", output=out, calibration=seen, observer="minmax")
+    spicerack.quantize(llama_folder(dtype=dtype), "w8a8s", output=out, calibration=given, observer="minmax")
     theirs = AutoModelForCausalLM.from_pretrained(out)
     dense = decoded_model(LlamaForCausalLM, out, tmp_path / "float")
     assert torch.equal(dequantized(out), rounded_to_scales(tmp_path, dtype))
@@ -123,9 +123,9 @@ def test_w8a8s_is_rounded_by_its_reader_as_by_us(llama_folder, tmp_path: Path, d
             scale = stored[f"{name}.input_scale"].to(dtype)
             assert torch.equal(scale.float(), stored[f"{name}.input_scale"]), "what is stored survives their cast"
             layer.register_forward_pre_hook(lambda _, x, s=scale: rounded(x[0], s))
-    found = logits(theirs, IDS)
+    output = logits(theirs, IDS)
     assert theirs.model.layers[0].mlp.up_proj.input_scale.dtype == dtype
-    assert torch.allclose(found, logits(dense, IDS), atol=1e-5)
+    assert torch.allclose(output, logits(dense, IDS), atol=1e-5)
     layer = spicerack.load(out).model.layers[1].mlp.down_proj
     scale = layer.packed.qtensor().input_scale
     codes = torch.randn(9, 128, generator=torch.Generator().manual_seed(0)) * 60
@@ -159,12 +159,12 @@ def test_the_table_in_the_docs_is_measured(llama_folder, tmp_path: Path, row: st
     spicerack.quantize(model, scheme, output=tmp_path / "out", method="rtn", calibration=given, rules=rules)
     dense = logits(decoded_model(LlamaForCausalLM, tmp_path / "out", tmp_path / "dense"), IDS)
     with torch.compiler.set_stance("force_eager"):  # which transformers does to ternary layers, for half a minute
-        found = [verdict(read, tmp_path / "out", dense) for read in (plain, dequantized, ours)]
+        verdicts = [verdict(read, tmp_path / "out", dense) for read in (plain, dequantized, ours)]
     if scheme in ("w8a8", "w8a8s", "ternarya8"):  # activations are rounded as well: see the tests above
-        found = [YES if v == WRONG else v for v in found]
+        verdicts = [YES if v == WRONG else v for v in verdicts]
     line = next((text for text in DOCS.read_text().splitlines() if text.startswith(f"| {row} |")), "")
     stated = [re.match(r"\w+", cell.strip()) for cell in line.split("|")[2:5]]
-    assert [m[0] if m else "" for m in stated] == found
+    assert [m[0] if m else "" for m in stated] == verdicts
 
 
 @pytest.mark.parametrize(("scheme", "least"), [("w8", 0.999), ("w4g32z", 0.97), ("w8a8", 0.999)])

@@ -53,15 +53,15 @@ def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
     assert not writer.partial.exists()
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert INDEX in files and CONFIG in files and len(files) == len(writer.shards) + 2
-    seen = {}
+    read_back = {}
     for shard in writer.shards:
         with safe_open(tmp_path / "out" / shard.file, "pt") as file:
-            seen.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-    assert seen.keys() == TENSORS.keys()
+            read_back.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    assert read_back.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert seen[name].dtype == tensor.dtype and seen[name].shape == tensor.shape
+        assert read_back[name].dtype == tensor.dtype and read_back[name].shape == tensor.shape
         assert torch.equal(
-            seen[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8)
+            read_back[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8)
         )
 
 

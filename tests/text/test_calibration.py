@@ -59,28 +59,28 @@ def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def test_a_text_is_cut_into_sequences_without_gaps(tmp_path: Path, stdlib: PreTrainedTokenizerBase) -> None:
     path = write(tmp_path / "story.txt", STORY * 40)
-    found = take(path, stdlib, samples=1000)
+    given = take(path, stdlib, samples=1000)
     ids = plain(stdlib, STORY * 40)
-    assert found.ids.dtype == torch.int64 and found.mask is None
-    assert found.ids.flatten().tolist() == ids[: len(ids) // 16 * 16]
-    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert found.source == str(path) and found.unknown == 0
-    assert any(f"only {len(ids) // 16} of the 1000 sequences" in note for note in found.notes)
+    assert given.ids.dtype == torch.int64 and given.mask is None
+    assert given.ids.flatten().tolist() == ids[: len(ids) // 16 * 16]
+    assert given.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert given.source == str(path) and given.unknown == 0
+    assert any(f"only {len(ids) // 16} of the 1000 sequences" in note for note in given.notes)
 
 
 def test_documents_are_joined_by_the_end_token(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     path = jsonl(tmp_path / "a.jsonl", {"text": "abcdefg"}, {"text": "hijk"}, {"text": "lmnopqrst"})
-    found = take(path, tokenizer, length=11)
-    assert "".join(tokenizer.batch_decode(found.ids)) == "abcdefg<|end|>hijk<|end|>lmnopqrst"
-    assert found.sha256 == hashlib.sha256(b"abcdefg\0hijk\0lmnopqrst").hexdigest()
+    given = take(path, tokenizer, length=11)
+    assert "".join(tokenizer.batch_decode(given.ids)) == "abcdefg<|end|>hijk<|end|>lmnopqrst"
+    assert given.sha256 == hashlib.sha256(b"abcdefg\0hijk\0lmnopqrst").hexdigest()
 
 
 def test_a_start_token_begins_every_sequence_and_document(tmp_path: Path) -> None:
     tokenizer = starting_tokenizer()
     path = jsonl(tmp_path / "a.jsonl", {"text": "abcdefg"}, {"text": "hijk"}, {"text": "lmnopq"}, {"text": "rstuvw"})
-    found = take(path, tokenizer, length=8)
-    assert tokenizer.batch_decode(found.ids) == ["<s>abcdefg", "<s></s><s>hijk</s>", "<s>lmnopq</s>"]
+    given = take(path, tokenizer, length=8)
+    assert tokenizer.batch_decode(given.ids) == ["<s>abcdefg", "<s></s><s>hijk</s>", "<s>lmnopq</s>"]
 
 
 def test_special_tokens_spelled_in_text_are_text_and_in_chats_are_meant(tmp_path: Path) -> None:
@@ -103,17 +103,17 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     write(tmp_path / "deeper" / "c.txt", "third file, long")
     write(tmp_path / "image.png", "not read")
     tokenizer = byte_tokenizer()
-    found = take(tmp_path, tokenizer, length=13)
-    assert "".join(tokenizer.batch_decode(found.ids)) == "first file<|end|>second file<|end|>third file, long"
+    given = take(tmp_path, tokenizer, length=13)
+    assert "".join(tokenizer.batch_decode(given.ids)) == "first file<|end|>second file<|end|>third file, long"
 
 
 def test_lines_of_json_longer_than_a_piece_are_whole(tmp_path: Path) -> None:
     words = " ".join(str(i) for i in range(40_000))
     path = jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": words}, {"text": "\u2028 separators are no line ends"})
     path.write_text(path.read_text() + "\n\n" + json.dumps({"text": "last, without a line end"}))
-    found = take(path, byte_tokenizer())
+    given = take(path, byte_tokenizer())
     whole = "\0".join(["a", words, "\u2028 separators are no line ends", "last, without a line end"])
-    assert found.sha256 == hashlib.sha256(whole.encode()).hexdigest()
+    assert given.sha256 == hashlib.sha256(whole.encode()).hexdigest()
 
 
 def test_the_choice_is_even_and_by_seed() -> None:
@@ -140,10 +140,10 @@ def test_of_a_large_text_a_part_spread_over_it_is_tokenized(tmp_path: Path, monk
     tokenizer = byte_tokenizer()
     path = write(tmp_path / "a.txt", "".join(f"{i:07d}\n" for i in range(200_000)))
     monkeypatch.setattr(calibration, "LEAST_BYTES", 1 << 18)
-    found, again, other = (take(path, tokenizer, samples=20, seed=seed) for seed in (1, 1, 2))
-    assert any("spread over all" in note and "16.38%" in note for note in found.notes)
-    assert torch.equal(found.ids, again.ids) and found.sha256 != other.sha256
-    numbers = [int(n) for text in tokenizer.batch_decode(found.ids) for n in re.findall(r"\n(\d{7})\n", text)]
+    given, again, other = (take(path, tokenizer, samples=20, seed=seed) for seed in (1, 1, 2))
+    assert any("spread over all" in note and "16.38%" in note for note in given.notes)
+    assert torch.equal(given.ids, again.ids) and given.sha256 != other.sha256
+    numbers = [int(n) for text in tokenizer.batch_decode(given.ids) for n in re.findall(r"\n(\d{7})\n", text)]
     assert numbers == sorted(numbers) and len(numbers) > 5
     assert min(numbers) < 50_000 and max(numbers) > 150_000
     monkeypatch.setattr(calibration, "BYTES_A_TOKEN", 2)
@@ -157,19 +157,19 @@ def test_of_a_large_text_a_part_spread_over_it_is_tokenized(tmp_path: Path, monk
 
 def test_an_encoder_reads_each_line_with_its_special_tokens(tmp_path: Path, minilm: PreTrainedTokenizerBase) -> None:
     lines = ["A short line.", "", "Another line, which is a good deal longer than that.", "The third has eight words."]
-    found = take(write(tmp_path / "a.txt", "\n".join(lines)), minilm, length=32, kind="encoder")
+    given = take(write(tmp_path / "a.txt", "\n".join(lines)), minilm, length=32, kind="encoder")
     right = minilm([line for line in lines if line], padding=True, return_tensors="pt")
-    assert torch.equal(found.ids, right["input_ids"])
-    assert found.mask is not None and torch.equal(found.mask, right["attention_mask"].bool())
-    assert any("only 3 of the 4" in note for note in found.notes)
+    assert torch.equal(given.ids, right["input_ids"])
+    assert given.mask is not None and torch.equal(given.mask, right["attention_mask"].bool())
+    assert any("only 3 of the 4" in note for note in given.notes)
 
 
 def test_an_encoders_long_documents_are_cut_and_it_says_so(tmp_path: Path, minilm: PreTrainedTokenizerBase) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": STORY * 2000}, {"text": "one two three"})
-    found = take(path, minilm, length=12, kind="encoder")
-    assert found.mask is not None and found.mask.sum(1).tolist() == [12, 5]
-    assert found.ids[0, -1] == minilm.sep_token_id and found.ids[0, 0] == minilm.cls_token_id
-    assert any(note.startswith("1 documents fill all 12") for note in found.notes)
+    given = take(path, minilm, length=12, kind="encoder")
+    assert given.mask is not None and given.mask.sum(1).tolist() == [12, 5]
+    assert given.ids[0, -1] == minilm.sep_token_id and given.ids[0, 0] == minilm.cls_token_id
+    assert any(note.startswith("1 documents fill all 12") for note in given.notes)
 
 
 # ---- datasets -------------------------------------------------------------------------------------------------------
@@ -202,10 +202,10 @@ def test_a_datasets_beginning_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.setattr(calibration, "LEAST_BYTES", 1000)
-    found = take("owner/text:en", byte_tokenizer(), seed=5)
+    given = take("owner/text:en", byte_tokenizer(), seed=5)
     assert asked == [("owner/text", "en"), {"split": "train", "streaming": True}, 5]
     read_rows = next(n for n in range(10**9) if sum(len(f"row {i} of the table") for i in range(n)) >= 4 * 16 * 32)
-    assert any(f"first {read_rows} documents" in note for note in found.notes)
+    assert any(f"first {read_rows} documents" in note for note in given.notes)
 
 
 def test_tables_are_read_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +218,8 @@ def test_tables_are_read_through_datasets(tmp_path: Path, monkeypatch: pytest.Mo
     rows = [f"row {i} of the table, with words" for i in range(50)]
     parquet.write_table(arrow.table({"text": rows}), tmp_path / "tables" / "a.parquet")
     tokenizer = byte_tokenizer()
-    found = take(tmp_path / "tables", tokenizer, samples=10_000, length=8)
-    text = "".join(tokenizer.batch_decode(found.ids)).split("<|end|>")
+    given = take(tmp_path / "tables", tokenizer, samples=10_000, length=8)
+    text = "".join(tokenizer.batch_decode(given.ids)).split("<|end|>")
     assert set(text[:-1]) <= set(rows) and len(set(text[:-1])) >= 49 and text[:49] != rows[:49]
 
 

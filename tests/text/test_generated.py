@@ -71,27 +71,27 @@ def test_the_first_tokens_are_drawn_more_evenly() -> None:
 def test_text_is_as_surprising_as_the_model_expects(stdlib_lm: Path) -> None:
     """Of text drawn from p, the mean of -log p(token) is that of the entropy; read by the model without a cache."""
     model, tokenizer = load(stdlib_lm)
-    made = from_model(model, tokenizer, samples=16, length=64, seed=0)
-    assert made.ids.shape == (16, 64) and made.mask is None and made.unknown == 0
+    text = from_model(model, tokenizer, samples=16, length=64, seed=0)
+    assert text.ids.shape == (16, 64) and text.mask is None and text.unknown == 0
     with torch.no_grad():
-        log_p = model(input_ids=made.ids).logits[:, EVEN_TOKENS:-1].double().log_softmax(-1)
-    surprise = -log_p.gather(-1, made.ids[:, EVEN_TOKENS + 1 :, None])[..., 0]
+        log_p = model(input_ids=text.ids).logits[:, EVEN_TOKENS:-1].double().log_softmax(-1)
+    surprise = -log_p.gather(-1, text.ids[:, EVEN_TOKENS + 1 :, None])[..., 0]
     difference = surprise + (log_p.exp() * log_p).sum(-1)
     assert abs(float(difference.mean())) < 4 * float(difference.std()) / difference.numel() ** 0.5
-    assert len(made.ids[:, 1].unique()) > 12
+    assert len(text.ids[:, 1].unique()) > 12
 
 
 def test_batches_do_not_matter_and_seeds_do(llama_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load(llama_folder(), torch.float64)
     settings = {"samples": 5, "length": 40, "seed": 3}
-    made = from_model(model, tokenizer, **settings)
+    text = from_model(model, tokenizer, **settings)
     for batch in (1, 2, 5):
         monkeypatch.setattr(generated, "BATCH", batch)
         again = from_model(model, tokenizer, **settings)
-        assert torch.equal(again.ids, made.ids) and again.sha256 == made.sha256
-    assert torch.equal(from_model(model, tokenizer, **settings | {"samples": 2}).ids, made.ids[:2])
+        assert torch.equal(again.ids, text.ids) and again.sha256 == text.sha256
+    assert torch.equal(from_model(model, tokenizer, **settings | {"samples": 2}).ids, text.ids[:2])
     other = from_model(model, tokenizer, **settings | {"seed": 4})
-    assert other.sha256 != made.sha256 and made.source == "text that the model wrote, seed 3"
+    assert other.sha256 != text.sha256 and text.source == "text that the model wrote, seed 3"
 
 
 def test_after_an_end_comes_a_start() -> None:

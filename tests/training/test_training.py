@@ -44,16 +44,16 @@ def run(source: Path, out: Path, text: Path, scheme: str | None = "w4g32", **mor
 
 def test_a_trained_folder(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     """Learns, ships what it learned, and says so."""
-    told: list[str] = []
-    made = run(llama_folder(), tmp_path / "out", text, "w2g32h", steps=30, lr=3e-3, told=told.append)
-    assert made.loss_float == pytest.approx(5.56, abs=0.05)  # ln 257
-    assert made.loss_trained < 4
-    assert made.loss_shipped == pytest.approx(made.loss_trained, abs=0.02)
-    assert told[-1].startswith("3,840 tokens in 30 steps")
+    notes: list[str] = []
+    trained = run(llama_folder(), tmp_path / "out", text, "w2g32h", steps=30, lr=3e-3, notify=notes.append)
+    assert trained.loss_float == pytest.approx(5.56, abs=0.05)  # ln 257
+    assert trained.loss_trained < 4
+    assert trained.loss_shipped == pytest.approx(trained.loss_trained, abs=0.02)
+    assert notes[-1].startswith("3,840 tokens in 30 steps")
     model = spicerack.load(tmp_path / "out")
     assert "w2g32h" in str(model.model.layers[0].mlp.up_proj)
     report = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert report["loss_trained"] == made.loss_trained
+    assert report["loss_trained"] == trained.loss_trained
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert any((tmp_path / "out.training" / "logs").iterdir())
 
@@ -105,21 +105,21 @@ def test_a_teacher_and_its_predictions(llama_folder: LlamaFolder, text: Path, tm
 
 
 def test_float_runs_are_ordinary_folders(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
-    made = run(llama_folder(), tmp_path / "out", text, None, dtype="float16")
-    assert made.loss_rounded is None
+    trained = run(llama_folder(), tmp_path / "out", text, None, dtype="float16")
+    assert trained.loss_rounded is None
     assert spicerack.load(tmp_path / "out").dtype == torch.float16
 
 
 def test_from_scratch_as_bitnet(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     source = llama_folder()
-    made = run(
+    trained = run(
         source / "config.json", tmp_path / "out", text, "ternarya8", twin="bitnet", schedule="two-stage",
         weight_decay=0.1, steps=40, lr=3e-3,
     )  # fmt: skip
-    assert made.loss_trained < 3.5
+    assert trained.loss_trained < 3.5
     model = spicerack.load(tmp_path / "out")
     assert type(model).__name__ == "BitNetForCausalLM"
-    assert made.loss_shipped == pytest.approx(made.loss_trained, abs=0.03)
+    assert trained.loss_shipped == pytest.approx(trained.loss_trained, abs=0.03)
 
 
 def test_a_warm_twin_has_the_llamas_weights(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
@@ -135,12 +135,12 @@ def test_a_quantized_folder_trains_on(llama_folder: LlamaFolder, text: Path, tmp
     source = llama_folder(initializer_range=0.2)
     spicerack.quantize(source, "w2g32h", output=tmp_path / "small")
     for name, alone in (("all", False), ("scales", True)):
-        made = run(tmp_path / "small", tmp_path / name, text, None, teacher=source, kl=1.0, steps=20, lr=1e-2,
+        trained = run(tmp_path / "small", tmp_path / name, text, None, teacher=source, kl=1.0, steps=20, lr=1e-2,
                    scales_only=alone)  # fmt: skip
         before, after = codes(tmp_path / "small"), codes(tmp_path / name)
         assert all(torch.equal(before[key], after[key]) for key in before) == alone
-        assert made.loss_rounded is not None and made.loss_trained < made.loss_rounded
-        assert made.loss_shipped == pytest.approx(made.loss_trained, abs=0.02)
+        assert trained.loss_rounded is not None and trained.loss_trained < trained.loss_rounded
+        assert trained.loss_shipped == pytest.approx(trained.loss_trained, abs=0.02)
 
 
 def test_scales_alone_have_no_quantizer_and_no_embeddings(
@@ -185,8 +185,8 @@ def test_ctrl_c_and_on(llama_folder: LlamaFolder, text: Path, tmp_path: Path) ->
     steps = iter(range(100))
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out", text, seed=5, stopping=lambda: next(steps) == 1)
-    made = run(source, tmp_path / "out", text, seed=5)
-    assert made.resumed_at == 2
+    trained = run(source, tmp_path / "out", text, seed=5)
+    assert trained.resumed_at == 2
     for file in ("model.safetensors", "training.json", "spicerack.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
@@ -245,8 +245,9 @@ def test_another_recipe_does_not_continue(llama_folder: LlamaFolder, text: Path,
     source = llama_folder()
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out", text, stopping=lambda: True)
-    for more, what in (({"scheme": "w2g32h"}, "recipe"), ({"lr": 1e-3}, "settings"), ({"teacher": source}, "teacher")):
-        with pytest.raises(OutputError, match=f"begun with another {what}"):
+    others = (({"scheme": "w2g32h"}, "recipe"), ({"lr": 1e-3}, "settings"), ({"teacher": source}, "teacher"))
+    for more, setting in others:
+        with pytest.raises(OutputError, match=f"begun with another {setting}"):
             run(source, tmp_path / "out", text, **more)
     assert (tmp_path / "out.training" / "checkpoint-1" / "complete").exists()
     run(source, tmp_path / "out", text)

@@ -55,21 +55,21 @@ def test_of_many_rows_each_is_as_likely(text: Path, tmp_path: Path) -> None:
     ids = byte_tokenizer()(text.read_text(), add_special_tokens=False).input_ids
     place = {tuple(ids[i : i + LENGTH]): i // LENGTH for i in range(0, 1000, LENGTH)}
     rows = pack(text, byte_tokenizer(), tmp_path / "rows.bin", length=LENGTH, most=20)
-    found = [place[tuple(row)] for row in rows.tokens.tolist()]
-    assert len(set(found)) == 20
-    assert chisquare([sum(low <= at < low + 25 for at in found) for low in range(0, 125, 25)]).pvalue > 0.01
+    numbers = [place[tuple(row)] for row in rows.tokens.tolist()]
+    assert len(set(numbers)) == 20
+    assert chisquare([sum(low <= at < low + 25 for at in numbers) for low in range(0, 125, 25)]).pvalue > 0.01
 
 
 def test_each_time_through_the_text_every_row_comes_once(text: Path, tmp_path: Path) -> None:
     rows = pack(text, byte_tokenizer(), tmp_path / "rows.bin", length=LENGTH, most=1000)
     numbers, held = split(len(rows), 5)
     order = Order(Subset(rows, numbers), 250, seed=3)
-    seen = [order[i][0] for i in range(len(order))]
-    assert not set(seen) & set(held.tolist())
-    assert Counter(seen[:120]) == Counter(seen[120:240]) == Counter(numbers.tolist())
-    assert seen[:120] != seen[120:240]
-    assert [order[i][0] for i in (200, 7, 130)] == [seen[i] for i in (200, 7, 130)]  # from anywhere
-    assert torch.equal(order[7][1], rows.ids([seen[7]])[0])
+    drawn = [order[i][0] for i in range(len(order))]
+    assert not set(drawn) & set(held.tolist())
+    assert Counter(drawn[:120]) == Counter(drawn[120:240]) == Counter(numbers.tolist())
+    assert drawn[:120] != drawn[120:240]
+    assert [order[i][0] for i in (200, 7, 130)] == [drawn[i] for i in (200, 7, 130)]  # from anywhere
+    assert torch.equal(order[7][1], rows.ids([drawn[7]])[0])
 
 
 def test_too_short_a_text_is_refused(tmp_path: Path) -> None:
@@ -146,10 +146,10 @@ def student() -> torch.Tensor:
 def test_divergence(student: torch.Tensor, temperature: float) -> None:
     teacher = Fixed(2, 30).table.flatten(0, 1)
     wanted = Predictions((teacher / temperature).log_softmax(-1))
-    found = divergence(student, wanted, temperature)
+    loss = divergence(student, wanted, temperature)
     p, q = (Categorical(logits=logits / temperature) for logits in (teacher, student.detach()))
-    assert found.item() == pytest.approx((temperature**2 * kl_divergence(p, q).mean()).item(), rel=1e-5)
-    found.backward()
+    assert loss.item() == pytest.approx((temperature**2 * kl_divergence(p, q).mean()).item(), rel=1e-5)
+    loss.backward()
     closed = temperature * (q.probs - p.probs) / len(student)  # of t^2 KL
     assert torch.allclose(student.grad, closed, atol=1e-6)  # type: ignore[arg-type]
 
@@ -159,23 +159,23 @@ def test_kept_predictions(student: torch.Tensor, tmp_path: Path) -> None:
     teacher = Fixed(4, 30)
     ids = torch.zeros((2, LENGTH), dtype=torch.long)
     whole = divergence(student, teacher.predict([3, 1], ids), 1.0).item()
-    found = {}
+    kept = {}
     for top in (4, 29):
-        made = [
+        caches = [
             Cached(teacher, tmp_path / str(top), rows=4, length=LENGTH, identity={"teacher": "t"}, top=top)
             for _ in range(2)
         ]
         teacher.asked = 0
-        first = divergence(student, made[0].predict([3, 1], ids), 1.0)
-        again = divergence(student, made[1].predict([3, 1], ids), 1.0)
+        first = divergence(student, caches[0].predict([3, 1], ids), 1.0)
+        again = divergence(student, caches[1].predict([3, 1], ids), 1.0)
         assert teacher.asked == 2
         assert first.item() == again.item()
-        made[1].predict([3, 0], ids)
+        caches[1].predict([3, 0], ids)
         assert teacher.asked == 3
-        found[top] = first.item()
-    assert found[4] < whole
-    assert found[4] > 0.7 * whole
-    assert found[29] == pytest.approx(whole, rel=3e-3)  # float16, and one outcome left over: all are told apart
+        kept[top] = first.item()
+    assert kept[4] < whole
+    assert kept[4] > 0.7 * whole
+    assert kept[29] == pytest.approx(whole, rel=3e-3)  # float16, and one outcome left over: all are told apart
 
 
 def test_predictions_of_others_are_refused(tmp_path: Path) -> None:

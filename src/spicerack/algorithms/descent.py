@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from spicerack.algorithms.solved import Solved
 from spicerack.numerics.qtensor import QTensor
@@ -56,7 +55,7 @@ class Tunable:
     start    how that is rounded to begin with
     """
 
-    module: nn.Linear | Conv1D
+    module: nn.Module
     weight: torch.Tensor
     start: QTensor
 
@@ -131,8 +130,8 @@ def descend(
 def _in_place(layers: Mapping[str, Tunable], learned: Mapping[str, Learned]) -> Iterator[None]:
     """Within, the layers' modules multiply by what is learned, and not by their parameters."""
 
-    def forward(module: nn.Linear | Conv1D, layer: Learned, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, layer.decoded(), module.bias)
+    def forward(module: nn.Module, layer: Learned, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, layer.decoded(), module._parameters.get("bias"))
 
     for name, layer in layers.items():
         changed: Any = layer.module

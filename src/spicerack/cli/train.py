@@ -179,7 +179,7 @@ def _watch(bar: Progress, steps: int, stopping: Callable[[], bool], first: bool)
 
     task = bar.add_task("training", total=steps)
     return Watch(
-        told=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
+        notify=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
         stopping=stopping,
         callbacks=(_lines(bar, task),) if first else (),
     )

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from spicerack.errors import UsageError
 
@@ -122,7 +121,7 @@ def repeated(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
-        and any(isinstance(layer, (nn.Linear, Conv1D)) for layer in module.modules())
+        and any(map(_multiplies, module.modules()))
     ]  # fmt: skip
     if not lists:
         raise UsageError(f"{type(model).__name__} has no repeated blocks", "quantize it without --calib")
@@ -130,9 +129,10 @@ def repeated(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
     return path, tuple(blocks)
 
 
-def layers(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Path in the block -> linear layer, of torch's own class or GPT-2's; subclasses may compute something else."""
-    return {name: layer for name, layer in block.named_modules() if type(layer) in (nn.Linear, Conv1D)}
+def _multiplies(layer: nn.Module) -> bool:
+    """Whether a layer has a matrix, as linear layers of any class have, which is no table of rows to look up."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and not isinstance(layer, nn.Embedding)
 
 
 def shared_inputs(calls: Sequence[tuple[str, torch.Tensor]]) -> tuple[tuple[str, ...], ...]:

@@ -182,6 +182,15 @@ def find(layer: nn.Module) -> LayerKind | None:
     return None
 
 
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Path in the module -> float layer that multiplies tokens by its weight.
+
+    Classes of the table only: subclasses may compute something else.
+    """
+    classes = {kind.float_class for kind in KINDS if kind.inputs == "tokens"}
+    return {path: layer for path, layer in module.named_modules() if type(layer) in classes}
+
+
 def of(layer: nn.Module) -> LayerKind:
     """The kind of a float layer that has one. Raises KeyError where `find` gives None."""
     kind = find(layer)

@@ -141,6 +141,6 @@ def _calibrated(source: Checkpoint) -> frozenset[str]:
     if model is None:
         return frozenset()
     path, stack = blocks.repeated(model)
-    inside = {f"{path}.{i}.{layer}.weight" for i, block in enumerate(stack) for layer in blocks.layers(block)}
+    inside = {f"{path}.{i}.{layer}.weight" for i, block in enumerate(stack) for layer in kinds.linear_layers(block)}
     places = destinations(model, source.tensors).items()
     return frozenset(name for name, place in places if place.parameter in inside and not place.operations)

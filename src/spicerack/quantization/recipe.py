@@ -122,8 +122,8 @@ def of(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule] = ()) -> Recip
 
     Raises SchemeError, RecipeError.
     """
-    what = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
-    return what.then(rule(r) if isinstance(r, str) else r for r in rules)
+    base = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
+    return base.then(rule(r) if isinstance(r, str) else r for r in rules)
 
 
 @dataclass(frozen=True, slots=True)

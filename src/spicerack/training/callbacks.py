@@ -22,12 +22,12 @@ from spicerack.training.schedule import Schedule, decay
 class Watch:
     """Whoever looks on while a model trains, and may ask for an end; by default nobody.
 
-    told        is given sentences on the way, by each process
+    notify      is given sentences on the way, by each process
     stopping    is asked behind each step, on every rank, whether to save and to end there with KeyboardInterrupt
     callbacks   of transformers' Trainer, beside the run's own
     """
 
-    told: Callable[[str], None] = lambda _: None
+    notify: Callable[[str], None] = lambda _: None
     stopping: Callable[[], bool] = lambda: False
     callbacks: tuple[TrainerCallback, ...] = ()
 

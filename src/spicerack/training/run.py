@@ -101,7 +101,7 @@ def train(
     tokenizer: str | Path | None = None,
     twin: Twin | None = None,
     scales_only: bool = False,
-    told: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> Trained:
@@ -118,7 +118,7 @@ def train(
     tokenizer    folder, for a config.json; None: that of the config
     twin         turns a Llama into BitNet's classes
     scales_only  of a quantized folder: no code changes
-    told         is given sentences on the way
+    notify       is given sentences on the way
     stopping     is asked behind each step whether to save and raise KeyboardInterrupt
     callbacks    of transformers' Trainer, beside its own
 
@@ -130,7 +130,7 @@ def train(
         teacher=teacher, predictions=predictions, held_out=held_out, tokenizer=tokenizer, twin=twin,
         scales_only=scales_only,
     )  # fmt: skip
-    return execute(model, output, options, Watch(told, stopping, tuple(callbacks)))
+    return execute(model, output, options, Watch(notify, stopping, tuple(callbacks)))
 
 
 def execute(model: str | Path, output: str | Path, options: TrainOptions, watch: Watch) -> Trained:
@@ -145,7 +145,7 @@ def execute(model: str | Path, output: str | Path, options: TrainOptions, watch:
     args = arguments(job.settings, files.folder_of(job.output), launched().count)
     identity = job.identity(args.world_size)
     with files.entered(job.output, identity, first=args.process_index == 0) as folder:
-        run = _with_text(job, args, folder, watch.told)
+        run = _with_text(job, args, folder, watch.notify)
         trainer = _begin(run, watch)
         _take_steps(run, trainer)
         return _finish(run, trainer, began)

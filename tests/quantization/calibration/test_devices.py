@@ -189,15 +189,15 @@ def test_the_command_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_the_first_blocks_are_tried_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "FEWEST", 2)
     monkeypatch.setattr(preflight, "BLOCKS", 1)
-    seen: list[torch.device] = []
+    devices: list[torch.device] = []
     real = loop.run
 
     def run(*args: Any, device: torch.device, **more: Any) -> None:
-        seen.append(device)
+        devices.append(device)
         real(*args, device=device, **more)
 
     monkeypatch.setattr(loop, "run", run)
     with Pretending():
         work = job("llama", "w4g16", "rtn", tmp_path / "float")
         execute(work, tmp_path / "out", calibration=text(), means=Means(device=DEVICE))
-    assert seen == [DEVICE, DEVICE]
+    assert devices == [DEVICE, DEVICE]

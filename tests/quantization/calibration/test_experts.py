@@ -73,17 +73,17 @@ def test_statistics_of_experts_are_those_of_their_tokens(
     run(source, tmp_path / "out", count=40)
     small = spicerack.load(tmp_path / "out", compute="float").eval()
     small.set_attn_implementation("eager" if family == "gpt_oss" else "sdpa")
-    seen: dict[str, torch.Tensor] = {}
+    tokens: dict[str, torch.Tensor] = {}
     for path, stack in list(small.named_modules()):
         if isinstance(stack, ExpertStack):
             for e in range(len(stack)):
                 stack.parts(e)[0].register_forward_pre_hook(
-                    lambda _, x, name=f"{path}.{e}": seen.__setitem__(name, x[0].double())
+                    lambda _, x, name=f"{path}.{e}": tokens.__setitem__(name, x[0].double())
                 )
     with torch.no_grad():
         small(input_ids=text(count=40).ids)
-    assert len(seen) == 16  # two stacks of four in each of two blocks
-    for name, x in seen.items():
+    assert len(tokens) == 16  # two stacks of four in each of two blocks
+    for name, x in tokens.items():
         if len(x) < inputs.FEW * x.shape[1]:
             continue
         want = x.t() @ x / len(x)
@@ -100,14 +100,14 @@ def test_an_expert_without_tokens_is_shown_others(family: str, tmp_path: Path, g
     events = [e for f in finished for e in f.events if f".{EXPERT}." in e]
     assert events and all("0 tokens of its own: solved with" in event for event in events)
     assert not [e for f in finished for e in f.events if "rounded to nearest" in e]
-    seen: list[torch.Tensor] = []
+    hidden: list[torch.Tensor] = []
     small = spicerack.load(tmp_path / "out", compute="float").eval()
     small.set_attn_implementation("eager" if family == "gpt_oss" else "sdpa")
     owner = next(m for m in small.modules() if any(isinstance(c, ExpertStack) for c in m.children()))
-    owner.register_forward_pre_hook(lambda _, x: seen.append(x[0].double()))
+    owner.register_forward_pre_hook(lambda _, x: hidden.append(x[0].double()))
     with torch.no_grad():
         small(input_ids=text(count=40).ids)
-    x = seen[0][:32]
+    x = hidden[0][:32]
     want = x.t() @ x / 32
     assert any(g.shape == want.shape and torch.allclose(g, want, rtol=1e-4, atol=1e-6) for g, _, _ in grams)
     ledger = json.loads((tmp_path / "out" / "spicerack.json").read_text())["tensors"]

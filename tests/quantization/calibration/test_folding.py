@@ -15,6 +15,7 @@ from spicerack.algorithms.stats import Stats
 from spicerack.algorithms.transforms import awq, smoothquant
 from spicerack.models import blocks
 from spicerack.models.families.folds import FOLDS
+from spicerack.nn import kinds
 from spicerack.quantization.calibration import folding
 
 TYPES = {family: families.vars_of(config).model_type for family, (config, *_) in families.FAMILIES.items()}
@@ -33,7 +34,7 @@ def awake(family: str) -> PreTrainedModel:
 
 
 def sites_of(model: PreTrainedModel, block: nn.Module, but: tuple[str, ...] = ()) -> list[folding.Site]:
-    return list(folding.sites(block, model.config, [path for path in blocks.layers(block) if path not in but]))
+    return list(folding.sites(block, model.config, [path for path in kinds.linear_layers(block) if path not in but]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,13 +44,13 @@ def test_blocks_compute_the_same(family: str, dtype: torch.dtype) -> None:
     model = awake(family)
     stack = blocks.find(model)
     block = stack.blocks[-1]
-    found = sites_of(model, block)
-    assert {site.source for site in found} == {source for source, _ in FOLDS[TYPES[family]]}
+    sites = sites_of(model, block)
+    assert {site.source for site in sites} == {source for source, _ in FOLDS[TYPES[family]]}
     ids = torch.randint(3, 90, (3, 12), generator=torch.Generator().manual_seed(2))
     hidden, arguments = stack.calls({"input_ids": ids})
     hidden = hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))
     before = stack.run(block, hidden, arguments[-1])
-    for site in found:
+    for site in sites:
         moved = copy.deepcopy(block)
         factors = site.tied(torch.rand(len(site.channels), generator=torch.Generator().manual_seed(4)) * 4 + 0.2)
         actual, changed = folding.move(moved, site, factors, dtype)
@@ -94,8 +95,8 @@ def test_a_gain_of_zero_keeps_its_channel() -> None:
     assert torch.equal(block.get_parameter("self_attn.q_proj.weight")[:, 5], columns)
 
 
-def stats(**seen: Any) -> Stats:
-    return Stats(8, **seen)
+def stats(**moments: Any) -> Stats:
+    return Stats(8, **moments)
 
 
 def test_awq_raises_only_what_stands_out() -> None:
@@ -113,8 +114,8 @@ def test_smoothquant_balances_inputs_and_weights() -> None:
     """At a = 1/2 inputs and weights have one range: max|x_j| / c_j = max|W_j| c_j times a constant (Xiao et al.)."""
     generator = torch.Generator().manual_seed(0)
     inputs, weights = torch.rand(2, 16, generator=generator) * 10 + 0.1
-    found = list(smoothquant.candidates(stats(absmax=inputs), weights))
-    factors = found[smoothquant.STRENGTHS.index(0.5)]
+    candidates = list(smoothquant.candidates(stats(absmax=inputs), weights))
+    factors = candidates[smoothquant.STRENGTHS.index(0.5)]
     ratio = (inputs / factors) / (weights * factors)
     torch.testing.assert_close(ratio, ratio[:1].expand(16))
     inputs[2], weights[7] = 0.0, 0.0

@@ -45,15 +45,15 @@ def same_files(a: Path, b: Path) -> bool:
 
 def inputs_of(model: PreTrainedModel, names: list[str], given: Calibration) -> dict[str, torch.Tensor]:
     """What reaches these layers in one forward over everything, without padding."""
-    found: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, x, name=name: found.__setitem__(name, x[0].reshape(-1, x[0].shape[-1]))
+            lambda _, x, name=name: inputs.__setitem__(name, x[0].reshape(-1, x[0].shape[-1]))
         )
     mask = torch.ones(given.ids.shape, dtype=torch.bool) if given.mask is None else given.mask
     with torch.no_grad():
         model(input_ids=given.ids, attention_mask=mask.long())
-    return {name: x[mask.reshape(-1)].double() for name, x in found.items()}
+    return {name: x[mask.reshape(-1)].double() for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize(("family", "padded"), [("llama", False), ("bert", True), ("gpt2", False), ("qwen3", False)])
@@ -115,11 +115,11 @@ def test_layers_that_only_some_of_the_text_reaches(
 
     monkeypatch.setattr(memory, "TOKENS", 4 * 24)
     monkeypatch.setattr(LlamaMLP, "forward", forward)
-    source, seen = saved("llama", tmp_path / "float"), []
+    source, reports = saved("llama", tmp_path / "float"), []
     job = prepare(source, decided(Recipe(parse("w4g16")), True))
-    execute(job, tmp_path / "out", calibration=text(count=13), watch=Watching(finished=seen.append))
+    execute(job, tmp_path / "out", calibration=text(count=13), watch=Watching(finished=reports.append))
     assert len(grams) == 14 and all(bool(gram.any()) and pull is not None for gram, pull, _ in grams)
-    assert not any(finished.events for finished in seen)
+    assert not any(finished.events for finished in reports)
 
 
 @pytest.mark.parametrize(("scheme", "block"), [("w4g16", 0), ("w4g16", 1), ("w4g16a8s", 0)])
@@ -265,8 +265,8 @@ def test_learned_codes_in_the_loop(chain: str, family: str, tmp_path: Path, monk
     monkeypatch.setattr(signround, "STEPS", 30)
     monkeypatch.setattr(blockap, "STEPS", 30)
     source, given = saved(family, tmp_path / "float"), text(count=20, padded=family == "bert")
-    seen: dict[str, list[float]] = {"rtn": [], chain: []}
-    for name, errors in seen.items():
+    errors_of: dict[str, list[float]] = {"rtn": [], chain: []}
+    for name, errors in errors_of.items():
         job = prepare(source, decided(dataclasses.replace(Recipe(parse("w2g16")), method=method.parse(name)), True))
         execute(
             job,
@@ -274,7 +274,7 @@ def test_learned_codes_in_the_loop(chain: str, family: str, tmp_path: Path, monk
             calibration=given,
             watch=Watching(finished=lambda f, errors=errors: errors.append(f.error)),
         )
-    assert all(a < b for a, b in zip(seen[chain], seen["rtn"], strict=True))
+    assert all(a < b for a, b in zip(errors_of[chain], errors_of["rtn"], strict=True))
     assert not same_files(tmp_path / "rtn", tmp_path / chain)
 
 

@@ -43,10 +43,10 @@ def scale(name: str, batches: Sequence[torch.Tensor]) -> float:
 
 
 def histogram(*batches: torch.Tensor) -> Histogram:
-    made = Histogram()
+    counts = Histogram()
     for x in batches:
-        made.add(x)
-    return made
+        counts.add(x)
+    return counts
 
 
 # ---- the histogram --------------------------------------------------------------------------------------------------
@@ -57,13 +57,13 @@ def histogram(*batches: torch.Tensor) -> Histogram:
 def test_bins_merge_without_losing_a_count(values: list[float], cut: int) -> None:
     """Against numpy's histogram of all values at once, on the final edges."""
     x = torch.tensor(values)[:, None]
-    made = histogram(x[:cut], x[cut:])
+    bins = histogram(x[:cut], x[cut:])
     largest = max(abs(value) for value in values)
-    assert made.peak == largest and made.size == len(values)
+    assert bins.peak == largest and bins.size == len(values)
     if largest:
-        assert math.frexp(made.width)[0] == 0.5 and BINS // 2 <= largest / made.width < BINS
-        right, _ = np.histogram(x.double().abs().numpy(), bins=np.arange(BINS + 1) * made.width)
-        assert np.array_equal(made.counts.numpy(), right)
+        assert math.frexp(bins.width)[0] == 0.5 and BINS // 2 <= largest / bins.width < BINS
+        right, _ = np.histogram(x.double().abs().numpy(), bins=np.arange(BINS + 1) * bins.width)
+        assert np.array_equal(bins.counts.numpy(), right)
 
 
 @pytest.mark.parametrize("name", UNORDERED)
@@ -109,14 +109,14 @@ def test_moving_average_follows_by_a_tenth() -> None:
 @pytest.mark.parametrize("size", [1, 3, 1000, 200_000])
 def test_percentile_is_numpys_of_the_whole_population(percent: float, size: int) -> None:
     x = heavy(size, 1)
-    made = histogram(*x.split(701))
+    bins = histogram(*x.split(701))
     right = np.quantile(x.abs().double().numpy(), percent / 100)
-    assert abs(percentile(made, percent) - right) <= made.width
-    assert made.width <= made.peak / 32768
+    assert abs(percentile(bins, percent) - right) <= bins.width
+    assert bins.width <= bins.peak / 32768
     if percent == 100:
-        assert percentile(made, percent) == made.peak
+        assert percentile(bins, percent) == bins.peak
     if percent == 99.999:
-        assert abs(scale("percentile", x.split(701)) * 127 - right) <= made.width
+        assert abs(scale("percentile", x.split(701)) * 127 - right) <= bins.width
 
 
 def gaussian_error(t: float) -> float:
@@ -131,12 +131,12 @@ def gaussian_error(t: float) -> float:
 
 def test_least_squares_finds_the_gaussian_optimum() -> None:
     """The error at the chosen range, from the integral, is within 1 % of the best of all ranges."""
-    made = histogram(*gaussian(1_000_000, 1).split(100_000))
-    chosen = least_squares(made)
-    candidates = [made.peak * i / 100 for i in range(72, 90, 2)]
+    bins = histogram(*gaussian(1_000_000, 1).split(100_000))
+    chosen = least_squares(bins)
+    candidates = [bins.peak * i / 100 for i in range(72, 90, 2)]
     best = min(gaussian_error(t) for t in candidates)
     assert gaussian_error(chosen) <= 1.01 * best
-    assert gaussian_error(made.peak) > 1.1 * best
+    assert gaussian_error(bins.peak) > 1.1 * best
     assert 3.7 < chosen < 4.3
 
 
@@ -155,7 +155,7 @@ def test_least_squares_is_that_of_the_raw_data() -> None:
 
 def brute_force(counts: Sequence[int], levels: int) -> dict[int, float]:
     """KL of every cut, from its words."""
-    found = {}
+    divergences = {}
     for i in range(levels, len(counts) + 1):
         p = np.array(counts[:i], dtype=np.float64)
         p[-1] += sum(counts[i:])
@@ -165,8 +165,8 @@ def brute_force(counts: Sequence[int], levels: int) -> dict[int, float]:
             kept = [k for k in members if counts[k] > 0]
             for k in kept:
                 q[k] = sum(counts[j] for j in members) / len(kept)
-        found[i] = float(scipy_entropy(p, q)) if q.any() else math.inf
-    return found
+        divergences[i] = float(scipy_entropy(p, q)) if q.any() else math.inf
+    return divergences
 
 
 @settings(deadline=None, max_examples=100)
@@ -250,7 +250,7 @@ def test_a_low_percentile_clips_what_mse_keeps() -> None:
     """Why 99.9 is not the default: a column of outliers that carries the signal."""
     x = gaussian(4000, 64) * 0.1
     x[:5, 0] = 30.0
-    low = FromHistogram(lambda made: percentile(made, 99.9))
+    low = FromHistogram(lambda bins: percentile(bins, 99.9))
     low.add(x)
     assert low.scale() * 127 < 1
     assert scale("mse", [x]) * 127 > 15

@@ -65,14 +65,14 @@ def test_minmax_in_closed_form(dtype: torch.dtype, tmp_path: Path) -> None:
         model.model.layers[0].input_layernorm.weight.copy_(torch.linspace(-2.5, 2.0, 32))
     model.to(dtype).save_pretrained(tmp_path / "float")
     tensors = rounded(tmp_path / "float", tmp_path / "out", observer="minmax")
-    found = scales(tensors)
+    static = scales(tensors)
     expected = float(torch.tensor(2.5 / 127).to(dtype))
     for name in ("q_proj", "k_proj", "v_proj"):
         stored = tensors[f"model.layers.0.self_attn.{name}.input_scale"]
         assert stored.dtype == torch.float32 and stored.shape == (1,)
         assert float(stored) == pytest.approx(expected, rel=1e-6)  # the norm's epsilon
-    assert found["model.layers.0.mlp.gate_proj"] == found["model.layers.0.mlp.up_proj"]
-    assert len(found) == 14
+    assert static["model.layers.0.mlp.gate_proj"] == static["model.layers.0.mlp.up_proj"]
+    assert len(static) == 14
 
 
 @pytest.mark.parametrize(("family", "padded"), [("llama", False), ("bert", True), ("gpt2", False)])
@@ -82,7 +82,7 @@ def test_scales_are_of_what_flows_behind_quantized_layers(
     """The shipped model is the one in which each layer saw what its scale was found from; padding is no part of it."""
     monkeypatch.setattr(memory, "TOKENS", 100)  # several chunks
     given = text(padded=padded)
-    found = scales(rounded(saved(family, tmp_path / "float"), tmp_path / "out", observer="minmax", calibration=given))
+    static = scales(rounded(saved(family, tmp_path / "float"), tmp_path / "out", observer="minmax", calibration=given))
     small = spicerack.load(tmp_path / "out").eval()
     small.set_attn_implementation("sdpa")
     mask = torch.ones(given.ids.shape, dtype=torch.bool) if given.mask is None else given.mask
@@ -96,7 +96,7 @@ def test_scales_are_of_what_flows_behind_quantized_layers(
             )
     with torch.no_grad():
         small(input_ids=given.ids, attention_mask=mask.long())
-    stored = {name.removeprefix("transformer."): scale for name, scale in found.items()}
+    stored = {name.removeprefix("transformer."): scale for name, scale in static.items()}
     assert len(peaks) == len(stored) == {"llama": 14, "bert": 12, "gpt2": 8}[family]
     for name, peak in peaks.items():
         assert stored[name.removeprefix("transformer.")] * 127 == pytest.approx(peak, rel=5e-3), name
@@ -118,13 +118,13 @@ def test_padding_and_chunks_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_observers_differ_and_the_ledger_says_which(tmp_path: Path) -> None:
-    source, found = saved("llama", tmp_path / "float"), {}
+    source, chosen = saved("llama", tmp_path / "float"), {}
     for name in observers.names():
-        found[name] = scales(rounded(source, tmp_path / name, observer=name))["model.layers.0.mlp.down_proj"]
+        chosen[name] = scales(rounded(source, tmp_path / name, observer=name))["model.layers.0.mlp.down_proj"]
         ledger = json.loads((tmp_path / name / "spicerack.json").read_text())
         assert ledger["identity"]["recipe"]["observer"] == name
-    assert found["mse"] < found["minmax"] and found["moving_average"] < found["minmax"]
-    assert len(set(found.values())) >= 4
+    assert chosen["mse"] < chosen["minmax"] and chosen["moving_average"] < chosen["minmax"]
+    assert len(set(chosen.values())) >= 4
     spicerack.quantize(source, "w8", output=tmp_path / "w8", calibration=text())
     assert "observer" not in json.loads((tmp_path / "w8" / "spicerack.json").read_text())["identity"]["recipe"]
 

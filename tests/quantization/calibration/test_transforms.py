@@ -40,22 +40,22 @@ def uneven(tmp_path: Path) -> Path:
 def off(folder: Path, source: Path, compute: str = "float") -> float:
     """Relative error of the logits on other text than was calibrated with."""
     wanted = AutoModelForCausalLM.from_pretrained(source)(input_ids=HELD_OUT).logits
-    found = spicerack.load(folder, compute=compute)(input_ids=HELD_OUT).logits  # type: ignore[call-overload]
-    return float((found - wanted).norm() / wanted.norm())
+    actual = spicerack.load(folder, compute=compute)(input_ids=HELD_OUT).logits  # type: ignore[call-overload]
+    return float((actual - wanted).norm() / wanted.norm())
 
 
 def run(source: Path, out: Path, scheme: str, how: str) -> list[Finished]:
-    seen: list[Finished] = []
+    reports: list[Finished] = []
     job = prepare(source, decided(Recipe(parse(scheme), method=method(how)), True))
-    execute(job, out, calibration=TEXT, watch=Watching(finished=seen.append))
-    return seen
+    execute(job, out, calibration=TEXT, watch=Watching(finished=reports.append))
+    return reports
 
 
 def events(folder: Path, tensor: str) -> list[str]:
     """Of a tensor in the ledger."""
     ledger = json.loads((folder / "spicerack.json").read_text())
-    found: list[str] = next(entry["events"] for entry in ledger["tensors"] if entry["tensor"] == tensor)
-    return found
+    lines: list[str] = next(entry["events"] for entry in ledger["tensors"] if entry["tensor"] == tensor)
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_a_wrong_fold_is_undone(uneven: Path, tmp_path: Path, monkeypatch: pytes
     """A list that forgets who else reads the norm."""
     wrong = (("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj")),)
     monkeypatch.setitem(folds.FOLDS, "llama", wrong)
-    seen = run(uneven, tmp_path / "out", "w8a8", "smoothquant")
+    reports = run(uneven, tmp_path / "out", "w8a8", "smoothquant")
     said = ("smoothquant: input_layernorm left as it is, moving factors there would change the block",)
-    assert seen[0].events == said
-    assert all(block.events in (said, ()) for block in seen)  # () where no factors were better than none
+    assert reports[0].events == said
+    assert all(block.events in (said, ()) for block in reports)  # () where no factors were better than none
     assert events(tmp_path / "out", "model.layers.0.self_attn.q_proj.weight") == list(said)
     assert events(tmp_path / "out", "model.layers.0.self_attn.v_proj.weight") == []
     run(uneven, tmp_path / "plain", "w8a8", "rtn")
@@ -129,17 +129,17 @@ def test_families_without_folds_say_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8s"])
 def test_the_loop_rounds_activations_as_kernels_do(scheme: str, uneven: Path, tmp_path: Path) -> None:
     """The error that the last block reports is that of the shipped model's hidden states behind it."""
-    seen = run(uneven, tmp_path / "out", scheme, "rtn")
+    reports = run(uneven, tmp_path / "out", scheme, "rtn")
 
     def hidden(model: torch.nn.Module) -> torch.Tensor:
-        found: list[torch.Tensor] = []
-        model.get_submodule("model.layers.1").register_forward_hook(lambda _m, _x, y: found.append(y))
+        outputs: list[torch.Tensor] = []
+        model.get_submodule("model.layers.1").register_forward_hook(lambda _m, _x, y: outputs.append(y))
         with torch.no_grad():
             model(input_ids=IDS)
-        return found[0]
+        return outputs[0]
 
     wanted = hidden(AutoModelForCausalLM.from_pretrained(uneven))
-    found = hidden(spicerack.load(tmp_path / "out"))
-    error = float((found - wanted).norm() / wanted.norm())
-    assert seen[-1].error == pytest.approx(error, rel=0.02)
+    actual = hidden(spicerack.load(tmp_path / "out"))
+    error = float((actual - wanted).norm() / wanted.norm())
+    assert reports[-1].error == pytest.approx(error, rel=0.02)
     assert error > 1e-4

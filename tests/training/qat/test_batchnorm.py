@@ -40,13 +40,13 @@ class Net(nn.Module):
 @pytest.fixture
 def net() -> Net:
     torch.manual_seed(0)
-    made = Net()
-    for norm in (made.norm1, made.norm3, made.norm4):
+    model = Net()
+    for norm in (model.norm1, model.norm3, model.norm4):
         nn.init.normal_(norm.weight)  # of both signs
         nn.init.normal_(norm.bias)
     for _ in range(5):
-        made(torch.randn(16, 3, 6, 6))
-    return made.eval()
+        model(torch.randn(16, 3, 6, 6))
+    return model.eval()
 
 
 X = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))

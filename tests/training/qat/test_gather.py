@@ -139,15 +139,15 @@ def test_sharded_models_are_frozen_as_they_compute(tmp_path: Path) -> None:
     both = [process.wait() for process in processes.pair(SCRIPT, [tmp_path], tmp_path)]
     assert [process.returncode for process in both] == [0, 0], "".join(process.stderr for process in both)
     for name in ("w4g32z", "w2g32h", "ternary", "ternarya8", "llama"):
-        (found, state), (other, theirs) = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
-        assert torch.equal(found, other)
+        (output, state), (other, theirs) = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
+        assert torch.equal(output, other)
         assert state.keys() == theirs.keys() and all(torch.equal(state[key], theirs[key]) for key in state)
         with torch.no_grad():
             if name == "llama":
                 loaded = spicerack.load(tmp_path / name, compute="float")
                 assert type(loaded) is LlamaForCausalLM
-                assert torch.equal(loaded(IDS[0]).logits, found)
+                assert torch.equal(loaded(IDS[0]).logits, output)
             else:
                 into = net().eval()
                 x = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(0))[0]
-                assert torch.equal(spicerack.load(tmp_path / name, into=into, compute="float")(x), found)
+                assert torch.equal(spicerack.load(tmp_path / name, into=into, compute="float")(x), output)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from spicerack.models.families.folds import FOLDS, UNIT_OFFSET
+from spicerack.nn import kinds
 from spicerack.quantization.calibration.weights import columns_of
 
 
@@ -54,7 +54,7 @@ def sites(block: nn.Module, config: PreTrainedConfig, quantized: Collection[str]
         if source not in paths or not set(readers) <= set(quantized):
             continue
         maker, columns = paths[source], {columns_of(paths[reader]) for reader in readers}
-        if isinstance(maker, (nn.Linear, Conv1D)) and source not in quantized:
+        if _is_layer(maker) and source not in quantized:
             continue
         channels = _channels(len(_rows(maker)), columns.pop(), config) if len(columns) == 1 else None
         if channels is not None:
@@ -74,8 +74,7 @@ def move(block: nn.Module, site: Site, factors: torch.Tensor, dtype: torch.dtype
     by_channel[site.channels] = factors
     changed = []
     if _is_layer(maker):
-        rows = weight.t() if isinstance(maker, Conv1D) else weight
-        rows.div_(by_channel[:, None])
+        kinds.of(maker).matrix(weight).div_(by_channel[:, None])
     else:
         gain = weight + 1 if site.unit_offset else weight.clone()
         stored = (gain / by_channel - (1 if site.unit_offset else 0)).to(dtype).float()
@@ -90,8 +89,8 @@ def move(block: nn.Module, site: Site, factors: torch.Tensor, dtype: torch.dtype
         changed.append(f"{site.source}.bias")
     factors = by_channel[site.channels]
     for reader in site.readers:
-        columns = block.get_parameter(f"{reader}.weight")
-        columns.mul_(factors[:, None] if isinstance(block.get_submodule(reader), Conv1D) else factors)
+        layer = block.get_submodule(reader)
+        kinds.of(layer).matrix(kinds.weight_of(layer)).mul_(factors)
     return factors, changed
 
 
@@ -112,10 +111,10 @@ def _channels(channels: int, columns: int, config: PreTrainedConfig) -> torch.Te
 
 def _rows(module: nn.Module) -> torch.Tensor:
     """A layer's weight with a row for each channel that it makes, or a norm's gains."""
-    weight = module.get_parameter("weight")
-    return weight.t() if isinstance(module, Conv1D) else weight
+    weight = kinds.weight_of(module)
+    return kinds.of(module).matrix(weight) if _is_layer(module) else weight
 
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether a source is a linear layer, and no norm."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    return kinds.find(module) is not None

@@ -16,7 +16,7 @@ from spicerack.algorithms import solver as solvers
 from spicerack.algorithms.descent import Tunable
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
-from spicerack.models import blocks
+from spicerack.nn import kinds
 from spicerack.numerics.qtensor import QTensor, moved
 from spicerack.quantization.calibration.exchange import Exchange
 from spicerack.quantization.calibration.flow import Flow
@@ -112,7 +112,7 @@ def _learn(
         return call.tokens(flow.run(pair.quantized, x, call)), call.tokens(y)
 
     if flow.ranks.first:  # every step needs the one before: nothing is shared but the result
-        modules = blocks.layers(pair.quantized)
+        modules = kinds.linear_layers(pair.quantized)
         layers = {
             key: Tunable(modules[target.path], pair.weight(target), moved(solutions[key].q, pair.device))
             for key, target in targets.items()

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from spicerack.models import blocks
 from spicerack.models.architecture import destinations
 from spicerack.models.blocks import Stack
+from spicerack.nn import kinds
 from spicerack.quantization.calibration.states import solution_name
 from spicerack.quantization.job import Action, Job
 from spicerack.runtime.slots import Expert
@@ -72,7 +72,7 @@ def tensors_of(stack: Stack, experts: Mapping[str, Expert], job: Job) -> list[Bl
     for i, block in enumerate(stack.blocks):
         inside = {path: names.get(f"{stack.name(i)}.{path}") for path, _ in block.named_parameters()}
         tensor_of = {path: tensor for path, tensor in inside.items() if tensor is not None}
-        linear = {f"{path}.weight": path for path in blocks.layers(block)}
+        linear = {f"{path}.weight": path for path in kinds.linear_layers(block)}
         stored_as = {path: actions[tensor].stored for path, tensor in tensor_of.items()}
         targets = [
             Target(linear[path], tensor_of[path], stored)
@@ -88,7 +88,7 @@ def _experts(
     block: nn.Module, name: str, experts: Mapping[str, Expert], actions: Mapping[str, Action]
 ) -> Iterator[Target]:
     """The targets of a block, called `name` in the model, that are matrices of experts."""
-    for path in blocks.layers(block):
+    for path in kinds.linear_layers(block):
         expert = experts.get(f"{name}.{path}")
         stored = None if expert is None or not isinstance(expert.source, str) else actions[expert.source].stored
         if expert is None or stored is None:

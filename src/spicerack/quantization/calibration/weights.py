@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from spicerack.models import blocks
+from spicerack.nn import kinds
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor, moved
 
@@ -24,15 +23,16 @@ from spicerack.numerics.qtensor import QTensor, moved
 class LentWeight:
     """The weight of one layer, which has it only while it is called: hooks make it before a call, and forget it behind.
 
-    source: what it is made of: float [N, K] (the layer's own order, for a Conv1D [K, N]), wherever it lies, or codes on
+    source: what it is made of: float, in the layer's own order, wherever it lies, or codes [N, K] on
     the device. Between calls the layer's parameter is a placeholder of the same shape.
     """
 
     source: torch.Tensor | QTensor
 
-    def __init__(self, layer: nn.Linear | Conv1D, device: torch.device) -> None:
-        self.layer, self.source, self.device = layer, layer.weight.detach(), device
-        self.placeholder = layer.weight
+    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+        self.layer, self.device = layer, device
+        self.placeholder = layer.get_parameter("weight")
+        self.source = self.placeholder.detach()
         layer.register_forward_pre_hook(self.make)
         layer.register_forward_hook(self.forget, always_call=True)
 
@@ -41,7 +41,7 @@ class LentWeight:
         if not isinstance(self.source, QTensor):
             return moved(self.source, self.device).float()
         decoded = codec.decode(self.source)
-        return decoded.t() if isinstance(self.layer, Conv1D) else decoded
+        return decoded.t() if kinds.of(self.layer).transposed else decoded
 
     def own(self) -> None:
         """Keep the weight in memory, float32, as the layer's parameter, which may be written to from now on."""
@@ -63,7 +63,8 @@ def float_copy(block: nn.Module, device: torch.device) -> tuple[nn.Module, dict[
 
     These are shared with `block`, and stay where they are between calls; all other parameters are the copy's own.
     """
-    shared = {id(layer.weight): layer.weight for layer in blocks.layers(block).values()}
+    weights = [kinds.weight_of(layer) for layer in kinds.linear_layers(block).values()]
+    shared = {id(weight): weight for weight in weights}
     twin = copy.deepcopy(block, dict(shared))
     for module in twin.modules():
         for name, value in list(module.named_parameters(recurse=False)):
@@ -72,10 +73,9 @@ def float_copy(block: nn.Module, device: torch.device) -> tuple[nn.Module, dict[
         for name, buffer in list(module.named_buffers(recurse=False)):
             here = moved(buffer, device)
             setattr(module, name, here.float() if here.is_floating_point() else here)
-    return twin, {path: LentWeight(layer, device) for path, layer in blocks.layers(twin).items()}
+    return twin, {path: LentWeight(layer, device) for path, layer in kinds.linear_layers(twin).items()}
 
 
 def columns_of(layer: nn.Module) -> int:
-    """K, how many columns the inputs of a linear layer (or a Conv1D) have."""
-    weight = layer.get_parameter("weight")
-    return weight.shape[0] if isinstance(layer, Conv1D) else weight.shape[1]
+    """K, how many columns the inputs of a linear layer have."""
+    return kinds.of(layer).matrix(kinds.weight_of(layer)).shape[1]
