@@ -79,13 +79,13 @@ std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& 
     require(!importance || (importance->shape(0) > 0 && importance->shape(0) % size == 0 &&
                             count * size % importance->shape(0) == 0),
             "importance must repeat over whole groups");
-    const SearchPlan plan{levels, float_type(scale_type), !coarse.empty(), coarse.data(), int(coarse.size()), shifts.data(),
-                    int(shifts.size()), fine.data(), int(fine.size()), refinements};
+    const SearchSettings settings{levels, float_type(scale_type), !coarse.empty(), coarse.data(), int(coarse.size()),
+                                  shifts.data(), int(shifts.size()), fine.data(), int(fine.size()), refinements};
     const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;
     const Outcome outcome =
-        q.search(groups, plan, importance ? importance->data() : nullptr, importance ? int64_t(importance->shape(0)) : 1,
-                 scale.data(), zero.data(), codes.data());
+        q.search(groups, settings, importance ? importance->data() : nullptr,
+                 importance ? int64_t(importance->shape(0)) : 1, scale.data(), zero.data(), codes.data());
     return {outcome.finite, outcome.fits};
 }
 

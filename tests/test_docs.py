@@ -1,4 +1,4 @@
-"""The pages' Python blocks, executed as they are written there."""
+"""The pages' Python snippets, executed as they are written there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spicerack.nn.cache import QuantizedCache
 pytestmark = pytest.mark.slow
 
 
-def blocks(page: str) -> list[str]:
+def snippets(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
@@ -35,7 +35,7 @@ def folder(llama_folder: LlamaFolder, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_python(folder: Path) -> None:
     """docs/python.md, from top to bottom."""
     scope: dict[str, object] = {}
-    module, quantized, calibrated, transformers = blocks("python.md")
+    module, quantized, calibrated, transformers = snippets("python.md")
     exec(module, scope)
     assert isinstance(scope["fresh"], nn.Module) and Path("saved", "config.json").exists()
     exec(quantized, scope)
@@ -67,18 +67,18 @@ def test_evaluate(folder: Path) -> None:
     for range_ in ("opt", "absmax"):
         spicerack.quantize(folder, "w3", output=range_, range_=range_)
     scope: dict[str, object] = {"spicerack": spicerack}
-    (block,) = blocks("evaluate.md")
-    exec(block, scope)
+    (snippet,) = snippets("evaluate.md")
+    exec(snippet, scope)
     mean, lo, hi = (scope[name] for name in ("mean", "lo", "hi"))
     assert isinstance(lo, float) and isinstance(mean, float) and isinstance(hi, float) and lo < mean < hi
 
 
 def test_loading(folder: Path) -> None:
-    """docs/loading.md: what is said of a cache. The block above names devices and modules that are not here."""
+    """docs/loading.md: what is said of a cache. The snippet above names devices and modules that are not here."""
     spicerack.quantize(folder, "w4g32", output="out")
     prompt = torch.arange(20)[None]
     scope: dict[str, object] = {"spicerack": spicerack, "prompt": prompt, "other": spicerack.load(folder)}
-    exec(blocks("loading.md")[1], scope)
+    exec(snippets("loading.md")[1], scope)
     cache, ids = scope["cache"], scope["ids"]
     assert isinstance(cache, QuantizedCache) and cache.layers[0].packed is not None
     assert isinstance(ids, torch.Tensor) and ids.shape[1] > 80

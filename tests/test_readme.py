@@ -42,12 +42,12 @@ def test_the_commands_run_as_written(stdlib_lm: Path, tmp_path: Path, capsys: py
 def test_the_python_lines_run_as_written(stdlib_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert block is not None
+    snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert snippet is not None
     monkeypatch.chdir(tmp_path)
     module = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
     scope: dict[str, object] = {"my_module": module}
-    exec(block[1].replace("path/to/model", str(stdlib_lm)), scope)
+    exec(snippet[1].replace("path/to/model", str(stdlib_lm)), scope)
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     small = scope["small"]
     assert isinstance(small, torch.nn.Module)

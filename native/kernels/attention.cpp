@@ -19,6 +19,7 @@ namespace {
 // At a time. 128 and not 64, together with scores and sums by no more vectors than are needed, brought 12 heads of 32
 // and 128 tokens from 231 to 205 us.
 constexpr int KEYS = 128;
+constexpr int CHAINS = 16;  // of sums over keys, which are filled up to a multiple
 // Of a strip: rows, and vectors of columns, whose 6 x 4 (of 16 registers 6 x 2) sums stay in registers.
 constexpr int STRIP_ROWS = 6, STRIP_VECTORS = LANES == 8 ? 2 : 4;
 constexpr int64_t UNIT_ROWS = 16 * STRIP_ROWS;      // for which keys are transposed once, at most
@@ -66,7 +67,7 @@ struct Units {
 
 // `count` keys as [width, KEYS]; zeros beyond them, up to whole vectors.
 void transpose_keys(const Attention& call, const Unit& u, int64_t first, int64_t count, float* out) {
-    for (int64_t key = 0; key < (count + PANEL - 1) / PANEL * PANEL; key += LANES) {
+    for (int64_t key = 0; key < (count + CHAINS - 1) / CHAINS * CHAINS; key += LANES) {
         for (int64_t column = 0; column < call.width; column += LANES) {
             vf square[LANES];
             for (int i = 0; i < LANES; i++) {
@@ -167,7 +168,7 @@ void soften(float* scores, int64_t count, float* largest, float* total, float* s
         for (int64_t i = 0; i < width; i += LANES) store(sums + i, load<vf>(sums + i) * shrink);
         *largest = now;
     }
-    for (int64_t i = 0; i < count; i += PANEL) {
+    for (int64_t i = 0; i < count; i += CHAINS) {
         for (int p = 0; p < PARTS; p++) {
             const vf weight = power_of_two(load<vf>(scores + i + p * LANES) - reference);
             store(scores + i + p * LANES, weight);
@@ -191,11 +192,11 @@ struct State {
 State begin(const Units& units, const Unit& u, Scratch& scratch) {
     const Attention& call = *units.call;
     State s{scratch.q.need(u.rows * call.width),      scratch.sums.need(u.rows * call.value_width),
-            scratch.largest.need(u.rows),             scratch.total.need(u.rows * PANEL),
+            scratch.largest.need(u.rows),             scratch.total.need(u.rows * CHAINS),
             scratch.keys.need(call.width * KEYS),     scratch.values.need(call.value_width * KEYS),
             scratch.weights.need(STRIP_ROWS * KEYS)};
     std::memset(s.sums, 0, u.rows * call.value_width * sizeof(float));
-    std::memset(s.total, 0, u.rows * PANEL * sizeof(float));
+    std::memset(s.total, 0, u.rows * CHAINS * sizeof(float));
     for (int64_t r = 0; r < u.rows; r++) {
         s.largest[r] = NOTHING;
         const char* row = at(call.q, call.type, u.batch, units.head(u, u.first + r), units.position(u.first + r));
@@ -218,7 +219,7 @@ void attend(const Units& units, const Unit& u, const State& s, int64_t first) {
         height = least(STRIP_ROWS, u.rows - r);
         const int64_t visible = least(units.visible(u.first + r + height - 1) - first, count);
         if (visible <= 0) continue;
-        const int64_t whole = (visible + PANEL - 1) / PANEL * PANEL;
+        const int64_t whole = (visible + CHAINS - 1) / CHAINS * CHAINS;
         const auto multiply = MULTIPLY[height - 1];
         std::memset(s.weights, 0, height * KEYS * sizeof(float));
         multiply(s.q + r * width, width, s.keys, KEYS, width, s.weights, KEYS, whole);
@@ -226,7 +227,8 @@ void attend(const Units& units, const Unit& u, const State& s, int64_t first) {
             const int64_t row = u.first + r + m;
             float* own = s.weights + m * KEYS;
             hide(call, u, units.head(u, row), units.position(row), first, units.visible(row) - first, whole, own);
-            soften(own, whole, s.largest + r + m, s.total + (r + m) * PANEL, s.sums + (r + m) * value_width, value_width);
+            soften(own, whole, s.largest + r + m, s.total + (r + m) * CHAINS, s.sums + (r + m) * value_width,
+                   value_width);
         }
         multiply(s.weights, KEYS, s.values, value_width, visible, s.sums + r * value_width, value_width, value_width);
     }
@@ -237,7 +239,7 @@ void finish(const Units& units, const Unit& u, const State& s) {
     const Attention& call = *units.call;
     for (int64_t r = 0; r < u.rows; r++) {
         float sum = 0.0f;
-        for (int i = 0; i < PANEL; i++) sum += s.total[r * PANEL + i];
+        for (int i = 0; i < CHAINS; i++) sum += s.total[r * CHAINS + i];
         const vf share = splat(sum == 0.0f ? 0.0f : 1.0f / sum);  // 0: every key is hidden
         const int64_t position = units.position(u.first + r), head = units.head(u, u.first + r);
         const int64_t place = (u.batch * call.queries + position) * call.heads + head;

@@ -36,40 +36,40 @@ struct Start {
 
 template <bool OFFSET, bool WEIGHTED>
 struct BatchSearch {
-    const SearchPlan& plan;
+    const SearchSettings& settings;
     const Lanes lanes;
     const vf top, bottom;  // the largest and smallest element
     vf scale, zero;        // the best so far
     Wide error;
 
     void run(const Start& start) {
-        const Levels& levels = plan.levels;
+        const Levels& levels = settings.levels;
         error = errors<OFFSET, WEIGHTED>(lanes, Candidate(scale, zero, levels), Wide(INF));
-        for (int i = 0; i < plan.coarse_count; i++) {
-            const vf candidate = stored(start.raw * plan.coarse[i], plan.scale_type);
+        for (int i = 0; i < settings.coarse_count; i++) {
+            const vf candidate = stored(start.raw * settings.coarse[i], settings.scale_type);
             const vf base = start.zero_for(candidate, levels);
-            for (int k = 0; k < plan.shift_count; k++) {
-                attempt(candidate, levels.zero ? clip_zero(base + plan.shifts[k], levels) : base);
+            for (int k = 0; k < settings.shift_count; k++) {
+                attempt(candidate, levels.zero ? clip_zero(base + settings.shifts[k], levels) : base);
             }
         }
-        for (int i = 0; i < plan.fine_count; i += 2) {
+        for (int i = 0; i < settings.fine_count; i += 2) {
             const vf middle = scale, middle_zero = zero;
-            attempt(stored(middle * plan.fine[i], plan.scale_type), middle_zero);
-            attempt(stored(middle * plan.fine[i + 1], plan.scale_type), middle_zero);
+            attempt(stored(middle * settings.fine[i], settings.scale_type), middle_zero);
+            attempt(stored(middle * settings.fine[i + 1], settings.scale_type), middle_zero);
         }
-        for (int i = 0; i < plan.refinements; i++) {
+        for (int i = 0; i < settings.refinements; i++) {
             if (!refine()) return;
         }
     }
 
     // -> false if it changed nothing, and so never will
     bool refine() {
-        const LaneSums s = sums<OFFSET, WEIGHTED>(lanes, Candidate(scale, zero, plan.levels));
-        if (!plan.levels.zero) return attempt(stored((s.xv / s.vv).narrow(), plan.scale_type), zero);
+        const LaneSums s = sums<OFFSET, WEIGHTED>(lanes, Candidate(scale, zero, settings.levels));
+        if (!settings.levels.zero) return attempt(stored((s.xv / s.vv).narrow(), settings.scale_type), zero);
         const Wide n = weight(), slope = (n * s.xv - s.v * s.x) / (n * s.vv - s.v * s.v);
         const Wide intercept = (s.x - slope * s.v) / n;
-        return attempt(stored(slope.narrow(), plan.scale_type),
-                       clip_zero(zero - (intercept / slope).narrow(), plan.levels));
+        return attempt(stored(slope.narrow(), settings.scale_type),
+                       clip_zero(zero - (intercept / slope).narrow(), settings.levels));
     }
 
     Wide weight() const {
@@ -83,7 +83,7 @@ struct BatchSearch {
 
     // Takes the candidate where it is better -> false if that is nowhere.
     bool attempt(vf new_scale, vf new_zero) {
-        const Candidate c(new_scale, new_zero, plan.levels);
+        const Candidate c(new_scale, new_zero, settings.levels);
         const Wide limit = error * Wide(BETTER);
         if (!WEIGHTED && hopeless(c, limit)) return false;
         const Wide candidate_error = errors<OFFSET, WEIGHTED>(lanes, c, limit);
@@ -104,8 +104,9 @@ struct BatchSearch {
 };
 
 template <bool OFFSET, bool WEIGHTED>
-void optimize(const SearchPlan& plan, const Lanes& lanes, vf top, vf bottom, const Start& start, vf& scale, vf& zero) {
-    BatchSearch<OFFSET, WEIGHTED> batch{plan, lanes, top, bottom, scale, zero, {}};
+void optimize(const SearchSettings& settings, const Lanes& lanes, vf top, vf bottom, const Start& start, vf& scale,
+              vf& zero) {
+    BatchSearch<OFFSET, WEIGHTED> batch{settings, lanes, top, bottom, scale, zero, {}};
     batch.run(start);
     const vi final = (start.raw == vf{}) | ((vi)vabs(scale) == INFINITE);  // nothing to search, or to be refused
     scale = final ? scale : batch.scale;
@@ -137,12 +138,12 @@ bool bounds(const typename T::value* x, int64_t size, float& top, float& bottom)
 }
 
 template <class T>
-Outcome search_rows(const Groups& groups, const SearchPlan& plan, const float* importance, int64_t period, float* scale,
-                    int8_t* zero, int8_t* codes) {
+Outcome search_rows(const Groups& groups, const SearchSettings& settings, const float* importance, int64_t period,
+                    float* scale, int8_t* zero, int8_t* codes) {
     bool fits = true;
     const auto* data = (const typename T::value*)groups.data;
-    const Levels& levels = plan.levels;
-    const int64_t size = groups.size, room = plan.optimize ? round_up(size, LANES) : 1;
+    const Levels& levels = settings.levels;
+    const int64_t size = groups.size, room = settings.optimize ? round_up(size, LANES) : 1;
     const Aligned<vf> lanes(room), weights(importance ? room : 1);
     for (int64_t first = 0; first < groups.count; first += LANES) {
         const int64_t count = groups.count - first < LANES ? groups.count - first : LANES;
@@ -157,17 +158,17 @@ Outcome search_rows(const Groups& groups, const SearchPlan& plan, const float* i
         }
         const vf top = load<vf>(tops), bottom = load<vf>(bottoms);
         const Start start(top, bottom, levels);
-        vf s = stored(start.raw, plan.scale_type);
+        vf s = stored(start.raw, settings.scale_type);
         s = start.raw == vf{} ? splat(1.0f) : s;
         vf z = start.zero_for(s, levels);
-        if (plan.optimize) {
+        if (settings.optimize) {
             fill<T>(lanes.data, rows, size);
             if (importance) fill<F32>(weights.data, weight_rows, size);
             const Lanes t{lanes.data, importance ? weights.data : nullptr, size};
             const bool offset = levels.half || levels.zero;
             const auto find = importance ? (offset ? optimize<true, true> : optimize<false, true>)
                                          : (offset ? optimize<true, false> : optimize<false, false>);
-            find(plan, t, top, bottom, start, s, z);
+            find(settings, t, top, bottom, start, s, z);
         }
         for (int lane = 0; lane < count; lane++) {
             scale[first + lane] = s[lane];
@@ -182,10 +183,10 @@ Outcome search_rows(const Groups& groups, const SearchPlan& plan, const float* i
 
 }  // namespace
 
-Outcome search(const Groups& groups, const SearchPlan& plan, const float* importance, int64_t period, float* scale,
-               int8_t* zero, int8_t* codes) {
+Outcome search(const Groups& groups, const SearchSettings& settings, const float* importance, int64_t period,
+               float* scale, int8_t* zero, int8_t* codes) {
     const auto typed = for_type(groups.type, search_rows<F32>, search_rows<F16>, search_rows<BF16>);
-    return typed(groups, plan, importance, period, scale, zero, codes);
+    return typed(groups, settings, importance, period, scale, zero, codes);
 }
 
 }  // namespace spicerack::SPICERACK_ISA

@@ -26,7 +26,7 @@ struct Groups {
 
 // What is tried, in order: factors of the absmax scale, with each the zero-point shifts; then factors of the best scale
 // in pairs; then least squares. Without `optimize`: absmax only.
-struct SearchPlan {
+struct SearchSettings {
     Levels levels;
     Float scale_type;
     bool optimize;
@@ -57,8 +57,8 @@ struct Outcome {
 #define SPICERACK_SEARCH_FUNCTIONS                                                                                     \
     /* importance: null, or `period` values that repeat along the data. scale [count] gets stored values, zero [count]  \
        and codes [count * size] integers. */                                                                           \
-    Outcome search(const Groups& groups, const SearchPlan& plan, const float* importance, int64_t period, float* scale,      \
-                   int8_t* zero, int8_t* codes);                                                                       \
+    Outcome search(const Groups& groups, const SearchSettings& settings, const float* importance, int64_t period,      \
+                   float* scale, int8_t* zero, int8_t* codes);                                                         \
     /* Codes against given scales and zeros (null: none). */                                                           \
     void encode(const Groups& groups, const Levels& levels, const float* scale, const int8_t* zero, int8_t* codes);    \
     /* Judges one scale and zero over pieces of one long group. out [count]. */                                        \

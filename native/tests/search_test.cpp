@@ -29,14 +29,15 @@ std::vector<double> numbers(const Exact& memory) {
 
 Results run(const Quantizers& q, const Case& c, const Exact& w, const Exact& importance) {
     const float coarse[] = {1.0f, 0.8f, -1.0f, 0.5f}, shifts[] = {-1.0f, 0.0f, 1.0f}, fine[] = {1.06f, 1 / 1.06f};
-    const SearchPlan plan{c.levels, c.scale_type, c.optimize, coarse, 4, shifts, c.levels.zero ? 3 : 1, fine, 2, 2};
+    const SearchSettings settings{c.levels, c.scale_type, c.optimize, coarse, 4, shifts, c.levels.zero ? 3 : 1,
+                                  fine, 2, 2};
     const Groups groups{w.data(), c.type, c.count, c.size};
     const Exact scale(c.count, 4), zero(c.count, 1), codes(c.count * c.size, 1), again(c.count * c.size, 1);
     const float* s = (const float*)scale.data();
     const int8_t* z = c.levels.zero ? (const int8_t*)zero.data() : nullptr;
     Results r;
-    r.outcome = q.search(groups, plan, c.period ? (const float*)importance.data() : nullptr, c.period ? c.period : 1,
-                         (float*)scale.data(), (int8_t*)zero.data(), (int8_t*)codes.data());
+    r.outcome = q.search(groups, settings, c.period ? (const float*)importance.data() : nullptr,
+                         c.period ? c.period : 1, (float*)scale.data(), (int8_t*)zero.data(), (int8_t*)codes.data());
     q.encode(groups, c.levels, s, z, (int8_t*)again.data());
     std::vector<Sums> sums(c.count);
     q.judge(groups, c.levels, s[0], z ? float(z[0]) : 0.0f, sums.data());

@@ -227,12 +227,12 @@ def test_weights_stay_packed_in_memory(tmp_path: Path) -> None:
                                   num_attention_heads=16, num_key_value_heads=4)  # fmt: skip
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
-    plan, tensors, generator = {}, {}, torch.Generator().manual_seed(0)
+    contents, tensors, generator = {}, {}, torch.Generator().manual_seed(0)
     fmt, scheme = format.get("compressed_tensors"), parse("w4g128")
     for name, shape in shapes.items():
         if "proj" in name:
             module = name.removesuffix(".weight")
-            plan[module] = format.StoredTensor(module, scheme, tuple(shape))
+            contents[module] = format.StoredTensor(module, scheme, tuple(shape))
             small = codec.encode(torch.randn(16, shape[1], generator=generator) / 64, scheme, range_="absmax")
             packed = fmt.encode(format.StoredTensor(module, scheme, (16, shape[1])), small)
             for key, tensor in packed.items():
@@ -241,7 +241,7 @@ def test_weights_stay_packed_in_memory(tmp_path: Path) -> None:
             tensors[name] = torch.ones(shape)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     raw = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(fmt.config(raw, plan, ["lm_head"])))
+    (tmp_path / "config.json").write_text(json.dumps(fmt.config(raw, contents, ["lm_head"])))
     # A fixed threshold makes glibc return freed memory at once: asserted is what is held, not what malloc keeps.
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(tmp_path)],
@@ -276,15 +276,15 @@ class Net(nn.Module):
 
 def net_folder(folder: Path, net: Net) -> Path:
     """As `spicerack.save` writes a module: the container without a model's config."""
-    plan, tensors = {}, {n: t for n, t in net.state_dict().items() if n.endswith("bias") or n.startswith("body.2")}
+    contents, tensors = {}, {n: t for n, t in net.state_dict().items() if n.endswith("bias") or n.startswith("body.2")}
     own = format.get("spicerack")
     for module, role in (("table", "embedding"), ("body.0", "linear"), ("body.3", "linear")):
         weight = net.get_submodule(module).weight.detach()
-        plan[module] = format.StoredTensor(module, parse("w8"), tuple(weight.shape), role)
-        tensors |= own.encode(plan[module], codec.encode(weight, parse("w8")))
+        contents[module] = format.StoredTensor(module, parse("w8"), tuple(weight.shape), role)
+        tensors |= own.encode(contents[module], codec.encode(weight, parse("w8")))
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(own.config({}, plan, [])))
+    (folder / "config.json").write_text(json.dumps(own.config({}, contents, [])))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The `bitnet` layout: its bytes and transformers' own packing, and the same folders read by transformers and by us."""
+"""The `bitnet` format: its bytes and transformers' own packing, and the same folders read by transformers and by us."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _uncompiled() -> Iterator[None]:
 
 
 def theirs(folder: Path) -> torch.Tensor:
-    """Logits of transformers, which wants accelerate for this layout."""
+    """Logits of transformers, which wants accelerate for this format."""
     pytest.importorskip("accelerate")
     return logits(AutoModelForCausalLM.from_pretrained(folder), IDS)
 
@@ -279,7 +279,7 @@ GOOD = {"a.weight": WEIGHT, "a.weight_scale": SCALE}
 
 
 @pytest.mark.parametrize("kind", ["bitlinear", "autobitlinear", None])
-def test_a_plan_is_read_from_the_tensors(tmp_path: Path, kind: str | None) -> None:
+def test_contents_are_read_from_the_tensors(tmp_path: Path, kind: str | None) -> None:
     checkpoint = stranger(tmp_path, {**GOOD, "norm.weight": torch.ones(4)}, **({"linear_class": kind} if kind else {}))
     assert format.of_folder(checkpoint) == FMT
     inverse = kind != "autobitlinear"

@@ -308,7 +308,7 @@ def folder_of(tmp_path: Path, fmt: format.Format, *stored: StoredTensor) -> Path
 
 
 @pytest.mark.parametrize("names", [[name] for name in CT_SCHEMES] + [["w4g32", "w3g32z", "w8a8", "w8a8s", "w8"]])
-def test_a_plan_is_read_back_from_the_tensors(tmp_path: Path, names: list[str]) -> None:
+def test_contents_are_read_back_from_the_tensors(tmp_path: Path, names: list[str]) -> None:
     stored = [StoredTensor(f"layers.{i}", parse(n), (9, 64), source_dtype=torch.bfloat16) for i, n in enumerate(names)]
     for i, fmt in enumerate((CT, OWN)):
         (tmp_path / str(i)).mkdir()

@@ -14,7 +14,7 @@ from spicerack.errors import OutputError
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.storage import writer as module
 from spicerack.storage.ledger import Entry
-from spicerack.storage.writer import CONFIG, INDEX, OutputTensor, Shard, Unit, Writer, plan_shards
+from spicerack.storage.writer import CONFIG, INDEX, OutputTensor, Shard, Unit, Writer, shards_of
 
 IDENTITY = {"recipe": {"scheme": "w8"}, "source": "abc"}
 TENSORS = {
@@ -44,7 +44,7 @@ def write(writer: Writer, shard: Shard) -> None:
 
 
 def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "out", plan_shards([unit(n) for n in TENSORS], shard_bytes=60), IDENTITY)
+    writer = Writer(tmp_path / "out", shards_of([unit(n) for n in TENSORS], shard_bytes=60), IDENTITY)
     for shard in writer.pending():
         write(writer, shard)
     assert [entry.tensor for entry in writer.entries()] == list(TENSORS)
@@ -68,15 +68,15 @@ def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
 def test_units_are_not_split_and_shards_are_filled_in_order() -> None:
     pairs = [(OutputTensor(f"{i}.x", "F32", (10,)), OutputTensor(f"{i}.y", "U8", (10,))) for i in range(5)]
     units = [Unit(str(i), pair) for i, pair in enumerate(pairs)]
-    shards = plan_shards(units, shard_bytes=120)
+    shards = shards_of(units, shard_bytes=120)
     assert [[u.source for u in s.units] for s in shards] == [["0", "1"], ["2", "3"], ["4"]]
     assert [s.file for s in shards] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert plan_shards(units)[0].file == "model.safetensors"
-    assert len(plan_shards([Unit("big", (OutputTensor("big", "F32", (1000,)),))], shard_bytes=8)) == 1
+    assert shards_of(units)[0].file == "model.safetensors"
+    assert len(shards_of([Unit("big", (OutputTensor("big", "F32", (1000,)),))], shard_bytes=8)) == 1
 
 
-def test_the_plan_is_binding(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "out", plan_shards([unit("a"), unit("b")]), IDENTITY)
+def test_what_was_promised_is_binding(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "out", shards_of([unit("a"), unit("b")]), IDENTITY)
     with pytest.raises(AssertionError, match="promised"), writer.shard(writer.shards[0]) as out:
         out.write("a", TENSORS["a"].half())
     with pytest.raises(AssertionError, match="not written"), writer.shard(writer.shards[0]) as out:
@@ -85,7 +85,7 @@ def test_the_plan_is_binding(tmp_path: Path) -> None:
 
 
 def test_finished_shards_survive_and_leftovers_are_cleared(tmp_path: Path) -> None:
-    shards = plan_shards([unit(n) for n in "abc"], shard_bytes=10)
+    shards = shards_of([unit(n) for n in "abc"], shard_bytes=10)
     first = Writer(tmp_path / "out", shards, IDENTITY)
     write(first, first.shards[0])
     (first.partial / (shards[1].file + ".tmp")).write_bytes(b"half")
@@ -96,7 +96,7 @@ def test_finished_shards_survive_and_leftovers_are_cleared(tmp_path: Path) -> No
 
 
 def test_a_run_killed_before_the_last_rename_is_sealed(tmp_path: Path) -> None:
-    shards = plan_shards([unit("a")])
+    shards = shards_of([unit("a")])
     first = Writer(tmp_path / "out", shards, IDENTITY)
     write(first, shards[0])
     first.finish(
@@ -113,7 +113,7 @@ def test_a_run_killed_before_the_last_rename_is_sealed(tmp_path: Path) -> None:
     "changed", [{"recipe": {"scheme": "w4"}, "source": "abc"}, {"recipe": {"scheme": "w8"}, "source": "xyz"}]
 )
 def test_another_recipe_or_model_is_refused_by_name(tmp_path: Path, changed: dict[str, object]) -> None:
-    shards = plan_shards([unit("a")])
+    shards = shards_of([unit("a")])
     write(Writer(tmp_path / "out", shards, IDENTITY), shards[0])
     key = next(k for k in changed if changed[k] != IDENTITY[k])
     with pytest.raises(OutputError, match=f"another {key}"):
@@ -126,7 +126,7 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
         (tmp_path / name / "precious.txt").write_text("mine")
     for name in ("out", "other"):
         with pytest.raises(OutputError):
-            Writer(tmp_path / name, plan_shards([unit("a")]), IDENTITY)
+            Writer(tmp_path / name, shards_of([unit("a")]), IDENTITY)
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
     assert (tmp_path / "other.partial" / "precious.txt").read_text() == "mine"
 
@@ -134,12 +134,12 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_found_before_work(tmp_path: Path) -> None:
     huge = [Unit("x", (OutputTensor("x", "F32", (1 << 50,)),))]
     with pytest.raises(OutputError, match="GB free"):
-        Writer(tmp_path / "out", plan_shards(huge), IDENTITY)
+        Writer(tmp_path / "out", shards_of(huge), IDENTITY)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_fills_up_is_reported_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = plan_shards([unit("a"), unit("c")], shard_bytes=10)
+    shards = shards_of([unit("a"), unit("c")], shard_bytes=10)
     writer = Writer(tmp_path / "out", shards, IDENTITY)
     write(writer, shards[0])
 
@@ -155,15 +155,15 @@ def test_a_disk_that_fills_up_is_reported_and_resumes(tmp_path: Path, monkeypatc
 @pytest.mark.slow
 def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from spicerack.storage.writer import Writer, plan_shards\n"
-        "writer = Writer(Path(sys.argv[1]), plan_shards([]), {'recipe': {'scheme': 'w8'}, 'source': 'abc'})\n"
+        "import sys; from pathlib import Path; from spicerack.storage.writer import Writer, shards_of\n"
+        "writer = Writer(Path(sys.argv[1]), shards_of([]), {'recipe': {'scheme': 'w8'}, 'source': 'abc'})\n"
         "print('begun', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "begun\n"
         with pytest.raises(OutputError, match=f"being written by process {other.pid}"):
-            Writer(tmp_path / "out", plan_shards([]), IDENTITY)
+            Writer(tmp_path / "out", shards_of([]), IDENTITY)
         other.kill()
-    Writer(tmp_path / "out", plan_shards([]), IDENTITY)
-    Writer(tmp_path / "out", plan_shards([]), IDENTITY)  # the same process may begin again
+    Writer(tmp_path / "out", shards_of([]), IDENTITY)
+    Writer(tmp_path / "out", shards_of([]), IDENTITY)  # the same process may begin again

@@ -43,8 +43,8 @@ class Operands(NamedTuple):
         """The same numbers one after the other in memory. Raises ShapeError for scales or zeros of another shape."""
         (rows, columns), w = self.group, self.w
         for part in (self.scale, self.zero):
-            fits = part is None or part.shape == (len(w) // rows, w.shape[1] // columns)
-            if part is not None and not (fits and part.dtype == torch.float32):
+            shaped = part is None or part.shape == (len(w) // rows, w.shape[1] // columns)
+            if part is not None and not (shaped and part.dtype == torch.float32):
                 raise ShapeError(
                     f"weights {[*w.shape]} in blocks {[*self.group]}: scales {[*part.shape]} of {part.dtype}"
                 )

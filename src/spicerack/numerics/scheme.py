@@ -160,8 +160,8 @@ class Scheme:
         group_rows, group_columns = self.group_shape(rows, columns)
         for axis, size, group in (("N", rows, group_rows), ("K", columns, group_columns)):
             if size % group:
-                fits = [g for g in _GROUPS if size % g == 0 and g < group]
-                remedy = f"use group {fits[0]} or skip it" if fits else "use one scale per row, or skip it"
+                smaller = [g for g in _GROUPS if size % g == 0 and g < group]
+                remedy = f"use group {smaller[0]} or skip it" if smaller else "use one scale per row, or skip it"
                 raise ShapeError(f"{name}: {axis}={size} is not divisible by {self.name}'s block of {group}", remedy)
         if group_columns % self.levels.weights:
             raise ShapeError(

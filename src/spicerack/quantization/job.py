@@ -29,7 +29,7 @@ from spicerack.storage.files import CONTAINER
 from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.ledger import Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
-from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, plan_shards
+from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, shards_of
 
 _LISTED = 8
 """Tensors that a message names before it counts the rest."""
@@ -80,7 +80,7 @@ class Job:
 
     source        the float folder, rotated where the method says so
     recipe        as it was asked for
-    format        layout of the output
+    format        of the output
     actions       one for each tensor, in the order of the source's files
     notes         what a person should know before work starts
     config        config.json of the output
@@ -100,7 +100,7 @@ class Job:
     @property
     def shards(self) -> tuple[Shard, ...]:
         """Files of the output. Units keep the source's order, so that both sides stream."""
-        return plan_shards([Unit(a.info.name, a.tensors) for a in self.actions if a.tensors], self.shard_bytes)
+        return shards_of([Unit(a.info.name, a.tensors) for a in self.actions if a.tensors], self.shard_bytes)
 
     @property
     def bytes_before(self) -> int:
@@ -216,7 +216,7 @@ def _actions(
 ) -> Iterator[Action]:
     """One for each tensor, in the order of the files.
 
-    decided: tensor -> its scheme and why. stored_tensors: of those that are quantized. fmt: the layout of the output.
+    decided: tensor -> its scheme and why. stored_tensors: of those that are quantized. fmt: the output's.
     """
     tied = source.census.tied
     for name, entry in source.census.entries.items():

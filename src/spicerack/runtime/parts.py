@@ -95,7 +95,7 @@ def parts_of(module: nn.Module) -> Parts:
     packed: dict[str, PackedWeight] = {}
     for path, weight in weights.items():
         name = checkpoint_name[_weight_of(path)].removesuffix(".weight")
-        contents[name] = _planned(name, path, weight, [layer for layer in layers.values() if layer.packed is weight])
+        contents[name] = _stored(name, path, weight, [layer for layer in layers.values() if layer.packed is weight])
         packed[name] = weight
     chosen = format.choose(contents)
     # Linear layers that stay in float are named in the config of formats that others read; a tied head is one, too.
@@ -106,7 +106,7 @@ def parts_of(module: nn.Module) -> Parts:
     return Parts(chosen, contents, packed, state, files)
 
 
-def _planned(name: str, path: str, weight: PackedWeight, users: list[PackedLayer]) -> StoredTensor:
+def _stored(name: str, path: str, weight: PackedWeight, users: list[PackedLayer]) -> StoredTensor:
     """How a weight will lie in the folder.
 
     name   its module's, in checkpoints

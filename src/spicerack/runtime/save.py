@@ -19,7 +19,7 @@ from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import LEDGER
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
-from spicerack.storage.writer import OutputTensor, Unit, Writer, plan_shards
+from spicerack.storage.writer import OutputTensor, Unit, Writer, shards_of
 
 
 def save(module: nn.Module, folder: str | Path) -> Path:
@@ -40,7 +40,7 @@ def save(module: nn.Module, folder: str | Path) -> Path:
         "format": parts.format.name,
         "versions": {"spicerack": __version__, "torch": torch.__version__},
     }
-    writer = Writer(target, plan_shards(parts.units()), identity)
+    writer = Writer(target, shards_of(parts.units()), identity)
     for shard in writer.pending():
         with writer.shard(shard) as out:
             for unit in shard.units:

@@ -4,7 +4,7 @@
     files     which files a folder has, and which of them are trusted
     reader    a folder in: headers, then one tensor at a time
     writer    a folder out: shard after shard, one rename at the end
-    format    what quantized tensors look like in one; formats/ has one file for each layout
+    format    what quantized tensors look like in one; formats/ has one file for each
     ledger    what became of every tensor
 
 Nothing here knows how codes are chosen or multiplied.

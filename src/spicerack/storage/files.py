@@ -60,7 +60,7 @@ HUB_ALLOW = (
 )  # fmt: skip
 """What is fetched from the hub: no pickled weights."""
 HUB_IGNORE = ("onnx/*", "openvino/*", "original/*", "metal/*", "consolidated*")
-"""What is not, of those: the same model once more, for other programs or in other layouts."""
+"""What is not, of those: the same model once more, for other programs or in other formats."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """An owner, a slash and a name; whether the hub has it, the hub says."""
 

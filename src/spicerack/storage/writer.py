@@ -96,7 +96,7 @@ class Shard:
     units: tuple[Unit, ...]
 
 
-def plan_shards(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
+def shards_of(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
     """Units dealt to shards, in order; one is called `model.safetensors`, several are numbered as transformers does.
 
     units: what source tensors become, in the source's order. shard_bytes: no shard's tensors are larger together, but

@@ -134,9 +134,9 @@ def _from_folder(model: str | Path, twin: Twin | None) -> _Source:
     Raises UsageError for a twin of a quantized model, CheckpointError for a folder that is not read.
     """
     checkpoint = Checkpoint.open(model)
-    layout, folder = format.of_folder(checkpoint), checkpoint.folder
-    config = checkpoint.config if layout is None else layout.float_config(checkpoint.config)
-    if layout is not None and twin is not None:
+    fmt, folder = format.of_folder(checkpoint), checkpoint.folder
+    config = checkpoint.config if fmt is None else fmt.float_config(checkpoint.config)
+    if fmt is not None and twin is not None:
         raise UsageError(f"{folder} is quantized, and a twin is made of floats", "start from the float model")
     built, model_class = _classes(config, folder, twin)
 
@@ -145,7 +145,7 @@ def _from_folder(model: str | Path, twin: Twin | None) -> _Source:
         return source if twin is None else _warm(model_class(built).eval(), source)
 
     identity = checkpoint.fingerprint() + (f" as {twin}" if twin else "")
-    return _Source(config, built, folder, identity, layout is not None, make)
+    return _Source(config, built, folder, identity, fmt is not None, make)
 
 
 def _classes(

@@ -1,4 +1,4 @@
-"""BitNet: the layout that transformers reads as `quant_method` "bitnet". (Facts: transformers 5.24.)
+"""BitNet: the format that transformers reads as `quant_method` "bitnet". (Facts: transformers 5.24.)
 
 Linear P [N, K], ternary codes, one scale for the tensor, activations in int8, one scale per token:
 
@@ -28,7 +28,7 @@ from spicerack.storage.format import Contents, Layout, MethodFormat, StoredTenso
 from spicerack.storage.reader import Checkpoint
 
 SCHEME = "ternarya8"
-"""The one scheme that the layout holds."""
+"""The one scheme that the format holds."""
 _PARTS = 4
 """Codes in a byte, of as many output rows."""
 _INVERSE = {"bitlinear": True, "autobitlinear": False}
@@ -47,7 +47,7 @@ class BitNet(MethodFormat):
     read_by_others: bool = True
 
     def obstacles(self, contents: Contents) -> list[str]:
-        """What the layout does not have, for each module that needs it."""
+        """What the format does not have, for each module that needs it."""
         reasons = ((p, _obstacle(p)) for p in contents.values())
         return [f"{p.module}: bitnet has no {reason}" for p, reason in reasons if reason]
 
@@ -118,7 +118,7 @@ class BitNet(MethodFormat):
 
 
 def _obstacle(p: StoredTensor) -> str | None:
-    """What the layout lacks for `p`, as the end of "bitnet has no"; None if it holds it exactly.
+    """What the format lacks for `p`, as the end of "bitnet has no"; None if it holds it exactly.
 
     It has ternary weights with int8 activations of one token, two axes, no bias, and a multiple of four output rows.
     """
@@ -142,7 +142,7 @@ def _pattern(module: str, contents: Contents) -> str:
 
 
 def _stored(module: str, inverse: bool, checkpoint: Checkpoint) -> StoredTensor:
-    """`module`, whose tensors must be those of the layout, as a StoredTensor.
+    """`module`, whose tensors must be those of the format, as a StoredTensor.
 
     inverse: the folder stores 1 / scale. Raises CheckpointError for a tensor that is missing, of another type or shape,
     and for a bias that transformers would multiply by the scale.
