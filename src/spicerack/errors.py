@@ -23,7 +23,14 @@ from collections.abc import Sequence
 
 
 class SpicerackError(Exception):
-    """Base of all deliberate errors: a message that names the thing, and a hint that names the remedy."""
+    """Base of all deliberate errors: a message that names the thing, and a hint that names the remedy.
+
+    message   what is wrong, naming tensor, file, value or option
+    hint      what helps, in one sentence; "" where nothing general can be said
+
+    exit_code: of the command line. str() has both, the hint in brackets, so that a traceback in a notebook tells as
+    much as the command line does.
+    """
 
     exit_code = 1
 
@@ -89,8 +96,11 @@ class LoadError(SpicerackError):
 def listed(items: Sequence[str], most: int, noun: str = "", *, between: str = ", ") -> str:
     """The first `most` of the items, and how many more there are, for messages: "a, b, c and 4 more layers".
 
-    noun: what the items are, where the sentence does not say it. between: a line break and what each line begins with,
-    for items that have a line each; then the rest has one, too.
+    items     what is named, in order
+    most      how many are named before the rest is counted
+    noun      what the items are, where the sentence does not say it
+    between   what stands between two of them; a line break and what each line begins with for items that have a line
+              each; then the rest has a line, too
     """
     more = f"{' ' if between == ', ' else between}and {len(items) - most} more" if len(items) > most else ""
     return between.join(items[:most]) + more + (f" {noun}" if more and noun else "")

@@ -200,6 +200,15 @@ def test_float64_is_rounded_on_the_way_in_and_keeps_its_type() -> None:
     assert y.dtype == torch.float64 and torch.equal(y, small(x).double())
 
 
+def test_biases_of_another_type_outlive_the_call() -> None:
+    """Each is converted, and its address handed on; with several at once the first must not be freed before that."""
+    matrices = [layer("w8", seed=seed).packed.prepared() for seed in range(4)]
+    biases, x = [values(N, seed=seed).half() for seed in range(4)], values(3, K)
+    joined = multiply.multiply(x, matrices, biases, 0)
+    for matrix, bias, y in zip(matrices, biases, joined, strict=True):
+        assert torch.equal(y, multiply.multiply(x, (matrix,), (bias.float(),), 0)[0])
+
+
 @pytest.mark.parametrize("shape", [(3, K - 1), (3, K + 32), (K, 3), (0,), ()])
 def test_a_wrong_width_is_named(shape: tuple[int, ...]) -> None:
     with torch.no_grad(), pytest.raises(ShapeError, match=rf"takes \[\.\.\., {K}\]"):

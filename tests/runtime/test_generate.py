@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 import spicerack
 from spicerack.cli import _output, cli
 from spicerack.errors import CheckpointError, UsageError
-from spicerack.runtime.generate import generate
+from spicerack.runtime.generate import GenerateOptions, generate
 
 
 def expected(folder: Path, prompt: str, tokens: int) -> str:
@@ -30,7 +30,7 @@ def expected(folder: Path, prompt: str, tokens: int) -> str:
 
 def test_greedy_text_is_the_models(llama_folder) -> None:
     folder, pieces = llama_folder(), list[str]()
-    result = generate(folder, "def f(", max_new_tokens=10, write=pieces.append)
+    result = generate(folder, "def f(", GenerateOptions(max_new_tokens=10), write=pieces.append)
     assert result.text == expected(folder, "def f(", 10) and result.prompt == "def f("
     assert "".join(pieces) == result.text + "\n"
     assert 1 <= result.tokens <= 10 and result.tokens_per_s > 0
@@ -39,20 +39,22 @@ def test_greedy_text_is_the_models(llama_folder) -> None:
 @pytest.mark.parametrize("scheme", ["w4g32", "w2g32h"])
 def test_quantized_folders_of_both_formats_generate(llama_folder, tmp_path: Path, scheme: str) -> None:
     spicerack.quantize(llama_folder(), scheme, output=tmp_path / "out")
-    assert generate(tmp_path / "out", "def f(", max_new_tokens=4).tokens >= 1
+    assert generate(tmp_path / "out", "def f(", GenerateOptions(max_new_tokens=4)).tokens >= 1
 
 
 def test_sampling_depends_on_the_seed_only(llama_folder) -> None:
     folder = llama_folder()
-    a, b, c = (generate(folder, "x", temperature=1.0, seed=seed, max_new_tokens=16).text for seed in (1, 1, 2))
+    options = (GenerateOptions(temperature=1.0, seed=seed, max_new_tokens=16) for seed in (1, 1, 2))
+    a, b, c = (generate(folder, "x", some).text for some in options)
     assert a == b != c
 
 
 def test_a_chat_template_is_used_unless_raw(llama_folder) -> None:
     folder = llama_folder()
     (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
-    assert generate(folder, "hi", max_new_tokens=8).text == generate(folder, "<hi>", raw=True, max_new_tokens=8).text
-    assert generate(folder, "hi", raw=True, max_new_tokens=8).text == expected(folder, "hi", 8)
+    chat, raw = GenerateOptions(max_new_tokens=8), GenerateOptions(max_new_tokens=8, raw=True)
+    assert generate(folder, "hi", chat).text == generate(folder, "<hi>", raw).text
+    assert generate(folder, "hi", raw).text == expected(folder, "hi", 8)
 
 
 def test_the_command_streams_text_or_prints_one_object(llama_folder) -> None:

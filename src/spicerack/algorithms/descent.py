@@ -48,8 +48,12 @@ Forward = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Tunable:
-    """A layer of the block whose codes are learned: its module, which computes in float32 on the device of all, its
-    weight, float32 [N, K], and how that is rounded to begin with."""
+    """A layer of the block whose codes are learned.
+
+    module   it computes in float32 on the device of all
+    weight   float32 [N, K]
+    start    how that is rounded to begin with
+    """
 
     module: nn.Module
     weight: torch.Tensor

@@ -37,7 +37,8 @@ LARGEST = 2.0**57
 class _Kind:
     """How one statistic is collected.
 
-    fold: adds to the total, or takes into it, a chunk float32 [T, K]; reduction: how the totals of ranks make one.
+    fold        adds to the total, or takes into it, a chunk float32 [T, K]
+    reduction   how the totals of ranks make one
     """
 
     fold: Callable[[torch.Tensor, torch.Tensor], object]

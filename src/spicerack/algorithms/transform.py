@@ -29,10 +29,12 @@ _FOLDER = "algorithms.transforms"
 class Scaling:
     """A transform that moves a factor for each input channel of some layers into what makes their inputs.
 
-    needs: statistics of the layers' inputs that `candidates` asks for. candidates: those statistics, and max |W_:j|
-    over all layers that read the inputs, float32 [K] -> factors that are worth a trial, float32 [K]; no factors at all
-    are tried anyway. Several of one method share one copy of the block's weights, and so the most memory that one of
-    them takes.
+    candidates   statistics of the inputs, and max |W_:j| over all layers that read them, float32 [K] -> factors that
+                 are worth a trial, float32 [K]; no factors at all are tried anyway
+    needs        statistics of the layers' inputs that `candidates` asks for
+    memory       what a block's scaled weights take
+
+    Several of one method share one copy of the block's weights, and so the most memory that one of them takes.
     """
 
     candidates: Callable[[Stats, torch.Tensor], Iterator[torch.Tensor]]
@@ -44,7 +46,8 @@ class Scaling:
 class Rotation:
     """A transform of the whole model, which comes first in a method, needs no calibration text, and moves no factors.
 
-    rotate: x [..., n] -> x R, float32, for the same orthogonal R [n, n] each time.
+    rotate   x [..., n] -> x R, float32, for the same orthogonal R [n, n] each time
+    memory   what a block's rotated weights take
     """
 
     rotate: Callable[[torch.Tensor], torch.Tensor]

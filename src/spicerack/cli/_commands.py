@@ -2,6 +2,9 @@
 
 A file here without an underscore is a command. It declares `command`, which click calls, and `ABOUT`, which is read
 from the syntax tree, so that `--help` needs no command's imports.
+
+What is given up. ABOUT must be written in literals, and its last bracket must end a line: it is found by a regular
+expression and evaluated as literals, never executed.
 """
 
 from __future__ import annotations
@@ -38,7 +41,11 @@ took 18 ms of processor time, in a `--help` of 60."""
 
 
 def about(name: str) -> About:
-    """What the file of command `name` says, which is not imported. Raises LookupError where it says nothing."""
+    """What the file of command `name` says of itself; the file is read as text and not imported.
+
+    name: of a file in this folder, without `.py`. Raises LookupError where the file declares no ABOUT, ValueError where
+    its arguments are not literals.
+    """
     spec = importlib.util.find_spec(f"spicerack.cli.{name}")
     assert spec is not None and spec.origin is not None
     declared = _ABOUT.search(Path(spec.origin).read_text(encoding="utf-8"))
@@ -50,14 +57,18 @@ def about(name: str) -> About:
 
 
 class Commands(click.Group):
-    """The group of all commands: it lists them by what their files say, and imports the one that is called."""
+    """The group of all commands: it lists them by what their files say, and imports the one that is called.
+
+    click asks a group for its commands in these three methods; everything else (parsing, help of a command) is click's.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all commands, in the order of their places."""
         return list(self._abouts())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of this name; None if there is none."""
+        """The command of this name, its file imported now; None if there is none, which click turns into a usage
+        error."""
         if cmd_name not in plugins.names("cli"):
             return None
         command = plugins.get("cli", cmd_name, "command")
@@ -70,7 +81,11 @@ class Commands(click.Group):
             formatter.write_dl([(name, about.summary) for name, about in self._abouts().items()])
 
     def resumes(self, args: Sequence[str]) -> bool:
-        """Whether the command line `args` continues what it began, when it is given again."""
+        """Whether the command line `args` continues what it began, when it is given again; False for one without a
+        command.
+
+        args: as in sys.argv, without the program. It decides what the hint behind Ctrl+C promises.
+        """
         return args[0] in plugins.names("cli") and about(args[0]).resumes if args else False
 
     @staticmethod

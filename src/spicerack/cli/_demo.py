@@ -1,6 +1,12 @@
 """The demo: two real models through the whole way, INT8 and INT4, ending in one honest table per model.
 
-Everything in the table is measured here and now, on the folders that were written: nothing is quoted.
+Everything in the table is measured here and now, on the folders that were written: nothing is quoted. Each way to
+quantize a model goes through the same four stations as a user's own model would: `quantize` writes a folder, `measure`
+compares its predictions with the original's, `bench` times both in turns, and a sample lets a person look. The figures
+of the original are those of the first of these runs.
+
+What is given up. Few rounds and a short text, so that the whole demo takes minutes: intervals are wider than those of
+the commands' defaults.
 """
 
 from __future__ import annotations
@@ -21,14 +27,17 @@ from spicerack.evaluation.sentences import SENTENCES
 from spicerack.evaluation.timing import Timing
 from spicerack.models import bundled
 from spicerack.quantization.run import quantize
-from spicerack.runtime.generate import generate
+from spicerack.runtime.generate import GenerateOptions, generate
 from spicerack.runtime.load import load
 from spicerack.storage import ledger
 from spicerack.text.tokenizer import read_tokenizer
 
 PROMPT = 'def read_csv(path):\n    """'
+"""What the language model continues: Python, which it was trained on, at a place where only prose can follow."""
 QUESTION = "How can I get back into my account?"
+"""What the encoder finds the nearest of the built-in sentences to."""
 NEW_TOKENS = 16
+"""Tokens of a continuation: one line of the terminal."""
 EVALUATED_TOKENS = 30_000
 """Of the held-out text: enough for a narrow interval, and soon read."""
 _REPEATS = 3
@@ -48,7 +57,13 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model of the demo: what it is, where it is, whether it is a decoder, and the ways to quantize it."""
+    """A model of the demo.
+
+    title      what it is, in a line for people
+    folder     where it lies; it is not changed
+    decoder    whether it continues text; else it is an encoder of sentences
+    variants   the ways to quantize it, in the order of the table
+    """
 
     title: str
     folder: Path
@@ -120,9 +135,10 @@ def subjects() -> tuple[Subject, ...]:
 
 
 def run(subject: Subject, output: Path, report: Callable[[str], None]) -> list[Outcome]:
-    """Quantize, evaluate, time and sample: an outcome of the original, and one of each way. Folders go to `output`.
+    """Quantize, evaluate, time and sample: an outcome of the original, and one of each way, in their order.
 
-    report: called with what is being done.
+    subject: the model, and the ways. output: a folder that each way gets a folder in; those must not exist. report:
+    called with what is being done, a line for people. Raises what `quantize`, `measure` and `bench` raise.
     """
     outcomes: list[Outcome] = []
     for variant in subject.variants:
@@ -154,7 +170,10 @@ def _perplexities(evaluation: Evaluation) -> tuple[float | None, float | None]:
 
 
 def _layer_bytes(folder: Path) -> tuple[int, int]:
-    """Bytes before and after of the linear layers that are quantized; embeddings count in the folder's size only."""
+    """Bytes before and after of the linear layers that are quantized, from the folder's own ledger.
+
+    Embeddings are left out, quantized or not: they count in the folder's size only, and would hide what a scheme does.
+    """
     written = ledger.read(folder)
     assert written is not None, "quantized just now"
     layers = [e for e in written.entries if e.action == "quantize" and "embed" not in e.layer_type]
@@ -162,9 +181,12 @@ def _layer_bytes(folder: Path) -> tuple[int, int]:
 
 
 def _sample(subject: Subject, folder: Path) -> str:
-    """A continuation of the prompt, or the built-in sentence nearest to the question, with its cosine."""
+    """What a person would look at: a continuation of the prompt, or the built-in sentence nearest to the question.
+
+    The latter with its cosine, to three digits. The model is loaded as its users load it, with its own pooling.
+    """
     if subject.decoder:
-        return generate(folder, PROMPT, max_new_tokens=NEW_TOKENS).text
+        return generate(folder, PROMPT, GenerateOptions(max_new_tokens=NEW_TOKENS)).text
     model = load(folder)
     tokenizer = read_tokenizer(folder, model.config)
     inputs = tokenizer([QUESTION, *SENTENCES], padding=True, truncation=True, max_length=_LENGTH, return_tensors="pt")

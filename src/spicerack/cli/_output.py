@@ -1,6 +1,8 @@
 """What every command shares: the JSON contract, the consoles, progress, errors and exit codes.
 
 With --json exactly one JSON object goes to standard output; everything else (progress, warnings) to standard error.
+Errors are such an object, too: `{"error": class, "message": text, "hint": text}`, the class by its name in
+`spicerack.errors`, so that a program can tell what to do without reading prose.
 """
 
 from __future__ import annotations
@@ -25,32 +27,47 @@ INTERRUPTED = 130
 """Exit code behind Ctrl+C: 128 and the number of its signal, as shells have it."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to standard output.")
+"""Declared once for all commands: --json means the same everywhere."""
 cache_option = click.option(
     "--cache", type=int, metavar="8|4", help="Bits that keys and values of attention are kept in. Default: as computed."
 )
+"""--cache, an int under that name; which widths there are is the cache's to say, not click's."""
 engine_option = click.option(
     "--engine",
     metavar="NAME",
     help="Instruction set that quantized layers compute with: avx2, scalar ... Default: the fastest of this processor.",
 )
+"""--engine, a name that `kernels.kernel.check_engine` knows or refuses, since only it knows this processor."""
 model_argument = click.argument("model", metavar="MODEL")
+"""MODEL: a folder, or a hub id, of which `storage.files.locate` fetches a snapshot into the hub's own cache."""
 
 
 def console(as_json: bool = False) -> Console:
-    """Where people read: standard output, or standard error when standard output belongs to the JSON object."""
+    """Where people read: standard output, or standard error when standard output belongs to the JSON object.
+
+    Numbers and paths are not coloured: rich would colour parts of tensor names as if they were code.
+    """
     from rich.console import Console
 
     return Console(stderr=as_json, highlight=False)
 
 
 def emit(result: Mapping[str, Any]) -> None:
-    """Write the command's one JSON object to standard output; NaN, which JSON has not, raises ValueError."""
+    """Write the command's one JSON object to standard output, indented by two.
+
+    result: keys as the contract has them, values of JSON's own types. NaN and infinities, which JSON has not, raise
+    ValueError: a reader would stumble over them later, and with less to go by.
+    """
     click.echo(json.dumps(result, indent=2, allow_nan=False))
 
 
 @contextmanager
 def measuring() -> Iterator[Callable[[str, float], None]]:
-    """Within, a bar on standard error that shows what is being done and the share of it, 0 to 1; gone at the end."""
+    """Within, a bar on standard error that shows what is being done and the share of it, 0 to 1; gone at the end.
+
+    What is given is called with both, as evaluation and bench call their `progress`. Where standard error is no
+    terminal nothing is shown.
+    """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -62,7 +79,9 @@ def measuring() -> Iterator[Callable[[str, float], None]]:
 def run(commands: Commands, args: list[str]) -> int:
     """Run the command line -> its exit code. Deliberate errors become a message (and JSON), never a traceback.
 
-    Others pass through: they are faults of this program, and their traceback is what helps to mend it.
+    commands: the group to run. args: as in sys.argv, without the program; that --json is among them is looked up here,
+    because a line that click cannot parse must be answered in JSON as well. Errors that nobody raised on purpose pass
+    through: they are faults of this program, and their traceback is what helps to mend it.
     """
     warnings.showwarning = _show_warning  # of the whole process, which is ours here
     as_json = "--json" in args
@@ -100,9 +119,12 @@ def _show_warning(message: Warning | str, *_args: object, **_kwargs: object) -> 
 
 @contextmanager
 def interruptible(console: Console, end_of: str | None) -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl+C only asks to stop behind `end_of`, the second interrupts; None: the first does.
+    """Within, the first Ctrl+C only asks to stop behind `end_of`, the second raises KeyboardInterrupt at once.
 
-    -> whether it was asked. console: where the first one is answered.
+    console: where the first one is answered. end_of: what is finished first, as in "this block"; None where there is no
+    such place, and the first Ctrl+C interrupts as ever. What is given tells whether it was asked: the loop that runs
+    within calls it where it can stop. The handler of before comes back at the end. Only the main thread may set a
+    handler, which is where commands run.
     """
     asked: list[bool] = []
 
@@ -122,7 +144,8 @@ def interruptible(console: Console, end_of: str | None) -> Iterator[Callable[[],
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people: `91.4 MB`, in decimal units, as disks are sold."""
+    """Bytes for people: `91.4 MB`, in decimal units, as disks are sold; whole bytes below 1 kB, two digits from 1 TB
+    on."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

@@ -1,4 +1,7 @@
-"""What `spicerack quantize` shows: what will be done, a line for each block, what came out."""
+"""What `spicerack quantize` shows: what will be done, a line for each block, what came out.
+
+All of it goes through a console that is silent on every rank but the first: processes of torchrun share a terminal.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 
 
 def bar(ranks: Ranks) -> Progress:
-    """The bar of bytes that are done; the first rank has it, and nobody where standard error is no terminal."""
+    """The bar of bytes that are done, of those of the source; the first rank has it, and nobody where standard error is
+    no terminal. It is gone at the end: what stays is the lines above it."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     return Progress(
@@ -32,7 +36,11 @@ def bar(ranks: Ranks) -> Progress:
 
 
 def watching(bar: Progress, job: Job, stopping: Callable[[], bool], ranks: Ranks) -> Watch:
-    """What moves the bar and prints a line for each block, on the first rank."""
+    """The Watch that moves the bar and prints a line for each block, on the first rank.
+
+    bar: open. job: how many bytes there are to do. stopping: whether Ctrl+C asked for an end, passed on to every rank.
+    ranks: of several the first one prints.
+    """
     from spicerack.quantization.watch import Watch
 
     task = bar.add_task("quantizing", total=job.bytes_before)
@@ -56,6 +64,7 @@ def watching(bar: Progress, job: Job, stopping: Callable[[], bool], ranks: Ranks
 
 
 def _trial(trial: Trial) -> str:
+    """One line on the first blocks, tried before the rest: how far what was loaded is from what was computed."""
     return (
         f"preflight: {trial.blocks} of {trial.count} blocks rounded, saved and loaded again: as computed within "
         f"{trial.difference:.2%} (off the float model's by {trial.error:.2%}), {trial.seconds:.1f} s"
@@ -63,7 +72,11 @@ def _trial(trial: Trial) -> str:
 
 
 def _line(block: Finished) -> str:
-    """What is printed of a block."""
+    """What is printed of a calibrated block: layers, bits, its error beside that of plain rounding, time and memory.
+
+    The error of plain rounding is left out where it is the same, which it is for methods that only round. Events of
+    single layers follow, a line each.
+    """
     from rich.markup import escape
 
     plain = f" (rounded to nearest {block.rounded:.2%})" if block.rounded != block.error else ""
@@ -77,6 +90,13 @@ def _line(block: Finished) -> str:
 def announce(
     job: Job, calibration: Calibration | None, planned: MemoryPlan, device: torch.device, console: Console
 ) -> None:
+    """Print what will be done, before it begins: model, recipe, format, calibration text, memory, device and notes.
+
+    calibration   the text and its tokens; None where the method needs none, and then there is no line of it
+    planned       what the run will have in memory; on another device than the CPU also the share of it that lies there
+    device        where blocks compute
+    console       where people read; silent on all ranks but the first
+    """
     from rich.markup import escape
 
     console.print(f"[bold]model [/bold] {escape(str(job.source.folder))}", soft_wrap=True)
@@ -96,6 +116,12 @@ def announce(
 
 
 def report(summary: Summary, source: Path, console: Console) -> None:
+    """Print what came out: a row for each kind of layer with its sizes and error, the totals, time, memory, what to do
+    next.
+
+    Errors are read from the folder's ledger, and not kept from the run: what is shown is what the folder says of
+    itself. source: the float model's folder, for the command that compares the two.
+    """
     from rich.table import Table
 
     from spicerack.storage import ledger

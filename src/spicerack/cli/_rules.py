@@ -1,4 +1,8 @@
-"""--set and --skip: options of every command that takes a scheme, whose order counts."""
+"""--set and --skip: options of every command that takes a scheme, whose order counts.
+
+A rule names tensors by a pattern and gives them another scheme, or none; where two rules match, the later one wins. So
+`--set '**.down_proj=w8' --skip 'model.layers.0.**'` is not the same as the two the other way round.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,11 @@ class OrderedCommand(click.Command):
 
 
 def of(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> list[Rule]:
-    """The rules, in the order in which they were given. ctx: of an `OrderedCommand`; set_, skip: their values."""
+    """The rules that were typed, in the order in which they were given.
+
+    ctx: of an `OrderedCommand`, which remembers the order. set_, skip: the values of the two options, as click has
+    them. Raises RecipeError for a rule without "=", SchemeError for a scheme that there is not.
+    """
     from spicerack.quantization import recipe
 
     values = {"set_": iter(set_), "skip": iter(skip)}

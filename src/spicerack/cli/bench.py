@@ -61,7 +61,11 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
 
 
 def _print(result: Benchmark, console: Console) -> None:
-    """A column for each model, then how it was measured, and what it means in one sentence."""
+    """A column for each model, then how it was measured, and what it means in one sentence.
+
+    Sizes in decimal units; speeds as medians with four digits, the least and the most of all turns below them in a dim
+    row. The cache has a row only where every model has one.
+    """
     from rich.table import Table
 
     models = result.models
@@ -99,7 +103,12 @@ def _setting(result: Benchmark) -> str:
 
 
 def _meaning(result: Benchmark) -> str:
-    """One plain sentence. Speeds whose spreads overlap around each other's medians are called equal."""
+    """One plain sentence on what was gained, or not.
+
+    Speeds are called equal where each median lies within the other's spread: then nothing says that the order of the
+    two would be the same in the next run. A model that became slower is called slower; where the kernel is the
+    reference, the reason is known and said.
+    """
     original, quantized = result.original, result.quantized
     doing = "embedding" if result.figure == "items_per_s" else "generating"
     size = f"The quantized model is {original.bytes_on_disk / quantized.bytes_on_disk:.2f} times smaller on disk"

@@ -51,7 +51,11 @@ def command(keep: Path | None, as_json: bool) -> None:
 
 
 def _print(subject: Subject, outcomes: list[Outcome], console: Console) -> None:
-    """A row for the original and for each way to quantize it; which are slower; and what each of them says."""
+    """A row for the original and for each way to quantize it; which are slower; and what each of them says.
+
+    Slower is judged by the last figure of each (new tokens, or sentences): a prompt is read once, and a chat waits for
+    what comes behind it.
+    """
     from rich.table import Table
 
     original = outcomes[0]
@@ -86,7 +90,11 @@ _SPEEDS = {
 
 
 def _cells(outcome: Outcome, original: Outcome) -> dict[str, str]:
-    """Title -> what stands there of an outcome: sizes, speeds, quality."""
+    """Title -> what stands there of an outcome: sizes in megabytes, speeds a second, quality.
+
+    original: what the layers' share is of; its own cell of that is empty. Titles have two lines, so that a table of ten
+    columns fits 80 characters.
+    """
     share = "" if outcome is original else f"{outcome.layer_bytes / original.layer_bytes:.1%}"
     return {
         "layers\nMB": _megabytes(outcome.layer_bytes),
@@ -99,7 +107,10 @@ def _cells(outcome: Outcome, original: Outcome) -> dict[str, str]:
 
 
 def _quality(outcome: Outcome) -> dict[str, str]:
-    """What was lost; nothing of the original, but for its perplexity."""
+    """What was lost, by the figures of its kind of model; empty cells of the original, but for its perplexity.
+
+    Decoders: perplexity, mean KL in nats per token, share of the same first choices. Encoders: mean and least cosine.
+    """
     from spicerack.evaluation.encoder import EncoderComparison
     from spicerack.evaluation.language import Comparison
 

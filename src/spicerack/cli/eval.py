@@ -60,7 +60,11 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
 
 
 def _decoder(evaluation: Evaluation, figures: Comparison, console: Console) -> None:
-    """A table of figures, each with what it is measured against, and one sentence on what they mean."""
+    """A table of a language model's figures, each with what it is measured against, and one sentence on what they mean.
+
+    The sentence speaks of 1000 choices, because a share of 99.3 % sounds like none were changed; and of the mean KL as
+    a multiple of what a cast to bfloat16 costs, which everybody accepts.
+    """
     kl, floor = figures.kl_interval, evaluation.noise_floor
     if kl.lo is None or kl.hi is None:
         between = "one window: no interval"
@@ -86,7 +90,10 @@ def _decoder(evaluation: Evaluation, figures: Comparison, console: Console) -> N
 
 
 def _encoder(evaluation: Evaluation, figures: EncoderComparison, console: Console) -> None:
-    """The same for embeddings: the sentence says by how many degrees they turned."""
+    """A table of an encoder's figures, and one sentence that says by how many degrees embeddings turned.
+
+    Cosines near 1 all look alike, and angles do not: .9994 is 2 degrees and .9973 is 4.2.
+    """
     rank, floor = figures.spearman, evaluation.noise_floor
     rows = [
         ("cosine, mean", f"{figures.mean:.5f}", "between the two embeddings of a sentence"),
@@ -102,7 +109,10 @@ def _encoder(evaluation: Evaluation, figures: EncoderComparison, console: Consol
 
 
 def _table(console: Console, evaluation: Evaluation, title: str, rows: list[tuple[str, str, str]]) -> None:
-    """What was measured, on what and with what; then name, figure and explanation of each row."""
+    """What was measured, on what and with what; then name, figure and explanation of each row.
+
+    title: how much was read. rows: name, figure, and what stands beside it to compare it with.
+    """
     from rich.markup import escape
     from rich.table import Table
 
@@ -137,5 +147,5 @@ def _times(ratio: float) -> str:
 
 
 def _angle(cosine: float) -> str:
-    """The angle of a cosine, which rounding may have put a little above 1."""
+    """The angle of a cosine in degrees; rounding may have put the cosine a little above 1, which counts as 1."""
     return f"{math.degrees(math.acos(min(cosine, 1.0))):.1f} degrees"

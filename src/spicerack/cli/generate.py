@@ -1,8 +1,12 @@
-"""`spicerack generate MODEL PROMPT`: the quickest look at what is left of a model."""
+"""`spicerack generate MODEL PROMPT`: the quickest look at what is left of a model.
+
+Text appears as it is made. With --json it does not: the object has all of it, and the speed, at the end.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import click
 
@@ -24,19 +28,7 @@ ABOUT = About(place=60, summary="Let a model continue a text.")
 @_output.cache_option
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that came with the model.")
 @_output.json_option
-def command(
-    model: str,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    raw: bool,
-    device: str,
-    engine: str | None,
-    cache: int | None,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, prompt: str, as_json: bool, **given: Any) -> None:
     """Let a model continue a text.
 
     MODEL is a folder, quantized or not, or a hub id.
@@ -44,24 +36,12 @@ def command(
     \b
     spicerack generate out "def read_csv(path):"
     """
-    from spicerack.runtime.generate import generate
+    from spicerack.runtime.generate import GenerateOptions, generate
 
     def write(piece: str) -> None:
         """Text appears as it is written, and not at the end."""
         click.echo(piece, nl=False)
 
-    result = generate(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        raw=raw,
-        device=device,
-        engine=engine,
-        cache=cache,
-        trust_remote_code=trust_remote_code,
-        write=None if as_json else write,
-    )
+    result = generate(model, prompt, GenerateOptions(**given), write=None if as_json else write)
     if as_json:
         _output.emit(dataclasses.asdict(result))

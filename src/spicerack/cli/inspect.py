@@ -1,5 +1,9 @@
 """`spicerack inspect MODEL`: what is in a model folder, and what it would weigh.
 
+Kinds of layers and not layers are listed: numbers in names become `*`, so that a model of 30 blocks has a dozen rows,
+whose first column can be given to `quantize --set` and `--skip` as it stands. Sizes in other schemes are computed, by
+the code that decides a quantization, and not measured: nothing is read but headers.
+
 What is shown fits 80 columns: a narrower terminal than `_WIDE` gets fewer of them, and long names in two lines.
 """
 
@@ -34,7 +38,9 @@ _SHARE_OF_LOWEST_BAR = 1e-7
 _NARROW_NAME = 32
 """Longest name on one line of a narrower terminal."""
 _SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
+"""Standard deviation, in titles."""
 _BARS = f"0{_SIGMA}        12{_SIGMA}"
+"""Title of the histogram: it begins at 0 standard deviations and ends at 12, a bar for each."""
 _TEXTS = ("layers", "role", "numbers", "linear layers in", _BARS)
 """Titles of columns that begin at the left; numbers end at the right."""
 _LISTED = 4
@@ -46,7 +52,9 @@ _LEGEND = (
     "about ten times fewer. A bell curve ends after five or six bars. What lies beyond are outliers: a scale must "
     "reach them, so the steps between all other weights that share it grow coarser. Smaller groups help."
 )
+"""What is printed below the histograms: nobody can read them without."""
 _REST = "Embeddings, heads, routers, norms and biases stay as they are."
+"""What the estimates assume, said below them."""
 
 
 @click.command()
@@ -73,7 +81,11 @@ def command(model: str, weights: bool, as_json: bool) -> None:
 
 
 def _as_json(report: Report, spreads: list[Spread] | None) -> dict[str, Any]:
-    """The report under the contract's names: `bytes`, and words for the three totals of each type."""
+    """The report under the contract's names: `bytes`, and words for the three totals of each type.
+
+    spreads: how far the largest weights stick out, by kind of layer, as the key `weights`; None leaves it out: they
+    were not read.
+    """
     result = asdict(report, dict_factory=_json_names)
     result["folder"] = str(report.folder)
     totals = ("tensors", "parameters", "bytes")
@@ -87,7 +99,10 @@ def _json_names(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _measure(report: Report) -> list[Spread]:
-    """Read all weights, behind a bar on standard error: how far the largest stick out."""
+    """Read all weights, behind a bar on standard error: how far the largest stick out, a figure for each kind of layer.
+
+    Weights that are not finite are counted and raise nothing: a look at a broken model must not fail.
+    """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from spicerack.models.outliers import measure
@@ -102,7 +117,10 @@ def _measure(report: Report) -> list[Spread]:
 
 
 def _show(report: Report, console: Console) -> None:
-    """What kind of model it is, its tensors, and for a float model its size in common schemes."""
+    """What kind of model it is, its tensors, and for a float model its size in common schemes.
+
+    At most `_LISTED` notes are shown: a folder with a fault in each layer would scroll everything else away.
+    """
     from rich.markup import escape
 
     files = "1 file" if report.shards == 1 else f"{report.shards} files"
@@ -138,7 +156,11 @@ def _facts(architecture: Architecture) -> list[str]:
 
 
 def _table(titles: Iterable[str], width: int = _WIDE) -> Table:
-    """A plain table in which only the first column wraps."""
+    """A plain table in which only the first column wraps.
+
+    titles: those in `_TEXTS` begin at the left, numbers end at the right. width: of the terminal, in characters; a
+    narrow one gets one space between columns instead of two.
+    """
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2 if width >= _WIDE else 1, 0, 0))
@@ -148,7 +170,11 @@ def _table(titles: Iterable[str], width: int = _WIDE) -> Table:
 
 
 def _tensors(report: Report, width: int) -> Table:
-    """Kinds of layers one by one; norms and biases in a line each."""
+    """Kinds of layers one by one; norms and biases in a line each.
+
+    width: of the terminal, in characters. The column of types is left out where all tensors have one; errors take the
+    place of roles where a quantized folder is shown on a narrow terminal, because there they are what one came for.
+    """
     from rich.text import Text
 
     cells: dict[str, Callable[[Row], str]] = {
@@ -172,7 +198,10 @@ def _tensors(report: Report, width: int) -> Table:
 
 
 def _broken(pattern: str, width: int) -> str:
-    """In a narrow terminal, a long name in two lines, broken before a dot."""
+    """In a narrow terminal, a name of more than `_NARROW_NAME` characters in two lines, broken before a dot.
+
+    A pattern without a dot so early stays whole: half a word is not a pattern.
+    """
     cut = pattern.rfind(".", 0, _NARROW_NAME)
     if width >= _WIDE or len(pattern) <= _NARROW_NAME or cut < 0:
         return pattern
@@ -219,7 +248,12 @@ def _misfits(estimates: Iterable[Estimate]) -> list[str]:
 
 
 def _show_spreads(spreads: list[Spread], console: Console) -> None:
-    """A row for each kind of layer, those with the farthest outliers first, and how to read it."""
+    """A row for each kind of layer, those with the farthest outliers first, and how to read it.
+
+    Columns are the root mean square, the largest weight as a multiple of it, kurtosis, shares beyond 4 and 6 standard
+    deviations, and a histogram of twelve bars. A narrow terminal goes without the first and the fourth. Weights that
+    are NaN or infinite are named in red below.
+    """
     from rich.text import Text
 
     console.print()
@@ -271,7 +305,7 @@ def _types(report: Report) -> str:
 
 
 def _count(n: int) -> str:
-    """12,345,678 -> `12.3 M`."""
+    """12,345,678 -> `12.3 M`: three digits and the unit that fits, as parameters of models are spoken of."""
     for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if n >= factor:
             return f"{n / factor:.3g} {unit}" if n < 1000 * factor else f"{n / factor:.0f} {unit}"

@@ -81,7 +81,11 @@ def _show_table(rows: Iterable[Row], console: Console) -> None:
 
 
 def _show_layers(out: str, layers: list[Layers], console: Console) -> None:
-    """Which kernel each kind of layer gets, then for each kernel why no faster one was taken."""
+    """Which kernel each kind of layer gets, then for each kernel why no faster one was taken.
+
+    out: the folder, as it was named. layers: kinds of quantized layers, each with its kernel and what was passed over;
+    none at all for a float folder, whose layers torch runs.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -110,7 +114,11 @@ def _show_layers(out: str, layers: list[Layers], console: Console) -> None:
 
 
 def _choices(layers: Iterable[Layers]) -> list[tuple[str, dict[str, str], list[str]]]:
-    """Kernel, what it was preferred to, and the schemes for which that holds."""
+    """Kernel, what it was preferred to (name -> reason), and the schemes for which that holds, in the order of the
+    layers.
+
+    Two schemes that got one kernel for different reasons are two entries: the reasons are what is asked for.
+    """
     choices: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
     for some in layers:
         schemes = choices.setdefault((some.kernel, tuple(some.passed_over.items())), [])

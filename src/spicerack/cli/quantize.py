@@ -1,4 +1,10 @@
-"""`spicerack quantize MODEL -o OUT --scheme w4g128`."""
+"""`spicerack quantize MODEL -o OUT --scheme w4g128`.
+
+The stages, each of which can refuse before the next costs anything: what was typed becomes a `Recipe`; `prepare` reads
+headers and decides about every tensor; `_calibration` tokenizes the text, if there is one; `plan` finds out what will
+be in memory; --dry-run ends here; `execute` writes the folder. Under torchrun every process goes this way, and the
+first one speaks.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +24,15 @@ from spicerack.cli._commands import About
 from spicerack.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
-    import torch
-
-    from spicerack.machine.ranks import Ranks
     from spicerack.quantization.job import Job
+    from spicerack.quantization.memory import MemoryPlan
     from spicerack.quantization.recipe import Recipe, Rule
+    from spicerack.quantization.stream import Means
     from spicerack.text.calibration import Calibration
 
 ABOUT = About(place=20, summary="Turn a model folder into a smaller one that runs.", resumes=True)
 _LENGTH = 512
+"""Tokens of a calibration sequence by default; a model with fewer positions gets as many as it has."""
 
 
 def _names(folder: str) -> str:
@@ -35,10 +41,14 @@ def _names(folder: str) -> str:
 
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+"""What may stand behind a number of bytes: decimal units, as `_output.size` prints them."""
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """ "500MB" -> 500,000,000."""
+    """What --shard-size and --memory mean in bytes: "500MB" -> 500,000,000; decimal units, or a plain number.
+
+    value: as typed, at most twelve digits; None where the option was not given, and stays None. Raises BadParameter.
+    """
     if value is None:
         return None
     match = re.fullmatch(r"([1-9]\d{0,11})\s*([kmg]b)?", value.lower())
@@ -49,7 +59,21 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """What was typed, option by option."""
+    """What was typed, option by option, under the names of click's parameters.
+
+    model                   folder, or hub id
+    output                  folder to write
+    scheme, range_, method, observer   over those of `recipe_file`; None leaves them to it, or to the defaults
+    calib                   text to run the model on, "none" for text that it makes itself; None: no calibration
+    samples, length, seed   how many sequences of it, their tokens (None: `_LENGTH`), which ones
+    device                  where blocks compute while they are calibrated
+    recipe_file             YAML with a scheme and rules
+    set_, skip              rules, each option's own; their order is in the context
+    threads                 of the CPU; None: one per core
+    shard_bytes             the largest file to write
+    memory                  bytes that must not be exceeded; None: no limit
+    dry_run, as_json        show what would be done; print one JSON object
+    """
 
     model: str
     output: Path
@@ -72,7 +96,12 @@ class _Options:
     as_json: bool
 
     def recipe(self, rules: list[Rule]) -> Recipe:
-        """The recipe's file with what was typed over it. Raises RecipeError, SchemeError."""
+        """The recipe's file with what was typed over it, and `rules`, of --set and --skip, behind the file's own.
+
+        `--method auto` undoes the file's method: the choice is then made by scheme and text. Raises RecipeError where
+        there is neither a file nor a scheme, and for what cannot be combined; SchemeError for a scheme that there is
+        not.
+        """
         from spicerack.numerics.scheme import parse
         from spicerack.quantization import recipe
 
@@ -132,29 +161,25 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     spicerack quantize MODEL -o out --scheme w3g64 --calib text.jsonl
     """
     options = _Options(**given)
-    if options.calib is None:
-        for name in ("samples", "length", "seed", "device"):
-            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
+    _check_calibration_options(ctx, options)
     recipe = options.recipe(_rules.of(ctx, options.set_, options.skip))
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.cli import _quantizing
     from spicerack.quantization.job import prepare
     from spicerack.quantization.run import decided, execute
-    from spicerack.quantization.stream import Means, plan
+    from spicerack.quantization.stream import plan
 
-    where, ranks = _place(options.device)
-    means = Means(where, options.threads, options.memory, ranks)
+    means = _means(options)
+    ranks = means.ranks
     console = _output.console(options.as_json or not ranks.first)
     console.quiet = not ranks.first
     job = prepare(options.model, decided(recipe, options.calib is not None), shard_bytes=options.shard_bytes)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)
-    _quantizing.announce(job, calibration, planned, where, console)
+    _quantizing.announce(job, calibration, planned, means.device, console)
     if options.dry_run:
         if options.as_json:
-            sizes = dataclasses.asdict(job.sizes())
-            _output.emit({"dry_run": True, **sizes, "planned_peak_bytes": planned.peak_bytes})
+            _output.emit(_dry_run(job, planned))
         return
     unit = "this block" if calibration is not None else None
     with _quantizing.bar(ranks) as bar, _output.interruptible(bar.console, unit) as stopping:
@@ -166,19 +191,42 @@ def command(ctx: click.Context, /, **given: Any) -> None:
         _quantizing.report(summary, job.source.folder, console)
 
 
-def _place(device: str) -> tuple[torch.device, Ranks]:
-    """Where this process computes, and among which others, if torchrun started it."""
+def _check_calibration_options(ctx: click.Context, options: _Options) -> None:
+    """Raises UsageError for an option about calibration text that was typed, where there is none."""
+    for name in ("samples", "length", "seed", "device"):
+        if options.calib is None and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
+
+
+def _dry_run(job: Job, planned: MemoryPlan) -> dict[str, Any]:
+    """What --dry-run --json prints: the sizes that the folder would have, and the memory that the run would take."""
+    return {"dry_run": True, **dataclasses.asdict(job.sizes()), "planned_peak_bytes": planned.peak_bytes}
+
+
+def _means(options: _Options) -> Means:
+    """What the run may use: the device, threads and memory as typed, among other processes, if torchrun started this.
+
+    Under torchrun --device is "cpu" or "cuda"; each process then has the GPU of its own number. That torchrun started
+    it is told by a variable that nobody else sets. Raises UsageError for a device that torch cannot compute on.
+    """
     from spicerack.machine import devices
     from spicerack.machine.ranks import ALONE, join
+    from spicerack.quantization.stream import Means
 
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return devices.find(device), ALONE
-    place = devices.find(devices.of_rank(device, int(os.environ["LOCAL_RANK"])))
-    return place, join(place)
+    device = options.device
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    where = devices.find(devices.of_rank(device, int(os.environ["LOCAL_RANK"])) if launched else device)
+    ranks = join(where) if launched else ALONE
+    return Means(where, options.threads, options.memory, ranks)
 
 
 def _calibration(job: Job, source: str, options: _Options) -> Calibration:
-    """The text that --calib names, as tokens of the job's model. Raises UsageError, TextError, CheckpointError."""
+    """The text that --calib names, as tokens of the job's model.
+
+    job: of the float model, whose tokenizer, kind and number of positions count. source: a file, a folder, a data set,
+    or "none" for text that the model makes itself, for which it is loaded. options: how many sequences, of how many
+    tokens, and which. Raises UsageError for sequences longer than the model's positions, TextError, CheckpointError.
+    """
     from spicerack.models.kind import kind_of, positions
     from spicerack.runtime import hf
     from spicerack.runtime.load import load

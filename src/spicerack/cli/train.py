@@ -7,7 +7,7 @@ that could have no effect are refused, because somebody meant something by them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from transformers import TrainerCallback, TrainerState
 
+    from spicerack.quantization.recipe import Rule
+    from spicerack.training.callbacks import Watch
+    from spicerack.training.job import TrainOptions
     from spicerack.training.run import Trained
-    from spicerack.training.start import Twin
 
 ABOUT = About(place=30, summary="Train a model in few bits, or from scratch.", resumes=True)
 
@@ -73,17 +75,9 @@ ABOUT = About(place=30, summary="Train a model in few bits, or from scratch.", r
 def command(
     model: str | None,
     output: Path,
-    scheme: str | None,
-    data: str,
-    held_out: str | None,
-    teacher: str | None,
-    predictions: str | None,
     set_: tuple[str, ...],
     skip: tuple[str, ...],
-    scales_only: bool,
     from_scratch: str | None,
-    tokenizer: str | None,
-    twin: Twin | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -102,25 +96,12 @@ def command(
     rules = _rules.of(click.get_current_context(), set_, skip)
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.machine.ranks import launched
-    from spicerack.training.qat.start import QATConfig
-    from spicerack.training.run import train
-    from spicerack.training.settings import Settings
+    from spicerack.training.run import execute
 
-    config = QATConfig(**_given(given, QATConfig))
-    settings = Settings(**_given(given, Settings))
-    if scheme is None and rules:
-        raise UsageError("--set and --skip change a scheme, and there is none", "name one, or leave them out")
-    if teacher is None and any(given[name] is not None for name in ("kl", "temperature")):
-        raise UsageError("--kl and --temperature are about a teacher, and there is none", "name one by --teacher")
+    options = _options(rules, given)
     first = launched().first  # of torchrun's processes one speaks for all
     with _bar(first) as bar, _output.interruptible(bar.console, "this step") as stopping:
-        task = bar.add_task("training", total=settings.steps)
-        trained = train(
-            source, output, data=data, scheme=scheme, rules=rules, config=config, settings=settings, teacher=teacher,
-            predictions=predictions, held_out=held_out, tokenizer=tokenizer, twin=twin, scales_only=scales_only,
-            stopping=stopping, callbacks=[_lines(bar, task)] if first else [],
-            notify=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
-        )  # fmt: skip
+        trained = execute(source, output, options, _watch(bar, options.settings.steps, stopping, first))
     if first and as_json:
         _output.emit({**asdict(trained), "output": str(output)})
     elif first:
@@ -128,7 +109,10 @@ def command(
 
 
 def _source(model: str | None, from_scratch: str | None) -> str:
-    """The one of both that was given. Raises UsageError for both, none, and a folder where a config.json should be."""
+    """The one of both that was given: a model, or a config.json to begin from with random weights.
+
+    Raises UsageError for both, for none, and for a folder where a config.json should be.
+    """
     if (model is None) == (from_scratch is None):
         raise UsageError("give either MODEL or --from-scratch CONFIG", "spicerack train --help")
     if from_scratch is not None and not from_scratch.endswith(".json"):
@@ -136,8 +120,33 @@ def _source(model: str | None, from_scratch: str | None) -> str:
     return model or from_scratch or ""
 
 
+def _options(rules: list[Rule], given: dict[str, Any]) -> TrainOptions:
+    """What is asked for, of the options that were typed.
+
+    rules: of --set and --skip, in their order. given: click's parameters by name, None for what was not typed. Those
+    that are fields of `Settings`, `QATConfig` or `TrainOptions` go there, by their names. Raises UsageError for those
+    that could have no effect, and for numbers that make no sense.
+    """
+    from spicerack.training.job import TrainOptions
+    from spicerack.training.qat.start import QATConfig
+    from spicerack.training.settings import Settings
+
+    config = QATConfig(**_given(given, QATConfig))
+    settings = Settings(**_given(given, Settings))
+    options = TrainOptions(**_given(given, TrainOptions), rules=rules, config=config, settings=settings)
+    if options.scheme is None and rules:
+        raise UsageError("--set and --skip change a scheme, and there is none", "name one, or leave them out")
+    if options.teacher is None and any(given[name] is not None for name in ("kl", "temperature")):
+        raise UsageError("--kl and --temperature are about a teacher, and there is none", "name one by --teacher")
+    return options
+
+
 def _given(options: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Those of a dataclass's fields that were given on the command line; 0 is given, a flag that is not set is not."""
+    """Those of the fields of the dataclass `kind` that were given on the command line, name -> value.
+
+    options: click's parameters, None for what was not typed. 0 is given; a flag that is not set is not, so that the
+    dataclass's own default holds.
+    """
     names = {field.name for field in fields(kind)}
     return {
         name: value for name, value in options.items() if name in names and value is not None and value is not False
@@ -162,6 +171,18 @@ def _bar(first: bool) -> Iterator[Progress]:
     )  # fmt: skip
     with Progress(*columns, console=_output.console(as_json=True), transient=True, disable=not first) as bar:
         yield bar
+
+
+def _watch(bar: Progress, steps: int, stopping: Callable[[], bool], first: bool) -> Watch:
+    """Who looks on: the bar, of `steps` steps, and above it lines; those of a step are printed by the first process."""
+    from spicerack.training.callbacks import Watch
+
+    task = bar.add_task("training", total=steps)
+    return Watch(
+        notify=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
+        stopping=stopping,
+        callbacks=(_lines(bar, task),) if first else (),
+    )
 
 
 def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
@@ -201,7 +222,11 @@ def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
 
 
 def _report(trained: Trained, source: str, console: Console) -> None:
-    """The four losses, how far it came, and what to do next. source: what it was trained from."""
+    """The four losses in nats a token, how far it came, and what to do next.
+
+    trained: what came out; a figure that it has not (a float run, no teacher) has no row. source: what it was trained
+    from, for the command that compares the two; a config.json has no float model to compare with.
+    """
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))

@@ -25,7 +25,7 @@ from spicerack.evaluation.evaluate import compute
 from spicerack.evaluation.timing import Benchmark, Speed, Timing
 from spicerack.evaluation.turns import DecoderTurn, EncoderTurn, Sample, take_turns
 from spicerack.kernels import kernel
-from spicerack.models.kind import kind_of, positions
+from spicerack.models.kind import Kind, kind_of, positions
 from spicerack.runtime.load import load
 from spicerack.storage import files
 
@@ -75,9 +75,13 @@ def bench(
     options: BenchOptions = _DEFAULTS,
     progress: Progress | None = None,
 ) -> Benchmark:
-    """Time `folder` and the model it was made from, in turns.
+    """Time `folder` and the model it was made from, in turns -> speeds, bytes and how they were measured.
 
-    folder, against: folders or hub ids. Raises UsageError, CheckpointError, LoadError.
+    folder, against   folders or hub ids, of one kind of model
+    options           what a turn is, how many of them, and where
+    progress          called with what is being done and the share of it, 0 to 1
+
+    All models are in memory at once. Raises UsageError, CheckpointError, LoadError.
     """
     out, source = files.locate(folder), files.locate(against)
     config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)
@@ -93,11 +97,7 @@ def bench(
     if options.float32 and models[_ORIGINAL].dtype != torch.float32:
         in_float32 = load(source, device=device, dtype=torch.float32, trust_remote_code=trusted)
         models[f"{_ORIGINAL}, float32"] = in_float32
-    work: DecoderTurn | EncoderTurn
-    if kind == "decoder":
-        work = DecoderTurn(_prefill(models[_ORIGINAL], options.prefill, options.decode), options.decode)
-    else:
-        work = EncoderTurn(options.batch, min(LENGTH, positions(models[_ORIGINAL].config) or LENGTH))
+    work = _work(kind, models[_ORIGINAL], options)
     with _threads(options.threads):
         turns = {name: partial(work.run, model) for name, model in models.items()}
         samples = take_turns(turns, options.repeats, lambda share: report("measuring", share))
@@ -131,6 +131,13 @@ def _timing(name: str, model: PreTrainedModel, folder: Path, samples: list[Sampl
         speeds[figure] = Speed(median(values), min(values), max(values))
     held = resident_bytes(model)
     return Timing(name, compute(model), speeds, bytes_on_disk(folder), held, samples[0].cache_bytes)
+
+
+def _work(kind: Kind, original: PreTrainedModel, options: BenchOptions) -> DecoderTurn | EncoderTurn:
+    """What a turn is, the same for all models, which have the original's positions. Raises as `_prefill` does."""
+    if kind == "decoder":
+        return DecoderTurn(_prefill(original, options.prefill, options.decode), options.decode)
+    return EncoderTurn(options.batch, min(LENGTH, positions(original.config) or LENGTH))
 
 
 def _prefill(model: PreTrainedModel, asked: int | None, decode: int) -> int:

@@ -100,31 +100,50 @@ def compare(
 
     Raises TextError for fewer than three sentences, SpicerackError for embeddings that are not finite.
     """
-    cosines: list[torch.Tensor] = []
-    kept: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    cosines, kept = list[torch.Tensor](), (list[torch.Tensor](), list[torch.Tensor]())
     count = tokens = unknown = 0
+    report = progress or (lambda _share: None)
     for batch, fraction in _batches(sentences):
-        inputs = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        ours, theirs = (embed(model, ids, mask, pooling) for model in (reference, other))
+        ours, theirs, read = _embed_both(reference, other, tokenizer, batch, pooling, length)
         _check_finite(ours, theirs, count)
         cosines.append(F.cosine_similarity(ours, theirs))
-        room = max(PAIRED_SENTENCES - count, 0)  # of all others only the cosine is kept
-        kept[0].append(ours[:room])
-        kept[1].append(theirs[:room])
-        count += len(batch)
-        real = mask.bool()
-        tokens += int(real.sum())
-        if tokenizer.unk_token_id is not None:
-            unknown += int((ids[real] == tokenizer.unk_token_id).sum())
-        if progress is not None:
-            progress(fraction)
+        for vectors, some in zip(kept, (ours, theirs), strict=True):  # of those beyond, only the cosine is kept
+            vectors.append(some[: max(PAIRED_SENTENCES - count, 0)])
+        count, tokens, unknown = count + len(batch), tokens + len(read), unknown + _unknown(read, tokenizer)
+        report(fraction)
         if max_tokens is not None and tokens >= max_tokens:
             break
     if count < FEWEST:
         raise TextError(f"{count} sentences are too few to compare their pairs", f"give at least {FEWEST}, one a line")
-    similarities = [_pair_similarities(torch.cat(vectors)) for vectors in kept]
-    return EncoderComparison(torch.cat(cosines), spearman(*similarities), tokens, unknown)
+    correlation = spearman(*(_pair_similarities(torch.cat(vectors)) for vectors in kept))
+    return EncoderComparison(torch.cat(cosines), correlation, tokens, unknown)
+
+
+def _embed_both(
+    reference: PreTrainedModel,
+    other: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[str],
+    pooling: Pooling,
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings [B, H] of some sentences by both models, and the tokens [n] that were read, padding left out.
+
+    reference, other   the models, each on its own device
+    tokenizer          of both
+    batch              the sentences
+    pooling            how a sentence's vector is made of its tokens'
+    length             tokens at which sentences are cut
+    """
+    inputs = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    ours, theirs = (embed(model, ids, mask, pooling) for model in (reference, other))
+    return ours, theirs, ids[mask.bool()]
+
+
+def _unknown(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of the tokens `ids` [n] stand for what the tokenizer does not know; 0 where it has no such token."""
+    return 0 if tokenizer.unk_token_id is None else int((ids == tokenizer.unk_token_id).sum())
 
 
 def _check_finite(ours: torch.Tensor, theirs: torch.Tensor, before: int) -> None:

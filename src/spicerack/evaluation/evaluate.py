@@ -121,22 +121,24 @@ def evaluate(
 ) -> dict[str, Any]:
     """What `folder` lost `against` the model it was made from -> the figures of `spicerack eval --json`.
 
-    text: a file; None is `heldout.txt` in the model's folder, or for encoders the built-in sentences. window: tokens
-    that are read together, None is 512 or the model's longest; longer sentences are cut there. max_tokens: None is the
-    whole text. dtype: float type that `folder` computes in; None is its own, which is what ships. engine: that it
-    computes with, as in `load`. cache: bits of its key-value cache; it then reads 16 tokens at a time, and the earlier
-    ones through that cache. Raises TextError, UsageError, CheckpointError, LoadError.
+    folder, against     folders or hub ids
+    text                a file; None: `heldout.txt` in the model's folder, or for encoders the built-in sentences
+    window              tokens that are read together; None: 512 or the model's longest. Longer sentences are cut there
+    max_tokens          tokens of the text that are used; None: all of it
+    device              where both models run
+    dtype               float type that `folder` computes in; None: its own, which is what ships
+    engine              that it computes with, as in `load`
+    cache               bits of its key-value cache; it then reads 16 tokens at a time, the earlier ones through that
+                        cache
+    trust_remote_code   whether code that came with the model may run
+    progress            called with what is being done and the share of it, 0 to 1
+
+    Raises TextError, UsageError, CheckpointError, LoadError.
     """
     options = EvaluationOptions(
-        text=text,
-        window=window,
-        max_tokens=max_tokens,
-        device=device,
-        dtype=dtype,
-        engine=engine,
-        cache=cache,
+        text=text, window=window, max_tokens=max_tokens, device=device, dtype=dtype, engine=engine, cache=cache,
         trust_remote_code=trust_remote_code,
-    )
+    )  # fmt: skip
     return measure(folder, against=against, options=options, progress=progress).as_dict()
 
 
@@ -153,11 +155,7 @@ def measure(
     """
     out, source = locate(folder), locate(against)
     kind = kind_of(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
-    kernel.check_engine(options.engine, options.device)  # what is wrong is said before the long part
-    if options.cache is not None:
-        CacheScheme(options.cache)
-        if kind == "encoder":
-            raise UsageError(f"{source} is an encoder: it has no cache to quantize", "leave the cache out")
+    _check(options, kind, source)  # what is wrong is said before the long part
     tokenizer = common_tokenizer(out, source, options.trust_remote_code)
     path = _text(kind, options.text, out, source)
     _warn_of_calibration_text(path, out)
@@ -169,15 +167,10 @@ def measure(
         report("loading", 0.0)
         return load(source, device=device, dtype=dtype, trust_remote_code=trusted)
 
-    model = original(torch.float32)
+    model = original(torch.float32)  # whatever it is stored in: what is lost is to be the quantized model's alone
     reference = _Reference(kind, model, tokenizer, source, path, window_of(options.window, model, source))
-    beginning = max(FLOOR_TOKENS, reference.window)
     # nothing holds the model in bfloat16 once it is measured: two are in memory, and not three
-    floor = reference.compare(
-        original(torch.bfloat16),
-        beginning if options.max_tokens is None else min(beginning, options.max_tokens),
-        lambda share: report("noise floor", share),
-    )
+    floor = reference.floor(original(torch.bfloat16), options.max_tokens, lambda share: report("noise floor", share))
     report("loading", 0.0)
     quantized = load(
         out, device=device, dtype=options.dtype, engine=options.engine, cache=options.cache, trust_remote_code=trusted
@@ -186,7 +179,16 @@ def measure(
     figures = reference.compare(quantized, options.max_tokens, lambda share: report("evaluating", share), step)
     _warn_of_unknown_tokens(figures.unknown_share)
     name = "built-in sentences" if path is None else path.name
-    return Evaluation(kind, compute(quantized), name, figures, floor.mean, options.cache)
+    return Evaluation(kind, compute(quantized), name, figures, floor, options.cache)
+
+
+def _check(options: EvaluationOptions, kind: Kind, source: Path) -> None:
+    """Raises UsageError for an engine that is not here, bits that no cache has, and a cache of an encoder."""
+    kernel.check_engine(options.engine, options.device)
+    if options.cache is not None:
+        CacheScheme(options.cache)
+        if kind == "encoder":
+            raise UsageError(f"{source} is an encoder: it has no cache to quantize", "leave the cache out")
 
 
 def compute(model: PreTrainedModel) -> str:
@@ -197,7 +199,15 @@ def compute(model: PreTrainedModel) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """The float model, and what others read beside it. text: a file; None: the built-in sentences of encoders."""
+    """The float model, and what others read beside it.
+
+    kind        decoder or encoder
+    model       in float32
+    tokenizer   of both models
+    folder      where the model is from: it says how sentences are pooled
+    text        a file; None: the built-in sentences of encoders
+    window      tokens that are read together
+    """
 
     kind: Kind
     model: PreTrainedModel
@@ -205,6 +215,14 @@ class _Reference:
     folder: Path
     text: Path | None
     window: int
+
+    def floor(self, cast: PreTrainedModel, most: int | None, progress: Callable[[float], None]) -> float:
+        """What the cast of the model to another float type costs, on the beginning of the text, a window at least.
+
+        Mean KL in nats per token of a decoder, mean cosine of an encoder. most: tokens, if there is a limit.
+        """
+        beginning = max(FLOOR_TOKENS, self.window)
+        return self.compare(cast, beginning if most is None else min(beginning, most), progress).mean
 
     def compare(
         self, other: PreTrainedModel, most: int | None, progress: Callable[[float], None], step: int | None = None

@@ -18,6 +18,7 @@ DEFAULT_WINDOW = 512
 """Tokens that are read together where a model has room for more: long enough that most have a context, and the same for
 all models, so that figures can be compared."""
 _SENTENCE_CONFIG = "sentence_bert_config.json"
+"""sentence-transformers' file that may name a shorter limit than the model's positions."""
 _OLD_POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",

@@ -14,7 +14,11 @@ _Z = 1.959963984540054
 
 
 class Interval(NamedTuple):
-    """A mean and the ends of its 95 % interval; the ends are None for a single observation, which has no spread."""
+    """A mean and the ends of its 95 % interval.
+
+    mean     of the observations
+    lo, hi   the ends; None for a single observation, which has no spread
+    """
 
     mean: float
     lo: float | None

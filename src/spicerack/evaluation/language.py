@@ -134,9 +134,10 @@ def compare(
     positions: int | None = None,
     step: int | None = None,
 ) -> Comparison:
-    """Run both models over `windows`, all of the same length.
+    """Run both models over the same text, and compare their predictions.
 
     reference, other   each on its own device, in its own float type
+    windows     of the text, all of the same length
     progress    called behind each window with the share of the text, 0 to 1, that has been read
     positions   how many positions' logits are held at once; None: what the vocabulary allows
     step        `other` reads so many tokens at a time, through its cache; None: a window at once, without
@@ -159,16 +160,21 @@ def compare(
             progress(window.fraction)
     if not rows:
         raise TextError("there is no window to evaluate", "give a longer text")
+    return _summed(rows, length, unknown, digest.hexdigest())
+
+
+def _summed(rows: list[_Positions], window: int, unknown: int, text: str) -> Comparison:
+    """The figures of all windows, each row one of them, put together; the rest is as `Comparison` has it."""
     kl, nll, nll_reference, agreed = (torch.stack(column) for column in zip(*rows, strict=True))
     return Comparison(
-        window=length,
+        window=window,
         kl=kl.mean(dim=1),
         nll=nll.mean(dim=1),
         nll_reference=nll_reference.mean(dim=1),
         agreed=agreed.sum(dim=1),
         kl_tokens=kl.float().flatten(),
         unknown=unknown,
-        text=digest.hexdigest(),
+        text=text,
     )
 
 

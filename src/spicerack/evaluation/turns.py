@@ -40,7 +40,11 @@ class DecoderTurn:
 
     @torch.no_grad()
     def run(self, model: PreTrainedModel) -> Sample:
-        """Greedy generation from random tokens, through the model's cache."""
+        """Greedy generation from random tokens, through the model's cache -> tokens a second of prompt and of new ones.
+
+        The end token does not end it: every model makes as many. The prompt's logits are asked for at its last position
+        only, where the model can do that, as `generate` does.
+        """
         ids = _tokens(model, 1, self.prefill)
         last = {"logits_to_keep": 1} if computes_some(model) else {}  # as generate() does: the others are not needed
         begin = _now(model)

@@ -2,7 +2,12 @@
 
 It runs on the engines of the products, for models whose own code would call torch's (`nn.attention` puts it there). No
 matrix of scores is kept: keys are taken some at a time, sums shrink when a larger score comes (the online softmax of
-Milakov and Gimelshein 2018, arXiv:1805.02867). What it cannot do `obstacle` says, and torch does.
+Milakov and Gimelshein 2018, arXiv:1805.02867). So memory is that of the results, however long the text is. What it
+cannot do `obstacle` says, and torch does.
+
+What is given up. There are no gradients and no dropout, masks hide keys and add nothing, and a head's width is a
+multiple of 16, the numbers that the kernel works on at a time. Sums run in another order than torch's, so that the last
+bits of a result are not torch's.
 """
 
 from __future__ import annotations
@@ -13,6 +18,9 @@ from spicerack import _native
 from spicerack.errors import ShapeError
 from spicerack.kernels import panels
 from spicerack.kernels.panels import PANEL, TYPES
+
+_NO_MASK = (0, 0, 0, 0)
+"""The place of a mask that hides nothing: the kernel reads none at address 0."""
 
 
 def attention(
@@ -46,31 +54,22 @@ def attention(
     y = q.new_empty(batch, queries, heads, value_width)
     if not y.numel():
         return y
-    if not keys:
+    if not keys:  # the softmax of nothing: as of a query that sees no key
         return y.zero_()
-    hidden = (0, 0, 0, 0)
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
-        mask = mask if mask.stride(3) == 1 or keys == 1 else mask.contiguous()
-        hidden = _place(mask)
+    mask = None if mask is None else _spread(mask, batch, heads, queries, keys)
     sizes = (batch, heads, kv_heads, queries, keys, width, value_width)
-    _native.attention(
-        panels.engine_index(engine),
-        TYPES[q.dtype],
-        _place(q),
-        _place(k),
-        _place(v),
-        hidden,
-        y.data_ptr(),
-        sizes,
-        causal,
-        scale,
-    )
+    places = (_place(q), _place(k), _place(v), _NO_MASK if mask is None else _place(mask))
+    index = panels.engine_index(engine)
+    _native.attention(index, TYPES[q.dtype], *places, y.data_ptr(), sizes, causal, scale)
     return y
 
 
 def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str | None:
-    """Why `attention` cannot run these, or None if it can."""
+    """Why `attention` cannot run these, as the end of a sentence, or None if it can.
+
+    The arguments are those of `attention`. Asked before each call by who has torch's attention to fall back to; it
+    looks at types, axes and widths only, and at no number.
+    """
     if not (q.dim() == k.dim() == v.dim() == 4 and q.is_cpu and k.is_cpu and v.is_cpu):
         return "it takes three tensors of four axes, on the CPU"
     if q.dtype not in TYPES or k.dtype != q.dtype or v.dtype != q.dtype:
@@ -86,7 +85,19 @@ def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tens
     return None
 
 
+def _spread(mask: torch.Tensor, batch: int, heads: int, queries: int, keys: int) -> torch.Tensor:
+    """`mask` as [B, H, L, S], keys side by side: a view of it with steps of 0, or a copy where keys lie apart.
+
+    A single key is side by side with itself, whatever its stride says.
+    """
+    mask = mask.expand(batch, heads, queries, keys)
+    return mask if mask.stride(3) == 1 or keys == 1 else mask.contiguous()
+
+
 def _place(t: torch.Tensor) -> tuple[int, int, int, int]:
-    """Address and the steps of the first three axes, in elements."""
+    """Where a tensor of four axes lies: its address, and the steps of the first three axes, in elements.
+
+    The last axis has steps of 1: `attention` copies what has others. Views and heads that share keys need no copy.
+    """
     batch, head, row, _ = t.stride()
     return t.data_ptr(), batch, head, row

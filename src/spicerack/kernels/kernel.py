@@ -72,25 +72,37 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What `pick` chose: the kernel that will run, and the faster ones that were passed over, name -> reason."""
+    """What `pick` chose.
+
+    kernel        the one that will run
+    passed_over   the faster ones, fastest first: name -> the reason, as the end of a sentence
+    """
 
     kernel: Kernel
     passed_over: dict[str, str]
 
 
 def get(name: str) -> Kernel:
-    """The kernel of this name, whether or not this machine runs it. Raises KeyError if there is none."""
+    """The kernel of this name ("int8_avx2", "reference" ...), whether or not this machine runs it. Raises KeyError."""
     return {kernel.name: kernel for kernel in table()}[name]
 
 
 def table() -> list[Kernel]:
-    """All kernels, fastest first, whether or not this machine runs them."""
+    """All kernels, fastest first, whether or not this machine runs them: the rows of every file in `kernels/table/`.
+
+    The order is that of `Kernel.speed`, which is written down and not measured: a choice that depended on how busy a
+    machine was could give one folder other numbers each time it is loaded.
+    """
     files = (plugins.get("kernels.table", name, "KERNELS") for name in plugins.names("kernels.table"))
     return sorted((kernel for rows in files for kernel in rows), key=lambda kernel: -kernel.speed)
 
 
 def check_engine(engine: str | None, device: str | torch.device = "cpu") -> None:
-    """Raises UsageError, naming the engines of this processor, for one that it has not; and for one beside a GPU."""
+    """Raise UsageError for an engine that cannot compute on a device, and return for one that can.
+
+    engine: a name, or None, which is always right. device: where the weights will be. The error names the engines of
+    this processor; an engine is refused beside a GPU, because it is an instruction set of the CPU.
+    """
     if engine is None:
         return
     panels.engine_index(engine)
@@ -125,7 +137,7 @@ def pick(
     faster = panels.NAMES[: panels.engine_index(engine)]
     passed_over: dict[str, str] = {}
     for kernel in table():
-        reason = kernel.obstacle(scheme, shape, dtype, device)
+        reason = kernel.obstacle(scheme, shape, dtype, device)  # first: no other choice of compute would change it
         if reason is None and kernel.engine in faster:
             reason = f"computes with {kernel.engine}, and {engine} was asked for"
         if reason is None and kernel.compute == "int8" and scheme.activations is None:

@@ -1,7 +1,8 @@
 """What this machine can do at most, measured: dot products a second, bytes a second.
 
 The benchmark prints every kernel as a share of these, measured in the same run: a figure of its own says as much about
-the machine and its neighbours as about the kernel. The best turn counts, because others can only make it slower.
+the machine and its neighbours as about the kernel. The best turn counts, because others can only make it slower. Few
+rows (decoding) are bounded by the second, many rows (a prompt) by the first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from spicerack.kernels.panels import zeros
 def dot_peak(threads: int, *, engine: int = 0, seconds: float = 0.3) -> float:
     """Operations per second (2 for a multiply-add) of int8 dot products that touch registers only; the best turn.
 
-    threads: of a team of torch's. engine: a place in `panels.NAMES`. seconds: how long turns are repeated.
+    threads: of a team of torch's. engine: a place in `panels.NAMES`. seconds: how long turns are repeated, of 200,000
+    rounds each; one turn is made at least.
     """
     best, rounds, end = 0.0, 200_000, time.perf_counter() + seconds  # a turn is long beside starting a team
     while (begin := time.perf_counter()) < end or not best:

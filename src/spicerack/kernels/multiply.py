@@ -5,7 +5,8 @@ Threads are those of torch's own OpenMP team.
 
 A call from Python costs microseconds that small layers notice (docs/kernels.md counts them), so what can be done once
 is done once: `PanelMatrix` checks its tensors when their memory changes and not at each product, and the native module
-gets addresses and numbers, never tensors.
+gets addresses and numbers, never tensors. What is given up for that is torch's care for lifetimes: whatever an address
+is taken of must be held by a name until the native call has returned.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class PanelMatrix:
     def native(self) -> _native.Matrix:
         """What the native module takes: made when it is first needed, and again when a tensor has other memory.
 
+        A layer that is moved, loaded into or shared has other addresses afterwards, which are compared at each call.
         Raises ShapeError for tensors that do not make this matrix: native code would read beyond their ends.
         """
         zero = self.zero
@@ -83,7 +85,11 @@ class PanelMatrix:
             raise ShapeError(f"packed tensors do not make a [{n}, {k}] matrix of {bits} bits", "pack the weight again")
 
     def fixed(self) -> int:
-        """Address of the scale of FIXED activations, else 0. Raises ShapeError for one too many or none at all."""
+        """Address of the scale of FIXED activations, else 0.
+
+        The scale is float32 [1], on the CPU. Raises ShapeError for one too many, none at all, or one of another type:
+        native code takes the address as it is.
+        """
         x = self.input_scale
         if (x is not None) != (self.activations == FIXED) or (
             x is not None and (x.dtype != torch.float32 or x.numel() != 1 or not x.is_cpu)
@@ -123,7 +129,7 @@ def multiply(
     if not x.is_contiguous() or at % x.itemsize:
         x = x.clone(memory_format=torch.contiguous_format)
         at = x.data_ptr()
-    outputs, products = [], []
+    outputs, products, held = [], [], []
     for matrix, bias in zip(matrices, biases, strict=True):
         shape[-1] = n = matrix.spec.n
         y = x.new_empty(*shape)  # faster than of a list
@@ -131,6 +137,7 @@ def multiply(
         if bias is not None:
             if bias.dtype != x.dtype or not bias.is_contiguous() or bias.numel() != n:
                 bias = bias.to(x.dtype).reshape(n).contiguous()
+                held.append(bias)  # nobody else keeps it until its address is read
             address = bias.data_ptr()
         outputs.append(y)
         products.append((matrix.native(), address, y.data_ptr(), gelu))
@@ -145,14 +152,23 @@ def rows(
 ) -> torch.Tensor:
     """Chosen rows of a matrix [N, K] in panels, decoded: float32 [R, K], equal to `codec.decode` bit for bit.
 
-    Raises IndexError for rows that there are not.
+    scheme    of the matrix
+    shape     [N, K]
+    tensors   as `panels.pack` made them, by name
+    which     indices [R] of any integer type, in any order and repeated at will, or a slice
+    tiling    how codes lie in a tile
+
+    Raises IndexError for rows that there are not, ShapeError for tensors that do not make this matrix.
     """
     codes, scale, zero = tensors["codes"], tensors["scale"], tensors.get("zero")
     return rows_of(PanelMatrix(codes, scale, zero, spec_of(scheme, shape, tiling), FLOATS), which)
 
 
 def rows_of(matrix: PanelMatrix, which: Rows) -> torch.Tensor:
-    """The same as `rows`, of a matrix that was made already."""
+    """The same as `rows`, of a matrix that was made already: float32 [R, K].
+
+    Few rows, as an embedding of one token asks for, are decoded by one thread: to start a team takes longer.
+    """
     spec = matrix.spec
     if isinstance(which, slice):
         which = torch.arange(*which.indices(spec.n))

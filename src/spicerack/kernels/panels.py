@@ -30,8 +30,7 @@ PANEL, TILE, UNIT = 16, 32, 64
 """Rows of a panel, columns of a tile, bytes of a tile for each bit (16 * 32 / 8), as in native/kernels/kernel.h."""
 TRITS, BUNDLE, TRITS_BYTES = 1, 5, 512
 """In place of a number of bits: ternary codes, five to a byte (3^5 = 243); how many panels share a tile of them, one
-row
-of each in a byte; bytes of such a tile."""
+row of each in a byte; bytes of such a tile."""
 FLOATS, SPANS, TOKENS, FIXED = range(4)
 """How activations enter: float32; int8 with a scale for a span (32 columns of a row), for a row, or a given one."""
 MAX_EXACT_COLUMNS = 1 << 16
@@ -73,7 +72,10 @@ Tiling = Literal["planes", "trits"]
 
 
 def engine_index(engine: str | None = None) -> int:
-    """The place in NAMES of an engine; None is the fastest. Raises UsageError for one that this processor has not."""
+    """The place in NAMES of an engine, which is how the native module is told of it; None is the fastest, 0.
+
+    Raises UsageError, naming those that there are, for one that this processor, or this build, has not.
+    """
     if engine is None:
         return 0
     if engine not in NAMES:
@@ -84,7 +86,11 @@ def engine_index(engine: str | None = None) -> int:
 
 
 def spec_of(scheme: Scheme, shape: tuple[int, int], tiling: Tiling = "planes") -> Spec:
-    """The numbers of a plain scheme for a matrix [N, K] of this shape. Raises SchemeError for levels in a table."""
+    """The numbers of a plain scheme for a matrix [N, K] of this shape.
+
+    shape: [N, K]. tiling: "trits" for ternary codes five to a byte, which then have no bits of their own. Raises
+    SchemeError for levels in a table, which have no offset.
+    """
     levels = scheme.integers
     group = scheme.group_columns or 0
     bits = scheme.bits if tiling == "planes" else TRITS
@@ -92,8 +98,11 @@ def spec_of(scheme: Scheme, shape: tuple[int, int], tiling: Tiling = "planes") -
 
 
 def obstacle(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a weight [N, K] of a scheme, for inputs of type `dtype`, cannot be laid out in panels there; None if it
-    can.
+    """Why a weight cannot be laid out in panels, as the end of a sentence; None if it can.
+
+    scheme: of the weight. shape: [N, K]. dtype: of the inputs. device: where the weight is to be. Panels hold plain
+    integers of 2 to 8 bits with one float scale and at most one integer zero point for a group of a row; a group is a
+    multiple of 32 columns, or the whole row.
     """
     if device.type != "cpu":
         return f"runs on the CPU, not on {device.type}"
@@ -139,7 +148,11 @@ def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
 
 
 def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Tiling = "planes") -> QTensor:
-    """Inverse of `pack`: a matrix [N, K] from its tensors in panels, codes and scales bit for bit, on the CPU."""
+    """Inverse of `pack`: a matrix [N, K] from its tensors in panels, codes and scales bit for bit, on the CPU.
+
+    scheme, shape and tiling are those of `pack`. A scale of the whole matrix, which panels repeat for each row, is one
+    number again. Whether the layer was a Conv1D is not told by panels: who knows it says so in the QTensor.
+    """
     n, k = shape
     spec = spec_of(scheme, shape, tiling)
     codes = torch.empty((n, k), dtype=torch.uint8)
@@ -170,7 +183,10 @@ def zeros(nbytes: int) -> torch.Tensor:
 
 
 def _to_lanes(values: torch.Tensor, n: int) -> torch.Tensor:
-    """[N or 1, groups] -> [N/16, groups, 16]; rows beyond N are zeros."""
+    """Scales or zero points [N or 1, groups] -> [N/16, groups, 16], so that one vector holds those of a panel's rows.
+
+    One row stands for all. Rows beyond N, up to a whole panel, are zeros, and so are their products.
+    """
     padded = values.new_zeros((-(-n // PANEL) * PANEL, values.shape[1]))
     padded[:n] = values
     return padded.view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()

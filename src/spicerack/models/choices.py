@@ -1,6 +1,7 @@
 """Which kernel runs what: the rows of the table on this machine, and the choice for each layer of a folder.
 
-From config.json and headers alone; no weight is read.
+From config.json and headers alone; no weight is read. What is told is what `load` would do, by the function that it
+asks: `kernels.kernel.pick`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ _PROBED = (64, 64)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the kernels' table: a kernel, and what it multiplies with ("int8" or "float" activations).
+    """A row of the kernels' table, as people see it.
 
-    obstacle: why this machine does not run it; None: it does.
+    name       the kernel's
+    compute    what it multiplies with: "int8" or "float" activations
+    obstacle   why this machine does not run it, as the end of a sentence; None: it does
     """
 
     name: str

@@ -13,11 +13,16 @@ from typing import Any
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 """What families call the number of blocks; the other names below are of the same kind."""
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "model_dim")
+"""Channels between blocks."""
 INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner")
+"""Channels inside a block's MLP."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+"""Experts of a mixture, in each block that has one."""
 VOCABULARY = ("vocab_size", "n_vocab", "padded_vocab_size", "text_vocab_size")
+"""Entries of the vocabulary, with what fills it up."""
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
 _TEXT_MODELS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+"""Where a model of several kinds of input keeps the config of its language model."""
 _MAX_DEPTH = 6
 """How deep models nest, at most: a stranger's file could nest for ever."""
 
@@ -26,9 +31,14 @@ _MAX_DEPTH = 6
 class Architecture:
     """What config.json says of the (text) model; None where it does not.
 
-    model_type  the family's name in transformers;  classes: of the model, as declared
-    dtype       float type that the weights are stored in
-    layers, hidden, heads, experts, vocabulary   how many: blocks, channels, heads, experts, tokens
+    model_type   the family's name in transformers
+    classes      of the model, as declared
+    dtype        float type that the weights are stored in
+    layers       blocks
+    hidden       channels between them
+    heads        of attention, those of queries
+    experts      of each mixture
+    vocabulary   tokens, with what fills the table up
     """
 
     model_type: str
@@ -80,5 +90,5 @@ def sizes(configs: Iterable[Mapping[str, Any]], *keys: str) -> frozenset[int]:
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int | None:
-    """The whole number under the first of these names that has one."""
+    """The whole number under the first of these names that has one; `true` is none. None where no name has one."""
     return next((config[key] for key in keys if type(config.get(key)) is int), None)

@@ -22,6 +22,7 @@ from spicerack.models.overview import FLOATS, pattern_of
 from spicerack.storage.reader import Checkpoint
 
 MATRICES = ("linear", "conv1d", "experts", "embedding", "head", "router")
+"""Roles of tensors that are measured: what could be quantized, by default or on request."""
 BINS = 12
 """Histogram of |w - m| / sigma: one bin per sigma, the last one open."""
 _CHUNK = 1 << 22
@@ -32,13 +33,17 @@ _CHUNK = 1 << 22
 class Spread:
     """What one tensor, or all tensors of a kind, look like. Shares are of all finite weights, 0 to 1.
 
-    pattern      what a recipe calls them;  role: what they do;  count: tensors;  parameters: finite weights in them
-    rms, absmax  of the weights themselves
-    worst        the tensor with the largest max/rms, which is `max_over_rms`
-    kurtosis     mean over the tensors, by size; 0 for constant ones
+    pattern              what a recipe calls them
+    role                 what they do
+    count                tensors
+    parameters           finite weights in them
+    rms, absmax          of the weights themselves
+    max_over_rms         the largest of the tensors'; that tensor is `worst`
+    kurtosis             mean over the tensors, by size; 0 for constant ones
     beyond_4, beyond_6   share of weights farther than so many sigma from their tensor's mean
-    histogram    share of weights per sigma of distance from the mean
-    nonfinite    number of NaN and infinite weights; they are left out of everything else
+    worst                the name of the tensor with the largest max/rms
+    histogram            share of weights per sigma of distance from the mean, `BINS` of them
+    nonfinite            number of NaN and infinite weights; they are left out of everything else
     """
 
     pattern: str
@@ -57,7 +62,12 @@ class Spread:
 
 
 def measure(checkpoint: Checkpoint, progress: Callable[[int], None] = lambda _: None) -> list[Spread]:
-    """Spreads of all float matrices by pattern, in file order. Holds a few chunks of 16 MB. progress: bytes done."""
+    """Spreads of all float matrices by pattern, in file order. Holds a few chunks of 16 MB, whatever the tensors'
+    sizes.
+
+    progress: called with the bytes of each tensor of the file, measured or not. Raises CheckpointError for a file that
+    cannot be read.
+    """
     kinds: dict[tuple[str, str], list[Spread]] = {}
     for entry in census.take(checkpoint).entries.values():
         if entry.role in MATRICES and entry.info.dtype in FLOATS and entry.info.numel:
@@ -118,7 +128,8 @@ def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
 
 
 def _gather(members: list[Spread]) -> Spread:
-    """One Spread of many tensors of a kind, weighted by size."""
+    """One Spread of many tensors of a kind, weighted by size; the largest max/rms and its tensor are kept as
+    they are."""
     total = sum(m.parameters for m in members)
     weights = [m.parameters / total if total else 0.0 for m in members]
 

@@ -1,6 +1,9 @@
 """What is in a model folder, and what it would weigh under each scheme: from headers alone, without torch.
 
 A folder that spicerack quantized is described from its ledger: which scheme each layer got, and the error it made.
+
+What is given up. Roles are told by names here and not by transformers (`architecture`), which takes longer: for a
+family that is not known by its names, an estimate may differ from what `quantize` does.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ FLOATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a ledger says became of one tensor: scheme or safetensors type, bytes, relative error.
+    """What a ledger says became of one tensor.
 
-    The error is ||decoded - w|| / ||w||; None for what is not quantized.
+    kind     the scheme, or safetensors' type of what was copied
+    nbytes   of all that it became
+    error    ||decoded - w|| / ||w||; None for what is not quantized
     """
 
     kind: str
@@ -41,12 +46,14 @@ class Stored:
 class Row:
     """All tensors of one kind: a row of the table that people see.
 
-    pattern    what a recipe calls them: `model.layers.*.mlp.down_proj`
-    role       what they do;  count: how many they are
-    shape      stored shape; None if they differ
-    stored     safetensors type, or the scheme
-    parameters numbers in all of them;  nbytes: their bytes in the files
-    error      ||decoded - w|| / ||w||, root mean square over the tensors; None for what is not quantized
+    pattern      what a recipe calls them: `model.layers.*.mlp.down_proj`
+    role         what they do
+    count        how many they are
+    shape        stored shape; None if they differ
+    stored       safetensors type, or the scheme
+    parameters   numbers in all of them
+    nbytes       their bytes in the files
+    error        ||decoded - w|| / ||w||, root mean square over the tensors; None for what is not quantized
     """
 
     pattern: str
@@ -61,7 +68,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Indivisible:
-    """Layers that a scheme's groups do not tile: they would stay in float. remedy: the group that fits."""
+    """Layers that a scheme's groups do not tile: they would stay in float.
+
+    pattern   what a recipe calls them
+    count     how many they are
+    remedy    K, and the group that fits
+    """
 
     pattern: str
     count: int
@@ -86,7 +98,19 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that headers, config and ledger tell of a folder: what `inspect` shows, and its JSON."""
+    """Everything that headers, config and ledger tell of a folder: what `inspect` shows, and its JSON.
+
+    folder               where it is
+    architecture         what config.json says
+    parameters, nbytes   of all tensors, tied ones counted once
+    shards               files of weights
+    types                type or scheme -> tensors, parameters, bytes
+    rows                 kinds of tensors, in the order of the files
+    tied                 alias -> owner
+    estimates            sizes in common schemes; none of a quantized model
+    quantized            the recipe, or the tool where there is no ledger; None for a float model
+    notes                what was noticed and left alone
+    """
 
     folder: Path
     architecture: Architecture
@@ -94,13 +118,10 @@ class Report:
     nbytes: int
     shards: int
     types: dict[str, tuple[int, int, int]]
-    """type or scheme -> tensors, parameters, bytes"""
     rows: tuple[Row, ...]
     tied: dict[str, str]
-    """alias -> owner"""
     estimates: tuple[Estimate, ...]
     quantized: str | None
-    """The recipe, or the tool where there is no ledger; None for a float model."""
     notes: tuple[str, ...]
 
 
@@ -145,7 +166,8 @@ def quantized_with(config: Mapping[str, Any]) -> str | None:
 
 
 def _source(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
-    """The float checkpoint that a quantized folder came from, as its ledger describes it."""
+    """The float checkpoint that a quantized folder came from, as its ledger describes it: names, types and shapes of
+    tensors that are no longer there, and the config from before. It cannot be read from."""
     config = checkpoint.config
     nested = config.get("config", {}) if config.get("model_type") == files.CONTAINER else config
     tensors = {e.tensor: TensorInfo(e.tensor, e.dtype, e.shape, e.bytes_before, "") for e in written.entries}
@@ -207,7 +229,8 @@ def pattern_of(module: str) -> str:
 
 
 def _bits_or_remedy(scheme: Scheme, shape: tuple[int, ...]) -> int | str:
-    """What a matrix takes in this scheme, in bits; where its groups do not tile it, the group that fits."""
+    """What a matrix takes in this scheme, in bits; where its groups do not tile it, the remedy: K, and the group that
+    fits."""
     try:
         scheme.check_shape("layer", shape)
     except ShapeError as error:

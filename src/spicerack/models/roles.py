@@ -17,6 +17,8 @@ from spicerack.models.families import names
 Role = Literal[
     "linear", "conv1d", "embedding", "head", "router", "norm", "bias", "experts", "conv", "other"
 ]  # fmt: skip
+"""What a tensor does. Quantized by default are linear, conv1d and experts, on request embedding, head and router
+(`census.BY_DEFAULT`, `ON_REQUEST`); the rest stays in float."""
 
 _NORM = re.compile(r".*norm\d*$|.*norm_.*|^(ln|bn)(_?\w+)?$", re.IGNORECASE)
 """Components that are a norm's: `input_layernorm`, `norm_1`, `ln_f`, `bn2` ..."""
@@ -28,10 +30,12 @@ _EMBEDDING = re.compile(r".*_(embeddings?|embeds?|emb)$")
 class Facts:
     """What of config.json tells tensors apart; sets, because models nest.
 
-    types            families;  vocabularies: sizes of vocabularies;  hidden: channels between blocks
-    widths           of hidden and inner layers: numbers of rows that say nothing about a vocabulary
-    experts          numbers of experts
-    fused_attention  what tensors are called in front of `in_proj_weight`: torch's own attention modules
+    types             families
+    vocabularies      sizes of vocabularies
+    widths            of hidden and inner layers: numbers of rows that say nothing about a vocabulary
+    hidden            channels between blocks
+    experts           numbers of experts
+    fused_attention   what tensors are called in front of `in_proj_weight`: torch's own attention modules
     """
 
     types: frozenset[str]
@@ -96,7 +100,10 @@ def is_transposed(name: str, role: Role, shape: tuple[int, ...], facts: Facts) -
 
 
 def _is_experts(parts: list[str], shape: tuple[int, ...]) -> bool:
-    """Whether a tensor holds the matrices of several experts, stacked along an axis, or along the rows as DBRX does."""
+    """Whether a tensor holds the matrices of several experts, stacked along an axis, or along the rows as DBRX does.
+
+    parts: its name, cut at dots. A convolution under experts is none.
+    """
     stacked = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
     in_experts = any(part in names.EXPERTS for part in parts[:-1]) and "conv" not in stacked
     if len(shape) == 2:

@@ -31,7 +31,10 @@ def use_native_attention(model: PreTrainedModel, engine: str | None = None) -> N
 
     Its config is changed, and nothing else. A model that was asked for another attention keeps it, and so does one
     whose family does not look it up by name (`names.ATTENTION_BY_NAME`, or transformers itself says that it cannot be
-    set). engine: as in `kernels.attention`; each has a name of its own among transformers', so that it is this model's.
+    set).
+
+    model: of any family; one that has this attention already keeps it. engine: as in `kernels.attention`, None the
+    fastest; each has a name of its own among transformers', so that it is this model's alone.
     """
     if model.config._attn_implementation != "sdpa" or model.config.model_type in names.ATTENTION_BY_NAME:
         return
@@ -63,7 +66,10 @@ def forward(
     query            [B, H, L, D]
     key, value       [B, G, S, D]: H / G heads of the query share one of these
     attention_mask   broadcast to [B, H, L, S]; of bools, False hides a key
+    dropout          share of the weights that are dropped; only torch's does it
     scaling          of the products of queries and keys; None is D ** -0.5
+    is_causal        whether query i sees keys 0..i only; None: as `module` says
+    engine           as in `kernels.attention`
 
     Returns the attended values [B, L, H, D] in the query's type, and None for their weights, which are never there.
     """

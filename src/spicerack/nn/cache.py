@@ -5,8 +5,11 @@
 The last tokens stay in float; whole segments of older ones are packed (`cache_segments`). What a layer gives to
 attention is decoded each time, for one layer at a time, and new tokens reach it as they are. So memory is that of the
 packed segments and one decoded layer, and each step pays for decoding the whole cache. Given up is the way back: a
-segment that was packed is never again what it was, so that whoever rolls back past it gets rounded numbers
-(assisted decoding is refused).
+segment that was packed is never again what it was, so that whoever rolls back past it gets rounded numbers (assisted
+decoding is refused).
+
+Layers are subclasses of transformers' own, because its models ask a cache's layers for sizes and masks by methods that
+change with its versions: what is not overridden here is as it is there.
 """
 
 from __future__ import annotations
@@ -42,7 +45,11 @@ class QuantizedLayer(DynamicLayer):
         self.packed: tuple[Segments, Segments] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Become a layer without tokens, in the type, width and place of these [B, H, n, D]. Raises ShapeError."""
+        """Become a layer without tokens, in the type, width and place of these [B, H, n, D], as transformers does at
+        first use.
+
+        The widths of keys and values may differ, their other axes may not: ShapeError.
+        """
         if key_states.dim() != 4 or key_states.shape[:3] != value_states.shape[:3]:
             raise ShapeError(
                 f"keys {list(key_states.shape)}, values {list(value_states.shape)}", "a cache takes [B, H, n, D]"
@@ -68,13 +75,18 @@ class QuantizedLayer(DynamicLayer):
         return whole
 
     def _decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values [B, H, N, D], in float."""
+        """All keys and values [B, H, N, D], in the type that they came in: packed tokens decoded, float ones behind
+        them."""
         if self.packed is None:
             return self.keys, self.values
         return _joined(self.packed[0], self.keys), _joined(self.packed[1], self.values)
 
     def _pack(self) -> None:
-        """Pack whole segments of the oldest float tokens, as long as `residual` of them are left."""
+        """Pack whole segments of the oldest float tokens, as long as `residual` of them are left.
+
+        So between `residual` and residual + 31 tokens are in float: the last ones matter most to what comes next, and a
+        segment that is not full would have a scale that later tokens do not fit.
+        """
         count = max(self.keys.shape[2] - self.scheme.residual, 0) // TOKENS * TOKENS
         if not count:
             return
@@ -123,7 +135,8 @@ class QuantizedLayer(DynamicLayer):
         self._keep_segments(0, whole)
 
     def _keep_segments(self, first: int, last: int) -> None:
-        """Of the packed segments keep number `first` to `last`, the latter left out."""
+        """Of the packed segments keep number `first` to `last`, the latter left out; none at all makes `packed`
+        None."""
         if self.packed is not None:
             keys, values = self.packed
             self.packed = (keys.part(first, last), values.part(first, last)) if last > first else None
@@ -248,8 +261,10 @@ class QuantizedCache(Cache):
 def layers_for(config: PreTrainedConfig, scheme: CacheScheme) -> list[Any]:
     """A fresh layer for each of a model's layers, in place of those that transformers would make.
 
-    Layers without keys of their own get transformers'. Raises UsageError for a layer that keeps something else, and for
-    a model in whose windows no segment would ever be packed.
+    config: of the model, which transformers' own cache is asked about: a layer is packed where that has keys and
+    values, whole or of a window. scheme: how they are stored. Layers without keys of their own get transformers'.
+    Raises UsageError for a layer that keeps something else (the state of a recurrence), and for a model in whose
+    windows no segment would ever be packed.
     """
     layers: list[Any] = []
     for number, layer in enumerate(DynamicCache(config=config).layers):
@@ -280,7 +295,7 @@ def nbytes(cache: Cache) -> int:
 
 
 def _tensors(held: object) -> Iterator[torch.Tensor]:
-    """The tensors in an attribute of a layer, in containers too."""
+    """The tensors in an attribute of a layer, in containers and packed segments too; each as often as it is met."""
     if isinstance(held, torch.Tensor):
         yield held
     elif isinstance(held, Segments):
@@ -291,7 +306,10 @@ def _tensors(held: object) -> Iterator[torch.Tensor]:
 
 
 def _joined(segments: Segments, tail: torch.Tensor) -> torch.Tensor:
-    """[B, H, n * 32 + r, D] from packed tokens and the float ones [B, H, r, D] behind them."""
+    """[B, H, n * 32 + r, D] from packed tokens and the float ones [B, H, r, D] behind them, in the float ones' type.
+
+    One tensor is made and written to: decoding into it saves a copy of all that is packed.
+    """
     batch, heads, count, width = tail.shape
     out = tail.new_empty(batch, heads, segments.tokens + count, width)
     segments.decode(out[:, :, : segments.tokens])

@@ -2,6 +2,10 @@
 
 Keys have a scale and a low per channel, over the tokens of a segment: some channels are large at every token. Values
 have them per token, over some channels. (KIVI, Liu et al. 2024, arXiv:2402.02750.)
+
+Both numbers are float16 as stored, and chosen so that every x lies between low and low + scale (2^b - 1) then: rounding
+them to nearest could put the largest number out of reach. The price is a scale that is about a thousandth wider than it
+would have to be.
 """
 
 from __future__ import annotations
@@ -23,17 +27,22 @@ Share = Literal["channel", "token"]
 """What has a scale of its own: a channel (over the tokens of a segment), or a token (over a group of channels)."""
 
 _HALF_UNIT = 2.0**-11
-"""The most that rounding to float16 changes a number, relative to it; below 2^-14, by 2^-25 at most."""
+"""The most that rounding to float16 changes a number, relative to it, where it is no subnormal of float16."""
 _LEAST = 2.0**-24
+"""The smallest positive float16: below 2^-14 rounding changes a number by half of this at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheScheme:
     """How a cache is stored.
 
-    bits: 8 or 4. group: channels of a token that share a scale where `Share` is "token"; the head's width if that is
-    no multiple of it. residual: the last tokens, never packed; up to 31 more wait until they fill a segment.
-    Raises SchemeError.
+    bits           8 or 4, of a code
+    group          channels of a token that share a scale where `Share` is "token"; the head's width if that is no
+                   multiple of it
+    residual       the last tokens, never packed; up to 31 more wait until they fill a segment
+    keys, values   what has a scale of its own, see the module
+
+    Raises SchemeError for other widths, a group below 1 and a residual below 0.
     """
 
     bits: int
@@ -81,7 +90,10 @@ class Segments:
         return Segments(self.bits, *(torch.cat(pair, dim=2) for pair in pairs))
 
     def decode(self, out: torch.Tensor) -> None:
-        """Write the numbers to `out` [B, H, n * T, D], computed in float32 and rounded to its type."""
+        """Write the numbers to `out` [B, H, n * T, D], computed in float32 and rounded to its type.
+
+        out: of any float type; a float32 one is computed in at once, others by way of a float32 tensor of their size.
+        """
         groups, half = self.scale.shape[4], TOKENS // 2
         work = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
         rows = work.unflatten(2, (-1, TOKENS)).unflatten(-1, (groups, -1))

@@ -40,7 +40,11 @@ class Geometry:
 class QConv2d(PackedLayer):
     """x [..., I, H, W] -> [..., O, H', W'] in x's type; differentiable in x and b, not in W.
 
-    The packed matrix is [O, I / groups * height * width]: a row is all that an output reads.
+    packed     the matrix [O, I / groups * height * width]: a row is all that an output reads
+    geometry   how the kernel is moved, see `Geometry`
+    bias       [O], or None; computed with in x's type
+
+    The whole float weight is there while the layer computes, and goes afterwards.
     """
 
     def __init__(self, packed: PackedWeight, geometry: Geometry, bias: nn.Parameter | None = None) -> None:

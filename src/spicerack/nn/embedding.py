@@ -11,8 +11,11 @@ from spicerack.numerics.qtensor import QTensor
 class QEmbedding(PackedLayer):
     """ids [...] -> rows [..., K] in the table's type: only the rows that are asked for are decoded, each once.
 
-    padding_idx: as in nn.Embedding; here it decides nothing, for a packed row has no gradient, and is kept for those
-    who open the layer again. Raises IndexError for ids that are no row.
+    packed        the table [rows, K]
+    padding_idx   as in nn.Embedding; here it decides nothing, for a packed row has no gradient, and is kept for those
+                  who open the layer again
+
+    Raises IndexError for ids that are no row.
     """
 
     def __init__(self, packed: PackedWeight, padding_idx: int | None = None) -> None:
@@ -29,7 +32,11 @@ class QEmbedding(PackedLayer):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> QEmbedding:
-        """The table q [rows, K], on `device`; dtype is that of the result."""
+        """The table q [rows, K], on `device`.
+
+        dtype: of the result, as of the float table that it replaces. Raises SchemeError if no kernel holds the scheme
+        there.
+        """
         return cls(PackedWeight(q, dtype, device), padding_idx)
 
     def extra_repr(self) -> str:

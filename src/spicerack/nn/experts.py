@@ -37,11 +37,11 @@ class ExpertStack(nn.Module):
         return self.shape[0]
 
     def __getitem__(self, index: int | torch.Tensor) -> ExpertMatrix:
-        """One expert's matrix, as an operand."""
+        """One expert's matrix, as an operand; nothing is computed or copied. index: 0 to E - 1, or a tensor of one."""
         return ExpertMatrix(self, int(index))
 
     def parts(self, expert: int) -> list[nn.Module]:
-        """The layers of one expert, in the order of its rows."""
+        """The layers [N_p, K] of one expert, in the order of its rows: gate, then up, say."""
         return list(self.get_submodule(str(expert)).children())
 
     @classmethod
@@ -72,7 +72,7 @@ class ExpertMatrix:
         return self.stack.shape[1:]
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> what this expert makes of it, [..., N]."""
+        """x [..., K] -> what this expert makes of it, [..., N]: the outputs of its layers side by side."""
         outputs = [part(x) for part in self.stack.parts(self.index)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
@@ -96,6 +96,7 @@ def put(owner: nn.Module, attribute: str, stack: nn.Module) -> None:
     """Put `stack` in place of the parameter `attribute` of `owner`, which is changed.
 
     The owner multiplies by one expert at a time from now on: its config, which it may share with others, says so.
+    stack: a module that answers as the parameter would, such as an `ExpertStack`, or a slot that becomes one.
     """
     config = vars(owner).get("config")
     if config is not None:

@@ -1,7 +1,7 @@
 """What a model gains by knowing its own structure: all of it at once, unseen by the model's own code.
 
 Layers are joined where names promise a pattern, and find out by what happens whether it holds: where it does not, each
-computes for itself, as before.
+computes for itself, as before. Results are the same either way but for the last bits of attention and of GELU.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 A result of N numbers is written once instead of written, read and written again. The model's code still calls layer and
 activation one after the other: that the activation was called with the layer's result, and with nothing done to it
 between, is seen once at run time; from then on the layer applies it, and the activation hands on what it gets.
+
+How that is known. The layer puts an attribute on the tensor that it returns; the activation looks for it on the tensor
+that it is called with, and for torch's count of writes, which must be 0. Any operation between them makes another
+tensor, without the attribute. Given up: a hook on the layer that looks at its result sees it behind the activation.
 """
 
 from __future__ import annotations
@@ -38,7 +42,10 @@ class Producer:
 
 
 class JoinedGELU(nn.Module):
-    """In the place of the activation that it holds: applies it to what does not have it yet."""
+    """In the place of the activation that it holds: applies it to what does not have it yet, and hands on what has.
+
+    A tensor that no joined layer made, or that somebody wrote into since, is computed as always.
+    """
 
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()

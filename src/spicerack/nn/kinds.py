@@ -90,7 +90,10 @@ def _nothing(_layer: nn.Module) -> None:
 
 
 def _looks_up_more(layer: nn.Embedding) -> str | None:
-    """Why an embedding stays in float: its lookups change it, or need gradients of their own kind."""
+    """Why an embedding stays in float, None if nothing is in the way.
+
+    With max_norm a lookup rescales rows in place; the two others are about gradients that a packed table does not have.
+    """
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
         return "an embedding with max_norm, scale_grad_by_freq or sparse stays in float"
     return None
@@ -163,12 +166,15 @@ that it is a table, too."""
 
 
 def named(name: str) -> LayerKind:
-    """The row of this name. Raises KeyError."""
+    """The row of this name, as folders and twins call it. Raises KeyError where there is none."""
     return {kind.name: kind for kind in KINDS}[name]
 
 
 def find(layer: nn.Module) -> LayerKind | None:
-    """The kind of a float layer, None if it has none: of another class, or a subclass that may compute otherwise."""
+    """The kind of a float layer, None if it has none: of another class, or a subclass that may compute otherwise.
+
+    A subclass counts by its class's name alone, if its row lists that: it is known to compute the same.
+    """
     for kind in KINDS:
         same = isinstance(layer, kind.float_class) and type(layer).__name__ in kind.subclasses
         if same or type(layer) is kind.float_class:

@@ -1,4 +1,8 @@
-"""`QLinear`: nn.Linear, or transformers' Conv1D, with packed weights, computed by the kernel they are packed for."""
+"""`QLinear`: nn.Linear, or transformers' Conv1D, with packed weights, computed by the kernel they are packed for.
+
+The layer itself computes nothing: it hands x to its weight, or to what joins it with other layers. A forward costs
+microseconds beside the product, which small models notice, so that attributes are looked up as plainly as torch allows.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,9 @@ class Joined(Protocol):
 
 class QLinear(PackedLayer):
     """y = x W^T + b for x [..., K] -> y [..., N], in x's type; differentiable in x and b, not in W.
+
+    packed   the weight [N, K]
+    bias     [N], or None
 
     A Conv1D computes the same: its weight is only stored as [K, N]. How x enters, as floats or rounded to int8, is the
     kernel's business, and so is on which device it runs. joined: set by `fused.fuse`.

@@ -3,6 +3,9 @@
 One call rounds the input once and starts its threads once. The model's code calls layer after layer as before: the
 first computes for all, the others hand out what was computed. Whether the input is the same is told by the tensor
 itself and by torch's count of writes into it.
+
+What is given up. The results of the others are in memory until they are fetched; and whoever calls one of the layers
+alone, to look at it, computes all of them once and then parts them for good (`SharedInput.dissolve`).
 """
 
 from __future__ import annotations
@@ -34,7 +37,11 @@ class SharedInput:
             layer.joined = self
 
     def forward(self, layer: QLinear, x: torch.Tensor) -> torch.Tensor:
-        """What `layer`, one of these, makes of x, a plain tensor of ordinary (not inference) mode."""
+        """What `layer`, one of these, makes of x [..., K], a plain tensor of ordinary (not inference) mode: [..., N].
+
+        The first call with an x computes all layers; each of the others takes its result out. A call that comes before
+        all results of the last x were taken parts the layers, and computes its own.
+        """
         due, place = self._due, self.layers.index(layer)
         if self._x is x and self._version == x._version and place in due:
             y = due.pop(place)

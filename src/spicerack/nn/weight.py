@@ -51,6 +51,7 @@ class PackedWeight(nn.Module):
         self.choice = kernel.pick(q.scheme, self.shape, dtype, torch.device(device), compute, engine)
         self._names: dict[str, str] = {}
         for name, tensor in self.choice.kernel.pack(q).items():
+            # torch takes no dots in the names of buffers, which scales of scales have
             self._names[name] = name.replace(".", "_")
             self.register_buffer(self._names[name], tensor.to(device))
         self._prepared: Any = None
@@ -61,7 +62,7 @@ class PackedWeight(nn.Module):
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The packed tensors, by the kernel's names for them."""
+        """The packed tensors, by the kernel's names for them; the buffers themselves, wherever they are now."""
         buffers: dict[str, torch.Tensor] = self._buffers  # type: ignore[assignment]
         return {name: buffers[buffer] for name, buffer in self._names.items()}
 
@@ -71,11 +72,19 @@ class PackedWeight(nn.Module):
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
-        """x [..., K] -> x W^T + bias [..., N] in x's type, or GELU (by erf) of that. bias: [N]."""
+        """x [..., K] -> x W^T + bias [..., N] in x's type, or GELU (by erf) of that.
+
+        bias: [N], or None. Differentiable in x and bias. Raises ShapeError for an x of another width.
+        """
         return self.choice.kernel.run(x, (self.prepared(),), (bias,), gelu)[0]
 
     def prepared(self) -> Any:
-        """The matrix as its kernel's `run` takes it; prepared once, and anew when a buffer is another tensor."""
+        """The matrix as its kernel's `run` takes it; prepared once, and anew when a buffer is another tensor.
+
+        A buffer becomes another tensor when the module is moved, or takes another state: comparing identities costs
+        less than preparing, and cannot miss one. What is written into a buffer in place needs nothing, because it has
+        the same memory.
+        """
         if torch.compiler.is_compiling():  # tensors are not the ones that will be
             return self.choice.kernel.prepare(self.scheme, self.shape, self.tensors)
         stale = self._prepared is None
@@ -95,12 +104,13 @@ class PackedWeight(nn.Module):
         return self.choice.kernel.rows(self.scheme, self.shape, self.tensors, which).to(self.dtype)
 
     def decode(self) -> torch.Tensor:
-        """The float weight in `dtype`, in the order that the replaced layer had ([K, N] for a Conv1D)."""
+        """The float weight in `dtype`, in the order that the replaced layer had ([K, N] for a Conv1D): made anew at
+        each call."""
         weight = self.rows(slice(None))
         return weight.t() if self.transposed else weight
 
     def qtensor(self) -> QTensor:
-        """The codes and scales themselves: what saving and exporting need."""
+        """The codes and scales themselves, bit for bit those that were packed: what saving and exporting need."""
         q = self.choice.kernel.unpack(self.scheme, self.shape, self.tensors)
         return dataclasses.replace(q, transposed=self.transposed)
 

@@ -4,6 +4,9 @@ A row of codes is one dense little-endian bit stream: element i occupies bits [i
 k % 32 of word k // 32, and the last word is filled up with zeros. Codes do cross word borders (3, 5, 6 and 7 bits).
 compressed-tensors packs the same way since 0.18, so its tensors are these words. On the CPU the native module packs and
 unpacks (`native.pack`); what is here decodes on any device.
+
+What is given up. Codes that cross a border of words cost a shift more than ten 3-bit codes to a word would, as others
+keep them; no bit is wasted for that.
 """
 
 from __future__ import annotations
@@ -19,12 +22,15 @@ if sys.byteorder != "little":
 
 
 def word_count(columns: int, bits: int) -> int:
-    """32-bit words that hold a row of `columns` codes."""
+    """32-bit words that hold a row of `columns` codes of `bits` bits, the last of them filled up with zeros."""
     return -(-columns * bits // 32)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [..., R, C], every code below 2^bits -> int32 [..., R, word_count(C, bits)]. bits: 1 to 8."""
+    """uint8 [..., R, C], every code below 2^bits -> int32 [..., R, word_count(C, bits)].
+
+    bits: 1 to 8. A code that is too large spills into its neighbours: whoever has others than a scheme's must check.
+    """
     *leading, columns = codes.shape
     if bits < 8:
         codes = _eight_in_bytes(codes, bits)
@@ -53,7 +59,10 @@ def unpack(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 
 def _eight_in_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Every 8 codes make `bits` whole bytes: gather them in one 64-bit integer and keep its low bytes."""
+    """uint8 [..., C] -> uint8 [..., ceil(C / 8) bits], with C filled up to whole eights by zeros.
+
+    Every 8 codes make `bits` whole bytes: they are gathered in one 64-bit integer, whose low bytes are kept.
+    """
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
     eights = codes.reshape(*codes.shape[:-1], -1, 8)
     gathered = eights[..., 0].long()

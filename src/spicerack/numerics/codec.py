@@ -38,7 +38,8 @@ def to_groups(w: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
 
 
 def from_groups(groups: torch.Tensor, shape: tuple[int, ...], group: tuple[int, int]) -> torch.Tensor:
-    """Inverse of `to_groups`: [groups, elements] -> a tensor of `shape`."""
+    """Inverse of `to_groups`: [groups, elements] -> a tensor of `shape`, [..., N, K]; `group` is that of
+    `to_groups`."""
     rows, columns = group
     *leading, n, k = shape
     return groups.reshape(*leading, n // rows, k // columns, rows, columns).transpose(-3, -2).reshape(shape)
@@ -62,10 +63,16 @@ def encode(
     name: str = "weight",
     source: torch.dtype | None = None,
 ) -> QTensor:
-    """Quantize w [..., N, K] (any float type). Raises ShapeError, and WeightError naming tensor, place and value.
+    """Quantize w [..., N, K]: the specification of `rounding.to_nearest`.
 
-    importance: [K] or of w's shape, not negative: how much an error in each weight matters (mean square of its input).
-    source: the type that decides that of scales; w's own if None.
+    w            any float type, on any device; codes lie where w does
+    scheme       what its numbers are to be
+    range_       how scales are chosen: by the least error, or by the largest weight
+    importance   [K] or of w's shape, not negative: how much an error in each weight matters (mean square of its input)
+    name         of the tensor, for errors
+    source       the type that decides that of scales; w's own if None
+
+    Raises ShapeError for a shape that groups do not tile, and WeightError naming tensor, place and value.
     """
     shape = tuple(w.shape)
     source = source or w.dtype
@@ -79,12 +86,9 @@ def encode(
         lowest = x.amin(1).clamp(max=0).reshape(groups)
         min_, stored_min = _encode_part(lowest, scheme.min, range_, source, name)
         x = x - stored_min[:, None]
-    dtype = dtype_of(scheme.scale, source)
-    best, zero = search(TensorGroups(x, scheme, a), scheme, dtype, range_)
-    best = best.reshape(groups)
-    if not scale_fits(best):
-        best = check_scale(x.abs().amax(1).reshape(groups), best, dtype, name)
+    best, zero = _searched(TensorGroups(x, scheme, a), dtype_of(scheme.scale, source), groups, range_, name)
     scale, stored = _encode_part(best, scheme.scale, range_, source, name)
+    # multiplied by the inverse and not divided: that is what native code does, and the two may differ by a code
     inverse = torch.where(stored == 0, 0, 1 / stored)[:, None]
     codes = scheme.levels.encode(x * inverse, zero[:, None])
     codes = from_groups(codes, scheme.codes_shape(shape), _codes_group(scheme, shape))
@@ -97,10 +101,29 @@ def encode(
     )
 
 
+def _searched(
+    weights: TensorGroups, dtype: torch.dtype, groups: tuple[int, ...], range_: Range, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales, of the shape `groups`, and zero points [M] that the search finds, in stored values, float32.
+
+    dtype: that scales are stored in. name: of the tensor, for errors. Raises WeightError for a scale that `dtype`
+    cannot hold.
+    """
+    best, zero = search(weights, weights.scheme, dtype, range_)
+    best = best.reshape(groups)
+    if not scale_fits(best):
+        best = check_scale(weights.x.abs().amax(1).reshape(groups), best, dtype, name)
+    return best, zero
+
+
 def _encode_part(
     values: torch.Tensor, kind: FloatType | Scheme, range_: Range, source: torch.dtype, name: str
 ) -> tuple[Scale, torch.Tensor]:
-    """Store a scale or minimum -> (as stored, the float32 values [M] that readers will see)."""
+    """Store a scale or minimum -> (as stored, the float32 values [M] that readers will see).
+
+    values: float32, of the scales' shape. kind: a float type, or the scheme that quantizes them in turn. source: the
+    weights' type, which "source" goes by. name: of the tensor, for errors.
+    """
     if isinstance(kind, Scheme):
         part = encode(values, kind, range_=range_, name=f"{name} ({kind.name})")
         return part, decode(part).reshape(-1)
@@ -109,7 +132,10 @@ def _encode_part(
 
 
 def decode(q: QTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """[..., N, K] in `dtype`: float32 arithmetic, rounded once at the end. The checkpoint's order is restored."""
+    """The numbers that q stands for, [..., N, K] in `dtype`: float32 arithmetic, rounded once at the end.
+
+    The checkpoint's order is restored: [..., K, N] where the tensor is transposed.
+    """
     codes = to_groups(q.codes, _codes_group(q.scheme, q.shape))
     zero = 0.0 if q.zero is None else q.zero.reshape(-1, 1).float()
     x = _part_values(q.scale) * q.scheme.levels.decode(codes, zero)
@@ -120,7 +146,11 @@ def decode(q: QTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def decode_rows(q: QTensor, rows: int) -> Iterator[torch.Tensor]:
-    """`decode` in float32, `rows` of the flattened [rows, K] matrix at a time (whole groups; output rows first)."""
+    """`decode` in float32, `rows` of the flattened [rows, K] matrix at a time, output rows first: for what must not be
+    in memory as a whole.
+
+    rows: of whole groups, a multiple of the group's own rows; the last piece may have fewer.
+    """
     *_, n, k = q.shape
     group_rows, group_columns = q.scheme.group_shape(n, k)
     codes = q.codes.reshape(-1, q.codes.shape[-1])
@@ -148,7 +178,8 @@ def _part_values(part: Scale) -> torch.Tensor:
 
 
 def check_finite(w: torch.Tensor, name: str) -> None:
-    """Raise WeightError naming the first NaN or infinity of w."""
+    """Raise WeightError naming the first NaN or infinity of w, its place, and how many there are; return if there is
+    none."""
     bad = ~torch.isfinite(w)
     if bool(bad.any()):
         place = [int(i) for i in bad.nonzero()[0]]
@@ -160,7 +191,7 @@ def check_finite(w: torch.Tensor, name: str) -> None:
 
 
 def scale_fits(scale: torch.Tensor) -> bool:
-    """Whether no stored scale came out as 0 or infinite."""
+    """Whether no stored scale came out as 0 or infinite: then codes that were chosen against them are of use."""
     return bool(((scale != 0) & torch.isfinite(scale)).all())
 
 
@@ -184,5 +215,6 @@ def check_scale(peak: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, nam
 
 
 def _place(bad: torch.Tensor, peak: torch.Tensor) -> str:
+    """The first group that is bad, by its place among the scales, and its largest weight, for a message."""
     place = [int(i) for i in bad.nonzero()[0]]
     return f"block {place} with weights up to {float(peak[tuple(place)]):.3g}"

@@ -1,4 +1,7 @@
-"""Float types and their names: one table for all who ask what a tensor may be, or what safetensors calls it."""
+"""Float types and their names: one table for all who ask what a tensor may be, or what safetensors calls it.
+
+Three languages name them: torch ("torch.bfloat16"), safetensors ("BF16") and config.json ("bfloat16").
+"""
 
 from __future__ import annotations
 

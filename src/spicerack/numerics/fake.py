@@ -44,7 +44,11 @@ Gradients = tuple[torch.Tensor | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Integer levels, the group [rows, columns] that shares a scale, and where weights count as clipped.
+    """Integer levels, the group of weights that shares a scale, and where weights count as clipped.
+
+    levels   the codes and what they stand for
+    group    [rows, columns] that share a scale; they divide N and K
+    clip     where a weight counts as clipped: see `Clip`
 
     Places and codes are in tiles, [N/rows, rows, K/columns, columns], so that a scale [N/rows, K/columns] meets its
     group by broadcasting, and no copy of it has a weight's size.
@@ -55,7 +59,12 @@ class Grid:
     clip: Clip = "levels"
 
     def factor(self, zero: bool) -> float:
-        """LSQ's factor of the gradients of scales, and of zero points if there are any."""
+        """LSQ's factor of the gradients of scales, and of zero points if there are any: 1 / sqrt(weights in a group *
+        largest).
+
+        A scale's gradient sums those of all its weights; without the factor it would move by far more than its own
+        size.
+        """
         levels = self.levels
         largest = levels.hi - levels.lo if zero else levels.hi + 0.5 * levels.half
         return 1 / math.sqrt(math.prod(self.group) * largest)
@@ -66,7 +75,8 @@ class Grid:
         return w.view(len(w) // rows, rows, w.shape[1] // columns, columns)
 
     def places(self, w: torch.Tensor, parts: Parts) -> torch.Tensor:
-        """w / s + z of weights [N, K], float32 in tiles: rounded and clipped, that is the codes."""
+        """w / s + z of weights [N, K], float32 in tiles: rounded and clipped, that is the codes. No gradient is
+        kept."""
         scale, zero = parts
         u = self.tiles(w.detach()).float() * _spread(1 / scale)
         return u.add_(self._zero(zero)) if zero is not None or self.levels.half else u
@@ -76,14 +86,16 @@ class Grid:
         return torch.round(places).clamp_(self.levels.lo, self.levels.hi)
 
     def decode(self, codes: torch.Tensor, parts: Parts) -> torch.Tensor:
-        """Codes in tiles, float32 -> w^ [N, K]. The codes' memory becomes the result's."""
+        """Codes in tiles, float32 -> w^ [N, K] = s (codes - z). The codes' memory becomes the result's: they are
+        gone."""
         scale, zero = parts
         if zero is not None or self.levels.half:
             codes = codes.sub_(self._zero(zero))
         return codes.mul_(_spread(scale)).flatten(2).flatten(0, 1)
 
     def fake(self, w: torch.Tensor, parts: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Weights [N, K] -> w^ [N, K]: computed in float32, then rounded to `dtype`."""
+        """Weights [N, K] of any float type -> w^ [N, K]: computed in float32, then rounded to `dtype`; natively where
+        that can be."""
         if dtype in SOURCES and _natively(parts, w):
             return fake_native.fake(Operands(w, self.levels, self.group, *parts), dtype)
         return self.decode(self.round(self.places(w, parts)), parts).to(dtype)
@@ -122,7 +134,8 @@ class Grid:
         return by_weight, by_scale, None if by_zero is None else by_zero.mul_(scale * factor), again
 
     def _sums(self, grad: torch.Tensor, w: torch.Tensor, parts: Parts, needed: Needed) -> Gradients:
-        """`gradients` without the factors of s and z."""
+        """`gradients` without the factors of s and z, in torch's operations: those of w [N, K], and of each group's s
+        and z."""
         tiles = self.tiles(grad).float()
         u = self.places(w, parts)
         codes = self.round(u)
@@ -158,12 +171,15 @@ def _natively(parts: Parts, *matrices: torch.Tensor) -> bool:
 
 
 def _spread(part: torch.Tensor) -> torch.Tensor:
-    """One per group -> over the group's weights."""
+    """One value for each group, [N/rows, K/columns] -> a view [N/rows, 1, K/columns, 1] that broadcasts over tiles."""
     return part[:, None, :, None]
 
 
 class _Fake(torch.autograd.Function):
-    """w [N, K] (any float), s, z -> w^ [N, K] in float32."""
+    """w [N, K] (any float), s, z -> w^ [N, K] in float32.
+
+    Saved are w, s and z themselves, which are there anyway; w^ is made anew for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
@@ -179,7 +195,10 @@ class _Fake(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """y = x^ w^T + b, where x^ is x, or x in int8 with one scale per token; saves x and w, not x^ and w^."""
+    """y = x^ w^T + b, where x^ is x, or x in int8 with one scale per token; saves x and w, not x^ and w^.
+
+    In a model's memory that is the difference between one copy of each weight and two; the price is rounding twice.
+    """
 
     @staticmethod
     def forward(
@@ -256,17 +275,26 @@ _rounded: Callable[..., torch.Tensor] = _Rounded.apply
 
 
 def fake(w: torch.Tensor, parts: Parts, grid: Grid) -> torch.Tensor:
-    """Weights [N, K] of any float type -> w^ [N, K], float32, with gradients for w, scales and zero points."""
+    """Weights [N, K] of any float type -> w^ [N, K], float32, with gradients for w, scales and zero points.
+
+    parts: scale and zero point of each group as they are stored, see `Parts`; None for no zero point.
+    """
     return _fake(w, *parts, grid)
 
 
 def fake_linear(
     x: torch.Tensor, w: torch.Tensor, parts: Parts, bias: torch.Tensor | None, grid: Grid, *, tokens: bool = False
 ) -> torch.Tensor:
-    """x [..., K], weights w [N, K] -> x^ w^T + bias [..., N] in x's type, with gradients for all of them.
+    """x [..., K], weights w [N, K] -> x^ w^^T + bias [..., N] in x's type, with gradients for all of them.
 
-    tokens: x is rounded too, to int8 with one scale per token; its gradient is that of x as it was. w^ is in x's type,
-    float16 or bfloat16 included, and is made anew for the backward pass.
+    x        of any float type, which is that of the product
+    w        float weights, of any float type
+    parts    scale and zero point of each group as they are stored, see `Parts`
+    bias     [N], or None
+    grid     the levels, the group, and where weights count as clipped
+    tokens   x is rounded too, to int8 with one scale per token; its gradient is that of x as it was
+
+    w^ is in x's type, float16 or bfloat16 included, and is made anew for the backward pass.
     """
     return _linear(x, w, *parts, bias, grid, tokens)
 
@@ -285,12 +313,18 @@ def rounded(zero: torch.Tensor, levels: IntLevels) -> torch.Tensor:
 
 
 def fake_tensor(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x [..., K] in int8 with one scale [1, 1], and back, in x's type, with gradients for both: LSQ for activations."""
+    """x [..., K] in int8 with one scale [1, 1], and back, in x's type, with gradients for both: LSQ for activations.
+
+    What lies beyond 127 scales is clipped and has no gradient; the scale learns from it.
+    """
     rows = x.reshape(-1, x.shape[-1])
     return fake(rows, (scale.float(), None), Grid(_INT8, (len(rows), rows.shape[1]))).view(x.shape).to(x.dtype)
 
 
 def fake_tokens(x: torch.Tensor) -> torch.Tensor:
-    """x [..., K] in int8 with one scale per token, as the kernels round it, and back, in x's type."""
+    """x [..., K] in int8 with one scale per token, as the kernels round it, and back, in x's type.
+
+    It has no gradient of its own: whoever differentiates treats it as x (`fake_linear`).
+    """
     codes, scale = quantize_tokens(x.float())
     return codes.mul_(scale).to(x.dtype)

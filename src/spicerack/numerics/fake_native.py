@@ -58,7 +58,11 @@ class Operands(NamedTuple):
 
 
 def fake(operands: Operands, dtype: torch.dtype = torch.float32, *, isa: str = "") -> torch.Tensor:
-    """w^ [N, K] of `Grid.fake`: rounded in float32, then to `dtype`. isa: of `native.ISAS`; "" is the widest."""
+    """w^ [N, K] of `Grid.fake`: rounded in float32, then to `dtype`, bit for bit as in torch.
+
+    operands: on the CPU. dtype: float32, float16 or bfloat16. isa: one of `native.ISAS`; "" is the widest. Raises
+    ShapeError for scales or zero points of another shape or type.
+    """
     o = operands.contiguous()
     out = _like(o.w, dtype)
     _native.fake(
@@ -113,4 +117,5 @@ def _like(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _address(x: torch.Tensor | None) -> int:
+    """Where a tensor's numbers begin, 0 for None: as native functions take what may be absent."""
     return 0 if x is None else x.data_ptr()

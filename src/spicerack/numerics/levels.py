@@ -36,7 +36,7 @@ class Levels(Protocol):
 
     @property
     def bits(self) -> int:
-        """Bits that a code takes where codes are packed."""
+        """Bits that a code takes where codes are packed: 1 to 8, see `scheme.MAX_BITS`."""
 
     @property
     def weights(self) -> int:
@@ -88,17 +88,17 @@ class IntLevels:
 
     @property
     def weights(self) -> int:
-        """One."""
+        """One: a code is a weight's own."""
         return 1
 
     @property
     def lowest(self) -> float:
-        """lo, or lo + 1/2."""
+        """lo, or lo + 1/2 of half-integer levels."""
         return self.lo + 0.5 * self.half
 
     @property
     def highest(self) -> float:
-        """hi, or hi + 1/2."""
+        """hi, or hi + 1/2 of half-integer levels."""
         return self.hi + 0.5 * self.half
 
     @property
@@ -108,7 +108,7 @@ class IntLevels:
 
     @property
     def integers(self) -> IntLevels:
-        """These."""
+        """These: they are what the question asks for."""
         return self
 
     @property
@@ -137,7 +137,7 @@ class _Table:
 
     @property
     def lo(self) -> int:
-        """0."""
+        """0: codes are places in the table."""
         return 0
 
     @property
@@ -152,7 +152,7 @@ class _Table:
 
     @property
     def weights(self) -> int:
-        """One."""
+        """One: a code is a weight's own."""
         return 1
 
     @property
@@ -193,7 +193,10 @@ class _Table:
 
 @dataclass(frozen=True, slots=True)
 class TableLevels(_Table):
-    """Code i stands for values[i]; the values need not be sorted, and may be listed twice."""
+    """Code i stands for values[i], in units of the scale.
+
+    values: at most 256; they need not be sorted, and may be listed twice, of which the first is written.
+    """
 
     values: tuple[float, ...]
 
@@ -231,7 +234,7 @@ def _bits(last: int) -> int:
 
 @lru_cache
 def _sorted(values: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """The different values in rising order, and the first code of each."""
+    """The different values in rising order, and the first code of each; remembered, because every encoding asks."""
     first: dict[float, int] = {}
     for code, value in enumerate(values):
         first.setdefault(value, code)

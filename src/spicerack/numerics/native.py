@@ -47,7 +47,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """Threads that share a range of rows."""
+    """Threads that share a range of rows.
+
+    pool      where they run, for as long as the call that made the team
+    threads   how many
+    """
 
     pool: ThreadPoolExecutor
     threads: int
@@ -66,16 +70,20 @@ class Team:
 
 @contextmanager
 def team(threads: int) -> Iterator[Team]:
-    """A Team for the length of a `with` statement."""
+    """A Team of so many of Python's threads for the length of a `with` block; with one, everything runs in the
+    caller's."""
     with ThreadPoolExecutor(max_workers=threads) as pool:
         yield Team(pool, threads)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """M groups of B weights: codes int8 [M, B], scale float32 [M] with values as stored, zero int8 [M].
+    """M groups of B weights, searched and rounded.
 
-    fits: no scale is 0 or infinite. If one is, the codes are of no use: the scale has to be put right first.
+    codes   int8 [M, B]
+    scale   float32 [M] with values as stored
+    zero    int8 [M]; zeros where the scheme has none
+    fits    no scale is 0 or infinite. If one is, the codes are of no use: the scale has to be put right first
     """
 
     codes: torch.Tensor
@@ -144,7 +152,15 @@ def encode(
     threads: int = 1,
     isa: str = "",
 ) -> torch.Tensor:
-    """Codes int8 [M, B] of groups w [M, B] against scale float32 [M] and zero int8 [M], or None for none."""
+    """Codes int8 [M, B] of groups w [M, B] against scales and zero points that are given.
+
+    w         float32, float16 or bfloat16, contiguous, on the CPU
+    scheme    a plain one
+    scale     float32 [M], none of them 0
+    zero      int8 [M], or None for none
+    threads   how many share the groups
+    isa       one of ISAS; "" is the widest
+    """
     codes = torch.empty(w.shape, dtype=torch.int8)
     levels = levels_of(scheme)
 
@@ -166,7 +182,14 @@ def compare(
     *,
     threads: int = 1,
 ) -> tuple[float, float]:
-    """sum (decoded - w)^2 and sum w^2 of groups w [M, B] with codes int8 [M, B], scale float32 [M] and zero int8 [M].
+    """sum (decoded - w)^2 and sum w^2 of groups of weights.
+
+    w         [M, B], as in `quantize`
+    scheme    a plain one
+    scale     float32 [M]
+    zero      int8 [M], or None for none
+    codes     int8 [M, B]
+    threads   how many share the groups
 
     The one result here whose last digits depend on threads and processor: it is reported, never computed with.
     """
@@ -185,8 +208,12 @@ def compare(
 class LongGroups:
     """Groups w [M, B] of any length for `search.search`: pieces are judged natively, one candidate at a time.
 
-    For groups longer than PIECE (a scale for a tensor, or for a very long row), whose threads share a group and not the
-    groups. All weights matter the same. workers: the threads; isa: as in `quantize`.
+    w         [M, B], as in `quantize`
+    scheme    a plain one
+    workers   the threads; they share a group and not the groups
+    isa       as in `quantize`
+
+    For groups longer than PIECE: a scale for a tensor, or for a very long row. All weights matter the same.
     """
 
     w: torch.Tensor
@@ -195,21 +222,30 @@ class LongGroups:
     isa: str = ""
 
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Groups.bounds`; float32 whatever the weights' type."""
         return self.w.amin(1).float(), self.w.amax(1).float()
 
     def weight(self) -> torch.Tensor:
+        """See `Groups.weight`: the number of weights, which all matter the same."""
         return torch.full((len(self.w),), float(self.w.shape[1]), dtype=torch.float64)
 
     def judge(self, scale: torch.Tensor, zero: torch.Tensor) -> Fit:
+        """See `Groups.judge`: piece by piece, the pieces shared among the threads and added in their order."""
         usable = (scale != 0) & torch.isfinite(scale)
         sums = torch.stack([self._sums(*one) for one in zip(self.w, scale.tolist(), zero.tolist(), strict=True)])
         error, xv, vv, x, v = sums.unbind(1)
         return Fit(scale, zero, torch.where(usable, error, torch.inf), xv, vv, x, v)
 
     def ternary(self) -> torch.Tensor:
+        """See `Groups.ternary`: one group after the other, because sorting takes memory."""
         return torch.cat([_ternary(group) for group in self.w])
 
     def _sums(self, group: torch.Tensor, scale: float, zero: float) -> torch.Tensor:
+        """Error, xv, vv, x and v of one group [B] for one stored scale and zero: float64 [5], as `Fit` has them.
+
+        Whole pieces are shared among the threads, and the rest behind them comes last: the order is the
+        specification's.
+        """
         whole = len(group) // PIECE
         pieces, rest = group[: whole * PIECE].view(whole, PIECE), group[whole * PIECE :].view(1, -1)
         out = torch.zeros((whole + 1, 5), dtype=torch.float64)

@@ -86,7 +86,7 @@ def decode_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: 
     """
     n, k = shape
     group_rows, group_columns = scheme.group_shape(n, k)
-    count = len(range(n)[rows]) if isinstance(rows, slice) else len(rows)
+    count = len(range(n)[rows]) if isinstance(rows, slice) else len(rows)  # without making the indices
     groups = rows if group_rows == 1 else _indices(rows, n, tensors["codes"].device) // group_rows
     grid = scheme.scale_shape(shape)
     codes = bits.unpack(tensors["codes"][rows], scheme.bits, scheme.codes_shape(shape)[-1])
@@ -103,7 +103,10 @@ def decode_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: 
 
 
 def code_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: Rows) -> torch.Tensor:
-    """float32 [R, K]: the codes of the chosen rows of a packed [N, K] matrix."""
+    """float32 [R, K]: the codes of the chosen rows of a packed [N, K] matrix, as integers from the scheme's lowest on.
+
+    For products in integers; a scheme whose codes stand for several weights has no such rows.
+    """
     return _codes(bits.unpack(tensors["codes"][rows], scheme.bits, scheme.codes_shape(shape)[-1]), scheme).float()
 
 
@@ -115,16 +118,23 @@ def part(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
 def _part_rows(
     kind: FloatType | Scheme, grid: tuple[int, ...], tensors: Tensors, name: str, rows: Rows
 ) -> torch.Tensor:
+    """Scales or minima of the chosen rows of a packed matrix, float32 [R, groups of a row].
+
+    kind: how they are stored, maybe quantized themselves. grid: their shape [rows, groups]. name: "scale" or "min".
+    rows: which rows of that shape.
+    """
     if isinstance(kind, Scheme):
         return decode_rows(kind, grid, part(tensors, name), rows)
     return tensors[name][rows].float()
 
 
 def _indices(rows: Rows, n: int, device: torch.device) -> torch.Tensor:
+    """Rows as indices int64 [R], on `device`: a slice of n rows spelled out, indices as they are."""
     return torch.arange(*rows.indices(n), device=device) if isinstance(rows, slice) else rows
 
 
 def _parts(scheme: Scheme) -> list[tuple[str, FloatType | Scheme]]:
+    """(name, how it is stored) of the floats that a scheme has for each group: its scale, and its minimum if any."""
     return [(name, kind) for name, kind in (("scale", scheme.scale), ("min", scheme.min)) if kind is not None]
 
 
@@ -139,9 +149,12 @@ def _codes(stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def _pack_codes(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Codes or zero points [..., C] of the scheme's range -> words, each less the lowest code, so that none is
+    negative."""
     return native.pack(codes.cpu(), scheme.bits, offset=-scheme.levels.lo)
 
 
 def _unpack_codes(words: torch.Tensor, scheme: Scheme, columns: int) -> torch.Tensor:
+    """Inverse of `_pack_codes`: words of `columns` codes -> codes of the scheme's type, on the CPU."""
     codes = native.unpack(words.cpu(), scheme.bits, columns, offset=-scheme.levels.lo)
     return codes.view(codes_dtype(scheme))

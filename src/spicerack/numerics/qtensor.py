@@ -73,7 +73,8 @@ class QTensor:
         return self.scale
 
     def matrices(self) -> list[QTensor]:
-        """The experts of a stack [E, N, K], each [N, K]; neither transposed nor with an input scale."""
+        """The experts of a stack [E, N, K], each [N, K], sharing its memory; neither transposed nor with an input
+        scale."""
 
         def split(part: Any) -> list[Any]:
             if part is None:
@@ -85,7 +86,10 @@ class QTensor:
 
     @classmethod
     def stack(cls, matrices: Sequence[QTensor], *, transposed: bool = False) -> QTensor:
-        """Inverse of `matrices`: E of [N, K], of one scheme -> [E, N, K]."""
+        """Inverse of `matrices`: E of [N, K], of one scheme, shape and kind of parts -> [E, N, K].
+
+        transposed: what the result says of the checkpoint's order.
+        """
 
         def joined(parts: Sequence[Any]) -> Any:
             return cls.stack(parts) if isinstance(parts[0], QTensor) else torch.stack(list(parts))
@@ -97,7 +101,7 @@ class QTensor:
 
     @property
     def stored_bits(self) -> int:
-        """Bits of codes, scales, zero points and minima."""
+        """Bits of codes, scales, zero points and minima as a folder counts them, see `Scheme.stored_bits`."""
         return self.scheme.stored_bits(self.shape)
 
 

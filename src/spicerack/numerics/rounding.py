@@ -32,6 +32,7 @@ def to_nearest(
     """Quantize w [..., N, K] (any float type): `codec.encode`, but fast. Raises ShapeError, and WeightError by name.
 
     w           [..., N, K], any float type, on any device: what is not on the CPU is left to the codec
+    scheme      what its numbers are to be
     range_      how scales are chosen: "absmax" or "opt"
     name        of the tensor, for errors: those name place and value too
     importance  [K] or of w's shape, not negative: how much an error in each weight matters; None is equally
@@ -68,7 +69,11 @@ def to_nearest(
 
 
 def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
-    """||decoded - w|| / ||w|| of w [..., N, K] to four digits, in bounded memory; 0 for a tensor of zeros."""
+    """||decoded - w|| / ||w|| of w [..., N, K] to four digits, in bounded memory; 0 for a tensor of zeros.
+
+    w: what was quantized, in any float type. q: what it became, in the same order of axes. Four digits are what threads
+    and processors cannot change.
+    """
     if _native_fits(w, q.scheme, None):
         groups = w.detach().contiguous().reshape(q.plain_scale.numel(), -1)
         zero = None if q.zero is None else q.zero.reshape(-1)
@@ -89,7 +94,11 @@ def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
 def _search_long(
     groups: torch.Tensor, scheme: Scheme, dtype: torch.dtype, range_: Range, threads: int
 ) -> native.Quantized:
-    """Groups [M, B] longer than a piece, all weights alike: the search in Python, whose candidates C++ judges."""
+    """Groups [M, B] longer than a piece, all weights alike: the search in Python, whose candidates C++ judges.
+
+    groups: float32, float16 or bfloat16, contiguous, on the CPU. dtype: that scales are stored in. Codes are made only
+    where every scale can be stored.
+    """
     with native.team(threads) as workers:
         scale, zeros = search(native.LongGroups(groups, scheme, workers), scheme, dtype, range_)
     zero, fits = zeros.to(torch.int8), codec.scale_fits(scale)

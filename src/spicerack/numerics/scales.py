@@ -34,7 +34,8 @@ def dtype_of(kind: FloatType | Scheme, source: torch.dtype) -> torch.dtype:
 
 
 def store(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales float32 -> the nearest values that `dtype` stores, as float32; 0 for those below SMALLEST."""
+    """Scales float32 -> the nearest values that `dtype` stores, as float32; 0 for those below SMALLEST, infinity above
+    its largest: both are refused later, by name."""
     stored = scale.to(dtype).float()
     return torch.where(stored.abs() < SMALLEST, 0.0, stored)
 

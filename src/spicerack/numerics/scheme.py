@@ -138,7 +138,8 @@ class Scheme:
         return self.group[0] or rows, self.group[1] or columns
 
     def codes_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the codes of weights [..., N, K]: the same, but for levels whose codes stand for several."""
+        """The shape of the codes of weights [..., N, K]: the same, but for levels whose codes stand for several weights
+        each."""
         return (*shape[:-1], shape[-1] // self.levels.weights)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -148,7 +149,11 @@ class Scheme:
         return (*leading, rows // group_rows, columns // group_columns)
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise ShapeError unless whole groups (and groups of scales) tile the last two axes of `shape`."""
+        """Raise ShapeError unless whole groups (and groups of scales) tile the last two axes of `shape`; return if they
+        do.
+
+        name: of the tensor, for the message, whose hint names the largest common group that fits.
+        """
         if len(shape) < 2 or 0 in shape:
             raise ShapeError(f"{name}: shape {list(shape)} is not a matrix", "skip it")
         rows, columns = shape[-2:]
@@ -198,7 +203,11 @@ _COMMON = (
 
 
 def parse(name: str) -> Scheme:
-    """The scheme called `name`: the grammar, or a file in `schemes/`. Raises SchemeError with the nearest names."""
+    """The scheme called `name`: by the grammar, or a file in `schemes/`.
+
+    Names are told apart by case, as file names are. Raises SchemeError, with the nearest names, for one that is
+    neither, and for parts that do not go together.
+    """
     match = _NAME.fullmatch(name)
     if match is None:
         try:
@@ -221,5 +230,6 @@ def parse(name: str) -> Scheme:
 
 
 def _suggest(name: str) -> str:
+    """The hint for a name that is no scheme's: those that look like it, and the grammar."""
     near = difflib.get_close_matches(name.lower(), [*_COMMON, *plugins.names("numerics.schemes")], n=3, cutoff=0.4)
     return "did you mean " + ", ".join(near or ["w8", "w4g128", "w4g32z"]) + "? Grammar: w<2-8>[g<group>|t][z|h][a8[s]]"

@@ -52,10 +52,13 @@ SORTED = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """One candidate per group: scale [M] (stored values, float32), zero [M]; its error and sums, float64.
+    """One candidate per group, judged.
 
-    xv = sum(a x v), vv = sum(a v v), x = sum(a x), v = sum(a v); the last two only matter with a zero point, and are
-    any numbers without one.
+    scale    [M], stored values, float32
+    zero     [M], float32
+    error    sum of squared errors, float64 [M]; infinite where the scale is 0 or infinite
+    xv, vv   sum(a x v) and sum(a v v), float64 [M]
+    x, v     sum(a x) and sum(a v), float64 [M]; they matter with a zero point only, and are any numbers without one
     """
 
     scale: torch.Tensor
@@ -67,7 +70,12 @@ class Fit:
     v: torch.Tensor
 
     def better(self, other: Fit) -> Fit:
-        """Group by group the one with the smaller error; `self` on a tie (1e-9 relative: sums of equal candidates)."""
+        """Groupwise the one with the smaller error; `self` on a tie.
+
+        A tie is 1e-9 relative: equal candidates, reached on different ways, must not differ by the rounding of their
+        sums.
+        """
+        # far above the rounding of float64 sums of a group's weights, far below any difference that could be seen
         take = other.error < self.error * (1 - 1e-9)
         return Fit(*(torch.where(take, getattr(other, f), getattr(self, f)) for f in Fit.__slots__))
 
@@ -141,7 +149,11 @@ def shifts(scheme: Scheme) -> tuple[float, ...]:
 
 
 def _start(bottom: torch.Tensor, top: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """absmax: unrounded scale [M], and the centre [M] of the range that it spans (0 without a zero point)."""
+    """absmax: unrounded scale [M], and the centre [M] of the range that it spans (0 without a zero point).
+
+    bottom, top: least and largest weight of each group, float32 [M]. With zero points the range includes 0, which then
+    has a code of its own.
+    """
     levels = scheme.levels
     if scheme.zero:
         low, high = bottom.clamp(max=0), top.clamp(min=0)
@@ -155,7 +167,8 @@ def _start(bottom: torch.Tensor, top: torch.Tensor, scheme: Scheme) -> tuple[tor
 
 
 def _zero_for(centre: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The zero point that puts `centre` in the middle of the codes."""
+    """The zero point that puts `centre` [M] in the middle of the codes, for scales [M]; zeros where the scheme has
+    none."""
     if not scheme.zero:
         return torch.zeros_like(scale)
     return _clip_zero((scheme.levels.lo + scheme.levels.hi) / 2 - centre / scale, scheme)
@@ -167,7 +180,11 @@ def _clip_zero(zero: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def _refined(fit: Fit, scheme: Scheme, total: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least squares with the codes fixed: the best scale, and with a zero point the best line through them."""
+    """Least squares with the codes fixed: the best scale, and with a zero point the best line through them.
+
+    fit: the best candidate so far. total: importance of each group, float64 [M]. dtype: that scales are stored in. ->
+    scale [M] as stored, and zero [M].
+    """
     if not scheme.zero:
         return store((fit.xv / fit.vv).float(), dtype), fit.zero
     # x ~ s*v + m over all elements; v counts from the present zero, so the zero moves by -m/s.
@@ -183,7 +200,9 @@ def _refined(fit: Fit, scheme: Scheme, total: torch.Tensor, dtype: torch.dtype) 
 class TensorGroups:
     """Groups in torch's operations, on any device: the specification of what `native` does.
 
-    x: float32 [M, B]; importance: float32 of that shape, not negative, or None for ones.
+    x            float32 [M, B]
+    scheme       whose levels the groups are judged by
+    importance   float32 [M, B], not negative; None for ones
     """
 
     x: torch.Tensor
@@ -228,6 +247,7 @@ class TensorGroups:
         return torch.cat([self._ternary(slice(first, first + step)) for first in range(0, len(self.x), step)])
 
     def _ternary(self, some: slice) -> torch.Tensor:
+        """`ternary` of some of the groups: their magnitudes sorted, with the importance that goes with each."""
         size, order = self.x[some].abs().sort(dim=1, descending=True)
         a = None if self.importance is None else self.importance[some].gather(1, order)
         return best_prefix(size, a)
@@ -252,7 +272,10 @@ def best_prefix(size: torch.Tensor, a: torch.Tensor | None = None) -> torch.Tens
 
 
 def piece_sum(terms: torch.Tensor) -> torch.Tensor:
-    """float32 [M, B] -> float64 [M]: runs of 16 neighbours folded in pairs, then added in turn in float64."""
+    """float32 [M, B] -> float64 [M]: runs of 16 neighbours folded in pairs, then added in turn in float64.
+
+    B is at most PIECE; what is missing to whole runs is zeros, which change no sum.
+    """
     sums = torch.nn.functional.pad(terms, (0, -terms.shape[1] % RUN))
     for _ in range(RUN.bit_length() - 1):
         sums = sums[:, 0::2] + sums[:, 1::2]
@@ -260,7 +283,7 @@ def piece_sum(terms: torch.Tensor) -> torch.Tensor:
 
 
 def ordered_sum(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """float64 [M], the pieces' sums added in turn."""
+    """float64 [M], the pieces' sums added in turn, first to last, whoever computed them when."""
     total = pieces[0]
     for piece in pieces[1:]:
         total = total + piece

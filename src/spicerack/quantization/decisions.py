@@ -2,6 +2,9 @@
 
 What a tensor is was told twice, by its name (census) and by the class of the module that transformers would put there
 (architecture). Only where both agree is it quantized; for all others there is a reason, which the ledger keeps.
+
+What is given up: a layer that only one of the two calls linear stays in float, and is larger than it would have to be.
+Quantizing a tensor that something else reads would be wrong, and nobody might notice.
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ _CLASSES = {kind.name: kind.float_class.__name__ for kind in kinds.KINDS} | {
 class Source:
     """A float folder and all that is known of it from its headers.
 
-    modules: checkpoint name without `.weight` -> kind of module, as transformers would build it; None where it does not
-    know the architecture, so that names are all there is to go by.
+    checkpoint   the folder, open
+    census       what each tensor is, by its name
+    modules      checkpoint name without `.weight` -> kind of module, as transformers would build it; None where it does
+                 not know the architecture, so that names are all there is to go by
     """
 
     checkpoint: Checkpoint
@@ -101,7 +106,11 @@ def module_of(tensor: str) -> str:
 
 
 def _permitted(source: Source, entry: Entry, decision: Decision) -> Decision:
-    """The recipe's decision, unless the tensor is of a type or in a module that cannot be quantized."""
+    """The recipe's decision, unless the tensor is of a type or in a module that cannot be quantized: then float, and
+    why.
+
+    Raises SchemeError for an embedding with int8 activations, which it has none of.
+    """
     if entry.name in source.census.tied:
         return Decision(None, "tied")
     if decision.scheme is None:

@@ -1,4 +1,11 @@
-"""`prepare`: all of a quantization that is knowable before a weight is read, and the refusals that are."""
+"""`prepare`: all of a quantization that is knowable before a weight is read, and the refusals that are.
+
+    Checkpoint -> Source (what is known of each tensor) -> Decision (its scheme) -> Action (what the output has for it)
+
+A `Job` is the whole of it, frozen: the loop, the writer, the memory plan and the dry run read it and decide nothing.
+Weights are read here for one purpose alone: two tensors that config.json says are tied are compared before one of them
+is dropped.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +39,13 @@ _LISTED = 8
 class Action:
     """What becomes of one tensor of the source.
 
-    fate     it is quantized, copied, or dropped (the same tensor is there under another name), and why
-    tensors  the tensors that the output has for it, by name, type and shape
-    stored   what it is stored as, if it is quantized
+    info         the tensor, as the source's header has it
+    fate         it is quantized, copied, or dropped (the same tensor is there under another name)
+    why          the rule, or the reason, for people
+    role         what the tensor does in the model
+    layer_type   what all layers of its kind are called
+    tensors      the tensors that the output has for it, by name, type and shape
+    stored       what it is stored as, if it is quantized
     """
 
     info: TensorInfo
@@ -48,8 +59,13 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A folder's tensors in bytes, before and after; bits of a quantized weight, with its share of scales and zero
-    points; bits of a parameter, over all of them. scheme: the recipe's."""
+    """What a folder weighs, before and after.
+
+    scheme                  the recipe's
+    bytes_before, bytes_after   of all tensors
+    bits_per_weight         of a quantized weight, with its share of scales and zero points; 0 if none is
+    bits_per_weight_total   of a parameter, over all of them
+    """
 
     scheme: str
     bytes_before: int
@@ -60,7 +76,17 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A quantization, decided: every source tensor has its action, every output tensor its name, type and shape."""
+    """A quantization, decided: every source tensor has its action, every output tensor its name, type and shape.
+
+    source        the float folder, rotated where the method says so
+    recipe        as it was asked for
+    format        of the output
+    actions       one for each tensor, in the order of the source's files
+    notes         what a person should know before work starts
+    config        config.json of the output
+    parameters    numbers that the model has, tied ones counted once
+    shard_bytes   the largest file to write
+    """
 
     source: Checkpoint
     recipe: Recipe
@@ -78,10 +104,12 @@ class Job:
 
     @property
     def bytes_before(self) -> int:
+        """Bytes of all tensors of the source."""
         return sum(a.info.nbytes for a in self.actions)
 
     @property
     def bytes_after(self) -> int:
+        """Bytes of all tensors of the output, headers left out."""
         return sum(tensor.nbytes for a in self.actions for tensor in a.tensors)
 
     def identity(self) -> dict[str, Any]:
@@ -95,7 +123,7 @@ class Job:
         }
 
     def sizes(self) -> Sizes:
-        """What it makes of how much."""
+        """What the folder weighs, before and after; known exactly, because the layout is."""
         contents = [a.stored for a in self.actions if a.stored is not None]
         weights = sum(torch.Size(p.shape).numel() for p in contents)
         bits = sum(p.scheme.stored_bits(p.shape) for p in contents)
@@ -119,7 +147,11 @@ def prepare(model: str | Path, asked: Recipe, *, shard_bytes: int = SHARD_BYTES)
 
 
 def decide(checkpoint: Checkpoint, asked: Recipe, *, shard_bytes: int = SHARD_BYTES) -> Job:
-    """The same for a folder that is open, or a part of it."""
+    """The same for a folder that is open, or a part of it.
+
+    checkpoint: of a float model. asked: the recipe; a rotation in its method turns the checkpoint first. Raises as
+    `prepare` does, and CheckpointError for a model that is quantized already.
+    """
     if "quantization_config" in checkpoint.config or checkpoint.config.get("model_type") == CONTAINER:
         raise CheckpointError(
             f"{checkpoint.folder} is quantized already", "start from the float model: every rounding adds up"
@@ -155,13 +187,18 @@ def _notes(source: Source, decided: Mapping[str, Decision], contents: Mapping[st
 
 
 def _stored(source: Source, name: str, scheme: Scheme) -> StoredTensor:
+    """What the tensor `name` would be stored as in this scheme: module, shape with output rows first, source type,
+    bias."""
     entry = source.census.entries[name]
     dtype, bias = SOURCE_BY_NAME[entry.info.dtype], f"{entry.module}.bias" in source.checkpoint.tensors
     return StoredTensor(entry.module, scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
 
 def _check_shapes(stored_tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ShapeError for all tensors that no whole groups tile, at once."""
+    """Raise ShapeError for all tensors that no whole groups tile, at once, up to `_LISTED` of them by name.
+
+    One after the other, a person would mend a recipe as many times as there are kinds of layers.
+    """
     problems = []
     for name, stored in stored_tensors.items():
         try:
@@ -177,7 +214,10 @@ def _check_shapes(stored_tensors: Mapping[str, StoredTensor]) -> None:
 def _actions(
     source: Source, decided: Mapping[str, Decision], stored_tensors: Mapping[str, StoredTensor], fmt: Format
 ) -> Iterator[Action]:
-    """One for each tensor, in the order of the files."""
+    """One for each tensor, in the order of the files.
+
+    decided: tensor -> its scheme and why. stored_tensors: of those that are quantized. fmt: the output's.
+    """
     tied = source.census.tied
     for name, entry in source.census.entries.items():
         info, stored, why = entry.info, stored_tensors.get(name), decided[name].why

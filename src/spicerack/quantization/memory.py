@@ -92,8 +92,12 @@ def make(job: Job, text: tuple[int, int] | None, memory: int | None = None) -> M
 class _Weight:
     """One source tensor that gets codes: `count` matrices [rows, columns], of experts if more than one.
 
-    layer: name of its module; parent: of the module around it. expert: whether it is an expert's, alone or with others.
-    itemsize: bytes of a stored value.
+    layer           name of its module
+    parent          name of the module around it
+    rows, columns   N and K
+    count           how many matrices
+    expert          whether it is an expert's, alone or with others
+    itemsize        bytes of a stored value
     """
 
     layer: str
@@ -117,7 +121,11 @@ def _calibrating(job: Job, count: int, length: int) -> Iterator[MemoryPlan]:
 
 
 def _blocks(job: Job) -> list[list[Action]]:
-    """The actions of each block: those that differ by the first number in their names only."""
+    """The actions of each block: those whose names differ by the first number in them only.
+
+    Of several stacks the one with the most bytes counts, which is what is calibrated; a model without numbers is one
+    block.
+    """
     stacks: dict[str, dict[str, list[Action]]] = {}
     for action in job.actions:
         numbered = re.match(r"(.*?)\.(\d+)\.", action.info.name)
@@ -145,8 +153,11 @@ def _weights(block: Sequence[Action]) -> list[_Weight]:
 
 
 def _activations(job: Job, block: Sequence[Action], tokens: int) -> int:
-    """Bytes that live at once in a feed-forward part, float32, and inputs that are kept. The copies of the block run in
-    turn."""
+    """Bytes that live at once in a feed-forward part, float32, and inputs that are kept, for so many tokens.
+
+    Counted are six times the hidden states, four times the widest output and three times the longest input of the
+    block's quantized layers. The two copies of the block run in turn.
+    """
     hidden = architecture(job.source.config).hidden or 0
     weights = _weights(block)
     widest = max((w.rows for w in weights), default=0)
@@ -161,7 +172,7 @@ def _of_block(job: Job, block: Sequence[Action], sequences: int, length: int) ->
     assert method is not None, "decided before work starts"
     total = sum(w.rows * w.columns * w.count for w in weights)
     rest = sum(a.info.numel for a in block if a.stored is None)
-    # Two codes a weight, their scales, and everything else float32 in both copies of the block.
+    # Two codes a weight (rounded to nearest, and solved), their scales, and all else float32 in both copies.
     held = PROCESS + int((2 + _GRID) * total) + 8 * rest
     held += _transformed(method, total, max((w.itemsize for w in weights), default=0))
     activations = _activations(job, block, sequences * length)
@@ -178,7 +189,10 @@ def _transformed(method: Method, total: int, itemsize: int) -> int:
 
 
 def _steps(method: Method, weights: Sequence[_Weight], activations: int) -> Iterator[tuple[str, int]]:
-    """What a block goes through, and the bytes that each takes."""
+    """What a block goes through, as the end of a sentence, and the bytes that each step takes.
+
+    method: transforms and solver. weights: of the block. activations: bytes of a chunk's.
+    """
     solver = solvers.get(method.solver)
     opening = solvers.opening(method.solver)
     for readers in _readers(weights):
@@ -192,7 +206,10 @@ def _steps(method: Method, weights: Sequence[_Weight], activations: int) -> Iter
 
 
 def _readers(weights: Sequence[_Weight]) -> list[list[_Weight]]:
-    """Those that may read one input: of one parent and as many columns."""
+    """Weights of a block, put together that may read one input: of one parent and with as many columns.
+
+    That they do is told by the text later; until then they are planned for as if they did.
+    """
     readers: dict[tuple[str, int], list[_Weight]] = {}
     for weight in weights:
         readers.setdefault((weight.parent, weight.columns), []).append(weight)
@@ -214,7 +231,10 @@ def _statistics(readers: Sequence[_Weight]) -> int:
 
 
 def _solving(readers: Sequence[_Weight], opening: Solver) -> int:
-    """Bytes while the largest of an input's readers is solved: its own, and what waits meanwhile for the others."""
+    """Bytes while the largest of an input's readers is solved: its own, and what waits meanwhile for the others.
+
+    readers: of one input. opening: the solver of single weights. Experts' grams are bounded together (`STATISTICS`).
+    """
     first, rows = readers[0], max(w.rows for w in readers)
     grams = max(STATISTICS // 2, 4 * first.columns**2) if first.expert else 4 * first.columns**2
     pulls = 0
@@ -224,4 +244,5 @@ def _solving(readers: Sequence[_Weight], opening: Solver) -> int:
 
 
 def _gb(nbytes: int) -> str:
+    """Bytes in gigabytes, to a tenth, for messages."""
     return f"{nbytes / 1e9:.1f}"

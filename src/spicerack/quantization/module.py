@@ -39,6 +39,7 @@ from spicerack.storage.reader import Checkpoint, TensorInfo
 _HEADS = ("lm_head", "embed_out")
 """What heads are called in modules that are not transformers'."""
 _LISTED = 8
+"""Layers that a message names before it counts the rest."""
 _NO_TOKENS: dict[Inputs, str] = {
     "ids": "an embedding has no activations to quantize",
     "maps": "a convolution has no tokens to find scales of",
@@ -233,7 +234,10 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
 
 
 def check_owners(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Raise RecipeError if something beside `layers` holds a weight of theirs: it would stay float, tied no longer."""
+    """Raise RecipeError if something beside `layers` holds a weight of theirs: it would stay float, tied no longer.
+
+    module: the whole model, in which such an owner is looked for. layers: path -> layer that will be replaced.
+    """
     weights = {id(layer.weight): name for name, layer in layers.items()}
     for name, owner in module.named_modules(remove_duplicate=False):
         for key, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
@@ -252,7 +256,13 @@ def check_owners(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def _pack(name: str, layer: nn.Module, scheme: Scheme, recipe: Recipe, compute: Compute | None) -> PackedWeight:
     """A layer's weight, rounded to nearest on the CPU, packed on its own device.
 
-    name: of the weight, for errors. Raises WeightError for what is not finite or beyond its scale's type.
+    name      of the weight, for errors
+    layer     of a kind that has a packed form
+    scheme    its numbers
+    recipe    says how scales are chosen
+    compute   as in `load`
+
+    Raises WeightError for what is not finite or beyond its scale's type.
     """
     kind, weight = kinds.of(layer), kinds.weight_of(layer).detach()
     matrix = kind.matrix(weight).contiguous().cpu()

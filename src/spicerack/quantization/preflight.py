@@ -3,6 +3,10 @@
 Its layers are rounded to nearest behind the recipe's transforms: what is tried is not the solver but all around it, the
 schemes on these shapes, the format, the new config.json, what reads it. The calibrated loop knows what comes out of its
 last block; the folder that was written must give the same when it is loaded.
+
+What is given up. Only the first blocks are tried, on a few short sequences: a model whose later blocks are of another
+kind can still fail there. A model that cannot be cut to two blocks (its config says more of them than a number) is not
+tried at all.
 """
 
 from __future__ import annotations
@@ -32,15 +36,22 @@ from spicerack.runtime.load import load, load_apart
 from spicerack.text.calibration import Calibration
 
 BLOCKS = 2
+"""Blocks that are tried: with the second one, hidden states that a quantized block made go through another."""
 FEWEST = 6
 """Blocks of a model that is worth it: smaller ones are soon done themselves."""
 SEQUENCES, LENGTH = 4, 64
+"""Of the text: how many sequences, and tokens of each; what is compared needs no more."""
 SAME = 0.02
 """Of the output, how far off it may be: roundings of activations that fall the other way."""
 
 
 def run(whole: Job, calibration: Calibration, folder: Path, means: Means) -> Trial | None:
     """Try the first blocks of `whole` in `folder`, which is removed again, on a few short sequences of the text.
+
+    whole         the job; its recipe has a method
+    calibration   the text, of which the beginning is used
+    folder        a place for what is tried; whatever is there goes
+    means         as for the run; this process alone, without a limit of memory
 
     None where there is nothing to gain, or the model cannot be cut. Raises LoadError if what is loaded computes
     something else than what was computed while it was quantized, and what the stages of a run raise.
@@ -82,6 +93,7 @@ class _LastBlock(Watch):
         self._blocks = blocks_folder(folder)
 
     def finished(self, block: Finished) -> None:
+        """See `Watch.finished`: hidden states behind the block are on disk now, and read before they go."""
         if block.number == BLOCKS - 1:
             self.output, self.error = States(self._blocks, 1).read(BLOCKS, 0)[0], block.error
 

@@ -29,14 +29,25 @@ from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.numerics.scheme import Scheme, parse
 
 Range = Literal["absmax", "opt"]
+"""How scales are chosen: by the largest weight of a group, or by the least error."""
 RANGES: tuple[Range, ...] = ("opt", "absmax")
 SKIP = "skip"
+"""What stands for no scheme in a rule: the tensor stays in float."""
 _MAX_BYTES = 1 << 20
+"""Of a recipe's file, which is read whole."""
+_LONGEST = 500
+"""Characters of a pattern: no tensor's path is nearly as long."""
+_MOST_STARS = 4
+"""`**` in a pattern: what a regular expression tries grows with the name's length to the power of their number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """pattern -> scheme; None keeps the tensor in float."""
+    """Tensors that a pattern matches get a scheme.
+
+    pattern   a glob of checkpoint names without `.weight`, see the module
+    scheme    None keeps the tensors in float
+    """
 
     pattern: str
     scheme: Scheme | None
@@ -47,6 +58,7 @@ class Rule:
         return self.pattern.rsplit(".", 1)[-1] not in ("*", "**")
 
     def matches(self, module: str) -> bool:
+        """Whether the pattern matches the whole of a module's name."""
         return _compile(self.pattern).fullmatch(module) is not None
 
     def __str__(self) -> str:
@@ -57,8 +69,11 @@ class Rule:
 class Recipe:
     """The scheme of all linear layers, the exceptions, and how ranges and codes are chosen.
 
-    method: None is the best measured for the scheme where there is calibration text, else rtn.
-    observer: how static scales of activations are found; None is the best measured, and where there are none.
+    scheme     of what is quantized by default
+    range_     how scales are chosen
+    rules      exceptions, in order: later ones win
+    method     how codes are chosen; None is the best measured for the scheme where there is calibration text, else rtn
+    observer   how static scales of activations are found; None is the best measured, and where there are none
     """
 
     scheme: Scheme
@@ -113,13 +128,19 @@ def of(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule] = ()) -> Recip
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens to one tensor, and why."""
+    """What happens to one tensor.
+
+    scheme   what it is quantized to; None keeps it in float
+    why      the rule or the reason, for the ledger and for people
+    """
 
     scheme: Scheme | None
     why: str
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a glob: `*` and `?` stay within a component, `**` crosses dots, `{a,b}` is either;
+    everything else stands for itself."""
     pieces = re.split(r"(\*\*|\*|\?|\{[^{}]*\})", pattern)
     translated = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     parts = [
@@ -131,7 +152,11 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def rule(text: str) -> Rule:
-    """`PATTERN=SCHEME` -> Rule. Raises RecipeError, SchemeError."""
+    """`PATTERN=SCHEME` -> Rule; `skip` is a scheme here, and means float.
+
+    Raises RecipeError for a text without both, and for patterns that could take too long; SchemeError for a scheme that
+    there is not.
+    """
     pattern, equals, scheme = text.partition("=")
     if not equals or not pattern.strip() or not scheme.strip():
         raise RecipeError(f"rule {text!r} is not PATTERN=SCHEME", "for example 'model.layers.*.mlp.down_proj=w8'")
@@ -144,7 +169,12 @@ def skip(pattern: str) -> Rule:
 
 
 def _rule(pattern: str, scheme: str) -> Rule:
-    if len(pattern) > 500 or pattern.count("**") > 4:
+    """A rule of a pattern and the name of a scheme, or SKIP, both without margins.
+
+    Raises RecipeError for more than `_LONGEST` characters or `_MOST_STARS` `**`, which a stranger's recipe could stall
+    on, and for a pattern that ends in `.weight`, which would match nothing.
+    """
+    if len(pattern) > _LONGEST or pattern.count("**") > _MOST_STARS:
         raise RecipeError(f"pattern {pattern[:60]!r} is too long or has more than four '**'", "write several rules")
     if pattern.endswith(".weight"):
         raise RecipeError(f"pattern {pattern!r} ends in .weight", f"patterns match names without it: {pattern[:-7]!r}")
@@ -235,10 +265,13 @@ def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -
 
 
 def _reaches(rule: Rule, role: str) -> bool:
+    """Whether a rule that matches a tensor of this role decides about it: heads and tables must be named, see the
+    module."""
     return rule.scheme is None or role in BY_DEFAULT or (role in ON_REQUEST and rule.names_last)
 
 
 def _nearest(rule: Rule, modules: Sequence[str]) -> str:
+    """The hint for a rule that decides nothing: what it matches that it cannot change, or names like it."""
     if any(rule.matches(module) for module in modules):
         return "it matches only tensors that no scheme applies to, or embeddings and heads that it must name"
     near = difflib.get_close_matches(rule.pattern, modules, n=2, cutoff=0.3)

@@ -4,6 +4,9 @@
 
 R is the rotation of a transform. A head that is tied to the embedding gets a tensor of its own, because the last gain
 is in it. Nothing is written: tensors are rotated one by one when they are read.
+
+What is given up. Weights are rounded to their stored type once more behind the rotation; a head that was tied is stored
+twice; and only families whose stream is known (`models/families/residual.py`) can be turned.
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ from spicerack.storage.reader import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a module has to do with the residual stream: whether it reads it, writes to it, or scales it by its gains.
+    """What a module has to do with the residual stream.
 
-    norm: of a reader, the norm whose gains move into it; empty where there is none in front of it.
+    kind   whether it reads the stream, writes to it, or scales it by its gains
+    norm   of a reader, the norm whose gains move into it; empty where there is none in front of it
     """
 
     kind: Literal["reader", "writer", "norm"]
@@ -37,8 +41,10 @@ class Part:
 class Rotated(Checkpoint):
     """A checkpoint whose tensors are those of `base`, rotated.
 
-    rotation: R, of the transform that did it. parts: module -> what it has to do with the stream; others stay as they
-    are. embedding: the tensor that an untied head is made of, which `base` does not have.
+    base        the folder as it is
+    rotation    R, of the transform that did it
+    parts       module -> what it has to do with the stream; others stay as they are
+    embedding   the tensor that an untied head is made of, which `base` does not have
     """
 
     base: Checkpoint
@@ -84,7 +90,8 @@ def original(source: Checkpoint) -> Checkpoint:
 def rotate(base: Checkpoint, name: str) -> Rotated:
     """`base` with its residual stream rotated by the transform `name`.
 
-    Raises RecipeError for families whose stream is not known.
+    base: a language model's folder. name: of a transform that is a Rotation. Raises RecipeError for families whose
+    stream is not known, naming those whose is; no weight is read.
     """
     rotation = transform.get(name)
     assert isinstance(rotation, Rotation), f"{name} rotates nothing"

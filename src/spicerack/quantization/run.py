@@ -1,4 +1,18 @@
-"""`quantize`: a module in memory -> a new module; a model folder -> a smaller folder."""
+"""`quantize`: a module in memory -> a new module; a model folder -> a smaller folder.
+
+    recipe -> decided -> prepare -> plan -> preflight -> calibrate -> write -> finish
+
+How it works. `prepare` decides about every tensor from headers; `plan` says what memory that takes; what is left is
+work that cannot be refused any more. With calibration text the first blocks are tried from end to end (`preflight`),
+then every block is solved into a file of its own (`calibration/loop.py`). In the end, with or without text, all tensors
+stream through once, into shards (`stream.py`), and the folder appears by one rename.
+
+A run can be killed anywhere: blocks that are solved and shards that are written stay, and the same call continues, to
+the same bytes. Which call is the same is written down first (`stream.identity`); another one is refused by name.
+
+What is given up. A module in memory is rounded to nearest only: calibration needs a model that it can run block by
+block from a folder. Solved blocks and hidden states lie on disk beside the output while the run lasts.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +47,20 @@ from spicerack.text.calibration import Calibration
 OBSERVER = "percentile"
 """The best measured (docs/quality.md)."""
 Progress = Callable[[int], None]
+"""Called with the bytes of each source tensor as it is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a finished run did: the folder, its sizes, seconds, bytes of memory planned and used, whether it went on."""
+    """What a finished run did.
+
+    output               the folder
+    sizes                of its tensors, before and after
+    seconds              of this run; of one that continued, from there on
+    planned_peak_bytes   of memory, as planned
+    peak_rss_bytes       the most that the process had, as measured
+    resumed              whether it went on where an earlier one stopped
+    """
 
     output: Path
     sizes: Sizes
@@ -103,6 +126,7 @@ def quantize(
 ) -> torch.nn.Module | dict[str, Any]:
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a dict of its sizes.
 
+    model        a module in memory, which is not changed, or a folder or hub id
     scheme       a name such as "w4g128", a Scheme, or a Recipe
     rules        "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's
     range_       how scales are chosen, over the Recipe's: "opt" (default, the least error) or "absmax"
@@ -123,29 +147,57 @@ def quantize(
     Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
     """
     chosen = recipe.of(scheme, rules).with_choices(range_, method, observer)
+    options = _FolderOptions(output, calibration, device, threads, memory, shard_bytes, progress)
     if isinstance(model, torch.nn.Module):
-        if calibration is not None or chosen.method not in (None, Method()) or chosen.observer is not None:
-            raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
-        if device != "cpu":
-            raise UsageError(f"device {device}: a module is rounded to nearest where it is", "move the module")
-        if any(option is not None for option in (output, threads, memory, shard_bytes, progress)):
-            raise UsageError(
-                "output, threads, memory, shard_bytes and progress are for folders; a module is quantized in memory",
-                "write it with spicerack.save(module, folder)",
-            )
-        return quantize_module(model, chosen, compute)
+        return _in_memory(model, chosen, compute, options)
     if compute is not None:
         raise UsageError("compute is no property of a folder", "pass it to load(folder, compute=...)")
-    if output is None:
+    return _of_folder(model, chosen, options).as_dict()
+
+
+@dataclass(frozen=True, slots=True)
+class _FolderOptions:
+    """What `quantize` takes for folders and not for modules, by the same names; the defaults are what none means."""
+
+    output: str | Path | None
+    calibration: Calibration | None
+    device: str
+    threads: int | None
+    memory: int | None
+    shard_bytes: int | None
+    progress: Progress | None
+
+
+def _in_memory(
+    module: torch.nn.Module, chosen: Recipe, compute: Compute | None, options: _FolderOptions
+) -> torch.nn.Module:
+    """A new module, rounded to nearest. Raises UsageError for methods that need text, and for options of folders."""
+    if options.calibration is not None or chosen.method not in (None, Method()) or chosen.observer is not None:
+        raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
+    if options.device != "cpu":
+        raise UsageError(f"device {options.device}: a module is rounded to nearest where it is", "move the module")
+    others = (options.output, options.threads, options.memory, options.shard_bytes, options.progress)
+    if any(option is not None for option in others):
+        raise UsageError(
+            "output, threads, memory, shard_bytes and progress are for folders; a module is quantized in memory",
+            "write it with spicerack.save(module, folder)",
+        )
+    return quantize_module(module, chosen, compute)
+
+
+def _of_folder(model: str | Path, chosen: Recipe, options: _FolderOptions) -> Summary:
+    """A smaller folder, by this process alone. Raises UsageError without an output, and what `execute` raises."""
+    calibration, device = options.calibration, options.device
+    if options.output is None:
         raise UsageError(f"no output folder for {model}", "pass output='...'")
     if device != "cpu" and calibration is None:
         raise UsageError(f"device {device}: without calibration text all is done on the CPU", "pass calibration=...")
-    means = Means(devices.find(device), threads, memory)
-    job = prepare(model, decided(chosen, calibration is not None), shard_bytes=shard_bytes or SHARD_BYTES)
-    watch = Watch() if progress is None else _Progress(progress)
-    summary = execute(job, Path(output), calibration=calibration, means=means, watch=watch)
+    means = Means(devices.find(device), options.threads, options.memory)
+    job = prepare(model, decided(chosen, calibration is not None), shard_bytes=options.shard_bytes or SHARD_BYTES)
+    watch = Watch() if options.progress is None else _Progress(options.progress)
+    summary = execute(job, Path(options.output), calibration=calibration, means=means, watch=watch)
     assert summary is not None, "this is the only process"
-    return summary.as_dict()
+    return summary
 
 
 class _Progress(Watch):
@@ -155,12 +207,14 @@ class _Progress(Watch):
         self._progress = progress
 
     def progress(self, nbytes: int) -> None:
+        """See `Watch.progress`."""
         self._progress(nbytes)
 
 
 def decided(chosen: Recipe, with_text: bool) -> Recipe:
-    """The recipe with its method and observer decided; with_text: whether there is calibration text.
+    """The recipe with its method and observer decided, by what was measured to be best where it names none.
 
+    chosen: as asked for. with_text: whether there is calibration text; without it the method is rounding to nearest.
     Raises RecipeError or SchemeError if they need such a text and there is none, or an observer has no use.
     """
     method = chosen.method or methods.auto(chosen.scheme, with_text)
@@ -186,7 +240,12 @@ def execute(
 ) -> Summary | None:
     """Write what `job` decided into `output` -> what was done; None from every rank but the first, which writes.
 
-    calibration: what flows through the model; None where methods need none. Models of many blocks are tried first.
+    job           of `prepare`, its recipe `decided`
+    output        the folder to write; it must not exist
+    calibration   what flows through the model; None where methods need none. Models of many blocks are tried first
+    means         what the run may use of the machine
+    watch         told how it gets on; asked whether to stop
+
     Raises UsageError (memory would be exceeded), WeightError (tensor, place, value), ActivationError (the same of what
     flows), LoadError (the trial's folder computes something else) and OutputError; whatever was finished stays, and the
     same call continues. KeyboardInterrupt where the watch asked for it.
@@ -199,7 +258,7 @@ def execute(
         trial = preflight.run(job, calibration, stream.workshop, means)
         if trial is not None:
             watch.tried(trial)
-    if bool(ranks.largest(torch.tensor(needed))):
+    if bool(ranks.largest(torch.tensor(needed))):  # the first rank knows, and all must go into the loop, or none
         assert calibration is not None, "a rank needs it"
         calibrate(job, calibration, planned, output, means, watch)
     if stream is None:

@@ -87,6 +87,13 @@ def calibrate(
 ) -> None:
     """Solve what lies in the model's blocks, a file for each beside `output`; continues what is there.
 
+    job           its recipe has a method
+    calibration   the text
+    planned       how many sequences go through a block at once
+    output        beside which the files lie
+    means         device, threads and ranks
+    watch         told of each block
+
     Raises ActivationError (block, layer, token), and UsageError where the memory of a GPU does not do.
     """
     try:
@@ -104,13 +111,19 @@ def calibrate(
 class Stream:
     """A job on its way into the folder `output`, begun or continued.
 
-    Raises OutputError for an output that exists, is another run's, or is at work; and where the disk is too small.
+    job      what was decided of every tensor
+    output   the folder that will appear; it must not exist
+    facts    in which a continued run must agree, see `identity`
+
+    resumed: whether an earlier run left something. Raises OutputError for an output that exists, is another run's, or
+    is at work; and where the disk is too small.
     """
 
     def __init__(self, job: Job, output: Path, facts: dict[str, Any]) -> None:
         self.job, self.output, self.facts = job, output, facts
         side_bytes = sum((job.source.folder / name).stat().st_size for name in job.source.side_files)
         self._writer = Writer(output, job.shards, facts, side_bytes)
+        # blocks that are solved lie apart from shards, and make a run one that goes on as well
         self.resumed = self._writer.resumed or bool(Solutions(blocks_folder(output)))
 
     @property
@@ -159,6 +172,7 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
         out.write(name, w if changed is None else changed)
         moved = () if changed is None else ("divided by factors that the layers behind it have now",)
         return _entry(action, action.info.nbytes, events=moved)
+    # codes are [..., N, K] everywhere but in the files of whoever stores the transpose
     w = w.transpose(-1, -2).contiguous() if stored.transposed else w
     if name in solutions:
         q, error = solutions.read(name, stored), solutions.error(name)
@@ -181,6 +195,7 @@ def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -
 
 
 def _entry(action: Action, bytes_after: int, error: float | None = None, events: Iterable[str] = ()) -> Entry:
+    """The ledger's entry of a tensor: what was decided of it, and what became of that."""
     info, stored = action.info, action.stored
     return Entry(
         info.name, action.fate, action.why, action.layer_type, None if stored is None else stored.scheme.name,

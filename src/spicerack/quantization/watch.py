@@ -1,4 +1,8 @@
-"""`Watch`: whoever looks on while a folder is quantized, and may ask for an end; and the reports that it is given."""
+"""`Watch`: whoever looks on while a folder is quantized, and may ask for an end; and the reports that it is given.
+
+One object with four methods instead of four callbacks through every stage: a stage that has something new to tell gets
+a method here that does nothing by default.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,9 @@ Who generates with a model makes no cache and passes none; the model, or `genera
 left to callers: a hook of torch on the decoder meets every call. Where the model would make a cache, it gets a
 quantized one; an empty `DynamicCache`, such as `generate` makes, gets quantized layers instead of its own and stays the
 object that its caller holds. Nothing of transformers is replaced.
+
+What is given up. A cache that has tokens in float already is refused, because they cannot be packed as if they had been
+from the start; so are caches that offload, or are of other classes.
 """
 
 from __future__ import annotations

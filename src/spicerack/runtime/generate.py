@@ -24,10 +24,38 @@ Write = Callable[[str], None]
 """Is called with the next piece of a text."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """How a model is loaded to continue a text, and how tokens are taken.
+
+    max_new_tokens      the most that are made; the model may end earlier
+    temperature         0 takes the most likely token each time, else tokens are sampled from the logits divided by it
+    seed                of the sampling
+    raw                 no chat template, even if the tokenizer has one
+    device              where the model runs: "cpu", "cuda" ...
+    engine              that packed layers compute with, as in `load`; None: the fastest of this processor
+    cache               bits of keys and values, as in `load`; None: as computed
+    trust_remote_code   whether code that came with the model may run, of the tokenizer too
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    raw: bool = False
+    device: str = "cpu"
+    engine: str | None = None
+    cache: int | None = None
+    trust_remote_code: bool = False
+
+
+_DEFAULTS = GenerateOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class Generated:
     """What a model made of a prompt.
 
+    prompt         as it was given, without a chat template
     text           the continuation, without the prompt
     tokens         new tokens in it
     tokens_per_s   of these, the time for reading the prompt included
@@ -40,74 +68,51 @@ class Generated:
 
 
 def generate(
-    model: str | Path,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    raw: bool = False,
-    device: str = "cpu",
-    engine: str | None = None,
-    cache: int | None = None,
-    trust_remote_code: bool = False,
-    write: Write | None = None,
+    model: str | Path, prompt: str, options: GenerateOptions = _DEFAULTS, *, write: Write | None = None
 ) -> Generated:
-    """Continue `prompt` with the model in a folder (or at a hub id).
+    """Continue `prompt` with the model in a folder (or at a hub id), quantized or not.
 
-    max_new_tokens      the most that are made; the model may end earlier
-    temperature         0 takes the most likely token each time, else tokens are sampled
-    seed                of the sampling
-    raw                 no chat template, even if the tokenizer has one
-    device, engine, cache   as in `load`
-    trust_remote_code   as in `load`, for the tokenizer too
-    write               called with pieces of the text as they come
-
-    Raises UsageError for a model that does not generate text, CheckpointError if the folder has no tokenizer.
+    options: how it is loaded, and how tokens are taken. write: called with pieces of the text as they come, with the
+    end of the last line behind them; None: only the result has the text. Raises UsageError for a model that does not
+    generate text, CheckpointError if the folder has no tokenizer, and what `load` raises.
     """
-    folder = locate(model)
-    loaded = load(folder, device=device, engine=engine, cache=cache, trust_remote_code=trust_remote_code)
+    folder, trusted = locate(model), options.trust_remote_code
+    loaded = load(folder, device=options.device, engine=options.engine, cache=options.cache, trust_remote_code=trusted)
     if not loaded.can_generate():
         raise UsageError(
             f"{folder}: {type(loaded).__name__} does not generate text", "spicerack eval compares encoders"
         )
-    return continue_text(
-        loaded,
-        read_tokenizer(folder, loaded.config, trust_remote_code=trust_remote_code),
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        raw=raw,
-        write=write,
-    )
+    tokenizer = read_tokenizer(folder, loaded.config, trust_remote_code=trusted)
+    return continue_text(loaded, tokenizer, prompt, options, write=write)
 
 
 def continue_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
+    options: GenerateOptions = _DEFAULTS,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    raw: bool = False,
     write: Write | None = None,
 ) -> Generated:
-    """As `generate`, with a model that is loaded already, where it is. Raises UsageError for an empty prompt."""
-    inputs = _encode(tokenizer, prompt, raw).to(model.device)
+    """As `generate`, with a model that is loaded already, where and as it is.
+
+    Of `options` only those count that say how tokens are taken. Raises UsageError for a prompt that has no tokens.
+    """
+    inputs = _encode(tokenizer, prompt, options.raw).to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise UsageError("the prompt has no tokens", "give some text to continue")
-    set_seed(seed)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": _padding(model, tokenizer), **sampling}
+    set_seed(options.seed)
+    sampled = options.temperature > 0
+    sampling: dict[str, Any] = {"do_sample": sampled} | ({"temperature": options.temperature} if sampled else {})
+    padding = _padding(model, tokenizer)
     run: Any = model.generate
     started = time.perf_counter()
     with torch.no_grad():
-        ids = run(**inputs, **settings, streamer=None if write is None else _Streamer(tokenizer, write))
+        ids = run(
+            **inputs, **sampling, max_new_tokens=options.max_new_tokens, pad_token_id=padding,
+            streamer=None if write is None else _Streamer(tokenizer, write),
+        )  # fmt: skip
     seconds = time.perf_counter() - started
     new = ids[0] if model.config.is_encoder_decoder else ids[0, length:]
     text = tokenizer.decode(new, skip_special_tokens=True)

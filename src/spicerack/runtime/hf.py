@@ -112,7 +112,11 @@ def config_and_class(
 def _custom(
     config: Mapping[str, Any], code: Mapping[str, str], folder: Path
 ) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """The same from code that lies in the folder and is trusted. code: auto_map of the config, name -> file.class."""
+    """The same from code that lies in the folder and is trusted: it runs here.
+
+    code: auto_map of the config, name -> file.class. A causal model comes before a masked one, and that before one
+    without a head. Raises CheckpointError where no model class is named.
+    """
     entry = next(
         (code[key] for key in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel") if key in code), None
     )
@@ -133,6 +137,7 @@ def build(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, on the CPU, in eval mode, filled with `tensors` -> (model, tensors it has no use for).
 
+    model_class   what is built; transformers' own, or of code that is trusted
     config    the model's, as `config_and_class` gives it with `model_class`
     tensors   by name, as in a checkpoint; `prepare` may take some away
     folder    that all this came from: for errors, and for the config of generation
@@ -191,7 +196,8 @@ def quiet() -> Iterator[None]:
 
 
 def _check(info: Mapping[str, Any], folder: Path, model_class: type) -> None:
-    """Raise LoadError for what transformers reports of a load and only warns of."""
+    """Raise LoadError for what transformers reports of a load and only warns of: parameters without a value, or of
+    another shape, and errors."""
     for report, problem in (
         ("missing_keys", "has no value"),
         ("mismatched_keys", "has another shape"),

@@ -87,6 +87,7 @@ def load(
     Quantized layers become `QLinear` and `QEmbedding`, whose weights stay packed in memory, a mixture's experts an
     `ExpertStack` of them; float folders load as they are.
 
+    folder   a path, or a hub id
     into     your own module, for folders written by `spicerack.save`; it is changed in place and returned, in its mode
     device   where the model goes, which decides the kernels
     compute  "int8" rounds activations on the fly, in spans of 32, "float" does not; None is int8 on processors with
@@ -110,7 +111,7 @@ def load(
     if into is not None:
         return _into(into, opened, way)
     model, expert_floats = _with_slots(opened, dtype, trust_remote_code=trust_remote_code)
-    nn.Module.to(model, device)
+    nn.Module.to(model, device)  # floats only: what is packed is packed where it will run
     if opened.format is not None:
         fill(model, opened, expert_floats, way)
         fuse(model, engine)

@@ -51,7 +51,8 @@ class Parts:
     files: dict[str, Any]
 
     def units(self) -> list[Unit]:
-        """What is written at a time: all tensors of a packed one, or one that is not."""
+        """What is written at a time: all tensors of a packed weight together, or one float tensor; in the order of
+        writing."""
         packed = [
             Unit(stored.module, tuple(OutputTensor(n, *header) for n, header in layout))
             for stored, layout in self._layouts()
@@ -141,7 +142,8 @@ def _packed_layers(module: nn.Module) -> dict[str, PackedLayer]:
 
 
 def _owners(module: nn.Module, layers: Mapping[str, PackedLayer]) -> dict[str, PackedWeight]:
-    """Path -> packed weight, each once: under the name that transformers would store it under."""
+    """Path -> packed weight, each once: under the name that transformers would store it under, where several layers
+    hold it."""
     aliases = _aliases(module)
     owners: dict[int, str] = {}
     for path in sorted(layers, key=lambda path: _weight_of(path) in aliases):

@@ -105,7 +105,12 @@ def _stacks_of_many(
     sources: Mapping[str, Source],
     apart: bool,
 ) -> list[str]:
-    """Slots for experts that are tensors of their own, in stacks of which one is packed -> those that are float."""
+    """Slots for experts that are tensors of their own, in stacks of which one is packed -> those that are float.
+
+    stacks    parameter of experts -> the names of their tensors, and where each goes
+    sources   name -> packed tensor, or the name itself
+    apart     stacks get slots whether any expert is packed or not
+    """
     withheld: list[str] = []
     for parameter, members in stacks.items():
         if apart or any(isinstance(sources[name], StoredTensor) for name, _ in members):
@@ -123,7 +128,11 @@ def _by_expert(members: Iterable[tuple[str, Destination]], sources: Mapping[str,
 
 
 def _parameter_of(stored: StoredTensor, place: Destination | None, model: PreTrainedModel) -> str:
-    """The parameter that a packed tensor takes the place of. Raises LoadError if it cannot."""
+    """The parameter that a packed tensor takes the place of.
+
+    place: where transformers would put it; None: nowhere. Raises LoadError where that is nowhere, or the tensor would
+    be changed on the way.
+    """
     if place is None:
         raise LoadError(f"{stored.module}: {type(model).__name__} has no use for it", "is config.json the model's own?")
     if place.operations:

@@ -56,7 +56,10 @@ def save(module: nn.Module, folder: str | Path) -> Path:
 
 
 def _entry(unit: Unit, stored: StoredTensor | None) -> Entry:
-    """A tensor's line in the ledger; what only quantizing knows, such as the error, is not there."""
+    """A tensor's line in the ledger; what only quantizing knows, such as the error, is not there.
+
+    unit: what is written of it. stored: how it is packed; None for a float tensor.
+    """
     first = unit.tensors[0]
     if stored is None:
         shape, dtype, before = first.shape, first.dtype, unit.nbytes

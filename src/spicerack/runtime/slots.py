@@ -33,8 +33,8 @@ from spicerack.storage.format import StoredTensor
 class Expert:
     """One matrix in a stack of experts.
 
-    source: the packed tensor that it is or is in, or the name of a float one. number: which of that tensor's matrices,
-    where it holds all experts; None where it is this one alone.
+    source   the packed tensor that it is or is in, or the name of a float one
+    number   which of that tensor's matrices, where it holds all experts; None where it is this one alone
     """
 
     source: StoredTensor | str
@@ -66,7 +66,9 @@ class Slot(nn.Module):
 class StackSlot(nn.Module):
     """Where an `ExpertStack` will be, in place of a parameter [E, N, K], or [E, K, N] if transposed.
 
-    experts[e]: the matrices of expert e, in the order of their rows.
+    experts      experts[e]: the matrices of expert e, in the order of their rows
+    parameter    that it takes the place of, whose shape and type it remembers
+    transposed   the parameter is [E, K, N]
     """
 
     def __init__(self, experts: list[list[Expert]], parameter: nn.Parameter, transposed: bool) -> None:
@@ -102,7 +104,11 @@ def make_slot(model: nn.Module, name: str, stored: StoredTensor) -> None:
 
 
 def make_stack_slot(model: nn.Module, parameter: str, matrices: list[list[Expert]], *, transposed: bool) -> None:
-    """Replace a 3-D parameter by a slot for these [expert][part]. Raises LoadError unless whole experts fill it."""
+    """Replace a 3-D parameter of `model` by a slot for these matrices, [expert][part].
+
+    parameter: its path. transposed: it is [E, K, N]. Raises LoadError unless whole experts fill it: as many as it has,
+    all of the same number of parts.
+    """
     owner_name, _, attribute = parameter.rpartition(".")
     owner = model.get_submodule(owner_name)
     old = owner.get_parameter(attribute)
@@ -125,7 +131,12 @@ def experts_in_slots(model: nn.Module) -> dict[str, Expert]:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How packed layers will run: on which device, with which `compute` and `engine`, as in `load`."""
+    """How packed layers will run, as in `load`.
+
+    device    where they will be
+    compute   what weight-only schemes multiply with; None: the default there
+    engine    an instruction set; None: the fastest
+    """
 
     device: str | torch.device
     compute: Compute | None = None
@@ -136,7 +147,10 @@ class Way:
 class _Packing:
     """Packed weights of a folder, each read and packed once; what is tied shares it.
 
-    floats: tensors of experts that stay in float.
+    folder   that they are read from
+    floats   tensors of experts that stay in float
+    way      how they will run
+    packed   (module, number of the matrix or None) -> what is packed already
     """
 
     folder: Folder
@@ -179,10 +193,14 @@ def fill(
     floats: Mapping[str, torch.Tensor],
     way: Way,
 ) -> None:
-    """Put the packed layers into all slots of `model`; layers that are tied share one PackedWeight.
+    """Put the packed layers into all slots of `model`, in place; layers that are tied share one PackedWeight.
 
-    floats: tensors of experts that stay in float, in stacks with packed ones. Raises CheckpointError for codes or
-    scales that no folder of ours has.
+    model    has slots, and all its floats
+    folder   that packed tensors are read from, one at a time
+    floats   tensors of experts that stay in float, in stacks with packed ones
+    way      how the layers will run
+
+    Raises CheckpointError for codes or scales that no folder of ours has, SchemeError where no kernel runs a scheme.
     """
     packing = _Packing(folder, floats, way)
     for name, slot in list(model.named_modules(remove_duplicate=False)):

@@ -4,6 +4,10 @@ A file counts once it has its name: it is written beside it, brought to the disk
 systems do whole or not at all; `sync` of the folder then brings the name to the disk too. Who may write in a folder is
 settled by a lock that the system drops with its process, however that ends, so nobody has to clear away one that was
 left behind.
+
+What is given up. Locks of this kind are POSIX's: they hold between processes of one machine and, as far as its file
+system passes them on, of several; there is no Windows. An fsync for each file costs milliseconds, which files of this
+size do not notice.
 """
 
 from __future__ import annotations
@@ -22,9 +26,14 @@ LOCK = ".lock"
 
 
 def refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise OutputError naming the first fact in which a folder's origin differs from the present run.
+    """Raise OutputError naming the first fact in which a folder's origin differs from the present run; return if none
+    does.
 
-    before, now: facts by name, of values that JSON has; one that only one of them has differs too.
+    folder   for the message
+    before   facts that stand in the folder, by name, of values that JSON has
+    now      those of the present run; a fact that only one of both has differs too
+
+    Compared are values and not hashes, so that a person is told what differs.
     """
     for key in [*before, *(k for k in now if k not in before)]:
         if before.get(key) != now.get(key):
@@ -35,10 +44,10 @@ def refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 
 
 def locked(folder: Path) -> int:
-    """Descriptor of the lock of `folder`, held until it is closed or the process ends, however it does.
+    """Descriptor of the lock of `folder`, which exists; held until it is closed or the process ends, however it does.
 
-    The process itself may begin again, as after Ctrl+C in a notebook. Raises OutputError, naming the process, while
-    another one holds it.
+    The process itself may begin again, as after Ctrl+C in a notebook: such locks belong to processes. Raises
+    OutputError, with the number of the process that holds it, while another one does; nobody waits.
     """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -59,18 +68,26 @@ def _short(value: Any) -> str:
 
 
 def disk_error(error: OSError, partial: Path) -> OutputError:
-    """What is raised for an error of the system while `partial` was written; the remedy is that of a full disk."""
+    """What is raised for an error of the system while `partial` was written; the remedy is that of a full disk.
+
+    error: of the system, whose own words are kept. partial: the folder in the making, which stays as it is.
+    """
     return OutputError(f"writing {partial} failed: {error.strerror}", "the same command continues once there is room")
 
 
 def json_bytes(value: Any) -> bytes:
-    """A value as it is stored: JSON, indented, with a line's end. Raises ValueError for NaN, which JSON has not."""
+    """A value as it is stored: JSON in UTF-8, indented by two, with a line's end.
+
+    Keys keep their order, so that the same value has the same bytes. Raises ValueError for NaN and infinities, which
+    JSON has not, TypeError for what is no value of JSON.
+    """
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file of our own; None where there is no file, or no JSON in it.
 
+    Half a file is none at all: it was not renamed, or somebody else wrote it. Errors of the system pass through.
     `files.read_json` is for those of strangers.
     """
     try:
@@ -93,7 +110,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring what is in a file, or the names in a folder, to the disk."""
+    """Bring what is in a file, or the names in a folder, to the disk; returns when it is there.
+
+    Errors of the system pass through: data that could not be written must not be taken for written.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -22,6 +22,7 @@ from typing import Any
 from spicerack.errors import CheckpointError
 
 CONFIG = "config.json"
+"""What a model is: its class and sizes. It is written last of all files, so that a folder with it is whole."""
 SINGLE = "model.safetensors"
 """The weights of a model that has one shard."""
 INDEX = "model.safetensors.index.json"
@@ -33,6 +34,7 @@ MAX_SIDE_FILES = 10_000
 """A folder with more files than that is not a model's, but somebody's home, say."""
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Ends of names of weights that are Python objects: to read one is to execute it. They are never opened."""
 OTHER_WEIGHTS = (
     *PICKLED,
     ".safetensors",
@@ -60,6 +62,7 @@ HUB_ALLOW = (
 HUB_IGNORE = ("onnx/*", "openvino/*", "original/*", "metal/*", "consolidated*")
 """What is not, of those: the same model once more, for other programs or in other formats."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""An owner, a slash and a name; whether the hub has it, the hub says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,12 @@ class Files:
 
 
 def find(folder: Path) -> Files:
-    """Look a model folder over. Raises CheckpointError naming the file and the rule."""
+    """The files of a model folder, looked over by their names; no weight file is opened.
+
+    folder: exists. Shards are the one of the usual name, else those of an index, else the only safetensors file that
+    there is. Raises CheckpointError, naming the file and the rule: several weight files without an index, pickled or
+    GGUF weights alone, an adapter, an unfinished output, names that lead out of the folder, links to elsewhere.
+    """
     index: dict[str, str] | None = None
     index_name = _index_name(folder)
     if (folder / SINGLE).is_file():  # transformers prefers it to an index, too
@@ -96,7 +104,12 @@ def find(folder: Path) -> Files:
 
 
 def locate(model: str | Path) -> Path:
-    """A model's folder: the local one, or a snapshot of a hub id such as `org/name`. Raises CheckpointError."""
+    """A model's folder, absolute: the local one, or a snapshot of a hub id such as `org/name`.
+
+    A folder comes before a hub id of the same name. A hub id is fetched into the hub's own cache, without pickled
+    weights (`HUB_ALLOW`), or found there. Raises CheckpointError for files (GGUF is named), paths that do not exist,
+    and what the hub does not give.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
@@ -112,7 +125,12 @@ def locate(model: str | Path) -> Path:
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
-    """A JSON object from a stranger's file. Raises CheckpointError if it is missing, too large, or anything else."""
+    """A JSON object from a stranger's file.
+
+    max_bytes: a larger file is refused before it is read, so that nobody's memory is filled by a config. Raises
+    CheckpointError if it is missing, too large, no JSON (nesting too deep for the parser is none), or anything but an
+    object.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", "a model folder has a config.json beside its *.safetensors files")
     size = path.stat().st_size
@@ -128,7 +146,11 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 
 
 def _download(hub_id: str) -> Path:
-    """A snapshot of a hub id in the hub's own cache. Raises CheckpointError with the hub's reason."""
+    """A snapshot of a hub id in the hub's own cache, fetched if it is not there.
+
+    Raises CheckpointError with the first line of the hub's reason, which is what a person needs of it: no such model,
+    no access, no network.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -173,7 +195,11 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _only_weight_file(folder: Path) -> str:
-    """The one safetensors file of a folder without an index. CheckpointError says what another folder is."""
+    """The name of the one safetensors file of a folder without an index.
+
+    Raises CheckpointError that says what another folder is: an adapter, several files whose belonging is not known,
+    pickled weights, a GGUF folder, an output that was not finished, or nothing of the kind.
+    """
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     candidates = [name for name in names if name.endswith(".safetensors")]
     if "adapter_config.json" in names:
@@ -203,7 +229,11 @@ def _only_weight_file(folder: Path) -> str:
 
 
 def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Side files, and files that are left out, of a folder whose own shards and index are `weights`."""
+    """Side files, and weight files that are left out, of a folder whose own shards and index are `weights`.
+
+    Both are relative names, '/'-separated, sorted. Config and ledger are neither: an output has its own. Raises
+    CheckpointError for more than `MAX_SIDE_FILES`, and for a link out of the folder.
+    """
     modules = _sentence_transformer_modules(folder)
     side: list[str] = []
     left_out: list[str] = []
@@ -223,7 +253,11 @@ def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Names of all regular, visible files under `folder`, '/'-separated, sorted; links to folders are refused."""
+    """Names of all regular, visible files under `folder`, '/'-separated, sorted within each folder.
+
+    Hidden names, temporary ones and other indexes are left out. Links to folders raise CheckpointError: they could make
+    a walk endless, or lead anywhere.
+    """
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(".partial"))
         for name in folders:
@@ -239,7 +273,11 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _check_link(folder: Path, name: str) -> None:
-    """Raise CheckpointError for a side file that is a link out of the folder and of the hub's cache of it."""
+    """Raise CheckpointError for a side file that is a link out of the folder and of the hub's cache of it.
+
+    name: relative to `folder`. A snapshot of the hub is all links into `blobs` of the same model, which are its own
+    bytes.
+    """
     path = folder / name
     if not path.is_symlink():
         return

@@ -62,11 +62,16 @@ Contents = Mapping[str, StoredTensor]
 
 
 class Format(Protocol):
-    """Two directions between QTensors and named tensors, and a config.json that says which tensor is what."""
+    """Two directions between QTensors and named tensors, and a config.json that says which tensor is what.
+
+    Methods are pure: they change nothing that they are given, and read no file but through a Checkpoint. `layout`
+    promises before a weight is read what `encode` then makes, so that files can be planned and headers written first.
+    `decode` of what `encode` made is the same QTensor, codes and scales bit for bit.
+    """
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """The file's name in `formats/`, by which `get` finds it and ledgers record it."""
 
     @property
     def rank(self) -> int:
@@ -74,24 +79,34 @@ class Format(Protocol):
 
     @property
     def read_by_others(self) -> bool:
-        """Whether other programs read its folders."""
+        """Whether other programs read its folders: if not, a person is told why none of theirs was taken."""
 
     def obstacles(self, contents: Contents, /) -> list[str]:
-        """Why this format cannot hold `contents` exactly, each beginning with the module; empty if it can."""
+        """Why this format cannot hold `contents` exactly, a sentence each beginning with the module; empty if it
+        can."""
 
     def layout(self, stored: StoredTensor, /) -> Layout:
-        """What `encode` will write, known before any weight is read."""
+        """What `encode` will write for a tensor: names, types and shapes in the order of writing, known before any
+        weight is read."""
 
     def encode(self, stored: StoredTensor, q: QTensor, /) -> dict[str, torch.Tensor]:
         """The tensors that `layout` promised, in that order."""
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor], /) -> QTensor:
-        """Inverse of `encode`, from a stranger's folder too: raises CheckpointError for numbers that make no sense."""
+        """Inverse of `encode`, from a stranger's folder too.
+
+        tensors: those of the folder by name, of the types and shapes that `contents` checked. Raises CheckpointError
+        for numbers that make no sense: codes that are no level, scales that are not finite.
+        """
 
     def config(
         self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str], /
     ) -> dict[str, Any]:
-        """The new config.json for a folder whose old one was `config`; nothing in `config` is changed."""
+        """The new config.json for a folder whose old one was `config`; nothing in `config` is changed.
+
+        contents: what is quantized. unquantized_linears: paths of linear layers that stay float, for formats that list
+        them.
+        """
 
     def recognizes(self, config: Mapping[str, Any], /) -> bool:
         """Whether `config` is of a folder in this format."""
@@ -100,10 +115,16 @@ class Format(Protocol):
         """Inverse of `config`: what the model's config.json says without quantization."""
 
     def contents(self, checkpoint: Checkpoint, /) -> dict[str, StoredTensor]:
-        """What is quantized in a folder, and how. Raises CheckpointError naming tensor and rule."""
+        """What is quantized in a folder, and how: module -> StoredTensor, from headers and config.json.
+
+        Raises CheckpointError, naming tensor and rule, for a variant that is not read, and where both do not agree.
+        """
 
     def notes(self, contents: Contents, fused: Sequence[Sequence[str]], /) -> list[str]:
-        """What `contents` in this format cost in portability, in plain sentences."""
+        """What `contents` in this format cost in portability, in plain sentences.
+
+        fused: modules that engines merge into one matrix, which then need one scheme.
+        """
 
 
 class MethodFormat:
@@ -132,7 +153,8 @@ def get(name: str) -> Format:
 
 
 def ranked() -> list[Format]:
-    """All formats, those first that are taken first."""
+    """All formats, those first that are taken first: those that others read, then our own container, which holds
+    everything."""
     return sorted(map(get, plugins.names("storage.formats")), key=lambda fmt: fmt.rank)
 
 
@@ -174,9 +196,9 @@ def checked_input_scale(module: str, stored: torch.Tensor) -> torch.Tensor:
 
 
 def of_folder(checkpoint: Checkpoint) -> Format | None:
-    """The format of a folder; None if it is an ordinary float model.
+    """The format of a folder, by its config.json; None if it is an ordinary float model.
 
-    Raises CheckpointError for folders that another tool quantized in a way that is not read.
+    Raises CheckpointError for folders that another tool quantized in a way that is not read, naming that tool's method.
     """
     for fmt in ranked():
         if fmt.recognizes(checkpoint.config):

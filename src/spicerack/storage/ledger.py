@@ -18,19 +18,25 @@ from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import LEDGER, read_json
 
 Fate = Literal["quantize", "copy", "drop"]
+"""What became of a tensor: quantized, copied as it was, or dropped, because it is there under another name."""
 _MAX_BYTES = 256 << 20
 """Of a ledger that is read: a model of a million tensors has 250 MB of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of the source: its name, what was done with it and why, and what that took.
+    """One tensor of the source: what was done with it, why, and what that took.
 
-    layer_type    what all layers of its kind are called
-    scheme        the scheme's name; None for what is not quantized
-    dtype, shape  the source's, dtype as safetensors calls it
-    error         ||decoded - w|| / ||w||; None where nobody measured it
-    events        what a person should know of how it came about
+    tensor         its name in the source
+    action         quantized, copied or dropped
+    why            the rule that decided, for people
+    layer_type     what all layers of its kind are called
+    scheme         the scheme's name; None for what is not quantized
+    dtype, shape   the source's, dtype as safetensors calls it
+    bytes_before   of the source's tensor
+    bytes_after    of all tensors that it became; 0 for what was dropped
+    error          ||decoded - w|| / ||w||; None where nobody measured it
+    events         what a person should know of how it came about
     """
 
     tensor: str
@@ -72,8 +78,13 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """identity: facts of origin (recipe, source, format, versions, calibration), in which a continued run must agree.
-    entries: one for each tensor of the source, in the order of its files."""
+    """The whole file.
+
+    identity   facts of origin (recipe, source, format, versions, calibration), in which a continued run must agree
+    entries    one for each tensor of the source, in the order of its files
+
+    Times, paths and the machine are not in it (they are in run.json): two runs of the same write the same bytes.
+    """
 
     identity: Mapping[str, Any]
     entries: tuple[Entry, ...]
@@ -101,10 +112,13 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class LayerType:
-    """All tensors of one type and scheme, added up.
+    """All tensors of one type and scheme, added up: a row of the table that people get.
 
-    numbers  the scheme, or what the numbers are that were not quantized
-    error    root mean square of the tensors' relative errors; None where there are none
+    layers    what they are called, with `*` for numbers
+    numbers   the scheme, or what the numbers are that were not quantized
+    count     how many tensors
+    bytes_before, bytes_after   of all of them
+    error     root mean square of the tensors' relative errors; None where there are none
     """
 
     layers: str
@@ -116,7 +130,11 @@ class LayerType:
 
 
 def read(folder: Path) -> Ledger | None:
-    """The ledger of a finished folder; None if it has none. Raises CheckpointError for a file that is no ledger."""
+    """The ledger of a finished folder; None if it has none.
+
+    Raises CheckpointError for a file that is no ledger: too large, no JSON, or without a key that every ledger has.
+    Keys that are not known are ignored, so that a newer one can be read as far as it is understood.
+    """
     path = folder / LEDGER
     if not path.is_file():
         return None
@@ -135,7 +153,10 @@ def read(folder: Path) -> Ledger | None:
 
 
 def by_layer_type(entries: Iterable[Entry]) -> list[LayerType]:
-    """A row for each type of quantized layer and its scheme, then for the rest by what its numbers are."""
+    """A row for each type of quantized layer and its scheme, then for the rest by what its numbers are.
+
+    entries: of one folder, in any order; rows keep the order in which their first tensor came.
+    """
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in sorted(entries, key=lambda entry: entry.action != "quantize"):
         if entry.action == "quantize":
@@ -153,5 +174,6 @@ def by_layer_type(entries: Iterable[Entry]) -> list[LayerType]:
 
 
 def _root_mean_square(errors: list[float]) -> float | None:
+    """sqrt(mean e^2) of relative errors; None where all are 0, as of tensors that were copied."""
     squares = sum(error**2 for error in errors)
     return math.sqrt(squares / len(errors)) if squares else None

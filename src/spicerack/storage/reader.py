@@ -2,6 +2,9 @@
 
 Headers are parsed by the safetensors library, which proves that the tensors tile each file exactly: truncated files,
 gaps and overlaps end here. torch is imported when the first tensor is read, not before: `inspect` runs without it.
+
+What is given up. A file is mapped for each tensor that is read, which costs a system call or two; that is what keeps
+memory at one tensor, however large the model. Floats that are left mapped by others must not change on disk.
 """
 
 from __future__ import annotations
@@ -36,7 +39,14 @@ _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a header says of one tensor: safetensors dtype ("BF16"), shape, bytes, and the shard that holds it."""
+    """What a header says of one tensor; no data is read for it.
+
+    name     of the tensor, as the file has it
+    dtype    safetensors' name of its type ("BF16"), a key of `BITS`
+    shape    of the tensor, () for a single number
+    nbytes   that it takes in the file
+    file     the shard that holds it, by name
+    """
 
     name: str
     dtype: str
@@ -71,7 +81,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
-        """Open a local folder or a hub id. Raises CheckpointError naming file, tensor, rule and remedy."""
+        """Open a local folder or a hub id: every header is read, no weight is.
+
+        Raises CheckpointError naming file, tensor, rule and remedy: a folder that `files.find` refuses, a shard that is
+        damaged, a tensor that is in two shards or that an index promises and no shard has.
+        """
         own = files.find(files.locate(model))
         config = files.read_json(own.folder / files.CONFIG, files.MAX_CONFIG_BYTES)
         tensors: dict[str, TensorInfo] = {}
@@ -105,7 +119,11 @@ class Checkpoint:
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop-1 of a tensor's first axis; no other page of the file is touched. Raises CheckpointError."""
+        """Rows start..stop-1 of a tensor's first axis, on the CPU, in its stored type; no other page of the file is
+        touched.
+
+        stop may be beyond the last row, as in a slice. Raises CheckpointError for a file that cannot be read.
+        """
         info = self.tensors[name]
         try:
             with safe_open(self.folder / info.file, framework="pt") as shard:
@@ -130,13 +148,18 @@ class Checkpoint:
                 digest.update(file.read(header))
                 begin, last = 8 + header, max(8 + header, size - _SAMPLE_BYTES)
                 for i in range(_SAMPLES):
+                    # evenly from the first byte to the last page, so that a change of many bytes hits one
                     file.seek(begin + (last - begin) * i // (_SAMPLES - 1))
                     digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
 
 def _read_header(path: Path) -> Iterator[TensorInfo]:
-    """Infos of one shard, by offset. numpy is the framework that costs least; no data is read."""
+    """Infos of one shard, in the order of their bytes; no data is read. numpy is the framework that costs least.
+
+    Raises CheckpointError for a file that is damaged, a type that is not known, and names that are too long or not
+    printable: a name ends up in errors and in terminals.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a regular file", "fetch the shard again")
     try:
@@ -162,7 +185,11 @@ def _unreadable(path: Path, error: Exception, tensor: str = "") -> CheckpointErr
 
 
 def _check_index(folder: Path, index: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
-    """The index must not promise what is not there. What it forgets is kept, as transformers does, and noted."""
+    """Compare an index with what the shards hold -> notes on tensors that it forgets, which are kept, as transformers
+    does.
+
+    Raises CheckpointError for a tensor that it promises and that is not there, or is in another shard.
+    """
     for name, shard in index.items():
         if name not in tensors:
             raise CheckpointError(

@@ -52,13 +52,18 @@ _PROGRESS = "progress.json"  # OUT.partial: whose it is
 
 
 def partial_folder(output: Path) -> Path:
-    """Where `output` lies until it is whole."""
+    """Where `output` lies until it is whole: beside it, so that the last rename crosses no file system."""
     return output.with_name(output.name + ".partial")
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor that will be written: name, safetensors dtype ("BF16"), shape."""
+    """A tensor that will be written, known before its numbers are.
+
+    name    in the output
+    dtype   as safetensors calls it ("BF16")
+    shape   of the stored tensor
+    """
 
     name: str
     dtype: str
@@ -94,7 +99,8 @@ class Shard:
 def shards_of(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
     """Units dealt to shards, in order; one is called `model.safetensors`, several are numbered as transformers does.
 
-    shard_bytes: no shard is larger, but for one that holds a single unit.
+    units: what source tensors become, in the source's order. shard_bytes: no shard's tensors are larger together, but
+    for one that holds a single unit. The deal depends on these two alone, so that a resumed run makes the same files.
     """
     groups: list[list[Unit]] = [[]]
     size = 0
@@ -129,8 +135,9 @@ class Writer:
         self._begin(dict(identity), side_bytes)
 
     def _begin(self, identity: dict[str, Any], side_bytes: int) -> None:
-        """Take the folder into possession: checks first, then the lock, then what an earlier run left half-done
-        goes.
+        """Take the folder into possession: checks first, then the lock, then what an earlier run left half-done goes.
+
+        identity: the facts of this run, which are written down before its first shard. Raises as the class says.
         """
         refuse_existing(self.output, identity)
         record = self.partial / _PROGRESS
@@ -152,7 +159,7 @@ class Writer:
             write_atomically(record, json_bytes(identity))
 
     def pending(self) -> Iterator[Shard]:
-        """Shards that are not on disk yet."""
+        """Shards that are not on disk yet, in order; asked anew each time, so that it shrinks as shards are written."""
         return (shard for shard in self.shards if not (self.partial / shard.file).exists())
 
     @contextmanager
@@ -170,6 +177,7 @@ class Writer:
                 writer.finish()
                 file.flush()
                 os.fsync(file.fileno())
+            # before the shard has its name: a shard that counts has its entries
             write_atomically(self._ledger_of(shard), json_bytes([entry.as_dict() for entry in writer.entries]))
             temporary.replace(self.partial / shard.file)
             sync(self.partial)
@@ -177,6 +185,7 @@ class Writer:
             raise disk_error(error, self.partial) from error
 
     def _ledger_of(self, shard: Shard) -> Path:
+        """The file beside a shard that holds its ledger entries until the folder is whole."""
         return self.partial / (shard.file + ".ledger.json")
 
     def entries(self) -> tuple[Entry, ...]:
@@ -184,7 +193,15 @@ class Writer:
         return tuple(Entry.of(record) for shard in self.shards for record in read_json(self._ledger_of(shard)) or [])
 
     def finish(self, files: Mapping[str, bytes], source: Path, side_files: Iterable[str]) -> None:
-        """Copy the side files, write the index, then `files` in order; the last, config.json, completes the folder."""
+        """Copy the side files, write the index, then `files` in order; the last, config.json, completes the folder.
+
+        files        name -> content, in the order of writing
+        source       the folder that the side files are copied from
+        side_files   their names, relative, '/'-separated
+
+        Without config.json nobody loads a folder, so that one that was cut off here is taken up again. Raises
+        OutputError for errors of the system.
+        """
         if list(files)[-1] != CONFIG:
             raise AssertionError("config.json must be the last file")
         try:
@@ -200,7 +217,8 @@ class Writer:
             raise disk_error(error, self.partial) from error
 
     def seal(self) -> None:
-        """Clear the progress records and make OUT appear. Needs a complete folder."""
+        """Clear the progress records and make OUT appear, by one rename. Needs a complete folder; raises OutputError
+        for errors of the system."""
         try:
             for leftover in [*self.partial.glob("*.ledger.json"), self.partial / _PROGRESS, self.partial / LOCK]:
                 leftover.unlink(missing_ok=True)
@@ -221,7 +239,11 @@ class Writer:
 class ShardWriter:
     """One shard in the making: the header first, then tensors in the order that it promised.
 
-    entries: those of the ledger, which whoever writes tensors appends for each unit.
+    file: open for writing, at its beginning. shard: its units. entries: those of the ledger, which whoever writes
+    tensors appends for each unit.
+
+    The header is padded with spaces to a multiple of eight bytes, as safetensors itself does, so that tensors lie
+    aligned.
     """
 
     def __init__(self, file: BinaryIO, shard: Shard) -> None:
@@ -243,7 +265,11 @@ class ShardWriter:
         self._todo.reverse()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one tensor; it must be the next one promised, in name, type and shape."""
+        """Append one tensor; it must be the next one promised, in name, type and shape, else AssertionError: a fault of
+        ours.
+
+        tensor: on the CPU; one that is not contiguous is copied.
+        """
         promised = self._todo.pop()
         offered = OutputTensor(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
         if offered != promised:
@@ -259,7 +285,11 @@ class ShardWriter:
 
 
 def refuse_existing(output: Path, identity: Mapping[str, Any]) -> None:
-    """Raise OutputError if `output` exists: a finished folder is never overwritten."""
+    """Raise OutputError if `output` exists: a finished folder is never overwritten.
+
+    The error says which it is: of another tool, of another run (and what differs), or of this very run, finished
+    already.
+    """
     if not output.exists():
         return
     try:
@@ -273,7 +303,10 @@ def refuse_existing(output: Path, identity: Mapping[str, Any]) -> None:
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Raise OutputError unless the disk under `folder` has room for `needed` bytes."""
+    """Raise OutputError unless the disk under `folder`, which need not exist yet, has room for `needed` bytes.
+
+    Asked before the first byte is written, about what is missing: a disk that fills up later is told when it happens.
+    """
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

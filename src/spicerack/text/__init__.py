@@ -1,1 +1,11 @@
-"""From files, chats and data sets to tokens: whatever reads text for calibration, training or evaluation."""
+"""From files, chats and data sets to tokens: whatever reads text for calibration, training or evaluation.
+
+    tokenizer     the model's own, without running its code
+    pieces        a text file of any size, as windows of tokens (evaluation) or as sentences (encoders)
+    documents     files, JSON lines, folders, chats and datasets, as passages
+    packing       passages to sequences
+    calibration   some of these, chosen by seed
+    generated     text that the model writes itself
+
+Everything streams: no source is ever in memory as a whole. What is chosen depends on the seed and the source alone.
+"""

@@ -4,6 +4,10 @@ For a decoder the documents are joined with the tokenizer's own end and start to
 length; nothing is padded. For an encoder each document is one sequence, and padding is masked: that is how either is
 used.
 
+How it chooses. Of a large source an evenly spread share is tokenized, about `BYTES_A_TOKEN` bytes for each token that
+was asked for; of the sequences that this makes, each is as likely as any other. What is given up is the rest of the
+source, and that a sequence begins where a cut falls and not where a sentence does.
+
 Calibrate on other text than is evaluated: the same would flatter the result. The hash of the text is kept for that, and
 an evaluation on it warns.
 """
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -81,6 +85,9 @@ def read(
     source     a text file, a .jsonl file of {"text"} or {"messages"}, a folder of those, or a dataset (an id,
                id:config, or a folder of tables), which needs the package `datasets`
     tokenizer  the model's
+    samples    how many sequences, at least 1
+    length     tokens of each, at least 2
+    kind       what the model is for, which decides how sequences are made: see the module
     seed       which sequences: all are equally likely, and keep the order of the source; if there are fewer, all are
                taken. Of large sources a part is tokenized that is spread over the whole
 
@@ -99,13 +106,18 @@ def read(
     passages = reading.keep(documents.passages(origin, tokenizer, by_line=kind == "encoder", seed=seed))
     choose = _padded if kind == "encoder" else _packed
     ids, mask, notes = choose(passages, tokenizer, source, samples=samples, length=length, seed=seed)
-    if reading.share < 1:
-        notes.append(f"chosen from {reading.share:.2%} of the text, spread over all of it")
-    if reading.stopped:
-        notes.append(f"chosen from the first {reading.documents} documents of the shuffled dataset")
-    if len(ids) < samples:
-        notes.append(f"the text has only {len(ids)} of the {samples} sequences asked for")
+    notes += _shortfalls(reading, len(ids), samples)
     return checked(Calibration(ids, mask, reading.digest.hexdigest(), 0.0, str(source), tuple(notes)), tokenizer)
+
+
+def _shortfalls(reading: Reading, count: int, samples: int) -> Iterator[str]:
+    """Sentences on what of the source was not looked at, and on sequences, `count` of `samples`, that it has not."""
+    if reading.share < 1:
+        yield f"chosen from {reading.share:.2%} of the text, spread over all of it"
+    if reading.stopped:
+        yield f"chosen from the first {reading.documents} documents of the shuffled dataset"
+    if count < samples:
+        yield f"the text has only {count} of the {samples} sequences asked for"
 
 
 _Chosen = tuple[torch.Tensor, torch.Tensor | None, list[str]]
@@ -121,7 +133,17 @@ def _packed(
     length: int,
     seed: int,
 ) -> _Chosen:
-    """Some of the sequences that the passages make when they are joined, all of `length`. Raises TextError."""
+    """Some of the sequences that the passages make when they are joined: ids, no mask, no notes.
+
+    passages    of all documents, in order
+    tokenizer   the model's
+    source      for the error alone
+    samples     how many sequences at most
+    length      tokens of each
+    seed        which of them
+
+    Raises TextError where there is not one.
+    """
     packing = Packing(tokenizer, length)
     sequences = sample(packing.sequences(passages), samples, seed)
     if not sequences:
@@ -141,7 +163,17 @@ def _padded(
     length: int,
     seed: int,
 ) -> _Chosen:
-    """Some of the documents, each a sequence, cut at `length` and padded at the end. Raises TextError."""
+    """Some of the documents, each a sequence, cut and padded at the end to the longest: ids, a mask, and notes.
+
+    passages    of all documents; of each the first is used
+    tokenizer   the model's
+    source      for the error alone
+    samples     how many documents at most
+    length      tokens at which they are cut; a note says how many were
+    seed        which of them
+
+    Raises TextError where there is no text.
+    """
     texts = sample((passage.text for passage in passages if passage.first and passage.text.strip()), samples, seed)
     if not texts:
         raise TextError(f"{source} has no text", "give one sentence per line")
@@ -155,9 +187,10 @@ def _padded(
 
 
 def checked(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibration:
-    """`calibration` with its share of unknown tokens, and notes on what is odd about it.
+    """`calibration` with its share of unknown tokens, and notes on what is odd about it; nothing in it is changed.
 
-    Special tokens do not count. Raises TextError if it is no use.
+    tokenizer: which tokens stand for what it does not know, and which are special and do not count. Raises TextError if
+    the text is no use: more than half of it is unknown, or it has fewer than `FEWEST_TOKENS` different tokens.
     """
     special = set(tokenizer.all_special_ids)
     unknown_id = tokenizer.unk_token_id

@@ -21,19 +21,24 @@ from spicerack.errors import TextError
 from spicerack.text.pieces import PIECE_BYTES, pieces, sentences
 
 TEXT, LINES = ".txt", ".jsonl"
+"""Ends of files of plain text, and of one JSON object a line."""
 TABLES = (".parquet", ".arrow")
+"""Ends of files that only the package `datasets` reads: a folder with one is taken for a dataset."""
 LONGEST_LINE = 1 << 26
 """Characters of one JSON line, which must be in memory as a whole: 64 MiB of ASCII. What is longer is no JSON lines."""
 SHUFFLED = 1000
 """Rows of a dataset that are shuffled at once, beside its shards: they are held in memory."""
 _ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
+"""Form of a dataset's id: name, owner/name, and a configuration behind a colon."""
 _FILE_ENDS = (TEXT, LINES, *TABLES, ".json", ".md", ".csv")
+"""Ends that a file has and a dataset's id has not: a name with one is a file that is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
     """Some text of one document.
 
+    text       of any length, possibly none
     first      whether the document begins with it
     rendered   whether a chat template wrote it, whose special tokens are meant; in other text they are only text
     """
@@ -100,7 +105,11 @@ def passages(source: Source, tokenizer: PreTrainedTokenizerBase, *, by_line: boo
 
 
 def _document(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:
-    """A record's text in pieces, or its chat, rendered. where: what an error calls the record. Raises TextError."""
+    """A record's text in pieces of `PIECE_BYTES` characters, or its chat, rendered by the tokenizer's template in one.
+
+    record: {"text": ...} or {"messages": [...]}; other keys are ignored. where: what an error calls the record. Raises
+    TextError for a record with neither, a chat without a template, and one that the template refuses.
+    """
     text, messages = record.get("text"), record.get("messages")
     if isinstance(text, str):
         for at in range(0, len(text) or 1, PIECE_BYTES):
@@ -162,7 +171,11 @@ def _object(line: str, path: Path, number: int) -> dict[str, Any]:
 
 
 def _rows(dataset: str, seed: int) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset's `train` split, streamed. Raises TextError, also where its package is missing."""
+    """The rows of a dataset's `train` split, streamed and shuffled by `seed`, `SHUFFLED` at a time.
+
+    dataset: an id, id:config, or a folder of tables. Raises TextError for one that cannot be read, also where the
+    package `datasets` is missing, which nothing else needs.
+    """
     try:
         library: Any = importlib.import_module("datasets")
     except ImportError as error:

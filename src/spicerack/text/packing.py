@@ -1,4 +1,8 @@
-"""From documents to sequences of tokens: what is read of a source, and how documents are joined and cut."""
+"""From documents to sequences of tokens: what is read of a source, and how documents are joined and cut.
+
+`Reading` decides which passages are used, `Packing` what sequences they make. Both are streams with a little memory: a
+passage and less than one sequence of tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,12 @@ class Reading:
     """Lets an evenly spread share of a source's passages through, or all up to a limit, and hashes what it lets
     through.
 
-    share      of the passages, 0 to 1: every n-th, beginning at a place that `seed` chooses
-    limit      bytes after which it stops; None: it reads to the end
-    documents  how many began so far;  digest: sha256 of their text;  stopped: whether the limit was reached
+    share   of the passages, 0 to 1: every n-th, beginning at a place that `seed` chooses
+    limit   bytes after which it stops; None: it reads to the end
+    seed    where it begins
+
+    Known when `keep` has run: documents, how many began; digest, sha256 of their text; stopped, whether the limit was
+    reached.
     """
 
     def __init__(self, *, share: float, limit: int | None, seed: int) -> None:
@@ -69,7 +76,11 @@ class Packing:
         self.tokens = 0
 
     def sequences(self, passages: Iterable[Passage]) -> Iterator[list[int]]:
-        """The sequences, in order, as soon as there are tokens enough for one."""
+        """The sequences, each of `length` tokens, in order, as soon as there are tokens enough for one.
+
+        passages: a document may be several. Special tokens that are spelled out in text are read as text, but for
+        passages that a chat template rendered, whose own start and end tokens are not doubled.
+        """
         waiting: list[int] = []
         last: int | None = None
         for passage in passages:

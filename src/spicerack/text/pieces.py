@@ -25,7 +25,11 @@ _HASHED_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some lines of the file, and the share of the file, 0 to 1, that has been read at its end."""
+    """Some lines of the file.
+
+    text       ends with a line's end, unless it is the last or a line is longer than a piece
+    fraction   share of the file, 0 to 1, that has been read at its end
+    """
 
     text: str
     fraction: float
@@ -68,7 +72,8 @@ def pieces(path: Path, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file that is not empty. Raises TextError for anything else."""
+    """Bytes of a regular file that is not empty. Raises TextError that says what it is instead: a folder, a device,
+    nothing."""
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else "is not a regular file"
         raise TextError(f"{path} {kind}", "give a plain text file")
@@ -94,7 +99,7 @@ def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, path: Path, offset
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
+    """sha256 of a file's bytes, in hexadecimal: the hash by which a calibration text is known again."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_HASHED_BYTES):
@@ -115,13 +120,17 @@ def windows(
 ) -> Iterator[Window]:
     """The file's tokens, packed without gaps into windows of `length`; what is left at the end is dropped.
 
+    path         a text file in UTF-8
+    tokenizer    the model's
+    length       tokens of a window, its start token counted, 2 at least
+    max_tokens   of the text that are used at most, start tokens counted; None: all of it
+
     A window starts with the tokenizer's start token, if it has one, and continues the text where the last one stopped.
-    Special tokens spelled out in the text are read as text. At most `max_tokens` tokens are used. Raises TextError if
-    there is not a single window.
+    Special tokens spelled out in the text are read as text. Raises TextError if there is not a single window.
     """
     if length < 2:
         raise TextError(f"a window of {length} tokens predicts nothing", "use --window 2 or more")
-    most = None if max_tokens is None else max_tokens // length
+    most = None if max_tokens is None else max_tokens // length  # of whole windows, which are what is compared
     if most == 0:
         raise TextError(f"--max-tokens {max_tokens} is less than one window of {length} tokens", "lower --window")
     cutting = _Cutting(tokenizer, length)

@@ -1,4 +1,8 @@
-"""The tokenizer of a model folder, read without guessing and without running its code."""
+"""The tokenizer of a model folder, read without guessing and without running its code.
+
+transformers finds a class by the config's `model_type`; a quantized folder of our own has another there, so that the
+float model's config is handed in.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,12 @@
-"""What hangs on transformers' Trainer beside its loop: decay that follows a schedule, stopping on request, curves."""
+"""What hangs on transformers' Trainer beside its loop: decay that follows a schedule, stopping on request, curves.
+
+`Watch` is what the outside sees and says: sentences, a wish to stop, callbacks of one's own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,25 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from spicerack.training.schedule import Schedule, decay
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Whoever looks on while a model trains, and may ask for an end; by default nobody.
+
+    notify      is given sentences on the way, by each process
+    stopping    is asked behind each step, on every rank, whether to save and to end there with KeyboardInterrupt
+    callbacks   of transformers' Trainer, beside the run's own
+    """
+
+    notify: Callable[[str], None] = lambda _: None
+    stopping: Callable[[], bool] = lambda: False
+    callbacks: tuple[TrainerCallback, ...] = ()
+
+
 class Decay(TrainerCallback):
-    """Sets the weight decay of the groups that have one, in front of each step."""
+    """Sets the weight decay of the groups that have one, in front of each step.
+
+    highest: the decay while it lasts. schedule: says when it ends. torch's schedulers move rates only.
+    """
 
     def __init__(self, highest: float, schedule: Schedule) -> None:
         self.highest, self.schedule = highest, schedule
@@ -23,6 +44,7 @@ class Decay(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Called by the Trainer: the optimizer's groups are changed in place, those that decay."""
         for group in kwargs["optimizer"].param_groups:
             if group["decays"]:
                 group["weight_decay"] = self.highest * decay(self.schedule, state.global_step, state.max_steps)
@@ -44,7 +66,10 @@ class Stopping(TrainerCallback):
 
 
 def curves(folder: Path) -> TrainerCallback:
-    """Losses and rates of a run, as TensorBoard reads them, in the folder `logs` of the run's own."""
+    """Losses and rates of a run, as TensorBoard reads them, in the folder `logs` of the run's own folder.
+
+    The package tensorboard is needed here and nowhere else; `run` says so before anything begins.
+    """
     from torch.utils.tensorboard import SummaryWriter  # only where something is trained: an optional package
 
     return TensorBoardCallback(SummaryWriter(str(folder / "logs")))

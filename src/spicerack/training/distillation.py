@@ -33,9 +33,12 @@ reach 1, or go beyond it by their rounding."""
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What a teacher says of each of T positions: log-probabilities float32 [T, V], or with ids [T, K] of these.
+    """What a teacher says of each of T positions, softened by the temperature already.
 
-    With ids the rest of the vocabulary is one outcome. Softened by the temperature already.
+    logs   log-probabilities float32 [T, V]; with ids [T, K] of these tokens
+    ids    int64 [T, K], the tokens that are kept; None: all of the vocabulary
+
+    With ids the rest of the vocabulary is one outcome.
     """
 
     logs: torch.Tensor
@@ -74,7 +77,11 @@ class Teacher(Protocol):
 
 
 class Live:
-    """A model that predicts when it is asked, in its own float type, at one temperature."""
+    """A model that predicts when it is asked, in its own float type, at one temperature.
+
+    model: of the student's vocabulary; it is put into eval mode, and none of its parameters trains. temperature: what
+    logits are divided by.
+    """
 
     def __init__(self, model: PreTrainedModel, temperature: float) -> None:
         self.model, self.temperature = model.eval().requires_grad_(False), temperature
@@ -128,7 +135,11 @@ class Cached:
         return Predictions(logs.float().to(ids.device), tokens.long().to(ids.device))
 
     def _keep(self, numbers: list[int], ids: torch.Tensor) -> None:
-        """Ask the teacher for rows `ids` [B, L], and write down the largest of its predictions."""
+        """Ask the teacher for rows `ids` [B, L], whose numbers in the text are `numbers`, and write down its largest
+        predictions.
+
+        A row is marked as there once its numbers are on their way to the disk: half of one is asked for again.
+        """
         top = self.teacher.predict(numbers, ids).logs.topk(self.top, -1)
         shape = (len(numbers), -1, self.top)
         self._logs[numbers] = top.values.reshape(shape).half().cpu().numpy()

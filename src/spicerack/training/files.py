@@ -29,8 +29,12 @@ from spicerack.storage.durable import json_bytes, locked, read_json, refuse_othe
 COMPLETE = "complete"
 """In a checkpoint: all of it is on the disk."""
 BEFORE = "before.json"
+"""Losses of the float model and of the rounded one, before the first step: a run that continues cannot take them
+again."""
 SHIPPED = "shipped"
+"""The folder that becomes the output by one rename."""
 _IDENTITY = "run.json"
+"""What the run depends on, by which the same one is known again."""
 _FILES = (".json", ".bin")
 """What a run has beside checkpoints and curves: packed text, and what was measured."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -89,14 +93,14 @@ def _take_over(folder: Path, identity: Mapping[str, Any]) -> None:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in a run's folder that is whole; None where there is none.
 
-    Of several processes all see the same one, if nobody writes meanwhile.
+    folder: `OUT.training`. Of several processes all see the same one, if nobody writes meanwhile.
     """
     whole = [(step, checkpoint) for step, checkpoint in _checkpoints(folder) if (checkpoint / COMPLETE).exists()]
     return max(whole)[1] if whole else None
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """The step behind which a checkpoint was written; 0 for none."""
+    """The step behind which a checkpoint was written, from its name; 0 for none, which is where a run begins."""
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 

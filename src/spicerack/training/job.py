@@ -1,11 +1,14 @@
 """What a run is asked to do: everything that is knowable before a text is read or a weight is computed with.
 
+    TrainOptions (names and paths) -> prepare -> Job (opened, checked) -> run
+
 What cannot be, or would have no effect, is refused here by name, before anything is written.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,41 @@ import transformers
 
 from spicerack._version import __version__
 from spicerack.errors import UsageError
-from spicerack.quantization.recipe import Recipe
+from spicerack.numerics.scheme import Scheme
+from spicerack.quantization import recipe
+from spicerack.quantization.recipe import Recipe, Rule
 from spicerack.storage.reader import Checkpoint
 from spicerack.training.qat.start import QATConfig, Stored
 from spicerack.training.settings import Settings
-from spicerack.training.start import Start
+from spicerack.training.start import Start, Twin, find_start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """What a run is asked to do with a model, as somebody says it: names and paths, nothing opened or checked yet.
+
+    data         text to learn from, as for calibration: a file, JSON lines, a folder, a dataset
+    scheme, rules, config   as for `prepare_qat`; without a scheme a float model trains in float, to compare with
+    settings     steps, rates, batch ...
+    teacher      a folder or hub id whose predictions are learned; None: the text alone
+    predictions  a folder to keep these in, for other runs too; None: they are not kept
+    held_out     text to measure on; None: one row of `data` in a hundred is held out
+    tokenizer    folder, for a config.json; None: that of the config
+    twin         turns a Llama into BitNet's classes; None: it stays what it is
+    scales_only  of a quantized folder: no code changes
+    """
+
+    data: str | Path
+    scheme: str | Scheme | Recipe | None = None
+    rules: Iterable[str | Rule] = ()
+    config: QATConfig
+    settings: Settings
+    teacher: str | Path | None = None
+    predictions: str | Path | None = None
+    held_out: str | Path | None = None
+    tokenizer: str | Path | None = None
+    twin: Twin | None = None
+    scales_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,3 +138,24 @@ class Job:
                 "transformers": transformers.__version__,
             },
         }
+
+
+def prepare(model: str | Path, output: Path, options: TrainOptions) -> Job:
+    """The job of training `model` as asked: the model's and the teacher's headers are read, the recipe is made.
+
+    model: a folder or hub id, or a config.json, for random weights. output: the folder that the trained model becomes.
+    Raises UsageError and its kinds (RecipeError, SchemeError, CheckpointError) for what cannot be found or done.
+    """
+    teacher = options.teacher
+    return Job(
+        output=output,
+        recipe=None if options.scheme is None else recipe.of(options.scheme, options.rules),
+        settings=options.settings,
+        config=options.config,
+        start=find_start(model, tokenizer=options.tokenizer, twin=options.twin),
+        teacher=None if teacher is None else Checkpoint.open(teacher),
+        scales_only=options.scales_only,
+        data=options.data,
+        held_out=options.held_out,
+        predictions=None if options.predictions is None else Path(options.predictions),
+    )

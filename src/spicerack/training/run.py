@@ -33,22 +33,21 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from spicerack.errors import UsageError
 from spicerack.machine.ranks import launched
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Recipe, Rule
 from spicerack.runtime import hf
 from spicerack.runtime.load import load
 from spicerack.storage.durable import json_bytes, read_json, sync, write_atomically
 from spicerack.storage.reader import Checkpoint
 from spicerack.training import files, text
-from spicerack.training.callbacks import Stopping, curves
+from spicerack.training.callbacks import Stopping, Watch, curves
 from spicerack.training.distillation import TOP, Cached, Live, Teacher, check_vocabulary
-from spicerack.training.job import Job
+from spicerack.training.job import Job, TrainOptions, prepare
 from spicerack.training.qat.prepare import freeze, prepare_qat, scales
 from spicerack.training.qat.start import QATConfig
 from spicerack.training.settings import Settings, arguments
 from spicerack.training.sharding import ShardedTrainer, shard
 from spicerack.training.shipping import loss_of, ship
-from spicerack.training.start import Twin, find_start
+from spicerack.training.start import Twin
 from spicerack.training.text import Corpus, Order
 from spicerack.training.trainer import FewBitsTrainer
 
@@ -62,12 +61,18 @@ REPORT = "training.json"
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What came out. Losses in nats a token on the held-out rows: of the float model, with its weights rounded before
-    training, trained, and of the folder read back, by the kernels that it will run on. None where there is none (a run
-    in float; the folder is read by the first process).
+    """What came out of a run. Losses are in nats a token on the held-out rows; None where there is none (a run in
+    float; the folder is read by the first process).
 
-    kl: the trained model's divergence from the teacher. tokens: how many were learned from, those that came again
-    counted each time. resumed_at: step, 0 if from the beginning.
+    output         the folder
+    tokens         how many were learned from, those that came again counted each time
+    seconds        of this call
+    resumed_at     step at which it went on; 0 if from the beginning
+    loss_trained   of the trained model
+    loss_float     of the float model, before
+    loss_rounded   with its weights rounded, before training
+    loss_shipped   of the folder, read back, by the kernels that it will run on
+    kl             the trained model's divergence from the teacher
     """
 
     output: Path
@@ -103,6 +108,7 @@ def train(
     """Train a model on text in few bits, and write it, frozen, to the folder `output`.
 
     model        a folder or hub id; or a config.json, for random weights. A quantized folder goes on in its own scheme
+    output       the folder to write; it must not exist
     data         text to learn from, as for calibration: a file, JSON lines, a folder, a dataset
     scheme, rules, config   as for `prepare_qat`; without a scheme a float model trains in float, to compare with
     settings     steps, rates, batch ...; None: the defaults of `Settings`
@@ -119,25 +125,28 @@ def train(
     Under torchrun all processes call it. Killed anywhere, the same call continues, to the same bytes. Raises UsageError
     and its kinds, TrainingError where a loss is not finite (checkpoints stay).
     """
+    options = TrainOptions(
+        data=data, scheme=scheme, rules=rules, config=config or QATConfig(), settings=settings or Settings(),
+        teacher=teacher, predictions=predictions, held_out=held_out, tokenizer=tokenizer, twin=twin,
+        scales_only=scales_only,
+    )  # fmt: skip
+    return execute(model, output, options, Watch(notify, stopping, tuple(callbacks)))
+
+
+def execute(model: str | Path, output: str | Path, options: TrainOptions, watch: Watch) -> Trained:
+    """As `train`, with what is asked for, and who looks on, as one object each.
+
+    model: a folder or hub id, or a config.json. output: the folder to write, which must not exist. Raises what `train`
+    raises, and KeyboardInterrupt, behind a checkpoint, where the watch asked for an end.
+    """
     began = time.time()
     _require_packages()
-    job = Job(
-        output=Path(output),
-        recipe=None if scheme is None else recipe.of(scheme, rules),
-        settings=settings or Settings(),
-        config=config or QATConfig(),
-        start=find_start(model, tokenizer=tokenizer, twin=twin),
-        teacher=None if teacher is None else Checkpoint.open(teacher),
-        scales_only=scales_only,
-        data=data,
-        held_out=held_out,
-        predictions=None if predictions is None else Path(predictions),
-    )
+    job = prepare(model, Path(output), options)
     args = arguments(job.settings, files.folder_of(job.output), launched().count)
     identity = job.identity(args.world_size)
     with files.entered(job.output, identity, first=args.process_index == 0) as folder:
-        run = _with_text(job, args, folder, notify)
-        trainer = _begin(run, stopping, callbacks)
+        run = _with_text(job, args, folder, watch.notify)
+        trainer = _begin(run, watch)
         _take_steps(run, trainer)
         return _finish(run, trainer, began)
 
@@ -151,7 +160,14 @@ def _require_packages() -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A job at work in one process. folder: `OUT.training`; checkpoint: what it goes on from, None from the start."""
+    """A job at work in one process.
+
+    job          what is asked for
+    args         of transformers' Trainer; they know which process this is
+    folder       `OUT.training`
+    corpus       rows to learn from and to measure on
+    checkpoint   what it goes on from; None from the start
+    """
 
     job: Job
     args: TrainingArguments
@@ -170,7 +186,11 @@ class _Run:
 
 
 def _with_text(job: Job, args: TrainingArguments, folder: Path, tell: Callable[[str], None]) -> _Run:
-    """The run with its text packed: by the first process of all, while the others wait, who then find it there."""
+    """The run with its text packed: by the first process of all, while the others wait, who then find it there.
+
+    tell: is given the text's notes, and how often the run goes through it. Raises TextError for text that is no use, or
+    too little.
+    """
     settings = job.settings
     with args.main_process_first(local=False):
         corpus = text.read(
@@ -184,13 +204,13 @@ def _with_text(job: Job, args: TrainingArguments, folder: Path, tell: Callable[[
     return _Run(job, args, folder, corpus, files.last_checkpoint(folder))
 
 
-def _begin(run: _Run, stopping: Callable[[], bool], callbacks: Iterable[TrainerCallback]) -> FewBitsTrainer:
+def _begin(run: _Run, watch: Watch) -> FewBitsTrainer:
     """The Trainer in front of its first step, or of the one behind its checkpoint.
 
     Of a run that begins, the losses before the first step are written down: one that continues cannot measure them.
     """
     job = run.job
-    set_seed(job.settings.seed)
+    set_seed(job.settings.seed)  # before the model is made, whose random weights come from it
     net = job.start.model()
     teacher = None if job.teacher is None else _teacher(run, job.teacher, net)
     begins = run.checkpoint is None
@@ -198,7 +218,7 @@ def _begin(run: _Run, stopping: Callable[[], bool], callbacks: Iterable[TrainerC
     before = {"float": run.loss_of(net)} if begins and run.first and job.recipe is not None else {}
     _prepare(run, net)
     trainer = _trainer(run, net, teacher)
-    for callback in (Stopping(stopping), *([curves(run.folder)] if run.first else []), *callbacks):
+    for callback in (Stopping(watch.stopping), *([curves(run.folder)] if run.first else []), *watch.callbacks):
         trainer.add_callback(callback)
     if begins and job.quantizes:
         rounded = trainer.evaluate()["eval_loss"]
@@ -208,8 +228,11 @@ def _begin(run: _Run, stopping: Callable[[], bool], callbacks: Iterable[TrainerC
 
 
 def _teacher(run: _Run, checkpoint: Checkpoint, student: PreTrainedModel) -> Teacher:
-    """Who predicts: the checkpoint's model on the run's device, or what it predicted before, and itself for the
-    rest."""
+    """Who predicts: the checkpoint's model on the run's device, or what it predicted before, and itself for the rest.
+
+    student: for its vocabulary, which must be the teacher's. Raises UsageError where it is not, or predictions are
+    damaged; OutputError where they are another teacher's.
+    """
     job, settings = run.job, run.job.settings
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     model = load(checkpoint.folder, dtype=dtype, device=run.args.device)
@@ -225,7 +248,11 @@ def _teacher(run: _Run, checkpoint: Checkpoint, student: PreTrainedModel) -> Tea
 
 
 def _prepare(run: _Run, net: PreTrainedModel) -> None:
-    """Make `net`, in place, compute with weights as they would be stored; a float run leaves it as it is."""
+    """Make `net`, in place, compute with weights as they would be stored; a float run leaves it as it is.
+
+    Of a quantized model codes stay and scales train, or all of it trains from where it is. Raises UsageError for a rate
+    of scales where none is learned, and what `prepare_qat` raises.
+    """
     job = run.job
     if job.start.packed:
         rounding = QATConfig() if job.scales_only else job.rounding
@@ -261,7 +288,11 @@ def _take_steps(run: _Run, trainer: FewBitsTrainer) -> None:
 
 
 def _finish(run: _Run, trainer: FewBitsTrainer, began: float) -> Trained:
-    """Freeze the model, write the folder and measure it; by the first process, while the others only freeze."""
+    """Freeze the model, write the folder and measure it; by the first process, while the others only freeze.
+
+    began: when the run did, in seconds. What is reported of the folder is measured on what was read back from it; only
+    then does it get its name.
+    """
     job = run.job
     before = read_json(run.folder / files.BEFORE) or {}
     last = trainer.last_metrics()

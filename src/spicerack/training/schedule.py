@@ -23,9 +23,10 @@ The training tips of BitNet b1.58 lower 1.5e-3 to 1e-3 and 1.2e-3 to 8e-4, which
 def rate(schedule: Schedule, step: int, steps: int, warmup: int) -> float:
     """The factor of the learning rate, 0 to 1, in step `step` (from 0) of `steps`, the first `warmup` of them rising.
 
-    A rising rate reaches 1 in the last step of the warmup, and is never 0: the first step learns, too. A two-stage run
-    falls as if to 0, and from half of the steps on by `SECOND_STAGE` more: ternary weights bear a high rate as long as
-    they still change, and need a low one to settle (Ma et al., The Era of 1-bit LLMs: Training Tips, 2024).
+    schedule: cosine and linear fall to 0 at the end, constant does not. A rising rate reaches 1 in the last step of the
+    warmup, and is never 0: the first step learns, too. A two-stage run falls as if to 0, and from half of the steps on
+    by `SECOND_STAGE` more: ternary weights bear a high rate as long as they still change, and need a low one to settle
+    (Ma et al., The Era of 1-bit LLMs: Training Tips, 2024).
     """
     if step < warmup:
         return (step + 1) / warmup

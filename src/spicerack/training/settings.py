@@ -1,4 +1,8 @@
-"""How a run trains, in its own words (`Settings`) and in those of transformers' Trainer (`arguments`)."""
+"""How a run trains, in its own words (`Settings`) and in those of transformers' Trainer (`arguments`).
+
+The two are apart because the Trainer's arguments are many, change with its versions, and depend on how many processes
+there are; what must agree for a run to continue is said by `Settings` alone.
+"""
 
 from __future__ import annotations
 

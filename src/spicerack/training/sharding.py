@@ -66,6 +66,7 @@ class _Wrapped(nn.Module):
         self._autocast = trainer.accelerator.autocast
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, under autocast where the run multiplies in bfloat16."""
         with self._autocast():
             return self.module(*args, **kwargs)
 
@@ -85,6 +86,7 @@ class ShardedTrainer(FewBitsTrainer):
     out."""
 
     def _wrap_model(self, model: nn.Module, *_args: object, **_kwargs: object) -> nn.Module:
+        """In place of the Trainer's: DDP would want whole parameters."""
         return _Wrapped(model, self)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

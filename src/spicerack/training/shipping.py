@@ -24,7 +24,8 @@ from spicerack.training.text import Subset
 def ship(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
     """Write a frozen model, or a float one, and its tokenizer to `folder` -> what can be read there.
 
-    What a run that was killed left in the folder is removed first.
+    model: a transformers model, packed where it is quantized. folder: what a run that was killed left in it is removed
+    first. What comes back is loaded as any user would, so that what is measured on it is what was shipped.
     """
     shutil.rmtree(folder, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)

@@ -57,7 +57,15 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where a model comes from: its float config as JSON and as transformers' object, the folder of its tokenizer."""
+    """Where a model comes from.
+
+    config     of the float model, as JSON
+    built      the same as transformers' object, or that of the twin
+    folder     of its tokenizer
+    identity   what a resumed run must agree in
+    packed     whether it is quantized
+    model      makes it, as `Start.model`
+    """
 
     config: Mapping[str, Any]
     built: PreTrainedConfig
@@ -102,7 +110,11 @@ def find_start(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | 
 
 
 def _from_config(path: Path, twin: Twin | None) -> _Source:
-    """Random weights, made anew by each call of `model`."""
+    """The source of a config.json: random weights, made anew by each call of `model`, by torch's own seed.
+
+    path: of the file; its tokenizer lies beside it, unless another is named. Raises CheckpointError for a file that is
+    no config of a model that transformers knows.
+    """
     config = read_json(path, MAX_CONFIG_BYTES)
     built, model_class = _classes(config, path.parent, twin)
     identity = hashlib.sha256(json.dumps([config, twin], sort_keys=True).encode()).hexdigest()
@@ -116,7 +128,11 @@ def _from_config(path: Path, twin: Twin | None) -> _Source:
 
 
 def _from_folder(model: str | Path, twin: Twin | None) -> _Source:
-    """The weights of a folder, quantized or not; a twin keeps them, too, as far as it has a place for them."""
+    """The source of a folder or hub id, quantized or not; a twin keeps its weights, too, as far as it has a place for
+    them.
+
+    Raises UsageError for a twin of a quantized model, CheckpointError for a folder that is not read.
+    """
     checkpoint = Checkpoint.open(model)
     fmt, folder = format.of_folder(checkpoint), checkpoint.folder
     config = checkpoint.config if fmt is None else fmt.float_config(checkpoint.config)

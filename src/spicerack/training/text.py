@@ -48,7 +48,12 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """A packed text. tokens: int32 [R, L], mapped; sha256: of them; notes: sentences on what was not as asked for."""
+    """A packed text.
+
+    tokens   int32 [R, L], mapped from its file
+    sha256   of them
+    notes    sentences on what was not as asked for
+    """
 
     tokens: torch.Tensor
     sha256: str
@@ -75,8 +80,11 @@ class Subset:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Corpus:
-    """What a run learns from, and what it is measured on: of two texts, or two parts of one that have no row in
-    common."""
+    """What a run learns from, and what it is measured on: of two texts, or two parts of one that have no row in common.
+
+    train      rows to learn from
+    held_out   rows to measure on, `HELD_OUT` of them at most
+    """
 
     train: Subset
     held_out: Subset
@@ -89,6 +97,10 @@ class Corpus:
 
 class Order(Dataset[tuple[int, torch.Tensor]]):
     """What a run sees, `count` rows in all: (number, int64 [L]), the rows shuffled anew each time through them.
+
+    subset   the rows to learn from
+    count    rows of the whole run: its steps times its batch
+    seed     of the shuffles
 
     Any place can be asked for at once, as a run does that continues: the shuffle of each time through the rows is
     seeded by `seed` and by how often they were seen before.
@@ -123,12 +135,15 @@ def read(
     batch: int,
     steps: int,
 ) -> Corpus:
-    """The text of a run of `steps` steps of `batch` rows of `length` tokens, packed into files in `folder`.
+    """The text of a run, packed into files in `folder`: what is learned from, and what is measured on.
 
-    data         what is learned from: a text file, JSON lines, a folder of those, or a dataset
-    held_out     what is measured on, the same kinds of source; None: one row of `data` in a hundred, at most 128
-    tokenizer    the model's
-    folder       exists; what was packed there before is taken as it is
+    data        what is learned from: a text file, JSON lines, a folder of those, or a dataset
+    held_out    what is measured on, the same kinds of source; None: one row of `data` in a hundred, at most 128
+    tokenizer   the model's
+    folder      exists; what was packed there before is taken as it is
+    length      tokens of a row
+    batch       rows of a step
+    steps       of the run, which so looks at steps x batch rows
 
     Raises TextError where there is not enough for one batch, or text that is no use.
     """
@@ -168,8 +183,12 @@ class _Record:
 def pack(source: str | Path, tokenizer: PreTrainedTokenizerBase, file: Path, *, length: int, most: int) -> Rows:
     """At most `most` rows of `length` tokens from `source`, kept in `file`; what is there already is taken as it is.
 
-    source: as for calibration: text, JSON lines, a folder of those, a dataset. Raises TextError where there is not one
-    row, or text that is no use.
+    source         as for calibration: text, JSON lines, a folder of those, a dataset
+    tokenizer      the model's
+    file           of the rows; a record of the same name with `.json` says that it is whole
+    length, most   tokens of a row; rows at most
+
+    Raises TextError where there is not one row, or text that is no use.
     """
     beside = file.with_suffix(".json")
     written = read_json(beside)
@@ -185,7 +204,11 @@ def pack(source: str | Path, tokenizer: PreTrainedTokenizerBase, file: Path, *, 
 
 
 def _pack(source: str | Path, tokenizer: PreTrainedTokenizerBase, file: Path, *, length: int, most: int) -> _Record:
-    """Write the file, and say what is in it."""
+    """Write the file, and say what is in it: how many rows, their hash, and notes on what was left out of the source.
+
+    Of a large source an evenly spread share is read, about `BYTES_A_TOKEN` bytes for each token wanted. Raises
+    TextError where there is not one row.
+    """
     origin = documents.find(source)
     budget = max(BYTES_A_TOKEN * most * length, LEAST_BYTES)
     reading = Reading(

@@ -197,7 +197,11 @@ class FewBitsTrainer(Trainer):
         return metrics
 
     def _measured(self, numbers: torch.Tensor, weight: int) -> torch.Tensor:
-        """Loss, divergence and 1 of these rows, float64 [3], times `weight`: zeros where they do not count."""
+        """Loss, divergence and 1 of these held-out rows, float64 [3], times `weight`: zeros where they do not count.
+
+        numbers: of the rows, one at least. A rank without rows of its own computes some all the same, and weighs them
+        0.
+        """
         assert self.model is not None
         ids = self.held_out.rows.ids(numbers.tolist()).to(self.args.device)
         with self.accelerator.autocast():
@@ -261,7 +265,7 @@ class FewBitsTrainer(Trainer):
 
 
 def _ends(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The weights of a language model's embedding and head."""
+    """The weights of a language model's embedding and head, whose rate is one of their own; tied ones come twice."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             for end in (part.get_input_embeddings(), part.get_output_embeddings()):

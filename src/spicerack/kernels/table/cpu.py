@@ -1,4 +1,9 @@
-"""Kernels of the CPU, on panels: rows that differ in the engine (an instruction set) and in how activations enter."""
+"""Kernels of the CPU, on panels: rows that differ in the engine (an instruction set) and in how activations enter.
+
+All rows share one layout of weights for each tiling, one native product and one torch operator; a row is data that says
+which instruction set, which tiling, and how activations enter. Engines give the same bits, so that which row runs
+decides about speed and never about results; `compute` decides about results, which is why it can be asked for.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,9 @@ from spicerack.numerics.scheme import Scheme
 def _row(speed: int, compute: Compute, engine: str, tiling: Tiling = "planes") -> Kernel:
     """The row for `compute` on the engine of that name, which this processor need not have.
 
-    All rows have the same functions, bound to what tells them apart: a row's name, and so what an error or a table of
-    choices shows, is `int8_avx2`, or `ternary_avx512vbmi` for the one whose tiles hold trits.
+    speed: as in `Kernel`, unequal to all others'. tiling: how codes lie in a tile. All rows have the same functions,
+    bound to what tells them apart: a row's name, and so what an error or a table of choices shows, is `int8_avx2`, or
+    `ternary_avx512vbmi` for the one whose tiles hold trits.
     """
     index = panels.NAMES.index(engine) if engine in panels.NAMES else -1  # which never fits
     return Kernel(
@@ -45,7 +51,15 @@ def _obstacle(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:
-    """Why the row of these three cannot run a weight, or None; what all rows have in common `panels.obstacle` says."""
+    """Why a row cannot run a weight, as the end of a sentence, or None; what all rows have in common `panels.obstacle`
+    says.
+
+    compute, engine, tiling   the row's: how activations enter, the instruction set, how codes lie in a tile
+    scheme   of the weight
+    shape    [N, K]
+    dtype    of the inputs
+    device   where the weight is to be
+    """
     if engine not in panels.NAMES:
         return f"this processor, or this build, has no {engine}"
     if tiling == "trits" and not scheme.is_ternary:

@@ -36,7 +36,7 @@ def obstacle(_scheme: Scheme, _shape: Shape, dtype: torch.dtype, _device: torch.
 
 
 def rows(scheme: Scheme, shape: Shape, tensors: Tensors, which: packed.Rows) -> torch.Tensor:
-    """The chosen rows decoded, float32 [R, K], equal to `codec.decode` bit for bit."""
+    """The chosen rows decoded, float32 [R, K], equal to `codec.decode` bit for bit: see `Kernel.rows`."""
     return packed.decode_rows(scheme, shape, tensors, which)
 
 
@@ -64,7 +64,12 @@ def run(
 
 
 class _Product(torch.autograd.Function):
-    """y [..., N] = x [..., K] W^T without keeping W."""
+    """y [..., N] = x [..., K] W^T without keeping W: it is decoded some rows at a time, forward and backward.
+
+    Activations are rounded as the scheme says: not at all, by a scale for each token, or by the stored one. The
+    gradient with respect to x is that of the product with the decoded weight, as if nothing had been rounded; the
+    weight has none.
+    """
 
     @staticmethod
     def forward(
@@ -97,6 +102,7 @@ _product: Callable[[torch.Tensor, Scheme, Shape, Tensors], torch.Tensor] = _Prod
 
 
 def _linear(x: torch.Tensor, scheme: Scheme, shape: Shape, tensors: Tensors) -> torch.Tensor:
+    """x [..., K] -> x W^T [..., N] in x's type, `CHUNK` weights decoded at a time; the parts are joined along N."""
     parts = [torch.nn.functional.linear(x, rows(scheme, shape, tensors, some).to(x.dtype)) for some in _chunks(shape)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -125,6 +131,7 @@ def _is_integer(scheme: Scheme) -> bool:
 
 
 def _chunks(shape: Shape) -> Iterator[slice]:
+    """Slices of a matrix's rows, of `CHUNK` weights or less each, one row at least. shape: [N, K]."""
     step = max(CHUNK // shape[1], 1)
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 

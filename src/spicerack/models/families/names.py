@@ -58,15 +58,16 @@ HEADS_BY_SHAPE = frozenset({"output", "proj_out", "head", "decoder", "out", "pro
 """Names that mean the output layer only where the tensor has one row per vocabulary entry or label."""
 
 ROUTERS = frozenset({"router", "shared_expert_gate", "routers"})
+"""Routers of a mixture, wherever the name stands in a tensor's."""
 GATES = frozenset({"gate", "wg", "gating"})
-"""Routers anywhere in a name; and last components that are routers where they have one row per expert."""
+"""Last components that are routers where the tensor has one row per expert; else gates of an MLP."""
 
 EXPERTS = frozenset({"experts", "expert"})
 """Parents of experts, one by one or fused."""
 STACKED_EXPERTS = frozenset({"input_linear", "output_linear", "w13_weight", "w2_weight"})
+"""Fused expert tensors [experts, out, in] that have no parent called experts (Granite, JetMoE)."""
 DBRX_EXPERTS = frozenset({"w1", "v1", "w2"})
-"""Fused expert tensors [experts, out, in] that have no such parent (Granite, JetMoE), and DBRX's own.
-DBRX stacks its experts along the rows: [experts * inner, hidden], of which w2 is stored [in, out]."""
+"""DBRX's own, which stacks its experts along the rows: [experts * inner, hidden], of which w2 is stored [in, out]."""
 
 EXPERTS_ONE_BY_ONE = frozenset({"JetMoeParallelExperts", "Llama4TextExperts"})
 """Classes of modules whose own code multiplies as `nn.experts.ExpertStack` can answer, beside those that transformers

@@ -13,7 +13,11 @@ from spicerack.text.calibration import Calibration
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The calibration text, cut into chunks of `rows` sequences each; the last may have fewer."""
+    """The calibration text, cut into chunks, which are what runs through a block at once.
+
+    calibration   ids int64 [S, L], and a mask where there is padding
+    rows          sequences of a chunk; the last may have fewer
+    """
 
     calibration: Calibration
     rows: int

@@ -37,7 +37,8 @@ class Histogram:
         return int(self.counts.sum())
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Take in x [..., K]; mask [...]: 0 where a token is padding. Raises ActivationError as `tokens` does."""
+        """Take in x [..., K] of any float type; mask [...]: 0 where a token is padding. Raises ActivationError as
+        `tokens` does."""
         rows = tokens(x, mask)
         if not rows.numel():
             return
@@ -53,7 +54,7 @@ class Histogram:
         self.counts = ranks.total(self.counts)
 
     def _reach(self, peak: float) -> None:
-        """Let bins be as wide as that peak asks for."""
+        """Let bins be as wide as `peak` asks for: it then lies in the upper half of all bins."""
         if peak > self.peak:
             self._widen(math.ldexp(BINS**-1.0, math.frexp(peak)[1]))
             self.peak = peak

@@ -31,7 +31,8 @@ class Observer(Protocol):
     """
 
     @property
-    def in_order(self) -> bool: ...
+    def in_order(self) -> bool:
+        """Whether it has to see all inputs, in the order of the text: then no rank can see a part for it."""
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Take in x [..., K]; mask [...]: 0 where a token is padding.

@@ -105,7 +105,7 @@ class Pair:
         return weight.t().contiguous() if target.stored.transposed else weight
 
     def type_of(self, path: str) -> torch.dtype:
-        """The type of a layer's weight in the model."""
+        """The type of a layer's weight in the model, as the folder has it: what scales of its inputs are stored in."""
         return self._types[f"{path}.weight"]
 
     def columns(self, path: str) -> int:

@@ -31,7 +31,13 @@ def solve(
 ) -> tuple[dict[str, QTensor], dict[str, Solved]]:
     """Solve all targets of a block by the solver `name` -> by key how each is rounded to nearest, and its solution.
 
-    The quantized block holds the solutions. observer: finds the scales of static activations. Raises ActivationError
+    pair       the block's two copies; the quantized one holds the solutions afterwards
+    flow       the text in front of it
+    exchange   hands solved layers to other ranks
+    name       of the solver; what it needs decides when it is called
+    observer   finds the scales of static activations; None where there are none
+
+    Targets that the text does not reach are rounded to nearest, with an event that says so. Raises ActivationError
     naming block, layer and place.
     """
     starts: dict[str, QTensor] = {}

@@ -84,7 +84,7 @@ class Solutions:
         return QTensor.stack(matrices)
 
     def _read(self, name: str, scheme: Scheme, shape: tuple[int, ...]) -> QTensor:
-        """One solution, by its name."""
+        """One solution, by its name: a matrix, or the tensor of all experts where that was solved as one."""
         with safe_open(self._files[name], framework="pt") as file:
             names = [key for key in file.offset_keys() if key.startswith(name + "/")]
             parts = {key.removeprefix(name + "/"): file.get_tensor(key) for key in names}
@@ -115,6 +115,7 @@ class States:
         self.folder, self.rows, self.device = folder, rows, device
 
     def _path(self, block: int, chunk: int) -> Path:
+        """The file of a chunk in front of a block."""
         return self.folder / f"states-{block:05d}-{chunk:05d}.safetensors"
 
     def write(self, block: int, chunk: int, quantized: torch.Tensor, exact: torch.Tensor) -> None:
@@ -219,6 +220,7 @@ def clear(folder: Path) -> None:
 
 
 def _file(folder: Path, block: int) -> Path:
+    """The file of a finished block, by its number in the stack."""
     return folder / f"block-{block:05d}.safetensors"
 
 

@@ -40,8 +40,8 @@ _SAME = 1e-3
 class Changes:
     """What transforms did to a block.
 
-    tensors: parameters beside its targets, by tensor, as they are stored now. events: what happened -> to which
-    targets, by key.
+    tensors   parameters beside its targets, by tensor, as they are stored now
+    events    what happened -> to which targets, by key
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -89,6 +89,12 @@ def _best(
 ) -> torch.Tensor | None:
     """The factors [K] of a site, of the transform's candidates, with which the block's output is nearest.
 
+    pair, flow   the block, and what runs through it
+    scaling      the transform
+    site         where its factors would go
+    readers      the targets that read the site's output, one at least
+    judge        runs the block with candidates
+
     None where that is without any, or where no token comes.
     """
     stats = flow.stats(pair.quantized, readers[0].path, ("second_moment", *scaling.needs))
@@ -129,6 +135,7 @@ class _Judge:
 
     def difference(self) -> float:
         """||out - target|| / ||target|| of the exact block, as it is now."""
+        # a block that makes zeros is the same as itself: 0 / 0 would compare as changed
         return self._agreed((self._run(self.pair.exact) - self.target).norm() / self.target.norm().clamp(min=1e-30))
 
     def _agreed(self, value: torch.Tensor) -> float:

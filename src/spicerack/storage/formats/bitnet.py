@@ -118,7 +118,10 @@ class BitNet(MethodFormat):
 
 
 def _obstacle(p: StoredTensor) -> str | None:
-    """What the format lacks for `p`; None if it holds it exactly."""
+    """What the format lacks for `p`, as the end of "bitnet has no"; None if it holds it exactly.
+
+    It has ternary weights with int8 activations of one token, two axes, no bias, and a multiple of four output rows.
+    """
     if p.scheme != parse(SCHEME):
         return f"{p.scheme.name}, only {SCHEME}"
     if p.role not in ("linear", "head") or p.transposed or len(p.shape) != 2:
@@ -139,7 +142,11 @@ def _pattern(module: str, contents: Contents) -> str:
 
 
 def _stored(module: str, inverse: bool, checkpoint: Checkpoint) -> StoredTensor:
-    """`module`, whose tensors must be those of the format."""
+    """`module`, whose tensors must be those of the format, as a StoredTensor.
+
+    inverse: the folder stores 1 / scale. Raises CheckpointError for a tensor that is missing, of another type or shape,
+    and for a bias that transformers would multiply by the scale.
+    """
     tensors = checkpoint.tensors
     weight, scale = (tensors.get(f"{module}.{part}") for part in ("weight", "weight_scale"))
     for name, info in (("weight", weight), ("weight_scale", scale)):

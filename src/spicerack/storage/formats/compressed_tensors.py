@@ -11,12 +11,11 @@ Linear P [N, K], b-bit codes, groups of g inputs (a row is a group of K):
                       P.input_scale        F32 [1]                   w8a8s
 
 Reading looks at the tensors themselves, with config.json for what they cannot tell. Regular expressions in a stranger's
-config are never run. (Longer than other files: a format is one file, and this one is two things, tensors and groups.)
+config are never run. What config.json says lies in `_config_groups`, both ways; here are the tensors.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,22 +27,14 @@ from spicerack.numerics import bits, native
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
-from spicerack.numerics.scheme import Scheme, parse
+from spicerack.numerics.scheme import Scheme
 from spicerack.storage.format import Contents, Layout, MethodFormat, StoredTensor, checked_input_scale
+from spicerack.storage.formats import _config_groups
+from spicerack.storage.formats._config_groups import DAMAGED, ELSEWHERE
 from spicerack.storage.reader import Checkpoint
 
-PACKED, INTEGER = "pack-quantized", "int-quantized"
-"""The two layouts above, as config.json calls them."""
 _SOURCES = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16}
 """Type of scales -> the source that has such: float16 is what the scales of float32 weights are stored in, too."""
-# What config.json says of int8 activations: a scale for each token, found as it comes, or a stored one for the tensor.
-_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "observer": None}
-_ACTIVATIONS: dict[str, dict[str, Any]] = {
-    "token": {**_INT8, "strategy": "token", "dynamic": True},
-    "static": {**_INT8, "strategy": "tensor", "dynamic": False},
-}
-_ELSEWHERE = "load it with transformers"
-_DAMAGED = "the folder is damaged, or in a variant of compressed-tensors that is not read"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +47,12 @@ class CompressedTensors(MethodFormat):
     read_by_others: bool = True
 
     def obstacles(self, contents: Contents) -> list[str]:
-        """What compressed-tensors does not have, for each module that needs it."""
+        """What compressed-tensors does not have, a sentence for each module that needs it.
+
+        It has integers of the full range of 2 to 8 bits, a float scale for each row or group of a row, an integer zero
+        point beside it, and int8 activations with w8; embeddings, experts in one tensor and convolutions are left to
+        other formats.
+        """
         reasons = ((p, _obstacle(p)) for p in contents.values())
         return [f"{p.module}: compressed-tensors has no {reason}" for p, reason in reasons if reason]
 
@@ -76,7 +72,11 @@ class CompressedTensors(MethodFormat):
         return tensors
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
-        """Zero points are packed along the output rows, as the format wants them, and not along the groups."""
+        """The tensors of one module, in the layout's order.
+
+        q: codes [N, K]. Zero points are packed along the output rows, as the format wants them, and not along the
+        groups.
+        """
         module, scheme, scale = stored.module, stored.scheme, q.plain_scale
         if scheme.activations:
             integers = {f"{module}.weight": q.codes, f"{module}.weight_scale": scale}
@@ -105,50 +105,35 @@ class CompressedTensors(MethodFormat):
         self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]
     ) -> dict[str, Any]:
         """A group of `config_groups` for each scheme; linear layers that stay float are under `ignore`."""
-        members: dict[Scheme, list[str]] = {}
-        for p in contents.values():
-            members.setdefault(p.scheme, []).append(p.module)
-        everything = [*contents, *unquantized_linears]
-        groups: dict[str, Any] = {}
-        for i, (scheme, modules) in enumerate(members.items()):
-            targets = ["Linear"] if len(members) == 1 else _patterns(modules, everything)
-            groups[f"group_{i}"] = _group(scheme, targets)
-        formats = {_format(scheme) for scheme in members}
-        quantization: dict[str, Any] = {
-            "quant_method": self.method,
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": _patterns(unquantized_linears, everything),
-            "kv_cache_scheme": None,
-            "global_compression_ratio": None,
-        }
-        if _decodes_on_loading(config, list(members)):
-            quantization["dequantize"] = True
-        return {**config, "quantization_config": quantization}
+        section = _config_groups.section(self.method, config, contents, unquantized_linears)
+        return {**config, "quantization_config": section}
 
     def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
         """Modules by the names of their tensors, each with the scheme of config.json that fits their shapes."""
-        schemes = _schemes(checkpoint)
+        schemes = _config_groups.schemes(checkpoint)
         contents: dict[str, StoredTensor] = {}
         for name, info in checkpoint.tensors.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight_packed" or (kind == "weight" and f"{module}.weight_scale" in checkpoint.tensors):
                 if kind == "weight" and info.dtype != "I8":
-                    raise CheckpointError(f"{checkpoint.folder}: {name} is {info.dtype}; only int8 is read", _DAMAGED)
+                    raise CheckpointError(f"{checkpoint.folder}: {name} is {info.dtype}; only int8 is read", DAMAGED)
                 contents[module] = self._match(module, kind == "weight", schemes, checkpoint)
         return contents
 
     def _match(self, module: str, integer: bool, schemes: Iterable[Scheme], checkpoint: Checkpoint) -> StoredTensor:
-        """The one scheme of config.json that the tensors of `module` are shaped for."""
+        """The one scheme of config.json that the tensors of `module` are shaped for, as a StoredTensor.
+
+        integer: its codes are int8 and not packed. schemes: of config.json's groups. Raises CheckpointError where none
+        fits, or several do, for permuted columns and for a scale that is missing.
+        """
         tensors = checkpoint.tensors
         if f"{module}.weight_g_idx" in tensors:
-            raise CheckpointError(f"{checkpoint.folder}: {module} has permuted columns (weight_g_idx)", _ELSEWHERE)
+            raise CheckpointError(f"{checkpoint.folder}: {module} has permuted columns (weight_g_idx)", ELSEWHERE)
         rows, columns = _shape(module, integer, checkpoint)
         scale = tensors.get(f"{module}.weight_scale")
         source = _SOURCES.get(scale.dtype if scale else "")
         if scale is None or source is None:
-            raise CheckpointError(f"{checkpoint.folder}: {module}.weight_scale is missing or not a float", _DAMAGED)
+            raise CheckpointError(f"{checkpoint.folder}: {module}.weight_scale is missing or not a float", DAMAGED)
         fits = []
         for scheme in schemes:
             stored = StoredTensor(module, scheme, (rows, columns), source_dtype=source)
@@ -195,21 +180,8 @@ class CompressedTensors(MethodFormat):
         return notes
 
 
-def _decodes_on_loading(config: Mapping[str, Any], schemes: Sequence[Scheme]) -> bool:
-    """Whether transformers is told to decode the weights as it loads them, rather than at the first forward.
-
-    Zero points load in no other way. Encoders without a head are what sentence-transformers loads, and it calls
-    `forward` past the hook that decodes. With several schemes weights would be wrong: transformers takes one for all.
-    """
-    classes = config.get("architectures")
-    encoder = isinstance(classes, list) and any(
-        str(name).endswith("Model") and "LMHead" not in str(name) for name in classes
-    )
-    return len(schemes) == 1 and (schemes[0].zero or encoder)
-
-
 def _obstacle(p: StoredTensor) -> str | None:
-    """What compressed-tensors lacks for `p`; None if it holds it exactly."""
+    """What compressed-tensors lacks for `p`, as the end of "compressed-tensors has no"; None if it holds it exactly."""
     scheme, integers = p.scheme, p.scheme.levels.integers
     if p.role not in ("linear", "head", "router") or p.transposed or len(p.shape) != 2:
         return f"quantized {p.role}"
@@ -225,47 +197,9 @@ def _obstacle(p: StoredTensor) -> str | None:
     return None
 
 
-def _format(scheme: Scheme) -> str:
-    """Which of the two layouts a scheme has."""
-    return INTEGER if scheme.activations else PACKED
-
-
-def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    """An entry of `config_groups`: the scheme in the format's words, for the modules that `targets` match."""
-    weights = {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": not scheme.zero,
-        "strategy": "group" if scheme.group_columns else "channel",
-        "group_size": scheme.group_columns,
-        "dynamic": False,
-        "observer": "minmax",
-    }
-    activations = dict(_ACTIVATIONS[scheme.activations]) if scheme.activations else None
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": activations,
-        "output_activations": None,
-        "format": _format(scheme),
-    }
-
-
-def _patterns(modules: Sequence[str], everything: Sequence[str]) -> list[str]:
-    """Targets that match exactly `modules` among `everything`: one for all layers of a kind where that is safe."""
-    mine = set(modules)
-    others = {_expression(name) for name in everything if name not in mine}
-    targets = (m if _expression(m) in others or not re.search(r"\d", m) else "re:" + _expression(m) for m in modules)
-    return list(dict.fromkeys(targets))
-
-
-def _expression(module: str) -> str:
-    """A regular expression for the modules of that name in every layer: numbers match any number."""
-    return "^" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split(".")) + "$"
-
-
 def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
-    """int8 codes [..., C] as words, moved by 2^(b-1) so that none is negative."""
+    """int8 codes [..., C] of `width` bits -> int32 words [..., ceil(C width / 32)], moved by 2^(b-1) so that none is
+    negative."""
     return native.pack(codes, width, offset=2 ** (width - 1))
 
 
@@ -275,49 +209,20 @@ def _unpack(words: torch.Tensor, width: int, columns: int) -> torch.Tensor:
 
 
 def _shape(module: str, integer: bool, checkpoint: Checkpoint) -> tuple[int, int]:
-    """N and K of a module: of its codes, or of the tensor that says so where they are packed."""
+    """N and K of a module: of its codes, or of the tensor that says so where they are packed, because padding hides K.
+
+    Raises CheckpointError for a tensor that is missing, or holds anything but two numbers above 0.
+    """
     if integer:
         shape: Sequence[int] = checkpoint.tensors[f"{module}.weight"].shape
     else:
         info = checkpoint.tensors.get(f"{module}.weight_shape")
         if info is None or info.shape != (2,) or info.dtype not in ("I64", "I32"):
-            raise CheckpointError(f"{checkpoint.folder}: {module}.weight_shape is not two integers", _DAMAGED)
+            raise CheckpointError(f"{checkpoint.folder}: {module}.weight_shape is not two integers", DAMAGED)
         shape = checkpoint.read(info.name).tolist()
     if len(shape) != 2 or min(shape) < 1:
-        raise CheckpointError(f"{checkpoint.folder}: {module} has shape {list(shape)}, not [N, K]", _DAMAGED)
+        raise CheckpointError(f"{checkpoint.folder}: {module} has shape {list(shape)}, not [N, K]", DAMAGED)
     return shape[0], shape[1]
-
-
-def _schemes(checkpoint: Checkpoint) -> list[Scheme]:
-    """The schemes of config.json's groups, each once."""
-    section = checkpoint.config["quantization_config"]
-    groups = section.get("config_groups")
-    if not isinstance(groups, dict) or section.get("quantization_status", "compressed") != "compressed":
-        raise CheckpointError(f"{checkpoint.folder}: config.json has no config_groups of compressed weights", _DAMAGED)
-    where = f"{checkpoint.folder}: config group"
-    return list(dict.fromkeys(_scheme(group, f"{where} {name}") for name, group in groups.items()))
-
-
-def _scheme(group: Any, where: str) -> Scheme:
-    """The scheme of one group of a stranger's config. Raises CheckpointError, beginning with `where`, for any other."""
-    weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
-        raise CheckpointError(f"{where} has no integer weights", _ELSEWHERE)
-    width, size, strategy = weights.get("num_bits"), weights.get("group_size"), weights.get("strategy")
-    grouped = strategy == "group" or (strategy is None and type(size) is int and size > 0)
-    if type(width) is not int or not 2 <= width <= 8 or (grouped and (type(size) is not int or size < 1)):
-        raise CheckpointError(f"{where} has {width!r} bits and group size {size!r}", _ELSEWHERE)
-    if strategy not in ("group", "channel", None):
-        raise CheckpointError(f"{where} has the strategy {strategy!r}", _ELSEWHERE)
-    name = f"w{width}" + (f"g{size}" if grouped else "") + ("" if weights.get("symmetric", True) else "z")
-    activations = group.get("input_activations")
-    if activations is None:
-        return parse(name)
-    kind, suffix = ("token", "a8") if activations.get("dynamic") else ("static", "a8s")
-    wanted = _ACTIVATIONS[kind].items()
-    if name != "w8" or any(activations.get(k, v) != v for k, v in wanted if k not in ("group_size", "observer")):
-        raise CheckpointError(f"{where} has activations that are not read: {activations}", _ELSEWHERE)
-    return parse(name + suffix)
 
 
 FORMAT = CompressedTensors()

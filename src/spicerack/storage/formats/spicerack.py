@@ -132,7 +132,12 @@ class SpicerackFormat:
 
 
 def _read_group(group: Any, where: str) -> list[StoredTensor]:
-    """One entry of the table; every value of a stranger's file is checked."""
+    """One entry of the table of config.json -> a StoredTensor for each of its modules.
+
+    group: what JSON holds there, of whatever type. where: what errors begin with. Raises CheckpointError for a scheme
+    that is not known, shapes that groups do not tile, and values of other types; every value of a stranger's file is
+    checked.
+    """
     try:
         scheme = parse(group["scheme"])
         shape = tuple(group["shape"])
@@ -154,7 +159,7 @@ def _read_group(group: Any, where: str) -> list[StoredTensor]:
 
 
 def _is_named(scheme: Scheme) -> bool:
-    """Whether its name leads back to it."""
+    """Whether the scheme's name leads back to it: what is stored is the name, and nothing else of a scheme."""
     try:
         return parse(scheme.name) == scheme
     except SchemeError:

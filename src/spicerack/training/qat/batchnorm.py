@@ -23,7 +23,9 @@ from spicerack.numerics.scales import smallest_scale
 from spicerack.training.qat.fake_layers import FakeLayer
 
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d
+"""Normalisations that are folded: over channels, with running statistics."""
 _Float = nn.Linear | nn.Conv2d
+"""Float layers that a factor for each row can go into."""
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
@@ -55,6 +57,7 @@ class _Tracer(fx.Tracer):
     """Traces a model down to torch's own layers and to ours, which are not looked into."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Called by torch.fx: whether a module is a single node of the graph, as torch's own layers and ours are."""
         return isinstance(m, (PackedLayer, FakeLayer)) or super().is_leaf_module(m, module_qualified_name)
 
 

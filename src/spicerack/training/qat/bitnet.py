@@ -19,6 +19,7 @@ _SAME = (
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
     "eos_token_id", "tie_word_embeddings", "attention_dropout", "rope_parameters", "dtype",
 )  # fmt: skip
+"""What a twin takes over from the Llama's config, under the same names."""
 
 
 def twin_config(config: LlamaConfig, *, squared_relu: bool = True) -> BitNetConfig:

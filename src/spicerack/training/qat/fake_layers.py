@@ -29,7 +29,9 @@ from spicerack.numerics.search import TensorGroups, search
 from spicerack.training.qat.trained import TrainedLayer
 
 Quantizer = Literal["lsq", "seq", "absmax", "absmean"]
+"""Where scales come from: learned (lsq, seq), or at each step from the range or the mean of |w|."""
 Ranges = Literal["lsq", "ema"]
+"""How static scales of activations move: learned, or as moving averages."""
 LEARNED: tuple[Quantizer, ...] = ("lsq", "seq")
 """Quantizers whose scales are parameters; those of the others follow from the weights at each step."""
 LEAST_MEAN = 1e-5
@@ -42,11 +44,11 @@ _NEW = 0.1
 class Rounding:
     """How one weight is rounded while it trains, and the layer's inputs.
 
-    scheme     what it will be stored in
-    quantizer  where scales come from
-    grid       the scheme's levels and group, and where weights count as clipped
-    dtype      that scales are stored in
-    ranges     how the static scale of activations moves: learned, or the average of what would hold the largest
+    scheme      what it will be stored in
+    quantizer   where scales come from: learned, or anew from the weights at each step
+    grid        the scheme's levels and group, and where weights count as clipped
+    dtype       that scales are stored in
+    ranges      how the static scale of activations moves: learned, or the average of what would hold the largest
     """
 
     scheme: Scheme
@@ -73,6 +75,7 @@ class FakeLayer(TrainedLayer):
 
     @property
     def scheme(self) -> Scheme:
+        """See `TrainedLayer.scheme`."""
         return self.rounding.scheme
 
     @property
@@ -175,6 +178,7 @@ class FakeLinear(FakeLayer, nn.Linear):
     """In the place of nn.Linear: x [..., K] -> x^ w^^T + b [..., N], where x^ is x as the scheme rounds it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N] in the type of the product: x's, or autocast's."""
         x = self.rounded_input(_type_of_products(x))
         return fake_linear(x, self.weight, self.parts(), self.bias, self.rounding.grid, tokens=_tokens(self))
 
@@ -191,6 +195,7 @@ class FakeConv2d(FakeLayer, nn.Conv2d):
     """In the place of nn.Conv2d: x [..., I, H, W] -> [..., O, H', W']; a row of the matrix is all an output reads."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I, H, W] -> [..., O, H', W'] in x's type; the rounded weight is there while the layer computes."""
         weight = self.rounded_weight().view_as(self.weight).to(x.dtype)
         y: torch.Tensor = self._conv_forward(self.rounded_input(x), weight, self.bias)
         return y
@@ -200,6 +205,7 @@ class FakeEmbedding(FakeLayer, nn.Embedding):
     """In the place of nn.Embedding: ids [...] -> rows [..., K]; only the rows that are asked for are rounded."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [...] -> rows [..., K] in the table's type; a row that is asked for twice is rounded twice."""
         flat = ids.flatten()
         scale, zero = self.parts()
         rows = nn.functional.embedding(flat, self.weight, self.padding_idx)

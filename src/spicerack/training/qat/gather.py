@@ -93,7 +93,7 @@ def _gathered(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _new(part: nn.Module) -> nn.Module:
-    """An empty module of the class that `part` had before fully_shard."""
+    """An empty module of the class that `part` had before fully_shard; its constructor does not run."""
     cls = next(cls for cls in type(part).__mro__ if issubclass(cls, nn.Module) and not issubclass(cls, FSDPModule))
     return cls.__new__(cls)
 

@@ -53,6 +53,7 @@ from spicerack.training.qat.twins import Learned, Start, fake_twin, tuned_twin
 
 _DEFAULTS = QATConfig()
 _LISTED = 8
+"""Layers that a message names before it counts the rest."""
 
 
 def prepare_qat(
@@ -160,7 +161,7 @@ def _trained(model: nn.Module) -> dict[str, TrainedLayer]:
 
 
 def _packed(model: nn.Module) -> dict[str, PackedLayer]:
-    """Path -> packed layer, under all their names, experts' too."""
+    """Path -> packed layer, under all their names, those of experts in a stack too."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: layer for name, layer in modules if isinstance(layer, PackedLayer)}
 
@@ -250,7 +251,11 @@ def _converted(model: nn.Module, starts: Mapping[str, Start]) -> nn.Module:
 
 
 def _tuned(model: nn.Module, layers: Mapping[str, PackedLayer]) -> nn.Module:
-    """A packed model, changed in place: the scales of its packed layers train, and nothing else."""
+    """A packed model, changed in place: the scales of its packed layers train, and nothing else.
+
+    layers: path -> packed layer. Layers that are tied share one scale. Raises SchemeError for scales that are no plain
+    floats, before anything is replaced.
+    """
     shared: dict[int, SharedWeight] = {}
     trained: dict[int, TrainedLayer] = {}
     for name, layer in layers.items():

@@ -1,4 +1,8 @@
-"""`TrainedLayer`: what all layers that are trained in few bits have in common, so that `freeze` asks no class."""
+"""`TrainedLayer`: what all layers that are trained in few bits have in common, so that `freeze` asks no class.
+
+A loop sees them as ordinary modules with ordinary parameters; `freeze` asks each what it will be stored as, by what is
+shared, and by the codes that it computes with.
+"""
 
 from __future__ import annotations
 

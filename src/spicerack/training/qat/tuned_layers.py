@@ -38,11 +38,13 @@ _ALL = slice(None)
 class Decoding:
     """What a matrix [N, K] is beside its numbers, and how it comes of them.
 
-    transposed    the float layer has it as [K, N]
-    dtype         that scales are stored in
-    weight_dtype  of the float weight
-    group         (rows, columns) that share a scale
-    factor        LSQ's, of the gradients of scales
+    scheme         what its codes stand for
+    shape          [N, K]
+    transposed     the float layer has it as [K, N]
+    dtype          that scales are stored in
+    weight_dtype   of the float weight
+    group          (rows, columns) that share a scale
+    factor         LSQ's, of the gradients of scales
 
     words, below, are codes as `numerics.packed` has them, int32; scale and zero are float32 [N/rows, K/columns], and
     zero is None where the scheme has none.

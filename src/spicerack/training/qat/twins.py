@@ -27,7 +27,11 @@ from spicerack.training.qat.tuned_layers import SharedWeight, TunedConv2d, Tuned
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """fake: in the place of the float layer, a subclass of its class. tuned: in the place of the packed one."""
+    """What trains in the place of a layer of one kind.
+
+    fake    in the place of the float layer, a subclass of its class
+    tuned   in the place of the packed one
+    """
 
     fake: type[FakeLayer]
     tuned: type[TunedLayer]

@@ -1,0 +1,163 @@
+"""What config.json says of a compressed-tensors folder: `quantization_config`, written and read.
+
+    section   schemes of modules -> the section: a group for each scheme, and patterns of the modules that it matches
+    schemes   the section of a folder -> its schemes
+
+A group names its modules by what compressed-tensors calls targets: a class, a module's path, or `re:` and a regular
+expression that is matched against paths. Written are few of them: one for a kind of layer, in all blocks at once, where
+that matches no module too many. Reading looks at the numbers of a group and never at its targets: which modules it
+means is told by the tensors' shapes, so that a regular expression in a stranger's config is never run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spicerack.errors import CheckpointError
+from spicerack.numerics.scheme import Scheme, parse
+from spicerack.storage.format import Contents
+from spicerack.storage.reader import Checkpoint
+
+PACKED, INTEGER = "pack-quantized", "int-quantized"
+"""Layouts of `compressed_tensors`, as config.json calls them: codes as a stream of bits, and codes as int8."""
+# What config.json says of int8 activations: a scale for each token, found as it comes, or a stored one for the tensor.
+_INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "observer": None}
+_ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "token": {**_INT8, "strategy": "token", "dynamic": True},
+    "static": {**_INT8, "strategy": "tensor", "dynamic": False},
+}
+ELSEWHERE = "load it with transformers"
+"""The remedy for what others read and we do not."""
+DAMAGED = "the folder is damaged, or in a variant of compressed-tensors that is not read"
+
+
+def section(
+    method: str, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]
+) -> dict[str, Any]:
+    """`quantization_config` as config.json has it: a group of `config_groups` for each scheme.
+
+    method: the format's name there. config: the float model's config.json, which tells encoders from others. contents:
+    what is quantized; at least one module. unquantized_linears: paths of linear layers that stay float; they are under
+    `ignore`, and no target matches them.
+
+    Several layouts in one folder are called mixed-precision. `dequantize`, of transformers and nobody else, is there
+    where that is the one way in which it reads the folder.
+    """
+    members: dict[Scheme, list[str]] = {}
+    for p in contents.values():
+        members.setdefault(p.scheme, []).append(p.module)
+    everything = [*contents, *unquantized_linears]
+    groups: dict[str, Any] = {}
+    for i, (scheme, modules) in enumerate(members.items()):
+        targets = ["Linear"] if len(members) == 1 else _patterns(modules, everything)
+        groups[f"group_{i}"] = _group(scheme, targets)
+    formats = {_format(scheme) for scheme in members}
+    quantization: dict[str, Any] = {
+        "quant_method": method,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": _patterns(unquantized_linears, everything),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    if _decodes_on_loading(config, list(members)):
+        quantization["dequantize"] = True
+    return quantization
+
+
+def _decodes_on_loading(config: Mapping[str, Any], schemes: Sequence[Scheme]) -> bool:
+    """Whether transformers is told to decode the weights as it loads them, rather than at the first forward.
+
+    Zero points load in no other way. Encoders without a head are what sentence-transformers loads, and it calls
+    `forward` past the hook that decodes. With several schemes weights would be wrong: transformers takes one for all.
+    """
+    classes = config.get("architectures")
+    encoder = isinstance(classes, list) and any(
+        str(name).endswith("Model") and "LMHead" not in str(name) for name in classes
+    )
+    return len(schemes) == 1 and (schemes[0].zero or encoder)
+
+
+def _format(scheme: Scheme) -> str:
+    """Which of the two layouts a scheme has."""
+    return INTEGER if scheme.activations else PACKED
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    """An entry of `config_groups`: the scheme in the format's words, for the modules that `targets` match."""
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": not scheme.zero,
+        "strategy": "group" if scheme.group_columns else "channel",
+        "group_size": scheme.group_columns,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+    activations = dict(_ACTIVATIONS[scheme.activations]) if scheme.activations else None
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+        "format": _format(scheme),
+    }
+
+
+def _patterns(modules: Sequence[str], everything: Sequence[str]) -> list[str]:
+    """Targets that match exactly `modules` among `everything`: one for all layers of a kind where that is safe.
+
+    Both are paths of modules. A path without a number, and one whose expression would match a module of `everything`
+    that is not among `modules`, stands for itself.
+    """
+    mine = set(modules)
+    others = {_expression(name) for name in everything if name not in mine}
+    targets = (m if _expression(m) in others or not re.search(r"\d", m) else "re:" + _expression(m) for m in modules)
+    return list(dict.fromkeys(targets))
+
+
+def _expression(module: str) -> str:
+    """A regular expression for the modules of that name in every layer: numbers match any number."""
+    return "^" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in module.split(".")) + "$"
+
+
+def schemes(checkpoint: Checkpoint) -> list[Scheme]:
+    """The schemes of config.json's groups, each once, in their order.
+
+    Raises CheckpointError for a section without groups, weights that are not compressed, and what `_scheme` refuses.
+    """
+    section = checkpoint.config["quantization_config"]
+    groups = section.get("config_groups")
+    if not isinstance(groups, dict) or section.get("quantization_status", "compressed") != "compressed":
+        raise CheckpointError(f"{checkpoint.folder}: config.json has no config_groups of compressed weights", DAMAGED)
+    where = f"{checkpoint.folder}: config group"
+    return list(dict.fromkeys(_scheme(group, f"{where} {name}") for name, group in groups.items()))
+
+
+def _scheme(group: Any, where: str) -> Scheme:
+    """The scheme of one group of a stranger's config: integers of 2 to 8 bits, a scale for each group or each row.
+
+    group: what JSON holds there, of whatever type. Raises CheckpointError, beginning with `where`, for floats, other
+    widths and strategies (tensor, block), and activations other than int8 of a token or of a tensor, with w8 only.
+    """
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
+        raise CheckpointError(f"{where} has no integer weights", ELSEWHERE)
+    width, size, strategy = weights.get("num_bits"), weights.get("group_size"), weights.get("strategy")
+    grouped = strategy == "group" or (strategy is None and type(size) is int and size > 0)
+    if type(width) is not int or not 2 <= width <= 8 or (grouped and (type(size) is not int or size < 1)):
+        raise CheckpointError(f"{where} has {width!r} bits and group size {size!r}", ELSEWHERE)
+    if strategy not in ("group", "channel", None):
+        raise CheckpointError(f"{where} has the strategy {strategy!r}", ELSEWHERE)
+    name = f"w{width}" + (f"g{size}" if grouped else "") + ("" if weights.get("symmetric", True) else "z")
+    activations = group.get("input_activations")
+    if activations is None:
+        return parse(name)
+    kind, suffix = ("token", "a8") if activations.get("dynamic") else ("static", "a8s")
+    wanted = _ACTIVATIONS[kind].items()
+    if name != "w8" or any(activations.get(k, v) != v for k, v in wanted if k not in ("group_size", "observer")):
+        raise CheckpointError(f"{where} has activations that are not read: {activations}", ELSEWHERE)
+    return parse(name + suffix)
