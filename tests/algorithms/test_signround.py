@@ -13,16 +13,27 @@ from spicerack.algorithms.solvers import signround
 
 @pytest.mark.parametrize(
     ("scheme", "share"),
-    [("w4g16", 1), ("w2g16z", 0.8), ("w3g32", 0.95), ("w2g16h", 0.8), ("w4t", 0.8), ("ternary", 0.8)],
+    [("w4g16", 1), ("w2g16z", 0.82), ("w3g32", 0.92), ("w2g16h", 0.8), ("w4t", 0.88), ("ternary", 0.72)],
 )
 def test_the_output_is_nearer_and_never_farther(scheme: str, share: float) -> None:
-    """On 160 tokens; steps of a fixed size are too coarse for 4 bits in small groups there."""
-    module, layer, forward, x = linear_case(scheme)
+    """On 160 tokens; steps of a fixed size are too coarse for 4 bits in small groups there.
+
+    Nearer on average over eight layers: over 24 seeds a layer's share had a standard deviation of .070 to .095. The
+    bounds are four of a mean of eight above the mean share (.61 to .80); that of w4g16 was .92, and never above 1.
+    """
+    shares = [_share_left(scheme, seed) for seed in range(8)]
+    assert sum(shares) / len(shares) <= share
+    assert max(shares) <= 1 + 1e-5  # losses are sums in float32
+
+
+def _share_left(scheme: str, seed: int) -> float:
+    """What is left of a layer's loss when its codes are learned."""
+    module, layer, forward, x = linear_case(scheme, seed=seed)
     before = module.forward
     solved = signround.solve({"a": layer}, forward, 16)["a"].q
     assert module.forward == before and torch.equal(module.weight, layer.weight)
-    assert loss(solved, layer.weight, x) <= share * loss(layer.start, layer.weight, x)
-    assert solved.scale.dtype == layer.start.scale.dtype  # type: ignore[union-attr]
+    assert solved.plain_scale.dtype == layer.start.plain_scale.dtype
+    return loss(solved, layer.weight, x) / loss(layer.start, layer.weight, x)
 
 
 def test_no_step_is_round_to_nearest() -> None:

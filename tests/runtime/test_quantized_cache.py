@@ -95,14 +95,15 @@ def test_greedy_text_is_the_float_caches_while_its_margins_are_clear() -> None:
     model: Any = llama()
     ours: Any = copy.deepcopy(model)
     use_quantized_cache(ours, 8)
-    prompt = ids(2, 90, seed=1)
+    prompt = ids(16, 90, seed=1)  # a single one may have no clear token at all
     how = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     want = model.generate(prompt, **how, output_logits=True, return_dict_in_generate=True)
     got = ours.generate(prompt, **how)
     assert torch.equal(got, model.generate(prompt, cache=QuantizedCache(model.config, 8), **how))
     best = torch.stack(want.logits, dim=1).topk(2).values
-    clear = (best[..., 0] - best[..., 1] > 0.1).long().cumprod(1)  # 8 bits move a logit of this model by about 0.01
-    assert clear.sum() > 15
+    # Where two texts parted, over 18 models with 16 prompts each, the margin was .065 at most: 8 bits move a logit by about .01.
+    clear = (best[..., 0] - best[..., 1] > 0.15).long().cumprod(1)
+    assert clear.sum() > 15  # 36 to 106 over 12 seeds
     assert torch.equal(got[:, 90:] * clear, want.sequences[:, 90:] * clear)
 
 
