@@ -101,7 +101,7 @@ def test_greedy_text_is_the_float_caches_while_its_margins_are_clear() -> None:
     got = ours.generate(prompt, **how)
     assert torch.equal(got, model.generate(prompt, cache=QuantizedCache(model.config, 8), **how))
     best = torch.stack(want.logits, dim=1).topk(2).values
-    # Where two texts parted, over 18 models with 16 prompts each, the margin was .065 at most: 8 bits move a logit by about .01.
+    # Where two texts parted, for 18 models and 16 prompts each, the margin was .065 at most.
     clear = (best[..., 0] - best[..., 1] > 0.15).long().cumprod(1)
     assert clear.sum() > 15  # 36 to 106 over 12 seeds
     assert torch.equal(got[:, 90:] * clear, want.sequences[:, 90:] * clear)
