@@ -22,11 +22,6 @@ from spicerack.training.qat.fake_layers import FakeLayer
 PACKED = QLinear | QEmbedding | QConv2d
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def same(before: nn.Module, after: nn.Module) -> None:
     names = [name for name, part in before.named_modules() if isinstance(part, PACKED)]
     assert names
