@@ -48,8 +48,15 @@ def test_the_seed_decides() -> None:
 
 
 def test_between_round_to_nearest_and_the_best_of_all_roundings() -> None:
-    """One output, 8 inputs, scale fixed by judging only codes: every up or down."""
-    _, layer, forward, x = linear_case("w2", n=1, k=8)
+    """One output, 8 inputs, scale fixed by judging only codes: every up or down. In a third nothing can be gained."""
+    bests, found, starts = (sum(losses) for losses in zip(*(_beside_the_best(seed) for seed in range(8)), strict=True))
+    assert bests * 1.01 < starts, "there is something to learn"
+    assert found < starts
+
+
+def _beside_the_best(seed: int) -> tuple[float, float, float]:
+    """Losses of the best of all roundings, of what is found, and of round-to-nearest."""
+    _, layer, forward, x = linear_case("w2", n=1, k=8, seed=seed)
     solved = signround.solve({"a": layer}, forward, 16, steps=400)["a"].q
     scale = float(solved.scale)  # type: ignore[arg-type]
     low = torch.floor(layer.weight / scale)
@@ -57,9 +64,9 @@ def test_between_round_to_nearest_and_the_best_of_all_roundings() -> None:
         float((x @ (scale * (low + torch.tensor(up)).clamp(-2, 1) - layer.weight).t()).square().mean())
         for up in itertools.product((0.0, 1.0), repeat=8)
     )
-    mine = loss(solved, layer.weight, x)
-    assert best * (1 - 1e-5) <= mine <= loss(layer.start, layer.weight, x)
-    assert loss(layer.start, layer.weight, x) > best * 1.01, "there is something to learn"
+    mine, start = (loss(q, layer.weight, x) for q in (solved, layer.start))
+    assert best * (1 - 1e-5) <= mine <= start
+    return best, mine, start
 
 
 def test_gradients_are_the_straight_through_ones() -> None:

@@ -150,7 +150,7 @@ def test_least_squares_is_that_of_the_raw_data() -> None:
     peak = float(x.abs().max())
     best = min(error(peak * i / 100) for i in range(1, 101))
     assert error(least_squares(histogram(x))) == pytest.approx(best, rel=1e-3)
-    assert error(peak) > 1.05 * best
+    assert error(peak) > 1.01 * best  # 1.03 to 1.07 over 16 seeds
 
 
 def brute_force(counts: Sequence[int], levels: int) -> dict[int, float]:
