@@ -116,7 +116,7 @@ def test_beam_search_takes_the_caches_along(residual: int) -> None:
     """Score of the best beams: that of the float cache to the bit as long as nothing is packed, and near it after.
 
     Where two beams are nearly equal another wins, and scores part by up to .19; for half of 16 prompts they were within
-    .002 to .006 for each of ten models.
+    .002 to .006 for each of ten models; caches that do not follow their beams were .031 off.
     """
     model: Any = llama()
     cache = QuantizedCache(model.config, scheme=CacheScheme(8, residual=residual))
@@ -125,7 +125,7 @@ def test_beam_search_takes_the_caches_along(residual: int) -> None:
     prompt = ids(16, 40, seed=1)
     want = model.generate(prompt, **how).sequences_scores
     got = model.generate(prompt, cache=cache, **how).sequences_scores
-    assert torch.equal(want, got) if residual else (want - got).abs().median() < 0.02
+    assert torch.equal(want, got) if residual else (want - got).abs().median() < 0.012
     assert (cache.layers[0].packed is None) == (residual == 1000)
 
 
