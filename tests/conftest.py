@@ -44,6 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (native not in item.path.parents, item.get_closest_marker("slow") is None))
 
 
+def pytest_runtest_setup() -> None:
+    """What a test draws from torch's own generator does not depend on which ran before it in the same process."""
+    torch.manual_seed(0)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with no merges: 256 bytes and an end-of-text token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -13,16 +13,27 @@ from spicerack.algorithms.solvers import signround
 
 @pytest.mark.parametrize(
     ("scheme", "share"),
-    [("w4g16", 1), ("w2g16z", 0.8), ("w3g32", 0.95), ("w2g16h", 0.8), ("w4t", 0.8), ("ternary", 0.8)],
+    [("w4g16", 1), ("w2g16z", 0.82), ("w3g32", 0.92), ("w2g16h", 0.8), ("w4t", 0.88), ("ternary", 0.72)],
 )
 def test_the_output_is_nearer_and_never_farther(scheme: str, share: float) -> None:
-    """On 160 tokens; steps of a fixed size are too coarse for 4 bits in small groups there."""
-    module, layer, forward, x = linear_case(scheme)
+    """On 160 tokens; steps of a fixed size are too coarse for 4 bits in small groups there.
+
+    Nearer on average over eight layers: over 24 seeds a layer's share had a standard deviation of .070 to .095. The
+    bounds are four of a mean of eight above the mean share (.61 to .80); that of w4g16 was .92, and never above 1.
+    """
+    shares = [_share_left(scheme, seed) for seed in range(8)]
+    assert sum(shares) / len(shares) <= share
+    assert max(shares) <= 1 + 1e-5  # losses are sums in float32
+
+
+def _share_left(scheme: str, seed: int) -> float:
+    """What is left of a layer's loss when its codes are learned."""
+    module, layer, forward, x = linear_case(scheme, seed=seed)
     before = module.forward
     solved = signround.solve({"a": layer}, forward, 16)["a"].q
     assert module.forward == before and torch.equal(module.weight, layer.weight)
-    assert loss(solved, layer.weight, x) <= share * loss(layer.start, layer.weight, x)
-    assert solved.scale.dtype == layer.start.scale.dtype  # type: ignore[union-attr]
+    assert solved.plain_scale.dtype == layer.start.plain_scale.dtype
+    return loss(solved, layer.weight, x) / loss(layer.start, layer.weight, x)
 
 
 def test_no_step_is_round_to_nearest() -> None:
@@ -37,8 +48,15 @@ def test_the_seed_decides() -> None:
 
 
 def test_between_round_to_nearest_and_the_best_of_all_roundings() -> None:
-    """One output, 8 inputs, scale fixed by judging only codes: every up or down."""
-    _, layer, forward, x = linear_case("w2", n=1, k=8)
+    """One output, 8 inputs, scale fixed by judging only codes: every up or down. In a third nothing can be gained."""
+    bests, found, starts = (sum(losses) for losses in zip(*(_beside_the_best(seed) for seed in range(8)), strict=True))
+    assert bests * 1.01 < starts, "there is something to learn"
+    assert found < starts
+
+
+def _beside_the_best(seed: int) -> tuple[float, float, float]:
+    """Losses of the best of all roundings, of what is found, and of round-to-nearest."""
+    _, layer, forward, x = linear_case("w2", n=1, k=8, seed=seed)
     solved = signround.solve({"a": layer}, forward, 16, steps=400)["a"].q
     scale = float(solved.scale)  # type: ignore[arg-type]
     low = torch.floor(layer.weight / scale)
@@ -46,9 +64,9 @@ def test_between_round_to_nearest_and_the_best_of_all_roundings() -> None:
         float((x @ (scale * (low + torch.tensor(up)).clamp(-2, 1) - layer.weight).t()).square().mean())
         for up in itertools.product((0.0, 1.0), repeat=8)
     )
-    mine = loss(solved, layer.weight, x)
-    assert best * (1 - 1e-5) <= mine <= loss(layer.start, layer.weight, x)
-    assert loss(layer.start, layer.weight, x) > best * 1.01, "there is something to learn"
+    mine, start = (loss(q, layer.weight, x) for q in (solved, layer.start))
+    assert best * (1 - 1e-5) <= mine <= start
+    return best, mine, start
 
 
 def test_gradients_are_the_straight_through_ones() -> None:

@@ -266,7 +266,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         covered += lo < 1.0 < hi
         _, lo, hi = mean_interval(run.flatten())
         naive += lo < 1.0 < hi
-    assert 0.93 < covered / runs < 0.97
+    assert 0.92 < covered / runs < 0.98  # four standard deviations of a share of .95 of 1000
     assert naive / runs < 0.5
 
 

@@ -13,7 +13,7 @@ from dropped import dropped
 
 import spicerack
 from spicerack.errors import SchemeError, UsageError
-from spicerack.kernels import kernel, table
+from spicerack.kernels import kernel, panels, table
 from spicerack.kernels.table import reference
 from spicerack.nn.linear import QLinear
 from spicerack.numerics import codec
@@ -180,8 +180,10 @@ def test_int8_is_the_default_where_vectors_exist_for_it_and_float_where_asked(sc
     def chosen(compute: kernel.Compute | None) -> kernel.Kernel:
         return kernel.pick(parse(scheme), (64, 64), torch.float32, CPU, compute).kernel
 
+    faster = panels.NAMES[: panels.engine_index()]  # than the one that --engine holds the tests to
     vector = any(
-        row.vector and row.obstacle(parse(scheme), (64, 64), torch.float32, CPU) is None for row in kernel.table()
+        row.vector and row.engine not in faster and row.obstacle(parse(scheme), (64, 64), torch.float32, CPU) is None
+        for row in kernel.table()
     )
     assert chosen(None).compute == ("int8" if vector else "float")
     assert chosen("int8").compute == "int8" and chosen("float").compute == "float"

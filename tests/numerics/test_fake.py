@@ -20,11 +20,6 @@ from spicerack.training.qat.prepare import QATConfig, prepare_qat
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def prepared(layer: nn.Module, scheme: str, quantizer: Quantizer | None = None) -> FakeLayer:
     twin = prepare_qat(layer, scheme, config=QATConfig(quantizer))
     assert isinstance(twin, FakeLayer)

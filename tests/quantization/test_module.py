@@ -32,11 +32,6 @@ IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 class Net(nn.Module):
     """A tied table and head around layers of all kinds that stay or go."""
 

@@ -22,11 +22,6 @@ from spicerack.training.qat.fake_layers import FakeLayer
 PACKED = QLinear | QEmbedding | QConv2d
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def same(before: nn.Module, after: nn.Module) -> None:
     names = [name for name, part in before.named_modules() if isinstance(part, PACKED)]
     assert names
@@ -69,6 +64,18 @@ def test_static_ranges_go_on_from_where_they_are() -> None:
 
 
 def test_it_learns_more_than_scales_alone() -> None:
+    """What is left of the loss that scales leave, on average over four nets.
+
+    Over 16 seeds a net's share was .65 on average, its standard deviation .068: the bound is four of a mean of four
+    above.
+    """
+    shares = [_share_left(seed) for seed in range(4)]
+    assert sum(shares) / len(shares) < 0.8
+
+
+def _share_left(seed: int) -> float:
+    """The loss behind 100 steps of weights and scales, as a share of that behind 100 steps of scales alone."""
+    torch.manual_seed(seed)
     teacher = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8))
     x = torch.randn(512, 64)
     wanted = teacher(x).detach()
@@ -79,7 +86,7 @@ def test_it_learns_more_than_scales_alone() -> None:
         after = spicerack.freeze(model, compute="float")
         with torch.no_grad():
             lost.append(float((after(x) - wanted).square().mean()))
-    assert lost[1] < 0.8 * lost[0]
+    return lost[1] / lost[0]
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -42,6 +42,12 @@ def run(source: Path, out: Path, text: Path, scheme: str | None = "w4g32", **mor
     return train(source, out, data=text, scheme=scheme, settings=settings(**given), **more)
 
 
+def first_kl(checkpoint: Path) -> float:
+    """The divergence from the teacher when it was first measured, three steps into a run."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return float(next(entry["eval_kl"] for entry in history if "eval_kl" in entry))
+
+
 def test_a_trained_folder(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     """Learns, ships what it learned, and says so."""
     notes: list[str] = []
@@ -94,9 +100,7 @@ def test_a_teacher_and_its_predictions(llama_folder: LlamaFolder, text: Path, tm
     source = llama_folder(initializer_range=0.2)
     one = run(source, tmp_path / "one", text, "w2g32h", teacher=source, kl=1.0, steps=20, lr=1e-3)
     assert one.kl is not None
-    before = json.loads((tmp_path / "one.training" / "checkpoint-18" / "trainer_state.json").read_text())["log_history"]
-    measured = [entry["eval_kl"] for entry in before if "eval_kl" in entry]
-    assert one.kl < 0.9 * measured[0]
+    assert one.kl < 0.9 * first_kl(tmp_path / "one.training" / "checkpoint-18")  # .57 to .75 over eight seeds
     for name in ("two", "three"):
         run(source, tmp_path / name, text, teacher=source, predictions=tmp_path / "kept")
     assert (tmp_path / "two" / "model.safetensors").read_bytes() == (
@@ -139,8 +143,11 @@ def test_a_quantized_folder_trains_on(llama_folder: LlamaFolder, text: Path, tmp
                    scales_only=alone)  # fmt: skip
         before, after = codes(tmp_path / "small"), codes(tmp_path / name)
         assert all(torch.equal(before[key], after[key]) for key in before) == alone
-        assert trained.loss_rounded is not None and trained.loss_trained < trained.loss_rounded
-        assert trained.loss_shipped == pytest.approx(trained.loss_trained, abs=0.02)
+        # The teacher knows nothing of the text: what is learned is its predictions. .58 to .83 over eight seeds.
+        assert trained.kl is not None and trained.kl < 0.95 * first_kl(tmp_path / f"{name}.training" / "checkpoint-18")
+        assert trained.loss_rounded is not None and trained.loss_shipped == pytest.approx(
+            trained.loss_trained, abs=0.02
+        )
 
 
 def test_scales_alone_have_no_quantizer_and_no_embeddings(

@@ -150,7 +150,7 @@ def test_least_squares_is_that_of_the_raw_data() -> None:
     peak = float(x.abs().max())
     best = min(error(peak * i / 100) for i in range(1, 101))
     assert error(least_squares(histogram(x))) == pytest.approx(best, rel=1e-3)
-    assert error(peak) > 1.05 * best
+    assert error(peak) > 1.01 * best  # 1.03 to 1.07 over 16 seeds
 
 
 def brute_force(counts: Sequence[int], levels: int) -> dict[int, float]:
@@ -240,10 +240,11 @@ def test_half_precision_is_seen_as_it_is(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", observers.names())
 def test_tiny_and_huge_inputs_have_usable_scales(name: str) -> None:
+    """Powers of two move the bins along with the values; between bins that lie otherwise, kl's choice jumps."""
     assert scale(name, [torch.full((4, 2), 1e-44)]) == 2.0**-126
-    for size in (1e-30, 1e15):
+    for size in (2.0**-100, 2.0**50):
         x = gaussian(5000, 2)
-        assert scale(name, [x * size]) == pytest.approx(scale(name, [x]) * size, rel=0.02)
+        assert scale(name, [x * size]) == scale(name, [x]) * size
 
 
 def test_a_low_percentile_clips_what_mse_keeps() -> None:

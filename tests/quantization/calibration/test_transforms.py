@@ -101,16 +101,20 @@ def test_the_ledger_tells_what_moved(uneven: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_fold_is_undone(uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A list that forgets who else reads the norm."""
+    """A list that forgets who else reads the norm.
+
+    Some factors were better than none in all blocks of ten models with awq in 3 bits; with smoothquant in w8a8, one
+    block in five had none.
+    """
     wrong = (("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj")),)
     monkeypatch.setitem(folds.FOLDS, "llama", wrong)
-    reports = run(uneven, tmp_path / "out", "w8a8", "smoothquant")
-    said = ("smoothquant: input_layernorm left as it is, moving factors there would change the block",)
+    reports = run(uneven, tmp_path / "out", "w3g16", "awq")
+    said = ("awq: input_layernorm left as it is, moving factors there would change the block",)
     assert reports[0].events == said
     assert all(block.events in (said, ()) for block in reports)  # () where no factors were better than none
     assert events(tmp_path / "out", "model.layers.0.self_attn.q_proj.weight") == list(said)
     assert events(tmp_path / "out", "model.layers.0.self_attn.v_proj.weight") == []
-    run(uneven, tmp_path / "plain", "w8a8", "rtn")
+    run(uneven, tmp_path / "plain", "w3g16", "rtn")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "plain" / "model.safetensors"
     ).read_bytes()

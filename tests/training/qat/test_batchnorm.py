@@ -96,11 +96,15 @@ def test_what_is_not_folded(net: Net) -> None:
 
 @pytest.mark.slow
 def test_digits_in_two_bits() -> None:
-    """The example with fewer epochs and folds: trained in 2 bits it is near the float network, rounded it is not."""
+    """The example with fewer epochs and folds: trained in 2 bits it is near the float network, rounded it is not.
+
+    Over eight seeds the float network had .963 to .972, training ended .001 below to .008 above it, and won .030 to
+    .076 over rounding.
+    """
     import digits_qat
 
     scores, _ = digits_qat.cross_validated("w2", folds=2, epochs=5, more=4)
     mean = {name: sum(fold[name].accuracy for fold in scores) / len(scores) for name in scores[0]}
     assert mean["float"] > 0.95
-    assert mean["rounded"] < mean["float"] - 0.015
     assert mean["trained"] > mean["float"] - 0.01
+    assert mean["trained"] > mean["rounded"] + 0.01

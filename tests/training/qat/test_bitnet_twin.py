@@ -19,11 +19,6 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def test_a_twin_is_a_llama_with_norms_before_the_outputs() -> None:
     config = LlamaConfig(**SIZES, tie_word_embeddings=True, rope_theta=5e4)
     twin = BitNetForCausalLM(bitnet.twin_config(config))

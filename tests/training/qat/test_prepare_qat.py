@@ -31,11 +31,6 @@ from spicerack.training.qat.fake_layers import FakeEmbedding, FakeLayer, FakeLin
 SCHEMES = ["w8", "w4g32", "w4g32z", "w2g32h", "w2g32z", "w3t", "ternary", "w4a8", "ternarya8"]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def convolutions() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),

@@ -25,11 +25,6 @@ from spicerack.training.qat.tuned_layers import TunedEmbedding, TunedLayer, Tune
 TABLES = ["nf4", "fp8"]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def tuned(model: nn.Module) -> dict[str, TunedLayer]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, TunedLayer)}
 
