@@ -106,15 +106,18 @@ def test_the_extension_has_one_seam_each_way() -> None:
     ]
 
 
-def test_tests_and_benchmarks_have_the_rooms_of_the_package() -> None:
-    shared = {"benchmarks": {"harness", "results"}, "tests": {"native"}}
+def test_tests_docs_and_benchmarks_have_the_rooms_of_the_package() -> None:
+    shared = {"benchmarks": {"harness", "results"}, "tests": {"native"}, "docs": {"design", "python"}}
     for place, more in shared.items():
-        folders = {path.name for path in (ROOT / place).iterdir() if path.is_dir() and path.name != "__pycache__"}
+        entries = [path for path in (ROOT / place).iterdir() if path.is_dir() or path.suffix == ".md"]
+        folders = {path.stem for path in entries if path.name != "__pycache__"}
         assert folders <= FLOOR.keys() | more, f"{place} has rooms of its own"
 
 
 def test_pages_name_benchmarks_that_are_there() -> None:
-    pages = "".join(path.read_text() for path in (ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")))
+    pages = "".join(
+        path.read_text() for path in (ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").rglob("*.md"))
+    )
     named = set(re.findall(r"-m\s+benchmarks\.([\w.]+\w)", pages))
     assert named
     assert not [

@@ -63,22 +63,22 @@ def test_tokens_of_ones_own(folder: Path) -> None:
 
 
 def test_evaluate(folder: Path) -> None:
-    """docs/evaluate.md: on the same text one folder is paired with another."""
+    """docs/evaluation/evaluate.md: on the same text one folder is paired with another."""
     for range_ in ("opt", "absmax"):
         spicerack.quantize(folder, "w3", output=range_, range_=range_)
     scope: dict[str, object] = {"spicerack": spicerack}
-    (snippet,) = snippets("evaluate.md")
+    (snippet,) = snippets("evaluation/evaluate.md")
     exec(snippet, scope)
     mean, lo, hi = (scope[name] for name in ("mean", "lo", "hi"))
     assert isinstance(lo, float) and isinstance(mean, float) and isinstance(hi, float) and lo < mean < hi
 
 
 def test_loading(folder: Path) -> None:
-    """docs/loading.md: what is said of a cache. The snippet above names devices and modules that are not here."""
+    """docs/runtime.md: what is said of a cache. The snippet above names devices and modules that are not here."""
     spicerack.quantize(folder, "w4g32", output="out")
     prompt = torch.arange(20)[None]
     scope: dict[str, object] = {"spicerack": spicerack, "prompt": prompt, "other": spicerack.load(folder)}
-    exec(snippets("loading.md")[1], scope)
+    exec(snippets("runtime.md")[1], scope)
     cache, ids = scope["cache"], scope["ids"]
     assert isinstance(cache, QuantizedCache) and cache.layers[0].packed is not None
     assert isinstance(ids, torch.Tensor) and ids.shape[1] > 80

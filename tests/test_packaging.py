@@ -34,7 +34,7 @@ def test_the_distribution_has_a_name_that_the_index_takes(project: dict[str, Any
 
 def test_every_extra_that_is_told_of_exists(project: dict[str, Any]) -> None:
     """In hints, docs and the Makefile: `spicerack-quant[train]`, `.[dev]`."""
-    files = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/*.md"), *ROOT.glob("src/spicerack/**/*.py")]
+    files = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/spicerack/**/*.py")]
     texts = "\n".join(path.read_text() for path in files)
     named = re.findall(rf"(?:install|\.txt).*?['\"]({NAME}|\.|\w+)\[([\w,-]+)\]['\"]", texts)
     assert len(named) >= 5

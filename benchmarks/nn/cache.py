@@ -3,7 +3,7 @@
 KL in nats per token of the next-token distributions, float cache against quantized, of the second half of windows of
 held-out text: the first half goes through the cache at once, the rest in steps of `--step` tokens. Computed in float32,
 so that bfloat16's own noise stays out. Bytes and speed are those of the folder as it ships. Prints the tables of
-docs/loading.md, "Quantized cache".
+docs/runtime.md, "Quantized cache".
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Language model: mean KL in nats per token on its held-out text, of the shipped folders, computed in float32 so that
 bfloat16's own noise stays out; then opt minus absmax with its 95 % interval, paired over the windows of the text: below
 zero, opt is better. Encoder: cosine of embeddings of the built-in sentences. Prints the Markdown tables of
-docs/quality.md. Takes about ten minutes on two cores.
+docs/quantization/quality.md. Takes about ten minutes on two cores.
 """
 
 from __future__ import annotations

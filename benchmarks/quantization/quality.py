@@ -1,10 +1,11 @@
 """What calibration gains: KL of a decoder at each scheme and method, on text held out from both.
 
 Plain rounding (absmax), the least squared weight error (opt), and any chains of methods. The shipped folders are
-computed in float32, so that bfloat16's own noise stays out. Prints Markdown tables as in docs/quality.md. About fifteen
-minutes on two cores with --method rtn --method gptq. A --model without texts of its own is calibrated with what it
-writes itself, and judged on what it writes with another seed. With --encoder it is all-MiniLM-L6-v2: cosines of its
-embeddings of the built-in sentences, mean and least, calibrated with the lines of the language model's text.
+computed in float32, so that bfloat16's own noise stays out. Prints Markdown tables as in docs/quantization/quality.md.
+About fifteen minutes on two cores with --method rtn --method gptq. A --model without texts of its own is calibrated
+with what it writes itself, and judged on what it writes with another seed. With --encoder it is all-MiniLM-L6-v2:
+cosines of its embeddings of the built-in sentences, mean and least, calibrated with the lines of the language model's
+text.
 """
 
 from __future__ import annotations

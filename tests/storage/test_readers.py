@@ -1,6 +1,6 @@
 """What loads where, measured: transformers without spicerack, transformers with dequantize=True, spicerack itself.
 
-docs/loading.md states this table; a test holds the two together.
+docs/runtime.md states this table; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.usefixtures("reference_kernel")]
 IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 SYMMETRIC = [f"w{bits}{group}" for bits in range(2, 9) for group in ("", "g32")]
 ASYMMETRIC = [f"{name}z" for name in SYMMETRIC]
-DOCS = ROOT / "docs" / "loading.md"
+DOCS = ROOT / "docs" / "runtime.md"
 
 YES, NO, WRONG = "yes", "no", "wrong"
 

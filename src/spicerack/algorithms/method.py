@@ -77,7 +77,7 @@ _TWO_BITS = 3
 
 
 def auto(scheme: Scheme, with_text: bool) -> Method:
-    """The best measured for the scheme (docs/quality.md), with calibration text; without, rounding to nearest."""
+    """The best measured for the scheme with calibration text (docs/quantization/quality.md); without, to nearest."""
     if not with_text:
         return Method()
     integers = scheme.levels.integers

@@ -10,7 +10,7 @@ share an input, one for an expert) and a chunk's activations, or what the solver
     learning      what a solver of whole blocks says of itself, for all of its layers, and a chunk's activations
 
 Transforms say what they leave in memory of a block (`Transform.memory`). The plan is a promise: `execute` keeps to the
-number of sequences, and what was measured beside it is in docs/calibrate.md.
+number of sequences, and what was measured beside it is in docs/quantization/calibration.md.
 """
 
 from __future__ import annotations

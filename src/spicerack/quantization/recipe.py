@@ -195,7 +195,9 @@ def read(path: Path) -> Recipe:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not YAML: {error}", "see docs/recipes.md for an example") from error
+        raise RecipeError(
+            f"recipe {path} is not YAML: {error}", "see docs/quantization/recipes.md for an example"
+        ) from error
     if not isinstance(data, dict) or not isinstance(data.get("scheme"), str):
         raise RecipeError(f"recipe {path} has no 'scheme'", "begin with, say, 'scheme: w4g128'")
     unknown = set(data) - {"scheme", "method", "range", "observer", "rules"}

@@ -45,7 +45,7 @@ from spicerack.storage.writer import SHARD_BYTES
 from spicerack.text.calibration import Calibration
 
 OBSERVER = "percentile"
-"""The best measured (docs/quality.md)."""
+"""The best measured (docs/quantization/quality.md)."""
 Progress = Callable[[int], None]
 """Called with the bytes of each source tensor as it is done."""
 

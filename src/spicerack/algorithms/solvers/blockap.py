@@ -4,9 +4,9 @@
     w -= eta |s_0| m,   s -= eta |s_0| m / (hi - lo),   z -= eta m       m: Adam's direction;  eta from 2/T down to 0
 
 w begins as what `start` decodes to, in the middle of its cells: from the weights that were rounded, moved into their
-cells, what is found is farther off (docs/quality.md). A step moves a weight's place among the levels, or their ends, by
-eta at most, whatever the group's first scale s_0 and the number of levels (the first half of EfficientQAT, Chen et al.
-2024, arXiv:2407.11062, which begins with the float weights, and has one rate for all).
+cells, what is found is farther off (docs/quantization/quality.md). A step moves a weight's place among the levels,
+or their ends, by eta at most, whatever the group's first scale s_0 and the number of levels (the first half of
+EfficientQAT, Chen et al. 2024, arXiv:2407.11062, which begins with the float weights, and has one rate for all).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spicerack.numerics.fake import Grid, Parts, fake, rounded, stored
 from spicerack.numerics.qtensor import QTensor
 
 STEPS = 200
-"""T, as many as `signround` takes: what the two gain is compared at the same cost (docs/quality.md)."""
+"""T, as many as `signround` takes: what the two gain is compared at the same cost (docs/quantization/quality.md)."""
 
 _FARTHEST = 2.0
 """Twice the levels that a weight can move in all steps."""

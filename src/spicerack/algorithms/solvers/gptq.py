@@ -50,7 +50,7 @@ def memory(n: int, k: int) -> int:
     Up to DOUBLE columns H is made float64, factored in a second such matrix, and U is float32: 8 + 8 + 4 bytes for each
     of its values; above, only U is beside it. The four are W, what the walk leaves of it, and the codes, start's and
     new ones, before and after they are turned, with what decodes them. Measured on a block of Llama-70B's shapes: with
-    all else 13.9 of 14.2 GB planned (docs/calibrate.md).
+    all else 13.9 of 14.2 GB planned (docs/quantization/calibration.md).
     """
     factoring = (8 + 8 + 4 if k <= DOUBLE else 4) * k * k
     return factoring + 16 * n * k + SYSTEMS

@@ -10,7 +10,7 @@
 
 It is what there is for low bits without a text: rounding to nearest weighs all errors by their squares, so that a far
 outlier widens its group's steps for all; to the power 0.7 it may be off instead. Where calibration text tells which
-columns matter, `gptq` is nearer (docs/quality.md).
+columns matter, `gptq` is nearer (docs/quantization/quality.md).
 
 After each step scale and zero are judged as they are stored, by the sum itself; each group keeps its best, those of
 `start` among them, so that no group gets worse by this measure. https://mobiusml.github.io/hqq_blog

@@ -1,4 +1,4 @@
-"""A percentile of magnitudes: T = the 99.999th of |x|. The best measured (docs/quality.md).
+"""A percentile of magnitudes: T = the 99.999th of |x|. The best measured (docs/quantization/quality.md).
 
 99.9 ruins models with outliers: a few channels are far larger than the rest, and the model needs them.
 """
