@@ -95,6 +95,10 @@ struct Step {
 // costs a product, and needs no limits: 127 (1 + 2^-22) rounds to 127.
 template <bool GIVEN>
 INLINE int32_t round_span(const vf* x, const Step& step, int8_t* codes) {
+    if (!GIVEN && step.inverse == 0) {  // nothing, or NaN and infinities: what of them became would be no code
+        std::memset(codes, 0, TILE);
+        return 0;
+    }
     vi q[VECTORS_A_SPAN], sum{};
     for (int i = 0; i < VECTORS_A_SPAN; i++) {
         if (GIVEN) {

@@ -112,6 +112,26 @@ void trits(Random& random) {
     }
 }
 
+// The greatest and the least codes by activations of one sign or of both, as large as they get: what engines add in 16
+// bits must not reach their end.
+void greatest_sums(Random& random) {
+    for (int bits = TRITS; bits <= 8; bits++) {
+        const int64_t last = bits == TRITS ? 2 : (1 << bits) - 1;
+        for (const int64_t rows : {1, 2, 4, 7, 9, 20}) {
+            for (const Activations how : {Activations::spans, Activations::tokens}) {
+                const auto codes = [&](int64_t n, int64_t k) {
+                    return n % 3 == 0 ? last : n % 3 == 1 ? 0 : k % 2 * last;
+                };
+                const Matrix m = make({32, 256, 0, bits, symmetric, Float::f32, false, true, 0}, random, codes);
+                const auto values = [](int64_t row, int64_t k) {
+                    return row % 3 == 2 ? k % 2 * 254.0 - 127.0 : 127.0 - row % 3 * 254.0;
+                };
+                check_engines("greatest sums", m, input(rows, 256, Float::f32, values), nullptr, {how});
+            }
+        }
+    }
+}
+
 // The longest rows that one scale may have, codes and activations as large as they get.
 void longest_rows(Random& random) {
     for (const Kind kind : {symmetric, zeros}) {
@@ -132,6 +152,7 @@ void spicerack::test_bodies(Random& random) {
     trits(random);
     if (once) return;
     every_code(random);
+    greatest_sums(random);
     random_shapes(random);
     long_rows(random);
     longest_rows(random);
