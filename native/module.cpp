@@ -319,16 +319,17 @@ void from_panels(Tiles tiles, int bits, int offset, Matrix<uint8_t> codes) {
     unpack_panels(tiles.data(), codes.shape(0), codes.shape(1), bits, offset, codes.data());
 }
 
-// Operations of `rounds` rounds of dot products on each of `threads` threads.
-int64_t spin(int index, int64_t rounds, int threads) {
+// Operations of `rounds` rounds of dot products, or of multiply-adds of floats, on each of `threads` threads.
+int64_t spin(int index, int64_t rounds, int threads, bool floats) {
     struct Work {
         const Engine* engine;
         int64_t rounds, done;
-    } work{&engine(index), rounds, 0};
+        bool floats;
+    } work{&engine(index), rounds, 0, floats};
     nb::gil_scoped_release unlocked;
     run_team(threads, [](void* context, Member) {
         Work& w = *(Work*)context;
-        __atomic_fetch_add(&w.done, w.engine->spin(w.rounds), __ATOMIC_RELAXED);
+        __atomic_fetch_add(&w.done, w.engine->spin(w.rounds, w.floats), __ATOMIC_RELAXED);
     }, &work);
     return work.done;
 }
@@ -390,7 +391,7 @@ NB_MODULE(_native, m) {
     m.def("rows", &spicerack::rows, "matrix"_a, "which"_a, "out"_a);
     m.def("to_panels", &to_panels, "codes"_a, "bits"_a, "offset"_a, "tiles"_a);
     m.def("from_panels", &from_panels, "tiles"_a, "bits"_a, "offset"_a, "codes"_a);
-    m.def("spin", &spin, "engine"_a, "rounds"_a, "threads"_a);
+    m.def("spin", &spin, "engine"_a, "rounds"_a, "threads"_a, "floats"_a);
     m.def("read_all", &read_all, "engine"_a, "data"_a, "threads"_a);
     m.def("team_size", &team_size);
 }

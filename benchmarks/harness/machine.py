@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "spicerack", "torch", "torchao", "onnxruntime", "openvino", "nncf", "llama-cpp-python", "transformers", "numpy",
+    "spicerack-quant", "torch", "torchao", "onnxruntime", "openvino", "nncf", "llama-cpp-python", "transformers",
+    "numpy",
 )  # fmt: skip
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 _CPUINFO = Path("/proc/cpuinfo")

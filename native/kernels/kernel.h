@@ -100,8 +100,9 @@ constexpr int64_t MAX_EXACT_COLUMNS = 1 << 16;
 #define SPICERACK_KERNEL_FUNCTIONS                                                                                     \
     void linear(const Call& call);                                                                                     \
     void attention(const Attention& call);                                                                             \
-    /* Operations of `rounds` rounds of dot products that touch registers only (2 for each multiply-add). */           \
-    int64_t spin(int64_t rounds);                                                                                      \
+    /* Operations of `rounds` rounds of dot products, or of multiply-adds of floats, that touch registers only (2 for  \
+       each multiply-add). */                                                                                          \
+    int64_t spin(int64_t rounds, bool floats);                                                                         \
     /* Reads all of it once. */                                                                                        \
     int64_t read(const void* data, int64_t bytes);
 

@@ -2,9 +2,31 @@
 #include "dot.h"
 
 namespace spicerack::SPICERACK_ISA {
+namespace {
 
-int64_t spin(int64_t rounds) {
-    constexpr int CHAINS = 12;
+
+constexpr int CHAINS = 12;  // one after the other they hide how long an operation takes
+
+int64_t spin_floats(int64_t rounds) {
+    vf acc[CHAINS] = {}, x = splat(1.0f);
+    for (int64_t i = 0; i < rounds; i++) {
+#pragma GCC unroll 12
+        for (int c = 0; c < CHAINS; c++) {
+            acc[c] = fused(x, x, acc[c]);
+#if defined(__x86_64__)
+            __asm__ volatile("" : "+v"(acc[c]), "+v"(x));
+#elif defined(__aarch64__)
+            __asm__ volatile("" : "+w"(acc[c]), "+w"(x));
+#endif
+        }
+    }
+    return rounds * CHAINS * LANES * 2;
+}
+
+}  // namespace
+
+int64_t spin(int64_t rounds, bool floats) {
+    if (floats) return spin_floats(rounds);
     vi acc[CHAINS] = {}, u = splat_int(0x01020304), a = splat_int(0x04030201);
     for (int64_t i = 0; i < rounds; i++) {
 #pragma GCC unroll 12
