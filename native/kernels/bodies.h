@@ -120,7 +120,7 @@ INLINE void for_each(const Body& body) {
 // i = begin(m, v) + u a of one span, in int32. `at`: bytes to its tile in each panel; a [M, 32].
 template <int BITS, int M, int P, class Begin>
 INLINE void sum_tile(const Panels& w, int64_t at, int pass, const int8_t* a, const Begin& begin,
-                      vi (&i)[M][Vectors<BITS, P>::count]) {
+                     vi (&i)[M][Vectors<BITS, P>::count]) {
     constexpr int V = Vectors<BITS, P>::count, SHORT = SHORT_STEPS<BITS>;
     if constexpr (SHORT < QUADS) for_each<M, V>([&](int m, int v) FLAT { i[m][v] = begin(m, v); });
     if constexpr (SHORT == 1) {
@@ -217,13 +217,14 @@ INLINE void scaled_pass(const Panels& w, const Strip& x, float* sums, int pass) 
 
 template <int BITS, int M, int P, Scaling SCALING>
 void scaled(const Panels& w, const Strip& x, float* sums) {
-    const bool plain = !w.zero[0] && !x.half;
     for (int pass = 0; pass < Vectors<BITS, P>::passes; pass++) {
-        if (PAIRS && plain) {
-            scaled_pass<BITS, M, P, SCALING, true>(w, x, sums, pass);
-        } else {
-            scaled_pass<BITS, M, P, SCALING, false>(w, x, sums, pass);
+        if constexpr (PAIRS) {  // 16 registers, of which zeros and halves would take some even where there are none
+            if (!w.zero[0] && !x.half) {
+                scaled_pass<BITS, M, P, SCALING, true>(w, x, sums, pass);
+                continue;
+            }
         }
+        scaled_pass<BITS, M, P, SCALING, false>(w, x, sums, pass);
     }
 }
 
