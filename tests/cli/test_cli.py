@@ -15,6 +15,7 @@ import spicerack.cli
 from spicerack import plugins
 from spicerack.cli import _output, cli
 from spicerack.cli._commands import about
+from spicerack.kernels.panels import NAMES
 
 
 def run(*args: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -124,6 +125,16 @@ def test_quantize_prints_one_json_object(llama_folder, tmp_path: Path) -> None:
     keys = {"output", "scheme", "bytes_before", "bytes_after", "bits_per_weight", "bits_per_weight_total", "seconds",
             "peak_rss_bytes", "resumed"}  # fmt: skip
     assert keys <= result.keys() and result["bits_per_weight"] == 4.5
+
+
+@pytest.mark.parametrize(("scheme", "row"), [("nf4", "reference"), ("w4g16", "reference"), ("w4g32", "float_scalar")])
+def test_what_will_be_slower_than_float_is_told_before(
+    llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str, row: str
+) -> None:
+    """Where no vector instructions multiply a scheme: tables of levels everywhere, all on a processor without them."""
+    assert in_process("quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", scheme, "--dry-run") == 0
+    told = f"{scheme} runs on {row} here, without vector instructions: slower than the float model"
+    assert (told in " ".join(capsys.readouterr().out.split())) == (row == "reference" or NAMES[0] == "scalar")
 
 
 def test_dry_run_writes_nothing(llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,8 @@ def announce(
     """
     from rich.markup import escape
 
+    from spicerack.models import choices
+
     console.print(f"[bold]model [/bold] {escape(str(job.source.folder))}", soft_wrap=True)
     console.print(f"[bold]recipe[/bold] {escape(str(job.recipe))}", soft_wrap=True)
     console.print(f"[bold]format[/bold] {job.format.name}", soft_wrap=True)
@@ -110,7 +112,8 @@ def announce(
     if device.type != "cpu":
         size = _output.size(planned.block_bytes)
         console.print(f"[bold]device[/bold] {device}, {size} of its memory at most", soft_wrap=True)
-    for note in (*job.notes, *(calibration.notes if calibration is not None else ())):
+    slow = choices.without_vectors(action.stored for action in job.actions if action.stored is not None)
+    for note in (*job.notes, *(calibration.notes if calibration is not None else ()), *slow):
         console.print(f"[yellow]note[/yellow]   {escape(note)}", soft_wrap=True)
     console.print()
 

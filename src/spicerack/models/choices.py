@@ -6,6 +6,7 @@ asks: `kernels.kernel.pick`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from spicerack.models.overview import pattern_of
 from spicerack.numerics import dtypes
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage import format
+from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
 
 _CPU = torch.device("cpu")
@@ -98,6 +100,29 @@ def layers(folder: str | Path, compute: Compute | None = None, engine: str | Non
             passed_over=picked[scheme, shape, dtype].passed_over,
         )
         for (pattern, scheme, shape, dtype), count in counts.items()
+    ]
+
+
+def without_vectors(contents: Iterable[StoredTensor]) -> list[str]:
+    """What of these a model on this processor would multiply without vector instructions: a sentence for each scheme.
+
+    contents: what is quantized, or will be. Float layers are multiplied with vector instructions everywhere, so such a
+    model is slower than its original, here: it is known before anything is quantized, and told then.
+    """
+    plain: dict[str, str] = {}
+    asked: set[tuple[Scheme, Shape, torch.dtype]] = set()
+    for stored in contents:
+        rows, columns = stored.shape[-2:]
+        key = (stored.scheme, (rows, columns), stored.source_dtype)
+        if key not in asked and stored.role != "embedding":  # whose rows are looked up
+            asked.add(key)
+            chosen = kernel.pick(*key, _CPU).kernel
+            if not chosen.vector:
+                plain.setdefault(stored.scheme.name, chosen.name)
+    return [
+        f"{scheme} runs on {name} here, without vector instructions: slower than the float model "
+        "(`spicerack kernels OUT` says why)"
+        for scheme, name in plain.items()
     ]
 
 
