@@ -18,6 +18,7 @@
 
 #include "kernels/kernel.h"
 #include "kernels/layout.h"
+#include "kernels/pool.h"
 #include "kernels/team.h"
 #include "quantizers/dispatch.h"
 #include "quantizers/pack.h"
@@ -319,6 +320,23 @@ void from_panels(Tiles tiles, int bits, int offset, Matrix<uint8_t> codes) {
     unpack_panels(tiles.data(), codes.shape(0), codes.shape(1), bits, offset, codes.data());
 }
 
+// A tensor that holds anything; its memory goes to the next one when it and all that share it are gone.
+nb::ndarray<nb::pytorch> pooled(const std::vector<size_t>& shape, int type) {
+    require(0 <= type && type <= int(Float::bf16), "results are float32, float16 or bfloat16");
+    const Float as = Float(type);
+    int64_t count = 1;
+    for (const size_t size : shape) {
+        require(size <= size_t(INT64_MAX / 8) && (size == 0 || count <= INT64_MAX / 8 / int64_t(size)), "too large");
+        count *= int64_t(size);
+    }
+    void* memory = take(count * size_of(as));
+    if (!memory) throw std::bad_alloc();
+    const nb::capsule owner(memory, [](void* p) noexcept { give_back(p); });
+    const auto code = as == Float::bf16 ? nb::dlpack::dtype_code::Bfloat : nb::dlpack::dtype_code::Float;
+    const nb::dlpack::dtype dtype{uint8_t(code), uint8_t(8 * size_of(as)), 1};
+    return nb::ndarray<nb::pytorch>(memory, shape.size(), shape.data(), owner, nullptr, dtype);
+}
+
 // Operations of `rounds` rounds of dot products, or of multiply-adds of floats, on each of `threads` threads.
 int64_t spin(int index, int64_t rounds, int threads, bool floats) {
     struct Work {
@@ -391,6 +409,11 @@ NB_MODULE(_native, m) {
     m.def("rows", &spicerack::rows, "matrix"_a, "which"_a, "out"_a);
     m.def("to_panels", &to_panels, "codes"_a, "bits"_a, "offset"_a, "tiles"_a);
     m.def("from_panels", &from_panels, "tiles"_a, "bits"_a, "offset"_a, "codes"_a);
+    m.def("pooled", &pooled, "shape"_a, "type"_a);
+    m.def("release", [] {
+        nb::gil_scoped_release unlocked;
+        return release();
+    });
     m.def("spin", &spin, "engine"_a, "rounds"_a, "threads"_a, "floats"_a);
     m.def("read_all", &read_all, "engine"_a, "data"_a, "threads"_a);
     m.def("team_size", &team_size);

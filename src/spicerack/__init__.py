@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spicerack.evaluation.bench import BenchOptions, bench
     from spicerack.evaluation.evaluate import EvaluationOptions, evaluate, measure
     from spicerack.evaluation.language import paired_difference
+    from spicerack.kernels.pool import release_memory
     from spicerack.nn.cache import QuantizedCache
     from spicerack.quantization.run import quantize
     from spicerack.runtime.load import load
@@ -52,6 +53,7 @@ __all__ = [
     "prepare_qat",
     "quantize",
     "read_calibration",
+    "release_memory",
     "save",
     "scales",
     "train",
@@ -75,6 +77,7 @@ _HOMES = {
     "prepare_qat": "training.qat.prepare.prepare_qat",
     "quantize": "quantization.run.quantize",
     "read_calibration": "text.calibration.read",
+    "release_memory": "kernels.pool.release_memory",
     "save": "runtime.save.save",
     "scales": "training.qat.prepare.scales",
     "train": "training.run.train",

@@ -16,7 +16,7 @@ import torch
 
 from spicerack import _native
 from spicerack.errors import ShapeError
-from spicerack.kernels import panels
+from spicerack.kernels import panels, pool
 from spicerack.kernels.panels import PANEL, TYPES
 
 _NO_MASK = (0, 0, 0, 0)
@@ -51,7 +51,9 @@ def attention(
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     batch, heads, queries, width = q.shape
     kv_heads, keys, value_width = k.shape[1], k.shape[2], v.shape[3]
-    y = q.new_empty(batch, queries, heads, value_width)
+    shape = (batch, queries, heads, value_width)
+    large = batch * queries * heads * value_width >= pool.LARGE
+    y = pool.empty(shape, q.dtype) if large else q.new_empty(shape)
     if not y.numel():
         return y
     if not keys:  # the softmax of nothing: as of a query that sees no key

@@ -18,6 +18,7 @@ import torch
 
 from spicerack import _native
 from spicerack.errors import ShapeError
+from spicerack.kernels import pool
 from spicerack.kernels.panels import FIXED, FLOATS, PANEL, TYPES, Spec, Tiling, spec_of
 from spicerack.numerics import native
 from spicerack.numerics.packed import Rows, Tensors
@@ -130,9 +131,11 @@ def multiply(
         x = x.clone(memory_format=torch.contiguous_format)
         at = x.data_ptr()
     outputs, products, held = [], [], []
+    rows = x.numel() // k
     for matrix, bias in zip(matrices, biases, strict=True):
         shape[-1] = n = matrix.spec.n
-        y = x.new_empty(*shape)  # faster than of a list
+        # new_empty of numbers is faster than of a list
+        y = x.new_empty(*shape) if rows * n < pool.LARGE else pool.empty(shape, x.dtype)
         address = 0
         if bias is not None:
             if bias.dtype != x.dtype or not bias.is_contiguous() or bias.numel() != n:
@@ -141,7 +144,6 @@ def multiply(
             address = bias.data_ptr()
         outputs.append(y)
         products.append((matrix.native(), address, y.data_ptr(), gelu))
-    rows = x.numel() // k
     if rows:
         _native.linear(engine, at, kind, rows, matrices[0].activations, matrices[0].fixed(), products)
     return outputs
