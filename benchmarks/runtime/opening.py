@@ -1,9 +1,10 @@
 """How long a model takes to open: from `load` to its first result of 16 tokens, beside transformers and the original.
 
-Each opening is a process of its own, and they take turns; printed are medians. `import` is what comes before the call:
-spicerack and torch, or transformers and torch. `load` is the call, `first` the call and one result behind it. Warm means
-that the files are in the page cache; cold, that they were dropped from it. Models are made in a temporary folder, or in
---folder, where they are kept for the next time (1.3 GB, 4.3 GB with the model of 1.1 B).
+Each opening is a process of its own, and they take turns; printed are medians, and the least to most of the last.
+`import` is what comes before the call: spicerack and torch, or transformers and torch. `load` is the call, `first` the
+call and one result behind it, `MB` the peak of memory, mapped files included. Warm means that the files are in the page
+cache; cold, that they were dropped from it. Models are made in a temporary folder, or in --folder, where they are kept
+for the next time (1.3 GB, 4.3 GB with the model of 1.1 B).
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def load_apart(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str, Exper
 
     Merged into one parameter, as transformers has them, experts would have to be copied. Raises as `load` does.
     """
-    folder = Folder(checkpoint, None, {})
+    folder = Folder(checkpoint.held(), None, {})
     model, expert_floats = _with_slots(folder, None, apart=True)
     experts = experts_in_slots(model)
     fill(model, folder, expert_floats, Way("cpu"))

@@ -166,6 +166,7 @@ class _Packing:
                 way = self.way
                 weight = PackedWeight(matrix, dtype, way.device, way.compute, way.engine)
                 self.packed[stored.module, place] = weight
+            self.folder.release(stored)
         return self.packed[stored.module, number]
 
     def layer(self, slot: Slot) -> nn.Module:
