@@ -2,9 +2,9 @@
 
 Each opening is a process of its own, and they take turns; printed are medians, and the least to most of the last.
 `import` is what comes before the call: spicerack and torch, or transformers and torch. `load` is the call, `first` the
-call and one result behind it, `MB` the peak of memory, mapped files included. Warm means that the files are in the page
-cache; cold, that they were dropped from it. Models are made in a temporary folder, or in --folder, where they are kept
-for the next time (1.3 GB, 4.3 GB with the model of 1.1 B).
+call and one result behind it, `all` everything, `MB` the peak of memory, mapped files included. Warm: the files are in
+the page cache; cold: they were dropped from it. Models are made in a temporary folder, or in --folder, where they are
+kept for the next time (1.3 GB, 4.3 GB with the model of 1.1 B).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 
-FIGURES = ("import", "load", "first")
+FIGURES = ("import", "load", "first", "all")
 SMALL = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24,
     "num_attention_heads": 16, "num_key_value_heads": 4,
@@ -70,9 +70,11 @@ def open_once(folder: str, scheme: str) -> dict[str, float]:
         load: Callable[[str], Any] = spicerack.load
     else:
         import transformers
+        import transformers.modeling_utils  # which the first model of a process would import
 
         config = json.loads((Path(folder) / "config.json").read_text())
-        load = getattr(transformers, config["architectures"][0]).from_pretrained
+        causal = "CausalLM" in config["architectures"][0]
+        load = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_pretrained
     import torch
 
     ready = time.perf_counter()
@@ -82,7 +84,13 @@ def open_once(folder: str, scheme: str) -> dict[str, float]:
     with torch.no_grad():
         model(input_ids=ids)
     done = time.perf_counter()
-    return {"import": ready - begin, "load": loaded - ready, "first": done - ready, "peak": _peak()}
+    return {
+        "import": ready - begin,
+        "load": loaded - ready,
+        "first": done - ready,
+        "all": done - begin,
+        "peak": _peak(),
+    }
 
 
 def _peak() -> float:
@@ -113,7 +121,9 @@ def drop(folder: Path) -> None:
 
 def show(rows: list[Row], samples: dict[Row, list[dict[str, float]]]) -> None:
     """A line for each way: medians in seconds, least to most of the last, and the last beside the original's."""
-    click.echo(f"{'model':7}{'as':9}{'import':>8}{'load':>8}{'first':>8}   {'least to most':16}{'times':>6}{'MB':>7}")
+    click.echo(
+        f"{'model':7}{'as':9}{'import':>8}{'load':>8}{'first':>8}{'all':>8}   {'least to most':16}{'times':>6}{'MB':>7}"
+    )
     base: dict[str, float] = {}
     for row in rows:
         figures = {name: [sample[name] for sample in samples[row]] for name in samples[row][0]}

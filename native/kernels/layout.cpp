@@ -94,15 +94,20 @@ void unpack_trits(const uint8_t* tiles, int64_t n, int64_t k, int offset, uint8_
 
 }  // namespace
 
+void squeeze_tile(const uint8_t* bytes, int bits, uint8_t* tile) {
+    planes(bits, [&](int width, int low) {
+        squeeze(bytes, width, low, tile);
+        tile += width * TILE_UNIT;
+    });
+}
+
 void pack_panels(const uint8_t* codes, int64_t n, int64_t k, int bits, int offset, uint8_t* tiles) {
     if (bits == TRITS) return pack_trits(codes, n, k, offset, tiles);
     for (int64_t row = 0; row < n; row += PANEL) {
         for (int64_t column = 0; column < k; column += TILE) {
             const Tile tile(codes, n, k, offset, row, column);
-            planes(bits, [&](int width, int low) {
-                squeeze(tile.bytes, width, low, tiles);
-                tiles += width * TILE_UNIT;
-            });
+            squeeze_tile(tile.bytes, bits, tiles);
+            tiles += bits * TILE_UNIT;
         }
     }
 }

@@ -12,7 +12,10 @@ namespace spicerack {
 // offset are 0, 1 or 2.
 void pack_panels(const uint8_t* codes, int64_t n, int64_t k, int bits, int offset, uint8_t* tiles);
 
-// Its inverse: codes get back minus offset, modulo 256.
+// One tile of `bytes`, one a code u as plane 8 has them -> its planes of 2 to 8 bits, 64 * bits bytes.
+void squeeze_tile(const uint8_t* bytes, int bits, uint8_t* tile);
+
+// The inverse of pack_panels: codes get back minus offset, modulo 256.
 void unpack_panels(const uint8_t* tiles, int64_t n, int64_t k, int bits, int offset, uint8_t* codes);
 
 // out [count, K] = rows [count] of w, each in 0..N-1: scale * (u - z) in float32, rounded once, which is what

@@ -1,11 +1,40 @@
 // Matrices, inputs and runs of products.h.
 #include "products.h"
 
+#include "../kernels/stored.h"
+#include "../quantizers/pack.h"
+
 namespace spicerack {
 
 namespace {
 
 const char* const HOW_NAMES[] = {"floats", "spans", "tokens", "fixed"};
+
+// The same tiles from codes as folders store them: streams, whose rows are filled up with ones, and bytes.
+void check_stored(const Weights& w, const std::vector<uint8_t>& codes, const Exact& tiles) {
+    const int bits = w.bits == TRITS ? 2 : w.bits, most = w.bits == TRITS ? 2 : (1 << bits) - 1;
+    StoredCodes s{nullptr, Order::stream, w.n, w.k, bits, w.offset, most};
+    Exact words(w.n * s.stride(), 1), bytes(w.n * w.k, 1), out(tiles.bytes(), 1);
+    pack(codes.data(), w.n, w.k, bits, w.offset, words.data());
+    for (int64_t n = 0; n < w.n; n++) {
+        for (int64_t bit = w.k * bits; bit < s.stride() * 8; bit++) {
+            words.data()[n * s.stride() + bit / 8] |= uint8_t(1 << bit % 8);
+        }
+    }
+    std::memcpy(bytes.data(), codes.data(), codes.size());
+    for (const Order order : {Order::stream, Order::bytes}) {
+        s.order = order;
+        s.data = order == Order::stream ? words.data() : bytes.data();
+        std::memset(out.data(), 0xff, out.bytes());
+        const int64_t middle = w.bundles() / 2;
+        const bool good = pack_stored(s, w.bits, 0, middle, out.data()) & pack_stored(s, w.bits, middle, w.bundles(), out.data());
+        check(good && !std::memcmp(out.data(), tiles.data(), tiles.bytes()), "pack_stored makes what pack_panels makes");
+        const bool any = std::any_of(codes.begin(), codes.end(), [&](uint8_t c) { return uint8_t(c + w.offset) > 2; });
+        s.most = 2;
+        check(pack_stored(s, w.bits, 0, w.bundles(), out.data()) == !any, "codes beyond the levels are noticed");
+        s.most = most;
+    }
+}
 
 // Codes [N, K], one byte each, as tiles; and back again.
 Exact packed(const Weights& w, const std::vector<uint8_t>& codes) {
@@ -15,6 +44,7 @@ Exact packed(const Weights& w, const std::vector<uint8_t>& codes) {
     unpack_panels(tiles.data(), w.n, w.k, w.bits, w.offset, back.data());
     std::snprintf(subject, sizeof subject, "packing: %d bits, N %d, K %d", w.bits, int(w.n), int(w.k));
     check(back == codes, "unpack_panels is the inverse of pack_panels");
+    check_stored(w, codes, tiles);
     return tiles;
 }
 

@@ -17,6 +17,7 @@ from spicerack.errors import CheckpointError
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.nn import kinds
 from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage import format as formats
 from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.reader import Checkpoint
@@ -58,6 +59,14 @@ class Folder:
         """Codes and scales of one tensor of `contents`, read from the disk. Raises CheckpointError."""
         assert self.format is not None, "contents come from a format"
         return self.format.decode(stored, {name: self.checkpoint.read(name) for name in self.format.layout(stored)})
+
+    def undecoded(self, stored: StoredTensor) -> Undecoded | None:
+        """The same with codes as they lie on the disk, which is not read yet; None where there is no such form.
+
+        Raises CheckpointError as `Format.undecoded` does.
+        """
+        assert self.format is not None, "contents come from a format"
+        return self.format.undecoded(stored, {name: self.checkpoint.read(name) for name in self.format.layout(stored)})
 
     def release(self, stored: StoredTensor) -> None:
         """Nobody needs what was read of a tensor of `contents` any more: its pages need not stay in memory."""
