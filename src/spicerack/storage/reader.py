@@ -180,9 +180,9 @@ class Checkpoint:
 
 def _torch_dtype(name: str) -> torch.dtype | None:
     """torch's type of safetensors' name; None for those that torch has in no file of ours, which safetensors reads."""
-    from spicerack.numerics.dtypes import SAFETENSORS
+    from spicerack.numerics.dtypes import BY_SAFETENSORS
 
-    return next((dtype for dtype, known in SAFETENSORS.items() if known == name), None)
+    return BY_SAFETENSORS.get(name)
 
 
 def _read_header(path: Path) -> Iterator[TensorInfo]:
