@@ -1,6 +1,6 @@
 // From codes as folders store them to the panels that kernel.h describes, with no byte for each code in between.
 //
-// Exact, one thread, the same code on any processor. What comes out is what pack_panels makes of the same codes.
+// Exact, one thread, the same code on any processor; unpack_panels is the way back.
 #pragma once
 
 #include "kernel.h"

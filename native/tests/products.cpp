@@ -10,6 +10,26 @@ namespace {
 
 const char* const HOW_NAMES[] = {"floats", "spans", "tokens", "fixed"};
 
+// Codes [N, K], one byte each, as tiles; plain loops, byte after byte.
+void pack_panels(const Weights& w, const std::vector<uint8_t>& codes, uint8_t* tiles) {
+    const int panels = w.bits == TRITS ? BUNDLE : 1;
+    for (int64_t bundle = 0; bundle < w.bundles(); bundle++) {
+        for (int64_t t = 0; t < w.tiles(); t++, tiles += w.tile_bytes()) {
+            uint8_t sum[BYTE_TILE] = {};
+            for (int p = panels - 1; p >= 0; p--) {
+                for (int i = 0; i < BYTE_TILE; i++) {
+                    const int64_t row = (bundle * panels + p) * PANEL + i % TILE_UNIT / 4;
+                    const int64_t column = t * TILE + i / TILE_UNIT * 4 + i % 4;
+                    const bool there = row < w.n && column < w.k;
+                    sum[i] = uint8_t(3 * sum[i] + (there ? uint8_t(codes[row * w.k + column] + w.offset) : 0));
+                }
+            }
+            if (w.bits == TRITS) std::memcpy(tiles, sum, BYTE_TILE);
+            if (w.bits != TRITS) squeeze_tile(sum, w.bits, tiles);
+        }
+    }
+}
+
 // The same tiles from codes as folders store them: streams, whose rows are filled up with ones, and bytes.
 void check_stored(const Weights& w, const std::vector<uint8_t>& codes, const Exact& tiles) {
     const int bits = w.bits == TRITS ? 2 : w.bits, most = w.bits == TRITS ? 2 : (1 << bits) - 1;
@@ -39,7 +59,7 @@ void check_stored(const Weights& w, const std::vector<uint8_t>& codes, const Exa
 // Codes [N, K], one byte each, as tiles; and back again.
 Exact packed(const Weights& w, const std::vector<uint8_t>& codes) {
     Exact tiles(w.bundles() * w.tiles() * w.tile_bytes(), 1);
-    pack_panels(codes.data(), w.n, w.k, w.bits, w.offset, tiles.data());
+    pack_panels(w, codes, tiles.data());
     std::vector<uint8_t> back(codes.size());
     unpack_panels(tiles.data(), w.n, w.k, w.bits, w.offset, back.data());
     std::snprintf(subject, sizeof subject, "packing: %d bits, N %d, K %d", w.bits, int(w.n), int(w.k));
