@@ -12,13 +12,21 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <stdexcept>
+#include <thread>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "kernels/kernel.h"
 #include "kernels/layout.h"
 #include "kernels/pool.h"
+#include "kernels/stored.h"
 #include "kernels/team.h"
 #include "quantizers/dispatch.h"
 #include "quantizers/pack.h"
@@ -307,17 +315,105 @@ void check_panels(int bits, size_t n, size_t k, const Tiles& tiles) {
             "codes and tiles do not belong together");
 }
 
-// Codes [N, K] as tiles [bundles, tiles of a panel, bytes of a tile]; and back. layout.h.
-void to_panels(Matrix<const uint8_t> codes, int bits, int offset, Tiles tiles) {
-    check_panels(bits, codes.shape(0), codes.shape(1), tiles);
-    nb::gil_scoped_release unlocked;
-    pack_panels(codes.data(), codes.shape(0), codes.shape(1), bits, offset, tiles.data());
-}
-
+// Tiles [bundles, tiles of a panel, bytes of a tile] as codes [N, K]. layout.h.
 void from_panels(Tiles tiles, int bits, int offset, Matrix<uint8_t> codes) {
     check_panels(bits, codes.shape(0), codes.shape(1), tiles);
     nb::gil_scoped_release unlocked;
     unpack_panels(tiles.data(), codes.shape(0), codes.shape(1), bits, offset, codes.data());
+}
+
+// Values for each row and group, [rows, groups * size] bytes, and their lanes [panels, groups, 16 * size].
+struct Lanes {
+    Matrix<const uint8_t> values;
+    Tiles lanes;
+    int size, add;
+};
+
+// A matrix on its way from a folder to panels: what it is made from and what it fills, which live as long as it does.
+struct Packing {
+    nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> data;
+    Tiles tiles;
+    StoredCodes codes;
+    int bits;
+    std::vector<Lanes> lanes;
+    std::atomic<bool> good{true};
+
+    Packing(Matrix<const uint8_t> data_, int order, int64_t n, int64_t k, int stored_bits, int offset, int most,
+            int bits_, Tiles tiles_)
+        : data(data_), tiles(tiles_), codes{data_.data(), Order(order), n, k, stored_bits, offset, most}, bits(bits_) {
+        require(order >= 0 && order <= 2, "no such order of codes");
+        require(n > 0 && k > 0 && k < int64_t(1) << 40, "not a matrix");
+        require(stored_bits >= 2 && stored_bits <= 8 && (bits == stored_bits || bits == TRITS), "2 to 8 bits, or trits");
+        require(codes.order == Order::stream || codes.order == Order::bytes || (n % 4 == 0 && stored_bits == 2),
+                "quarters have rows in fours, of two bits");
+        require(bits != TRITS || most <= 2, "trits are 0, 1 and 2");
+        require(int64_t(data.shape(0)) == codes.rows() && int64_t(data.shape(1)) == codes.stride(),
+                "codes are not as long as their matrix");
+        check_panels(bits, size_t(n), size_t(k), tiles);
+    }
+
+    // values [N or 1, groups * size] -> lanes [panels, groups, 16 * size], with `add` more where size is 1.
+    void add_lanes(Matrix<const uint8_t> values, int size, int add, Tiles out) {
+        require(size == 1 || size == 2 || size == 4, "lanes of 1, 2 or 4 bytes");
+        require(values.shape(0) == 1 || int64_t(values.shape(0)) == codes.n, "values for each row, or for all");
+        require(int64_t(out.shape(0)) == (codes.n + PANEL - 1) / PANEL && int(out.shape(2)) == PANEL * size &&
+                    out.shape(1) * size == values.shape(1),
+                "values and lanes do not belong together");
+        lanes.push_back({values, out, size, add});
+    }
+
+    // Bundles first..last, and the lanes of their panels.
+    void run(int64_t first, int64_t last) {
+        if (!pack_stored(codes, bits, first, last, tiles.data())) good = false;
+        const int64_t panels = bits == TRITS ? BUNDLE : 1, all = (codes.n + PANEL - 1) / PANEL;
+        for (const Lanes& l : lanes) {
+            to_lanes(l.values.data(), int64_t(l.values.shape(0)), int64_t(l.lanes.shape(1)), l.size, l.add, codes.n,
+                     first * panels, std::min(last * panels, all), l.lanes.data());
+        }
+    }
+};
+
+constexpr int64_t PIECE_BYTES = 1 << 20;  // of tiles that a thread takes at once: .2 ms
+
+// Fills all of them, on `threads` threads of its own: torch's team belongs to the thread that computes, and this runs
+// beside it. -> for each whether its codes are levels.
+std::vector<bool> pack_all(const std::vector<Packing*>& packings, int threads) {
+    struct Piece {
+        Packing* packing;
+        int64_t first, last;
+    };
+    std::vector<Piece> pieces;
+    for (Packing* p : packings) {
+        const int64_t bundles = int64_t(p->tiles.shape(0)), bytes = int64_t(p->tiles.shape(1) * p->tiles.shape(2));
+        const int64_t step = std::max<int64_t>(1, PIECE_BYTES / bytes);
+        for (int64_t at = 0; at < bundles; at += step) pieces.push_back({p, at, std::min(at + step, bundles)});
+    }
+    {
+        nb::gil_scoped_release unlocked;
+        std::atomic<size_t> next{0};
+        const auto work = [&] {
+            for (size_t i; (i = next++) < pieces.size();) pieces[i].packing->run(pieces[i].first, pieces[i].last);
+        };
+        std::vector<std::thread> others;
+        for (int i = 1; i < threads && size_t(i) < pieces.size(); i++) others.emplace_back(work);
+        work();
+        for (std::thread& other : others) other.join();
+    }
+    std::vector<bool> good;
+    for (const Packing* p : packings) good.push_back(p->good);
+    return good;
+}
+
+// Make huge pages of the small ones of these ranges (address, bytes), one after the other, each from one huge page's
+// beginning to another's end; in a thread of its own that nobody waits for (Linux 6.1; else nothing happens). It keeps
+// nothing alive: of memory that is gone meanwhile, or is another's, no byte is changed.
+void merge_pages(const std::vector<std::pair<uintptr_t, size_t>>& ranges) {
+#if defined(__linux__)
+    std::thread([ranges] {
+        constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which glibc's headers may not know yet
+        for (const auto& [address, bytes] : ranges) madvise((void*)address, bytes, COLLAPSE);
+    }).detach();
+#endif
 }
 
 // A tensor that holds anything; its memory goes to the next one when it and all that share it are gone.
@@ -407,8 +503,13 @@ NB_MODULE(_native, m) {
     m.def("attention", &spicerack::attention, "engine"_a, "type"_a, "q"_a, "k"_a, "v"_a, "mask"_a, "y"_a, "sizes"_a,
           "causal"_a, "scale"_a);
     m.def("rows", &spicerack::rows, "matrix"_a, "which"_a, "out"_a);
-    m.def("to_panels", &to_panels, "codes"_a, "bits"_a, "offset"_a, "tiles"_a);
     m.def("from_panels", &from_panels, "tiles"_a, "bits"_a, "offset"_a, "codes"_a);
+    nb::class_<Packing>(m, "Packing")
+        .def(nb::init<Matrix<const uint8_t>, int, int64_t, int64_t, int, int, int, int, Tiles>(), "data"_a, "order"_a, "n"_a,
+             "k"_a, "stored_bits"_a, "offset"_a, "most"_a, "bits"_a, "tiles"_a)
+        .def("add_lanes", &Packing::add_lanes, "values"_a, "size"_a, "add"_a, "lanes"_a);
+    m.def("merge_pages", &merge_pages, "ranges"_a);
+    m.def("pack_all", &pack_all, "packings"_a, "threads"_a);
     m.def("pooled", &pooled, "shape"_a, "type"_a);
     m.def("release", [] {
         nb::gil_scoped_release unlocked;

@@ -43,17 +43,9 @@ void planes(int bits, const Plane& plane) {
 // Where row r, column c of a tile is among its bytes.
 int place(int64_t r, int64_t c) { return int(c / 4 * VECTOR + r * 4 + c % 4); }
 
-// A tile with one byte a code, from the rows and columns that there are; zeros beyond.
+// A tile with one byte a code.
 struct Tile {
     uint8_t bytes[BYTE_TILE] = {};
-
-    Tile() = default;
-    Tile(const uint8_t* codes, int64_t n, int64_t k, int offset, int64_t row, int64_t column) {
-        for (int64_t r = 0; r < PANEL && row + r < n; r++) {
-            const uint8_t* from = codes + (row + r) * k + column;
-            for (int64_t c = 0; c < TILE && column + c < k; c++) bytes[place(r, c)] = uint8_t(from[c] + offset);
-        }
-    }
 
     void to(uint8_t* codes, int64_t n, int64_t k, int offset, int64_t row, int64_t column) const {
         for (int64_t r = 0; r < PANEL && row + r < n; r++) {
@@ -62,18 +54,6 @@ struct Tile {
         }
     }
 };
-
-void pack_trits(const uint8_t* codes, int64_t n, int64_t k, int offset, uint8_t* tiles) {
-    for (int64_t row = 0; row < n; row += BUNDLE * PANEL) {
-        for (int64_t column = 0; column < k; column += TILE, tiles += BYTE_TILE) {
-            std::memset(tiles, 0, BYTE_TILE);
-            for (int p = BUNDLE - 1; p >= 0; p--) {
-                const Tile tile(codes, n, k, offset, row + p * PANEL, column);
-                for (int i = 0; i < BYTE_TILE; i++) tiles[i] = uint8_t(3 * tiles[i] + tile.bytes[i]);
-            }
-        }
-    }
-}
 
 void unpack_trits(const uint8_t* tiles, int64_t n, int64_t k, int offset, uint8_t* codes) {
     for (int64_t row = 0; row < n; row += BUNDLE * PANEL) {
@@ -94,17 +74,11 @@ void unpack_trits(const uint8_t* tiles, int64_t n, int64_t k, int offset, uint8_
 
 }  // namespace
 
-void pack_panels(const uint8_t* codes, int64_t n, int64_t k, int bits, int offset, uint8_t* tiles) {
-    if (bits == TRITS) return pack_trits(codes, n, k, offset, tiles);
-    for (int64_t row = 0; row < n; row += PANEL) {
-        for (int64_t column = 0; column < k; column += TILE) {
-            const Tile tile(codes, n, k, offset, row, column);
-            planes(bits, [&](int width, int low) {
-                squeeze(tile.bytes, width, low, tiles);
-                tiles += width * TILE_UNIT;
-            });
-        }
-    }
+void squeeze_tile(const uint8_t* bytes, int bits, uint8_t* tile) {
+    planes(bits, [&](int width, int low) {
+        squeeze(bytes, width, low, tile);
+        tile += width * TILE_UNIT;
+    });
 }
 
 void unpack_panels(const uint8_t* tiles, int64_t n, int64_t k, int bits, int offset, uint8_t* codes) {

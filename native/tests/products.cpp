@@ -1,20 +1,70 @@
 // Matrices, inputs and runs of products.h.
 #include "products.h"
 
+#include "../kernels/stored.h"
+#include "../quantizers/pack.h"
+
 namespace spicerack {
 
 namespace {
 
 const char* const HOW_NAMES[] = {"floats", "spans", "tokens", "fixed"};
 
+// Codes [N, K], one byte each, as tiles; plain loops, byte after byte.
+void pack_panels(const Weights& w, const std::vector<uint8_t>& codes, uint8_t* tiles) {
+    const int panels = w.bits == TRITS ? BUNDLE : 1;
+    for (int64_t bundle = 0; bundle < w.bundles(); bundle++) {
+        for (int64_t t = 0; t < w.tiles(); t++, tiles += w.tile_bytes()) {
+            uint8_t sum[BYTE_TILE] = {};
+            for (int p = panels - 1; p >= 0; p--) {
+                for (int i = 0; i < BYTE_TILE; i++) {
+                    const int64_t row = (bundle * panels + p) * PANEL + i % TILE_UNIT / 4;
+                    const int64_t column = t * TILE + i / TILE_UNIT * 4 + i % 4;
+                    const bool there = row < w.n && column < w.k;
+                    sum[i] = uint8_t(3 * sum[i] + (there ? uint8_t(codes[row * w.k + column] + w.offset) : 0));
+                }
+            }
+            if (w.bits == TRITS) std::memcpy(tiles, sum, BYTE_TILE);
+            if (w.bits != TRITS) squeeze_tile(sum, w.bits, tiles);
+        }
+    }
+}
+
+// The same tiles from codes as folders store them: streams, whose rows are filled up with ones, and bytes.
+void check_stored(const Weights& w, const std::vector<uint8_t>& codes, const Exact& tiles) {
+    const int bits = w.bits == TRITS ? 2 : w.bits, most = w.bits == TRITS ? 2 : (1 << bits) - 1;
+    StoredCodes s{nullptr, Order::stream, w.n, w.k, bits, w.offset, most};
+    Exact words(w.n * s.stride(), 1), bytes(w.n * w.k, 1), out(tiles.bytes(), 1);
+    pack(codes.data(), w.n, w.k, bits, w.offset, words.data());
+    for (int64_t n = 0; n < w.n; n++) {
+        for (int64_t bit = w.k * bits; bit < s.stride() * 8; bit++) {
+            words.data()[n * s.stride() + bit / 8] |= uint8_t(1 << bit % 8);
+        }
+    }
+    std::memcpy(bytes.data(), codes.data(), codes.size());
+    for (const Order order : {Order::stream, Order::bytes}) {
+        s.order = order;
+        s.data = order == Order::stream ? words.data() : bytes.data();
+        std::memset(out.data(), 0xff, out.bytes());
+        const int64_t middle = w.bundles() / 2;
+        const bool good = pack_stored(s, w.bits, 0, middle, out.data()) & pack_stored(s, w.bits, middle, w.bundles(), out.data());
+        check(good && !std::memcmp(out.data(), tiles.data(), tiles.bytes()), "pack_stored makes what pack_panels makes");
+        const bool any = std::any_of(codes.begin(), codes.end(), [&](uint8_t c) { return uint8_t(c + w.offset) > 2; });
+        s.most = 2;
+        check(pack_stored(s, w.bits, 0, w.bundles(), out.data()) == !any, "codes beyond the levels are noticed");
+        s.most = most;
+    }
+}
+
 // Codes [N, K], one byte each, as tiles; and back again.
 Exact packed(const Weights& w, const std::vector<uint8_t>& codes) {
     Exact tiles(w.bundles() * w.tiles() * w.tile_bytes(), 1);
-    pack_panels(codes.data(), w.n, w.k, w.bits, w.offset, tiles.data());
+    pack_panels(w, codes, tiles.data());
     std::vector<uint8_t> back(codes.size());
     unpack_panels(tiles.data(), w.n, w.k, w.bits, w.offset, back.data());
     std::snprintf(subject, sizeof subject, "packing: %d bits, N %d, K %d", w.bits, int(w.n), int(w.k));
     check(back == codes, "unpack_panels is the inverse of pack_panels");
+    check_stored(w, codes, tiles);
     return tiles;
 }
 

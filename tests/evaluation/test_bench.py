@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import kernel_here
+from transformers import PreTrainedModel
 
 from spicerack.cli import _output, cli
 from spicerack.cli import bench as command_module
 from spicerack.errors import UsageError
 from spicerack.evaluation import bench as module
 from spicerack.evaluation.bench import BenchOptions, bench, bytes_on_disk, resident_bytes
+from spicerack.evaluation.opening import Opening, open_in_turns
 from spicerack.evaluation.timing import Benchmark, Speed, Timing
 from spicerack.evaluation.turns import EncoderTurn, take_turns
 from spicerack.models.bundled import encoder
@@ -68,6 +70,7 @@ def test_a_language_model_beside_its_quantized_copy(llama_folder, tmp_path: Path
     ]
     for timing in result.models:
         assert list(timing.speeds) == ["prefill_tokens_per_s", "decode_tokens_per_s"]
+        assert 0 < timing.opening.load < timing.opening.first
         assert all(0 < speed.least <= speed.median <= speed.most for speed in timing.speeds.values())
     medians = [timing.speeds["decode_tokens_per_s"].median for timing in result.models]
     assert result.speedup == medians[1] / medians[0]
@@ -79,7 +82,30 @@ def test_a_language_model_beside_its_quantized_copy(llama_folder, tmp_path: Path
     shown = result.as_dict()
     assert (shown["threads"], shown["prefill"], shown["decode"], shown["repeats"]) == (1, 16, 3, 2)
     assert shown["speedup"] == result.speedup and shown["speedup_prefill"] > 0 and "cache" not in shown
+    assert shown["rows"][0]["open_s"] == original.opening.first and shown["rows"][1]["open_load_s"] > 0
     assert shown["rows"][1]["decode_tokens_per_s"] == medians[1] and "items_per_s" not in shown["rows"][1]
+
+
+def test_folders_are_opened_in_turns_one_at_a_time(llama_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama_folder()
+    calls: list[str] = []
+    dropped: list[int] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda *arguments: dropped.append(arguments[3]), raising=False)
+
+    def loading(name: str) -> Callable[[], PreTrainedModel]:
+        def run() -> PreTrainedModel:
+            calls.append(name)
+            return load(model)
+
+        return run
+
+    shares: list[float] = []
+    openings = open_in_turns({"a": (model, loading("a")), "b": (model, loading("b"))}, shares.append)
+    assert "".join(calls) == "ab" + "aabb" * 3, "cold and warm, behind a round that does not count"
+    assert len(dropped) == 6 and shares[-1] == 1.0
+    for opening in openings.values():
+        assert 0 < opening.load < opening.first and opening.cold is not None
+        assert set(opening.as_dict()) == {"open_load_s", "open_s", "open_cold_s"}
 
 
 def test_a_sharded_folder_is_counted_whole(llama_folder) -> None:
@@ -112,7 +138,9 @@ def test_the_command(llama_folder, capsys: pytest.CaptureFixture[str], monkeypat
     arguments = ["bench", model, "--against", model, "--prefill", "16", "--decode", "2", "--repeats", "1"]
     assert _output.run(cli, arguments) == 0
     shown = capsys.readouterr().out
-    assert all(label in shown for label in ("on disk", "in memory", "prompt tokens/s", "new tokens/s", "threads"))
+    assert all(
+        label in shown for label in ("on disk", "in memory", "opens in", "prompt tokens/s", "new tokens/s", "threads")
+    )
     assert max(map(len, shown.splitlines())) <= 80
 
 
@@ -127,7 +155,7 @@ def test_the_command(llama_folder, capsys: pytest.CaptureFixture[str], monkeypat
 )
 def test_what_is_said_of_the_speed(speeds: tuple[float, float], kernel: str, said: str) -> None:
     models = tuple(
-        Timing(name, compute, {"items_per_s": Speed(v, v - 2, v + 2)}, size, size, None)
+        Timing(name, compute, {"items_per_s": Speed(v, v - 2, v + 2)}, size, size, None, Opening(1, 2, None))
         for name, size, compute, v in (
             ("original", 400, "torch/float32", speeds[0]),
             ("quantized", 100, kernel, speeds[1]),

@@ -433,6 +433,9 @@ class Plain:
         codes, scale = tensors[f"{stored.module}.bytes"].split([stored.shape[1], 2], 1)
         return QTensor(stored.scheme, codes.contiguous(), scale.contiguous().view(torch.float16))
 
+    def undecoded(self, stored, tensors):
+        return None
+
     def config(self, config, contents, unquantized_linears):
         return {**config, "quantization_config": {"quant_method": "plain"}}
 

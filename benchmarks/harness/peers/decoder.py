@@ -82,7 +82,7 @@ def speeds(begin: float, middle: float, decode: int) -> dict[str, float]:
     return {"prompt": (middle - begin) / PROMPT, "decode": (time.perf_counter() - middle) / decode}
 
 
-def make(scratch: Path) -> Path:
+def make(scratch: Path, shape: Shape = SHAPE) -> Path:
     """The folder with the model, written if it is not there yet."""
     folder = scratch / "bfloat16"
     if not (folder / "config.json").is_file():
@@ -90,7 +90,7 @@ def make(scratch: Path) -> Path:
         random = torch.Generator().manual_seed(0)
         tensors = {
             name: (torch.randn(size, generator=random) * 0.02 if len(size) == 2 else torch.ones(size)).bfloat16()
-            for name, size in SHAPE.tensors()
+            for name, size in shape.tensors()
         }
         save_file(tensors, folder / _FILE, metadata={"format": "pt"})
         config = {
@@ -98,7 +98,7 @@ def make(scratch: Path) -> Path:
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False,
             "bos_token_id": 1, "eos_token_id": 2,
         }  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(config | asdict(SHAPE)))
+        (folder / "config.json").write_text(json.dumps(config | asdict(shape)))
     return folder
 
 

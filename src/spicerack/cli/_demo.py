@@ -116,8 +116,8 @@ def subjects() -> tuple[Subject, ...]:
             (
                 Variant("w8", "w8"),
                 Variant("w4g32z", "w4g32z"),
-                Variant("w8 + emb. w8", "w8", words),
-                Variant("w4g32z + emb. w8", "w4g32z", words),
+                Variant("w8, emb. w8", "w8", words),
+                Variant("w4g32z, emb. w8", "w4g32z", words),
             ),
         ),
         Subject(
@@ -128,7 +128,7 @@ def subjects() -> tuple[Subject, ...]:
                 Variant("w8", "w8"),
                 Variant("w4g128", "w4g128"),
                 Variant("w4g32z", "w4g32z"),
-                Variant("w4g32z + emb. w8", "w4g32z", embeddings),
+                Variant("w4g32z, emb. w8", "w4g32z", embeddings),
             ),
         ),
     )
@@ -143,7 +143,7 @@ def run(subject: Subject, output: Path, report: Callable[[str], None]) -> list[O
     outcomes: list[Outcome] = []
     for variant in subject.variants:
         name = f"{subject.folder.name}, {variant.label}"
-        folder = output / variant.label.replace(" ", "").replace(".", "")
+        folder = output / variant.label.replace(", ", "+").replace(" ", "").replace(".", "")
         report(f"{name}: quantizing")
         quantize(subject.folder, variant.scheme, output=folder, rules=variant.rules)
         before, after = _layer_bytes(folder)

@@ -63,8 +63,8 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
 def _print(result: Benchmark, console: Console) -> None:
     """A column for each model, then how it was measured, and what it means in one sentence.
 
-    Sizes in decimal units; speeds as medians with four digits, the least and the most of all turns below them in a dim
-    row. The cache has a row only where every model has one.
+    Sizes in decimal units; to open takes until a first result; speeds as medians with four digits, the least and the
+    most of all turns below them in a dim row. The cache has a row only where every model has one.
     """
     from rich.table import Table
 
@@ -78,6 +78,10 @@ def _print(result: Benchmark, console: Console) -> None:
     table.add_row("in memory", *(_output.size(model.resident_bytes) for model in models))
     if all(model.cache_bytes is not None for model in models):
         table.add_row("its cache", *(_output.size(model.cache_bytes or 0) for model in models))
+    openings = [model.opening for model in models]
+    table.add_row("opens in", *(f"{opening.first:.3f} s" for opening in openings))
+    if all(opening.cold is not None for opening in openings):
+        table.add_row("  not in the page cache", *(f"{opening.cold:.3f} s" for opening in openings), style="dim")
     for figure in result.original.speeds:
         speeds = [model.speeds[figure] for model in models]
         table.add_row(_LABELS[figure], *(f"{speed.median:,.4g}" for speed in speeds))

@@ -92,15 +92,16 @@ _SPEEDS = {
 def _cells(outcome: Outcome, original: Outcome) -> dict[str, str]:
     """Title -> what stands there of an outcome: sizes in megabytes, speeds a second, quality.
 
-    original: what the layers' share is of; its own cell of that is empty. Titles have two lines, so that a table of ten
-    columns fits 80 characters.
+    original: what the layers' share is of; its own cell of that is empty. Titles have two lines, so that a table of
+    eleven columns fits 80 characters.
     """
     share = "" if outcome is original else f"{outcome.layer_bytes / original.layer_bytes:.1%}"
     return {
         "layers\nMB": _megabytes(outcome.layer_bytes),
         "\nshare": share,
-        "folder\nMB": _megabytes(outcome.timing.bytes_on_disk),
-        "memory\nMB": _megabytes(outcome.timing.resident_bytes),
+        "disk\nMB": _megabytes(outcome.timing.bytes_on_disk),
+        "mem.\nMB": _megabytes(outcome.timing.resident_bytes),
+        "opens\nin s": f"{outcome.timing.opening.first:.2f}",
         **{_SPEEDS[figure]: f"{_speed(outcome, figure):,.0f}" for figure in outcome.timing.speeds},
         **_quality(outcome),
     }

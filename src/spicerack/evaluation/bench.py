@@ -1,8 +1,11 @@
-"""What a quantized folder gained: size on disk, bytes in memory and speed, beside the model it was made from.
+"""What a quantized folder gained: size on disk, bytes in memory, time to open and speed, beside the model it was made
+from.
 
 How it works. The models take turns (A B A B ...) in one process on the same inputs, so that a machine that slows down,
 or another program, meets both; the first round warms up caches and is not counted. Medians and the whole spread are
 reported. What a turn is stands in `turns.py`. Tokenizers are not timed.
+
+First each is opened some times, alone (`opening.py`).
 
 What is given up. All models are in memory at once, and the inputs are random tokens: a model whose speed depends on
 what it reads (a mixture of experts) is timed as on noise.
@@ -22,9 +25,11 @@ from transformers import PreTrainedModel
 
 from spicerack.errors import UsageError
 from spicerack.evaluation.evaluate import compute
+from spicerack.evaluation.opening import Opening, open_in_turns
 from spicerack.evaluation.timing import Benchmark, Speed, Timing
 from spicerack.evaluation.turns import DecoderTurn, EncoderTurn, Sample, take_turns
 from spicerack.kernels import kernel
+from spicerack.models.config import architecture
 from spicerack.models.kind import Kind, kind_of, positions
 from spicerack.runtime.load import load
 from spicerack.storage import files
@@ -90,20 +95,26 @@ def bench(
     report = progress or (lambda _doing, _share: None)
     report("loading", 0.0)
     device, trusted = options.device, options.trust_remote_code
-    models = {
-        _ORIGINAL: load(source, device=device, trust_remote_code=trusted),
-        _QUANTIZED: load(out, device=device, engine=options.engine, cache=options.cache, trust_remote_code=trusted),
+    loads = {
+        _ORIGINAL: (source, partial(load, source, device=device, trust_remote_code=trusted)),
+        _QUANTIZED: (
+            out,
+            partial(load, out, device=device, engine=options.engine, cache=options.cache, trust_remote_code=trusted),
+        ),
     }
-    if options.float32 and models[_ORIGINAL].dtype != torch.float32:
-        in_float32 = load(source, device=device, dtype=torch.float32, trust_remote_code=trusted)
-        models[f"{_ORIGINAL}, float32"] = in_float32
+    if options.float32 and architecture(config).dtype != "float32":
+        in_float32 = partial(load, source, device=device, dtype=torch.float32, trust_remote_code=trusted)
+        loads[f"{_ORIGINAL}, float32"] = source, in_float32
+    with _threads(options.threads):
+        openings = open_in_turns(loads, lambda share: report("opening", share))
+    models = {name: open_() for name, (_, open_) in loads.items()}
     work = _work(kind, models[_ORIGINAL], options)
     with _threads(options.threads):
         turns = {name: partial(work.run, model) for name, model in models.items()}
         samples = take_turns(turns, options.repeats, lambda share: report("measuring", share))
         threads = torch.get_num_threads()
     timings = tuple(
-        _timing(name, model, out if name == _QUANTIZED else source, samples[name]) for name, model in models.items()
+        _timing(name, model, loads[name][0], samples[name], openings[name]) for name, model in models.items()
     )
     return Benchmark(timings, work, options.cache, options.repeats, threads, options.device)
 
@@ -123,14 +134,14 @@ def resident_bytes(model: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-def _timing(name: str, model: PreTrainedModel, folder: Path, samples: list[Sample]) -> Timing:
+def _timing(name: str, model: PreTrainedModel, folder: Path, samples: list[Sample], opening: Opening) -> Timing:
     """A model's samples, put together; what it holds in memory is counted now, behind its runs."""
     speeds = {}
     for figure in samples[0].speeds:
         values = [sample.speeds[figure] for sample in samples]
         speeds[figure] = Speed(median(values), min(values), max(values))
     held = resident_bytes(model)
-    return Timing(name, compute(model), speeds, bytes_on_disk(folder), held, samples[0].cache_bytes)
+    return Timing(name, compute(model), speeds, bytes_on_disk(folder), held, samples[0].cache_bytes, opening)
 
 
 def _work(kind: Kind, original: PreTrainedModel, options: BenchOptions) -> DecoderTurn | EncoderTurn:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from spicerack.evaluation.opening import Opening
 from spicerack.evaluation.turns import DecoderTurn, EncoderTurn
 
 
@@ -28,6 +29,7 @@ class Timing:
     bytes_on_disk   of its weight files
     resident_bytes  what its parameters and buffers hold in memory after a run
     cache_bytes     keys and values at the end of a run; None of an encoder
+    opening         how long it took to open
     """
 
     name: str
@@ -36,6 +38,7 @@ class Timing:
     bytes_on_disk: int
     resident_bytes: int
     cache_bytes: int | None
+    opening: Opening
 
     def as_dict(self) -> dict[str, Any]:
         """A row of the command line's contract: each figure's median, with `_min` and `_max` beside it."""
@@ -48,6 +51,7 @@ class Timing:
             **speeds,
             "bytes_on_disk": self.bytes_on_disk,
             "resident_bytes": self.resident_bytes,
+            **self.opening.as_dict(),
             **({} if self.cache_bytes is None else {"cache_bytes": self.cache_bytes}),
         }
 

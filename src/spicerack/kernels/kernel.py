@@ -22,9 +22,11 @@ import torch
 from spicerack import plugins
 from spicerack.errors import SchemeError, UsageError
 from spicerack.kernels import panels
+from spicerack.kernels.panels import Room, Staged
 from spicerack.numerics.packed import Rows, Tensors
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.undecoded import Undecoded
 
 Shape = tuple[int, int]
 """[N, K]: outputs, inputs."""
@@ -48,6 +50,8 @@ class Kernel:
              can; the functions below are called with what has no obstacle only
     pack     QTensor [N, K], on any device -> tensors by name, in the kernel's own layout. They become buffers of a
              module: "rows", "shape" and other names that a PackedWeight has of its own are taken
+    stage    (Undecoded [N, K] on the CPU, where its codes will be) -> the same tensors, which `panels.fill` fills from
+             the stored bits, many matrices at once; None for kernels that take QTensors alone
     unpack   its exact inverse: (scheme, [N, K], tensors) -> QTensor, codes and scales bit for bit
     rows     (scheme, [N, K], tensors, rows) -> float32 [R, K], the chosen rows decoded, equal to `codec.decode`
     prepare  (scheme, [N, K], tensors) -> the weight as `run` takes it: made once for these tensors
@@ -68,6 +72,7 @@ class Kernel:
     prepare: Callable[[Scheme, Shape, Tensors], Any]
     run: Callable[[torch.Tensor, Sequence[Any], Sequence[torch.Tensor | None], bool], list[torch.Tensor]]
     engine: str | None = None
+    stage: Callable[[Undecoded, Room], Staged] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 from spicerack import _native
-from spicerack.kernels.panels import zeros
+from spicerack.kernels.panels import Room
 
 
 def dot_peak(threads: int, *, engine: int = 0, seconds: float = 0.3) -> float:
@@ -41,7 +41,7 @@ def read_bandwidth(nbytes: int, threads: int, *, engine: int = 0, turns: int = 5
 
     nbytes should be more than the caches hold. engine: a place in `panels.NAMES`. turns: how often all of it is read.
     """
-    data = zeros(nbytes).fill_(1)
+    data = Room(nbytes).take(nbytes).fill_(1)
     best = 0.0
     for _ in range(turns):
         begin = time.perf_counter()

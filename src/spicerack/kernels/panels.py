@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
@@ -19,10 +21,11 @@ import torch
 
 from spicerack import _native
 from spicerack.errors import UsageError
-from spicerack.numerics import dtypes, native
+from spicerack.numerics import dtypes
 from spicerack.numerics.packed import Tensors
 from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.undecoded import Undecoded
 
 NAMES: tuple[str, ...] = tuple(_native.engines())
 """Engines that this processor runs, fastest first; "scalar" is always the last."""
@@ -37,8 +40,14 @@ MAX_EXACT_COLUMNS = 1 << 16
 """Columns whose products are summed in int32 without overflow: 255 * 127 * 2^16 < 2^31."""
 TYPES = {dtype: number for number, dtype in enumerate(dtypes.SOURCES)}
 """Types of x, y, bias and scales, and their numbers in the native module."""
+_ORDERS = {"stream": 0, "bytes": 1, "quarters": 2}
+"""How stored codes lie, and its number in the native module."""
+_LINE = 64
+"""Bytes of a cache line, which tensors in a room begin on, and of a vector of codes."""
 _HUGE = 2 << 20
 """Bytes of a huge page on x86 and, where pages have 4 KB, on Arm; below one there is nothing to gain."""
+_QUICK = 1e-3
+"""Seconds in which a huge page is touched, or small ones are sooner."""
 
 
 class Spec(NamedTuple):
@@ -118,6 +127,114 @@ def obstacle(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device:
     return None
 
 
+class Room:
+    """Memory for tensors that live about as long, in one piece: on huge pages where Linux gives them, and not zeroed.
+
+    With small pages memory reads a fifth to a third slower (docs/kernels.md: 22 and 29 GB/s for one thread). torch has
+    no way to ask for huge ones, so that tensors are views of an anonymous mapping, which goes when the last of them
+    goes.
+
+    A huge page is given when it is first touched, which takes .1 ms; in a virtual machine whose host has not given the
+    memory yet it took 3 to 6, and small pages, which had been used before, .9 for as many bytes. So the first is
+    touched and timed: where it is slow the room is filled on small pages, and `merge` makes huge ones of them later.
+    """
+
+    def __init__(self, nbytes: int, *, huge: bool = True) -> None:
+        """nbytes: of all tensors that will be taken; below a huge page they are torch's memory.
+
+        huge: False where huge pages were slow a moment ago. `self.huge` then says whether these are.
+        """
+        self.huge = huge
+        self._memory: mmap.mmap | None = None
+        self._nbytes = nbytes // _HUGE * _HUGE
+        if sys.platform == "linux" and self._nbytes:
+            self._memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._start = self._next = -torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr() % _HUGE
+            self.huge = huge and self._are_quick(self._memory)
+            if self.huge:
+                self._advise(self._nbytes)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes], with anything in it; memory of torch where the room has no more."""
+        if self._memory is None or self._next + nbytes > len(self._memory):
+            return torch.empty(nbytes, dtype=torch.uint8)
+        taken = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=self._next)
+        self._next += -(-nbytes // _LINE) * _LINE
+        return taken
+
+    def small(self) -> list[tuple[int, int]]:
+        """What was filled on small pages, as `merge` takes it: (address, bytes), or nothing."""
+        if self._memory is None or self.huge:
+            return []
+        self._advise(self._nbytes)
+        return [(torch.frombuffer(self._memory, dtype=torch.uint8, offset=self._start).data_ptr(), self._nbytes)]
+
+    def _are_quick(self, memory: mmap.mmap) -> bool:
+        """Whether a first huge page is here sooner than as many bytes of small ones."""
+        self._advise(_HUGE)
+        begin = time.perf_counter()
+        memory[self._start] = 0
+        return time.perf_counter() - begin < _QUICK
+
+    def _advise(self, nbytes: int) -> None:
+        """Ask for huge pages at the first so many bytes."""
+        assert self._memory is not None
+        with suppress(OSError):  # a kernel that was built without them
+            self._memory.madvise(mmap.MADV_HUGEPAGE, self._start, nbytes)
+
+
+def merge(rooms: Iterable[Room]) -> None:
+    """Make huge pages of the small ones in `rooms`, in the background: 3 s for a gigabyte where it is slow."""
+    ranges = [range_ for room in rooms for range_ in room.small()]
+    if ranges:
+        _native.merge_pages(ranges)
+
+
+class Staged(NamedTuple):
+    """A matrix on its way to panels: `fill` has native code write its tensors, which hold anything until then.
+
+    tensors   as `pack` has them
+    packing   what native code makes them from
+    """
+
+    tensors: dict[str, torch.Tensor]
+    packing: _native.Packing
+
+
+def nbytes(scheme: Scheme, shape: tuple[int, int], tiling: Tiling = "planes") -> int:
+    """Bytes of the codes of a matrix [N, K] in panels, rounded up to whole lines."""
+    return -(-math.prod(spec_of(scheme, shape, tiling).tiles) // _LINE) * _LINE
+
+
+def stage(q: Undecoded, tiling: Tiling = "planes", room: Room | None = None) -> Staged:
+    """A matrix [N, K] of a scheme without an `obstacle`, on the CPU, on its way to panels of this tiling.
+
+    room: where its codes will be; None for memory of their own.
+    """
+    n, k = q.shape
+    spec = spec_of(q.scheme, q.shape, tiling)
+    room = room or Room(math.prod(spec.tiles))
+    codes = room.take(math.prod(spec.tiles)).view(spec.tiles)
+    stored, levels = q.data.contiguous().view(torch.uint8), q.scheme.integers
+    packing = _native.Packing(
+        stored, _ORDERS[q.order], n, k, q.scheme.bits, spec.offset, levels.hi - levels.lo, spec.bits, codes
+    )
+    tensors = {"codes": codes, "scale": _lanes(packing, q.scale, n)}
+    if q.zero is not None:
+        tensors["zero"] = _lanes(packing, q.zero, n, spec.offset).view(torch.uint8)
+    if q.input_scale is not None:
+        tensors["input_scale"] = q.input_scale.clone()
+    return Staged(tensors, packing)
+
+
+def fill(staged: Sequence[Staged], threads: int) -> list[bool]:
+    """Write the tensors of all of them, on so many threads -> for each, whether its codes are levels of its scheme.
+
+    Where one is none, the tensors are of no use. The interpreter's lock is free meanwhile.
+    """
+    return _native.pack_all([one.packing for one in staged], threads)
+
+
 def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
     """A QTensor [N, K] of a scheme without an `obstacle` -> its tensors in panels, on the CPU, by name.
 
@@ -128,23 +245,14 @@ def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
 
     As many threads as torch uses.
     """
-    n, k = q.shape
-    spec = spec_of(q.scheme, (n, k), tiling)
-    tiles = zeros(math.prod(spec.tiles)).view(spec.tiles)
-    height = PANEL * (BUNDLE if tiling == "trits" else 1)
-    codes = q.codes.cpu().contiguous().view(torch.uint8)
-
-    def work(first: int, last: int) -> None:
-        _native.to_panels(codes[first * height : last * height], spec.bits, spec.offset, tiles[first:last])
-
-    with native.team(torch.get_num_threads()) as workers:
-        workers.run(work, len(tiles))
-    tensors = {"codes": tiles, "scale": _to_lanes(q.plain_scale.cpu(), n)}
-    if q.zero is not None:
-        tensors["zero"] = _to_lanes((q.zero.cpu().to(torch.int16) + spec.offset).to(torch.uint8), n)
-    if q.input_scale is not None:
-        tensors["input_scale"] = q.input_scale.cpu()
-    return tensors
+    (n, k), zero = q.shape, q.zero
+    scale, fixed = q.plain_scale.cpu(), None if q.input_scale is None else q.input_scale.cpu()
+    codes = q.codes.cpu().view(torch.int8)
+    staged = stage(
+        Undecoded(q.scheme, (n, k), "bytes", codes, scale, None if zero is None else zero.cpu(), fixed), tiling
+    )
+    fill([staged], torch.get_num_threads())
+    return staged.tensors
 
 
 def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Tiling = "planes") -> QTensor:
@@ -167,31 +275,19 @@ def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Til
     return QTensor(scheme, codes.view(codes_dtype(scheme)), scale, zero, input_scale=tensors.get("input_scale"))
 
 
-def zeros(nbytes: int) -> torch.Tensor:
-    """uint8 zeros [nbytes], on huge pages where Linux gives them.
+def _lanes(packing: _native.Packing, values: torch.Tensor, n: int, add: int = 0) -> torch.Tensor:
+    """Where scales or zero points [N or 1, groups] will be, [N/16, groups, 16]: one vector for the rows of a panel.
 
-    With small pages memory reads a fifth to a third slower (docs/kernels.md: 22 and 29 GB/s for one thread). torch has
-    no way to ask for them, so the tensor is a view of an anonymous mapping, which goes when the tensor goes.
+    add: to values of one byte. One row stands for all. Rows beyond N, up to a whole panel, become zeros, and so are
+    their products.
     """
-    if sys.platform != "linux" or nbytes < _HUGE:
-        return torch.zeros(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE
-    with suppress(OSError):  # a kernel that was built without them
-        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE * _HUGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)
-
-
-def _to_lanes(values: torch.Tensor, n: int) -> torch.Tensor:
-    """Scales or zero points [N or 1, groups] -> [N/16, groups, 16], so that one vector holds those of a panel's rows.
-
-    One row stands for all. Rows beyond N, up to a whole panel, are zeros, and so are their products.
-    """
-    padded = values.new_zeros((-(-n // PANEL) * PANEL, values.shape[1]))
-    padded[:n] = values
-    return padded.view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()
+    groups, size = values.shape[1], values.itemsize
+    lanes = torch.empty((-(-n // PANEL), groups, PANEL), dtype=values.dtype)
+    packing.add_lanes(values.contiguous().view(torch.uint8), size, add, lanes.view(torch.uint8))
+    return lanes
 
 
 def _from_lanes(lanes: torch.Tensor, n: int) -> torch.Tensor:
-    """Inverse of `_to_lanes`: [N/16, groups, 16] -> [N, groups]."""
-    return lanes.transpose(1, 2).reshape(-1, lanes.shape[1])[:n].contiguous()
+    """Inverse of `_lanes`: [N/16, groups, 16] -> [N, groups]."""
+    values = lanes.transpose(1, 2).reshape(-1, lanes.shape[1])[:n]
+    return values.clone(memory_format=torch.contiguous_format)  # a column counts as contiguous whatever its stride

@@ -68,6 +68,8 @@ def join_gelus(model: nn.Module) -> None:
     are joined with no others.
     """
     for parent in list(model.modules()):
+        if not any(type(child) is QLinear for child in parent._modules.values()):
+            continue  # most modules of a model
         for layer_name, name in names.THEN_ACTIVATION:
             layer, activation = getattr(parent, layer_name, None), getattr(parent, name, None)
             if type(layer) is QLinear and layer.joined is None and _is_gelu(activation):

@@ -71,6 +71,8 @@ def share_inputs(model: nn.Module) -> None:
     The layers are changed in place (`QLinear.joined`). Names: `families.names.SHARED_INPUTS`.
     """
     for name, parent in model.named_modules():
+        if not any(type(child) is QLinear for child in parent._modules.values()):
+            continue  # most modules of a model, and a group is looked for by a dozen names
         crossed = not names.CROSS_ATTENTION.isdisjoint(name.split("."))
         for group in names.SHARED_INPUTS:
             members = [getattr(parent, member, None) for member in group[crossed:]]

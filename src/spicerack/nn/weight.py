@@ -9,16 +9,17 @@ size is kept; `decode` makes one at each call, `forward` none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from spicerack.kernels import kernel
-from spicerack.kernels.kernel import Compute
+from spicerack.kernels.kernel import Choice, Compute
 from spicerack.numerics.packed import Rows
 from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import Scheme
 
 # Integers as wide as a buffer's elements: a view of these is what no cast touches.
 _AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -45,15 +46,42 @@ class PackedWeight(nn.Module):
         compute: Compute | None = None,
         engine: str | None = None,
     ) -> None:
-        super().__init__()
         rows, columns = q.shape
-        self.scheme, self.shape, self.transposed, self.dtype = q.scheme, (rows, columns), q.transposed, dtype
-        self.choice = kernel.pick(q.scheme, self.shape, dtype, torch.device(device), compute, engine)
-        self._names: dict[str, str] = {}
-        for name, tensor in self.choice.kernel.pack(q).items():
-            # torch takes no dots in the names of buffers, which scales of scales have
-            self._names[name] = name.replace(".", "_")
-            self.register_buffer(self._names[name], tensor.to(device))
+        choice = kernel.pick(q.scheme, (rows, columns), dtype, torch.device(device), compute, engine)
+        tensors = {name: tensor.to(device) for name, tensor in choice.kernel.pack(q).items()}
+        self._hold(q.scheme, (rows, columns), choice, tensors, dtype, q.transposed)
+
+    @classmethod
+    def of_packed(
+        cls,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        choice: Choice,
+        tensors: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        *,
+        transposed: bool = False,
+    ) -> PackedWeight:
+        """What is packed already, for the chosen kernel, where it will run; dtype: as above."""
+        weight = cls.__new__(cls)
+        weight._hold(scheme, shape, choice, tensors, dtype, transposed)
+        return weight
+
+    def _hold(
+        self,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        choice: Choice,
+        tensors: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        transposed: bool,
+    ) -> None:
+        """Become the module of these tensors: buffers, under names without dots, which scales of scales have."""
+        super().__init__()
+        self.scheme, self.shape, self.choice, self.transposed, self.dtype = scheme, shape, choice, transposed, dtype
+        self._names = {name: name.replace(".", "_") for name in tensors}
+        for name, tensor in tensors.items():
+            self.register_buffer(self._names[name], tensor)
         self._prepared: Any = None
         self._prepared_of: tuple[tuple[str, torch.Tensor | None], ...] = ()
 

@@ -15,6 +15,9 @@ SAFETENSORS: dict[torch.dtype, str] = {
 }  # fmt: skip
 """torch's type -> what safetensors calls it, for every type that is written."""
 
+BY_SAFETENSORS: dict[str, torch.dtype] = {name: dtype for dtype, name in SAFETENSORS.items()}
+"""safetensors' name -> torch's type."""
+
 SOURCES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 """The float types that weights are quantized from and computed in, and that plain scales are stored in.
 

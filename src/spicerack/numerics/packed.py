@@ -21,6 +21,7 @@ from spicerack.numerics import bits, native
 from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import FloatType, Scheme
+from spicerack.numerics.undecoded import Undecoded
 
 Tensors = Mapping[str, torch.Tensor]
 """Packed tensors by the names above, or by those of a kernel."""
@@ -76,6 +77,15 @@ def unpack(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed:
         min=parts.get("min"),
         transposed=transposed,
         input_scale=tensors.get("input_scale"),
+    )
+
+
+def undecoded(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed: bool = False) -> Undecoded:
+    """What `unpack` gives of a matrix [N, K] in a plain scheme, with its codes as they lie in the words."""
+    n, k = shape
+    zero = _unpack_codes(tensors["zero"], scheme, scheme.scale_shape(shape)[-1]) if scheme.zero else None
+    return Undecoded(
+        scheme, (n, k), "stream", tensors["codes"], tensors["scale"], zero, tensors.get("input_scale"), transposed
     )
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from spicerack.errors import CheckpointError
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.nn import kinds
 from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage import format as formats
 from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.reader import Checkpoint
@@ -27,7 +27,7 @@ from spicerack.storage.reader import Checkpoint
 class Folder:
     """A model folder, opened: headers and config.json are read, weights are not.
 
-    checkpoint  the folder's files, and what is in them
+    checkpoint  the folder's files, held (`Checkpoint.held`), and what is in them
     format      in which its packed tensors lie; None if all that is read from it is float
     contents    module in the checkpoint's names -> what is packed there; empty without a format
     """
@@ -39,7 +39,7 @@ class Folder:
     @classmethod
     def open(cls, folder: str | Path) -> Folder:
         """The folder at a path or hub id. Raises CheckpointError, also where a packed tensor has an unknown role."""
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = Checkpoint.open(folder).held()
         fmt = formats.of_folder(checkpoint)
         contents = fmt.contents(checkpoint) if fmt is not None else {}
         known = {kind.name for kind in kinds.KINDS} | BY_DEFAULT | ON_REQUEST
@@ -60,20 +60,25 @@ class Folder:
         assert self.format is not None, "contents come from a format"
         return self.format.decode(stored, {name: self.checkpoint.read(name) for name in self.format.layout(stored)})
 
+    def undecoded(self, stored: StoredTensor) -> Undecoded | None:
+        """The same with codes as they lie on the disk, which is not read yet; None where there is no such form.
+
+        Raises CheckpointError as `Format.undecoded` does.
+        """
+        assert self.format is not None, "contents come from a format"
+        return self.format.undecoded(stored, {name: self.checkpoint.read(name) for name in self.format.layout(stored)})
+
+    def release(self, stored: StoredTensor) -> None:
+        """Nobody needs what was read of a tensor of `contents` any more: its pages need not stay in memory."""
+        assert self.format is not None, "contents come from a format"
+        for name in self.format.layout(stored):
+            self.checkpoint.release(name)
+
     def floats(self) -> dict[str, torch.Tensor]:
         """Tensors that are no part of a packed one, by name.
 
-        They are mapped from their files, each of which is opened once, and not read: a page comes from the disk when it
-        is looked at.
+        They are mapped from their files and not read: a page comes from the disk when it is looked at.
         """
         layouts = [self.format.layout(stored) for stored in self.contents.values()] if self.format is not None else []
         packed = {name for layout in layouts for name in layout}
-        names_in: dict[str, list[str]] = {}
-        for name, info in self.checkpoint.tensors.items():
-            if name not in packed:
-                names_in.setdefault(info.file, []).append(name)
-        tensors: dict[str, torch.Tensor] = {}
-        for file, names in names_in.items():
-            with safe_open(self.checkpoint.folder / file, framework="pt") as shard:
-                tensors.update({name: shard.get_tensor(name) for name in names})
-        return tensors
+        return {name: self.checkpoint.read(name) for name in self.checkpoint.tensors if name not in packed}

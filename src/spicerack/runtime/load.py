@@ -6,11 +6,12 @@ How a folder is opened:
     hf.build          transformers makes the model on the meta device: every name, and no memory
       make_slots      it asks its quantizer to prepare the model, and that is us: slots take the place of packed layers
       ...             it fills in what is float, mapped from the files, and renames, ties, casts and initializes as ever
-    fill              slots become packed layers: tensor after tensor is read, and laid out for the kernel that runs it
+    Ahead             in a thread beside it, packed tensors are read and laid out for the kernels that run them
+    fill              slots become packed layers of these
     fuse              layers that share an input join into one call, activations join the layers before them
 
 So names, ties and types are transformers' business, and nothing of it is replaced or patched: whatever family it knows
-is loaded, and is the class that its own users expect. Memory is that of the packed model and one tensor.
+is loaded, and is the class that its own users expect. Memory is that of the packed model and one batch of tensors.
 
 What is given up. transformers' renaming of tensors is followed, its other conversions are not: a packed tensor that
 they would change is refused, but for experts, which stay apart in an `ExpertStack` instead of being merged. Packing is
@@ -41,10 +42,11 @@ from spicerack.nn import kinds
 from spicerack.nn.cache_segments import CacheScheme
 from spicerack.nn.fused import fuse
 from spicerack.runtime import hf
+from spicerack.runtime.ahead import Ahead, Way
 from spicerack.runtime.cache import use_quantized_cache
 from spicerack.runtime.folder import Folder
 from spicerack.runtime.places import make_slots
-from spicerack.runtime.slots import Expert, Way, experts_in_slots, fill, make_slot
+from spicerack.runtime.slots import Expert, experts_in_slots, fill, make_slot
 from spicerack.storage.reader import Checkpoint
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -108,13 +110,14 @@ def load(
         if into is not None:
             raise UsageError("cache is for transformers models, and into is a module of your own", "leave one out")
     opened, way = Folder.open(folder), Way(device, compute, engine)
-    if into is not None:
-        return _into(into, opened, way)
-    model, expert_floats = _with_slots(opened, dtype, trust_remote_code=trust_remote_code)
-    nn.Module.to(model, device)  # floats only: what is packed is packed where it will run
-    if opened.format is not None:
-        fill(model, opened, expert_floats, way)
-        fuse(model, engine)
+    with Ahead(opened, way) as ahead:
+        if into is not None:
+            return _into(into, opened, way, ahead)
+        model, expert_floats = _with_slots(opened, dtype, trust_remote_code=trust_remote_code)
+        nn.Module.to(model, device)  # floats only: what is packed is packed where it will run
+        if opened.format is not None:
+            fill(model, opened, expert_floats, way, ahead.result())
+            fuse(model, engine)
     if cache is not None:
         use_quantized_cache(model, cache)
     return model
@@ -126,7 +129,7 @@ def load_apart(checkpoint: Checkpoint) -> tuple[PreTrainedModel, dict[str, Exper
 
     Merged into one parameter, as transformers has them, experts would have to be copied. Raises as `load` does.
     """
-    folder = Folder(checkpoint, None, {})
+    folder = Folder(checkpoint.held(), None, {})
     model, expert_floats = _with_slots(folder, None, apart=True)
     experts = experts_in_slots(model)
     fill(model, folder, expert_floats, Way("cpu"))
@@ -166,7 +169,7 @@ def _transposed(checkpoint: Checkpoint, floats: Iterable[str]) -> dict[str, bool
     return {name: entries[name].transposed for name in floats}
 
 
-def _into(module: nn.Module, folder: Folder, way: Way) -> nn.Module:
+def _into(module: nn.Module, folder: Folder, way: Way, ahead: Ahead) -> nn.Module:
     """Fill a module whose own names are the folder's; layers that are tied in it share what one of them has there."""
     weights = {
         name: kinds.weight_of(layer)
@@ -185,7 +188,7 @@ def _into(module: nn.Module, folder: Folder, way: Way) -> nn.Module:
         raise LoadError(f"{folder.checkpoint.folder}: {error}", _OTHER_MODULE) from error
     module.to(way.device)
     if folder.format is not None:
-        fill(module, folder, {}, way)
+        fill(module, folder, {}, way, ahead.result())
         fuse(module, way.engine)
     return module
 

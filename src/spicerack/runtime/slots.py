@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from spicerack.errors import LoadError
-from spicerack.kernels.kernel import Compute
 from spicerack.nn import experts, kinds
 from spicerack.nn.experts import ExpertStack
 from spicerack.nn.kinds import LayerKind
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
+from spicerack.runtime.ahead import Choices, Ready, Way
 from spicerack.runtime.folder import Folder
 from spicerack.storage.format import StoredTensor
 
@@ -129,20 +129,6 @@ def experts_in_slots(model: nn.Module) -> dict[str, Expert]:
     }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How packed layers will run, as in `load`.
-
-    device    where they will be
-    compute   what weight-only schemes multiply with; None: the default there
-    engine    an instruction set; None: the fastest
-    """
-
-    device: str | torch.device
-    compute: Compute | None = None
-    engine: str | None = None
-
-
 @dataclass(slots=True)
 class _Packing:
     """Packed weights of a folder, each read and packed once; what is tied shares it.
@@ -150,23 +136,42 @@ class _Packing:
     folder   that they are read from
     floats   tensors of experts that stay in float
     way      how they will run
+    ready    weights that are laid out already, by module
+    choices  of kernels
     packed   (module, number of the matrix or None) -> what is packed already
     """
 
     folder: Folder
     floats: Mapping[str, torch.Tensor]
     way: Way
+    ready: Mapping[str, Ready]
+    choices: Choices
     packed: dict[tuple[str, int | None], PackedWeight] = field(default_factory=dict)
 
     def weight(self, stored: StoredTensor, dtype: torch.dtype, number: int | None = None) -> PackedWeight:
         """The tensor, or one matrix of a tensor of all experts. dtype: of the float weight that it replaces."""
-        if (stored.module, number) not in self.packed:
+        if (stored.module, number) not in self.packed and (weight := self._ready(stored, dtype)) is not None:
+            self.packed[stored.module, number] = weight
+        elif (stored.module, number) not in self.packed:
             q = self.folder.packed(stored)
             for place, matrix in [(None, q)] if number is None else enumerate(q.matrices()):
                 way = self.way
                 weight = PackedWeight(matrix, dtype, way.device, way.compute, way.engine)
                 self.packed[stored.module, place] = weight
+            self.folder.release(stored)
         return self.packed[stored.module, number]
+
+    def _ready(self, stored: StoredTensor, dtype: torch.dtype) -> PackedWeight | None:
+        """A matrix that is laid out for the very kernel that its layer's type asks for; else None."""
+        ready = self.ready.get(stored.module)
+        if ready is None:
+            return None
+        rows, columns = stored.shape
+        choice = self.choices.pick(stored.scheme, (rows, columns), dtype)
+        if choice.kernel is not ready.kernel:
+            return None
+        shape, tensors = (rows, columns), ready.tensors
+        return PackedWeight.of_packed(stored.scheme, shape, choice, tensors, dtype, transposed=stored.transposed)
 
     def layer(self, slot: Slot) -> nn.Module:
         """The packed layer that a slot becomes, with the slot's bias and mode."""
@@ -192,6 +197,7 @@ def fill(
     folder: Folder,
     floats: Mapping[str, torch.Tensor],
     way: Way,
+    ready: Mapping[str, Ready] | None = None,
 ) -> None:
     """Put the packed layers into all slots of `model`, in place; layers that are tied share one PackedWeight.
 
@@ -199,10 +205,11 @@ def fill(
     folder   that packed tensors are read from, one at a time
     floats   tensors of experts that stay in float, in stacks with packed ones
     way      how the layers will run
+    ready    weights that are laid out already (`Ahead`); None for none
 
     Raises CheckpointError for codes or scales that no folder of ours has, SchemeError where no kernel runs a scheme.
     """
-    packing = _Packing(folder, floats, way)
+    packing = _Packing(folder, floats, way, ready or {}, Choices(way))
     for name, slot in list(model.named_modules(remove_duplicate=False)):
         if isinstance(slot, Slot):
             model.set_submodule(name, packing.layer(slot))

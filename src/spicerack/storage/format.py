@@ -23,6 +23,7 @@ from spicerack import plugins
 from spicerack.errors import CheckpointError, SchemeError
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.undecoded import Undecoded
 
 if TYPE_CHECKING:
     from spicerack.storage.reader import Checkpoint
@@ -97,6 +98,13 @@ class Format(Protocol):
 
         tensors: those of the folder by name, of the types and shapes that `contents` checked. Raises CheckpointError
         for numbers that make no sense: codes that are no level, scales that are not finite.
+        """
+
+    def undecoded(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor], /) -> Undecoded | None:
+        """What `decode` makes, with its codes as they lie in the folder; None for what has no such form.
+
+        Raises CheckpointError as `decode` does, but for codes, which are not looked at: where one is no level, `decode`
+        says so.
         """
 
     def config(

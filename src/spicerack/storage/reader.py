@@ -3,12 +3,14 @@
 Headers are parsed by the safetensors library, which proves that the tensors tile each file exactly: truncated files,
 gaps and overlaps end here. torch is imported when the first tensor is read, not before: `inspect` runs without it.
 
-What is given up. A file is mapped for each tensor that is read, which costs a system call or two; that is what keeps
-memory at one tensor, however large the model. Floats that are left mapped by others must not change on disk.
+What is given up. A file is mapped for each tensor that is read, and its header parsed again (.5 ms); that is what keeps
+memory at one tensor, however large the model. Who reads a folder of many tensors holds its shards mapped instead
+(`held`), and says which tensors it is done with. Floats that are left mapped must not change on disk.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from spicerack.errors import CheckpointError
 from spicerack.storage import files
+from spicerack.storage.mapped import MappedShards
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +49,7 @@ class TensorInfo:
     shape    of the tensor, () for a single number
     nbytes   that it takes in the file
     file     the shard that holds it, by name
+    begin    where in that file its bytes begin; 0 where there is no file
     """
 
     name: str
@@ -53,6 +57,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     nbytes: int
     file: str
+    begin: int = 0
 
     @property
     def numel(self) -> int:
@@ -62,7 +67,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder, opened: `open` reads headers, `read` one tensor.
+    """A model folder, opened: `open` reads headers, `read` one tensor, and `held` is for who will read them all.
 
     folder      where it is
     config      what config.json says
@@ -70,6 +75,7 @@ class Checkpoint:
     shards      files that hold them
     side_files  every other file that belongs to the model, relative, '/'-separated
     notes       what was noticed and left alone, for people
+    mapped      the shards, where they are held; None where each tensor is read on its own
     """
 
     folder: Path
@@ -78,6 +84,7 @@ class Checkpoint:
     shards: tuple[str, ...]
     side_files: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    mapped: MappedShards | None = None
 
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
@@ -104,13 +111,30 @@ class Checkpoint:
             notes += _check_index(own.folder, own.index, tensors)
         return cls(own.folder, config, tensors, own.shards, own.side_files, tuple(notes))
 
+    def held(self) -> Checkpoint:
+        """The same, for a pass over many tensors: each shard is mapped once, and what `read` gives are views of that.
+
+        Their pages stay resident until `release` names the tensor, or all is gone.
+        """
+        return dataclasses.replace(self, mapped=MappedShards(self.folder))
+
+    def release(self, name: str) -> None:
+        """A tensor that was read is not needed any more: where shards are held, its pages go. Nobody may keep it."""
+        if self.mapped is not None:
+            info = self.tensors[name]
+            self.mapped.release(info.file, info.begin, info.nbytes)
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in its stored type. Raises CheckpointError for a file that cannot be read.
 
-        The file is mapped afresh each time: a mapping that lives on keeps every page it has touched resident, until the
-        whole shard is. The tensor's pages go when the tensor goes.
+        Where shards are not held the file is mapped afresh each time: a mapping that lives on keeps every page it has
+        touched resident, until the whole shard is. The tensor's pages go when the tensor goes.
         """
         info = self.tensors[name]
+        if self.mapped is not None and (dtype := _torch_dtype(info.dtype)) is not None:
+            raw = self.mapped.view(info.file, info.begin, info.nbytes)
+            aligned = raw.data_ptr() % dtype.itemsize == 0
+            return (raw if aligned else raw.clone()).view(dtype).reshape(info.shape)
         try:
             with safe_open(self.folder / info.file, framework="pt") as shard:
                 tensor: torch.Tensor = shard.get_tensor(name)
@@ -154,6 +178,13 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def _torch_dtype(name: str) -> torch.dtype | None:
+    """torch's type of safetensors' name; None for those that torch has in no file of ours, which safetensors reads."""
+    from spicerack.numerics.dtypes import BY_SAFETENSORS
+
+    return BY_SAFETENSORS.get(name)
+
+
 def _read_header(path: Path) -> Iterator[TensorInfo]:
     """Infos of one shard, in the order of their bytes; no data is read. numpy is the framework that costs least.
 
@@ -163,6 +194,8 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a regular file", "fetch the shard again")
     try:
+        with path.open("rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
         with safe_open(path, framework="numpy") as shard:
             for name in shard.offset_keys():
                 if len(name) > _MAX_NAME or not name.isprintable():
@@ -173,7 +206,9 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
                 dtype, shape = view.get_dtype(), tuple(view.get_shape())
                 if dtype not in BITS:
                     raise CheckpointError(f"{path}: {name} has the unknown type {dtype}", "update spicerack")
-                yield TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, path.name)
+                info = TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, path.name, begin)
+                yield info
+                begin += info.nbytes  # tensors tile the file, as safetensors has proved
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
 

@@ -14,9 +14,10 @@ import torch
 
 from spicerack.kernels import multiply, panels, torch_op
 from spicerack.kernels.kernel import Compute, Kernel, Shape
-from spicerack.kernels.panels import Tiling
+from spicerack.kernels.panels import Room, Staged, Tiling
 from spicerack.numerics.packed import Tensors
 from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.undecoded import Undecoded
 
 
 def _row(speed: int, compute: Compute, engine: str, tiling: Tiling = "planes") -> Kernel:
@@ -39,6 +40,7 @@ def _row(speed: int, compute: Compute, engine: str, tiling: Tiling = "planes") -
         prepare=partial(_prepare, compute, tiling),
         run=partial(_run, index),
         engine=engine,
+        stage=partial(_stage, tiling),
     )
 
 
@@ -69,6 +71,11 @@ def _obstacle(
     if scheme.activations is not None and scheme.group_columns is None and shape[1] > panels.MAX_EXACT_COLUMNS:
         return f"sums of more than {panels.MAX_EXACT_COLUMNS} products may overflow"
     return panels.obstacle(scheme, shape, dtype, device)
+
+
+def _stage(tiling: Tiling, q: Undecoded, room: Room) -> Staged:
+    """See `Kernel.stage`."""
+    return panels.stage(q, tiling, room)
 
 
 def _prepare(compute: Compute, tiling: Tiling, scheme: Scheme, shape: Shape, tensors: Tensors) -> multiply.PanelMatrix:

@@ -24,6 +24,7 @@ from spicerack.numerics.dtypes import SOURCE_BY_NAME, safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import parse
+from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import Contents, Layout, MethodFormat, StoredTensor
 from spicerack.storage.reader import Checkpoint
 
@@ -67,16 +68,20 @@ class BitNet(MethodFormat):
         return {f"{stored.module}.weight": packed, f"{stored.module}.weight_scale": q.plain_scale.reshape(1)}
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
+        """With codes that mean nothing refused: two bits hold more than three levels."""
+        q = self.undecoded(stored, tensors).qtensor()
+        if q.codes.max() > 1:
+            raise CheckpointError(f"{stored.module}.weight: a code that is none of -1, 0 and 1", _DAMAGED)
+        return q
+
+    def undecoded(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> Undecoded:
         """1 / scale is inverted in float32, which is what the scale then is stored in."""
-        module = stored.module
-        packed, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"].reshape(1, 1)
-        codes = torch.cat([packed >> 2 * place & 3 for place in range(_PARTS)]).view(torch.int8) - 1
-        if codes.max() > 1:
-            raise CheckpointError(f"{module}.weight: a code that is none of -1, 0 and 1", _DAMAGED)
+        module, (rows, columns) = stored.module, stored.shape
+        scale = tensors[f"{module}.weight_scale"].reshape(1, 1)
         scale = 1 / scale.float() if stored.inverse_scale else scale
         if not torch.isfinite(scale):
             raise CheckpointError(f"{module}: a scale of {float(scale)}", _DAMAGED)
-        return QTensor(stored.scheme, codes, scale)
+        return Undecoded(stored.scheme, (rows, columns), "quarters", tensors[f"{module}.weight"], scale)
 
     def config(
         self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]

@@ -28,6 +28,7 @@ from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import Contents, Layout, MethodFormat, StoredTensor, checked_input_scale
 from spicerack.storage.formats import _config_groups
 from spicerack.storage.formats._config_groups import DAMAGED, ELSEWHERE
@@ -88,18 +89,21 @@ class CompressedTensors(MethodFormat):
         return tensors
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
-        """Scales that others wrote as [N] become [N, 1]; shapes were checked with the folder's contents."""
+        """Every code is a level here; shapes were checked with the folder's contents."""
+        return self.undecoded(stored, tensors).qtensor()
+
+    def undecoded(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> Undecoded:
+        """Scales that others wrote as [N] become [N, 1]."""
         module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
-        scale = tensors[f"{module}.weight_scale"].reshape(rows, -1)
+        shape, scale = (rows, columns), tensors[f"{module}.weight_scale"].reshape(rows, -1)
         if scheme.activations:
             fixed = tensors.get(f"{module}.input_scale")
             fixed = None if fixed is None else checked_input_scale(module, fixed)
-            return QTensor(scheme, tensors[f"{module}.weight"], scale, input_scale=fixed)
-        codes = _unpack(tensors[f"{module}.weight_packed"], scheme.bits, columns)
+            return Undecoded(scheme, shape, "bytes", tensors[f"{module}.weight"], scale, input_scale=fixed)
         zero = None
         if scheme.zero:
             zero = _unpack(tensors[f"{module}.weight_zero_point"].t(), scheme.bits, rows).t().contiguous()
-        return QTensor(scheme, codes, scale, zero)
+        return Undecoded(scheme, shape, "stream", tensors[f"{module}.weight_packed"], scale, zero)
 
     def config(
         self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]

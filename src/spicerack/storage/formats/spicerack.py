@@ -25,6 +25,7 @@ from spicerack.numerics import packed
 from spicerack.numerics.dtypes import SOURCE_BY_WORD, safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme, parse
+from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.files import CONTAINER
 from spicerack.storage.format import Contents, Layout, StoredTensor, checked_input_scale
 from spicerack.storage.reader import Checkpoint
@@ -67,6 +68,15 @@ class SpicerackFormat:
         levels = stored.scheme.levels
         if levels.hi - levels.lo + 1 < 1 << levels.bits and q.codes.max() > levels.hi:
             raise CheckpointError(f"{stored.module}: a code that is none of {stored.scheme}'s levels", _REMEDY)
+        if q.input_scale is not None:
+            checked_input_scale(stored.module, q.input_scale)
+        return q
+
+    def undecoded(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> Undecoded | None:
+        """Of matrices in plain schemes."""
+        if stored.scheme.plain_obstacle is not None or len(stored.shape) != 2:
+            return None
+        q = packed.undecoded(stored.scheme, stored.shape, packed.part(tensors, stored.module), stored.transposed)
         if q.input_scale is not None:
             checked_input_scale(stored.module, q.input_scale)
         return q
