@@ -287,16 +287,21 @@ void attention(int index, int type, const Place& q, const Place& k, const Place&
     e.attention(&call, 1, team_size());
 }
 
-// Whether each (dictionary, key, value) still holds, by identity, a key that is missing counting as None; and each (object,
-// None, class).
+// Whether each (dictionary, key, value) still holds, by identity, a key that is missing counting as None; each (dictionary,
+// None, number of entries); and each (object, None, class).
 bool unchanged(const nb::tuple& watched) {
     PyObject* const all = watched.ptr();
     const Py_ssize_t count = PyTuple_GET_SIZE(all);
     for (Py_ssize_t i = 0; i + 2 < count; i += 3) {
-        PyObject *const place = PyTuple_GET_ITEM(all, i), *const want = PyTuple_GET_ITEM(all, i + 2);
+        PyObject *const place = PyTuple_GET_ITEM(all, i), *const key = PyTuple_GET_ITEM(all, i + 1);
+        PyObject* const want = PyTuple_GET_ITEM(all, i + 2);
         PyObject* have = (PyObject*)Py_TYPE(place);
         if (PyDict_Check(place)) {
-            have = PyDict_GetItemWithError(place, PyTuple_GET_ITEM(all, i + 1));  // borrowed
+            if (key == Py_None) {
+                if (PyDict_Size(place) != PyLong_AsSsize_t(want)) return false;
+                continue;
+            }
+            have = PyDict_GetItemWithError(place, key);  // borrowed
             if (!have && PyErr_Occurred()) throw nb::python_error();
             if (!have) have = Py_None;
         }

@@ -23,26 +23,29 @@ did."""
 class Guard:
     """Of modules: their classes, public attributes, children, parameters, buffers and hooks, as they are now.
 
-    modules    what is watched
-    top        the one of them that something takes the place of: hooks of its own run around that
+    modules    what is watched; children that are none of them are not
+    top        the one of them that something takes the place of: hooks of its own run around that, and what its
+               attributes decide is for its caller to know
     changing   attributes that decide nothing about what a module computes
     """
 
     def __init__(self, modules: Iterable[nn.Module], top: nn.Module, changing: frozenset[str] = frozenset()) -> None:
-        watched: list[Any] = []  # dictionary, key, value; or module, None, class
+        watched: list[Any] = []  # for `unchanged`, three at a time
         self._hooks: list[dict[int, Any]] = []
-        for m in modules:
-            own = vars(m)
+        members = {id(m): m for m in modules}
+        for m in members.values():
             watched += (m, None, type(m))
             if m is not top:
-                watched += (own, "forward", None)  # nobody has given it one of its own
+                own, children = vars(m), m._modules
+                watched += (own, "forward", None, children, None, len(children))
                 self._hooks += (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-            public = {key: value for key, value in own.items() if not key.startswith("_") and key not in changing}
-            public.pop("forward", None)
-            for entries, kept in ((own, public), (m._modules, m._modules), (m._parameters, m._parameters),
-                                  (m._buffers, m._buffers)):  # fmt: skip
-                for key, value in kept.items():
-                    watched += (entries, key, value)
+                for key, value in own.items():
+                    if not (key.startswith("_") or key in changing or isinstance(value, dict | list | set)):
+                        watched += (own, key, value)
+            for entries in (m._modules, m._parameters, m._buffers):
+                for key, value in entries.items():
+                    if not isinstance(value, nn.Module) or id(value) in members:
+                        watched += (entries, key, value)
         self._watched = tuple(watched)
 
     def holds(self) -> bool:

@@ -109,7 +109,7 @@ class Plan:
     ) -> torch.Tensor:
         """Buffer `result` [batch, length, width] for ids [batch, length]; zeros where the mask is 0.
 
-        ids, mask, types, positions: int64, contiguous, on the CPU, all of one shape, not empty. mask None hides none,
+        ids, mask, types, positions: int64, contiguous, on the CPU, all of one shape. mask None hides none,
         types None are 0, positions None are as the plan says. As many threads as torch uses. Raises IndexError, which
         names the place, for what is no row of its table, hidden or not; ShapeError for other tensors.
         """
@@ -120,6 +120,8 @@ class Plan:
                 raise ShapeError(f"an index is {t.dtype} {list(t.shape)}", "pass contiguous int64 of the ids' shape")
         batch, length = ids.shape
         y = torch.empty(batch, length, self.widths[result])
+        if not ids.numel():
+            return y
         hidden, kinds, places = (0 if t is None else t.data_ptr() for t in (mask, types, positions))
         self._native.run(ids.data_ptr(), hidden, kinds, places, batch, length, result, y.data_ptr())
         return y
