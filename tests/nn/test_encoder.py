@@ -353,9 +353,10 @@ def test_what_is_written_into_weights_counts(runs: list[torch.Tensor]) -> None:
     assert torch.allclose(model(**batch).last_hidden_state, first + 1, atol=1e-6) and len(runs) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 @torch.no_grad()
 def test_tracing_and_compiling_see_the_modules(runs: list[torch.Tensor]) -> None:
-    model = quantized()
+    model = quantized().requires_grad_(False)
     batch = sentences([5, 3])
     expected = modules(model, **batch).last_hidden_state
     runs.clear()

@@ -106,8 +106,10 @@ class NativeEncoder:
         return None if self._ready is None else self._run(self._ready, model, asked)
 
     def _run(self, ready: _Ready, model: PreTrainedModel, asked: dict[str, Any]) -> Any:
+        if _is_watched():
+            return None
         inputs = _inputs(asked, {index for _, index in self.family.tables})
-        if inputs is None or _is_watched() or not ready.is_current(model):
+        if inputs is None or not ready.is_current(model):
             return None
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             return None
