@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -303,7 +304,12 @@ def with_casts(model: Any) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("mode", [in_training, a_part_in_training, with_gradients, with_casts])
+def in_a_trace(model: Any) -> AbstractContextManager[Any]:
+    model.requires_grad_(False)
+    return mock.patch("torch.jit.is_tracing", return_value=True)
+
+
+@pytest.mark.parametrize("mode", [in_training, a_part_in_training, with_gradients, with_casts, in_a_trace])
 def test_modules_run_in_other_modes(
     mode: Callable[[Any], AbstractContextManager[Any]], runs: list[torch.Tensor]
 ) -> None:
@@ -353,16 +359,14 @@ def test_what_is_written_into_weights_counts(runs: list[torch.Tensor]) -> None:
     assert torch.allclose(model(**batch).last_hidden_state, first + 1, atol=1e-6) and len(runs) == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 @torch.no_grad()
 def test_tracing_and_compiling_see_the_modules(runs: list[torch.Tensor]) -> None:
-    model = quantized().requires_grad_(False)
+    model = quantized()
     batch = sentences([5, 3])
     expected = modules(model, **batch).last_hidden_state
     runs.clear()
     compiled = torch.compile(model, backend="eager")
     assert torch.allclose(compiled(**batch).last_hidden_state, expected, atol=1e-5)
-    torch.jit.trace(lambda ids: model(ids).last_hidden_state, batch["input_ids"], check_trace=False)
     exported = torch.export.export(model, (), batch, strict=False)
     assert torch.allclose(exported.module()(**batch).last_hidden_state, expected, atol=1e-5)
     assert not runs
