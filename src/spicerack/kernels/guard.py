@@ -39,8 +39,10 @@ class Guard:
                 own, children = vars(m), m._modules
                 watched += (own, "forward", None, children, None, len(children))
                 self._hooks += (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+                # Packed layers are made in training mode, which means nothing to them, and stay so until eval().
+                ignored = changing | {"training"} if m.training else changing
                 for key, value in own.items():
-                    if not (key.startswith("_") or key in changing or isinstance(value, dict | list | set)):
+                    if not (key.startswith("_") or key in ignored or isinstance(value, dict | list | set)):
                         watched += (own, key, value)
             for entries in (m._modules, m._parameters, m._buffers):
                 for key, value in entries.items():
