@@ -7,7 +7,8 @@ How a folder is opened:
       make_slots      it asks its quantizer to prepare the model, and that is us: slots take the place of packed layers
       ...             it fills in what is float, mapped from the files, and renames, ties, casts and initializes as ever
     fill              slots become packed layers: tensor after tensor is read, and laid out for the kernel that runs it
-    fuse              layers that share an input join into one call, activations join the layers before them
+    fuse              layers that share an input join into one call, activations join the layers before them, and an
+                      encoder of the usual parts becomes one call as a whole
 
 So names, ties and types are transformers' business, and nothing of it is replaced or patched: whatever family it knows
 is loaded, and is the class that its own users expect. Memory is that of the packed model and one tensor.
