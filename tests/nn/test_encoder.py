@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import spicerack
@@ -309,7 +310,12 @@ def in_a_trace(model: Any) -> AbstractContextManager[Any]:
     return mock.patch("torch.jit.is_tracing", return_value=True)
 
 
-@pytest.mark.parametrize("mode", [in_training, a_part_in_training, with_gradients, with_casts, in_a_trace])
+def counting(model: Any) -> AbstractContextManager[Any]:
+    model.requires_grad_(False)
+    return FlopCounterMode(display=False)
+
+
+@pytest.mark.parametrize("mode", [in_training, a_part_in_training, with_gradients, with_casts, in_a_trace, counting])
 def test_modules_run_in_other_modes(
     mode: Callable[[Any], AbstractContextManager[Any]], runs: list[torch.Tensor]
 ) -> None:
@@ -337,6 +343,19 @@ def test_without_gradients_to_make_grad_mode_changes_nothing(runs: list[torch.Te
     with torch.inference_mode():
         assert model(**sentences([5])).last_hidden_state.is_inference()
     assert len(runs) == 2
+
+
+@torch.no_grad()
+def test_torchs_defaults_do_not_matter(runs: list[torch.Tensor]) -> None:
+    model = quantized()
+    batch = sentences([5, 3])
+    expected = model(**batch).last_hidden_state
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(model(**batch).last_hidden_state, expected) and len(runs) > 1
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()

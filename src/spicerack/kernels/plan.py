@@ -119,7 +119,7 @@ class Plan:
             ):
                 raise ShapeError(f"an index is {t.dtype} {list(t.shape)}", "pass contiguous int64 of the ids' shape")
         batch, length = ids.shape
-        y = torch.empty(batch, length, self.widths[result])
+        y = torch.empty(batch, length, self.widths[result], dtype=torch.float32, device="cpu")  # whatever the defaults
         if not ids.numel():
             return y
         hidden, kinds, places = (0 if t is None else t.data_ptr() for t in (mask, types, positions))

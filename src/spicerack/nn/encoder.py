@@ -174,7 +174,9 @@ def _forward(kind: type[PreTrainedModel]) -> Any:
 
 
 def _is_watched() -> bool:
-    """Whether somebody records or changes what torch computes: a trace, or automatic casts."""
+    """Whether somebody records or changes what torch computes: a trace, automatic casts, or a mode that dispatches."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
     return torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")  # type: ignore[attr-defined, no-untyped-call]
 
 
