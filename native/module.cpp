@@ -1,6 +1,6 @@
 // The Python face of the native code: checks types and sizes, releases the GIL, calls. Its only users, in
 // src/spicerack: numerics/native.py (search, codes, bit streams, fake quantization), and of the kernels kernels/panels.py
-// (layout), multiply.py (products), attention.py and limits.py. What they hand in is told in _native.pyi.
+// (layout), multiply.py (products), attention.py, plan.py, guard.py and limits.py. What they hand in is told in _native.pyi.
 //
 // Those of numerics work on one thread, and callers split rows among threads, which never changes a result; those of
 // training and of the kernels bring torch's team. isa: an instruction set of quantizers(), "" for the widest.
@@ -23,8 +23,10 @@
 #include <sys/mman.h>
 #endif
 
+#include "kernels/arena.h"
 #include "kernels/kernel.h"
 #include "kernels/layout.h"
+#include "kernels/plan.h"
 #include "kernels/pool.h"
 #include "kernels/stored.h"
 #include "kernels/team.h"
@@ -289,9 +291,108 @@ void attention(int index, int type, const Place& q, const Place& k, const Place&
     require(width > 0 && width % PANEL == 0 && value_width > 0 && value_width % PANEL == 0, "widths are multiples of 16");
     const Engine& e = engine(index);
     nb::gil_scoped_release unlocked;
-    e.attention({strided(q), strided(k), strided(v), strided(mask), (void*)y, Float(type), batch, heads, kv_heads, queries,
-                 keys, width, value_width, causal, scale, team_size()});
+    const Attention call{strided(q), strided(k), strided(v), strided(mask), (void*)y, Float(type), batch, heads, kv_heads,
+                         queries, keys, width, value_width, causal, scale};
+    e.attention(&call, 1, team_size());
 }
+
+// Whether each (dictionary, key, value) still holds, by identity, a key that is missing counting as None; each (dictionary,
+// None, number of entries); and each (object, None, class).
+bool unchanged(const nb::tuple& watched) {
+    PyObject* const all = watched.ptr();
+    const Py_ssize_t count = PyTuple_GET_SIZE(all);
+    for (Py_ssize_t i = 0; i + 2 < count; i += 3) {
+        PyObject *const place = PyTuple_GET_ITEM(all, i), *const key = PyTuple_GET_ITEM(all, i + 1);
+        PyObject* const want = PyTuple_GET_ITEM(all, i + 2);
+        PyObject* have = (PyObject*)Py_TYPE(place);
+        if (PyDict_Check(place)) {
+            if (key == Py_None) {
+                if (PyDict_Size(place) != PyLong_AsSsize_t(want)) return false;
+                continue;
+            }
+            have = PyDict_GetItemWithError(place, key);  // borrowed
+            if (!have && PyErr_Occurred()) throw nb::python_error();
+            if (!have) have = Py_None;
+        }
+        if (have != want) return false;
+    }
+    return true;
+}
+
+// A plan of steps, as plan.h tells. Addresses are of float32 tensors that kernels/plan.py has checked and keeps; buffers
+// are told by their numbers, and their widths are checked here.
+struct Planned {
+    Plan plan;
+
+    Planned(int index, const std::vector<int64_t>& widths, int64_t pad) {
+        for (const int64_t width : widths) require(width > 0, "buffers have columns");
+        plan = {&engine(index), widths, {pad >= 0, pad}, {}, 0};
+    }
+    int64_t width(int buffer) const {
+        require(buffer >= 0 && buffer < int(plan.widths.size()), "no such buffer");
+        return plan.widths[buffer];
+    }
+    // tables: for each (a packed matrix, or None; address of its floats [rows, width]; rows; what tells its row).
+    void look_up(const nb::list& tables, int y) {
+        LookUp step{{}, y};
+        for (const nb::handle h : tables) {
+            const nb::tuple t = nb::cast<nb::tuple>(h);
+            const int64_t rows = nb::cast<int64_t>(t[2]);
+            const int index = nb::cast<int>(t[3]);
+            require(rows > 0 && index >= 0 && index < INDEXES, "not a table");
+            step.tables.push_back({Index(index), rows, (const float*)address(t[1]), {}});
+            LookUp::Table& table = step.tables.back();
+            require((table.floats == nullptr) != t[0].is_none(), "a table is packed, or floats");
+            if (table.floats) continue;
+            table.packed = nb::cast<const Bound&>(t[0]).weights;
+            require(table.packed.n == rows && table.packed.k == width(y), "tables are as wide as their sum");
+        }
+        require(!step.tables.empty() && width(y) > 0, "one table at least");
+        plan.steps.push_back(step);
+    }
+    void norm(int x, int more, int y, uintptr_t weight, uintptr_t bias, float epsilon, bool centered) {
+        require(weight && width(x) == width(y) && (more < 0 || width(more) == width(y)), "a norm keeps the width");
+        plan.steps.push_back(NormStep{x, more, y, (const float*)weight, (const float*)bias, epsilon, centered});
+    }
+    // parts: for each (matrix, address of its bias or 0, buffer, whether GELU follows).
+    void product(int index, int x, int activations, uintptr_t scale, const nb::list& parts) {
+        ProductStep step{&engine(index), x, Activations(activations), (const float*)scale, {}};
+        require(activations >= 0 && activations <= 3, "not an input");
+        require((Activations(activations) == Activations::fixed) == (scale != 0), "fixed activations have a scale");
+        for (const nb::handle h : parts) {
+            const nb::tuple t = nb::cast<nb::tuple>(h);
+            const Weights& w = nb::cast<const Bound&>(t[0]).weights;
+            step.parts.push_back({w, (const float*)address(t[1]), nb::cast<int>(t[2]), nb::cast<bool>(t[3])});
+            require(w.k == width(x) && w.n == width(step.parts.back().y), "a product fits its buffers");
+            require((w.bits == TRITS) == (step.parts[0].weights.bits == TRITS), "trits share no input with other codes");
+        }
+        require(!step.parts.empty() && step.parts.size() <= MOST_PRODUCTS, "1 to 16 matrices share an input");
+        plan.steps.push_back(step);
+    }
+    void attention(int q, int k, int v, int y, int64_t heads, int64_t kv_heads, float scale) {
+        require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "not heads");
+        require(width(q) % (heads * PANEL) == 0 && width(k) % kv_heads == 0 && width(v) % (kv_heads * PANEL) == 0 &&
+                    width(k) / kv_heads == width(q) / heads && width(y) == width(v) / kv_heads * heads,
+                "heads do not fit their buffers");
+        plan.steps.push_back(AttentionStep{q, k, v, y, heads, kv_heads, scale});
+    }
+    void add(int x, int more, int y) {
+        require(width(x) == width(y) && width(more) == width(y), "a sum keeps the width");
+        plan.steps.push_back(AddStep{x, more, y});
+    }
+    // y [batch, length, width of the buffer `result`]; ids, mask, types and positions: addresses of int64
+    // [batch, length], 0 for none but of ids.
+    void run(uintptr_t ids, uintptr_t mask, uintptr_t types, uintptr_t positions, int64_t batch, int64_t length,
+             int result, uintptr_t y) {
+        require(ids && y && batch > 0 && length > 0, "an empty batch");
+        require(width(result) > 0 && !plan.steps.empty(), "an empty plan");
+        plan.result = result;
+        const Batch b{(const int64_t*)ids, (const int64_t*)mask, (const int64_t*)types, (const int64_t*)positions,
+                      batch, length};
+        nb::gil_scoped_release unlocked;
+        run_plan(plan, b, (float*)y, team_size());
+    }
+};
 
 // out [count, K]: the rows `which` [count] of a matrix, decoded.
 void rows(const Bound& matrix, Vector<const int64_t> which, Matrix<float> out) {
@@ -502,6 +603,16 @@ NB_MODULE(_native, m) {
           "products"_a);
     m.def("attention", &spicerack::attention, "engine"_a, "type"_a, "q"_a, "k"_a, "v"_a, "mask"_a, "y"_a, "sizes"_a,
           "causal"_a, "scale"_a);
+    nb::class_<Planned>(m, "Plan")
+        .def(nb::init<int, const std::vector<int64_t>&, int64_t>(), "engine"_a, "widths"_a, "pad"_a)
+        .def("look_up", &Planned::look_up, "tables"_a, "y"_a)
+        .def("norm", &Planned::norm, "x"_a, "more"_a, "y"_a, "weight"_a, "bias"_a, "epsilon"_a, "centered"_a)
+        .def("product", &Planned::product, "engine"_a, "x"_a, "activations"_a, "scale"_a, "parts"_a)
+        .def("attention", &Planned::attention, "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "kv_heads"_a, "scale"_a)
+        .def("add", &Planned::add, "x"_a, "more"_a, "y"_a)
+        .def("run", &Planned::run, "ids"_a, "mask"_a, "types"_a, "positions"_a, "batch"_a, "length"_a, "result"_a, "y"_a);
+    m.def("unchanged", &unchanged, "watched"_a);
+    m.def("release_arenas", &release_arenas);
     m.def("rows", &spicerack::rows, "matrix"_a, "which"_a, "out"_a);
     m.def("from_panels", &from_panels, "tiles"_a, "bits"_a, "offset"_a, "codes"_a);
     nb::class_<Packing>(m, "Packing")

@@ -27,15 +27,6 @@ constexpr int64_t PRODUCTS_A_THREAD = 1 << 17;      // multiply-adds that are wo
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float NOTHING = -__builtin_inff();  // the score of a hidden key
 
-struct Scratch {
-    Buffer<float> q, keys, values, sums, weights, largest, total;
-};
-
-INLINE Scratch& own_scratch() {
-    static thread_local Scratch scratch;
-    return scratch;
-}
-
 INLINE const char* at(const Strided& t, Float type, int64_t batch, int64_t head, int64_t row) {
     return (const char*)t.data + (batch * t.batch + head * t.head + row * t.row) * size_of(type);
 }
@@ -50,7 +41,9 @@ struct Units {
     const Attention* call;
     int64_t heads;        // of q that share one of k and v
     int64_t rows, each;   // of queries for a head of k and v; of a unit
-    int64_t count, next;  // of units; the one that nobody has taken yet
+    int64_t end;          // behind the number of its last unit, where units are counted through all calls
+
+    INLINE int64_t count() const { return call->batch * call->kv_heads * ((rows + each - 1) / each); }
 
     INLINE Unit unit(int64_t i) const {
         const int64_t parts = (rows + each - 1) / each, part = i % parts, place = i / parts;
@@ -64,6 +57,16 @@ struct Units {
         return call->causal ? least(position(row) + 1, call->keys) : call->keys;
     }
 };
+
+struct Scratch {
+    Buffer<Units> units;
+    Buffer<float> q, keys, values, sums, weights, largest, total;
+};
+
+INLINE Scratch& own_scratch() {
+    static thread_local Scratch scratch;
+    return scratch;
+}
 
 // `count` keys as [width, KEYS]; zeros beyond them, up to whole vectors.
 void transpose_keys(const Attention& call, const Unit& u, int64_t first, int64_t count, float* out) {
@@ -257,26 +260,46 @@ void run(const Units& units, const Unit& u, Scratch& scratch) {
     finish(units, u, state);
 }
 
+// What a team shares: the calls, and the unit that nobody has taken yet.
+struct Shared {
+    const Units* calls;
+    int64_t count, next;
+};
+
 void work(void* context, Member) {
-    Units& units = *(Units*)context;
+    Shared& shared = *(Shared*)context;
     Scratch& scratch = own_scratch();
-    for (int64_t i; (i = __atomic_fetch_add(&units.next, 1, __ATOMIC_RELAXED)) < units.count;) {
-        run(units, units.unit(i), scratch);
+    const int64_t end = shared.calls[shared.count - 1].end;
+    const Units* units = shared.calls;
+    for (int64_t i; (i = __atomic_fetch_add(&shared.next, 1, __ATOMIC_RELAXED)) < end;) {
+        while (i >= units->end) units++;
+        run(*units, units->unit(i - (units->end - units->count())), scratch);
     }
 }
 
 }  // namespace
 
-void attention(const Attention& call) {
-    const int64_t heads = call.heads / call.kv_heads, rows = heads * call.queries, places = call.batch * call.kv_heads;
-    const int64_t useful = places * rows * call.keys * (call.width + call.value_width) / PRODUCTS_A_THREAD + 1;
-    const int threads = int(least(call.threads, useful));
+void attention(const Attention* calls, int64_t count, int threads) {
+    if (!count) return;
+    int64_t products = 0, places = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const Attention& c = calls[i];
+        products += c.batch * c.heads * c.queries * c.keys * (c.width + c.value_width);
+        places += c.batch * c.kv_heads;
+    }
+    const int useful = int(least(threads, products / PRODUCTS_A_THREAD + 1));
     // Two units for each thread at least, where there are rows enough.
-    const int64_t parts = (2 * threads + places - 1) / places;
-    const int64_t fair = (rows + parts - 1) / parts;
-    Units units{&call, heads, rows, least((fair + STRIP_ROWS - 1) / STRIP_ROWS * STRIP_ROWS, UNIT_ROWS), 0, 0};
-    units.count = places * ((rows + units.each - 1) / units.each);
-    run_team(threads, work, &units);
+    const int64_t parts = (2 * useful + places - 1) / places;
+    Units* all = own_scratch().units.need(count);
+    int64_t end = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t heads = calls[i].heads / calls[i].kv_heads, rows = heads * calls[i].queries;
+        const int64_t fair = (rows + parts - 1) / parts;
+        all[i] = {&calls[i], heads, rows, least((fair + STRIP_ROWS - 1) / STRIP_ROWS * STRIP_ROWS, UNIT_ROWS), 0};
+        all[i].end = end += all[i].count();
+    }
+    Shared shared{all, count, 0};
+    run_team(useful, work, &shared);
 }
 
 }  // namespace spicerack::SPICERACK_ISA

@@ -90,6 +90,17 @@ struct Attention {
     int64_t batch, heads, kv_heads, queries, keys, width, value_width;
     bool causal;      // query i sees the keys 0..i
     float scale;
+};
+
+// y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the columns of each row, where x is x + more. Not
+// centered, as in RMSNorm: the mean counts as 0.
+struct Norm {
+    const float *x, *more;        // [rows, width]; more may be null
+    const float *weight, *bias;  // [width]; bias may be null
+    float* y;                    // [rows, width]; may be x or more
+    int64_t rows, width;
+    float epsilon;
+    bool centered;
     int threads;
 };
 
@@ -99,7 +110,9 @@ constexpr int64_t MAX_EXACT_COLUMNS = 1 << 16;
 
 #define SPICERACK_KERNEL_FUNCTIONS                                                                                     \
     void linear(const Call& call);                                                                                     \
-    void attention(const Attention& call);                                                                             \
+    /* `count` calls, whose work is shared among threads as if they were one. */                                       \
+    void attention(const Attention* calls, int64_t count, int threads);                                                \
+    void norm(const Norm& call);                                                                                       \
     /* Operations of `rounds` rounds of dot products, or of multiply-adds of floats, that touch registers only (2 for  \
        each multiply-add). */                                                                                          \
     int64_t spin(int64_t rounds, bool floats);                                                                         \
@@ -133,6 +146,7 @@ struct Engine {
     const char* isa;
     decltype(&scalar::linear) linear;
     decltype(&scalar::attention) attention;
+    decltype(&scalar::norm) norm;
     decltype(&scalar::spin) spin;
     decltype(&scalar::read) read;
 };

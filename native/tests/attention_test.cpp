@@ -70,8 +70,7 @@ std::vector<double> run(const Engine& engine, const Inputs& in, int threads) {
     const int64_t count = call.batch * call.queries * call.heads * call.value_width;
     Exact y(count, size_of(call.type));
     call.y = y.data();
-    call.threads = threads;
-    engine.attention(call);
+    engine.attention(&call, 1, threads);
     std::vector<double> values(count);
     for (int64_t i = 0; i < count; i++) values[i] = get(y.data(), i, call.type);
     return values;
@@ -162,6 +161,31 @@ void spicerack::test_attention(Random& random) {
             const int64_t batch = large ? 1 : random.between(1, 2), widest = large ? 2 : 6;
             check_case({TYPES[random.below(3)], batch, heads, kv_heads, causal ? count : random.between(1, 9), count,
                         16 * random.between(1, widest), 16 * random.between(1, widest), kind == 2, causal}, random);
+        }
+    }
+    // Calls of several shapes at once are what each of them is.
+    std::vector<Inputs> several;
+    for (const int64_t count : {3, 130, 17, 17, 1}) {
+        several.push_back(inputs({Float::f32, random.between(1, 2), 4, 2, count, count, 32, 16, false, false}, random));
+    }
+    for (const Engine& engine : engines()) {
+        for (int threads = 1; threads <= 3; threads++) {
+            std::snprintf(subject, sizeof subject, "attention: several, %s, %d threads", engine.isa, threads);
+            std::vector<Attention> calls;
+            std::vector<Exact> results;
+            for (const Inputs& in : several) {
+                results.emplace_back(in.call.batch * in.call.queries * in.call.heads * in.call.value_width, 4);
+                calls.push_back(in.call);
+                calls.back().y = results.back().data();
+            }
+            engine.attention(calls.data(), int64_t(calls.size()), threads);
+            for (size_t i = 0; i < several.size(); i++) {
+                const std::vector<double> want = run(engine, several[i], 1);
+                for (size_t j = 0; j < want.size(); j++) {
+                    if (!same(want[j], get(results[i].data(), int64_t(j), Float::f32))) check(false, "as one by one");
+                }
+            }
+            engine.attention(nullptr, 0, threads);
         }
     }
     // A NaN reaches the queries that see its key, and them alone.

@@ -5,7 +5,7 @@ Each says why it does not run here, or why it was passed over: a choice that nob
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,7 +34,8 @@ ABOUT = About(place=70, summary="What can multiply on this machine, and what a f
 def command(out: str | None, compute: Literal["int8", "float"] | None, engine: str | None, as_json: bool) -> None:
     """List the kernels, or those that the layers of the quantized folder OUT get, and why.
 
-    Only config.json and the headers of OUT's files are read.
+    Only config.json and the headers of OUT's files are read, but for encoders that may run as one native call: whether
+    they do is checked whenever they are loaded, so that they are loaded here, too.
 
     \b
     spicerack kernels
@@ -53,12 +54,18 @@ def command(out: str | None, compute: Literal["int8", "float"] | None, engine: s
         else:
             _show_table(rows, _output.console())
         return
+    from spicerack.runtime.whole import whole_parts
+
     layers = choices.layers(out, compute, engine)
+    encoders = whole_parts(out, compute, engine) if layers else {}
     if as_json:
         chosen = [asdict(some) for some in layers]
-        _output.emit({"folder": out, "compute": compute, "engine": engine, **_table_as_json(rows), "layers": chosen})
+        whole = [{"path": path, "obstacle": obstacle} for path, obstacle in encoders.items()]
+        facts = {"folder": out, "compute": compute, "engine": engine}
+        _output.emit({**facts, **_table_as_json(rows), "layers": chosen, "one_call": whole})
     else:
         _show_layers(out, layers, _output.console())
+        _show_encoders(encoders, _output.console())
 
 
 def _table_as_json(rows: Iterable[Row]) -> dict[str, Any]:
@@ -111,6 +118,14 @@ def _show_layers(out: str, layers: list[Layers], console: Console) -> None:
         console.print(f"{kernel} for {names}; faster ones were passed over:", markup=False, soft_wrap=True)
         for reason, rows in _by_reason(passed_over).items():
             console.print(f"  {', '.join(rows)}: {reason}", markup=False, soft_wrap=True)
+
+
+def _show_encoders(encoders: Mapping[str, str | None], console: Console) -> None:
+    """Which parts run as one native call: path -> why not, or None."""
+    for path, obstacle in encoders.items():
+        name = path or "the model"
+        told = "one native call" if obstacle is None else f"its modules, one by one: {obstacle}"
+        console.print(f"\n{name}: {told}", markup=False, soft_wrap=True)
 
 
 def _choices(layers: Iterable[Layers]) -> list[tuple[str, dict[str, str], list[str]]]:

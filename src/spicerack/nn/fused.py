@@ -10,12 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spicerack.nn.attention import use_native_attention
+from spicerack.nn.encoder import use_native_encoders
 from spicerack.nn.gelu import join_gelus
 from spicerack.nn.shared import share_inputs
 
 
 def fuse(model: nn.Module, engine: str | None = None) -> None:
-    """Join packed layers of `model` that share an input, and those with a GELU behind them; attention goes native.
+    """Join packed layers of `model` that share an input, and those with a GELU behind them; attention goes native, and
+    encoders that one native call can compute are computed so.
 
     The model is changed in place, its weights are not. Called once, when all packed layers are in. engine: of that
     attention, as in `load`; layers have theirs already.
@@ -25,3 +27,4 @@ def fuse(model: nn.Module, engine: str | None = None) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             use_native_attention(part, engine)
+    use_native_encoders(model, engine)

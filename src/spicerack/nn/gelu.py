@@ -72,11 +72,11 @@ def join_gelus(model: nn.Module) -> None:
             continue  # most modules of a model
         for layer_name, name in names.THEN_ACTIVATION:
             layer, activation = getattr(parent, layer_name, None), getattr(parent, name, None)
-            if type(layer) is QLinear and layer.joined is None and _is_gelu(activation):
+            if type(layer) is QLinear and layer.joined is None and is_gelu(activation):
                 setattr(parent, name, JoinedGELU(activation))
                 layer.joined = Producer()
 
 
-def _is_gelu(module: object) -> TypeGuard[nn.Module]:
+def is_gelu(module: object) -> TypeGuard[nn.Module]:
     """Whether it is GELU by the error function: what the kernels compute, and not one of its approximations."""
     return type(module) is GELUActivation or (type(module) is nn.GELU and module.approximate == "none")

@@ -1,0 +1,538 @@
+"""Encoders as one native call: modules' results, the same bits in every batch, and modules wherever they are asked."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+import spicerack
+from spicerack.kernels import plan
+from spicerack.models import bundled
+from spicerack.nn import encoder
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99,
+    "max_position_embeddings": 40,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", SIZES),
+    "roberta": ("Roberta", {**SIZES, "type_vocab_size": 1}),
+    "xlm-roberta": ("XLMRoberta", {**SIZES, "type_vocab_size": 2}),
+    "camembert": ("Camembert", {**SIZES, "type_vocab_size": 1}),
+    "electra": ("Electra", {**SIZES, "embedding_size": 32}),
+    "electra without a projection": ("Electra", {**SIZES, "embedding_size": 64}),
+    "distilbert": (
+        "DistilBert",
+        {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocab_size": 99, "max_position_embeddings": 40},
+    ),
+}
+
+
+def made(family: str, **settings: Any) -> PreTrainedModel:
+    """A random float model, whose norms and biases are random, too."""
+    name, sizes = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")
+    model: PreTrainedModel = getattr(transformers, f"{name}Model")(config(**{**sizes, **settings})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def quantized(family: str = "bert", scheme: str = "w8", compute: Any = "float", **settings: Any) -> Any:
+    return spicerack.quantize(made(family, **settings), scheme, compute=compute)
+
+
+def modules(model: Any, *args: Any, **asked: Any) -> Any:
+    """What the model's own code makes of it."""
+    return type(model).forward(model, *args, **asked)
+
+
+def sentences(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Ids from 2 on, with 1 behind them, and the mask."""
+    ids = torch.randint(2, 99, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask + (1 - mask), "attention_mask": mask}
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Results of plans."""
+    results: list[torch.Tensor] = []
+    run = plan.Plan.run
+
+    def counted(*args: Any) -> torch.Tensor:
+        results.append(run(*args))
+        return results[-1]
+
+    monkeypatch.setattr(plan.Plan, "run", counted)
+    return results
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_close(ours: Any, theirs: Any, seen: torch.Tensor, bound: float) -> None:
+    assert type(ours) is type(theirs) and ours.keys() == theirs.keys()
+    a, b = ours.last_hidden_state, theirs.last_hidden_state
+    assert (a[seen] - b[seen]).abs().max() <= bound * b[seen].abs().max()
+    assert not a[~seen].any()
+    if "pooler_output" in theirs:
+        assert (ours.pooler_output - theirs.pooler_output).abs().max() <= bound
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("scheme", "compute", "bound"),
+    [("w8", "float", 2e-6), ("w8", "int8", 0.05), ("w8a8", None, 0.1), ("w4g32z", "float", 2e-6),
+     ("ternary", "int8", 0.05)],
+)  # fmt: skip
+@torch.no_grad()
+def test_gives_what_the_modules_give(
+    family: str, scheme: str, compute: Any, bound: float, runs: list[torch.Tensor]
+) -> None:
+    model = quantized(family, scheme, compute)
+    assert encoder.obstacles(model) == {"": None}
+    runs.clear()
+    batch = sentences([9, 1, 17, 5])
+    seen = batch["attention_mask"].bool()
+    assert_close(model(**batch), modules(model, **batch), seen, bound)
+    everything = torch.ones_like(seen)
+    ids = batch["input_ids"]
+    assert_close(model(ids), modules(model, ids), everything, bound)
+    assert_close(model(ids.int()), modules(model, ids), everything, bound)
+    positions = torch.arange(17).flip(0)[None] + 3
+    given = {"input_ids": ids.t().contiguous().t(), "position_ids": positions, "attention_mask": seen}
+    assert_close(model(**given, return_dict=True), modules(model, **given), seen, bound)
+    if family in ("bert", "xlm-roberta") or "electra" in family:
+        types = (torch.arange(17) > 4).long().expand(4, 17)
+        assert_close(model(ids, None, types), modules(model, ids, None, types), everything, bound)
+        assert len(runs) == 5
+    assert len(runs) >= 4
+
+
+@pytest.mark.parametrize("rules", [[], ["**.word_embeddings=w8"]])
+@torch.no_grad()
+def test_is_right_in_float64(rules: list[str]) -> None:
+    """Against the float model whose weights are those of the codes, in float64 by torch's own attention."""
+    original = made("bert")
+    model: Any = spicerack.quantize(copy.deepcopy(original), "w8", compute="float", rules=rules)
+    exact = original.double()
+    exact.set_attn_implementation("eager")
+    for path, layer in model.named_modules():
+        if hasattr(layer, "packed"):
+            exact.get_submodule(path).weight.copy_(layer.packed.decode())
+    batch = sentences([12, 4])
+    expected = modules(exact, **batch).last_hidden_state
+    seen = batch["attention_mask"].bool()
+    assert (model(**batch).last_hidden_state - expected)[seen].abs().max() < 2e-6 * expected[seen].abs().max()
+
+
+@torch.no_grad()
+def test_a_sentence_has_the_same_bits_in_every_batch(threads: None) -> None:
+    model = quantized("roberta", compute="int8", max_position_embeddings=400)
+    lengths = [3, 40, 1, 390, 17, 17, 2, 100]
+    batch = sentences(lengths)
+    alone = [
+        model(row[None, :length]).last_hidden_state[0] for row, length in zip(batch["input_ids"], lengths, strict=True)
+    ]
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for order in ([*range(8)], [7, 2, 5], [3], [0, 0, 0, 1], [4, 5] * 40):
+            some = {name: t[order][:, : max(lengths[i] for i in order)] for name, t in batch.items()}
+            results = model(**some).last_hidden_state
+            for i, result in zip(order, results, strict=True):
+                assert torch.equal(result[: lengths[i]], alone[i])
+    model.pooler = None
+    holes = torch.zeros(1, 7, dtype=torch.long)
+    mask = torch.tensor([[0, 1, 0, 0, 1, 1, 0]])
+    holes[mask.bool()] = batch["input_ids"][0, :3]
+    positions = torch.tensor([[0, 2, 0, 0, 3, 4, 0]])
+    result = model(holes, attention_mask=mask, position_ids=positions).last_hidden_state
+    assert torch.equal(result[0, [1, 4, 5]], alone[0])
+
+
+def adapted(model: Any) -> None:
+    inner = model.encoder.layer[1].output.dense
+
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.inner(x) + 1
+            return y
+
+    model.encoder.layer[1].output.dense = Adapter()
+
+
+def watched(model: Any) -> None:
+    model.encoder.layer[0].attention.self.query.register_forward_hook(lambda *_: None)
+
+
+def before(model: Any) -> None:
+    model.encoder.register_forward_pre_hook(lambda *_: None)
+
+
+def another_forward(model: Any) -> None:
+    dense = model.encoder.layer[0].intermediate
+    dense.forward = lambda x: torch.nn.functional.gelu(dense.dense(x)) * 2
+
+
+def another_weight(model: Any) -> None:
+    norm = model.embeddings.LayerNorm
+    norm.weight = nn.Parameter(norm.weight.detach() * 2)
+
+
+def other_data(model: Any) -> None:
+    model.embeddings.LayerNorm.weight.data = model.embeddings.LayerNorm.weight.data * 2
+
+
+def another_layer(model: Any) -> None:
+    model.encoder.layer[1].attention = copy.deepcopy(model.encoder.layer[0].attention)
+
+
+def fewer_layers(model: Any) -> None:
+    del model.encoder.layer[1]
+
+
+def more_layers(model: Any) -> None:
+    model.encoder.layer.append(copy.deepcopy(model.encoder.layer[0]))
+
+
+def another_epsilon(model: Any) -> None:
+    model.encoder.layer[0].output.LayerNorm.eps = 0.1
+
+
+def another_config(model: Any) -> None:
+    model.config.output_hidden_states = True
+
+
+def torchs_attention(model: Any) -> None:
+    model.set_attn_implementation("sdpa")
+
+
+def another_class(model: Any) -> None:
+    class Loud(type(model.encoder)):  # type: ignore[misc]
+        pass
+
+    model.encoder.__class__ = Loud
+
+
+@pytest.mark.parametrize(
+    "change",
+    [adapted, more_layers, watched, before, another_forward, another_weight, other_data, another_layer, fewer_layers,
+     another_epsilon, another_config, torchs_attention, another_class],
+)  # fmt: skip
+@torch.no_grad()
+def test_modules_run_where_something_was_changed(change: Callable[[Any], None], runs: list[torch.Tensor]) -> None:
+    model = quantized()
+    batch = sentences([7, 4])
+    model(**batch)
+    change(model)
+    runs.clear()
+    result = model(**batch)
+    assert not runs
+    assert torch.equal(result.last_hidden_state, modules(model, **batch).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"output_attentions": True}, {"output_hidden_states": True}, {"return_dict": False}, {"inputs_embeds": True},
+     {"attention_mask": "4d"}, {"attention_mask": "float"}, {"attention_mask": "left"}, {"encoder_hidden_states": True},
+     {"head_mask": True}],
+)  # fmt: skip
+@torch.no_grad()
+def test_modules_run_where_a_plan_cannot_do_what_is_asked(asked: dict[str, Any], runs: list[torch.Tensor]) -> None:
+    model = quantized()
+    batch: dict[str, Any] = sentences([7, 4])
+    runs.clear()
+    mask = batch["attention_mask"]
+    masks = {"4d": mask.bool()[:, None, None].expand(2, 1, 7, 7), "float": mask.float(), "left": mask.flip(1)}
+    given = {**batch, **asked}
+    if "attention_mask" in asked:
+        given["attention_mask"] = masks[asked["attention_mask"]]
+    if "inputs_embeds" in asked:
+        given["inputs_embeds"] = model.embeddings.word_embeddings(given.pop("input_ids"))
+    if "encoder_hidden_states" in asked:
+        given["encoder_hidden_states"] = torch.zeros(2, 3, 64)
+    if "head_mask" in asked:
+        given["head_mask"] = torch.ones(2, 4)
+    result, expected = model(**given), modules(model, **given)
+    assert not runs and type(result) is type(expected)
+    assert torch.equal(result[0], expected[0])
+    model(**batch)
+    assert len(runs) == 1, "what was asked once leaves nothing behind"
+
+
+def in_training(model: Any) -> AbstractContextManager[Any]:
+    model.train()
+    return torch.no_grad()
+
+
+def a_part_in_training(model: Any) -> AbstractContextManager[Any]:
+    model.encoder.layer[0].attention.self.train()
+    return torch.no_grad()
+
+
+def with_gradients(_: Any) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def with_casts(model: Any) -> AbstractContextManager[Any]:
+    model.requires_grad_(False)
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def in_a_trace(model: Any) -> AbstractContextManager[Any]:
+    model.requires_grad_(False)
+    return mock.patch("torch.jit.is_tracing", return_value=True)
+
+
+def counting(model: Any) -> AbstractContextManager[Any]:
+    model.requires_grad_(False)
+    return FlopCounterMode(display=False)
+
+
+@pytest.mark.parametrize("mode", [in_training, a_part_in_training, with_gradients, with_casts, in_a_trace, counting])
+def test_modules_run_in_other_modes(
+    mode: Callable[[Any], AbstractContextManager[Any]], runs: list[torch.Tensor]
+) -> None:
+    model = quantized()
+    runs.clear()
+    with mode(model):
+        result = model(**sentences([5])).last_hidden_state
+    assert not runs
+    assert result.requires_grad == (mode is with_gradients)
+
+
+def test_gradients_reach_what_is_float() -> None:
+    model = quantized()
+    model(**sentences([5, 3])).last_hidden_state.sum().backward()
+    assert model.embeddings.LayerNorm.weight.grad is not None
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert not model(**sentences([5])).last_hidden_state.requires_grad
+
+
+def test_without_gradients_to_make_grad_mode_changes_nothing(runs: list[torch.Tensor]) -> None:
+    model = quantized().requires_grad_(False)
+    runs.clear()
+    model(**sentences([5]))
+    with torch.inference_mode():
+        assert model(**sentences([5])).last_hidden_state.is_inference()
+    assert len(runs) == 2
+
+
+@torch.no_grad()
+def test_torchs_defaults_do_not_matter(runs: list[torch.Tensor]) -> None:
+    model = quantized()
+    batch = sentences([5, 3])
+    expected = model(**batch).last_hidden_state
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(model(**batch).last_hidden_state, expected) and len(runs) > 1
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def test_hooks_of_the_model_itself_run_as_ever(runs: list[torch.Tensor]) -> None:
+    model = quantized()
+    runs.clear()
+    calls: list[Any] = []
+    model.register_forward_hook(lambda _, given, output: calls.append(output))
+    output = model(**sentences([5]))
+    assert len(runs) == 1 and calls == [output]
+
+
+@torch.no_grad()
+def test_what_is_written_into_weights_counts(runs: list[torch.Tensor]) -> None:
+    model = quantized()
+    batch = sentences([5])
+    first = model(**batch).last_hidden_state
+    runs.clear()
+    model.encoder.layer[1].output.LayerNorm.bias.add_(1)
+    assert torch.allclose(model(**batch).last_hidden_state, first + 1, atol=1e-6) and len(runs) == 1
+
+
+@torch.no_grad()
+def test_tracing_and_compiling_see_the_modules(runs: list[torch.Tensor]) -> None:
+    model = quantized()
+    batch = sentences([5, 3])
+    expected = modules(model, **batch).last_hidden_state
+    runs.clear()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(**batch).last_hidden_state, expected, atol=1e-5)
+    exported = torch.export.export(model, (), batch, strict=False)
+    assert torch.allclose(exported.module()(**batch).last_hidden_state, expected, atol=1e-5)
+    assert not runs
+
+
+@torch.no_grad()
+def test_copies_have_plans_of_their_own_and_names_stay(runs: list[torch.Tensor], tmp_path: Path) -> None:
+    model = quantized()
+    batch = sentences([5, 3])
+    expected = model(**batch).last_hidden_state
+    duplicate = copy.deepcopy(model)
+    model.embeddings.word_embeddings.weight.zero_()
+    runs.clear()
+    assert torch.equal(duplicate(**batch).last_hidden_state, expected) and runs
+    assert not torch.equal(model(**batch).last_hidden_state, expected)
+    unpickled = pickle.loads(pickle.dumps(duplicate))
+    difference = (unpickled(**batch).last_hidden_state - expected)[batch["attention_mask"].bool()]
+    assert difference.abs().max() < 1e-5
+    plain = made("bert").state_dict().keys()
+    assert {name.replace(".packed", "") for name in model.state_dict() if "packed" not in name} <= set(plain)
+    spicerack.save(duplicate, tmp_path / "out")
+    loaded: Any = spicerack.load(tmp_path / "out", compute="float")
+    assert torch.equal(loaded(**batch).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_nan_stays_in_its_sentence() -> None:
+    model = quantized(compute="int8")
+    batch = sentences([6, 4, 5])
+    expected = model(**batch).last_hidden_state
+    batch["input_ids"][1, 2] = 98
+    batch["input_ids"][[0, 2]] = batch["input_ids"][[0, 2]].clamp(max=97)
+    others = model(**batch).last_hidden_state[[0, 2]]
+    model.embeddings.word_embeddings.weight[98] = torch.nan
+    result = model(**batch).last_hidden_state
+    assert result[1, :4].isnan().all() and torch.equal(result[[0, 2]], others)
+    assert expected.isfinite().all()
+
+
+@torch.no_grad()
+def test_bad_ids_are_named_and_a_batch_may_be_empty(runs: list[torch.Tensor]) -> None:
+    model = quantized()
+    ids = torch.full((2, 3), 5)
+    ids[1, 2] = 99
+    with pytest.raises(IndexError, match=r"id 99 at \[1, 2\]: the table has 99 rows"):
+        model(ids)
+    with pytest.raises(IndexError, match=r"token type 2 at \[0, 0\]: the table has 2 rows"):
+        model(ids.clamp(max=9), token_type_ids=torch.full((2, 3), 2))
+    with pytest.raises(IndexError, match=r"position 40 at \[0, 40\]: the table has 40 rows"):
+        model(torch.zeros(1, 41, dtype=torch.long))
+    assert model(torch.zeros(1, 40, dtype=torch.long)).last_hidden_state.shape == (1, 40, 64)
+    assert model(torch.zeros(0, 5, dtype=torch.long)).last_hidden_state.shape == (0, 5, 64)
+    runs.clear()
+    with pytest.raises((RuntimeError, IndexError)):
+        model(torch.zeros(2, 0, dtype=torch.long))
+    assert not runs
+    model.pooler = None
+    nothing = model(ids.clamp(max=9), attention_mask=torch.zeros_like(ids))
+    assert not nothing.last_hidden_state.any() and nothing.pooler_output is None
+
+
+@torch.no_grad()
+def test_four_threads_at_once() -> None:
+    model = quantized(compute="int8")
+    batches = [sentences([9, 4 + i, 30], seed=i) for i in range(4)]
+    expected = [model(**batch).last_hidden_state for batch in batches]
+    right = [True] * 4
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(30):
+                right[i] &= torch.equal(model(**batches[i]).last_hidden_state, expected[i])
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(right)
+    assert plan.release() > 0 and plan.release() == 0
+    assert torch.equal(model(**batches[0]).last_hidden_state, expected[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@torch.no_grad()
+def test_a_forked_process_computes_the_same(threads: None) -> None:
+    torch.set_num_threads(1)  # GNU's OpenMP has no team in a forked process
+    model = quantized()
+    batch = sentences([9, 4])
+    expected = model(**batch).last_hidden_state
+    child = os.fork()
+    if not child:
+        os._exit(int(not torch.equal(model(**batch).last_hidden_state, expected)))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_says_why_modules_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def why(
+        family: str = "bert", rules: tuple[str, ...] = (), dtype: torch.dtype | None = None, **settings: Any
+    ) -> Any:
+        model = made(family, **settings)
+        return encoder.obstacles(spicerack.quantize(model.to(dtype or torch.float32), "w8", rules=rules))[""]
+
+    assert why(hidden_act="gelu_new") == "encoder.layer.0.intermediate.intermediate_act_fn is a NewGELUActivation"
+    assert why(num_attention_heads=8) == "widths of its heads are no multiples of 16"
+    assert why(is_decoder=True) == "its config has is_decoder=True"
+    assert why(chunk_size_feed_forward=2) == "its config has chunk_size_feed_forward=2"
+    assert why(dtype=torch.bfloat16) == "embeddings.word_embeddings is bfloat16, and one call computes in float32"
+    assert why(rules=("encoder.layer.1.output.dense=skip",)) == "encoder.layer.1.output.dense is a Linear"
+    assert why(rules=("encoder.layer.1.intermediate.dense=nf4",)) == (
+        "encoder.layer.1.intermediate.dense.packed is computed by the kernel reference"
+    )
+    norm = plan.Plan.norm
+
+    def wrong(*args: Any) -> None:
+        norm(*args[:-1], 0.5)
+
+    monkeypatch.setattr(plan.Plan, "norm", wrong)
+    reason = why()
+    assert reason.startswith("its results differ from those of its modules by ")
+
+
+def test_a_subclass_and_an_encoder_inside(runs: list[torch.Tensor]) -> None:
+    class Own(transformers.BertModel):
+        pass
+
+    config = made("bert").config
+    assert encoder.obstacles(spicerack.quantize(Own(config).eval(), "w8")) == {}
+    whole: Any = spicerack.quantize(transformers.BertForSequenceClassification(config).eval(), "w8", compute="float")
+    assert encoder.obstacles(whole) == {"bert": None}
+    runs.clear()
+    with torch.no_grad():
+        batch = sentences([5, 9])
+        ours = whole(**batch).logits
+        assert len(runs) == 1
+        whole.bert.encoder.register_forward_hook(lambda *_: None)
+        assert torch.allclose(ours, whole(**batch).logits, atol=1e-5) and len(runs) == 1
+
+
+@torch.no_grad()
+def test_minilm(tmp_path: Path, runs: list[torch.Tensor]) -> None:
+    spicerack.quantize(bundled.encoder(), "w8", output=tmp_path / "out")
+    model: Any = spicerack.load(tmp_path / "out", compute="float")
+    assert encoder.obstacles(model) == {"": None}
+    batch = sentences([16, 3, 128])
+    runs.clear()
+    seen = batch["attention_mask"].bool()
+    assert_close(model(**batch), modules(model, **batch), seen, 1e-5)
+    model.eval()(**batch)  # as sentence-transformers does
+    assert len(runs) == 2
