@@ -612,7 +612,6 @@ NB_MODULE(_native, m) {
         .def("add", &Planned::add, "x"_a, "more"_a, "y"_a)
         .def("run", &Planned::run, "ids"_a, "mask"_a, "types"_a, "positions"_a, "batch"_a, "length"_a, "result"_a, "y"_a);
     m.def("unchanged", &unchanged, "watched"_a);
-    m.def("release_arenas", &release_arenas);
     m.def("rows", &spicerack::rows, "matrix"_a, "which"_a, "out"_a);
     m.def("from_panels", &from_panels, "tiles"_a, "bits"_a, "offset"_a, "codes"_a);
     nb::class_<Packing>(m, "Packing")
@@ -624,7 +623,7 @@ NB_MODULE(_native, m) {
     m.def("pooled", &pooled, "shape"_a, "type"_a);
     m.def("release", [] {
         nb::gil_scoped_release unlocked;
-        return release();
+        return release() + release_arenas();
     });
     m.def("spin", &spin, "engine"_a, "rounds"_a, "threads"_a, "floats"_a);
     m.def("read_all", &read_all, "engine"_a, "data"_a, "threads"_a);

@@ -147,8 +147,3 @@ class Plan:
         self._tensors.append(t)
         self._addresses.append(t.data_ptr())
         return self._addresses[-1]
-
-
-def release() -> int:
-    """Free the memory that runs of plans have left for the next one; returns how many bytes those were."""
-    return _native.release_arenas()

@@ -24,7 +24,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def release_memory() -> int:
-    """Give the memory that is kept for results back to the system, and return how many bytes that were.
+    """Give the memory that is kept for results, and for runs of plans, back to the system; returns how many bytes.
 
     What tensors still point into stays theirs. Long-lived programs may call it after their largest batch.
     """
