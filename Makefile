@@ -32,7 +32,7 @@ bench: $(PEERS)
 	$(BIN)/python -m benchmarks.runtime.models
 
 # torch goes first, so that nothing that depends on it pulls another build.
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/* native/kernels/* native/quantizers/*)
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/* native/kernels/* native/quantizers/* native/python/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch

@@ -1,0 +1,208 @@
+// Search, codes, bit streams, fake quantization.
+#include "../kernels/team.h"
+#include "../quantizers/dispatch.h"
+#include "../quantizers/pack.h"
+#include "arrays.h"
+
+#include <cmath>
+#include <memory>
+
+namespace spicerack {
+namespace {
+
+Float float_type(const Floats& w) {
+    if (w.dtype() == nb::dtype<float>()) return Float::f32;
+    require(w.dtype().bits == 16 && w.dtype().lanes == 1, "weights must be float32, float16 or bfloat16");
+    if (w.dtype().code == uint8_t(nb::dlpack::dtype_code::Float)) return Float::f16;
+    require(w.dtype().code == uint8_t(nb::dlpack::dtype_code::Bfloat), "weights must be float32, float16 or bfloat16");
+    return Float::bf16;
+}
+
+Float float_type(const std::string& name) {
+    if (name == "float32") return Float::f32;
+    if (name == "float16") return Float::f16;
+    require(name == "bfloat16", "scales are float32, float16 or bfloat16");
+    return Float::bf16;
+}
+
+Groups groups_of(const Floats& w) {
+    require(w.shape(1) > 0, "empty groups");
+    return {w.data(), float_type(w), int64_t(w.shape(0)), int64_t(w.shape(1))};
+}
+
+const Quantizers& quantizers_for(const std::string& isa) {
+    for (const Quantizers& q : quantizers()) {
+        if (isa.empty() || isa == q.isa) return q;
+    }
+    throw std::invalid_argument("this processor has no " + isa);
+}
+
+// Scales [count], zeros [count] and codes [count, size] of groups w [count, size], as search.h tells -> every weight is
+// finite, every scale is usable. importance: one value for each weight, or a length that repeats.
+std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& scale_type,
+            const std::vector<float>& coarse, const std::vector<float>& shifts, const std::vector<float>& fine, int refinements,
+            std::optional<Vector<const float>> importance, Vector<float> scale, Vector<int8_t> zero, Matrix<int8_t> codes,
+            const std::string& isa) {
+    const Groups groups = groups_of(w);
+    const size_t count = groups.count, size = groups.size;
+    require(scale.shape(0) == count && zero.shape(0) == count, "one scale and zero for each group");
+    require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
+    require(fine.size() % 2 == 0, "fine factors come in pairs");
+    require(!importance || (importance->shape(0) > 0 && importance->shape(0) % size == 0 &&
+                            count * size % importance->shape(0) == 0),
+            "importance must repeat over whole groups");
+    const SearchSettings settings{levels, float_type(scale_type), !coarse.empty(), coarse.data(), int(coarse.size()),
+                                  shifts.data(), int(shifts.size()), fine.data(), int(fine.size()), refinements};
+    const Quantizers& q = quantizers_for(isa);
+    nb::gil_scoped_release unlocked;
+    const Outcome outcome =
+        q.search(groups, settings, importance ? importance->data() : nullptr,
+                 importance ? int64_t(importance->shape(0)) : 1, scale.data(), zero.data(), codes.data());
+    return {outcome.finite, outcome.fits};
+}
+
+// Codes [count, size] of groups w [count, size] against scale [count] and zero [count].
+void encode(const Floats& w, Levels levels, Vector<const float> scale, std::optional<Vector<const int8_t>> zero,
+            Matrix<int8_t> codes, const std::string& isa) {
+    const Groups groups = groups_of(w);
+    const size_t count = groups.count, size = groups.size;
+    require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each group");
+    require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
+    const Quantizers& q = quantizers_for(isa);
+    nb::gil_scoped_release unlocked;
+    q.encode(groups, levels, scale.data(), zero ? zero->data() : nullptr, codes.data());
+}
+
+// One scale and zero over pieces [count, size] of a long group: error, sum x v, sum v v, sum x, sum v of each, [count, 5].
+void judge(const Floats& pieces, Levels levels, float scale, float zero, Matrix<double> out, const std::string& isa) {
+    const Groups groups = groups_of(pieces);
+    require(out.shape(0) == size_t(groups.count) && out.shape(1) == 5, "five sums for each piece");
+    const Quantizers& q = quantizers_for(isa);
+    nb::gil_scoped_release unlocked;
+    q.judge(groups, levels, scale, zero, (Sums*)out.data());
+}
+
+// -> sum (decoded - w)^2, sum w^2 over groups w [count, size] with given codes, scale [count] and zero [count].
+std::pair<double, double> compare(const Floats& w, Levels levels, Vector<const float> scale,
+                                  std::optional<Vector<const int8_t>> zero, Matrix<const int8_t> codes) {
+    const Groups groups = groups_of(w);
+    const size_t count = groups.count, size = groups.size;
+    require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each group");
+    require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
+    const Quantizers& q = quantizers_for("");
+    nb::gil_scoped_release unlocked;
+    Misfit misfit;
+    q.compare(groups, levels, scale.data(), zero ? zero->data() : nullptr, codes.data(), misfit);
+    return {misfit.wrong, misfit.total};
+}
+
+void check_packed(int bits, size_t rows, size_t columns, size_t packed_rows, size_t words) {
+    require(bits >= 1 && bits <= 8, "1 to 8 bits");
+    require(packed_rows == rows && words == (columns * bits + 31) / 32, "codes and words do not belong together");
+}
+
+// Codes [rows, columns] as little-endian bit streams, words [rows, ceil(columns * bits / 32)]; and back. pack.h.
+void pack_codes(Matrix<const uint8_t> codes, int bits, int offset, Matrix<int32_t> words) {
+    check_packed(bits, codes.shape(0), codes.shape(1), words.shape(0), words.shape(1));
+    nb::gil_scoped_release unlocked;
+    pack(codes.data(), codes.shape(0), codes.shape(1), bits, offset, (uint8_t*)words.data());
+}
+
+void unpack_words(Matrix<const int32_t> words, int bits, int offset, Matrix<uint8_t> codes) {
+    check_packed(bits, codes.shape(0), codes.shape(1), words.shape(0), words.shape(1));
+    nb::gil_scoped_release unlocked;
+    unpack((const uint8_t*)words.data(), codes.shape(0), codes.shape(1), bits, offset, codes.data());
+}
+
+// ---- training: addresses of tensors that numerics/native.py has checked ---------------------------------------------
+
+constexpr int64_t WEIGHTS_A_THREAD = 1 << 15;  // that are worth a thread
+
+// Calls work(first, last) on pieces of the rows, on torch's team.
+template <class Work>
+void for_rows(const Fake& f, const Work& work) {
+    struct Shared {
+        const Work& work;
+        int64_t rows;
+    } shared{work, f.n};
+    const int64_t worth = f.n * f.k / WEIGHTS_A_THREAD + 1;
+    run_team(int(worth < team_size() ? worth : team_size()), [](void* context, Member me) {
+        const Shared& s = *(const Shared*)context;
+        s.work(s.rows * me.index / me.count, s.rows * (me.index + 1) / me.count);
+    }, &shared);
+}
+
+Fake fake_of(uintptr_t w, int type, const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t scale,
+             uintptr_t zero, const Levels& levels) {
+    const auto [n, k, rows, columns] = sizes;
+    require(type >= 0 && type <= 2, "no such type");
+    require(n >= 0 && k >= 0 && rows > 0 && columns > 0 && n % rows == 0 && k % columns == 0, "groups do not fit");
+    return {(const void*)w, Float(type), n, k, rows, columns, (const float*)scale, (const float*)zero, levels};
+}
+
+// w [N, K] rounded to its grid, to out [N, K]. sizes: N, K, rows and columns of a group; scale and zero: float32, one
+// for each group, zero 0 for none.
+void fake(uintptr_t w, int type, const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t scale,
+          uintptr_t zero, const Levels& levels, uintptr_t out, int out_type, const std::string& isa) {
+    const Fake f = fake_of(w, type, sizes, scale, zero, levels);
+    require(out_type >= 0 && out_type <= 2, "no such type");
+    const Quantizers& q = quantizers_for(isa);
+    nb::gil_scoped_release unlocked;
+    for_rows(f, [&](int64_t first, int64_t last) { q.fake(f, first, last, (void*)out, Float(out_type)); });
+}
+
+// Sums of float64 [n, across] over rows of a group, in their order, to float32 [n / rows, across].
+void add_rows(const Fake& f, const double* partial, float* out) {
+    for (int64_t group = 0; group < f.n / f.rows * f.across(); group++) {
+        double total = 0;
+        for (int64_t row = 0; row < f.rows; row++) {
+            total += partial[(group / f.across() * f.rows + row) * f.across() + group % f.across()];
+        }
+        out[group] = float(total);
+    }
+}
+
+// What follows from grad [N, K], as fake.h tells: by_weight [N, K], by_scale and by_zero for each group, rounded [N, K].
+// Address 0: not wanted. by_weight may be grad; by_scale and by_zero get sums without factors.
+void fake_gradients(uintptr_t grad, int grad_type, uintptr_t w, int type,
+                    const std::tuple<int64_t, int64_t, int64_t, int64_t>& sizes, uintptr_t scale, uintptr_t zero,
+                    const Levels& levels, bool cells, uintptr_t by_weight, uintptr_t by_scale, uintptr_t by_zero,
+                    uintptr_t rounded, int rounded_type, const std::string& isa) {
+    const Fake f = fake_of(w, type, sizes, scale, zero, levels);
+    require(grad_type >= 0 && grad_type <= 2 && rounded_type >= 0 && rounded_type <= 2, "no such type");
+    const Quantizers& q = quantizers_for(isa);
+    nb::gil_scoped_release unlocked;
+    const size_t count = size_t(f.n * f.across());
+    const std::unique_ptr<double[]> scales(by_scale ? new double[count] : nullptr);
+    const std::unique_ptr<double[]> zeros(by_zero ? new double[count] : nullptr);
+    const Slopes slopes{(const void*)grad, Float(grad_type), cells, (float*)by_weight, scales.get(), zeros.get(),
+                        (void*)rounded, Float(rounded_type)};
+    for_rows(f, [&](int64_t first, int64_t last) { q.fake_gradients(f, slopes, first, last); });
+    if (by_scale) add_rows(f, scales.get(), (float*)by_scale);
+    if (by_zero) add_rows(f, zeros.get(), (float*)by_zero);
+}
+
+}  // namespace
+
+void bind_numbers(nb::module_& m) {
+    nb::class_<Levels>(m, "Levels").def(nb::init<int, int, bool, bool>(), "lo"_a, "hi"_a, "half"_a, "zero"_a);
+    m.def("search", &search, "w"_a, "levels"_a, "scale_type"_a, "coarse"_a, "shifts"_a, "fine"_a, "refinements"_a,
+          "importance"_a.none(), "scale"_a, "zero"_a, "codes"_a, "isa"_a = "");
+    m.def("encode", &encode, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a, "isa"_a = "");
+    m.def("judge", &judge, "pieces"_a, "levels"_a, "scale"_a, "zero"_a, "out"_a, "isa"_a = "");
+    m.def("compare", &compare, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a);
+    m.def("pack", &pack_codes, "codes"_a, "bits"_a, "offset"_a, "words"_a);
+    m.def("unpack", &unpack_words, "words"_a, "bits"_a, "offset"_a, "codes"_a);
+    m.def("fake", &fake, "w"_a, "type"_a, "sizes"_a, "scale"_a, "zero"_a, "levels"_a, "out"_a, "out_type"_a,
+          "isa"_a = "");
+    m.def("fake_gradients", &fake_gradients, "grad"_a, "grad_type"_a, "w"_a, "type"_a, "sizes"_a, "scale"_a,
+          "zero"_a, "levels"_a, "cells"_a, "by_weight"_a, "by_scale"_a, "by_zero"_a,
+          "rounded"_a, "rounded_type"_a, "isa"_a = "");
+    m.def("instruction_sets", [] {
+        std::vector<std::string> names;
+        for (const Quantizers& q : quantizers()) names.push_back(q.isa);
+        return names;
+    });
+}
+
+}  // namespace spicerack

@@ -1,0 +1,201 @@
+// Products, attention, and plans of them.
+#include "../kernels/plan.h"
+#include "../kernels/team.h"
+#include "arrays.h"
+
+#include <cmath>
+#include <memory>
+
+namespace spicerack {
+namespace {
+
+// Addresses come as integers: a call costs less than a microsecond, and kernels/multiply.py and attention.py have checked
+// the tensors behind them.
+void* address(nb::handle h) { return (void*)nb::cast<uintptr_t>(h); }
+
+// Addresses of packed tensors, and what they hold: kernels/multiply.py has checked them.
+void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int scale_type, int64_t n, int64_t k,
+          int64_t group, int bits, int offset, bool half) {
+    require(codes && scale && n > 0 && k > 0 && bits >= TRITS && bits <= 8, "not a matrix of 2 to 8 bits, or trits");
+    require(bits != TRITS || (!zero && !half), "trits have neither zeros nor half levels");
+    require(group >= 0 && group % TILE == 0 && (group == 0 || k % group == 0), "groups are multiples of 32");
+    require(scale_type >= 0 && scale_type <= 2, "no such type");
+    new (self) Bound{{(const uint8_t*)codes, (const void*)scale, (const uint8_t*)zero, n, k, group, Float(scale_type),
+                      bits, offset, half}};
+}
+
+constexpr int MOST_PRODUCTS = 16;
+
+// y = x W^T + bias for each product; x [m, K] and y [m, N] in `type`, activations as in kernel.h.
+// scale: address of the float that a code of x counts for where activations are fixed, else 0.
+// products: for each (matrix, address of its bias or 0, of y, whether GELU follows).
+void linear(int index, uintptr_t x, int type, int64_t m, int activations, uintptr_t scale, const nb::list& products) {
+    Product all[MOST_PRODUCTS];
+    const int count = int(products.size());
+    require(count >= 1 && count <= MOST_PRODUCTS, "1 to 16 matrices share an input");
+    for (int i = 0; i < count; i++) {
+        const nb::tuple t = nb::cast<nb::tuple>(products[i]);
+        require(t.size() == 4, "a product has four parts");
+        all[i] = {nb::cast<const Bound&>(t[0]).weights, address(t[1]), address(t[2]), nb::cast<bool>(t[3])};
+        require(all[i].y && all[i].weights.k == all[0].weights.k, "products share K and have somewhere to go");
+        require((all[i].weights.bits == TRITS) == (all[0].weights.bits == TRITS), "trits share no input with other codes");
+    }
+    require(x && m >= 0 && type >= 0 && type <= 2 && activations >= 0 && activations <= 3, "not an input");
+    const bool given = Activations(activations) == Activations::fixed;
+    require(given == (scale != 0), "fixed activations have a scale, others find theirs");
+    const float fixed = given ? *(const float*)scale : 0.0f;
+    require(!given || (fixed > 0 && std::isfinite(fixed)), "the scale of activations is finite and above 0");
+    const Engine& e = engine(index);
+    nb::gil_scoped_release unlocked;
+    e.linear({(const void*)x, Float(type), m, Activations(activations), fixed, all, count, team_size()});
+}
+
+// Address and steps (batch, head, row) of a tensor.
+using Place = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+Strided strided(const Place& p) {
+    return {(const void*)std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p)};
+}
+
+// y [batch, queries, heads, value_width] = softmax(q k^T * scale) v, as kernel.h tells.
+// mask: address 0 for none. sizes: batch, heads, kv_heads, queries, keys, width, value_width.
+void attention(int index, int type, const Place& q, const Place& k, const Place& v, const Place& mask, uintptr_t y,
+               const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>& sizes, bool causal,
+               float scale) {
+    const auto [batch, heads, kv_heads, queries, keys, width, value_width] = sizes;
+    require(type >= 0 && type <= 2 && std::get<0>(q) && std::get<0>(k) && std::get<0>(v) && y, "not tensors");
+    require(batch > 0 && queries > 0 && keys > 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "not heads");
+    require(width > 0 && width % PANEL == 0 && value_width > 0 && value_width % PANEL == 0, "widths are multiples of 16");
+    const Engine& e = engine(index);
+    nb::gil_scoped_release unlocked;
+    const Attention call{strided(q), strided(k), strided(v), strided(mask), (void*)y, Float(type), batch, heads, kv_heads,
+                         queries, keys, width, value_width, causal, scale};
+    e.attention(&call, 1, team_size());
+}
+
+// Whether each (dictionary, key, value) still holds, by identity, a key that is missing counting as None; each (dictionary,
+// None, number of entries); and each (object, None, class).
+bool unchanged(const nb::tuple& watched) {
+    PyObject* const all = watched.ptr();
+    const Py_ssize_t count = PyTuple_GET_SIZE(all);
+    for (Py_ssize_t i = 0; i + 2 < count; i += 3) {
+        PyObject *const place = PyTuple_GET_ITEM(all, i), *const key = PyTuple_GET_ITEM(all, i + 1);
+        PyObject* const want = PyTuple_GET_ITEM(all, i + 2);
+        PyObject* have = (PyObject*)Py_TYPE(place);
+        if (PyDict_Check(place)) {
+            if (key == Py_None) {
+                if (PyDict_Size(place) != PyLong_AsSsize_t(want)) return false;
+                continue;
+            }
+            have = PyDict_GetItemWithError(place, key);  // borrowed
+            if (!have && PyErr_Occurred()) throw nb::python_error();
+            if (!have) have = Py_None;
+        }
+        if (have != want) return false;
+    }
+    return true;
+}
+
+// A plan of steps, as plan.h tells. Addresses are of float32 tensors that kernels/plan.py has checked and keeps; buffers
+// are told by their numbers, and their widths are checked here.
+struct Planned {
+    Plan plan;
+
+    Planned(int index, const std::vector<int64_t>& widths, int64_t pad) {
+        for (const int64_t width : widths) require(width > 0, "buffers have columns");
+        plan = {&engine(index), widths, {pad >= 0, pad}, {}, 0};
+    }
+    int64_t width(int buffer) const {
+        require(buffer >= 0 && buffer < int(plan.widths.size()), "no such buffer");
+        return plan.widths[buffer];
+    }
+    // tables: for each (a packed matrix, or None; address of its floats [rows, width]; rows; what tells its row).
+    void look_up(const nb::list& tables, int y) {
+        LookUp step{{}, y};
+        for (const nb::handle h : tables) {
+            const nb::tuple t = nb::cast<nb::tuple>(h);
+            const int64_t rows = nb::cast<int64_t>(t[2]);
+            const int index = nb::cast<int>(t[3]);
+            require(rows > 0 && index >= 0 && index < INDEXES, "not a table");
+            step.tables.push_back({Index(index), rows, (const float*)address(t[1]), {}});
+            LookUp::Table& table = step.tables.back();
+            require((table.floats == nullptr) != t[0].is_none(), "a table is packed, or floats");
+            if (table.floats) continue;
+            table.packed = nb::cast<const Bound&>(t[0]).weights;
+            require(table.packed.n == rows && table.packed.k == width(y), "tables are as wide as their sum");
+        }
+        require(!step.tables.empty() && width(y) > 0, "one table at least");
+        plan.steps.push_back(step);
+    }
+    void norm(int x, int more, int y, uintptr_t weight, uintptr_t bias, float epsilon, bool centered) {
+        require(weight && width(x) == width(y) && (more < 0 || width(more) == width(y)), "a norm keeps the width");
+        plan.steps.push_back(NormStep{x, more, y, (const float*)weight, (const float*)bias, epsilon, centered});
+    }
+    // parts: for each (matrix, address of its bias or 0, buffer, whether GELU follows).
+    void product(int index, int x, int activations, uintptr_t scale, const nb::list& parts) {
+        ProductStep step{&engine(index), x, Activations(activations), (const float*)scale, {}};
+        require(activations >= 0 && activations <= 3, "not an input");
+        require((Activations(activations) == Activations::fixed) == (scale != 0), "fixed activations have a scale");
+        for (const nb::handle h : parts) {
+            const nb::tuple t = nb::cast<nb::tuple>(h);
+            const Weights& w = nb::cast<const Bound&>(t[0]).weights;
+            step.parts.push_back({w, (const float*)address(t[1]), nb::cast<int>(t[2]), nb::cast<bool>(t[3])});
+            require(w.k == width(x) && w.n == width(step.parts.back().y), "a product fits its buffers");
+            require((w.bits == TRITS) == (step.parts[0].weights.bits == TRITS), "trits share no input with other codes");
+        }
+        require(!step.parts.empty() && step.parts.size() <= MOST_PRODUCTS, "1 to 16 matrices share an input");
+        plan.steps.push_back(step);
+    }
+    void attention(int q, int k, int v, int y, int64_t heads, int64_t kv_heads, float scale) {
+        require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "not heads");
+        require(width(q) % (heads * PANEL) == 0 && width(k) % kv_heads == 0 && width(v) % (kv_heads * PANEL) == 0 &&
+                    width(k) / kv_heads == width(q) / heads && width(y) == width(v) / kv_heads * heads,
+                "heads do not fit their buffers");
+        plan.steps.push_back(AttentionStep{q, k, v, y, heads, kv_heads, scale});
+    }
+    void add(int x, int more, int y) {
+        require(width(x) == width(y) && width(more) == width(y), "a sum keeps the width");
+        plan.steps.push_back(AddStep{x, more, y});
+    }
+    // y [batch, length, width of the buffer `result`]; ids, mask, types and positions: addresses of int64
+    // [batch, length], 0 for none but of ids.
+    void run(uintptr_t ids, uintptr_t mask, uintptr_t types, uintptr_t positions, int64_t batch, int64_t length,
+             int result, uintptr_t y) {
+        require(ids && y && batch > 0 && length > 0, "an empty batch");
+        require(width(result) > 0 && !plan.steps.empty(), "an empty plan");
+        plan.result = result;
+        const Batch b{(const int64_t*)ids, (const int64_t*)mask, (const int64_t*)types, (const int64_t*)positions,
+                      batch, length};
+        nb::gil_scoped_release unlocked;
+        run_plan(plan, b, (float*)y, team_size());
+    }
+};
+
+}  // namespace
+
+void bind_products(nb::module_& m) {
+    m.def("engines", [] {
+        std::vector<std::string> names;
+        for (const Engine& e : engines()) names.push_back(e.isa);
+        return names;
+    });
+    nb::class_<Bound>(m, "Matrix")
+        .def("__init__", &bind, "codes"_a, "scale"_a, "zero"_a, "scale_type"_a, "n"_a, "k"_a, "group"_a, "bits"_a,
+             "offset"_a, "half"_a);
+    m.def("linear", &linear, "engine"_a, "x"_a, "type"_a, "m"_a, "activations"_a, "scale"_a,
+          "products"_a);
+    m.def("attention", &attention, "engine"_a, "type"_a, "q"_a, "k"_a, "v"_a, "mask"_a, "y"_a, "sizes"_a,
+          "causal"_a, "scale"_a);
+    nb::class_<Planned>(m, "Plan")
+        .def(nb::init<int, const std::vector<int64_t>&, int64_t>(), "engine"_a, "widths"_a, "pad"_a)
+        .def("look_up", &Planned::look_up, "tables"_a, "y"_a)
+        .def("norm", &Planned::norm, "x"_a, "more"_a, "y"_a, "weight"_a, "bias"_a, "epsilon"_a, "centered"_a)
+        .def("product", &Planned::product, "engine"_a, "x"_a, "activations"_a, "scale"_a, "parts"_a)
+        .def("attention", &Planned::attention, "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "kv_heads"_a, "scale"_a)
+        .def("add", &Planned::add, "x"_a, "more"_a, "y"_a)
+        .def("run", &Planned::run, "ids"_a, "mask"_a, "types"_a, "positions"_a, "batch"_a, "length"_a, "result"_a, "y"_a);
+    m.def("unchanged", &unchanged, "watched"_a);
+    m.def("team_size", &team_size);
+}
+
+}  // namespace spicerack
