@@ -35,12 +35,13 @@ ENOUGH = 0.05
 """Seconds that a turn takes at least: shorter calls are repeated within it."""
 
 
-def models(folder: Path, scheme: str) -> dict[str, Any]:
+def models(folder: Path, scheme: str, engine: str | None) -> dict[str, Any]:
     """The three that are compared, by name."""
     spicerack.quantize(encoder(), scheme, output=folder)
-    by_modules = spicerack.load(folder)
+    by_modules = spicerack.load(folder, engine=engine)
     del vars(by_modules)["forward"]
-    return {FLOAT: AutoModel.from_pretrained(encoder()).eval(), MODULES: by_modules, WHOLE: spicerack.load(folder)}
+    whole = spicerack.load(folder, engine=engine)
+    return {FLOAT: AutoModel.from_pretrained(encoder()).eval(), MODULES: by_modules, WHOLE: whole}
 
 
 def batch(rows: int, columns: int) -> dict[str, torch.Tensor]:
@@ -120,11 +121,12 @@ def outside(model: Any, rounds: int) -> None:
 @click.option("--scheme", default="w8", show_default=True)
 @click.option("--rounds", default=15, show_default=True)
 @click.option("--threads", default=2, show_default=True)
+@click.option("--engine", help="As in load; torch is held to an instruction set by variables of its own.")
 @torch.no_grad()
-def main(scheme: str, rounds: int, threads: int) -> None:
+def main(scheme: str, rounds: int, threads: int, engine: str | None) -> None:
     torch.set_num_threads(threads)
     with TemporaryDirectory() as folder:
-        made = models(Path(folder) / "out", scheme)
+        made = models(Path(folder) / "out", scheme, engine)
     click.echo(f"{'':>16}  " + "  ".join(f"{name:>20}" for name in made))
     for rows, columns in BATCHES:
         asked = batch(rows, columns)
