@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 import threading
@@ -20,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import spicerack
-from spicerack.kernels import plan
+from spicerack import _native
+from spicerack.kernels import plan, pool
+from spicerack.kernels.panels import TYPES
 from spicerack.models import bundled
 from spicerack.nn import encoder
 
@@ -452,6 +455,22 @@ def test_bad_ids_are_named_and_a_batch_may_be_empty(runs: list[torch.Tensor]) ->
     model.pooler = None
     nothing = model(ids.clamp(max=9), attention_mask=torch.zeros_like(ids))
     assert not nothing.last_hidden_state.any() and nothing.pooler_output is None
+
+
+@torch.no_grad()
+def test_large_results_get_the_memory_of_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = quantized(compute="int8"), sentences([9, 4, 30])
+    expected = model(**batch).last_hidden_state
+    taken: list[tuple[int, ...]] = []
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        taken.append(tuple(shape))
+        return _native.pooled(shape, TYPES[dtype]).fill_(math.nan)
+
+    monkeypatch.setattr(pool, "LARGE", 1)
+    monkeypatch.setattr(pool, "empty", empty)
+    assert torch.equal(model(**batch).last_hidden_state, expected)
+    assert expected.shape in taken
 
 
 @torch.no_grad()

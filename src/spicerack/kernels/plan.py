@@ -12,6 +12,7 @@ What is given up: steps hold addresses of tensors, and so does the caller's prom
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,7 +20,7 @@ import torch
 
 from spicerack import _native
 from spicerack.errors import ShapeError
-from spicerack.kernels import panels
+from spicerack.kernels import panels, pool
 from spicerack.kernels.multiply import PanelMatrix
 
 Index = Literal["ids", "types", "positions"]
@@ -119,7 +120,11 @@ class Plan:
             ):
                 raise ShapeError(f"an index is {t.dtype} {list(t.shape)}", "pass contiguous int64 of the ids' shape")
         batch, length = ids.shape
-        y = torch.empty(batch, length, self.widths[result], dtype=torch.float32, device="cpu")  # whatever the defaults
+        shape = (batch, length, self.widths[result])
+        if math.prod(shape) >= pool.LARGE:
+            y = pool.empty(shape, torch.float32)
+        else:
+            y = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults
         if not ids.numel():
             return y
         hidden, kinds, places = (0 if t is None else t.data_ptr() for t in (mask, types, positions))
