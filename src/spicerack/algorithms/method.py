@@ -8,6 +8,7 @@ and which of them is best for what, as it was measured. Importing this loads no 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from spicerack import plugins
 from spicerack.errors import RecipeError
@@ -70,17 +71,47 @@ def _rotations(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if isinstance(transform.get(name), transform.Rotation)] if names else []
 
 
+Effort = Literal["normal", "high"]
+"""What may be spent on codes where no method is named: as much as `gptq` takes, or as much as it takes to learn them."""
+
 _MANY = 8
 """Levels' steps from which on GPTQ's codes are as good as those that are learned, in a fifth of the time."""
+_GAIN = "ten to thirty times as long, for .65 to .96 of the KL that gptq leaves on the models measured"
+_GAIN_OF_TERNARY = "ten to thirty times as long, for .4 of the KL that gptq leaves on the model measured"
 _TWO_BITS = 3
 """Levels' steps where `blockap` is nearer, unless one scale is the whole tensor's."""
 
 
-def auto(scheme: Scheme, with_text: bool) -> Method:
-    """The best measured for the scheme with calibration text (docs/quantization/quality.md); without, to nearest."""
+def check_effort(effort: str) -> Effort:
+    """`effort`, if it is one. Raises RecipeError."""
+    if effort == "normal" or effort == "high":
+        return effort
+    raise RecipeError(f"unknown effort {effort!r}", "normal, or high")
+
+
+def auto(scheme: Scheme, with_text: bool, effort: Effort = "normal") -> Method:
+    """The best measured for the scheme (docs/quantization/quality.md) with calibration text; without, to nearest.
+
+    effort: "high" learns codes below four bits by each block's output, at ten times the cost of `gptq` or more.
+    """
     if not with_text:
         return Method()
+    return Method(("smoothquant",) if scheme.activations else (), (effort == "high" and _learner(scheme)) or "gptq")
+
+
+def gain_of_effort(scheme: Scheme) -> str | None:
+    """What `effort="high"` would gain for the scheme and what it would cost, for a person who decides; None: nothing."""
+    learner = _learner(scheme)
+    if learner is None:
+        return None
+    gain = _GAIN_OF_TERNARY if scheme.is_ternary else _GAIN
+    return f"--effort high learns the codes by what blocks give ({learner}): {gain}"
+
+
+def _learner(scheme: Scheme) -> str | None:
+    """The solver that learns codes of so few levels best; None where GPTQ's are as good."""
     integers = scheme.levels.integers
     steps = _MANY if integers is None else integers.hi - integers.lo
-    learned = "blockap" if steps == _TWO_BITS and scheme.group[0] is not None else "signround"
-    return Method(("smoothquant",) if scheme.activations else (), learned if steps < _MANY else "gptq")
+    if steps >= _MANY:
+        return None
+    return "blockap" if steps == _TWO_BITS and scheme.group[0] is not None else "signround"
