@@ -41,8 +41,6 @@ _SWITCHES = {"return_dict": (None, True), "output_attentions": (None, False), "o
 """Arguments that say how, and what they may say; only decoders have a cache to use."""
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _INTEGERS = (torch.int64, torch.int32)
-_CHANGING = frozenset({"joined"})
-"""Attributes of modules that say what is computed together, and not what is computed."""
 
 
 class _Ready(NamedTuple):
@@ -90,7 +88,7 @@ class NativeEncoder:
             self.obstacle = f"its parts do not fit: {error}"
             return
         modules = [module for _, module in encoder_plan.parts(model, self.family)]
-        ready = _Ready(built, Guard(modules, model, _CHANGING), copy.deepcopy(vars(model.config)))
+        ready = _Ready(built, Guard(modules, model), copy.deepcopy(vars(model.config)))
         difference = max(self._difference(ready, model, *batch) for batch in _batches(model, self.family))
         if difference <= self.family.bound:
             self._ready = ready

@@ -21,7 +21,7 @@ from spicerack.kernels.plan import Plan
 from spicerack.models.families.encoders import ENCODERS, Encoder
 from spicerack.nn import attention
 from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.gelu import JoinedGELU, is_gelu
+from spicerack.nn.gelu import is_gelu
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
 
@@ -70,7 +70,7 @@ def obstacle(model: PreTrainedModel, family: Encoder) -> str | None:
         reason = _float_obstacle(module)
         if reason is not None:
             return f"{path or 'it'} {reason}"
-    missing = [path for path in expected if path not in there and path not in _optional(family, expected)]
+    missing = [path for path in expected if path not in there and path not in _optional(family)]
     if missing:
         return f"it has no {missing[0]}"
     for block in model.get_submodule(family.blocks).children():
@@ -134,7 +134,7 @@ def _expected(model: nn.Module, family: Encoder) -> dict[str, Callable[[nn.Modul
         for path in (*family.qkv, family.out, family.up, family.down):
             expected |= {f"{block}.{path}": layer, f"{block}.{path}.packed": packed}
         expected |= {f"{block}.{path}": norm for path in family.norms}
-        expected |= {f"{block}.{family.activation}{inner}": _computes_gelu for inner in ("", ".activation")}
+        expected[f"{block}.{family.activation}"] = is_gelu
     for path, name in family.classes.items():
         of_block = path.startswith(".")
         for place in [block + path.rstrip(".") for block in blocks] if of_block else [path]:
@@ -143,16 +143,10 @@ def _expected(model: nn.Module, family: Encoder) -> dict[str, Callable[[nn.Modul
     return expected
 
 
-def _optional(family: Encoder, expected: dict[str, Any]) -> set[str]:
-    """Expected paths that need not be there: an embedding may be float, a projection may be missing, an activation may
-    be its own."""
+def _optional(family: Encoder) -> set[str]:
+    """Expected paths that need not be there: an embedding may be float, a projection may be missing."""
     tables = {f"{path}.packed" for path, _ in family.tables}
-    held = {path for path in expected if path.endswith(f"{family.activation}.activation")}
-    return tables | held | ({family.project, f"{family.project}.packed"} if family.project else set())
-
-
-def _computes_gelu(module: nn.Module) -> bool:
-    return is_gelu(module.activation if type(module) is JoinedGELU else module)
+    return tables | ({family.project, f"{family.project}.packed"} if family.project else set())
 
 
 def _float_obstacle(module: nn.Module) -> str | None:

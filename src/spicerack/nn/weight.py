@@ -99,12 +99,12 @@ class PackedWeight(nn.Module):
         """Bytes that the packed tensors take in memory."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
-        """x [..., K] -> x W^T + bias [..., N] in x's type, or GELU (by erf) of that.
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] -> x W^T + bias [..., N] in x's type.
 
         bias: [N], or None. Differentiable in x and bias. Raises ShapeError for an x of another width.
         """
-        return self.choice.kernel.run(x, (self.prepared(),), (bias,), gelu)[0]
+        return self.choice.kernel.run(x, (self.prepared(),), (bias,))[0]
 
     def prepared(self) -> Any:
         """The matrix as its kernel's `run` takes it; prepared once, and anew when a buffer is another tensor.

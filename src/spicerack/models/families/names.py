@@ -142,18 +142,6 @@ ATTENTION_BY_NAME = frozenset({
 })  # fmt: skip
 """Families whose code asks whether the attention's name is "sdpa", so that it must keep that name."""
 
-THEN_ACTIVATION = (
-    ("dense", "intermediate_act_fn"),
-    ("intermediate_dense", "intermediate_act_fn"),
-    ("lin1", "activation"),
-    ("fc1", "activation_fn"),
-    ("fc1", "activation"),
-)
-"""(linear layer, activation) of one parent, where nothing but the activation reads what the layer makes.
-
-In some families something stands between the two; there the activation is not called with the layer's own result.
-"""
-
 KEY_VALUE_CACHES = ("cache", "past_key_values")
 """What models call their cache of keys and values, as an argument and in their output: transformers renamed it."""
 
