@@ -44,6 +44,9 @@ class Expert:
 class Slot(nn.Module):
     """Where a layer with packed weights will be: its bias, its mode, and what `fill` makes the packed layer from.
 
+    To whatever looks at it until then it is that layer: initializers ask for shapes, and ties cut a head's bias to the
+    length of the weight. It has the layer's sizes, and a weight of its shape and type without values, on meta.
+
     kind, options   of the layer that was here (`nn/kinds.py`)
     stored         the packed tensor that its weight is
     dtype           of its weight
@@ -54,12 +57,16 @@ class Slot(nn.Module):
 
     def __init__(self, layer: nn.Module, kind: LayerKind, stored: StoredTensor) -> None:
         super().__init__()
+        sizes = {
+            key: value for key, value in vars(layer).items() if isinstance(value, int | float | str | tuple | None)
+        }
+        vars(self).update(sizes)
         self.kind, self.options, self.stored = kind, kind.options(layer), stored
-        self.dtype, self.training = kinds.weight_of(layer).dtype, layer.training
+        weight = kinds.weight_of(layer)
+        self.dtype = weight.dtype
         self.register_parameter("bias", kinds.bias_of(layer))
-        # transformers' initializers look at these: there is a weight, and it needs no values.
-        self.out_features, self.in_features = stored.shape
-        self.weight = torch.empty(0, device="meta")
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        # Initializers ask both: neither needs values.
         vars(self.weight)["_is_hf_initialized"] = vars(self)["_is_hf_initialized"] = True
 
 

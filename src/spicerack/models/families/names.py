@@ -136,12 +136,6 @@ CONTAINERS = frozenset({"model", "transformer", "backbone"})
 PLAIN_LINEAR = frozenset({"FalconLinear"})
 """Subclasses of torch's Linear in transformers that compute the same."""
 
-ATTENTION_BY_NAME = frozenset({
-    "axk2", "deepseek_v32", "dots3_note", "falcon", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text",
-    "glm5_next", "glm_moe_dsa", "hy_v4", "hy_v4_vl", "minimax_m3_vl", "mistral_large4",
-})  # fmt: skip
-"""Families whose code asks whether the attention's name is "sdpa", so that it must keep that name."""
-
 KEY_VALUE_CACHES = ("cache", "past_key_values")
 """What models call their cache of keys and values, as an argument and in their output: transformers renamed it."""
 
