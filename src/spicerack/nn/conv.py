@@ -51,15 +51,18 @@ class QConv2d(PackedLayer):
         super().__init__(packed, bias)
         self.geometry = geometry
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The float weight [O, I / groups, height, width], decoded anew at each access."""
-        matrix = self.packed.decode()
-        return matrix.view(len(matrix), -1, *self.geometry.kernel_size)
+    def decode(self) -> torch.Tensor:
+        """The float weight [O, I / groups, height, width], decoded anew at each call."""
+        return self.packed.decode().view(self._strided()[0])
+
+    def _strided(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        (rows, columns), (height, width) = self.packed.shape, self.geometry.kernel_size
+        inputs = columns // (height * width)
+        return (rows, inputs, height, width), (columns, height * width, width, 1)
 
     def extra_repr(self) -> str:
         return str(self.geometry)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         g, bias = self.geometry, None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.conv2d(x, self.weight.to(x.dtype), bias, g.stride, g.padding, g.dilation, g.groups)
+        return nn.functional.conv2d(x, self.decode().to(x.dtype), bias, g.stride, g.padding, g.dilation, g.groups)

@@ -14,10 +14,14 @@ from transformers import PreTrainedModel
 
 from spicerack.nn.attention import use_native_attention
 from spicerack.nn.encoder import use_native_encoders
+from spicerack.nn.weight import PackedLayer
 
 
 def fuse(model: nn.Module, engine: str | None = None) -> None:
     """Let attention in `model` go native, and let encoders that one native call can compute be computed so.
+
+    torch's own encoder layers do not take the fast path that computes with the weights of their layers, and its
+    encoders leave padded rows in, which other layers than that path's do not take.
 
     The model is changed in place, its weights are not. Called once, when all packed layers are in. engine: of that
     attention, as in `load`; layers have theirs already.
@@ -25,4 +29,16 @@ def fuse(model: nn.Module, engine: str | None = None) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             use_native_attention(part, engine)
+        elif isinstance(part, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            _leave_fast_path(part)
     use_native_encoders(model, engine)
+
+
+def _leave_fast_path(part: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
+    """Let torch call the layers inside, if any of them is packed, by the switches that torch itself reads."""
+    if not any(isinstance(layer, PackedLayer) for layer in part.modules()):
+        return
+    if isinstance(part, nn.TransformerEncoder):
+        part.use_nested_tensor = False
+    else:
+        part.activation_relu_or_gelu = 0

@@ -3,7 +3,7 @@
 It is a module of its own, and no tensor of the layer's, so that layers that are tied can hold the same one: torch then
 copies and moves it once. Its buffers have the layout of a kernel, which differs from processor to processor:
 they are in a state dict, for copies in memory, and never in a folder, where `qtensor` goes. No float of the weight's
-size is kept; `decode` makes one at each call, `forward` none.
+size is kept; `decode` makes one at each call, `forward` none; `PackedLayer.weight` makes one when its numbers are read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Choice, Compute
+from spicerack.nn.decoded import DecodedWeight
 from spicerack.numerics.packed import Rows
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
@@ -29,7 +30,8 @@ class PackedWeight(nn.Module):
     """W [N, K], packed. Two layers that are tied (a head and an embedding) hold the same PackedWeight.
 
     q         what is packed, of two axes; `qtensor` gives it back, bit for bit
-    dtype     of the float weight it replaces; decides nothing but the type of `decode` and `rows`
+    dtype     of the float weight it replaces, which casts of the model change (`model.half()`); decides nothing but the
+              type of `decode` and `rows`
     device    where it will run, which decides the kernel; the tensors are moved there
     compute   "int8", "float" or None, as in `kernel.pick`
     engine    an instruction set or None, as in `kernel.pick`
@@ -95,6 +97,11 @@ class PackedWeight(nn.Module):
         return {name: buffers[buffer] for name, buffer in self._names.items()}
 
     @property
+    def device(self) -> torch.device:
+        """Where the packed tensors are."""
+        return next(buffer.device for buffer in self._buffers.values() if buffer is not None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the packed tensors take in memory."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -145,12 +152,19 @@ class PackedWeight(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
         """Move between devices, as `model.to` asks; but `model.half()` and its like must not round the scales.
 
-        fn casts floats only, so it is shown integers of the same bits, whatever the buffers are.
+        fn casts floats only, so it is shown integers of the same bits, whatever the buffers are; one that casts those
+        as well (`model.type`) moves nothing. What it casts floats to is the type of rows from then on.
         """
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+
+        def moved(bits: torch.Tensor) -> torch.Tensor:
+            result = fn(bits)
+            return result if result.dtype == bits.dtype else bits
+
         types = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         for name, dtype in types.items():
             self._buffers[name] = self.get_buffer(name).view(_AS_INTEGERS[dtype.itemsize])
-        nn.Module._apply(self, fn, recurse)
+        nn.Module._apply(self, moved, recurse)
         for name, dtype in types.items():
             self._buffers[name] = self.get_buffer(name).view(dtype)
         return self
@@ -171,7 +185,18 @@ class PackedLayer(nn.Module):
         self.packed = packed
         self.register_parameter("bias", bias)
 
+    def decode(self) -> torch.Tensor:
+        """The float weight in the shape that the float layer has it in, decoded anew at each call."""
+        return self.packed.decode()
+
+    def _strided(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of what `decode` gives."""
+        rows, columns = self.packed.shape
+        return ((columns, rows), (1, columns)) if self.packed.transposed else ((rows, columns), (columns, 1))
+
     @property
     def weight(self) -> torch.Tensor:
-        """The float weight in the shape that the float layer has it in, decoded anew at each access."""
-        return self.packed.decode()
+        """The float weight, to look at: see `DecodedWeight`. Writes into it raise UsageError."""
+        if torch.compiler.is_compiling():  # a graph has the decoding in it
+            return self.decode()
+        return DecodedWeight(*self._strided(), self.packed.dtype, self.packed.device, self.decode)

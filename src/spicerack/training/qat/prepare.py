@@ -229,7 +229,7 @@ def _float_twins(layers: Mapping[str, PackedLayer]) -> dict[str, nn.Module]:
     for layer in layers.values():
         kind = kinds.of_packed(layer)
         if id(layer.packed) not in weights:
-            weights[id(layer.packed)] = nn.Parameter(layer.weight.detach().contiguous())
+            weights[id(layer.packed)] = nn.Parameter(layer.decode().contiguous())
         if id(layer) not in floats:
             floats[id(layer)] = kind.unpack(weights[id(layer.packed)], kind.options(layer), layer.bias)
     return {name: floats[id(layer)] for name, layer in layers.items()}
