@@ -9,3 +9,6 @@ encoders, a cache in few bits.
 
 A model's own code calls these as it called what they replace; none of it is patched.
 """
+
+# A model that is unpickled has the name of this attention in its config, and nothing else that would import it.
+from spicerack.nn import attention  # noqa: F401

@@ -1,7 +1,8 @@
 """Native attention in transformers' models, unseen by the model's own code.
 
-transformers looks a model's attention up by the name in its config, at each call. `use_native_attention` enters
-`forward` under a name of ours and writes that name into the config of a model that would use torch's; the model keeps
+transformers looks a model's attention up by the name in its config, at each call. `forward` is entered under names of
+ours when this is imported, which a pickle of any packed layer does, too; `use_native_attention` writes such a name into
+the config of a model that would use torch's; the model keeps
 its code, its masks and its caches. What the native kernel does not compute goes to the function that would have been
 called. Given up: the last bits of a result are not torch's, because sums run in another order, and in float32 whatever
 the type.
@@ -22,7 +23,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spicerack.kernels import attention
+from spicerack.kernels import attention, panels
+from spicerack.kernels.kernel import check_engine
 
 NAME = "spicerack"
 """Of this attention in `config._attn_implementation`, with `_` and the engine behind it where one was named;
@@ -36,16 +38,15 @@ def use_native_attention(model: PreTrainedModel, engine: str | None = None) -> N
     whose code asks whether the name is torch's (`asks_for_sdpa`), or of which transformers says that it cannot be set.
 
     model: of any family; one that has this attention already keeps it. engine: as in `kernels.attention`, None the
-    fastest; each has a name of its own among transformers', so that it is this model's alone.
+    fastest; each has a name of its own among transformers', so that it is this model's alone. Raises UsageError for one
+    that this processor has not.
     """
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return
     if any(asks_for_sdpa(file) for file in _files(model)):
         return
-    name = NAME if engine is None else f"{NAME}_{engine}"
-    AttentionInterface.register(name, forward if engine is None else partial(forward, engine=engine))
-    AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(name)
+    check_engine(engine)
+    model.set_attn_implementation(_name(engine))
 
 
 def _files(model: nn.Module) -> set[str]:
@@ -149,3 +150,12 @@ def forward(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
     )
+
+
+def _name(engine: str | None) -> str:
+    return NAME if engine is None else f"{NAME}_{engine}"
+
+
+for _engine in (None, *panels.NAMES):
+    AttentionInterface.register(_name(_engine), forward if _engine is None else partial(forward, engine=_engine))
+    AttentionMaskInterface.register(_name(_engine), sdpa_mask)

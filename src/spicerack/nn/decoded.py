@@ -49,7 +49,7 @@ class DecodedWeight(torch.Tensor):
     decode                          makes it, anew at each call
     """
 
-    _decode: Callable[[], torch.Tensor]
+    decode: Callable[[], torch.Tensor]
 
     def __new__(
         cls,
@@ -62,7 +62,7 @@ class DecodedWeight(torch.Tensor):
         weight: DecodedWeight = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), strides=tuple(strides), dtype=dtype, device=device, requires_grad=False
         )
-        weight._decode = decode
+        weight.decode = decode
         return weight
 
     @classmethod
@@ -73,7 +73,7 @@ class DecodedWeight(torch.Tensor):
         if function in _SETTERS and isinstance(args[0], cls):
             if function is torch.Tensor.requires_grad_ and args[1:] == (False,):
                 return args[0]
-            raise _refusal()
+            raise refusal()
         with torch._C.DisableTorchFunctionSubclass():
             if function not in _OF_MEMORY:
                 return function(*args, **kwargs)
@@ -91,7 +91,7 @@ class DecodedWeight(torch.Tensor):
         for place, argument in enumerate(schema.arguments):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write and _holds_one(value):
-                raise _refusal()
+                raise refusal()
         if function in _DETACHING:
             return _again(args[0])
         result = function(*_decoded(args), **_decoded(kwargs))
@@ -100,10 +100,12 @@ class DecodedWeight(torch.Tensor):
         return result
 
 
-def _refusal() -> UsageError:
+def refusal() -> UsageError:
+    """What a write into the weight of a packed layer is answered with."""
     return UsageError(
         "the weight of a packed layer is decoded for whoever reads it: a write would be lost",
-        "take a copy (layer.weight.clone()), or let training change it (spicerack.prepare_qat)",
+        "take a copy (layer.weight.clone()), or let training change it (spicerack.prepare_qat); merge adapters into "
+        "the float model, and quantize that",
     )
 
 
@@ -113,11 +115,11 @@ def _holds_one(value: object) -> bool:
 
 def _decoded(tree: Any) -> Any:
     """Arguments with ordinary tensors in the place of decoded weights."""
-    return tree_map(lambda value: value._decode() if isinstance(value, DecodedWeight) else value, tree)
+    return tree_map(lambda value: value.decode() if isinstance(value, DecodedWeight) else value, tree)
 
 
 def _again(weight: DecodedWeight) -> DecodedWeight:
-    return DecodedWeight(weight.shape, weight.stride(), weight.dtype, weight.device, weight._decode)
+    return DecodedWeight(weight.shape, weight.stride(), weight.dtype, weight.device, weight.decode)
 
 
 def _over(tensor: torch.Tensor) -> DecodedWeight:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.numerics.qtensor import QTensor
 
 
-class QEmbedding(PackedLayer):
+class QEmbedding(PackedLayer, nn.Embedding):
     """ids [...] -> rows [..., K] in the table's type: only the rows that are asked for are decoded, each once.
 
     packed        the table [rows, K]
@@ -22,6 +23,8 @@ class QEmbedding(PackedLayer):
         super().__init__(packed)
         self.num_embeddings, self.embedding_dim = packed.shape
         self.padding_idx = padding_idx
+        # What else a float table may do, none of which a packed one does (`kinds`).
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
 
     @classmethod
     def of(

@@ -22,7 +22,7 @@ from spicerack.errors import UsageError
 from spicerack.models.families import names
 from spicerack.nn.conv import Geometry, QConv2d
 from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.linear import QLinear
+from spicerack.nn.linear import QConv1D, QLinear
 from spicerack.nn.weight import PackedLayer, PackedWeight
 
 Inputs = Literal["tokens", "maps", "ids"]
@@ -38,7 +38,7 @@ class LayerKind:
     name          what folders call it (`storage.format.StoredTensor.role`), and what other tables are keyed by
     role          what recipes go by, as a role of `models.census`: convolutions are quantized where linear layers are
     float_class   torch's class; its subclasses may compute something else and are of no kind
-    packed_class  the layer that takes its place; kinds may share one, if `transposed` tells them apart
+    packed_class  the layer that takes its place, a subclass of it
     options       float layer, or any layer in its place, packed or trained -> what it is beside weight and bias, which
                   is all that is kept of it; None if there is nothing
     pack          (weight, options, bias) -> the packed layer
@@ -140,9 +140,9 @@ KINDS: tuple[LayerKind, ...] = (
         name="conv1d",
         role="conv1d",
         float_class=Conv1D,
-        packed_class=QLinear,
+        packed_class=QConv1D,
         options=_nothing,
-        pack=lambda weight, _options, bias: QLinear(weight, bias),
+        pack=lambda weight, _options, bias: QConv1D(weight, bias),
         blank=lambda weight, _options: Conv1D(weight.shape[1], weight.shape[0]),
         obstacle=_nothing,
         inputs="tokens",
@@ -180,6 +180,28 @@ def find(layer: nn.Module) -> LayerKind | None:
         if same or type(layer) is kind.float_class:
             return kind
     return None
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why a layer of a kind stays in float whatever the scheme, as its kind says, or because it computes something of
+    its own; None if nothing is in the way."""
+    if "forward" in vars(layer):
+        return "its forward was replaced in this instance, and a packed layer would not compute that"
+    return of(layer).obstacle(layer)
+
+
+def inside_wrappers(module: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the paths in `module` of what adapters add around a layer, whose own path goes on behind them.
+
+    An adapter, of PEFT's, holds the layer under a name of `names.WRAPPED`; all else in it is its own, and trains.
+    """
+    beginnings: list[str] = []
+    for path, part in module.named_modules(remove_duplicate=False):
+        adapts = any(cls.__module__.split(".")[0] == "peft" for cls in type(part).__mro__)
+        if adapts and any(name in part._modules for name in names.WRAPPED):
+            own = [name for name in part._modules if name not in names.WRAPPED]
+            beginnings += [f"{path}.{name}." if path else f"{name}." for name in own]
+    return tuple(beginnings)
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Choice, Compute
-from spicerack.nn.decoded import DecodedWeight
+from spicerack.nn.decoded import DecodedWeight, refusal
 from spicerack.numerics.packed import Rows
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
@@ -171,9 +171,10 @@ class PackedWeight(nn.Module):
 
 
 class PackedLayer(nn.Module):
-    """What layers with packed weights have in common.
+    """What layers with packed weights have in common, beside the float class that each is a subclass of.
 
-    packed: the weight as a matrix [N, K]; layers that are tied hold the same one. bias: [N], a parameter like any
+    So those who look for that class find them (adapters, above all), and `weight` tells them what they ask for. packed:
+    the weight as a matrix [N, K]; layers that are tied hold the same one. bias: [N], a parameter like any
     other, or None.
     """
 
@@ -181,7 +182,7 @@ class PackedLayer(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # and not that of the float class, which would make a weight
         self.packed = packed
         self.register_parameter("bias", bias)
 
@@ -200,3 +201,15 @@ class PackedLayer(nn.Module):
         if torch.compiler.is_compiling():  # a graph has the decoding in it
             return self.decode()
         return DecodedWeight(*self._strided(), self.packed.dtype, self.packed.device, self.decode)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        """Takes what is the layer's own already, which adapters give back when they are taken off."""
+        if not (isinstance(value, DecodedWeight) and value.decode == self.decode):
+            raise refusal()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's, which assignments of parameters go through. Raises UsageError for a weight."""
+        if name == "weight":
+            raise refusal()
+        super().register_parameter(name, param)

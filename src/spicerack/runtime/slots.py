@@ -99,7 +99,7 @@ def make_slot(model: nn.Module, name: str, stored: StoredTensor) -> None:
             f"{stored.module}: {name} is a {type(layer).__name__}, which has no packed form",
             "quantize again and skip it",
         )
-    if reason := kind.obstacle(layer):
+    if reason := kinds.obstacle(layer):
         raise LoadError(f"{stored.module}: {name}: {reason}", "quantize again and skip it")
     weight, cls = kinds.weight_of(layer), type(layer).__name__
     if kind.matrix(weight).shape != stored.shape or kind.transposed != stored.transposed:

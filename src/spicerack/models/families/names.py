@@ -136,6 +136,9 @@ CONTAINERS = frozenset({"model", "transformer", "backbone"})
 PLAIN_LINEAR = frozenset({"FalconLinear"})
 """Subclasses of torch's Linear in transformers that compute the same."""
 
+WRAPPED = ("base_layer", "original_module")
+"""What PEFT's adapters call the layer around which they are."""
+
 KEY_VALUE_CACHES = ("cache", "past_key_values")
 """What models call their cache of keys and values, as an argument and in their output: transformers renamed it."""
 
