@@ -41,7 +41,7 @@ def test_a_row_leads_there_and_back(name: str) -> None:
     assert type(packed) is kind.packed_class and kinds.of_packed(packed) is kind
     assert kind.options(packed) == kind.options(layer) and packed.bias is kinds.bias_of(layer)
     assert packed.weight.shape == layer.weight.shape
-    again = kind.unpack(nn.Parameter(packed.weight.contiguous()), kind.options(packed), packed.bias)
+    again = kind.unpack(nn.Parameter(packed.decode().contiguous()), kind.options(packed), packed.bias)
     assert type(again) is type(layer) and repr(again) == repr(layer)
     assert torch.allclose(again.weight, layer.weight, atol=0.02)
     x = torch.tensor([[1, 2], [5, 0]]) if name == "embedding" else torch.randn(3, 12, 8, 8)

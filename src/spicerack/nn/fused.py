@@ -29,9 +29,20 @@ def fuse(model: nn.Module, engine: str | None = None) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             use_native_attention(part, engine)
+            _leave_scales(part)
         elif isinstance(part, nn.TransformerEncoderLayer | nn.TransformerEncoder):
             _leave_fast_path(part)
     use_native_encoders(model, engine)
+
+
+def _leave_scales(model: PreTrainedModel) -> None:
+    """Let RWKV not halve its hidden states every few layers, for which it would divide weights in place.
+
+    Both together change nothing but the range of float16. Its config is changed, unless that was done to its weights
+    before they were packed.
+    """
+    if vars(model).get("layers_are_rescaled") is False:
+        model.config.rescale_every = 0
 
 
 def _leave_fast_path(part: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
