@@ -198,4 +198,6 @@ def _class_of(module: nn.Module, parameter: str, axes: int) -> str:
         return "experts" if one_by_one else name
     if name in names.PLAIN_LINEAR:
         return "Linear"
+    if name in names.SCALED_EMBEDDING:
+        return "Embedding"
     return name if parameter == "weight" else f"{name}.{parameter}"

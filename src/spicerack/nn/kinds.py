@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from spicerack.errors import UsageError
 from spicerack.models.families import names
 from spicerack.nn.conv import Geometry, QConv2d
-from spicerack.nn.embedding import QEmbedding
+from spicerack.nn.embedding import Lookup, QEmbedding, ScaledEmbedding
 from spicerack.nn.linear import QConv1D, QLinear
 from spicerack.nn.weight import PackedLayer, PackedWeight
 
@@ -48,7 +48,7 @@ class LayerKind:
     transposed    the weight is stored [K, N], inputs first
     plain_only    only in modules of one's own: in a transformers model, whose folder is read by names and shapes, it
                   stays in float
-    subclasses    names of the subclasses of `float_class` that compute the same
+    subclasses    names of the subclasses of `float_class` that compute the same, or what `options` tell of
     """
 
     name: str
@@ -96,6 +96,12 @@ def _looks_up_more(layer: nn.Embedding) -> str | None:
     """
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
         return "an embedding with max_norm, scale_grad_by_freq or sparse stays in float"
+    if (
+        (scale := layer._buffers.get("embed_scale")) is not None
+        and scale.is_meta
+        and not hasattr(layer, "scalar_embed_scale")
+    ):
+        return "its scale is not known before the model is loaded"
     return None
 
 
@@ -104,6 +110,16 @@ def _pads_otherwise(layer: nn.Conv2d) -> str | None:
     if layer.padding_mode != "zeros":
         return f"a convolution with padding_mode={layer.padding_mode!r} has no packed form"
     return None
+
+
+def _blank_table(weight: torch.Tensor, lookup: Any) -> nn.Module:
+    """The table of this weight [rows, K] and Lookup."""
+    rows, columns = weight.shape
+    return (
+        nn.Embedding(rows, columns, lookup.padding_idx)
+        if lookup.scale is None
+        else ScaledEmbedding(rows, columns, lookup)
+    )
 
 
 def _blank_conv2d(weight: torch.Tensor, g: Any) -> nn.Module:
@@ -118,11 +134,12 @@ KINDS: tuple[LayerKind, ...] = (
         role="embedding",
         float_class=nn.Embedding,
         packed_class=QEmbedding,
-        options=lambda layer: layer.padding_idx,
-        pack=lambda weight, padding_idx, _bias: QEmbedding(weight, padding_idx),
-        blank=lambda weight, padding_idx: nn.Embedding(weight.shape[0], weight.shape[1], padding_idx),
+        options=Lookup.of,
+        pack=lambda weight, lookup, _bias: QEmbedding(weight, lookup),
+        blank=_blank_table,
         obstacle=_looks_up_more,
         inputs="ids",
+        subclasses=names.SCALED_EMBEDDING | {ScaledEmbedding.__name__},
     ),
     LayerKind(
         name="conv2d",

@@ -136,6 +136,20 @@ CONTAINERS = frozenset({"model", "transformer", "backbone"})
 PLAIN_LINEAR = frozenset({"FalconLinear"})
 """Subclasses of torch's Linear in transformers that compute the same."""
 
+SCALED_EMBEDDING = frozenset({
+    "BartScaledWordEmbedding", "BigBirdPegasusScaledWordEmbedding", "BioGptScaledWordEmbedding",
+    "BlenderbotScaledWordEmbedding", "DiffusionGemmaTextScaledWordEmbedding",
+    "EmbeddingGemma2TextScaledWordEmbedding", "Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding",
+    "Gemma3nTextScaledWordEmbedding", "Gemma4TextScaledWordEmbedding", "Gemma4UnifiedTextScaledWordEmbedding",
+    "GemmaTextScaledWordEmbedding", "M2M100ScaledWordEmbedding", "MBartScaledWordEmbedding",
+    "MiniCPM3ScaledWordEmbedding", "NllbMoeScaledWordEmbedding", "PLBartScaledWordEmbedding",
+    "PPFormulaNetScaledWordEmbedding", "PegasusXScaledWordEmbedding", "SeamlessM4TScaledWordEmbedding",
+    "SeamlessM4Tv2ScaledWordEmbedding", "TrOCRScaledWordEmbedding", "VaultGemmaTextScaledWordEmbedding",
+    "XGLMScaledWordEmbedding",
+})  # fmt: skip
+"""Subclasses of torch's Embedding in transformers whose rows are multiplied by a number, `embed_scale`, and that is
+all."""
+
 WRAPPED = ("base_layer", "original_module")
 """What PEFT's adapters call the layer around which they are."""
 
