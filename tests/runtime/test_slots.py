@@ -12,9 +12,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import spicerack
+from spicerack.errors import LoadError
+from spicerack.models.families import names
 from spicerack.nn import kinds
 from spicerack.numerics.scheme import parse
-from spicerack.runtime.slots import make_slot
+from spicerack.runtime.slots import Expert, make_slot, make_stack_slot
 from spicerack.storage.format import StoredTensor
 
 SIZES = {
@@ -80,3 +82,31 @@ def test_initializers_that_look_at_the_shape(tmp_path: Path) -> None:
     sound = {"input_features": torch.randn(1, 8, 40), "decoder_input_ids": torch.arange(3, 9)[None]}
     expected, logits = model(**sound).logits, small(**sound).logits
     assert (logits - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("known", [True, False])
+@torch.no_grad()
+def test_experts_are_grouped_along_the_axis_that_their_module_says(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the names of families that we know, and by what the module says where we do not."""
+    sizes: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "moe_num_experts": 3, "moe_topk": 2}
+    torch.manual_seed(0)
+    model = transformers.AriaTextForCausalLM(transformers.AriaTextConfig(**sizes, pad_token_id=0)).eval()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "float")
+    if not known:
+        monkeypatch.setattr(names, "WRITE_HIDDEN", frozenset())
+    spicerack.quantize(tmp_path / "float", "w8", output=tmp_path / "out")
+    small, ids = spicerack.load(tmp_path / "out", compute="float"), torch.arange(3, 21).view(2, 9)
+    expected = model(input_ids=ids).logits
+    assert (small(input_ids=ids).logits - expected).norm() / expected.norm() < 0.03
+
+
+def test_experts_that_are_packed_the_other_way_round_are_refused() -> None:
+    config = transformers.AriaTextConfig(**SIZES, num_key_value_heads=2, moe_num_experts=3, pad_token_id=0)
+    model = transformers.AriaTextForCausalLM(config)
+    parameter = next(name for name, _ in model.named_parameters() if name.endswith("experts.down_proj"))
+    with pytest.raises(LoadError, match="AriaExperts has it the other way round"):
+        make_stack_slot(model, parameter, [[Expert("e", number)] for number in range(3)], transposed=False)

@@ -114,7 +114,7 @@ def make_stack_slot(model: nn.Module, parameter: str, matrices: list[list[Expert
     """Replace a 3-D parameter of `model` by a slot for these matrices, [expert][part].
 
     parameter: its path. transposed: it is [E, K, N]. Raises LoadError unless whole experts fill it: as many as it has,
-    all of the same number of parts.
+    all of the same number of parts; and if its module says that it is stored the other way round.
     """
     owner_name, _, attribute = parameter.rpartition(".")
     owner = model.get_submodule(owner_name)
@@ -122,6 +122,12 @@ def make_stack_slot(model: nn.Module, parameter: str, matrices: list[list[Expert
     if len(matrices) != old.shape[0] or len({len(parts) for parts in matrices}) != 1:
         raise LoadError(
             f"{parameter}: {old.shape[0]} experts, {len(matrices)} in the folder", "the folder is incomplete"
+        )
+    if vars(owner).get("is_transposed", transposed) != transposed:
+        axes, cls = "in, out" if transposed else "out, in", type(owner).__name__
+        raise LoadError(
+            f"{parameter}: packed as [experts, {axes}], and {cls} has it the other way round",
+            "quantize the model again",
         )
     experts.put(owner, attribute, StackSlot(matrices, old, transposed))
     vars(owner)["_is_hf_initialized"] = True  # its initializer would look for the parameter

@@ -66,6 +66,8 @@ EXPERTS = frozenset({"experts", "expert"})
 """Parents of experts, one by one or fused."""
 STACKED_EXPERTS = frozenset({"input_linear", "output_linear", "w13_weight", "w2_weight"})
 """Fused expert tensors [experts, out, in] that have no parent called experts (Granite, JetMoE)."""
+WRITE_HIDDEN = frozenset({"down_proj", "w2", "wo", "fc2", "output_linear", "w2_weight"})
+"""Fused expert tensors whose outputs are the hidden states; the others read these."""
 DBRX_EXPERTS = frozenset({"w1", "v1", "w2"})
 """DBRX's own, which stacks its experts along the rows: [experts * inner, hidden], of which w2 is stored [in, out]."""
 
