@@ -73,6 +73,14 @@ def test_subclasses_have_no_kind_unless_they_compute_the_same() -> None:
     assert kinds.of_packed(packed).name == "linear"
 
 
+def test_a_layer_with_a_forward_of_its_own_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    net[1].forward = lambda x: x * 2
+    with pytest.raises(RecipeError, match="1: its forward was replaced in this instance"):
+        spicerack.quantize(net, "w8")
+    assert torch.equal(spicerack.quantize(net, "w8", rules=["1=skip"])[1](torch.ones(32)), 2 * torch.ones(32))
+
+
 # ---- a kind that is made up here -------------------------------------------------------------------------------------
 
 
