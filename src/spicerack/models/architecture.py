@@ -166,6 +166,19 @@ def is_stack(model: PreTrainedModel, place: Destination) -> bool:
     return axes == 3 and not place.operations and _class_of(model.get_submodule(owner), parameter, axes) == "experts"
 
 
+def stored_in_out(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, bool]:
+    """Tensor of all experts of `model` -> whether it is [E, in, out] and not [E, out, in], as its module itself says.
+
+    Of others nothing is said: only modules that transformers decorates know.
+    """
+    says: dict[str, bool] = {}
+    for tensor, place in destinations(model, tensors).items():
+        owner = vars(model.get_submodule(place.parameter.rpartition(".")[0]))
+        if "is_transposed" in owner and not place.operations:
+            says[tensor] = owner["is_transposed"]
+    return says
+
+
 def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
     """The class of the module that reads each tensor, as `modules_of` has it.
 
@@ -198,4 +211,6 @@ def _class_of(module: nn.Module, parameter: str, axes: int) -> str:
         return "experts" if one_by_one else name
     if name in names.PLAIN_LINEAR:
         return "Linear"
+    if name in names.SCALED_EMBEDDING:
+        return "Embedding"
     return name if parameter == "weight" else f"{name}.{parameter}"

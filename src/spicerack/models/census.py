@@ -6,6 +6,7 @@ and what is "other" stays in float: a vocabulary-sized matrix with an unknown na
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,15 @@ class Census:
     def nbytes(self) -> int:
         """Bytes that they take in the files, headers left out."""
         return sum(e.info.nbytes for name, e in self.entries.items() if name not in self.tied)
+
+    def corrected(self, in_out: Mapping[str, bool]) -> Census:
+        """The same, with what modules say of experts' tensors (`architecture.stored_in_out`) for what names do."""
+        entries = {
+            name: dataclasses.replace(entry, transposed=in_out[name])
+            if name in in_out and entry.role == "experts" and len(entry.info.shape) == 3 else entry
+            for name, entry in self.entries.items()
+        }  # fmt: skip
+        return dataclasses.replace(self, entries=entries)
 
 
 def take(checkpoint: Checkpoint) -> Census:

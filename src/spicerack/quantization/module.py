@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from spicerack.errors import RecipeError, SchemeError, ShapeError, WeightError, listed
 from spicerack.kernels.kernel import Compute
 from spicerack.models import census
+from spicerack.models.families import names
 from spicerack.nn import kinds
 from spicerack.nn.fused import fuse
 from spicerack.nn.kinds import Inputs, LayerKind
@@ -81,14 +82,16 @@ def quantize_module(module: nn.Module, recipe: Recipe, compute: Compute | None =
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
     """Path -> layer with a packed form, under all their names: those of tied and of repeated layers too.
 
-    Of a float type that weights are quantized from; convolutions only outside of transformers models.
+    Of a float type that weights are quantized from; convolutions only outside of transformers models; of an adapter the
+    layer that it is around, and not what it adds.
     """
+    adapters = kinds.inside_wrappers(module)
     modules = list(module.named_modules(remove_duplicate=False))
     theirs = tuple(f"{path}." if path else "" for path, part in modules if isinstance(part, PreTrainedModel))
     layers: dict[str, nn.Module] = {}
     for name, layer in modules:
         kind = kinds.find(layer)
-        if kind is None or kinds.weight_of(layer).dtype not in SOURCES:
+        if kind is None or kinds.weight_of(layer).dtype not in SOURCES or f"{name}.".startswith(adapters):
             continue
         if not (kind.plain_only and name.startswith(theirs)):
             layers[name] = layer
@@ -140,7 +143,11 @@ def _roles(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]
         if not isinstance(model, PreTrainedModel):
             continue
         prefix = f"{path}." if path else ""
-        inside = {name.removeprefix(prefix): name for name in layers if name.startswith(prefix) and name not in covered}
+        inside = {
+            _unwrapped(name.removeprefix(prefix)): name
+            for name in layers
+            if name.startswith(prefix) and name not in covered
+        }
         covered.update(inside.values())  # the outermost model knows best
         tensors = {weight_name(n): _info(weight_name(n), layers[full]) for n, full in inside.items()}
         entries = census.take(Checkpoint(Path(), model.config.to_dict(), tensors, (), ())).entries
@@ -151,13 +158,18 @@ def _roles(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]
     return roles
 
 
+def _unwrapped(name: str) -> str:
+    """The path that a layer had before an adapter was put around it."""
+    return ".".join(part for part in name.split(".") if part not in names.WRAPPED)
+
+
 def _role(name: str, layer: nn.Module) -> str:
     """The role of a layer by its kind and the last part of its name alone.
 
     A layer on its own, without a name, is what was asked for, whatever its kind: it counts as linear.
     """
     role = kinds.of(layer).role if name else "linear"
-    return "head" if role == "linear" and name.rsplit(".", 1)[-1] in _HEADS else role
+    return "head" if role == "linear" and _unwrapped(name).rsplit(".", 1)[-1] in _HEADS else role
 
 
 def _info(name: str, layer: nn.Module) -> TensorInfo:
@@ -215,7 +227,7 @@ def check(layers: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> Non
 def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
     """Raise for a layer that cannot have its scheme, whatever its shape."""
     kind = kinds.of(layer)
-    if reason := kind.obstacle(layer):
+    if reason := kinds.obstacle(layer):
         raise RecipeError(f"{name}: {reason}", "skip it")
     if scheme.activations is not None and kind.inputs in _NO_TOKENS:
         raise SchemeError(f"{name}: {_NO_TOKENS[kind.inputs]}", "use the scheme without a8")

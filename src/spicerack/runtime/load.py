@@ -8,8 +8,7 @@ How a folder is opened:
       ...             it fills in what is float, mapped from the files, and renames, ties, casts and initializes as ever
     Ahead             in a thread beside it, packed tensors are read and laid out for the kernels that run them
     fill              slots become packed layers of these
-    fuse              layers that share an input join into one call, activations join the layers before them, and an
-                      encoder of the usual parts becomes one call as a whole
+    fuse              attention goes native, and an encoder of the usual parts becomes one call as a whole
 
 So names, ties and types are transformers' business, and nothing of it is replaced or patched: whatever family it knows
 is loaded, and is the class that its own users expect. Memory is that of the packed model and one batch of tensors.

@@ -99,7 +99,7 @@ def parts_of(module: nn.Module) -> Parts:
         packed[name] = weight
     chosen = format.choose(contents)
     # Linear layers that stay in float are named in the config of formats that others read; a tied head is one, too.
-    linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear) and path not in layers]
     floats = [checkpoint_name.get(_weight_of(path), _weight_of(path)).removesuffix(".weight") for path in linears]
     files = _side_files(module)
     files[CONFIG] = chosen.config(files.pop(CONFIG), contents, floats)

@@ -28,7 +28,7 @@ from spicerack.kernels.plan import Function
 from spicerack.models.families.encoders import ENCODERS, Encoder
 from spicerack.nn import attention
 from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.gelu import JoinedGELU, is_gelu
+from spicerack.nn.gelu import is_gelu
 from spicerack.nn.linear import QLinear
 from spicerack.nn.weight import PackedWeight
 
@@ -68,10 +68,10 @@ def dtype(model: nn.Module, family: Encoder) -> torch.dtype:
     return next(t for _, module in parts(model, family) for t in _dtypes(module))
 
 
-def project(model: nn.Module, family: Encoder) -> QLinear | nn.Linear | None:
+def project(model: nn.Module, family: Encoder) -> nn.Linear | None:
     """The layer behind the first norm, in a model that has one."""
     layer = model._modules.get(family.project)
-    return layer if isinstance(layer, QLinear | nn.Linear) else None
+    return layer if isinstance(layer, nn.Linear) else None
 
 
 def head_width(block: nn.Module, family: Encoder) -> int:
@@ -83,12 +83,11 @@ def head_width(block: nn.Module, family: Encoder) -> int:
 
 def function(module: nn.Module) -> Function | None:
     """What an activation computes, if a plan can."""
-    inner = module.activation if type(module) is JoinedGELU else module
-    if is_gelu(inner):
+    if is_gelu(module):
         return "gelu"
-    if type(inner) is nn.GELU:
+    if type(module) is nn.GELU:
         return "gelu_tanh"
-    return _FUNCTIONS.get(type(inner))
+    return _FUNCTIONS.get(type(module))
 
 
 def obstacle(model: PreTrainedModel, family: Encoder) -> str | None:
@@ -126,8 +125,8 @@ def _heads_obstacle(model: nn.Module, family: Encoder) -> str | None:
 
 def _share_obstacle(modules: Iterable[nn.Module]) -> str | None:
     """Of a model that is mostly float, for which torch has the faster products."""
-    layers = [m for m in modules if isinstance(m, QLinear | nn.Linear)]
-    floats = sum(m.in_features * m.out_features for m in layers if isinstance(m, nn.Linear))
+    layers = [m for m in modules if isinstance(m, nn.Linear)]
+    floats = sum(m.in_features * m.out_features for m in layers if not isinstance(m, QLinear))
     if 2 * floats > sum(m.in_features * m.out_features for m in layers):
         return "more than half of its layers' weights are float"
     return None
@@ -164,7 +163,7 @@ def _expected(model: nn.Module, family: Encoder) -> dict[str, Callable[[nn.Modul
         for path in (*data.qkv, data.out, *data.up, data.down):
             expected |= {f"{block}.{path}": layer, f"{block}.{path}.packed": packed}
         expected |= {f"{block}.{path}": inner_norm for path in data.norms}
-        expected |= {f"{block}.{data.activation}{inner}": _has_function for inner in ("", ".activation")}
+        expected[f"{block}.{data.activation}"] = _has_function
     for path, name in family.classes.items():
         of_block = path.startswith(".")
         for place in [block + path.rstrip(".") for block in blocks] if of_block else [path]:
@@ -180,11 +179,8 @@ def _tables(family: Encoder) -> list[str]:
 
 
 def _optional(family: Encoder, expected: dict[str, Any]) -> set[str]:
-    """Expected paths that need not be there: tables and layers may be float, a projection may be missing, an activation
-    may be its own."""
-    return {family.project} | {
-        path for path in expected if path.endswith((".packed", f"{family.block.activation}.activation"))
-    }
+    """Expected paths that need not be there: tables and layers may be float, a projection may be missing."""
+    return {family.project} | {path for path in expected if path.endswith(".packed")}
 
 
 def _has_function(module: nn.Module) -> bool:

@@ -162,11 +162,11 @@ class _Builder:
         assert isinstance(norm, nn.LayerNorm)
         self.plan.norm(x, more, y, norm.weight, norm.bias, norm.eps)
 
-    def _product(self, x: int, layers: list[tuple[QLinear | nn.Linear, int]], gelu: bool = False) -> None:
+    def _product(self, x: int, layers: list[tuple[nn.Linear, int]], gelu: bool = False) -> None:
         """One step for all layers that take x alike, one for each else."""
         products: dict[tuple[object, ...], list[tuple[PanelMatrix, torch.Tensor | None, int]]] = {}
         for layer, y in layers:
-            if isinstance(layer, nn.Linear):
+            if not isinstance(layer, QLinear):
                 self.plan.dense(x, layer.weight, layer.bias, y, gelu)
                 continue
             kernel = layer.packed.choice.kernel
@@ -177,9 +177,9 @@ class _Builder:
         for (_, engine, *_), some in products.items():
             self.plan.product(x, some, str(engine), gelu)
 
-    def _layer(self, block: nn.Module, path: str) -> QLinear | nn.Linear:
+    def _layer(self, block: nn.Module, path: str) -> nn.Linear:
         layer = block.get_submodule(path)
-        assert isinstance(layer, QLinear | nn.Linear)
+        assert isinstance(layer, nn.Linear)
         return layer
 
 

@@ -41,8 +41,6 @@ from spicerack.nn.encoder.plan import Built
 
 _PLACE = "_spicerack_encoder"
 """Among the attributes of a model: its `NativeEncoder`."""
-_CHANGING = frozenset({"joined"})
-"""Attributes of modules that say what is computed together, and not what is computed."""
 
 
 class _Ready(NamedTuple):
@@ -90,7 +88,7 @@ class NativeEncoder:
             self.obstacle = f"its parts do not fit: {error}"
             return
         modules = [module for _, module in encoder_parts.parts(model, self.family)]
-        ready = _Ready(built, Guard(modules, model, _CHANGING), copy.deepcopy(vars(model.config)))
+        ready = _Ready(built, Guard(modules, model), copy.deepcopy(vars(model.config)))
         batches = encoder_inputs.batches(model, self.family)
         difference = max(self._difference(ready, model, batch) for batch in batches)
         if difference <= self.family.bound:

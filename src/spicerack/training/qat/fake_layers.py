@@ -21,6 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spicerack.errors import WeightError
+from spicerack.nn.embedding import Lookup
 from spicerack.numerics import codec
 from spicerack.numerics.fake import Grid, Parts, fake, fake_linear, fake_tensor, rounded, stored
 from spicerack.numerics.qtensor import QTensor, codes_dtype
@@ -212,4 +213,4 @@ class FakeEmbedding(FakeLayer, nn.Embedding):
         groups = flat // self.rounding.grid.group[0]
         grid = Grid(self.rounding.grid.levels, (1, self.rounding.grid.group[1]), self.rounding.grid.clip)
         looked_up = fake(rows, (scale[groups], None if zero is None else zero[groups]), grid)
-        return looked_up.view(*ids.shape, -1).to(self.weight.dtype)
+        return Lookup.of(self).scaled(looked_up.view(*ids.shape, -1).to(self.weight.dtype))
