@@ -94,7 +94,9 @@ def is_transposed(name: str, role: Role, shape: tuple[int, ...], facts: Facts) -
         return name.endswith(".w2")
     # of [experts, a, b] one axis is the hidden size: a down projection writes it, all others read it
     if len(facts.hidden) == 1 and (shape[1] in facts.hidden) != (shape[2] in facts.hidden):
-        writes_hidden = any(part in name.split(".") for part in ("down_proj", "w2", "wo", "output_linear", "w2_weight"))
+        writes_hidden = any(
+            part in name.split(".") for part in ("down_proj", "w2", "wo", "fc2", "output_linear", "w2_weight")
+        )
         return (shape[2] in facts.hidden) == writes_hidden
     return bool(facts.types & names.EXPERTS_IN_OUT)
 
