@@ -16,8 +16,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,9 @@ def _rules(source: Path) -> list[str]:
     from spicerack.storage.reader import Checkpoint
 
     entries = census.take(Checkpoint.open(source)).entries.values()
-    kinds = sorted({entry.module.rpartition(".")[2] for entry in entries if entry.role == "linear"})
+    kinds = sorted(
+        {entry.module.rpartition(".")[2] for entry in entries if entry.role == "linear" and "." in entry.module}
+    )
     return [f"**.{kind}=w8" for kind in kinds[::2] if not kind.isdigit()]
 
 
@@ -122,16 +126,18 @@ def _measured(model: transformers.PreTrainedModel, folder: Path, given: Any) -> 
         return "ok"
 
     def generate() -> None:
-        spicerack.load(folder / "w8").generate(given["input_ids"], max_new_tokens=4, do_sample=False)
+        spicerack.load(folder / "w8").generate(given["input_ids"], **short)
 
     def calibrate() -> None:
         ids = torch.randint(5, 200, (8, 24), generator=torch.Generator().manual_seed(2))
         text = Calibration(ids, None, "of no text", 0.0, "made up")
         spicerack.quantize(folder / "float", "w4", output=folder / "calibrated", method="gptq", calibration=text)
 
+    short: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     reads_text = given is not None and "input_ids" in given
+    generates = reads_text and model.can_generate() and verdict(lambda: model.generate(given["input_ids"], **short))
     return {
-        "generates": verdict(generate) if reads_text and model.can_generate() and (folder / "w8").exists() else "-",
+        "generates": verdict(generate) if generates == "ok" else "-",  # the float model is what it must equal
         "calibrates": verdict(calibrate) if reads_text else "-",
     }
 
@@ -255,7 +261,7 @@ def read_all(folder: Path, names: Sequence[str]) -> None:
     assert "spicerack" not in sys.modules, "transformers alone"
 
 
-def swept(folder: Path, names: Sequence[str], *, measure: bool = False) -> dict[str, dict[str, Any]]:
+def swept(folder: Path, names: Sequence[str], *, measure: bool) -> dict[str, dict[str, Any]]:
     """Family -> its row, of two processes: one that writes, and one that reads."""
     run = [sys.executable, __file__, str(folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -274,8 +280,99 @@ def wrong(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def main(folder: str, what: str, *names: str) -> None:
-    """One of the two processes: FOLDER write|measure|read FAMILY..."""
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+_AT_ONCE = 40
+"""Families of a pair of processes: a start takes as long as two families."""
+_WHY = {
+    "no attribute 'weight'": "its initialisers look at weights that are packed",
+    "one scheme for all experts": "it takes one scheme for all experts",
+    "source keys": "its conversion of names knows no packed weights",
+    "experts": "it drops int8 experts while it stacks them",
+    "conversion": "a conversion of the family's own fails",
+}
+"""What a note says of transformers -> the same in the words of the page."""
+_HEAD = """# Families
+
+Every family of transformers {version} of which a tiny random model can be built ({built} of {all}; the others need
+packages that are not here, or are not tiny), quantized from a folder and read again. Written by
+`python tests/sweep.py --write`; do not edit. `make interop` holds all of the reading against transformers, and some
+rows against this page.
+
+- **packed**: share of the numbers in all tensors with two axes or more that w8 packs, embeddings and heads left out.
+- **w8**, **w4g32**: error of the first output in % of its norm, against the float model; random weights, which suffer
+  more than trained ones. * rows in place of groups, where 32 divides no layer's width. "-": its inputs are not known.
+- **generates** (from w8), **calibrates** (`gptq`): "refused": by name, before work. An exception's name: a fault.
+- **read**: what transformers makes of the folder alone, every tensor against its decoded value. "no": it does not load,
+  which `quantize` says before work, and the last column why. "own": our container, at which it stops. "none": nothing
+  was quantized, or was refused.
+- **mixed**: w4g32, with every second kind of layer in w8.
+
+| family | packed | w8 | w4g32 | generates | calibrates | w8 read | w4g32 read | w8a8 read | mixed read | why not |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def line(family: str, row: Mapping[str, Any]) -> str:
+    """A family's row of the table."""
+    cells = row["cells"]
+    first = cells["w8"]
+    share = f"{100 * first['share']:.0f}" if "share" in first else "-"
+    reads = [_read(cells[recipe], row["read"].get(recipe)) for recipe in RECIPES]
+    unread = [note for cell in cells.values() for note in cell.get("unread", ())]
+    why = sorted({next((told for part, told in _WHY.items() if part in note), "see the note") for note in unread})
+    columns = [
+        family, share, _percent(first), _percent(cells["w4g32"]), row.get("generates", "?"), row.get("calibrates", "?"),
+        *reads, "; ".join(why),
+    ]  # fmt: skip
+    return f"| {' | '.join(columns)} |"
+
+
+def _percent(cell: Mapping[str, Any]) -> str:
+    """The error, or what was raised."""
+    error = cell.get("error", "?" if "share" in cell else None)
+    if error is None:
+        return "-"
+    if isinstance(error, str):
+        return error.partition(":")[0]
+    return f"{100 * error:.1f}{'*' if cell['scheme'] == 'w4' else ''}"
+
+
+def _read(cell: Mapping[str, Any], verdict: str | None) -> str:
+    """What transformers makes of a folder, in a word."""
+    if "refused" in cell or cell["schemes"] == 0:
+        return "none"
+    if cell["format"] == "spicerack":
+        return "own"
+    if cell["unread"]:
+        return "no" if verdict != "equal" else "**yes, and was announced not to be**"
+    return "yes" if verdict == "equal" else f"**{verdict}**"
+
+
+def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """All of docs/families.md."""
+    built = {family: row for family, row in rows.items() if "class" in row}
+    head = _HEAD.format(version=transformers.__version__, built=len(built), all=len(rows))
+    return head + "\n".join(line(family, row) for family, row in built.items()) + "\n"
+
+
+def write_page(measure: bool = True, at_once: int = 2) -> None:
+    """Sweeps all families, `at_once` processes beside each other, and writes docs/families.md."""
+    names = list(tiny.families())
+    parts = [names[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
+        swept_parts = pool.map(lambda part: swept(Path(folder), part, measure=measure), parts)
+        rows = {family: row for part in swept_parts for family, row in part.items()}
+    PAGE.write_text(page(rows))
+
+
+def main(*arguments: str) -> None:
+    """`--write`, or one of its processes: FOLDER write|measure|read FAMILY..."""
+    if arguments == ("--write",):
+        write_page()
+        return
+    folder, what, *names = arguments
     _quiet()
     if what == "read":
         read_all(Path(folder), names)

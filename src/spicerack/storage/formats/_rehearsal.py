@@ -249,6 +249,7 @@ def _told(error: Exception) -> str:
 
 
 def _raised(text: str) -> str:
-    """The line of a recorded traceback that names the error."""
-    lines = [line for line in text.splitlines() if re.match(r"\w+(Error|Exception)\b", line)]
-    return f"from_pretrained ends in a conversion's {lines[-1]}"[:_LENGTH] if lines else "a conversion fails"
+    """Which conversion failed, of what, as the last line of transformers' record of it says."""
+    told = re.search(r"Error: (\w+) on tensors destined for (.+?)\. Ckpt", text)
+    where = f"{told[1]} for {told[2]}" if told else " ".join(text.split()[-10:])
+    return f"from_pretrained fails in a conversion: {where}"[:_LENGTH]
