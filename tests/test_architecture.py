@@ -106,7 +106,7 @@ def test_the_extension_has_one_seam_each_way() -> None:
 
 
 def test_tests_docs_and_benchmarks_have_the_rooms_of_the_package() -> None:
-    shared = {"benchmarks": {"harness", "results"}, "tests": {"native"}, "docs": {"design", "python"}}
+    shared = {"benchmarks": {"harness", "results"}, "tests": {"native"}, "docs": {"design", "python", "families"}}
     for place, more in shared.items():
         entries = [path for path in (ROOT / place).iterdir() if path.is_dir() or path.suffix == ".md"]
         folders = {path.stem for path in entries if path.name != "__pycache__"}

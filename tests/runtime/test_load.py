@@ -245,7 +245,7 @@ def test_weights_stay_packed_in_memory(tmp_path: Path) -> None:
             tensors[name] = torch.ones(shape)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     raw = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(fmt.config(raw, contents, ["lm_head"])))
+    (tmp_path / "config.json").write_text(json.dumps(fmt.config(raw, contents, format.Reading(["lm_head"]))))
     # A fixed threshold makes glibc return freed memory at once: asserted is what is held, not what malloc keeps.
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(tmp_path)],
@@ -289,7 +289,7 @@ def net_folder(folder: Path, net: Net) -> Path:
         tensors |= own.encode(contents[module], codec.encode(weight, parse("w8")))
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(own.config({}, contents, [])))
+    (folder / "config.json").write_text(json.dumps(own.config({}, contents, format.Reading())))
     return folder
 
 

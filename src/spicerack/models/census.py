@@ -6,10 +6,10 @@ and what is "other" stays in float: a vocabulary-sized matrix with an unknown na
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from spicerack.models.config import Architecture, architecture, nested
@@ -78,18 +78,11 @@ class Census:
         """Bytes that they take in the files, headers left out."""
         return sum(e.info.nbytes for name, e in self.entries.items() if name not in self.tied)
 
-    def corrected(self, in_out: Mapping[str, bool]) -> Census:
-        """The same, with what modules say of experts' tensors (`architecture.stored_in_out`) for what names do."""
-        entries = {
-            name: dataclasses.replace(entry, transposed=in_out[name])
-            if name in in_out and entry.role == "experts" and len(entry.info.shape) == 3 else entry
-            for name, entry in self.entries.items()
-        }  # fmt: skip
-        return dataclasses.replace(self, entries=entries)
 
-
-def take(checkpoint: Checkpoint) -> Census:
+def take(checkpoint: Checkpoint, transposed: Mapping[str, bool] = MappingProxyType({})) -> Census:
     """Classify every tensor of `checkpoint`, of which headers and config.json are read already.
+
+    transposed: what is known better than names tell it, of the order in which modules store their matrices.
 
     It needs no library that knows models, so that `inspect` starts at once, and a folder of a family that nobody knows
     yet is described as far as its names go.
@@ -100,7 +93,8 @@ def take(checkpoint: Checkpoint) -> Census:
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         role = role_of(name, info.shape, facts)
-        entries[name] = Entry(name, module, role, info, label[module], is_transposed(name, role, info.shape, facts))
+        in_out = transposed.get(module, is_transposed(name, role, info.shape, facts))
+        entries[name] = Entry(name, module, role, info, label[module], in_out)
     tied = _tied(entries, checkpoint.config, facts)
     return Census(entries, tied, _shared_inputs(entries), architecture(checkpoint.config))
 

@@ -86,7 +86,7 @@ def is_transposed(name: str, role: Role, shape: tuple[int, ...], facts: Facts) -
     """Whether a matrix is stored [..., in, out] instead of [..., out, in].
 
     GPT-2's Conv1D is, by its role. Of fused experts the shape decides, as far as the hidden size tells its axes apart;
-    where it does not, the family. A model that transformers builds knows better (`architecture.stored_in_out`).
+    where it does not, the family. A model that transformers builds knows better (`architecture.transposed_stacks`).
     """
     if role != "experts":
         return role == "conv1d"

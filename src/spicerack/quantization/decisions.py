@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from spicerack.errors import SchemeError
 from spicerack.models import blocks, census
-from spicerack.models.architecture import destinations, modules_of, on_meta, stored_in_out
+from spicerack.models.architecture import destinations, modules_of, on_meta, transposed_stacks
 from spicerack.models.census import Census, Entry
 from spicerack.nn import kinds
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
@@ -47,9 +47,8 @@ class Source:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Source:
         """What is known of a folder that is open."""
-        taken, model = census.take(checkpoint), on_meta(checkpoint.config)
-        if model is not None:
-            taken = taken.corrected(stored_in_out(model, checkpoint.tensors))
+        transposed = transposed_stacks(checkpoint.config, checkpoint.tensors)
+        taken = census.take(checkpoint, transposed)
         return cls(checkpoint, taken, modules_of(checkpoint.config, checkpoint.tensors))
 
     @property

@@ -18,6 +18,7 @@ import torch
 
 from spicerack._version import __version__
 from spicerack.errors import CheckpointError, ShapeError, listed
+from spicerack.models.architecture import host_of
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import decisions
@@ -26,7 +27,7 @@ from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
 from spicerack.storage import format
 from spicerack.storage.files import CONTAINER
-from spicerack.storage.format import Format, StoredTensor
+from spicerack.storage.format import Format, Layout, Reading, StoredTensor
 from spicerack.storage.ledger import Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
 from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, shards_of
@@ -166,24 +167,34 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, shard_bytes: int = SHARD_BY
     fmt = format.choose(contents)
     tied = source.tied
     floats = [name for name in source.linears() if name not in contents and tied.get(name) not in contents]
+    reading = fmt.reading(
+        checkpoint.config, contents, host_of(checkpoint.config, _headers(checkpoint), contents, floats)
+    )
     return Job(
         source=checkpoint,
         recipe=asked,
         format=fmt,
         actions=tuple(_actions(source, decided, stored_tensors, fmt)),
-        notes=tuple(_notes(source, decided, contents)),
-        config=fmt.config(dict(checkpoint.config), contents, floats),
+        notes=tuple(_notes(source, decided, contents, reading)),
+        config=fmt.config(dict(checkpoint.config), contents, reading),
         parameters=source.census.parameters,
         shard_bytes=shard_bytes,
     )
 
 
-def _notes(source: Source, decided: Mapping[str, Decision], contents: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _headers(checkpoint: Checkpoint) -> Layout:
+    """What the float folder holds: name -> type and shape."""
+    return {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+
+
+def _notes(
+    source: Source, decided: Mapping[str, Decision], contents: Mapping[str, StoredTensor], reading: Reading
+) -> Iterator[str]:
     """What a person should know before work starts."""
     yield from source.checkpoint.notes
     for note, modules in decisions.notes(source, decided):
         yield f"{listed(modules, _LISTED)}: {note}" if modules else note
-    yield from format.portability(contents, source.census.shared_inputs)
+    yield from format.portability(contents, source.census.shared_inputs, reading)
 
 
 def _stored(source: Source, name: str, scheme: Scheme) -> StoredTensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from spicerack.errors import LoadError, UsageError
+from spicerack.models.architecture import host_of
 from spicerack.nn import kinds
 from spicerack.nn.experts import ExpertStack
 from spicerack.nn.weight import PackedLayer, PackedWeight
@@ -102,7 +103,11 @@ def parts_of(module: nn.Module) -> Parts:
     linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear) and path not in layers]
     floats = [checkpoint_name.get(_weight_of(path), _weight_of(path)).removesuffix(".weight") for path in linears]
     files = _side_files(module)
-    files[CONFIG] = chosen.config(files.pop(CONFIG), contents, floats)
+    config = files.pop(CONFIG)
+    headers = {name: (_dtype(name, tensor), tuple(tensor.shape)) for name, tensor in state.items()}
+    headers |= {f"{p.module}.weight": (safetensors_dtype(p.source_dtype), p.shape) for p in contents.values()}
+    reading = chosen.reading(config, contents, host_of(config, headers, contents, floats))
+    files[CONFIG] = chosen.config(config, contents, reading)
     return Parts(chosen, contents, packed, state, files)
 
 
