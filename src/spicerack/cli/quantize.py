@@ -168,12 +168,14 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     from spicerack.quantization.job import prepare
     from spicerack.quantization.run import decided, execute
     from spicerack.quantization.stream import plan
+    from spicerack.storage.files import local
 
     means = _means(options)
     ranks = means.ranks
     console = _output.console(options.as_json or not ranks.first)
     console.quiet = not ranks.first
-    job = prepare(options.model, decided(recipe, options.calib is not None), shard_bytes=options.shard_bytes)
+    with_text = options.calib is not None
+    job = prepare(options.model, decided(recipe, with_text), with_text=with_text, shard_bytes=options.shard_bytes)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)
     _quantizing.announce(job, calibration, planned, means.device, console)
@@ -184,7 +186,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     unit = "this block" if calibration is not None else None
     with _quantizing.bar(ranks) as bar, _output.interruptible(bar.console, unit) as stopping:
         watch = _quantizing.watching(bar, job, stopping, ranks)
-        summary = execute(job, options.output, calibration=calibration, means=means, watch=watch)
+        summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch)
     if summary is not None and options.as_json:
         _output.emit(summary.as_dict())
     elif summary is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from spicerack.models.config import nested
 from spicerack.models.families import names
 
 if TYPE_CHECKING:
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
 
 _UNSAFE_KEYS = ("attn_implementation", "experts_implementation", "auto_map", "quantization_config", "_name_or_path")
 """Dropped from a stranger's config: they can name kernels and code on the hub, or change the layers' classes."""
-_MOST_LAYERS = 10_000
-"""Blocks, or experts, that a config may ask for: each takes time and memory to build, even without weights."""
+_MOST_LAYERS, _MOST_EXPERTS = 10_000, 100_000
+"""Blocks, and experts in each, that a config may ask for: each takes time and memory to build, even without weights.
+
+Experts are one tensor in most families, so that a great many are cheap (Doge has 16,384)."""
+_COUNTS = re.compile(r"(num|n)_\w*(layer|expert|depth|block)\w*(?<!_size)|\w*(layers|depths?|blocks)")
+"""Keys of config.json whose values are numbers of modules; `vocab_size_per_layer_input` and the like are sizes."""
 _BUILD_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
     StrictDataclassError, TypeError, ValueError,
@@ -46,7 +51,7 @@ def modules_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, s
     None if transformers does not know the architecture, or cannot build it: then names are all there is to go by.
     """
     model = on_meta(config)
-    return None if model is None else _by_checkpoint_name(model, tensors)
+    return None if model is None else classes_of(model, tensors)
 
 
 def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
@@ -97,12 +102,15 @@ def harmless(value: Any) -> Any:
 
 
 def _plausible(config: Mapping[str, Any]) -> bool:
-    """Whether the model has a number of modules that can be built in a moment: numbers under keys of layers, experts
-    and depths, in nested configs too, are at most `_MOST_LAYERS`."""
-    counts = (value for key, value in config.items() if "layer" in key or "expert" in key or "depth" in key)
-    return all(not isinstance(count, int) or count <= _MOST_LAYERS for count in counts) and all(
-        _plausible(value) for value in config.values() if isinstance(value, dict)
-    )
+    """Whether the model has a number of modules that can be built in a moment: numbers of layers and of experts, lists
+    of such and nested configs too, are at most `_MOST_LAYERS` and `_MOST_EXPERTS`."""
+    for part in nested(config):
+        for key, value in part.items():
+            most = _MOST_EXPERTS if "expert" in key else _MOST_LAYERS
+            counts = value if isinstance(value, list) else [value]
+            if _COUNTS.fullmatch(key) and any(isinstance(count, int) and count > most for count in counts):
+                return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +174,8 @@ def is_stack(model: PreTrainedModel, place: Destination) -> bool:
     return axes == 3 and not place.operations and _class_of(model.get_submodule(owner), parameter, axes) == "experts"
 
 
-def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """The class of the module that reads each tensor, as `modules_of` has it.
+def classes_of(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """The class of the module that reads each tensor, as `modules_of` has it, of a model on the meta device.
 
     Parameters that no tensor of the folder reaches, a tied head's say, are listed under their own names.
     """

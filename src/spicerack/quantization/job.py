@@ -3,8 +3,8 @@
     Checkpoint -> Source (what is known of each tensor) -> Decision (its scheme) -> Action (what the output has for it)
 
 A `Job` is the whole of it, frozen: the loop, the writer, the memory plan and the dry run read it and decide nothing.
-Weights are read here for one purpose alone: two tensors that config.json says are tied are compared before one of them
-is dropped.
+Weights are read here for one purpose alone: two tensors that config.json says are tied are compared (`census`), because
+two that differ are two.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 
 from spicerack._version import __version__
 from spicerack.errors import CheckpointError, ShapeError, listed
+from spicerack.models.overview import quantized_with
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import decisions
+from spicerack.quantization import decisions, door
 from spicerack.quantization.decisions import Source
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
 from spicerack.storage import format
-from spicerack.storage.files import CONTAINER
 from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.ledger import Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
@@ -136,30 +136,36 @@ class Job:
         )
 
 
-def prepare(model: str | Path, asked: Recipe, *, shard_bytes: int = SHARD_BYTES) -> Job:
+def prepare(model: str | Path, asked: Recipe, *, with_text: bool = False, shard_bytes: int = SHARD_BYTES) -> Job:
     """Decide everything for the folder (or hub id) `model`.
 
-    Raises CheckpointError (not a folder we read, or quantized already), RecipeError (a rule that matches nothing),
+    with_text: whether there is calibration text; towers for pictures or sound then stay in float unless a rule names
+    them.
+
+    Raises CheckpointError (not a folder we read, quantized already, or not what its class needs), RecipeError (a rule
+    that matches nothing, or asks for what cannot be had; a recipe that quantizes nothing),
     SchemeError (an embedding with int8 activations), ShapeError (all tensors that no whole groups tile, at once),
     UsageError (static activations in a model without blocks to calibrate).
     """
-    return decide(Checkpoint.open(model), asked, shard_bytes=shard_bytes)
+    return decide(Checkpoint.open(model), asked, with_text=with_text, shard_bytes=shard_bytes)
 
 
-def decide(checkpoint: Checkpoint, asked: Recipe, *, shard_bytes: int = SHARD_BYTES) -> Job:
+def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, shard_bytes: int = SHARD_BYTES) -> Job:
     """The same for a folder that is open, or a part of it.
 
     checkpoint: of a float model. asked: the recipe; a rotation in its method turns the checkpoint first. Raises as
     `prepare` does, and CheckpointError for a model that is quantized already.
     """
-    if "quantization_config" in checkpoint.config or checkpoint.config.get("model_type") == CONTAINER:
+    if (tool := quantized_with(checkpoint.config)) is not None:
         raise CheckpointError(
-            f"{checkpoint.folder} is quantized already", "start from the float model: every rounding adds up"
+            f"{checkpoint.folder} is quantized already, with {tool}",
+            "start from the float model: every rounding adds up",
         )
     if asked.method is not None and asked.method.rotation is not None:
         checkpoint = rotate(checkpoint, asked.method.rotation)
     source = Source.of(checkpoint)
-    decided = decisions.decide(source, asked)
+    unread = door.check(source)
+    decided = decisions.decide(source, asked, with_text=with_text)
     stored_tensors = {name: _stored(source, name, choice.scheme) for name, choice in decided.items() if choice.scheme}
     _check_shapes(stored_tensors)
     contents = {stored.module: stored for stored in stored_tensors.values()}
@@ -171,16 +177,29 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, shard_bytes: int = SHARD_BY
         recipe=asked,
         format=fmt,
         actions=tuple(_actions(source, decided, stored_tensors, fmt)),
-        notes=tuple(_notes(source, decided, contents)),
-        config=fmt.config(dict(checkpoint.config), contents, floats),
+        notes=(*checkpoint.notes, *unread, *_notes(source, decided, contents)),
+        config=fmt.config(_untied(source), contents, floats),
         parameters=source.census.parameters,
         shard_bytes=shard_bytes,
     )
 
 
+def _untied(source: Source) -> dict[str, Any]:
+    """The model's config.json, which must not call tied what is not: a reader would put one tensor in both places.
+
+    Where the two are quantized differently it could not see from the files that they differ.
+    """
+    config = dict(source.checkpoint.config)
+    if not source.census.apart or source.census.tied:
+        return config
+    for key, value in config.items():
+        if isinstance(value, dict) and value.get("tie_word_embeddings"):
+            config[key] = {**value, "tie_word_embeddings": False}
+    return {**config, "tie_word_embeddings": False} if config.get("tie_word_embeddings", True) else config
+
+
 def _notes(source: Source, decided: Mapping[str, Decision], contents: Mapping[str, StoredTensor]) -> Iterator[str]:
     """What a person should know before work starts."""
-    yield from source.checkpoint.notes
     for note, modules in decisions.notes(source, decided):
         yield f"{listed(modules, _LISTED)}: {note}" if modules else note
     yield from format.portability(contents, source.census.shared_inputs)
@@ -224,19 +243,8 @@ def _actions(
         if stored is not None:
             tensors = tuple(OutputTensor(key, dtype, shape) for key, (dtype, shape) in fmt.layout(stored).items())
             yield Action(info, "quantize", why, entry.role, entry.layer_type, tensors, stored)
-        elif name in tied and _equal(source.checkpoint, name, tied[name]):
+        elif name in tied:
             yield Action(info, "drop", f"the same tensor as {tied[name]}", entry.role, entry.layer_type, ())
         else:
             tensor = OutputTensor(name, info.dtype, info.shape)
             yield Action(info, "copy", why, entry.role, entry.layer_type, (tensor,))
-
-
-def _equal(checkpoint: Checkpoint, alias: str, owner: str, rows: int = 4096) -> bool:
-    """Whether two tensors of the folder hold the same numbers; read some rows at a time."""
-    a, b = checkpoint.tensors[alias], checkpoint.tensors[owner]
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    return all(
-        torch.equal(checkpoint.read_rows(alias, i, i + rows), checkpoint.read_rows(owner, i, i + rows))
-        for i in range(0, a.shape[0], rows)
-    )

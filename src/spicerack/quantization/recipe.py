@@ -27,6 +27,7 @@ from spicerack.algorithms.method import Method
 from spicerack.errors import RecipeError
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.numerics.scheme import Scheme, parse
+from spicerack.storage.files import local
 
 Range = Literal["absmax", "opt"]
 """How scales are chosen: by the largest weight of a group, or by the least error."""
@@ -132,10 +133,18 @@ class Decision:
 
     scheme   what it is quantized to; None keeps it in float
     why      the rule or the reason, for the ledger and for people
+    rule     that decided; None: the recipe's scheme, or its role
+    refused  what was asked for, where the tensor cannot have it and stays in float; `why` is then the reason
     """
 
     scheme: Scheme | None
     why: str
+    rule: Rule | None = None
+    refused: Scheme | None = None
+
+    def kept(self, why: str) -> Decision:
+        """The same tensor left in float for this reason, whatever was asked for."""
+        return Decision(None, why, self.rule, self.scheme)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -188,6 +197,7 @@ def read(path: Path) -> Recipe:
     """
     import yaml
 
+    path = local(path)
     if not path.is_file():
         raise RecipeError(f"recipe {path} is not a file", "give the path of a YAML file")
     if path.stat().st_size > _MAX_BYTES:
@@ -254,7 +264,7 @@ def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -
         hits = [r for r in recipe.rules if any(r.matches(name) for name in names) and _reaches(r, role)]
         used.update(hits)
         if hits:
-            decisions[module] = Decision(hits[-1].scheme, f"rule {hits[-1]}")
+            decisions[module] = Decision(hits[-1].scheme, f"rule {hits[-1]}", hits[-1])
         elif role in BY_DEFAULT:
             decisions[module] = Decision(recipe.scheme, "recipe")
         else:
@@ -264,6 +274,21 @@ def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -
     for unused in (r for r in recipe.rules if r not in used):
         raise RecipeError(f"rule {unused} matches nothing that it could change", _nearest(unused, [*roles, *tied]))
     return {**decisions, **{alias: decisions[owner] for alias, owner in tied.items() if owner in decisions}}
+
+
+def refuse_vain(recipe: Recipe, decisions: Mapping[str, Decision]) -> None:
+    """Raise RecipeError for a rule that asks for a scheme where no tensor that it decides about can have one.
+
+    decisions: module -> what becomes of it, once all that forbids a scheme was asked. The reason is that of the first.
+    """
+    for rule in recipe.rules:
+        mine = {module: d for module, d in decisions.items() if d.rule == rule and (d.scheme or d.refused)}
+        if mine and all(decision.scheme is None for decision in mine.values()):
+            module, decision = next(iter(mine.items()))
+            others = f" (and {len(mine) - 1} more)" if len(mine) > 1 else ""
+            raise RecipeError(
+                f"rule {rule}: {module or 'the layer'} stays in float{others}: {decision.why}", "leave the rule out"
+            )
 
 
 def _reaches(rule: Rule, role: str) -> bool:

@@ -41,6 +41,7 @@ from spicerack.quantization.module import quantize_module
 from spicerack.quantization.recipe import Range, Recipe, Rule
 from spicerack.quantization.stream import Means, Stream, calibrate, identity, plan
 from spicerack.quantization.watch import Watch
+from spicerack.storage.files import local
 from spicerack.storage.writer import SHARD_BYTES
 from spicerack.text.calibration import Calibration
 
@@ -193,9 +194,12 @@ def _of_folder(model: str | Path, chosen: Recipe, options: _FolderOptions) -> Su
     if device != "cpu" and calibration is None:
         raise UsageError(f"device {device}: without calibration text all is done on the CPU", "pass calibration=...")
     means = Means(devices.find(device), options.threads, options.memory)
-    job = prepare(model, decided(chosen, calibration is not None), shard_bytes=options.shard_bytes or SHARD_BYTES)
+    with_text = calibration is not None
+    job = prepare(
+        model, decided(chosen, with_text), with_text=with_text, shard_bytes=options.shard_bytes or SHARD_BYTES
+    )
     watch = Watch() if options.progress is None else _Progress(options.progress)
-    summary = execute(job, Path(options.output), calibration=calibration, means=means, watch=watch)
+    summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch)
     assert summary is not None, "this is the only process"
     return summary
 
