@@ -194,7 +194,10 @@ def test_a_block_used_twice_stays_one_block() -> None:
 
 def test_torchs_own_transformer_layer() -> None:
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
-    small = spicerack.quantize(layer, "w4g32")
+    with pytest.warns(
+        UserWarning, match=r"50% of the weights in matrices stay in float: self_attn.in_proj_weight \(a par"
+    ):
+        small = spicerack.quantize(layer, "w4g32")
     assert packed(small).keys() == {"linear1", "linear2"}
     for mode in (torch.no_grad(), torch.enable_grad()):
         with mode:
@@ -284,9 +287,12 @@ def test_convolutions_are_quantized_where_they_would_be_trained() -> None:
     inside = nn.ModuleDict({"theirs": vit, "ours": nn.Conv2d(4, 2, 3)})
     assert any(isinstance(part, nn.Conv2d) for part in vit.modules())
     for model, convolutions in ((vit, set()), (inside, {"ours"})):
-        layers = packed(spicerack.quantize(model, "w8"))
+        with pytest.warns(UserWarning, match=r"projection \(convolutions of transformers models stay in float\)"):
+            layers = packed(spicerack.quantize(model, "w8"))
         assert {name for name, layer in layers.items() if isinstance(layer, QConv2d)} == convolutions and layers
-        with pytest.raises(RecipeError, match="matches nothing"):
+        with pytest.raises(
+            RecipeError, match=r"rule \*\*\.projection=w8: .*projection stays in float: convolutions of"
+        ):
             spicerack.quantize(model, "w8", rules=["**.projection=w8"])
 
 
@@ -318,11 +324,13 @@ def test_a_convolution_that_pads_otherwise_is_not_filled(tmp_path: Path) -> None
 
 def test_experts_in_one_parameter_stay_in_float_and_are_named() -> None:
     model = families.build("mixtral")
-    small = spicerack.quantize(model, "w4g8")
+    with pytest.warns(UserWarning, match=r"MixtralForCausalLM: \d+% of the weights.*experts in one parameter"):
+        small = spicerack.quantize(model, "w4g8")
     experts = {name: p for name, p in model.named_parameters() if p.dim() == 3}
     assert experts and all(torch.equal(small.get_parameter(name), p) for name, p in experts.items())
     with pytest.raises(
-        RecipeError, match=r"rule \*\*\.experts\.\*=w8: .*experts.* is one parameter \[.*in memory those stay"
+        RecipeError,
+        match=r"rule \*\*\.experts\.\*=w8: .*experts.* stays in float: experts in one parameter of MixtralExp",
     ):
         spicerack.quantize(model, "w4g8", rules=["**.experts.*=w8"])
 

@@ -11,7 +11,7 @@ without.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +122,7 @@ class Destination:
     part         which of the parts that are put together: 0 for gate, 1 for up ...
     stacked      one expert's matrix: the experts are stacked, and the parts of each concatenated by rows
     expert       its number, if stacked
+    others       more parameters that the same tensor becomes parts of: of query, key and value in one, the last two
     """
 
     parameter: str
@@ -129,6 +130,7 @@ class Destination:
     part: int = 0
     stacked: bool = False
     expert: int = 0
+    others: tuple[str, ...] = ()
 
 
 def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, Destination]:
@@ -163,8 +165,24 @@ def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, De
         stacked = (operations, axes) in ((("MergeModulelist",), [0]), (("MergeModulelist", "Concatenate"), [0, 1]))
         expert = re.search(r"\d+", tensor.rpartition("experts")[2]) if stacked else None
         part = converter.source_patterns.index(pattern)
-        places[tensor] = Destination(target, operations, part, stacked, int(expert[0]) if expert else 0)
+        number = int(expert[0]) if expert else 0
+        others = tuple(name for name in _others(target, converter.target_patterns) if name in state)
+        places[tensor] = Destination(target, operations, part, stacked, number, others)
     return places
+
+
+def _others(target: str, patterns: Sequence[str]) -> list[str]:
+    """The other parameters that a conversion fills from one tensor, of which `target` was named by the first pattern.
+
+    patterns: transformers' own, in which `\\1` stands for what was captured.
+    """
+    first = re.escape(patterns[0]).replace(r"\\1", "(.+?)")
+    return [
+        re.sub(
+            first, lambda found, other=other: other.replace(r"\1", found[1] if found.re.groups else ""), target, count=1
+        )
+        for other in patterns[1:]
+    ]
 
 
 def is_stack(model: PreTrainedModel, place: Destination) -> bool:

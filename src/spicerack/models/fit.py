@@ -48,7 +48,8 @@ def fit(model: PreTrainedModel, shapes: Shapes) -> Fit:
     """How these tensors fill `model`, which is on the meta device; ties and exceptions are the class's own."""
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     places = destinations(model, shapes)
-    reached = {place.parameter for place in places.values()} - _partly(places, state)
+    reached = {name for place in places.values() for name in (place.parameter, *place.others)}
+    reached -= _partly(places, state)
     reached |= _tied_to(reached, model.all_tied_weights_keys)
     ignored = _any_of(model._keys_to_ignore_on_load_missing)
     unwanted = _any_of(model._keys_to_ignore_on_load_unexpected)
@@ -118,5 +119,5 @@ def _tied_to(reached: set[str], ties: Mapping[str, str]) -> set[str]:
 
 
 def _any_of(patterns: Iterable[str] | None) -> re.Pattern[str]:
-    """A regular expression that finds any of transformers' own patterns; one that finds nothing where there are none."""
+    """A regular expression that finds any of transformers' own patterns; without any, nothing."""
     return re.compile("|".join(f"({pattern})" for pattern in patterns or ()) or r"(?!)")

@@ -45,6 +45,11 @@ _CLASSES: dict[str, frozenset[str]] = {
 }  # fmt: skip
 _CLASSES |= {"head": _CLASSES["linear"], "router": _CLASSES["linear"], "experts": frozenset({"experts"})}
 """Role of a tensor -> classes of the module that must read it, as `architecture.modules_of` tells them."""
+_EXPECTED = {
+    "linear": "Linear", "head": "Linear", "router": "Linear", "conv1d": "Conv1D", "embedding": "Embedding",
+    "experts": "experts",
+}  # fmt: skip
+"""Role of a tensor -> the module that is usual there, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +162,8 @@ def _obstacle(source: Source, entry: Entry) -> str | None:
     """Why a tensor stays in float whatever is asked for; None if nothing is in the way."""
     if entry.info.dtype not in SOURCE_BY_NAME:
         return f"{entry.info.dtype} weights are not quantized, only {', '.join(SOURCE_BY_NAME)}"
+    if 0 in entry.info.shape:
+        return "it has no numbers"
     kind = None if source.modules is None else source.modules.get(entry.module)
     if kind is not None and " via " in kind:
         return f"transformers changes it while loading, by {kind.partition(' via ')[2]}"
@@ -164,8 +171,7 @@ def _obstacle(source: Source, entry: Entry) -> str | None:
         return "the architecture's code needs its experts whole"
     if source.modules is None or kind == "experts" or kind in _CLASSES[entry.role]:
         return None
-    wanted = sorted(_CLASSES[entry.role])[0]
-    return f"the architecture has {kind or 'no module'} there, not {wanted}"
+    return f"the architecture has {kind or 'no module'} there, not {_EXPECTED[entry.role]}"
 
 
 def _dynamic(decision: Decision, calibrated: bool) -> Decision:
@@ -247,10 +253,14 @@ def _counts(source: Source, entry: Entry) -> bool:
     """Whether a tensor is a matrix of the sort that this is about: multiplied with, not looked up in, read at all."""
     if len(entry.info.shape) < 2 or entry.role in (*ON_REQUEST, "norm", "bias"):
         return False
-    if entry.role in BY_DEFAULT:
-        return source.modules is None or entry.module in source.modules or entry.info.dtype in SOURCE_BY_NAME
-    placed = source.modules is not None and entry.module in source.modules
-    return placed and not staying.is_table(entry.module)
+    if source.modules is None:
+        return entry.role in BY_DEFAULT
+    kind = source.modules.get(entry.module)  # None: nobody reads it, which is told elsewhere
+    return (
+        kind is not None
+        and "Embedding" not in kind
+        and (entry.role in BY_DEFAULT or not staying.is_table(entry.module))
+    )
 
 
 def _reason(source: Source, entry: Entry, decision: Decision) -> str:

@@ -97,8 +97,8 @@ def _refuse_unfilled(source: Source, fitting: Fit) -> None:
             example = next(tensor for tensor in shapes if name in tensor)
             who = f", as {tool} writes them" if tool else ""
             raise CheckpointError(
-                f"{folder}: {cls} does not find {len(fitting.missing)} of its parameters: names have {name!r} in them{who}, "
-                f"such as {example}",
+                f"{folder}: {cls} does not find {len(fitting.missing)} of its parameters: names have {name!r} in them"
+                f"{who}, such as {example}",
                 f"save the model inside of it, or rename the tensors: without {name!r} they fit",
             )
         placeless = f"; {listed(fitting.unplaced, 1, 'tensors')} have no place in it" if fitting.unplaced else ""

@@ -37,16 +37,14 @@ class Staying:
 def reasons(left: Iterable[Staying]) -> list[str]:
     """Kinds of matrices by the reason for which they stay, that with the most weights first, each as a line:
     `3 x layers.*.Wqkv, 3 x layers.*.Wo (transformers splits them)`."""
-    counts: dict[str, dict[str, int]] = {}
+    names: dict[str, dict[str, list[str]]] = {}
     weights: dict[str, int] = {}
     for matrix in left:
-        patterns = counts.setdefault(matrix.why, {})
-        pattern = pattern_of(matrix.name)
-        patterns[pattern] = patterns.get(pattern, 0) + 1
+        names.setdefault(matrix.why, {}).setdefault(pattern_of(matrix.name), []).append(matrix.name or "the layer")
         weights[matrix.why] = weights.get(matrix.why, 0) + matrix.numel
     lines = []
-    for why in sorted(counts, key=lambda why: -weights[why]):
-        kinds = [f"{count} x {pattern}" if count > 1 else pattern for pattern, count in counts[why].items()]
+    for why in sorted(names, key=lambda why: -weights[why]):
+        kinds = [f"{len(them)} x {kind}" if len(them) > 1 else them[0] for kind, them in names[why].items()]
         lines.append(f"{listed(kinds, _LISTED, 'kinds')} ({why})")
     return lines
 
