@@ -176,13 +176,11 @@ def _others(target: str, patterns: Sequence[str]) -> list[str]:
 
     patterns: transformers' own, in which `\\1` stands for what was captured.
     """
-    first = re.escape(patterns[0]).replace(r"\\1", "(.+?)")
-    return [
-        re.sub(
-            first, lambda found, other=other: other.replace(r"\1", found[1] if found.re.groups else ""), target, count=1
-        )
-        for other in patterns[1:]
-    ]
+    found = re.search(re.escape(patterns[0]).replace(r"\\1", "(.+?)"), target)
+    if found is None:
+        return []
+    captured = found[1] if found.re.groups else ""
+    return [target[: found.start()] + p.replace(r"\1", captured) + target[found.end() :] for p in patterns[1:]]
 
 
 def is_stack(model: PreTrainedModel, place: Destination) -> bool:

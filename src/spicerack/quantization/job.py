@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import CheckpointError, ShapeError, listed
+from spicerack.errors import CheckpointError, listed
 from spicerack.models.overview import quantized_with
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import decisions, door
+from spicerack.quantization import decisions, door, fitting
 from spicerack.quantization.decisions import Source
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
@@ -166,8 +166,8 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
     source = Source.of(checkpoint)
     unread = door.check(source)
     decided = decisions.decide(source, asked, with_text=with_text)
+    asked_for, decided = decided, _fitted(source, decided, asked)
     stored_tensors = {name: _stored(source, name, choice.scheme) for name, choice in decided.items() if choice.scheme}
-    _check_shapes(stored_tensors)
     contents = {stored.module: stored for stored in stored_tensors.values()}
     fmt = format.choose(contents)
     tied = source.tied
@@ -177,7 +177,7 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
         recipe=asked,
         format=fmt,
         actions=tuple(_actions(source, decided, stored_tensors, fmt)),
-        notes=(*checkpoint.notes, *unread, *_notes(source, decided, contents)),
+        notes=(*checkpoint.notes, *unread, *_refitted(source, asked_for, decided), *_notes(source, decided, contents)),
         config=fmt.config(_untied(source), contents, floats),
         parameters=source.census.parameters,
         shard_bytes=shard_bytes,
@@ -198,6 +198,19 @@ def _untied(source: Source) -> dict[str, Any]:
     return {**config, "tie_word_embeddings": False} if config.get("tie_word_embeddings", True) else config
 
 
+def _refitted(source: Source, before: Mapping[str, Decision], after: Mapping[str, Decision]) -> Iterator[str]:
+    """A note for each scheme that took another's place because groups did not tile layers."""
+    entries = source.census.entries
+    changed: dict[tuple[Scheme, Scheme], list[str]] = {}
+    for name, choice in after.items():
+        old = before[name].scheme
+        if old is not None and choice.scheme is not None and choice.scheme != old:
+            changed.setdefault((old, choice.scheme), []).append(entries[name].module)
+    for (old, new), modules in changed.items():
+        patterns = fitting.patterns(modules, [entry.module for entry in entries.values()])
+        yield f"{len(modules)} layers that {old} does not tile are {new}: {listed(patterns, _LISTED)}"
+
+
 def _notes(source: Source, decided: Mapping[str, Decision], contents: Mapping[str, StoredTensor]) -> Iterator[str]:
     """What a person should know before work starts."""
     for note, modules in decisions.notes(source, decided):
@@ -213,21 +226,34 @@ def _stored(source: Source, name: str, scheme: Scheme) -> StoredTensor:
     return StoredTensor(entry.module, scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
 
-def _check_shapes(stored_tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ShapeError for all tensors that no whole groups tile, at once, up to `_LISTED` of them by name.
+def _fitted(source: Source, decided: Mapping[str, Decision], asked: Recipe) -> dict[str, Decision]:
+    """What was decided, with the nearest scheme that fits for tensors that no whole groups tile, if the recipe says so.
 
-    One after the other, a person would mend a recipe as many times as there are kinds of layers.
+    Raises ShapeError for all of them at once if it does not, with rules to paste, and for those that nothing fits.
     """
-    problems = []
-    for name, stored in stored_tensors.items():
-        try:
-            stored.scheme.check_shape(name, stored.shape)
-        except ShapeError as error:
-            problems.append(error)
-    if problems:
-        hints = "; ".join(sorted({problem.hint for problem in problems}))
-        messages = listed([problem.message for problem in problems], _LISTED, between="\n  ")
-        raise ShapeError(messages, f"{hints}: --set 'PATTERN=SCHEME' or --skip 'PATTERN'")
+    entries = source.census.entries
+    quantized = {name: choice.scheme for name, choice in decided.items() if choice.scheme is not None}
+    found = [
+        fitting.obstacle(entries[name].module, scheme, entries[name].matrix_shape) for name, scheme in quantized.items()
+    ]
+    misfits = {misfit.module: misfit for misfit in found if misfit is not None}
+    hopeless = [misfit for misfit in misfits.values() if misfit.nearest is None]
+    if hopeless:
+        raise fitting.error(hopeless, "skip them: --skip 'PATTERN'")
+    if misfits and not asked.fit_groups:
+        paste = fitting.rules(misfits.values(), (entries[name].module for name in quantized))
+        sets = " ".join(f"--set '{rule}'" for rule in paste)
+        raise fitting.error(misfits.values(), f"add --fit-groups (fit_groups=True) or, which is the same, {sets}")
+    return {
+        name: choice
+        if entries[name].module not in misfits or choice.scheme is None
+        else Decision(
+            misfits[entries[name].module].nearest,
+            f"{choice.why}; groups of {choice.scheme} do not tile it",
+            choice.rule,
+        )
+        for name, choice in decided.items()
+    }
 
 
 def _actions(

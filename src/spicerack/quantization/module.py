@@ -25,7 +25,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from spicerack.errors import RecipeError, SchemeError, ShapeError, UsageError, WeightError, listed
+from spicerack.errors import RecipeError, SchemeError, UsageError, WeightError, listed
 from spicerack.kernels.kernel import Compute
 from spicerack.models import census
 from spicerack.nn import kinds
@@ -35,7 +35,7 @@ from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import rounding
 from spicerack.numerics.dtypes import SOURCES, safetensors_dtype
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import staying
+from spicerack.quantization import fitting, staying
 from spicerack.quantization.recipe import Recipe, resolve
 from spicerack.quantization.staying import Staying
 from spicerack.runtime.hf import tell_transformers
@@ -60,8 +60,8 @@ def quantize_module(module: nn.Module, recipe: Recipe, compute: Compute | None =
     Rules match the layers' paths in the module, which for a layer on its own is empty; then the quantized layer is what
     comes back. compute: as in `load`.
 
-    What stays in float is warned of from a twentieth of the weights on. Raises RecipeError, SchemeError, ShapeError (all
-    layers at once), WeightError.
+    What stays in float is warned of from a twentieth of the weights on. Raises RecipeError, SchemeError, ShapeError
+    (all layers at once), WeightError.
     """
     layers = layers_of(module)
     if not layers:
@@ -112,6 +112,8 @@ def schemes_of(
     tied = _ties(layers, roles)
     decisions = resolve(recipe, {name: role for name, role in roles.items() if name not in tied}, tied)
     schemes = {name: scheme for name in layers if (scheme := decisions[name].scheme) is not None}
+    if recipe.fit_groups:
+        schemes |= _fitted(schemes, layers)
     if not schemes:
         raise nothing(
             module,
@@ -119,6 +121,21 @@ def schemes_of(
             f"embeddings and heads must be named by a rule, such as '{next(iter(layers))}={recipe.scheme.name}'",
         )
     return schemes, tied
+
+
+def _fitted(schemes: Mapping[str, Scheme], layers: Mapping[str, nn.Module]) -> dict[str, Scheme]:
+    """Path -> the nearest scheme that fits, for layers that no whole groups of theirs tile; warned of."""
+    fitted = fitting.fitted(schemes, {name: _shape(layers[name]) for name in schemes})
+    if fitted:
+        kinds_of_layers = list(dict.fromkeys(f"{schemes[name]} -> {new}" for name, new in fitted.items()))
+        names = listed(list(fitted), _LISTED, "layers")
+        warnings.warn(f"groups do not tile {names}: {', '.join(kinds_of_layers)}", stacklevel=6)
+    return fitted
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    """[N, K] of a layer's weight as a matrix."""
+    return tuple(kinds.of(layer).matrix(kinds.weight_of(layer)).shape)
 
 
 def _refuse_vain(module: nn.Module, recipe: Recipe, layers: Mapping[str, nn.Module]) -> None:
@@ -240,7 +257,7 @@ def _staying(module: nn.Module) -> list[Staying]:
     return left
 
 
-def _why(path: str, part: nn.Module, key: str, parameter: nn.Parameter, theirs: tuple[str, ...]) -> str:
+def _why(path: str, part: nn.Module, key: str, parameter: torch.Tensor, theirs: tuple[str, ...]) -> str:
     """Why a matrix of `part` stays in float.
 
     path       of the module
@@ -290,19 +307,17 @@ def check(layers: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> Non
     Raises RecipeError (the layer has no packed form), SchemeError (activations that it cannot round), WeightError (it
     has no values), ShapeError.
     """
-    problems = []
+    misfits = []
     for name, layer in layers.items():
         _check_layer(name, layer, schemes[name])
-        try:
-            shape = kinds.of(layer).matrix(kinds.weight_of(layer)).shape
-            schemes[name].check_shape(weight_name(name), tuple(shape))
-        except ShapeError as error:
-            problems.append(error)
-    if problems:
-        raise ShapeError(
-            listed([p.message for p in problems], _LISTED, between="\n  "),
-            "; ".join(sorted({p.hint for p in problems})) + ": rules=['PATTERN=SCHEME']",
+        if (misfit := fitting.obstacle(name, schemes[name], _shape(layer))) is not None:
+            misfits.append(misfit)
+    if misfits:
+        paste = ", ".join(f"'{rule}'" for rule in fitting.rules(misfits, layers))
+        alone = (
+            f"use {misfits[0].nearest}" if "" in layers else f"fit_groups=True or, which is the same, rules=[{paste}]"
         )
+        raise fitting.error(misfits, alone)
 
 
 def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:

@@ -75,6 +75,7 @@ class Recipe:
     rules      exceptions, in order: later ones win
     method     how codes are chosen; None is the best measured for the scheme where there is calibration text, else rtn
     observer   how static scales of activations are found; None is the best measured, and where there are none
+    fit_groups layers that no whole groups tile get the nearest scheme that fits (`fitting.py`), and are not refused
     """
 
     scheme: Scheme
@@ -82,6 +83,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     method: Method | None = None
     observer: str | None = None
+    fit_groups: bool = False
 
     @property
     def is_static(self) -> bool:
@@ -94,10 +96,14 @@ class Recipe:
         rules = [{rule.pattern: rule.scheme.name if rule.scheme else SKIP} for rule in self.rules]
         method = {} if self.method is None else {"method": str(self.method)}
         observer = {} if self.observer is None else {"observer": self.observer}
-        return {"scheme": self.scheme.name, **method, "range": self.range_, **observer, "rules": rules}
+        fit = {"fit_groups": True} if self.fit_groups else {}
+        return {"scheme": self.scheme.name, **method, "range": self.range_, **observer, **fit, "rules": rules}
 
-    def with_choices(self, range_: str | None, method_: str | Method | None, observer: str | None) -> Recipe:
-        """This recipe with other ways to choose ranges, codes and static scales; None leaves what it has.
+    def with_choices(
+        self, range_: str | None, method_: str | Method | None, observer: str | None, fit_groups: bool | None = None
+    ) -> Recipe:
+        """This recipe with other ways to choose ranges, codes, static scales and what fits narrow layers; None leaves
+        what it has.
 
         Raises RecipeError for a name that there is not.
         """
@@ -106,6 +112,7 @@ class Recipe:
             range_=self.range_ if range_ is None else check_range(range_),
             method=(method.parse(method_) if isinstance(method_, str) else method_) or self.method,
             observer=self.observer if observer is None else check_observer(observer),
+            fit_groups=self.fit_groups if fit_groups is None else fit_groups,
         )
 
     def then(self, rules: Iterable[Rule]) -> Recipe:
@@ -115,7 +122,8 @@ class Recipe:
     def __str__(self) -> str:
         method = [] if self.method is None else [str(self.method)]
         observer = [] if self.observer is None else [f"observer={self.observer}"]
-        return " ".join([self.scheme.name, *method, f"range={self.range_}", *observer, *map(str, self.rules)])
+        fit = ["fit-groups"] if self.fit_groups else []
+        return " ".join([self.scheme.name, *method, f"range={self.range_}", *observer, *fit, *map(str, self.rules)])
 
 
 def of(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule] = ()) -> Recipe:
@@ -191,7 +199,8 @@ def _rule(pattern: str, scheme: str) -> Rule:
 
 
 def read(path: Path) -> Recipe:
-    """A YAML recipe: `scheme`; optional `method`, `range`, `observer`; `rules`, a list of `pattern: scheme` (or skip).
+    """A YAML recipe: `scheme`; optional `method`, `range`, `observer`, `fit_groups`; `rules`, a list of
+    `pattern: scheme` (or skip).
 
     Raises RecipeError naming file and key.
     """
@@ -210,11 +219,11 @@ def read(path: Path) -> Recipe:
         ) from error
     if not isinstance(data, dict) or not isinstance(data.get("scheme"), str):
         raise RecipeError(f"recipe {path} has no 'scheme'", "begin with, say, 'scheme: w4g128'")
-    unknown = set(data) - {"scheme", "method", "range", "observer", "rules"}
+    unknown = set(data) - {"scheme", "method", "range", "observer", "fit_groups", "rules"}
     if unknown:
         raise RecipeError(
             f"recipe {path}: unknown key {sorted(map(str, unknown))[0]!r}",
-            "keys are scheme, method, range, observer, rules",
+            "keys are scheme, method, range, observer, fit_groups, rules",
         )
     rules = data.get("rules") or []
     if not isinstance(rules, list):
@@ -227,7 +236,11 @@ def read(path: Path) -> Recipe:
         parsed.append(_rule(*pair))
     how = method.parse(str(data["method"])) if "method" in data else None
     observer = check_observer(str(data["observer"])) if "observer" in data else None
-    return Recipe(parse(data["scheme"]), check_range(str(data.get("range", "opt"))), tuple(parsed), how, observer)
+    fit = data.get("fit_groups", False)
+    if not isinstance(fit, bool):
+        raise RecipeError(f"recipe {path}: 'fit_groups' is {fit!r}", "write true or false")
+    range_ = check_range(str(data.get("range", "opt")))
+    return Recipe(parse(data["scheme"]), range_, tuple(parsed), how, observer, fit)
 
 
 def check_range(text: str) -> Range:

@@ -89,6 +89,7 @@ def quantize(
     *,
     range_: Range | None = ...,
     rules: Iterable[str | Rule] = ...,
+    fit_groups: bool | None = ...,
     compute: Compute | None = ...,
 ) -> torch.nn.Module: ...
 @overload
@@ -102,6 +103,7 @@ def quantize(
     observer: str | None = ...,
     calibration: Calibration | None = ...,
     rules: Iterable[str | Rule] = ...,
+    fit_groups: bool | None = ...,
     device: str = ...,
     threads: int | None = ...,
     memory: int | None = ...,
@@ -118,6 +120,7 @@ def quantize(
     observer: str | None = None,
     calibration: Calibration | None = None,
     rules: Iterable[str | Rule] = (),
+    fit_groups: bool | None = None,
     compute: Compute | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -130,6 +133,8 @@ def quantize(
     model        a module in memory, which is not changed, or a folder or hub id
     scheme       a name such as "w4g128", a Scheme, or a Recipe
     rules        "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's
+    fit_groups   layers that no whole groups tile get the nearest scheme that fits, and are not refused; None: as the
+                 Recipe says, which is not to
     range_       how scales are chosen, over the Recipe's: "opt" (default, the least error) or "absmax"
     compute      for modules: what packed layers multiply with, as in `load`
 
@@ -147,7 +152,7 @@ def quantize(
 
     Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
     """
-    chosen = recipe.of(scheme, rules).with_choices(range_, method, observer)
+    chosen = recipe.of(scheme, rules).with_choices(range_, method, observer, fit_groups)
     options = _FolderOptions(output, calibration, device, threads, memory, shard_bytes, progress)
     if isinstance(model, torch.nn.Module):
         return _in_memory(model, chosen, compute, options)
