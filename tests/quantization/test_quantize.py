@@ -251,7 +251,7 @@ def test_an_indivisible_group_is_refused_before_work_with_all_its_tensors(llama_
     model = llama_folder(intermediate_size=176)
     with pytest.raises(ShapeError, match=r"^2 x .*down_proj: K=176 .*w4g64.*: w4g16 fits") as error:
         spicerack.quantize(model, "w4g64", output=tmp_path / "out")
-    assert "group 16" in error.value.hint
+    assert "--fit-groups" in error.value.hint and "--set 'model.layers.*.mlp.down_proj=w4g16'" in error.value.hint
     assert not list(tmp_path.glob("out*"))
 
 

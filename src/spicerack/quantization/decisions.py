@@ -136,6 +136,12 @@ def notes(source: Source, decisions: Mapping[str, Decision]) -> Iterator[tuple[s
         yield told, []
 
 
+def kept(source: Source) -> frozenset[str]:
+    """Tensors that stay in float whatever is asked for, although by their names they would be quantized."""
+    entries = source.census.entries.values()
+    return frozenset(e.name for e in entries if e.role in BY_DEFAULT and _obstacle(source, e) is not None)
+
+
 def module_of(tensor: str) -> str:
     """The name of the module whose weight a tensor is."""
     return tensor.removesuffix(".weight")

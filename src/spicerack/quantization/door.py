@@ -12,7 +12,9 @@ from spicerack.errors import CheckpointError, listed
 from spicerack.models.architecture import destinations
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.models.fit import Fit, fit, renamed
+from spicerack.quantization import decisions
 from spicerack.quantization.decisions import Source
+from spicerack.storage.reader import Checkpoint
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _LISTED = 3
@@ -47,6 +49,20 @@ def check(source: Source) -> list[str]:
     fitting = fit(source.model, shapes)
     _refuse_unfilled(source, fitting)
     return list(_unread(source, fitting))
+
+
+def promised(checkpoint: Checkpoint) -> tuple[frozenset[str], str | None]:
+    """Tensors that stay in float although by their names they would be quantized, and why the folder is refused, if it
+    is: asked of transformers, for those who show what it would weigh.
+
+    checkpoint: of a float model.
+    """
+    source = Source.of(checkpoint)
+    try:
+        check(source)
+    except CheckpointError as error:
+        return frozenset(), error.message
+    return decisions.kept(source), None
 
 
 def _refuse_codes(source: Source) -> None:
