@@ -494,3 +494,77 @@ def test_a_killed_save_leaves_no_folder_and_mixes_nothing(tmp_path: Path, monkey
 def test_how_a_folder_computes_is_said_when_it_is_loaded(tmp_path) -> None:
     with pytest.raises(UsageError, match="compute is no property of a folder"):
         spicerack.quantize(tmp_path, "w8", output=tmp_path / "out", compute="float")  # type: ignore[call-overload]
+
+
+# ---- what stays in float ---------------------------------------------------------------------------------------------
+
+
+class Cast(nn.Linear):
+    """As openai/whisper's: a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class Mine(nn.Embedding):
+    """Rows times a number."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return 8 * super().forward(ids)
+
+
+@pytest.mark.parametrize("call", [spicerack.quantize, spicerack.prepare_qat])
+@pytest.mark.parametrize(("layer", "reason"), [
+    (lambda: Cast(64, 64), "Cast is a subclass of Linear, which may compute something else"),
+    (lambda: nn.Linear(64, 64).double(), "float64 weights are not quantized"),
+    (lambda: nn.Bilinear(8, 8, 64), "Bilinear has no packed form"),
+])  # fmt: skip
+def test_what_stays_in_float_is_told_with_its_reason(call, layer, reason: str) -> None:
+    with pytest.raises(RecipeError, match=f"Sequential has no layer .*{reason}"):
+        call(nn.Sequential(layer()), "w8")
+    with pytest.warns(
+        UserWarning, match=rf"Sequential: \d\d% of the weights in matrices stay in float: 1 \(.*{reason}"
+    ):
+        call(nn.Sequential(nn.Linear(64, 16), layer()), "w8")
+    call(nn.Sequential(nn.Linear(640, 640), nn.Linear(16, 16).double()), "w8")  # too little to tell
+    with pytest.raises(RecipeError, match=rf"rule 1=w4: 1 stays in float: .*{reason}"):
+        call(nn.Sequential(nn.Linear(64, 16), layer()), "w8", rules=["1=w4"])
+
+
+def test_a_rule_for_a_table_of_another_class_is_refused_by_name() -> None:
+    net = nn.ModuleDict({"table": Mine(9, 64), "layer": nn.Linear(64, 64)})
+    with pytest.raises(RecipeError, match=r"^rule table=w8: table stays in float: .*Mine is a subclass of Embedding"):
+        spicerack.quantize(net, "w8", rules=["table=w8"])
+
+
+class Keeps(nn.Module):
+    """Remembers what it computed: in an attribute, in a list, and in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.register_buffer("state", torch.zeros(3, 64))
+        self.past: list[dict[str, torch.Tensor]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = self.layer(x)
+        self.past.append({"loss": self.last.sum()})
+        self.state = self.last + 1
+        return self.last
+
+
+def test_tensors_with_a_history_are_copied_without_it() -> None:
+    net = Keeps()
+    net(torch.randn(3, 64))
+    for small in (spicerack.quantize(net, "w8"), spicerack.freeze(spicerack.prepare_qat(net, "w8"))):
+        copies = (small.last, small.past[0]["loss"], small.state)
+        for copied, original in zip(copies, (net.last, net.past[0]["loss"], net.state), strict=True):
+            assert torch.equal(copied, original) and copied is not original
+            assert not copied.requires_grad and original.requires_grad
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    net[1].batches = (x for x in ())
+    with pytest.raises(UsageError, match=r"^1\.batches of ReLU is a generator, which cannot be copied"):
+        spicerack.quantize(net, "w8")
