@@ -204,7 +204,9 @@ def test_types_are_a_veto_that_is_told_to_the_rule(llama_folder) -> None:
     assert any("F64 weights are not quantized" in note for note in job(folder).notes)
     with pytest.raises(RecipeError, match=r"rule \*\*\.mlp\.\*\*=w4: .* stays in float \(and 5 more\): F64"):
         job(folder, "w8", "**.mlp.**=w4")
-    assert "model.layers.0.mlp.up_proj" not in schemes(job(folder, "w8", "**.{up_proj,q_proj}=w4"))  # some of it is had
+    partly = job(folder, "w8", "**.{up_proj,q_proj}=w4")  # some of it is had
+    assert "model.layers.0.mlp.up_proj" not in schemes(partly)
+    assert any("rule **.{up_proj,q_proj}=w4: 2 of 4 layers stay in float, such as" in note for note in partly.notes)
 
 
 def test_two_tensors_that_differ_are_two(llama_folder, tmp_path: Path) -> None:
@@ -227,6 +229,8 @@ def test_towers_stay_in_float_where_text_chooses_the_codes(tmp_path: Path) -> No
     root = note.partition("--set '")[2].partition("=SCHEME")[0]
     asked = schemes(job(folder, "w8", f"{root}=w4", with_text=True))
     assert {name for name, scheme in asked.items() if scheme == "w4"} <= towers and "w4" in asked.values()
+    with pytest.raises(RecipeError, match=r"rule \*\*\.fc1=w4: .*fc1 stays in float.*no text reaches it"):
+        job(folder, "w8", "**.fc1=w4", with_text=True)
     for name in ("qwen3", "gpt2", "bert-mlm"):
         other = family(name, tmp_path / name)
         assert schemes(job(other, "w8", with_text=True)) == schemes(job(other, "w8"))

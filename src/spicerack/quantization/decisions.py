@@ -111,20 +111,27 @@ def decide(source: Source, asked: Recipe, *, with_text: bool = False) -> dict[st
     final: dict[str, Decision] = {}
     for name, entry in entries.items():
         decision = decisions[entry.module]
-        if name in towers and not _is_named(decision, towers[name]):
-            decision = Decision(None, _TOWER)
+        if name in towers and decision.scheme is not None and not _is_named(decision, towers[name]):
+            decision = decision.kept(_TOWER)
         final[name] = _dynamic(_permitted(source, entry, decision), name in calibrated)
-    recipe.refuse_vain(asked, {entries[name].module: d for name, d in final.items() if name not in source.census.tied})
+    recipe.refuse_vain(asked, _owned(source, final))
     if all(decision.scheme is None for decision in final.values()):
         raise _nothing(source, final)
     return final
 
 
-def notes(source: Source, decisions: Mapping[str, Decision]) -> Iterator[tuple[str, list[str]]]:
+def _owned(source: Source, decisions: Mapping[str, Decision]) -> dict[str, Decision]:
+    """Module -> what becomes of it, of tensors that are no other's alias."""
+    entries, tied = source.census.entries, source.census.tied
+    return {entries[name].module: decision for name, decision in decisions.items() if name not in tied}
+
+
+def notes(source: Source, decisions: Mapping[str, Decision], asked: Recipe) -> Iterator[tuple[str, list[str]]]:
     """What a person should know of these before work starts: what it is, and which modules it is about, if any."""
     outside = [module_of(name) for name, decision in decisions.items() if decision.why.endswith(OUTSIDE)]
     if outside:
         yield OUTSIDE, outside
+    yield from ((note, []) for note in recipe.partly_vain(asked, _owned(source, decisions)))
     if source.modules is None:
         yield "transformers does not know this architecture: what each tensor is was told from names alone", []
     if towers := _untouched_towers(decisions):

@@ -177,7 +177,12 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
         recipe=asked,
         format=fmt,
         actions=tuple(_actions(source, decided, stored_tensors, fmt)),
-        notes=(*checkpoint.notes, *unread, *_refitted(source, asked_for, decided), *_notes(source, decided, contents)),
+        notes=(
+            *checkpoint.notes,
+            *unread,
+            *_refitted(source, asked_for, decided),
+            *_notes(source, asked, decided, contents),
+        ),
         config=fmt.config(_untied(source), contents, floats),
         parameters=source.census.parameters,
         shard_bytes=shard_bytes,
@@ -211,9 +216,11 @@ def _refitted(source: Source, before: Mapping[str, Decision], after: Mapping[str
         yield f"{len(modules)} layers that {old} does not tile are {new}: {listed(patterns, _LISTED)}"
 
 
-def _notes(source: Source, decided: Mapping[str, Decision], contents: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _notes(
+    source: Source, asked: Recipe, decided: Mapping[str, Decision], contents: Mapping[str, StoredTensor]
+) -> Iterator[str]:
     """What a person should know before work starts."""
-    for note, modules in decisions.notes(source, decided):
+    for note, modules in decisions.notes(source, decided, asked):
         yield f"{listed(modules, _LISTED)}: {note}" if modules else note
     yield from format.portability(contents, source.census.shared_inputs)
 

@@ -315,7 +315,9 @@ def check(layers: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> Non
     if misfits:
         paste = ", ".join(f"'{rule}'" for rule in fitting.rules(misfits, layers))
         alone = (
-            f"use {misfits[0].nearest}" if "" in layers else f"fit_groups=True or, which is the same, rules=[{paste}]"
+            f"use {misfits[0].nearest}"
+            if "" in layers
+            else f"fit_groups=True or, which is the same, rules=[{paste}] (--set)"
         )
         raise fitting.error(misfits, alone)
 

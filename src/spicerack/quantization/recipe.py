@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -302,6 +302,16 @@ def refuse_vain(recipe: Recipe, decisions: Mapping[str, Decision]) -> None:
             raise RecipeError(
                 f"rule {rule}: {module or 'the layer'} stays in float{others}: {decision.why}", "leave the rule out"
             )
+
+
+def partly_vain(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[str]:
+    """A sentence for each rule that some of the tensors it decides about cannot follow, with the first's reason."""
+    for rule in recipe.rules:
+        mine = {module: d for module, d in decisions.items() if d.rule == rule and (d.scheme or d.refused)}
+        kept = {module: decision for module, decision in mine.items() if decision.scheme is None}
+        if kept and len(kept) < len(mine):
+            module, decision = next(iter(kept.items()))
+            yield f"rule {rule}: {len(kept)} of {len(mine)} layers stay in float, such as {module}: {decision.why}"
 
 
 def _reaches(rule: Rule, role: str) -> bool:

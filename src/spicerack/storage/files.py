@@ -329,7 +329,7 @@ def _walk(folder: Path, modules: set[str]) -> Iterator[str]:
 def _is_model(folder: Path) -> bool:
     """Whether a sub-folder is a model, an adapter or a trainer's checkpoint of its own: weights with a file that says
     what they are, or a folder that spicerack wrote."""
-    names = [path.name for path in folder.iterdir()]
+    names = next(os.walk(folder), ("", [], []))[2]  # nothing of a folder that may not be read
     weights = any(name.endswith((*OTHER_WEIGHTS, ".safetensors.index.json")) for name in names)
     return LEDGER in names or (weights and any(mark in names for mark in _MARKS))
 
