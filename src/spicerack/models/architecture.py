@@ -56,7 +56,7 @@ def modules_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, s
     None if transformers does not know the architecture, or cannot build it: then names are all there is to go by.
     """
     model = on_meta(config)
-    return None if model is None else _by_checkpoint_name(model, tensors)
+    return None if model is None else classes_of(model, tensors)
 
 
 def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
@@ -176,6 +176,7 @@ class Destination:
     part         which of the parts that are put together: 0 for gate, 1 for up ...
     stacked      one expert's matrix: the experts are stacked, and the parts of each concatenated by rows
     expert       its number, if stacked
+    others       more parameters that the same tensor becomes parts of: of query, key and value in one, the last two
     """
 
     parameter: str
@@ -183,6 +184,7 @@ class Destination:
     part: int = 0
     stacked: bool = False
     expert: int = 0
+    others: tuple[str, ...] = ()
 
 
 def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, Destination]:
@@ -217,8 +219,22 @@ def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, De
         stacked = (operations, axes) in ((("MergeModulelist",), [0]), (("MergeModulelist", "Concatenate"), [0, 1]))
         expert = re.search(r"\d+", tensor.rpartition("experts")[2]) if stacked else None
         part = converter.source_patterns.index(pattern)
-        places[tensor] = Destination(target, operations, part, stacked, int(expert[0]) if expert else 0)
+        number = int(expert[0]) if expert else 0
+        others = tuple(name for name in _others(target, converter.target_patterns) if name in state)
+        places[tensor] = Destination(target, operations, part, stacked, number, others)
     return places
+
+
+def _others(target: str, patterns: Sequence[str]) -> list[str]:
+    """The other parameters that a conversion fills from one tensor, of which `target` was named by the first pattern.
+
+    patterns: transformers' own, in which `\\1` stands for what was captured.
+    """
+    found = re.search(re.escape(patterns[0]).replace(r"\\1", "(.+?)"), target)
+    if found is None:
+        return []
+    captured = found[1] if found.re.groups else ""
+    return [target[: found.start()] + p.replace(r"\1", captured) + target[found.end() :] for p in patterns[1:]]
 
 
 def is_stack(model: PreTrainedModel, place: Destination) -> bool:
@@ -228,8 +244,8 @@ def is_stack(model: PreTrainedModel, place: Destination) -> bool:
     return axes == 3 and not place.operations and _class_of(model.get_submodule(owner), parameter, axes) == "experts"
 
 
-def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """The class of the module that reads each tensor, as `modules_of` has it.
+def classes_of(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """The class of the module that reads each tensor, as `modules_of` has it, of a model on the meta device.
 
     Parameters that no tensor of the folder reaches, a tied head's say, are listed under their own names.
     """

@@ -129,7 +129,7 @@ def _first_blocks(whole: Job) -> tuple[Job, str, int] | None:
     recipe = dataclasses.replace(whole.recipe, method=Method(whole.recipe.method.transforms))
     try:
         load_apart(part)
-        return decide(part, recipe), path, len(stack)
+        return decide(part, recipe, with_text=True), path, len(stack)
     except (CheckpointError, LoadError, RecipeError):  # its config has more to say of blocks; a rule for later ones
         return None
 

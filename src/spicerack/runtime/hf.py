@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -87,7 +88,7 @@ def config_and_class(
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         try:
             built = CONFIG_MAPPING[model_type].from_dict(harmless(dict(config)))
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, StrictDataclassError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / 'config.json'}: {error}", "the file is damaged, or newer than transformers"
             ) from error

@@ -114,6 +114,13 @@ HEAD_OF = {
 }
 """What the tied head is called where it is not `lm_head`: it is absent from most files, but recipes may name it."""
 
+TOLD_BY_NAMES = frozenset({
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
+    "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "olmo", "olmo2", "smollm3", "stablelm", "granite", "cohere",
+    "deepseek_v3", "bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "mpnet", "t5", "bart", "vit",
+})  # fmt: skip
+"""Families of which the names of tensors alone tell what `quantize` does; tests compare that with transformers."""
+
 SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
