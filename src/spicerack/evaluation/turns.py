@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from spicerack.evaluation.logits import computes_some
 from spicerack.models.families.names import KEY_VALUE_CACHES
@@ -59,7 +60,7 @@ class DecoderTurn:
             "prefill_tokens_per_s": self.prefill / (middle - begin),
             "decode_tokens_per_s": self.decode / (end - middle),
         }
-        return Sample(speeds, nbytes(cache[name]))
+        return Sample(speeds, nbytes(cache[name]) if isinstance(cache[name], Cache) else None)
 
 
 @dataclass(frozen=True, slots=True)

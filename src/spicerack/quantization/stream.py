@@ -29,7 +29,7 @@ from spicerack.numerics import rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import memory
-from spicerack.quantization.calibration import loop
+from spicerack.quantization.calibration import chunks, loop
 from spicerack.quantization.calibration.chunks import Text
 from spicerack.quantization.calibration.states import Solutions, blocks_folder, clear
 from spicerack.quantization.job import Action, Job
@@ -64,7 +64,12 @@ class Means:
 
 
 def plan(job: Job, calibration: Calibration | None, limit: int | None) -> MemoryPlan:
-    """What the run will have in memory. Raises UsageError if that cannot be made to fit in `limit` bytes."""
+    """What the run will have in memory.
+
+    Raises UsageError if that cannot be made to fit in `limit` bytes, and for a model or a text that cannot be used.
+    """
+    if calibration is not None:
+        chunks.check(job, calibration)
     text = None if calibration is None else (len(calibration.ids), calibration.ids.shape[1])
     return memory.make(job, text, limit)
 

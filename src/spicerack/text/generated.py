@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import ActivationError, UsageError
 from spicerack.models.families.names import STATES
-from spicerack.models.kind import positions
+from spicerack.models.inputs import limits
 from spicerack.text.calibration import Calibration, checked
 from spicerack.text.pieces import start_token
 
@@ -48,7 +48,7 @@ def from_model(
     name = next((name for name in STATES if name in inspect.signature(model.forward).parameters), None)
     if name is None or not model.can_generate() or model.config.is_encoder_decoder:
         raise UsageError(f"{type(model).__name__} does not write text token by token", REMEDY)
-    limit = positions(model.config)
+    limit = limits(model, model.config).positions
     if samples < 1 or length < 2 or (limit is not None and length > limit):
         raise UsageError(f"{samples} sequences of {length} tokens: the model has {limit} positions", REMEDY)
     start, ends = start_token(tokenizer), _ends(model, tokenizer)
