@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import SpicerackError, TextError, UsageError
 from spicerack.evaluation.intervals import spearman
+from spicerack.machine.memory import steady
 from spicerack.models.inputs import limits
 
 Progress = Callable[[float], None]
@@ -106,7 +107,7 @@ def compare(
     count = tokens = unknown = 0
     report = progress or (lambda _share: None)
     given = limits(reference, reference.config)
-    for batch, fraction in _batches(sentences):
+    for batch, fraction in steady(_batches(sentences)):
         ids, mask = tokens_of(tokenizer, batch, length)
         given.check_ids(ids)
         ours, theirs = (embed(model, ids, mask, pooling) for model in (reference, other))

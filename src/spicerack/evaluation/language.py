@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from spicerack.errors import SpicerackError, TextError, UsageError
 from spicerack.evaluation.intervals import Interval, mean_interval
 from spicerack.evaluation.logits import chunk_positions, logits, logits_through_cache
+from spicerack.machine.memory import steady
 from spicerack.models.inputs import limits
 from spicerack.text.windows import Window
 
@@ -150,7 +151,7 @@ def compare(
     digest = hashlib.sha256()
     unknown = length = 0
     given = limits(reference, reference.config)
-    for number, window in enumerate(windows):
+    for number, window in enumerate(steady(windows)):
         length = len(window.ids)
         given.check_ids(window.ids)
         digest.update(window.ids.numpy().tobytes())

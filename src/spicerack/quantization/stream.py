@@ -24,6 +24,7 @@ import torch
 from spicerack.algorithms import solver as solvers
 from spicerack.errors import UsageError
 from spicerack.machine.devices import CPU
+from spicerack.machine.memory import steady
 from spicerack.machine.ranks import ALONE, Ranks
 from spicerack.numerics import rounding
 from spicerack.numerics.qtensor import QTensor
@@ -150,7 +151,7 @@ class Stream:
         watch.progress(self.job.bytes_before - pending)
         for shard in shards:
             with self._writer.shard(shard) as out:
-                for unit in shard.units:
+                for unit in steady(shard.units):
                     action = actions[unit.source]
                     out.entries.append(_write(self.job, action, out, solutions, threads))
                     watch.progress(action.info.nbytes)

@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+    set_seed,
+)
 
 from spicerack.errors import TextError, UsageError
 from spicerack.machine import devices
+from spicerack.machine.memory import settle
 from spicerack.models.inputs import Limits, limits
 from spicerack.models.kind import unreadable
 from spicerack.runtime.folder import Folder
@@ -126,6 +134,7 @@ def continue_text(
     with torch.no_grad():
         ids = run(
             **inputs, **sampling, max_new_tokens=most, pad_token_id=padding,
+            stopping_criteria=StoppingCriteriaList([_Steady()]),
             streamer=None if write is None else _Streamer(tokenizer, write),
         )  # fmt: skip
     seconds = time.perf_counter() - started
@@ -133,6 +142,15 @@ def continue_text(
     text = tokenizer.decode(new, skip_special_tokens=True)
     assert isinstance(text, str)
     return Generated(prompt, text, len(new), round(len(new) / seconds, 2))
+
+
+class _Steady(StoppingCriteria):
+    """Ends nothing: transformers asks it behind each token, which is where memory can be given back."""
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Called with the ids [B, L] so far -> bool [B], whether a text is to end."""
+        settle()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Streamer(TextStreamer):

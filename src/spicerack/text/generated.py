@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import ActivationError, UsageError
+from spicerack.machine.memory import steady
 from spicerack.models.families.names import STATES
 from spicerack.models.inputs import limits
 from spicerack.text.calibration import Calibration, checked
@@ -99,7 +100,7 @@ def _write(model: PreTrainedModel, cache_name: str, chance: torch.Tensor, rules:
     ids = torch.full_like(chance, rules.first, dtype=torch.int64)
     ending = torch.tensor(sorted(rules.ends), dtype=torch.int64)
     cache: dict[str, Any] = {}
-    for position in range(1, chance.shape[1]):
+    for position in steady(range(1, chance.shape[1])):
         newest = ids[:, position - 1 : position]
         output = model(input_ids=newest.to(model.device), use_cache=True, **cache)
         cache = {cache_name: output[cache_name]}
