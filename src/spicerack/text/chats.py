@@ -65,7 +65,7 @@ def render(
     for message in messages:
         _check_parts(message, where)
     refusal: Exception | None = None
-    texts: list[str] = []
+    best, most = "", -1
     for form in _forms(messages):
         try:
             text = tokenizer.apply_chat_template(
@@ -76,11 +76,12 @@ def render(
             refusal = refusal or error
             continue
         assert isinstance(text, str)
-        if not _misread(messages, text):
+        score = _score(messages, text)
+        if score == len(messages):
             return text
-        texts.append(text)
-    if texts:
-        return texts[0]  # a template may leave out what was said, as those do that drop an earlier answer's thoughts
+        best, most = (text, score) if score > most else (best, most)
+    if most >= 0:
+        return best  # a template may leave out what was said, as those do that drop an earlier answer's thoughts
     reason = str(refusal).strip().split("\n")[0]
     raise TextError(f"{where}: the tokenizer's chat template refuses it: {reason}", "leave this chat out") from refusal
 
@@ -121,17 +122,16 @@ def _said(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _misread(messages: Messages, text: str) -> bool:
-    """Whether a rendered chat shows that its template was not written for this form.
+def _score(messages: Messages, text: str) -> int:
+    """How many messages' words are in a rendered chat; -1 where its template was not written for the form it got.
 
-    It lacks what a user said, has a `None` that nobody wrote, or a list or dict in Python's form.
+    That is seen by a `None` that nobody wrote, or a part of a message in Python's form.
     """
-    asked = [_said(message).strip() for message in messages if message["role"] == "user"]
-    if not all(words in text for words in asked):
-        return True
     written = "".join(map(_said, messages)) + str([message.get("tool_calls") for message in messages])
     nulls = any(message.get("content") is None for message in messages)
-    return (nulls and text.count("None") > written.count("None")) or text.count(_PART) > written.count(_PART)
+    if (nulls and text.count("None") > written.count("None")) or text.count(_PART) > written.count(_PART):
+        return -1
+    return sum(_said(message).strip() in text for message in messages)
 
 
 def whole(text: str) -> tuple[str, int]:
