@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spicerack.errors import SpicerackError, TextError, UsageError, listed
+from spicerack.errors import SpicerackError, UsageError, listed
 from spicerack.evaluation import encoder, language
 from spicerack.evaluation.encoder import EncoderComparison
 from spicerack.evaluation.folder import check_sides, common_tokenizer, pooling_of, window_of
@@ -235,9 +235,8 @@ class _Reference:
         """
         beginning = max(FLOOR_TOKENS, self.window)
         try:
-            check_text(cast, head=self.kind == "decoder")
             return self.compare(cast, beginning if most is None else min(beginning, most), progress).mean
-        except TextError:  # which is not the type's fault
+        except UsageError:  # of the text: it is not the type's fault
             raise
         except (RuntimeError, TypeError, ValueError, SpicerackError) as error:
             kind = str(cast.dtype).removeprefix("torch.")
