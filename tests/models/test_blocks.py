@@ -41,6 +41,12 @@ ODD: dict[str, tuple[str, dict[str, Any], str]] = {
         "Gemma4ForCausalLM",
     ),
     "biases handed on": ("T5Config", families.T5, "T5EncoderModel"),
+    "several streams": (
+        "Gemma3nTextConfig",
+        {**ALTERNATING, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99, "laurel_rank": 8,
+         "altup_num_inputs": 3, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [48] * 4},
+        "Gemma3nForCausalLM",
+    ),
 }  # fmt: skip
 
 
@@ -68,7 +74,9 @@ def test_odd_blocks_one_by_one_are_what_the_model_does(name: str) -> None:
         hidden = stack.run(block, hidden, arguments)
     width = expected.shape[-1]
     assert torch.equal(hidden[..., :width], expected)
-    assert (hidden.shape[-1] > width) == (name == "shared keys"), "keys and values of one layer of each type"
+    assert (hidden.shape[-1] > width) == (name in ("shared keys", "several streams")), (
+        "keys and values of one layer of each type"
+    )
 
 
 def test_what_earlier_blocks_left_is_of_the_text_at_hand() -> None:
