@@ -261,3 +261,20 @@ def test_an_encoder_without_a_token_to_pad_with(text: Path, tmp_path: Path) -> N
         alone.append(spicerack.evaluate(tmp_path / "other", against=folder, text=text)["cosine_mean"])
     assert together["cosine_mean"] == pytest.approx(sum(alone) / 4, abs=1e-6) and together["cosine_mean"] < 0.9999
     assert together["tokens"] == sum(len(SENTENCE[:n].strip()) for n in (5, 9, 30, 40))
+
+
+def test_a_model_without_memory_of_earlier_tokens(tmp_path: Path) -> None:
+    config = transformers.OpenAIGPTConfig(**families.GPT | LARGE)
+    folder = saved(transformers.OpenAIGPTLMHeadModel(config), tmp_path / "gpt")
+    with pytest.raises(UsageError, match="OpenAIGPTLMHeadModel keeps nothing between tokens"):
+        bench(folder, against=folder, options=BenchOptions(repeats=1, prefill=8, decode=2))
+    mamba = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=257)
+    folder = saved(transformers.MambaForCausalLM(mamba), tmp_path / "mamba")
+    assert bench(folder, against=folder, options=BenchOptions(repeats=1, prefill=8, decode=2)).speedup > 0
+
+
+def test_a_cache_of_another_kind_is_not_quantized(tmp_path: Path) -> None:
+    config = transformers.xLSTMConfig(hidden_size=64, num_heads=2, num_hidden_layers=1, vocab_size=257)
+    folder = saved(transformers.xLSTMForCausalLM(config), tmp_path / "xlstm")
+    with pytest.raises(UsageError, match="keeps a xLSTMCache, not keys and values alone"):
+        spicerack.load(folder, cache=8)

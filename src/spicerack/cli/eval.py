@@ -76,7 +76,10 @@ def _decoder(evaluation: Evaluation, figures: Comparison, console: Console) -> N
         ("KL, 99.9 %", _short(figures.kl_p999), "one token in a thousand moved more"),
         ("KL, noise floor", "-" if floor is None else _short(floor), "the reference cast to bfloat16"),
     ]
-    title = f"{figures.tokens:,} predicted tokens in {len(figures.kl)} windows of {figures.window}"
+    count = len(figures.kl)
+    title = (
+        f"{figures.tokens:,} predicted tokens in {count} {'window' if count == 1 else 'windows'} of {figures.window}"
+    )
     _table(console, evaluation, title, rows)
     same = round(1000 * figures.top1_agreement)
     change = figures.perplexity / figures.perplexity_reference - 1
