@@ -29,7 +29,7 @@ _WRITERS = {
     *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 }  # fmt: skip
 """Families with a model that writes text, whatever else it reads."""
-_REMEDY = "only language models and text encoders can be compared; quantize and load take this one all the same"
+_REMEDY = "text is for language models and text encoders; quantize and load take this one all the same"
 """Of every model that is something else."""
 
 

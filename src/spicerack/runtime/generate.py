@@ -193,7 +193,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Any:
     if not tokenizer.chat_template or raw:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     messages = [{"role": "user", "content": prompt}]
-    text = chats.render(tokenizer, messages, "the prompt", add_generation_prompt=True)
+    try:
+        text = chats.render(tokenizer, messages, "the prompt", add_generation_prompt=True)
+    except TextError as error:
+        raise TextError(error.message, "pass --raw (raw=True) to continue the prompt itself") from error
     # the template has written the special tokens that it wants
     return tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
 

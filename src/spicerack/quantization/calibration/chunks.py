@@ -12,7 +12,7 @@ from spicerack.machine.ranks import Ranks
 from spicerack.models import blocks
 from spicerack.models.architecture import on_meta
 from spicerack.models.inputs import limits
-from spicerack.models.kind import unreadable
+from spicerack.models.kind import obstacle
 from spicerack.quantization.job import Job
 from spicerack.quantization.rotation import original
 from spicerack.text.calibration import Calibration
@@ -68,7 +68,7 @@ def check(job: Job, calibration: Calibration) -> None:
     model that transformers does not know is tried as it is.
     """
     source = original(job.source)
-    if reason := unreadable(source.config):
+    if reason := obstacle(source.config):
         raise UsageError(f"{source.folder} {reason}", _WITHOUT)
     model = on_meta(source.config)
     if model is None:
