@@ -232,7 +232,8 @@ def _calibration(job: Job, source: str, options: _Options) -> Calibration:
     or "none" for text that the model makes itself, for which it is loaded. options: how many sequences, of how many
     tokens, and which. Raises UsageError for sequences longer than the model's positions, TextError, CheckpointError.
     """
-    from spicerack.models.kind import kind_of, positions
+    from spicerack.models.inputs import limits_of
+    from spicerack.models.kind import kind_of
     from spicerack.runtime import hf
     from spicerack.runtime.load import load
     from spicerack.text import calibration, generated
@@ -241,11 +242,12 @@ def _calibration(job: Job, source: str, options: _Options) -> Calibration:
     folder = job.source.folder
     config, _ = hf.config_and_class(job.source.config, folder)
     tokenizer = read_tokenizer(folder, config)
-    asked, longest = options.length, positions(config)
-    if asked is not None and longest is not None and asked > longest:
-        raise UsageError(f"--length {asked}: the model has {longest} positions", f"use --length {longest} or less")
-    length, samples, seed = asked or min(_LENGTH, longest or _LENGTH), options.samples, options.seed
+    kind = kind_of(job.source.config, folder)
+    given = limits_of(job.source.config, config)
+    if options.length is not None:
+        given.check_length(options.length, "--length")
+    length = options.length or min(_LENGTH, given.positions or _LENGTH)
+    samples, seed = options.samples, options.seed
     if source == "none":
         return generated.from_model(load(folder), tokenizer, samples=samples, length=length, seed=seed)
-    kind = kind_of(job.source.config, folder)
     return calibration.read(source, tokenizer, samples=samples, length=length, seed=seed, kind=kind)

@@ -24,12 +24,13 @@ import torch
 from spicerack.algorithms import solver as solvers
 from spicerack.errors import UsageError
 from spicerack.machine.devices import CPU
+from spicerack.machine.memory import steady
 from spicerack.machine.ranks import ALONE, Ranks
 from spicerack.numerics import rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import memory
-from spicerack.quantization.calibration import loop
+from spicerack.quantization.calibration import chunks, loop
 from spicerack.quantization.calibration.chunks import Text
 from spicerack.quantization.calibration.states import Solutions, blocks_folder, clear
 from spicerack.quantization.job import Action, Job
@@ -64,7 +65,12 @@ class Means:
 
 
 def plan(job: Job, calibration: Calibration | None, limit: int | None) -> MemoryPlan:
-    """What the run will have in memory. Raises UsageError if that cannot be made to fit in `limit` bytes."""
+    """What the run will have in memory.
+
+    Raises UsageError if that cannot be made to fit in `limit` bytes, and for a model or a text that cannot be used.
+    """
+    if calibration is not None:
+        chunks.check(job, calibration)
     text = None if calibration is None else (len(calibration.ids), calibration.ids.shape[1])
     return memory.make(job, text, limit)
 
@@ -145,7 +151,7 @@ class Stream:
         watch.progress(self.job.bytes_before - pending)
         for shard in shards:
             with self._writer.shard(shard) as out:
-                for unit in shard.units:
+                for unit in steady(shard.units):
                     action = actions[unit.source]
                     out.entries.append(_write(self.job, action, out, solutions, threads))
                     watch.progress(action.info.nbytes)

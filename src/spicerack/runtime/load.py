@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from spicerack.errors import CheckpointError, LoadError, UsageError, listed
 from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Compute
+from spicerack.machine import devices
 from spicerack.models import census
 from spicerack.nn import kinds
 from spicerack.nn.cache_segments import CacheScheme
@@ -101,10 +102,11 @@ def load(
     trust_remote_code  run Python code that came with the model, where transformers does not know its architecture
 
     Raises CheckpointError, LoadError (the tensors do not fit the model, named), UntrustedCodeError, for `cache`
-    SchemeError (other widths) and UsageError (a model without such a cache), and UsageError for an `engine` that this
-    processor has not, or that is named for another device.
+    SchemeError (other widths) and UsageError (a model without such a cache), and UsageError for a device that torch
+    cannot compute on, and an `engine` that this processor has not, or that is named for another device.
     """
-    kernel.check_engine(engine, device)  # before weights are read, as all that can be refused
+    devices.find(device, torch.float32)  # before weights are read, as all that can be refused
+    kernel.check_engine(engine, device)
     if cache is not None:
         CacheScheme(cache)
         if into is not None:

@@ -116,6 +116,7 @@ def _shortfalls(reading: Reading, count: int, samples: int) -> Iterator[str]:
         yield f"chosen from {reading.share:.2%} of the text, spread over all of it"
     if reading.stopped:
         yield f"chosen from the first {reading.documents} documents of the shuffled dataset"
+    yield from reading.notes
     if count < samples:
         yield f"the text has only {count} of the {samples} sequences asked for"
 

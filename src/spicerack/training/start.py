@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from spicerack.errors import UsageError
-from spicerack.models.kind import kind_of, positions
+from spicerack.models.inputs import limits_of
+from spicerack.models.kind import kind_of
 from spicerack.runtime import hf
 from spicerack.runtime.load import load
 from spicerack.storage import format
@@ -103,7 +104,7 @@ def find_start(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | 
         identity=source.identity,
         dtype=next((dtype for dtype in get_args(Stored) if dtype == declared), "bfloat16"),
         packed=source.packed,
-        longest=positions(source.built),
+        longest=limits_of(source.config, source.built).positions,
         tokenizer=words,
         model=source.model,
     )

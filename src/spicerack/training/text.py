@@ -229,6 +229,7 @@ def _pack(source: str | Path, tokenizer: PreTrainedTokenizerBase, file: Path, *,
         notes.append(f"{source}: rows were chosen from {reading.share:.2%} of the text, spread over all of it")
     if reading.stopped:
         notes.append(f"{source}: rows are of the first {reading.documents} documents of the shuffled dataset")
+    notes += [f"{source}: {note}" for note in reading.notes]
     return _Record(min(count, most), sha256_of(file), notes)
 
 
