@@ -33,6 +33,7 @@ from spicerack.numerics.search import (
     Range,
     best_prefix,
     coarse_factors,
+    empty_scale,
     ordered_sum,
     shifts,
 )
@@ -123,7 +124,7 @@ def quantize(
     scale = torch.empty(count, dtype=torch.float32)
     zero = torch.empty(count, dtype=torch.int8)
     levels, type_name = levels_of(scheme), str(dtype).removeprefix("torch.")
-    optimize = range_ == "opt"
+    optimize, empty = range_ == "opt", empty_scale(scheme, dtype)
     coarse = coarse_factors(scheme) if optimize else ()
     fine = [factor for pair in FINE for factor in pair]
     period = 1 if importance is None else min(importance.numel() // size, count)
@@ -134,7 +135,7 @@ def quantize(
             part = importance[first * size : last * size] if importance.numel() == w.numel() else importance
         rows = slice(first, last)
         return _native.search(
-            w[rows], levels, type_name, coarse, shifts(scheme), fine, REFINEMENTS,
+            w[rows], levels, type_name, coarse, shifts(scheme), fine, REFINEMENTS, empty,
             part, scale[rows], zero[rows], codes[rows], isa,
         )  # fmt: skip
 

@@ -126,7 +126,12 @@ class FakeLayer(TrainedLayer):
             return x
         if self.training and self.rounding.ranges == "ema":
             self.input_scale.lerp_(range_of(x).to(self.input_scale), _NEW)
-        return fake_tensor(x, self.input_scale)
+        return fake_tensor(x, self._static_scale(self.input_scale))
+
+    @staticmethod
+    def _static_scale(scale: torch.Tensor) -> torch.Tensor:
+        """The scale of activations as it counts, float32: the smallest number of its type where all inputs were 0."""
+        return stored(scale, scale.dtype)
 
     @torch.no_grad()
     def qtensor(self, name: str) -> QTensor:
@@ -150,7 +155,7 @@ class FakeLayer(TrainedLayer):
             scale=scale.to(how.dtype),
             zero=None if zero is None else zero.to(torch.int8),
             transposed=self.kind.transposed,
-            input_scale=None if self.input_scale is None else self.input_scale.detach().float().reshape(1),
+            input_scale=None if self.input_scale is None else self._static_scale(self.input_scale).reshape(1),
         )
 
     def extra_repr(self) -> str:
