@@ -188,12 +188,12 @@ void fake_gradients(uintptr_t grad, int grad_type, uintptr_t w, int type,
 void bind_numbers(nb::module_& m) {
     nb::class_<Levels>(m, "Levels").def(nb::init<int, int, bool, bool>(), "lo"_a, "hi"_a, "half"_a, "zero"_a);
     m.def("search", &search, "w"_a, "levels"_a, "scale_type"_a, "coarse"_a, "shifts"_a, "fine"_a, "refinements"_a, "empty"_a,
-          "importance"_a.none(), "scale"_a, "zero"_a, "codes"_a, "isa"_a = "");
-    m.def("encode", &encode, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a, "isa"_a = "");
-    m.def("judge", &judge, "pieces"_a, "levels"_a, "scale"_a, "zero"_a, "out"_a, "isa"_a = "");
+          "importance"_a.none(), "scale"_a.noconvert(), "zero"_a.noconvert(), "codes"_a.noconvert(), "isa"_a = "");
+    m.def("encode", &encode, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a.noconvert(), "isa"_a = "");
+    m.def("judge", &judge, "pieces"_a, "levels"_a, "scale"_a, "zero"_a, "out"_a.noconvert(), "isa"_a = "");
     m.def("compare", &compare, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a);
-    m.def("pack", &pack_codes, "codes"_a, "bits"_a, "offset"_a, "words"_a);
-    m.def("unpack", &unpack_words, "words"_a, "bits"_a, "offset"_a, "codes"_a);
+    m.def("pack", &pack_codes, "codes"_a, "bits"_a, "offset"_a, "words"_a.noconvert());
+    m.def("unpack", &unpack_words, "words"_a, "bits"_a, "offset"_a, "codes"_a.noconvert());
     m.def("fake", &fake, "w"_a, "type"_a, "sizes"_a, "scale"_a, "zero"_a, "levels"_a, "out"_a, "out_type"_a,
           "isa"_a = "");
     m.def("fake_gradients", &fake_gradients, "grad"_a, "grad_type"_a, "w"_a, "type"_a, "sizes"_a, "scale"_a,

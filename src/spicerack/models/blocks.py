@@ -251,7 +251,7 @@ def _results(model: PreTrainedModel, block: nn.Module) -> int:
     block.forward = counted
     try:
         with suppress(_EnoughError):
-            _call(model, {"input_ids": torch.zeros((1, 2), dtype=torch.long)})
+            _call(model, {"input_ids": torch.zeros((1, 2), dtype=torch.long, device="cpu")})
     finally:
         del block.forward
     if not counts:

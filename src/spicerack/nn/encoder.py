@@ -223,9 +223,9 @@ def _batches(model: PreTrainedModel, family: Encoder) -> list[tuple[torch.Tensor
     """Ids and masks of a sentence of five tokens, and of one of seven beside one of three."""
     table = model.get_submodule(family.tables[0][0])
     rows, pad = vars(table)["num_embeddings"], vars(table)["padding_idx"]
-    known = torch.tensor([id for id in range(min(rows, 100)) if id != pad])
-    ids = (torch.arange(14) * 37 % len(known)).view(2, 7)
-    mask = torch.ones(2, 7, dtype=torch.int64)
+    known = torch.tensor([id for id in range(min(rows, 100)) if id != pad], dtype=torch.int64, device="cpu")
+    ids = (torch.arange(14, device="cpu") * 37 % len(known)).view(2, 7)
+    mask = torch.ones(2, 7, dtype=torch.int64, device="cpu")
     mask[1, 3:] = 0
     length = max(min(7, model.config.max_position_embeddings - 2), 1)
     one, two = known[ids[:1, 2:7]], known[ids]

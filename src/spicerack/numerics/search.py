@@ -117,14 +117,14 @@ def search(
         best = best.better(groups.judge(store(groups.ternary(), dtype), zero))
         return torch.where(final, scale, best.scale), zero
     for factor in coarse_factors(scheme):
-        candidate = store(raw * torch.tensor(factor), dtype)
+        candidate = store(raw * _float32(factor), dtype)
         base = _zero_for(centre, candidate, scheme)
         for shift in shifts(scheme):
             best = best.better(groups.judge(candidate, _clip_zero(base + shift, scheme) if scheme.zero else base))
     for pair in FINE:
         middle = best
         for factor in pair:
-            best = best.better(groups.judge(store(middle.scale * torch.tensor(factor), dtype), middle.zero))
+            best = best.better(groups.judge(store(middle.scale * _float32(factor), dtype), middle.zero))
     total = groups.weight()
     for _ in range(REFINEMENTS):
         best = best.better(groups.judge(*_refined(best, scheme, total, dtype)))
@@ -164,6 +164,11 @@ def shifts(scheme: Scheme) -> tuple[float, ...]:
 
 
 # ---- the steps ------------------------------------------------------------------------------------------------------
+
+
+def _float32(factor: float) -> torch.Tensor:
+    """A factor as native code has it: rounded to float32 before it multiplies."""
+    return torch.tensor(factor, dtype=torch.float32, device="cpu")
 
 
 def _start(bottom: torch.Tensor, top: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:

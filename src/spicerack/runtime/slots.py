@@ -59,7 +59,7 @@ class Slot(nn.Module):
         self.register_parameter("bias", kinds.bias_of(layer))
         # transformers' initializers look at these: there is a weight, and it needs no values.
         self.out_features, self.in_features = stored.shape
-        self.weight = torch.empty(0, device="meta")
+        self.weight = torch.empty(0, device="meta", dtype=torch.float32)
         vars(self.weight)["_is_hf_initialized"] = vars(self)["_is_hf_initialized"] = True
 
 
