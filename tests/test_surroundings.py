@@ -277,7 +277,8 @@ def test_same_bits_whatever_the_seed_of_hashing(tmp_path: Path) -> None:
         (tmp_path / seed).mkdir()
         done = subprocess.run(
             [sys.executable, "-c", HASHED, str(tmp_path / seed), str(ROOT / "tests")],
-            env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=True,
         )  # fmt: skip
         said.append(done.stdout)
     assert said[0] == said[1]
