@@ -24,7 +24,7 @@ from spicerack.quantization import decisions
 from spicerack.quantization.decisions import Source
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
-from spicerack.storage import format
+from spicerack.storage import format, released
 from spicerack.storage.files import CONTAINER
 from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.ledger import Fate
@@ -152,6 +152,7 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, shard_bytes: int = SHARD_BY
     checkpoint: of a float model. asked: the recipe; a rotation in its method turns the checkpoint first. Raises as
     `prepare` does, and CheckpointError for a model that is quantized already.
     """
+    checkpoint = released.decoded(checkpoint)
     if "quantization_config" in checkpoint.config or checkpoint.config.get("model_type") == CONTAINER:
         raise CheckpointError(
             f"{checkpoint.folder} is quantized already", "start from the float model: every rounding adds up"

@@ -156,6 +156,10 @@ class Checkpoint:
             raise _unreadable(self.folder / info.file, error, name) from error
         return rows
 
+    def told(self, name: str) -> tuple[str, ...]:
+        """What the ledger says of how a tensor was read: nothing, where it was read as it lies in the file."""
+        return ()
+
     def fingerprint(self) -> str:
         """sha256 hex over config.json and each shard's name, size, header and 16 samples of 4 KiB spread over its data.
 

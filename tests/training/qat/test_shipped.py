@@ -62,8 +62,8 @@ def t5() -> nn.Module:
 
 
 def bert() -> nn.Module:
-    return BertModel(BertConfig(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                num_attention_heads=4, hidden_dropout_prob=0, attention_probs_dropout_prob=0))  # fmt: skip
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertModel(BertConfig(vocab_size=50, hidden_dropout_prob=0, attention_probs_dropout_prob=0, **sizes))
 
 
 def gpt2() -> nn.Module:
