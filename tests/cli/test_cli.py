@@ -61,6 +61,25 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Usage" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("quantise", "quantize"), ("benchmark", "bench"), ("evaluate", "eval")])
+def test_a_command_that_is_none_gets_the_nearest(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process(typed, "model") == 2
+    assert f"Did you mean '{meant}'?" in capsys.readouterr().err
+
+
+def test_no_command_is_no_error_in_red(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process() == 2
+    said = capsys.readouterr().err
+    assert "Commands:" in said and "error" not in said
+
+
+def test_what_is_piped_is_not_wrapped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    line = "word " * 100
+    _output.console().print(line)
+    assert capsys.readouterr().out == line + "\n"
+
+
 def test_commands_come_in_the_order_of_a_model_s_way() -> None:
     names = cli.list_commands(click.Context(cli))
     assert names == ["inspect", "quantize", "train", "eval", "bench", "generate", "kernels", "demo"]

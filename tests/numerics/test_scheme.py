@@ -29,7 +29,7 @@ def test_the_whole_grammar(bits: int, group: str, kind: str, activations: str) -
     ("name", "near"),
     [
         ("w4g128s", "w4g128"),
-        ("W8", "w8"),
+        ("W4G12S", "w4g128"),
         ("nf5", "nf4"),
         ("q4k", "q4_k"),
         ("terner", "ternary"),
@@ -39,6 +39,18 @@ def test_the_whole_grammar(bits: int, group: str, kind: str, activations: str) -
 def test_unknown_names_get_the_nearest(name: str, near: str) -> None:
     with pytest.raises(SchemeError, match=rf"unknown scheme '{name}' \(did you mean .*\b{near}\b"):
         parse(name)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("INT8", "w8"), ("int4", "w4g128"), ("8-bit", "w8"), ("W4A16", "w4g128"), ("W8A8", "w8a8"),
+        ("w8a16", "w8"), ("Q8_0", "w8g32"), ("Q4_0", "w4g32"), ("q4_1", "w4g32z"), ("Q4_K", "q4_k"), ("NF4", "nf4"),
+        ("W4G32Z", "w4g32z"), ("FP8", "fp8"), ("MXFP4", "mxfp4"), ("BitNet", "ternary"), ("1.58-bit", "ternary"),
+    ],
+)  # fmt: skip
+def test_names_that_people_type(typed: str, name: str) -> None:
+    assert parse(typed) == parse(name) and parse(typed).name == name
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ expression and evaluated as literals, never executed.
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -74,6 +75,18 @@ class Commands(click.Group):
         command = plugins.get("cli", cmd_name, "command")
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click has it, with the nearest name where there is no such command, as it does for options itself."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1, cutoff=0.6)
+            if not near:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands in the group's own help."""

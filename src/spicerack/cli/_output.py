@@ -8,7 +8,9 @@ Errors are such an object, too: `{"error": class, "message": text, "hint": text}
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     from spicerack.cli._commands import Commands
 
+_WIDE = 10_000
+"""Columns of a line in a pipe or a file, which has no edge."""
 INTERRUPTED = 130
 """Exit code behind Ctrl+C: 128 and the number of its signal, as shells have it."""
 
@@ -45,11 +49,15 @@ model_argument = click.argument("model", metavar="MODEL")
 def console(as_json: bool = False) -> Console:
     """Where people read: standard output, or standard error when standard output belongs to the JSON object.
 
-    Numbers and paths are not coloured: rich would colour parts of tensor names as if they were code.
+    Numbers and paths are not coloured: rich would colour parts of tensor names as if they were code. Where nobody looks
+    on, in a pipe or a file, lines are as long as what they say, unless COLUMNS says otherwise: names that are cut or
+    wrapped cannot be searched for.
     """
     from rich.console import Console
 
-    return Console(stderr=as_json, highlight=False)
+    stream = sys.stderr if as_json else sys.stdout
+    looked_at = stream.isatty() or "COLUMNS" in os.environ
+    return Console(stderr=as_json, highlight=False, width=None if looked_at else _WIDE)
 
 
 def emit(result: Mapping[str, Any]) -> None:
@@ -89,6 +97,9 @@ def run(commands: Commands, args: list[str]) -> int:
         result = commands.main(args=args, standalone_mode=False)
     except SpicerackError as error:
         return _fail(as_json, type(error).__name__, error.message, error.hint, error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:  # nothing was asked for: this is no fault to be shown in red
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.UsageError as error:
         return _fail(as_json, "UsageError", error.format_message(), _usage_hint(error), 2)
     except (KeyboardInterrupt, click.exceptions.Abort):

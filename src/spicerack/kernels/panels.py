@@ -184,7 +184,8 @@ class Room:
 
 
 def merge(rooms: Iterable[Room]) -> None:
-    """Make huge pages of the small ones in `rooms`, in the background: 3 s for a gigabyte where it is slow."""
+    """Make huge pages of the small ones in `rooms`, in the background and unhurriedly: 15 s for a gigabyte where each
+    is slow."""
     ranges = [range_ for room in rooms for range_ in room.small()]
     if ranges:
         _native.merge_pages(ranges)

@@ -5,6 +5,7 @@ activations, a cache in few bits.
     linear embedding conv experts      layers in the place of torch's and transformers'
     kinds                              the table of layers that have such a twin
     fused shared gelu attention        what layers of one model do together
+    encoder                            encoders that one native call computes
     cache cache_segments               keys and values in few bits
 
 A model's own code calls these as it called what they replace; none of it is patched.

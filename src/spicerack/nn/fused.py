@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spicerack.nn.attention import use_native_attention
-from spicerack.nn.encoder import use_native_encoders
+from spicerack.nn.encoder.whole import use_native_encoders
 from spicerack.nn.gelu import join_gelus
 from spicerack.nn.shared import share_inputs
 

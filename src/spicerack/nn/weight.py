@@ -147,12 +147,16 @@ class PackedWeight(nn.Module):
 
         fn casts floats only, so it is shown integers of the same bits, whatever the buffers are.
         """
-        types = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
-        for name, dtype in types.items():
-            self._buffers[name] = self.get_buffer(name).view(_AS_INTEGERS[dtype.itemsize])
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        for name, buffer in before.items():
+            self._buffers[name] = buffer.view(_AS_INTEGERS[buffer.itemsize])
         nn.Module._apply(self, fn, recurse)
-        for name, dtype in types.items():
-            self._buffers[name] = self.get_buffer(name).view(dtype)
+        for name, buffer in before.items():
+            moved = self.get_buffer(name)
+            stays = moved.device == buffer.device and moved.data_ptr() == buffer.data_ptr()
+            self._buffers[name] = buffer if stays else moved.view(buffer.dtype)
+        if any(self._buffers[name] is not buffer for name, buffer in before.items()):
+            self._prepared, self._prepared_of = None, ()  # nobody else keeps what was moved away
         return self
 
 

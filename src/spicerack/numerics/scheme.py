@@ -200,28 +200,41 @@ _COMMON = (
     "w8", "w8a8", "w4g128", "w4g64", "w4g32", "w4g128z", "w4g32z", "w3g64", "w3g128", "w2g32z", "w2g32h", "w6", "w5g64",
 )  # fmt: skip
 """Names of the grammar that are suggested for those that are nearly like them."""
+_OTHER_NAMES = {
+    "int8": "w8", "8bit": "w8", "w8a16": "w8", "q8_0": "w8g32",
+    "int6": "w6", "6bit": "w6", "q5_0": "w5g32", "q5_1": "w5g32z",
+    "int4": "w4g128", "4bit": "w4g128", "w4a16": "w4g128", "q4_0": "w4g32", "q4_1": "w4g32z",
+    "float8": "fp8", "fp8_e4m3": "fp8", "bitnet": "ternary", "1.58bit": "ternary",
+}  # fmt: skip
+"""What other tools and papers call the numbers, in lower case and without hyphens -> our name. llama.cpp's types of one
+scale a block are our schemes exactly; a bare "int4" says nothing of groups, and is what engines on GPUs mean by it."""
 
 
 def parse(name: str) -> Scheme:
-    """The scheme called `name`: by the grammar, or a file in `schemes/`.
+    """The scheme called `name`: by the grammar, by a file in `schemes/`, or by what others call it (INT8, W4A16, Q4_0).
 
-    Names are told apart by case, as file names are. Raises SchemeError, with the nearest names, for one that is
-    neither, and for parts that do not go together.
+    Of files the very name comes first, then the name in lower case. Its `name` is always ours. Raises SchemeError, with
+    the nearest names, for one that is none of these, and for parts that do not go together.
     """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        try:
-            scheme: Scheme = plugins.get("numerics.schemes", name, "SCHEME")
-        except KeyError:
-            raise SchemeError(f"unknown scheme {name!r}", _suggest(name)) from None
+    scheme: Scheme
+    if name in (files := plugins.names("numerics.schemes")):
+        scheme = plugins.get("numerics.schemes", name, "SCHEME")
         return scheme
+    lower = name.lower()
+    usual = _OTHER_NAMES.get(lower.replace("-", ""), lower)
+    if usual in files:
+        scheme = plugins.get("numerics.schemes", usual, "SCHEME")
+        return scheme
+    match = _NAME.fullmatch(usual)
+    if match is None:
+        raise SchemeError(f"unknown scheme {name!r}", _suggest(name))
     half = 2 ** (int(match["bits"]) - 1)
     columns = int(match["group"]) if match["group"] else None
     activations: Literal["token", "static"] | None = None
     if match["act"]:
         activations = "static" if match["act"].endswith("s") else "token"
     return Scheme(
-        name=name,
+        name=usual,
         levels=IntLevels(-half, half - 1, half=match["kind"] == "h"),
         group=(None, None) if match["tensor"] else (1, columns),
         zero=match["kind"] == "z",
