@@ -13,6 +13,7 @@ def search(
     shifts: Sequence[float],
     fine: Sequence[float],
     refinements: int,
+    empty: float,
     importance: torch.Tensor | None,
     scale: torch.Tensor,
     zero: torch.Tensor,

@@ -113,7 +113,7 @@ def descend(
     with _in_place(layers, learned):
         least = _loss(forward, judges)
         for step in range(steps):
-            batch = torch.randint(sequences, (BATCH,), generator=generator).tolist()
+            batch = torch.randint(sequences, (BATCH,), generator=generator, device="cpu").tolist()
             with torch.enable_grad():
                 output, target = forward(batch)
                 (output - target).square().mean().backward()

@@ -110,8 +110,9 @@ def _measure(report: Report) -> list[Spread]:
 
     from spicerack.models.outliers import measure
     from spicerack.storage.reader import Checkpoint
+    from spicerack.storage.released import decoded
 
-    checkpoint = Checkpoint.open(report.folder)
+    checkpoint = decoded(Checkpoint.open(report.folder))
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:

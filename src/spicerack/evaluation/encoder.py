@@ -172,7 +172,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
     real = mask.bool()
     first = real.int().argmax(dim=1)
     last = real.shape[1] - 1 - real.flip(1).int().argmax(dim=1)
-    rows = torch.arange(len(hidden))
+    rows = torch.arange(len(hidden), device="cpu")
     match pooling:
         case "mean":
             return hidden.where(real[..., None], 0.0).sum(dim=1) / real.sum(dim=1, keepdim=True)
@@ -195,7 +195,7 @@ def check_pooling(name: str) -> Pooling:
 def _pair_similarities(vectors: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of every pair i < j of `vectors` [n, H] -> [n (n - 1) / 2]."""
     unit = F.normalize(vectors, dim=1)
-    i, j = torch.triu_indices(len(unit), len(unit), offset=1)
+    i, j = torch.triu_indices(len(unit), len(unit), offset=1, device="cpu")
     return (unit @ unit.T)[i, j]
 
 

@@ -105,7 +105,7 @@ def _tokens(model: PreTrainedModel, rows: int, columns: int) -> torch.Tensor:
     """Random tokens of the model's vocabulary, int64 [rows, columns], on its device: the same for each model."""
     random = torch.Generator().manual_seed(_SEED)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    return torch.randint(vocabulary, (rows, columns), generator=random).to(model.device)
+    return torch.randint(vocabulary, (rows, columns), generator=random, device="cpu").to(model.device)
 
 
 def _now(model: PreTrainedModel) -> float:

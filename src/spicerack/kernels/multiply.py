@@ -171,11 +171,11 @@ def rows_of(matrix: PanelMatrix, which: Rows) -> torch.Tensor:
     """
     spec = matrix.spec
     if isinstance(which, slice):
-        which = torch.arange(*which.indices(spec.n))
+        which = torch.arange(*which.indices(spec.n), device="cpu")
     which = which.to(torch.int64).contiguous()
     if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < spec.n:
         raise IndexError(f"row {int(which.max())} of a table with {spec.n} rows (least: {int(which.min())})")
-    out = torch.empty((len(which), spec.k))
+    out = torch.empty((len(which), spec.k), dtype=torch.float32, device="cpu")
     packed = matrix.native()
     with native.team(torch.get_num_threads() if out.numel() > _MANY else 1) as workers:
         workers.run(lambda first, last: _native.rows(packed, which[first:last], out[first:last]), len(which))

@@ -21,7 +21,7 @@ from spicerack.models.config import Architecture, nested
 from spicerack.models.families import names
 from spicerack.models.narrow import nearest
 from spicerack.numerics.scheme import Scheme, parse
-from spicerack.storage import files, ledger
+from spicerack.storage import files, ledger, released
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import Checkpoint, TensorInfo
 
@@ -138,7 +138,7 @@ def look(model: str | Path) -> Report:
     A folder of spicerack's own is described by its ledger: under the names that the float model had, with what became
     of each tensor. Estimates are made of float models only. Raises CheckpointError.
     """
-    checkpoint = Checkpoint.open(model)
+    checkpoint = released.decoded(Checkpoint.open(model))
     quantized = quantized_with(checkpoint.config)
     stored: dict[str, Stored] = {}
     written = ledger.read(checkpoint.folder) if quantized else None

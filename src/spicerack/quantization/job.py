@@ -26,7 +26,7 @@ from spicerack.quantization import decisions, door, fitting
 from spicerack.quantization.decisions import Source
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
-from spicerack.storage import format
+from spicerack.storage import format, released
 from spicerack.storage.format import Format, Layout, Reading, StoredTensor
 from spicerack.storage.ledger import Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
@@ -157,6 +157,7 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
     checkpoint: of a float model. asked: the recipe; a rotation in its method turns the checkpoint first. Raises as
     `prepare` does, and CheckpointError for a model that is quantized already.
     """
+    checkpoint = released.decoded(checkpoint)
     if (tool := quantized_with(checkpoint.config)) is not None:
         raise CheckpointError(
             f"{checkpoint.folder} is quantized already, with {tool}",

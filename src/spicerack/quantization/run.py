@@ -110,6 +110,7 @@ def quantize(
     shard_bytes: int | None = ...,
     progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
+@torch.inference_mode(False)  # solvers take gradients, and what is packed may be trained later
 def quantize(
     model: torch.nn.Module | str | Path,
     scheme: str | Scheme | Recipe,
@@ -267,7 +268,8 @@ def execute(
         trial = preflight.run(job, calibration, stream.workshop, means)
         if trial is not None:
             watch.tried(trial)
-    if bool(ranks.largest(torch.tensor(needed))):  # the first rank knows, and all must go into the loop, or none
+    # the first rank knows, and all must go into the loop, or none
+    if bool(ranks.largest(torch.tensor(needed, dtype=torch.bool, device="cpu"))):
         assert calibration is not None, "a rank needs it"
         calibrate(job, calibration, planned, output, means, watch)
     if stream is None:

@@ -177,7 +177,7 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
         changed = solutions.changed(name)
         out.write(name, w if changed is None else changed)
         moved = () if changed is None else ("divided by factors that the layers behind it have now",)
-        return _entry(action, action.info.nbytes, events=moved)
+        return _entry(action, action.info.nbytes, events=(*job.source.told(name), *moved))
     # codes are [..., N, K] everywhere but in the files of whoever stores the transpose
     w = w.transpose(-1, -2).contiguous() if stored.transposed else w
     if name in solutions:
@@ -188,7 +188,7 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
         error = rounding.relative_error(w, q, threads=threads)
     for key, tensor in job.format.encode(stored, q).items():
         out.write(key, tensor)
-    return _entry(action, sum(output.nbytes for output in action.tensors), error, events)
+    return _entry(action, sum(output.nbytes for output in action.tensors), error, (*job.source.told(name), *events))
 
 
 def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -> tuple[QTensor, tuple[str, ...]]:

@@ -177,6 +177,10 @@ class Checkpoint:
                 for size in (min(_COMPARED, first.nbytes - at) for at in range(0, first.nbytes, _COMPARED))
             )
 
+    def told(self, name: str) -> tuple[str, ...]:
+        """What the ledger says of how a tensor was read: nothing, where it was read as it lies in the file."""
+        return ()
+
     def fingerprint(self) -> str:
         """sha256 hex over config.json and each shard's name, size, header and 16 samples of 4 KiB spread over its data.
 

@@ -56,8 +56,10 @@ def from_model(
     first = next((t for t in (start, tokenizer.bos_token_id, *sorted(ends)) if t is not None), None)
     if first is None:
         raise UsageError("the tokenizer has no token to start a text with", REMEDY)
-    chance = torch.rand(samples, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    banned = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+    chance = torch.rand(
+        samples, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
+    )
+    banned = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64, device="cpu")
     restart = None if start is None or start in ends else start
     rules = _Rules(first, ends, restart, banned, len(tokenizer))
     ids = torch.cat([_write(model, name, part, rules) for part in chance.split(BATCH)])
@@ -98,7 +100,7 @@ def _write(model: PreTrainedModel, cache_name: str, chance: torch.Tensor, rules:
     cache_name: what the model calls its memory of the tokens before.
     """
     ids = torch.full_like(chance, rules.first, dtype=torch.int64)
-    ending = torch.tensor(sorted(rules.ends), dtype=torch.int64)
+    ending = torch.tensor(sorted(rules.ends), dtype=torch.int64, device="cpu")
     cache: dict[str, Any] = {}
     for position in steady(range(1, chance.shape[1])):
         newest = ids[:, position - 1 : position]

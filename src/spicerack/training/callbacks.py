@@ -63,7 +63,7 @@ class Stopping(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ranks are told together: one that stopped alone would leave the others waiting."""
         settle()
-        asked = torch.tensor(float(self.asked()), device=args.device)
+        asked = torch.tensor(float(self.asked()), device=args.device, dtype=torch.float32)
         if args.world_size > 1:
             distributed.all_reduce(asked, distributed.ReduceOp.MAX)
         if asked:

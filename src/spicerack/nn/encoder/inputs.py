@@ -85,13 +85,13 @@ def _whole(index: torch.Tensor | None) -> torch.Tensor | None:
 def _texts(model: PreTrainedModel, family: Encoder) -> list[dict[str, Any]]:
     table = model.get_submodule(family.tables[0][0])
     rows, pad = vars(table)["num_embeddings"], vars(table)["padding_idx"]
-    known = torch.tensor([id for id in range(min(rows, 100)) if id != pad])
+    known = torch.tensor([id for id in range(min(rows, 100)) if id != pad], dtype=torch.int64, device="cpu")
     beyond = 0
     if family.block.kind:
         beyond = max(min(model.config.sliding_window, _MOST_BEYOND), 0)
     length = max(min(7 + beyond, model.config.max_position_embeddings - 2), 1)
-    ids = known[(torch.arange(2 * length) * 37 % len(known)).view(2, length)]
-    mask = torch.ones(2, length, dtype=torch.int64)
+    ids = known[(torch.arange(2 * length, device="cpu") * 37 % len(known)).view(2, length)]
+    mask = torch.ones(2, length, dtype=torch.int64, device="cpu")
     mask[1, 3:] = 0
     return [{"input_ids": ids[:1, 2:7] if length > 2 else ids[:1]}, {"input_ids": ids, "attention_mask": mask}]
 
@@ -106,7 +106,13 @@ def _images(model: PreTrainedModel, family: Encoder) -> list[dict[str, Any]]:
     calls = []
     for count, (height, width) in enumerate(sizes, 1):
         shape = (count, config.num_channels, height, width)
-        pixels = torch.arange(count * config.num_channels * height * width, dtype=torch.float32) * 37 % 101 / 50 - 1
+        pixels = (
+            torch.arange(count * config.num_channels * height * width, dtype=torch.float32, device="cpu")
+            * 37
+            % 101
+            / 50
+            - 1
+        )
         calls.append({_IMAGE: pixels.view(shape), **resized})
     return calls
 

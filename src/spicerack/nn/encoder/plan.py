@@ -155,7 +155,7 @@ class _Builder:
             return None
         holder: Any = self.model.get_submodule(path)
         table = holder.get_submodule(name)
-        buckets = holder.relative_position_bucket(torch.arange(-_REACH, _REACH + 1)).tolist()
+        buckets = holder.relative_position_bucket(torch.arange(-_REACH, _REACH + 1, device="cpu")).tolist()
         return self.plan.bias(_table(table), table.embedding_dim, buckets)
 
     def _norm(self, norm: nn.Module, x: int, more: int | None, y: int) -> None:

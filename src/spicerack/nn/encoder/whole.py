@@ -152,7 +152,7 @@ class NativeEncoder:
         if output is None:
             return math.nan
         mask = asked.get("attention_mask")
-        seen = torch.ones(expected.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        seen = torch.ones(expected.shape[:2], dtype=torch.bool, device="cpu") if mask is None else mask.bool()
         ours, theirs = output.last_hidden_state[seen].float(), expected[seen].float()
         return float((ours - theirs).abs().max() / theirs.abs().max())
 

@@ -91,7 +91,7 @@ def run(
     for i in steady(range(done, len(stack.blocks))):
         pair = Pair(stack.blocks[i], tensors[i], job.source, device, job.recipe.range_, threads)
         watch.finished(_finish(pair, Flow(stack, i, text, states, ranks), job.recipe, folder))
-        if bool(ranks.largest(torch.tensor(watch.stopping()))):
+        if bool(ranks.largest(torch.tensor(watch.stopping(), dtype=torch.bool, device="cpu"))):
             raise KeyboardInterrupt
 
 

@@ -94,7 +94,7 @@ class CompressedTensors(MethodFormat):
         tensors = {f"{module}.weight_packed": _pack(q.codes, scheme.bits), f"{module}.weight_scale": scale}
         if q.zero is not None:
             tensors[f"{module}.weight_zero_point"] = _pack(q.zero.t(), scheme.bits).t().contiguous()
-        tensors[f"{module}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
+        tensors[f"{module}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64, device="cpu")
         return tensors
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:

@@ -151,7 +151,8 @@ def first_scales(name: str, layer: nn.Module, how: Rounding, init: Init) -> Lear
         scale = 2 * tiles.amax((1, 3)) / (levels.hi - levels.lo + 1)
     else:
         q = rounding.to_nearest(w, how.scheme, range_=init, name=module.weight_name(name))
-        scale, zero = q.plain_scale, q.zero
+        # that of zeros, which any scale fits, counts as the smallest: one of 1 would be far above what is learned
+        scale, zero = torch.where(tiles.amax((1, 3)) == 0, 0, q.plain_scale), q.zero
     trains = kinds.weight_of(layer).requires_grad
     zeros = None if zero is None else nn.Parameter(zero.to(weight), trains)
     return nn.Parameter(scale.to(weight), trains), zeros
