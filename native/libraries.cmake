@@ -31,11 +31,12 @@ endfunction()
 
 set(kernels ${CMAKE_CURRENT_LIST_DIR}/kernels)
 set(quantizers ${CMAKE_CURRENT_LIST_DIR}/quantizers)
-set(engine ${kernels}/linear.cpp ${kernels}/attention.cpp ${kernels}/norm.cpp ${kernels}/limits.cpp)
+set(engine ${kernels}/linear.cpp ${kernels}/attention.cpp ${kernels}/dense.cpp ${kernels}/norm.cpp ${kernels}/rows.cpp
+           ${kernels}/limits.cpp)
 set(quantizer ${quantizers}/search.cpp ${quantizers}/judge.cpp ${quantizers}/fake.cpp)
 find_package(Threads REQUIRED)
 add_library(kernels STATIC ${kernels}/engines.cpp ${kernels}/layout.cpp ${kernels}/stored.cpp ${kernels}/arena.cpp
-            ${kernels}/plan.cpp ${kernels}/pool.cpp ${kernels}/team.cpp)
+            ${kernels}/packed.cpp ${kernels}/plan.cpp ${kernels}/pool.cpp ${kernels}/team.cpp)
 set_options(kernels)
 target_link_libraries(kernels PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
 add_library(quantizers STATIC ${quantizers}/dispatch.cpp ${quantizers}/pack.cpp)

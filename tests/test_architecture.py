@@ -106,7 +106,7 @@ def test_the_extension_has_one_seam_each_way() -> None:
 
 
 def test_tests_docs_and_benchmarks_have_the_rooms_of_the_package() -> None:
-    shared = {"benchmarks": {"harness", "results"}, "tests": {"native"}, "docs": {"design", "python"}}
+    shared = {"benchmarks": {"harness", "results"}, "tests": {"native"}, "docs": {"design", "python", "families"}}
     for place, more in shared.items():
         entries = [path for path in (ROOT / place).iterdir() if path.is_dir() or path.suffix == ".md"]
         folders = {path.stem for path in entries if path.name != "__pycache__"}
@@ -123,3 +123,23 @@ def test_pages_name_benchmarks_that_are_there() -> None:
         name for name in named if not (ROOT / "benchmarks" / name.replace(".", "/")).with_suffix(".py").exists()
     ]
     assert "benchmarks/" not in re.sub(r"benchmarks/(results/|\s| )", "", pages), "a page names a benchmark by its file"
+
+
+DRAWN = {"arange", "randint", "randperm", "range", "tril_indices", "triu_indices"}  # integers, whatever the default is
+CREATED = {
+    "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal", "ones", "rand",
+    "randn", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", sorted(FILES))
+def test_no_tensor_has_the_type_or_the_device_that_torch_has_by_default(file: str) -> None:
+    """Both are the caller's, who may have set them to what he computes in and where."""
+    for node in ast.walk(ast.parse(FILES[file].read_text())):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        name, owner = node.func.attr, node.func.value
+        if isinstance(owner, ast.Name) and owner.id == "torch" and name in DRAWN | CREATED:
+            said = {keyword.arg for keyword in node.keywords}
+            wanted = {"device"} if name in DRAWN else {"device", "dtype"}
+            assert wanted <= said, f"{file}:{node.lineno}: torch.{name} without {', '.join(sorted(wanted - said))}"

@@ -27,7 +27,7 @@ from spicerack.evaluation.turns import take_turns
 from spicerack.models.bundled import language_model
 from spicerack.nn.cache import QuantizedCache, nbytes
 from spicerack.nn.cache_segments import CacheScheme
-from spicerack.text.pieces import windows
+from spicerack.text.windows import windows
 
 WINDOW, CONTEXT, NEW = 512, 400, 64
 SCHEMES = {

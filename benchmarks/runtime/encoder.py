@@ -25,9 +25,10 @@ from transformers import AutoModel
 import spicerack
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.evaluation.turns import take_turns
-from spicerack.kernels.plan import Plan
+from spicerack.kernels.plan import Inputs, Plan
 from spicerack.models.bundled import encoder
-from spicerack.nn import encoder_plan
+from spicerack.nn.encoder import parts as encoder_parts
+from spicerack.nn.encoder import plan as encoder_plan
 
 BATCHES = ((1, 16), (1, 128), (32, 128))
 FLOAT, MODULES, WHOLE = "torch float32", "modules", "one call"
@@ -98,16 +99,16 @@ def without_norms() -> Iterator[None]:
 
 
 def outside(model: Any, rounds: int) -> None:
-    family = encoder_plan.family_of(model)
+    family = encoder_parts.family_of(model)
     assert family is not None
     with without_norms():
         bare = encoder_plan.build(model, family, None)
     asked = batch(1, 16)
-    given = asked["input_ids"], asked["attention_mask"], None, None
+    given = Inputs(asked["input_ids"], asked["attention_mask"])
     samples = take_turns(
         {
             "whole": turn(lambda: model(**asked)),
-            "products and attention": turn(lambda: bare.plan.run(*given, bare.result)),
+            "products and attention": turn(lambda: bare.plan.run(given, bare.result)),
         },
         rounds,
         lambda _: None,

@@ -10,6 +10,7 @@
 // instruction set.
 #include "buffer.h"
 #include "functions.h"
+#include "strips.h"
 #include "team.h"
 
 namespace spicerack::SPICERACK_ISA {
@@ -20,8 +21,6 @@ namespace {
 // and 128 tokens from 231 to 205 us.
 constexpr int KEYS = 128;
 constexpr int CHAINS = 16;  // of sums over keys, which are filled up to a multiple
-// Of a strip: rows, and vectors of columns, whose 6 x 4 (of 16 registers 6 x 2) sums stay in registers.
-constexpr int STRIP_ROWS = 6, STRIP_VECTORS = LANES == 8 ? 2 : 4;
 constexpr int64_t UNIT_ROWS = 16 * STRIP_ROWS;      // for which keys are transposed once, at most
 constexpr int64_t PRODUCTS_A_THREAD = 1 << 17;      // multiply-adds that are worth a thread
 constexpr float LOG2_E = 1.44269504088896340736f;
@@ -52,9 +51,13 @@ struct Units {
     }
     INLINE int64_t position(int64_t row) const { return row / heads; }
     INLINE int64_t head(const Unit& u, int64_t row) const { return u.kv_head * heads + row % heads; }
-    // Keys before this one are all that a row may see.
-    INLINE int64_t visible(int64_t row) const {
-        return call->causal ? least(position(row) + 1, call->keys) : call->keys;
+    // A row may see the keys from the first one on, up to and without the last. Later rows see none before.
+    INLINE int64_t first_key(int64_t row) const {
+        return call->window < 0 ? 0 : most(position(row) - call->window, 0);
+    }
+    INLINE int64_t last_key(int64_t row) const {
+        const int64_t ahead = call->causal ? 0 : call->window < 0 ? call->keys : call->window;
+        return least(position(row) + ahead + 1, call->keys);
     }
 };
 
@@ -95,44 +98,6 @@ void widen_values(const Attention& call, const Unit& u, int64_t first, int64_t c
     }
 }
 
-// out [M, V vectors] += a [M, depth] * b [depth, V vectors]; steps are from row to row.
-template <int M, int V>
-void multiply_some(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t depth, float* out, int64_t step) {
-    vf t[M][V];
-    for (int m = 0; m < M; m++) {
-        for (int v = 0; v < V; v++) t[m][v] = load<vf>(out + m * step + v * LANES);
-    }
-    for (int64_t i = 0; i < depth; i++, b += b_step) {
-        vf x[V];
-        for (int v = 0; v < V; v++) x[v] = load<vf>(b + v * LANES);
-        for (int m = 0; m < M; m++) {
-            for (int v = 0; v < V; v++) t[m][v] = fused(splat(a[m * a_step + i]), x[v], t[m][v]);
-        }
-    }
-    for (int m = 0; m < M; m++) {
-        for (int v = 0; v < V; v++) store(out + m * step + v * LANES, t[m][v]);
-    }
-}
-
-// The same for `width` columns, a multiple of LANES.
-template <int M>
-void multiply(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t depth, float* out, int64_t step,
-              int64_t width) {
-    int64_t column = 0;
-    for (; column + STRIP_VECTORS * LANES <= width; column += STRIP_VECTORS * LANES) {
-        multiply_some<M, STRIP_VECTORS>(a, a_step, b + column, b_step, depth, out + column, step);
-    }
-    if (column + STRIP_VECTORS / 2 * LANES <= width) {
-        multiply_some<M, STRIP_VECTORS / 2>(a, a_step, b + column, b_step, depth, out + column, step);
-        column += STRIP_VECTORS / 2 * LANES;
-    }
-    for (; column < width; column += LANES) multiply_some<M, 1>(a, a_step, b + column, b_step, depth, out + column, step);
-}
-
-// For so many rows, one less than the index.
-constexpr decltype(&multiply<1>) MULTIPLY[STRIP_ROWS] = {multiply<1>, multiply<2>, multiply<3>,
-                                                   multiply<4>, multiply<5>, multiply<6>};
-
 // Of lanes without NaN, which is never the largest score and comes through by its weight.
 INLINE float largest_of(vf x) {
 #if LANES == 16
@@ -145,14 +110,25 @@ INLINE float largest_of(vf x) {
     return most;
 }
 
-// Keys that a row does not see get no weight: of `count` those from `visible` on, and those that are masked.
-void hide(const Attention& call, const Unit& u, int64_t head, int64_t position, int64_t first, int64_t visible,
-          int64_t count, float* scores) {
-    for (int64_t key = most(visible, 0); key < count; key++) scores[key] = NOTHING;
-    if (!call.mask.data) return;
-    const Strided& m = call.mask;
-    const uint8_t* mask = (const uint8_t*)m.data + u.batch * m.batch + head * m.head + position * m.row + first;
-    for (int64_t key = 0; key < least(visible, count); key++) {
+// Scores [`count`, a multiple of 16] of the keys from `first` on get their bias.
+INLINE void add_bias(const Attention& call, int64_t head, int64_t position, int64_t first, int64_t count, float* scores) {
+    const float* bias = call.bias + head * call.bias_head + first - position;
+    for (int64_t key = 0; key < count; key += LANES) {
+        store(scores + key, fused(load<vf>(bias + key), splat(LOG2_E), load<vf>(scores + key)));
+    }
+}
+
+// Keys that a row does not see get no weight: of `count` from `first` on those before and behind what it may see, and
+// those that are masked.
+void hide(const Units& units, const Unit& u, int64_t row, int64_t first, int64_t count, float* scores) {
+    const Strided& m = units.call->mask;
+    const int64_t last = least(most(units.last_key(row) - first, 0), count);
+    for (int64_t key = last; key < count; key++) scores[key] = NOTHING;
+    for (int64_t key = 0; key < least(units.first_key(row) - first, last); key++) scores[key] = NOTHING;
+    if (!m.data) return;
+    const uint8_t* mask = (const uint8_t*)m.data + u.batch * m.batch + units.head(u, row) * m.head +
+                          units.position(row) * m.row + first;
+    for (int64_t key = 0; key < last; key++) {
         if (!mask[key]) scores[key] = NOTHING;
     }
 }
@@ -220,8 +196,8 @@ void attend(const Units& units, const Unit& u, const State& s, int64_t first) {
     int64_t height;
     for (int64_t r = 0; r < u.rows; r += height) {
         height = least(STRIP_ROWS, u.rows - r);
-        const int64_t visible = least(units.visible(u.first + r + height - 1) - first, count);
-        if (visible <= 0) continue;
+        const int64_t visible = least(units.last_key(u.first + r + height - 1) - first, count);
+        if (visible <= 0 || units.first_key(u.first + r) >= first + count) continue;
         const int64_t whole = (visible + CHAINS - 1) / CHAINS * CHAINS;
         const auto multiply = MULTIPLY[height - 1];
         std::memset(s.weights, 0, height * KEYS * sizeof(float));
@@ -229,7 +205,8 @@ void attend(const Units& units, const Unit& u, const State& s, int64_t first) {
         for (int64_t m = 0; m < height; m++) {
             const int64_t row = u.first + r + m;
             float* own = s.weights + m * KEYS;
-            hide(call, u, units.head(u, row), units.position(row), first, units.visible(row) - first, whole, own);
+            if (call.bias) add_bias(call, units.head(u, row), units.position(row), first, whole, own);
+            hide(units, u, row, first, whole, own);
             soften(own, whole, s.largest + r + m, s.total + (r + m) * CHAINS, s.sums + (r + m) * value_width,
                    value_width);
         }
@@ -255,8 +232,8 @@ void finish(const Units& units, const Unit& u, const State& s) {
 
 void run(const Units& units, const Unit& u, Scratch& scratch) {
     const State state = begin(units, u, scratch);
-    const int64_t end = units.visible(u.first + u.rows - 1);
-    for (int64_t first = 0; first < end; first += KEYS) attend(units, u, state, first);
+    const int64_t begin = units.first_key(u.first) / KEYS * KEYS, end = units.last_key(u.first + u.rows - 1);
+    for (int64_t first = begin; first < end; first += KEYS) attend(units, u, state, first);
     finish(units, u, state);
 }
 

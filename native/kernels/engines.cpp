@@ -12,7 +12,8 @@ namespace spicerack {
 namespace {
 
 #define ENGINE(isa) \
-    { #isa, isa::linear, isa::attention, isa::norm, isa::spin, isa::read }
+    { #isa, isa::linear, isa::attention, isa::dense, isa::norm, isa::gate, isa::add, isa::rotate, isa::convert, isa::spin, \
+      isa::read }
 
 // The instruction sets that engines are compiled for, and whether this processor has them.
 struct Processor {

@@ -37,4 +37,17 @@ INLINE vf gelu(vf x) {
     return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
+// 1 / (1 + e^-x), to 3e-7 (relative; towards -87, below which it is 0, to 1e-5).
+INLINE vf sigmoid(vf x) {
+    const vf power = power_of_two(-vabs(x) * 0x1.715476p0f);
+    return (x < 0.0f ? power : splat(1.0f)) / (1.0f + power);
+}
+
+INLINE vf silu(vf x) { return x * sigmoid(x); }
+
+// x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, whose tanh is a sigmoid of twice as much.
+INLINE vf gelu_tanh(vf x) { return x * sigmoid(x * fused(x * x, splat(0x1.2444f2p-4f), splat(0x1.988454p0f))); }
+
+INLINE vf gelu_quick(vf x) { return x * sigmoid(x * 1.702f); }
+
 }  // namespace spicerack::SPICERACK_ISA

@@ -90,6 +90,10 @@ struct Attention {
     int64_t batch, heads, kv_heads, queries, keys, width, value_width;
     bool causal;      // query i sees the keys 0..i
     float scale;
+    int64_t window = -1;          // query i sees the keys from i - window to i + window, of those; below 0: all
+    const float* bias = nullptr;  // of scores, or null: [heads, ...] at the distance 0 of the first head; key - query + 15
+                                  // may be read, too
+    int64_t bias_head = 0;        // from head to head
 };
 
 // y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the columns of each row, where x is x + more. Not
@@ -104,6 +108,51 @@ struct Norm {
     int threads;
 };
 
+// y = x W^T + bias, or GELU of that, for weights that stayed float.
+struct Dense {
+    const float* x;       // [m, k]
+    const void* weights;  // [n, k] in `type`
+    Float type;
+    const float* bias;  // [n], or null
+    float* y;           // [m, n]
+    int64_t m, n, k;    // m above 0
+    bool gelu;
+    int threads;
+};
+
+// What is applied to numbers one by one.
+enum class Function : int { gelu, gelu_tanh, gelu_quick, silu };
+constexpr int FUNCTIONS = 4;
+
+// y = f(x), or f(x) * more.
+struct Gate {
+    const float *x, *more;      // [rows, width]; more may be null
+    int64_t x_step, more_step;  // from row to row
+    float* y;                   // [rows, width], one behind the other; may be x
+    int64_t rows, width;
+    Function function;
+    int threads;
+};
+
+// y = x + more, or x + more * factor.
+struct Sum {
+    const float *x, *more;  // [rows, width]
+    const float* factor;    // [width], or null
+    float* y;               // [rows, width]; may be x or more
+    int64_t rows, width;
+    int threads;
+};
+
+// Rotary positions, in place: of the first `rotated` columns of each head, column i and i + rotated / 2 are turned as a
+// pair.
+struct Rotation {
+    float* x;            // [rows, heads, width]
+    int64_t step;        // from row to row
+    const float* turns;  // [rows, rotated]: cosines of the pairs, then their sines
+    int64_t rows, heads, width, rotated;
+    int threads;
+};
+
 // |sum of products| < 2^31 for a row of K columns: 255 * 127 * 2^16 < 2^31. Longer rows are refused with one scale a
 // row.
 constexpr int64_t MAX_EXACT_COLUMNS = 1 << 16;
@@ -112,7 +161,13 @@ constexpr int64_t MAX_EXACT_COLUMNS = 1 << 16;
     void linear(const Call& call);                                                                                     \
     /* `count` calls, whose work is shared among threads as if they were one. */                                       \
     void attention(const Attention* calls, int64_t count, int threads);                                                \
+    void dense(const Dense& call);                                                                                     \
     void norm(const Norm& call);                                                                                       \
+    void gate(const Gate& call);                                                                                       \
+    void add(const Sum& call);                                                                                         \
+    void rotate(const Rotation& call);                                                                                 \
+    /* `count` numbers of one type as another; one of the two is float32. */                                           \
+    void convert(const void* from, Float type, void* to, Float other, int64_t count);                                  \
     /* Operations of `rounds` rounds of dot products, or of multiply-adds of floats, that touch registers only (2 for  \
        each multiply-add). */                                                                                          \
     int64_t spin(int64_t rounds, bool floats);                                                                         \
@@ -146,7 +201,12 @@ struct Engine {
     const char* isa;
     decltype(&scalar::linear) linear;
     decltype(&scalar::attention) attention;
+    decltype(&scalar::dense) dense;
     decltype(&scalar::norm) norm;
+    decltype(&scalar::gate) gate;
+    decltype(&scalar::add) add;
+    decltype(&scalar::rotate) rotate;
+    decltype(&scalar::convert) convert;
     decltype(&scalar::spin) spin;
     decltype(&scalar::read) read;
 };

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -91,9 +92,20 @@ struct Barrier {
 };
 thread_local Barrier* barrier = nullptr;
 
+// A thread that lets an exception out would end the process.
 struct Task {
     void (*work)(void*, Member);
     void* context;
+    std::exception_ptr thrown;
+    std::atomic<bool> failed{false};
+
+    void run(Member me) {
+        try {
+            work(context, me);
+        } catch (...) {
+            if (!failed.exchange(true)) thrown = std::current_exception();
+        }
+    }
 };
 
 }  // namespace
@@ -101,19 +113,16 @@ struct Task {
 int team_size() { return openmp().parallel ? openmp().max_threads() : 1; }
 
 void run_team(int threads, void (*work)(void*, Member), void* context) {
-    if (threads <= 1) {
-        work(context, {0, 1});
-    } else if (openmp().parallel) {
-        Task task{work, context};
-        openmp().parallel([](void* given) {
-            const Task& t = *(const Task*)given;
-            t.work(t.context, {openmp().index(), openmp().count()});
-        }, &task, unsigned(threads), 0);
+    if (threads <= 1) return work(context, {0, 1});
+    Task task{work, context, {}};
+    if (openmp().parallel) {
+        openmp().parallel([](void* given) { ((Task*)given)->run({openmp().index(), openmp().count()}); }, &task,
+                          unsigned(threads), 0);
     } else {
         Barrier shared;
         const auto member = [&](int index) {
             barrier = &shared;
-            work(context, {index, threads});
+            task.run({index, threads});
             barrier = nullptr;
         };
         std::vector<std::thread> others;
@@ -121,6 +130,7 @@ void run_team(int threads, void (*work)(void*, Member), void* context) {
         member(0);
         for (std::thread& other : others) other.join();
     }
+    if (task.thrown) std::rethrow_exception(task.thrown);
 }
 
 void wait_for_all(Member me) {

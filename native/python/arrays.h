@@ -18,6 +18,8 @@ namespace spicerack {
 namespace nb = nanobind;
 using namespace nb::literals;
 
+// Arguments that are written to are bound with noconvert(): nanobind would otherwise fill a copy of another type, which
+// nobody sees, and the caller's memory would stay what it was.
 using Floats = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;

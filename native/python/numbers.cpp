@@ -41,6 +41,7 @@ const Quantizers& quantizers_for(const std::string& isa) {
 // finite, every scale is usable. importance: one value for each weight, or a length that repeats.
 std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& scale_type,
             const std::vector<float>& coarse, const std::vector<float>& shifts, const std::vector<float>& fine, int refinements,
+            float empty,
             std::optional<Vector<const float>> importance, Vector<float> scale, Vector<int8_t> zero, Matrix<int8_t> codes,
             const std::string& isa) {
     const Groups groups = groups_of(w);
@@ -52,7 +53,7 @@ std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& 
                             count * size % importance->shape(0) == 0),
             "importance must repeat over whole groups");
     const SearchSettings settings{levels, float_type(scale_type), !coarse.empty(), coarse.data(), int(coarse.size()),
-                                  shifts.data(), int(shifts.size()), fine.data(), int(fine.size()), refinements};
+                                  shifts.data(), int(shifts.size()), fine.data(), int(fine.size()), refinements, empty};
     const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;
     const Outcome outcome =
@@ -186,13 +187,13 @@ void fake_gradients(uintptr_t grad, int grad_type, uintptr_t w, int type,
 
 void bind_numbers(nb::module_& m) {
     nb::class_<Levels>(m, "Levels").def(nb::init<int, int, bool, bool>(), "lo"_a, "hi"_a, "half"_a, "zero"_a);
-    m.def("search", &search, "w"_a, "levels"_a, "scale_type"_a, "coarse"_a, "shifts"_a, "fine"_a, "refinements"_a,
-          "importance"_a.none(), "scale"_a, "zero"_a, "codes"_a, "isa"_a = "");
-    m.def("encode", &encode, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a, "isa"_a = "");
-    m.def("judge", &judge, "pieces"_a, "levels"_a, "scale"_a, "zero"_a, "out"_a, "isa"_a = "");
+    m.def("search", &search, "w"_a, "levels"_a, "scale_type"_a, "coarse"_a, "shifts"_a, "fine"_a, "refinements"_a, "empty"_a,
+          "importance"_a.none(), "scale"_a.noconvert(), "zero"_a.noconvert(), "codes"_a.noconvert(), "isa"_a = "");
+    m.def("encode", &encode, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a.noconvert(), "isa"_a = "");
+    m.def("judge", &judge, "pieces"_a, "levels"_a, "scale"_a, "zero"_a, "out"_a.noconvert(), "isa"_a = "");
     m.def("compare", &compare, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a);
-    m.def("pack", &pack_codes, "codes"_a, "bits"_a, "offset"_a, "words"_a);
-    m.def("unpack", &unpack_words, "words"_a, "bits"_a, "offset"_a, "codes"_a);
+    m.def("pack", &pack_codes, "codes"_a, "bits"_a, "offset"_a, "words"_a.noconvert());
+    m.def("unpack", &unpack_words, "words"_a, "bits"_a, "offset"_a, "codes"_a.noconvert());
     m.def("fake", &fake, "w"_a, "type"_a, "sizes"_a, "scale"_a, "zero"_a, "levels"_a, "out"_a, "out_type"_a,
           "isa"_a = "");
     m.def("fake_gradients", &fake_gradients, "grad"_a, "grad_type"_a, "w"_a, "type"_a, "sizes"_a, "scale"_a,

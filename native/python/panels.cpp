@@ -204,12 +204,12 @@ void read_all(int index, Vector<const uint8_t> data, int threads) {
 }  // namespace
 
 void bind_panels(nb::module_& m) {
-    m.def("rows", &rows, "matrix"_a, "which"_a, "out"_a);
-    m.def("from_panels", &from_panels, "tiles"_a, "bits"_a, "offset"_a, "codes"_a);
+    m.def("rows", &rows, "matrix"_a, "which"_a, "out"_a.noconvert());
+    m.def("from_panels", &from_panels, "tiles"_a, "bits"_a, "offset"_a, "codes"_a.noconvert());
     nb::class_<Packing>(m, "Packing")
         .def(nb::init<Matrix<const uint8_t>, int, int64_t, int64_t, int, int, int, int, Tiles>(), "data"_a, "order"_a, "n"_a,
-             "k"_a, "stored_bits"_a, "offset"_a, "most"_a, "bits"_a, "tiles"_a)
-        .def("add_lanes", &Packing::add_lanes, "values"_a, "size"_a, "add"_a, "lanes"_a);
+             "k"_a, "stored_bits"_a, "offset"_a, "most"_a, "bits"_a, "tiles"_a.noconvert())
+        .def("add_lanes", &Packing::add_lanes, "values"_a, "size"_a, "add"_a, "lanes"_a.noconvert());
     m.def("merge_pages", &merge_pages, "ranges"_a);
     m.def("pack_all", &pack_all, "packings"_a, "threads"_a);
     m.def("pooled", &pooled, "shape"_a, "type"_a);

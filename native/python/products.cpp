@@ -96,42 +96,83 @@ bool unchanged(const nb::tuple& watched) {
     return true;
 }
 
-// A plan of steps, as plan.h tells. Addresses are of float32 tensors that kernels/plan.py has checked and keeps; buffers
-// are told by their numbers, and their widths are checked here.
+// Address, type and number of values of a tensor; address 0 for none.
+using Tensor = std::tuple<uintptr_t, int, int64_t>;
+
+// Number of a buffer, its first column and how many.
+using Slice = std::tuple<int, int64_t, int64_t>;
+
+// A packed matrix, or None; address and type of its floats [rows, width]; rows.
+using Rows = std::tuple<nb::object, uintptr_t, int, int64_t>;
+
+Float float_type(int type) {
+    require(type >= 0 && type <= 2, "no such type");
+    return Float(type);
+}
+
+// A plan of steps, as plan.h tells. Addresses are of tensors that kernels/plan.py has checked and keeps; buffers are told
+// by their numbers, and their widths are checked here.
 struct Planned {
     Plan plan;
+    int64_t widened = 0;
+    bool takes_ids = false, takes_states = false;
 
-    Planned(int index, const std::vector<int64_t>& widths, int64_t pad) {
+    Planned(int index, int type, const std::vector<int64_t>& widths, int64_t pad) {
         for (const int64_t width : widths) require(width > 0, "buffers have columns");
-        plan = {&engine(index), widths, {pad >= 0, pad}, {}, 0};
+        plan = {&engine(index), float_type(type), widths, {pad >= 0, pad}, {}, 0, {}, {}, false};
+        takes_ids = pad >= 0;
     }
     int64_t width(int buffer) const {
         require(buffer >= 0 && buffer < int(plan.widths.size()), "no such buffer");
         return plan.widths[buffer];
     }
-    // tables: for each (a packed matrix, or None; address of its floats [rows, width]; rows; what tells its row).
-    void look_up(const nb::list& tables, int y) {
+    Columns columns(const Slice& slice) const {
+        const auto [buffer, first, count] = slice;
+        require(first >= 0 && count > 0 && first + count <= width(buffer), "no such columns");
+        return {buffer, first, count};
+    }
+    Parameter floats(const Tensor& tensor, int64_t count) {
+        Parameter f{(const void*)std::get<0>(tensor), float_type(std::get<1>(tensor)), count, 0};
+        if (!f.data) return f;
+        require(std::get<2>(tensor) == count, "a tensor fits its buffer");
+        if (f.type == Float::f32) return f;
+        f.place = widened;
+        widened += count;
+        plan.widened.push_back(f);
+        return f;
+    }
+    Table table(const Rows& given, int64_t width) const {
+        const auto& [packed, at, type, rows] = given;
+        Table table{rows, (const void*)at, float_type(type), {}};
+        require(rows > 0 && (at == 0) != packed.is_none(), "a table has rows, and is packed, or floats");
+        if (at) return table;
+        table.packed = nb::cast<const Bound&>(packed).weights;
+        require(table.packed.n == rows && table.packed.k == width, "tables are as wide as what is made of them");
+        return table;
+    }
+    // parts: for each a table, and what tells its row.
+    void look_up(const std::vector<std::tuple<Rows, int>>& parts, int y) {
         LookUp step{{}, y};
-        for (const nb::handle h : tables) {
-            const nb::tuple t = nb::cast<nb::tuple>(h);
-            const int64_t rows = nb::cast<int64_t>(t[2]);
-            const int index = nb::cast<int>(t[3]);
-            require(rows > 0 && index >= 0 && index < INDEXES, "not a table");
-            step.tables.push_back({Index(index), rows, (const float*)address(t[1]), {}});
-            LookUp::Table& table = step.tables.back();
-            require((table.floats == nullptr) != t[0].is_none(), "a table is packed, or floats");
-            if (table.floats) continue;
-            table.packed = nb::cast<const Bound&>(t[0]).weights;
-            require(table.packed.n == rows && table.packed.k == width(y), "tables are as wide as their sum");
+        for (const auto& [rows, index] : parts) {
+            require(index >= 0 && index < INDEXES, "not an index");
+            takes_ids |= Index(index) == Index::ids;
+            step.parts.push_back({Index(index), table(rows, width(y))});
         }
-        require(!step.tables.empty() && width(y) > 0, "one table at least");
+        require(!step.parts.empty() && width(y) > 0, "one table at least");
         plan.steps.push_back(step);
     }
-    void norm(int x, int more, int y, uintptr_t weight, uintptr_t bias, float epsilon, bool centered) {
-        require(weight && width(x) == width(y) && (more < 0 || width(more) == width(y)), "a norm keeps the width");
-        plan.steps.push_back(NormStep{x, more, y, (const float*)weight, (const float*)bias, epsilon, centered});
+    void take(int y) {
+        require(width(y) > 0, "a buffer");
+        takes_states = true;
+        plan.steps.push_back(TakeStep{y});
     }
-    // parts: for each (matrix, address of its bias or 0, buffer, whether GELU follows).
+    void norm(int x, int more, int y, const Tensor& weight, const Tensor& bias, float epsilon, bool centered) {
+        require(std::get<0>(weight) && width(x) == width(y) && (more < 0 || width(more) == width(y)),
+                "a norm keeps the width");
+        const Parameter w = floats(weight, width(y)), b = floats(bias, width(y));
+        plan.steps.push_back(NormStep{x, more, y, w, b, epsilon, centered});
+    }
+    // parts: for each (matrix, its bias, buffer, whether GELU follows).
     void product(int index, int x, int activations, uintptr_t scale, const nb::list& parts) {
         ProductStep step{&engine(index), x, Activations(activations), (const float*)scale, {}};
         require(activations >= 0 && activations <= 3, "not an input");
@@ -139,35 +180,76 @@ struct Planned {
         for (const nb::handle h : parts) {
             const nb::tuple t = nb::cast<nb::tuple>(h);
             const Weights& w = nb::cast<const Bound&>(t[0]).weights;
-            step.parts.push_back({w, (const float*)address(t[1]), nb::cast<int>(t[2]), nb::cast<bool>(t[3])});
-            require(w.k == width(x) && w.n == width(step.parts.back().y), "a product fits its buffers");
+            const int y = nb::cast<int>(t[2]);
+            require(w.k == width(x) && w.n == width(y), "a product fits its buffers");
+            step.parts.push_back({w, floats(nb::cast<Tensor>(t[1]), w.n), y, nb::cast<bool>(t[3])});
             require((w.bits == TRITS) == (step.parts[0].weights.bits == TRITS), "trits share no input with other codes");
         }
         require(!step.parts.empty() && step.parts.size() <= MOST_PRODUCTS, "1 to 16 matrices share an input");
         plan.steps.push_back(step);
     }
-    void attention(int q, int k, int v, int y, int64_t heads, int64_t kv_heads, float scale) {
+    void dense(int x, const Tensor& weights, const Tensor& bias, int y, bool gelu) {
+        require(std::get<0>(weights) && std::get<2>(weights) == width(x) * width(y), "a product fits its buffers");
+        const Parameter b = floats(bias, width(y));
+        plan.steps.push_back(DenseStep{x, y, (const void*)std::get<0>(weights), float_type(std::get<1>(weights)), b, gelu});
+    }
+    // window: below 0 for none; bias: what `bias` returned, or -1.
+    void attention(const Slice& q, const Slice& k, const Slice& v, int y, int64_t heads, int64_t kv_heads, float scale,
+                   int64_t window, int bias) {
         require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "not heads");
-        require(width(q) % (heads * PANEL) == 0 && width(k) % kv_heads == 0 && width(v) % (kv_heads * PANEL) == 0 &&
-                    width(k) / kv_heads == width(q) / heads && width(y) == width(v) / kv_heads * heads,
+        const AttentionStep step{columns(q), columns(k), columns(v), y, heads, kv_heads, scale, window, bias};
+        require(step.q.width % (heads * PANEL) == 0 && step.k.width % kv_heads == 0 &&
+                    step.v.width % (kv_heads * PANEL) == 0 && step.k.width / kv_heads == step.q.width / heads &&
+                    width(y) == step.v.width / kv_heads * heads,
                 "heads do not fit their buffers");
-        plan.steps.push_back(AttentionStep{q, k, v, y, heads, kv_heads, scale});
+        require(bias < int(plan.biases.size()) && (bias < 0 || plan.biases[bias].heads == heads), "no such bias");
+        plan.measures |= window >= 0 || bias >= 0;
+        plan.steps.push_back(step);
     }
-    void add(int x, int more, int y) {
+    // buckets: the table's row for each distance -reach .. reach -> the number of this bias.
+    int bias(const Rows& rows, int64_t heads, const std::vector<int64_t>& buckets) {
+        require(heads > 0 && buckets.size() % 2 == 1, "distances reach as far to both sides");
+        const Bias bias{table(rows, heads), heads, buckets};
+        for (const int64_t bucket : buckets) require(bucket >= 0 && bucket < bias.table.rows, "no such bucket");
+        plan.biases.push_back(bias);
+        return int(plan.biases.size()) - 1;
+    }
+    void turns(const Tensor& frequencies, float scale, int y) {
+        require(std::get<0>(frequencies) && width(y) % 2 == 0, "not frequencies");
+        const Parameter f = floats(frequencies, width(y) / 2);
+        plan.steps.push_back(TurnStep{f, scale, y});
+    }
+    void rotate(const Slice& x, int64_t heads, int turns) {
+        const RotateStep step{columns(x), heads, turns};
+        require(heads > 0 && step.x.width % heads == 0 && width(turns) <= step.x.width / heads, "not heads");
+        plan.steps.push_back(step);
+    }
+    // more: None for none.
+    void gate(const Slice& x, const std::optional<Slice>& more, int y, int function) {
+        const GateStep step{columns(x), more ? columns(*more) : Columns{-1, 0, width(y)}, y, Function(function)};
+        require(function >= 0 && function < FUNCTIONS, "no such function");
+        require(step.x.width == width(y) && step.more.width == width(y), "a gate keeps the width");
+        require(step.x.buffer != y || step.x.width == width(step.x.buffer), "in place only whole buffers");
+        require(step.more.buffer != y || step.more.width == width(step.more.buffer), "in place only whole buffers");
+        plan.steps.push_back(step);
+    }
+    void add(int x, int more, int y, const Tensor& factor) {
         require(width(x) == width(y) && width(more) == width(y), "a sum keeps the width");
-        plan.steps.push_back(AddStep{x, more, y});
+        const Parameter f = floats(factor, width(y));
+        plan.steps.push_back(AddStep{x, more, y, f});
     }
-    // y [batch, length, width of the buffer `result`]; ids, mask, types and positions: addresses of int64
-    // [batch, length], 0 for none but of ids.
-    void run(uintptr_t ids, uintptr_t mask, uintptr_t types, uintptr_t positions, int64_t batch, int64_t length,
-             int result, uintptr_t y) {
-        require(ids && y && batch > 0 && length > 0, "an empty batch");
+    // y [batch, length, width of the buffer `result`] and states in the plan's type; ids, mask, types and positions:
+    // addresses of int64 [batch, length]; 0 for none. Whether y was computed, as by run_plan.
+    bool run(uintptr_t ids, uintptr_t mask, uintptr_t types, uintptr_t positions, uintptr_t states, int64_t batch,
+             int64_t length, int result, uintptr_t y) {
+        require(y && batch > 0 && length > 0, "an empty batch");
+        require((ids || !takes_ids) && (states || !takes_states), "what the plan reads is not there");
         require(width(result) > 0 && !plan.steps.empty(), "an empty plan");
         plan.result = result;
         const Batch b{(const int64_t*)ids, (const int64_t*)mask, (const int64_t*)types, (const int64_t*)positions,
-                      batch, length};
+                      (const void*)states, batch, length};
         nb::gil_scoped_release unlocked;
-        run_plan(plan, b, (float*)y, team_size());
+        return run_plan(plan, b, (void*)y, team_size());
     }
 };
 
@@ -187,13 +269,21 @@ void bind_products(nb::module_& m) {
     m.def("attention", &attention, "engine"_a, "type"_a, "q"_a, "k"_a, "v"_a, "mask"_a, "y"_a, "sizes"_a,
           "causal"_a, "scale"_a);
     nb::class_<Planned>(m, "Plan")
-        .def(nb::init<int, const std::vector<int64_t>&, int64_t>(), "engine"_a, "widths"_a, "pad"_a)
-        .def("look_up", &Planned::look_up, "tables"_a, "y"_a)
+        .def(nb::init<int, int, const std::vector<int64_t>&, int64_t>(), "engine"_a, "type"_a, "widths"_a, "pad"_a)
+        .def("look_up", &Planned::look_up, "parts"_a, "y"_a)
+        .def("take", &Planned::take, "y"_a)
         .def("norm", &Planned::norm, "x"_a, "more"_a, "y"_a, "weight"_a, "bias"_a, "epsilon"_a, "centered"_a)
         .def("product", &Planned::product, "engine"_a, "x"_a, "activations"_a, "scale"_a, "parts"_a)
-        .def("attention", &Planned::attention, "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "kv_heads"_a, "scale"_a)
-        .def("add", &Planned::add, "x"_a, "more"_a, "y"_a)
-        .def("run", &Planned::run, "ids"_a, "mask"_a, "types"_a, "positions"_a, "batch"_a, "length"_a, "result"_a, "y"_a);
+        .def("dense", &Planned::dense, "x"_a, "weights"_a, "bias"_a, "y"_a, "gelu"_a)
+        .def("attention", &Planned::attention, "q"_a, "k"_a, "v"_a, "y"_a, "heads"_a, "kv_heads"_a, "scale"_a,
+             "window"_a, "bias"_a)
+        .def("bias", &Planned::bias, "table"_a, "heads"_a, "buckets"_a)
+        .def("turns", &Planned::turns, "frequencies"_a, "scale"_a, "y"_a)
+        .def("rotate", &Planned::rotate, "x"_a, "heads"_a, "turns"_a)
+        .def("gate", &Planned::gate, "x"_a, "more"_a.none(), "y"_a, "function"_a)
+        .def("add", &Planned::add, "x"_a, "more"_a, "y"_a, "factor"_a)
+        .def("run", &Planned::run, "ids"_a, "mask"_a, "types"_a, "positions"_a, "states"_a, "batch"_a, "length"_a,
+             "result"_a, "y"_a);
     m.def("unchanged", &unchanged, "watched"_a);
     m.def("team_size", &team_size);
 }

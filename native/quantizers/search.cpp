@@ -159,7 +159,7 @@ Outcome search_rows(const Groups& groups, const SearchSettings& settings, const 
         const vf top = load<vf>(tops), bottom = load<vf>(bottoms);
         const Start start(top, bottom, levels);
         vf s = stored(start.raw, settings.scale_type);
-        s = start.raw == vf{} ? splat(1.0f) : s;
+        s = start.raw == vf{} ? splat(settings.empty) : s;
         vf z = start.zero_for(s, levels);
         if (settings.optimize) {
             fill<T>(lanes.data, rows, size);

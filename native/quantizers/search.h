@@ -37,6 +37,7 @@ struct SearchSettings {
     const float* fine;
     int fine_count;
     int refinements;
+    float empty;  // the stored scale of a group of zeros
 };
 
 // One candidate judged over one group: its error, and sum x v, sum v v, sum x, sum v.

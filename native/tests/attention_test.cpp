@@ -12,6 +12,8 @@ struct Case {
     Float type;
     int64_t batch, heads, kv_heads, queries, keys, width, value_width;
     bool masked, causal;
+    int64_t window = -1;
+    bool biased = false;
 };
 
 // [batch, rows, heads, width], as projections make it.
@@ -39,6 +41,7 @@ struct Tensor {
 struct Inputs {
     Tensor q, k, v;
     Exact mask;  // the same for all heads
+    Exact bias;  // [heads, distances from 1 - queries on]
     Attention call{};
 };
 
@@ -62,6 +65,13 @@ Inputs inputs(const Case& c, Random& random) {
     a.queries = c.queries, a.keys = c.keys, a.width = c.width, a.value_width = c.value_width;
     a.causal = c.causal;
     a.scale = 0.3f;
+    a.window = c.window;
+    if (c.biased) {
+        a.bias_head = c.queries - 1 + c.keys + 15;
+        in.bias = Exact(c.heads * a.bias_head, sizeof(float));
+        for (int64_t i = 0; i < c.heads * a.bias_head; i++) put(in.bias.data(), i, random.bell(), Float::f32);
+        a.bias = (const float*)in.bias.data() + c.queries - 1;
+    }
     return in;
 }
 
@@ -90,12 +100,18 @@ Scored scored(const Inputs& in, int64_t batch, int64_t head, int64_t query) {
     Scored s{std::vector<double>(a.keys)};
     for (int64_t key = 0; key < a.keys; key++) {
         const double *q = in.q.row(batch, head, query), *k = in.k.row(batch, shared, key);
-        const bool hidden = (mask && !mask[batch * a.mask.batch + query * a.mask.row + key]) || (a.causal && key > query);
+        const bool hidden = (mask && !mask[batch * a.mask.batch + query * a.mask.row + key]) ||
+                            (a.causal && key > query) || (a.window >= 0 && std::abs(key - query) > a.window);
         double score = 0, magnitude = 0;
         for (int64_t column = 0; column < a.width; column++) {
             const double term = q[column] * k[column] * double(a.scale);
             score += term;
             magnitude += std::fabs(term);
+        }
+        if (a.bias) {
+            const double bias = get(in.bias.data(), head * a.bias_head + a.queries - 1 + key - query, Float::f32);
+            score += bias;
+            magnitude += std::fabs(bias);
         }
         s.steps = std::max(s.steps, (double(a.width) + 4) * magnitude);
         s.weights[key] = hidden ? -INFINITY : score;
@@ -135,9 +151,10 @@ void check_case(const Case& c, Random& random) {
     const Inputs in = inputs(c, random);
     const auto name = [&](const char* isa, int threads) {
         std::snprintf(subject, sizeof subject,
-                      "attention: %s, %s, heads %d over %d, %d queries, %d keys, widths %d, %d%s%s, %d threads", isa,
+                      "attention: %s, %s, heads %d over %d, %d queries, %d keys, widths %d, %d%s%s%s, window %d, %d threads", isa,
                       TYPE_NAMES[int(c.type)], int(c.heads), int(c.kv_heads), int(c.queries), int(c.keys), int(c.width),
-                      int(c.value_width), c.masked ? ", masked" : "", c.causal ? ", causal" : "", threads);
+                      int(c.value_width), c.masked ? ", masked" : "", c.causal ? ", causal" : "",
+                      c.biased ? ", biased" : "", int(c.window), threads);
     };
     name("scalar", 1);
     const std::vector<double> want = run(scalar_engine(), in, 1);
@@ -161,6 +178,19 @@ void spicerack::test_attention(Random& random) {
             const int64_t batch = large ? 1 : random.between(1, 2), widest = large ? 2 : 6;
             check_case({TYPES[random.below(3)], batch, heads, kv_heads, causal ? count : random.between(1, 9), count,
                         16 * random.between(1, widest), 16 * random.between(1, widest), kind == 2, causal}, random);
+        }
+    }
+    // Windows and biases, by one block of keys and by several.
+    for (const int64_t count : {1, 17, 129, 300}) {
+        if (once && count != 129) continue;
+        for (const int64_t window : {-1, 0, 5, 64, 200}) {
+            for (int kind = 0; kind < 4; kind++) {
+                const bool biased = kind & 1, causal = kind & 2;
+                if ((window < 0 && !biased) || (count == 300 && kind % 3)) continue;
+                const int64_t kv_heads = random.between(1, 2);
+                check_case({TYPES[random.below(3)], 1, kv_heads * random.between(1, 2), kv_heads, count, count, 16, 32,
+                            window == 5, causal, window, biased}, random);
+            }
         }
     }
     // Calls of several shapes at once are what each of them is.

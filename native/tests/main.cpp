@@ -1,7 +1,7 @@
 // The native code without Python, so that sanitizers and emulators of other processors can run it.
 //
 // Every engine must give the scalar engine's bits, and that must be right: products within the bound of exact.cpp,
-// attention, norms and fake quantization within theirs. All memory ends where its last value ends and begins on no more than
+// attention, norms, activations and fake quantization within theirs. All memory ends where its last value ends and begins on no more than
 // its values' own alignment.
 //
 //     native_tests          all of it
@@ -22,8 +22,8 @@ int main(int count, char** arguments) {
         const char* name;
         void (*run)(Random&);
     } tests[] = {{"bodies", test_bodies}, {"sharing", test_sharing}, {"results", test_results},
-                 {"attention", test_attention}, {"plan", test_plan}, {"fake", test_fake},
-                 {"search", test_search}};
+                 {"attention", test_attention}, {"dense", test_dense}, {"rows", test_rows},
+                 {"plan", test_plan}, {"fake", test_fake}, {"search", test_search}};
     for (const auto& test : tests) {
         const auto begin = std::chrono::steady_clock::now();
         Random random{7};

@@ -1,4 +1,5 @@
 // Norms against float64, and plans: every engine, number of threads and composition of a batch gives the same bits.
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -104,12 +105,21 @@ void norms(Random& random) {
 
 // ---- plans ----------------------------------------------------------------------------------------------------------
 
-constexpr int64_t WORDS = 40, PLACES = 400, TYPES_OF_TOKENS = 2, HIDDEN = 48, INNER = 80, HEADS = 3;
+constexpr int64_t WORDS = 40, PLACES = 400, TYPES_OF_TOKENS = 2, HIDDEN = 48, INNER = 80, HEADS = 3, REACH = 6, BUCKETS = 5;
+
+Parameter parameter(const Exact& memory, int64_t count, Float type = Float::f32, int64_t place = 0) {
+    return {memory.data(), type, count, place};
+}
+
+constexpr Parameter NO_PARAMETER{nullptr, Float::f32, 0, 0};
+
+Columns all(int buffer, int64_t width) { return {buffer, 0, width}; }
 
 // A small encoder block behind a look-up, with what its steps point into.
 struct Small {
-    Exact types, places, weight, bias, of_inner, of_hidden;
-    Matrix words, q, k, v, out, up, down;
+    Exact types, places, weight, bias, of_inner, of_hidden, short_weight, short_bias, short_bias_of_qkv,
+        short_up;
+    Matrix words, q, k, v, out, up, down, qkv, half_down;
 
     explicit Small(Random& random)
         : types(floats(TYPES_OF_TOKENS * HIDDEN, random)), places(floats(PLACES * HIDDEN, random)),
@@ -121,25 +131,71 @@ struct Small {
         words = matrix(WORDS, HIDDEN);
         q = matrix(HIDDEN, HIDDEN), k = matrix(HIDDEN, HIDDEN), v = matrix(HIDDEN, HIDDEN), out = matrix(HIDDEN, HIDDEN);
         up = matrix(INNER, HIDDEN), down = matrix(HIDDEN, INNER);
+        qkv = matrix(3 * HIDDEN, HIDDEN), half_down = matrix(HIDDEN, INNER / 2);
     }
     Plan plan(const Engine& engine, Positions positions) const {
-        Plan plan{&engine, {HIDDEN, HIDDEN, HIDDEN, HIDDEN, HIDDEN, HIDDEN, INNER}, positions, {}, 5};
-        const float *w = (const float*)weight.data(), *b = (const float*)bias.data();
-        plan.steps.push_back(LookUp{{{Index::ids, WORDS, nullptr, words.weights},
-                                     {Index::types, TYPES_OF_TOKENS, (const float*)types.data(), {}},
-                                     {Index::positions, PLACES, (const float*)places.data(), {}}}, 0});
+        Plan plan{&engine, Float::f32, {HIDDEN, HIDDEN, HIDDEN, HIDDEN, HIDDEN, HIDDEN, INNER}, positions, {}, 5, {}, {}, false};
+        const Parameter w = parameter(weight, HIDDEN), b = parameter(bias, HIDDEN);
+        plan.steps.push_back(LookUp{{{Index::ids, {WORDS, nullptr, Float::f32, words.weights}},
+                                     {Index::types, {TYPES_OF_TOKENS, types.data(), Float::f32, {}}},
+                                     {Index::positions, {PLACES, places.data(), Float::f32, {}}}}, 0});
         plan.steps.push_back(NormStep{0, -1, 0, w, b, 1e-5f, true});
         plan.steps.push_back(ProductStep{&engine, 0, Activations::spans, nullptr,
-                                         {{q.weights, nullptr, 1, false}, {k.weights, b, 2, false}, {v.weights, b, 3, false}}});
-        plan.steps.push_back(AttentionStep{1, 2, 3, 4, HEADS, HEADS, 0.25f});
+                                         {{q.weights, NO_PARAMETER, 1, false}, {k.weights, b, 2, false}, {v.weights, b, 3, false}}});
+        plan.steps.push_back(AttentionStep{all(1, HIDDEN), all(2, HIDDEN), all(3, HIDDEN), 4, HEADS, HEADS, 0.25f, -1, -1});
         plan.steps.push_back(ProductStep{&engine, 4, Activations::tokens, nullptr, {{out.weights, b, 5, false}}});
-        plan.steps.push_back(NormStep{5, 0, 0, w, nullptr, 1e-5f, false});
+        plan.steps.push_back(NormStep{5, 0, 0, w, NO_PARAMETER, 1e-5f, false});
         plan.steps.push_back(ProductStep{&engine, 0, Activations::spans, nullptr,
-                                         {{up.weights, (const float*)of_inner.data(), 6, true}}});
+                                         {{up.weights, parameter(of_inner, INNER), 6, true}}});
         plan.steps.push_back(ProductStep{&engine, 6, Activations::spans, nullptr,
-                                         {{down.weights, (const float*)of_hidden.data(), 5, false}}});
-        plan.steps.push_back(AddStep{5, 0, 5});
+                                         {{down.weights, parameter(of_hidden, HIDDEN), 5, false}}});
+        plan.steps.push_back(AddStep{5, 0, 5, NO_PARAMETER});
         return plan;
+    }
+    // States of a narrow type through a block whose norms come first: q, k and v side by side, rotary positions, a window,
+    // a bias by distance, a gate, sums by factors.
+    Plan narrow(const Engine& engine, Float type) const {
+        const int fused = 1, attended = 2, normed = 3, turns = 4, wide = 5, inner = 6, y = 7;
+        Plan plan{&engine, type, {HIDDEN, 3 * HIDDEN, HIDDEN, HIDDEN, HIDDEN / HEADS, INNER, INNER / 2, HIDDEN},
+                  {false, 0}, {}, 0, {}, {}, true};
+        const auto widened = [&](const Exact& memory, int64_t count) {
+            const int64_t place = plan.widened.empty() ? 0 : plan.widened.back().place + plan.widened.back().count;
+            const Parameter p = parameter(memory, count, type, place);
+            if (type != Float::f32) plan.widened.push_back(p);
+            return p;
+        };
+        std::vector<int64_t> buckets;
+        for (int64_t distance = -REACH; distance <= REACH; distance++) buckets.push_back((distance + REACH) % BUCKETS);
+        plan.biases.push_back({{BUCKETS, short_bias.data(), type, {}}, HEADS, buckets});
+        plan.steps.push_back(TakeStep{0});
+        plan.steps.push_back(NormStep{0, -1, normed, widened(short_weight, HIDDEN), NO_PARAMETER, 1e-5f, true});
+        plan.steps.push_back(TurnStep{widened(short_weight, HIDDEN / HEADS / 2), 1.5f, turns});
+        plan.steps.push_back(ProductStep{&engine, normed, Activations::spans, nullptr,
+                                         {{qkv.weights, widened(short_bias_of_qkv, 3 * HIDDEN), fused, false}}});
+        const Columns q{fused, 0, HIDDEN}, k{fused, HIDDEN, HIDDEN}, v{fused, 2 * HIDDEN, HIDDEN};
+        plan.steps.push_back(RotateStep{q, HEADS, turns});
+        plan.steps.push_back(RotateStep{k, HEADS, turns});
+        plan.steps.push_back(AttentionStep{q, k, v, attended, HEADS, HEADS, 0.25f, 4, 0});
+        plan.steps.push_back(ProductStep{&engine, attended, Activations::tokens, nullptr,
+                                         {{out.weights, NO_PARAMETER, y, false}}});
+        plan.steps.push_back(AddStep{0, y, 0, widened(short_weight, HIDDEN)});
+        plan.steps.push_back(DenseStep{0, wide, short_up.data(), type, NO_PARAMETER, false});
+        plan.steps.push_back(GateStep{{wide, 0, INNER / 2}, {wide, INNER / 2, INNER / 2}, inner, Function::silu});
+        plan.steps.push_back(ProductStep{&engine, inner, Activations::floats, nullptr,
+                                         {{half_down.weights, NO_PARAMETER, y, false}}});
+        plan.steps.push_back(AddStep{0, y, 0, NO_PARAMETER});
+        plan.steps.push_back(NormStep{0, -1, 0, widened(short_weight, HIDDEN), NO_PARAMETER, 1e-5f, true});
+        return plan;
+    }
+    // What `narrow` reads, in its type.
+    void shorten(Float type, Random& random) {
+        const auto of = [&](int64_t count) {
+            Exact memory(count, size_of(type));
+            for (int64_t i = 0; i < count; i++) put(memory.data(), i, random.bell(), type);
+            return memory;
+        };
+        short_weight = of(HIDDEN), short_bias = of(BUCKETS * HEADS), short_bias_of_qkv = of(3 * HIDDEN);
+        short_up = of(INNER * HIDDEN);
     }
 };
 
@@ -152,14 +208,15 @@ struct Sentences {
         mask.assign(ids.size(), 0);
         types.assign(ids.size(), 0);
     }
-    Batch view() const { return {ids.data(), mask.data(), types.data(), nullptr, batch, length}; }
+    Batch view() const { return {ids.data(), mask.data(), types.data(), nullptr, nullptr, batch, length}; }
 };
 
+// Empty where the plan computes nothing.
 std::vector<double> run(const Plan& plan, const Batch& batch, int threads) {
-    Exact y(batch.batch * batch.length * HIDDEN, sizeof(float));
-    run_plan(plan, batch, (float*)y.data(), threads);
+    Exact y(batch.batch * batch.length * HIDDEN, size_of(plan.type));
     std::vector<double> values;
-    for (int64_t i = 0; i < batch.batch * batch.length * HIDDEN; i++) values.push_back(at(y, i));
+    if (!run_plan(plan, batch, y.data(), threads)) return values;
+    for (int64_t i = 0; i < batch.batch * batch.length * HIDDEN; i++) values.push_back(get(y.data(), i, plan.type));
     return values;
 }
 
@@ -203,6 +260,70 @@ void plans(Random& random) {
                 }
             }
         }
+    }
+}
+
+void narrow_plans(Random& random) {
+    Small small(random);
+    for (const Float type : TYPES) {
+        small.shorten(type, random);
+        for (const int64_t longest : {1, 9, 70, 200}) {
+            if (once && longest != 9) continue;
+            const int64_t count = 4;
+            Exact states(count * longest * HIDDEN, size_of(type));
+            for (int64_t i = 0; i < count * longest * HIDDEN; i++) put(states.data(), i, random.bell(), type);
+            std::vector<int64_t> mask(size_t(count * longest), 0), lengths;
+            for (int64_t i = 0; i < count; i++) {
+                lengths.push_back(i == 1 ? longest : random.between(1, longest));
+                // Padding before the first, behind the others.
+                const int64_t first = i ? 0 : longest - lengths[i];
+                for (int64_t j = 0; j < lengths[i]; j++) mask[i * longest + first + j] = 1;
+            }
+            const Batch batch{nullptr, mask.data(), nullptr, nullptr, states.data(), count, longest};
+            std::snprintf(subject, sizeof subject, "plan of states: %s, up to %d", TYPE_NAMES[int(type)], int(longest));
+            const Plan scalar = small.narrow(scalar_engine(), type);
+            const std::vector<double> want = run(scalar, batch, 1);
+            bool finite = true;
+            for (const double value : want) finite = finite && std::isfinite(value);
+            check(finite, "all are numbers");
+            for (int64_t i = 1; i < count; i++) {
+                const void* own = states.data() + i * longest * HIDDEN * size_of(type);
+                const Batch alone{nullptr, nullptr, nullptr, nullptr, own, 1, lengths[i]};
+                const auto begin = want.begin() + i * longest * HIDDEN;
+                check(equal(run(scalar, alone, 1), {begin, begin + lengths[i] * HIDDEN}), "the same bits alone");
+            }
+            for (const Engine& engine : engines()) {
+                for (int threads = 1; threads <= 3; threads++) {
+                    std::snprintf(subject, sizeof subject, "plan of states: %s, %s, up to %d, %d threads", engine.isa,
+                                  TYPE_NAMES[int(type)], int(longest), threads);
+                    check(equal(run(small.narrow(engine, type), batch, threads), want), "the same bits as scalar");
+                }
+            }
+            if (longest < 3) continue;
+            std::fill(mask.begin(), mask.end(), 1);
+            mask[1] = 0;
+            check(run(scalar, batch, 1).empty(), "a hole is refused where distances count");
+        }
+    }
+}
+
+// A thread that cannot go on ends the call, and not the process.
+void failures_of_threads(Random& random) {
+    const Small small(random);
+    Engine broken = scalar_engine();
+    broken.norm = [](const Norm&) { throw std::bad_alloc(); };
+    Sentences s(8, 60);
+    std::fill(s.mask.begin(), s.mask.end(), 1);
+    for (int threads = 1; threads <= 3; threads++) {
+        std::snprintf(subject, sizeof subject, "plan: no memory in one of %d threads", threads);
+        bool thrown = false;
+        try {
+            run(small.plan(broken, {false, 0}), s.view(), threads);
+        } catch (const std::bad_alloc&) {
+            thrown = true;
+        }
+        check(thrown, "the call throws");
+        check(run(small.plan(scalar_engine(), {false, 0}), s.view(), threads).size() > 0, "and the next one does not");
     }
 }
 
@@ -253,6 +374,8 @@ void arenas() {
 void spicerack::test_plan(Random& random) {
     norms(random);
     plans(random);
+    narrow_plans(random);
+    failures_of_threads(random);
     refusals(random);
     arenas();
 }

@@ -30,7 +30,7 @@ std::vector<double> numbers(const Exact& memory) {
 Results run(const Quantizers& q, const Case& c, const Exact& w, const Exact& importance) {
     const float coarse[] = {1.0f, 0.8f, -1.0f, 0.5f}, shifts[] = {-1.0f, 0.0f, 1.0f}, fine[] = {1.06f, 1 / 1.06f};
     const SearchSettings settings{c.levels, c.scale_type, c.optimize, coarse, 4, shifts, c.levels.zero ? 3 : 1,
-                                  fine, 2, 2};
+                                  fine, 2, 2, c.levels.half ? 0x1p-24f : 1.0f};
     const Groups groups{w.data(), c.type, c.count, c.size};
     const Exact scale(c.count, 4), zero(c.count, 1), codes(c.count * c.size, 1), again(c.count * c.size, 1);
     const float* s = (const float*)scale.data();

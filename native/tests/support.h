@@ -131,6 +131,8 @@ void test_bodies(Random& random);
 void test_sharing(Random& random);
 void test_results(Random& random);
 void test_attention(Random& random);
+void test_dense(Random& random);
+void test_rows(Random& random);
 void test_plan(Random& random);
 void test_fake(Random& random);
 void test_search(Random& random);

@@ -13,6 +13,7 @@ def search(
     shifts: Sequence[float],
     fine: Sequence[float],
     refinements: int,
+    empty: float,
     importance: torch.Tensor | None,
     scale: torch.Tensor,
     zero: torch.Tensor,
@@ -104,17 +105,57 @@ def attention(
 ) -> None: ...
 
 class Plan:
-    def __init__(self, engine: int, widths: list[int], pad: int) -> None: ...
-    def look_up(self, tables: list[tuple[Matrix | None, int, int, int]], y: int) -> None: ...
-    def norm(self, x: int, more: int, y: int, weight: int, bias: int, epsilon: float, centered: bool) -> None: ...
+    def __init__(self, engine: int, type: int, widths: list[int], pad: int) -> None: ...
+    def look_up(self, parts: list[tuple[tuple[Matrix | None, int, int, int], int]], y: int) -> None: ...
+    def take(self, y: int) -> None: ...
+    def norm(
+        self,
+        x: int,
+        more: int,
+        y: int,
+        weight: tuple[int, int, int],
+        bias: tuple[int, int, int],
+        epsilon: float,
+        centered: bool,
+    ) -> None: ...
     def product(
-        self, engine: int, x: int, activations: int, scale: int, parts: list[tuple[Matrix, int, int, bool]]
+        self,
+        engine: int,
+        x: int,
+        activations: int,
+        scale: int,
+        parts: list[tuple[Matrix, tuple[int, int, int], int, bool]],
     ) -> None: ...
-    def attention(self, q: int, k: int, v: int, y: int, heads: int, kv_heads: int, scale: float) -> None: ...
-    def add(self, x: int, more: int, y: int) -> None: ...
+    def attention(
+        self,
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        y: int,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        window: int,
+        bias: int,
+    ) -> None: ...
+    def dense(self, x: int, weights: tuple[int, int, int], bias: tuple[int, int, int], y: int, gelu: bool) -> None: ...
+    def bias(self, table: tuple[Matrix | None, int, int, int], heads: int, buckets: list[int]) -> int: ...
+    def turns(self, frequencies: tuple[int, int, int], scale: float, y: int) -> None: ...
+    def rotate(self, x: tuple[int, int, int], heads: int, turns: int) -> None: ...
+    def gate(self, x: tuple[int, int, int], more: tuple[int, int, int] | None, y: int, function: int) -> None: ...
+    def add(self, x: int, more: int, y: int, factor: tuple[int, int, int]) -> None: ...
     def run(
-        self, ids: int, mask: int, types: int, positions: int, batch: int, length: int, result: int, y: int
-    ) -> None: ...
+        self,
+        ids: int,
+        mask: int,
+        types: int,
+        positions: int,
+        states: int,
+        batch: int,
+        length: int,
+        result: int,
+        y: int,
+    ) -> bool: ...
 
 def unchanged(watched: tuple[object, ...]) -> bool: ...
 def rows(matrix: Matrix, which: torch.Tensor, out: torch.Tensor) -> None: ...

@@ -15,7 +15,7 @@ from spicerack.evaluation.encoder import EncoderComparison
 from spicerack.evaluation.evaluate import HELDOUT
 from spicerack.evaluation.language import paired_difference
 from spicerack.models.bundled import encoder, language_model
-from spicerack.text.pieces import windows
+from spicerack.text.windows import windows
 
 
 @pytest.mark.slow

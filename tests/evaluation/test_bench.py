@@ -100,7 +100,7 @@ def test_folders_are_opened_in_turns_one_at_a_time(llama_folder, monkeypatch: py
         return run
 
     shares: list[float] = []
-    openings = open_in_turns({"a": (model, loading("a")), "b": (model, loading("b"))}, shares.append)
+    openings = open_in_turns({"a": (model, loading("a")), "b": (model, loading("b"))}, shares.append, head=True)
     assert "".join(calls) == "ab" + "aabb" * 3, "cold and warm, behind a round that does not count"
     assert len(dropped) == 6 and shares[-1] == 1.0
     for opening in openings.values():

@@ -21,7 +21,8 @@ from spicerack.errors import SpicerackError, TextError, UsageError
 from spicerack.evaluation.intervals import mean_interval, spearman, t_quantile
 from spicerack.evaluation.language import compare, paired_difference
 from spicerack.evaluation.logits import chunk_positions, logits
-from spicerack.text.pieces import Window, pieces, sentences, start_token, windows
+from spicerack.text.pieces import pieces, sentences, start_token
+from spicerack.text.windows import Window, windows
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
@@ -43,7 +44,7 @@ class Table(torch.nn.Module):
         super().__init__()
         self.table = logits
         self.device = logits.device
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=logits.shape[-1]))
+        self.config = SimpleNamespace(get_text_config=lambda **_: SimpleNamespace(vocab_size=logits.shape[-1]))
         self.base_model = self
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:

@@ -66,7 +66,7 @@ def quantized(scheme: Scheme, n: int = 24, k: int = 192) -> QTensor:
 
 def run(row: kernel.Kernel, x: torch.Tensor, q: QTensor) -> torch.Tensor:
     n, k = q.shape
-    return row.run(x, (row.prepare(q.scheme, (n, k), row.pack(q)),), (None,), False)[0]
+    return row.run(x, (row.prepare(q.scheme, (n, k), row.pack(q)),), (None,))[0]
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -228,7 +228,7 @@ def rows(scheme, shape, tensors, which):
 def prepare(scheme, shape, tensors):
     return tensors
 
-def run(x, matrices, biases, gelu):
+def run(x, matrices, biases):
     ys = [x.float() @ m["columns"].float() * m["steps"] for m in matrices]
     return [(y if b is None else y + b).to(x.dtype) for y, b in zip(ys, biases, strict=True)]
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import families
 import folders
 import pytest
+import tiny
 import torch
+from dense import decoded_model, logits
 from safetensors.torch import load_file, save_file
 
+import spicerack
 from spicerack.models import census
-from spicerack.models.architecture import modules_of
+from spicerack.models.architecture import modules_of, transposed_stacks
 from spicerack.models.census import Census
 from spicerack.models.config import architecture
+from spicerack.quantization.decisions import Source
 from spicerack.storage.reader import Checkpoint
 
 CLASSES = {"linear": "Linear", "head": "Linear", "conv1d": "Conv1D", "embedding": "Embedding"}
@@ -219,8 +224,56 @@ def test_modules_of_strangers(tmp_path: Path) -> None:
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "wide"},
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 30, "num_attention_heads": 0},
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**12},
+        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "num_decoder_layers": 10**12},
+        {"model_type": "swin", "architectures": ["SwinModel"], "depths": [2, 10**12]},
     ):
         assert modules_of(config, Checkpoint.open(folder).tensors) is None, config
+
+
+@pytest.mark.slow
+def test_what_a_config_asks_for_is_bounded_whatever_it_calls_it(tmp_path: Path) -> None:
+    """A number of modules under a key that counts no blocks: building stops after a while."""
+    asked = {"model_type": "switch_transformers", "architectures": ["SwitchTransformersModel"], "num_experts": 10**9}
+    begin = time.process_time()
+    assert modules_of(asked, []) is None
+    assert time.process_time() - begin < 60
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("gemma4_text", {"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 8}),
+        ("doge", {"num_experts": 16_384, "num_experts_per_tok": 64}),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 20_480}),
+    ],
+)
+def test_a_large_size_is_no_number_of_layers(family: str, more: dict[str, int]) -> None:
+    """As in Gemma 4, Doge and Qwen2-57B-A14B."""
+    model = tiny.build(family)
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    assert modules_of({**config, **more}, [])
+
+
+def test_the_module_says_how_its_experts_are_stored(tmp_path: Path) -> None:
+    """Aria's are [experts, in, out], gpt-oss's too, Mixtral's are one by one and Granite's are [experts, out, in]."""
+    expected = {"aria_text": True, "gpt_oss": True, "mixtral": None, "granitemoe": False}
+    for family, in_out in expected.items():
+        tiny.build(family).save_pretrained(tmp_path / family)
+        checkpoint = Checkpoint.open(tmp_path / family)
+        told = transposed_stacks(checkpoint.config, checkpoint.tensors)
+        assert set(told.values()) == (set() if in_out is None else {in_out}), family
+
+
+def test_experts_stored_in_out_compute_what_their_weights_stand_for(tmp_path: Path) -> None:
+    model = tiny.build("aria_text")
+    model.save_pretrained(tmp_path / "float")
+    spicerack.quantize(tmp_path / "float", "w8", output=tmp_path / "out")
+    dense = decoded_model(type(model), tmp_path / "out", tmp_path / "dense")
+    ids = tiny.inputs(model)["input_ids"]
+    loaded = spicerack.load(tmp_path / "out", compute="float")
+    assert torch.allclose(logits(loaded, ids), logits(dense, ids), atol=1e-4)
+    assert {e.transposed for e in Source.of(Checkpoint.open(tmp_path / "float")).census.entries.values()
+            if e.role == "experts"} == {True}  # fmt: skip
 
 
 def test_modules_ignore_hub_kernels(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,14 +24,18 @@ from transformers import PreTrainedModel
 
 import spicerack
 from spicerack import _native
-from spicerack.kernels import plan, pool
+from spicerack.kernels import panels, plan, pool
 from spicerack.kernels.panels import TYPES
 from spicerack.models import bundled
-from spicerack.nn import encoder
+from spicerack.nn.encoder import whole as encoder
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99,
     "max_position_embeddings": 40,
+}  # fmt: skip
+MODERN = {
+    **SIZES, "num_hidden_layers": 3, "local_attention": 6, "pad_token_id": 1, "cls_token_id": 2, "sep_token_id": 3,
+    "bos_token_id": 2, "eos_token_id": 3,
 }  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", SIZES),
@@ -42,11 +48,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "DistilBert",
         {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocab_size": 99, "max_position_embeddings": 40},
     ),
+    "mpnet": ("MPNet", SIZES),
+    "nomic": ("NomicBert", SIZES),
+    "nomic with wide heads": ("NomicBert", {**SIZES, "num_attention_heads": 2, "head_dim": 48}),
+    "modernbert": ("ModernBert", MODERN),
+    "modernbert with biases": (
+        "ModernBert",
+        {**MODERN, "attention_bias": True, "mlp_bias": True, "norm_bias": True, "hidden_activation": "silu"},
+    ),
 }
 
 
 def made(family: str, **settings: Any) -> PreTrainedModel:
-    """A random float model, whose norms and biases are random, too."""
+    """A random float model, whose norms and biases are random, too; weights are large enough that attention matters."""
     name, sizes = FAMILIES[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")
@@ -55,11 +69,19 @@ def made(family: str, **settings: Any) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
+            elif parameter.dim() == 2 and parameter.std() < 0.05:
+                parameter *= 5
     return model
 
 
 def quantized(family: str = "bert", scheme: str = "w8", compute: Any = "float", **settings: Any) -> Any:
     return spicerack.quantize(made(family, **settings), scheme, compute=compute)
+
+
+def quantized_folder(path: Path, family: str, scheme: str = "w8") -> Path:
+    made(family).save_pretrained(path / "original")
+    spicerack.quantize(path / "original", scheme, output=path / "out")
+    return path / "out"
 
 
 def modules(model: Any, *args: Any, **asked: Any) -> Any:
@@ -127,28 +149,125 @@ def test_gives_what_the_modules_give(
     positions = torch.arange(17).flip(0)[None] + 3
     given = {"input_ids": ids.t().contiguous().t(), "position_ids": positions, "attention_mask": seen}
     assert_close(model(**given, return_dict=True), modules(model, **given), seen, bound)
-    if family in ("bert", "xlm-roberta") or "electra" in family:
+    if family in ("bert", "xlm-roberta") or "electra" in family or "nomic" in family:
         types = (torch.arange(17) > 4).long().expand(4, 17)
         assert_close(model(ids, None, types), modules(model, ids, None, types), everything, bound)
         assert len(runs) == 5
     assert len(runs) >= 4
 
 
-@pytest.mark.parametrize("rules", [[], ["**.word_embeddings=w8"]])
+@pytest.mark.parametrize(
+    ("family", "rules"),
+    [("bert", []), ("bert", ["**.word_embeddings=w8"]), ("mpnet", []), ("mpnet", ["**.relative_attention_bias=w8"]),
+     ("nomic", []), ("modernbert", []), ("modernbert", ["**.tok_embeddings=w4g32"])],
+)  # fmt: skip
 @torch.no_grad()
-def test_is_right_in_float64(rules: list[str]) -> None:
+def test_is_right_in_float64(family: str, rules: list[str]) -> None:
     """Against the float model whose weights are those of the codes, in float64 by torch's own attention."""
-    original = made("bert")
+    original = made(family)
     model: Any = spicerack.quantize(copy.deepcopy(original), "w8", compute="float", rules=rules)
+    assert encoder.obstacles(model) == {"": None}
     exact = original.double()
     exact.set_attn_implementation("eager")
     for path, layer in model.named_modules():
         if hasattr(layer, "packed"):
             exact.get_submodule(path).weight.copy_(layer.packed.decode())
     batch = sentences([12, 4])
-    expected = modules(exact, **batch).last_hidden_state
+    for ours, row, length in zip(model(**batch).last_hidden_state, batch["input_ids"], [12, 4], strict=True):
+        # Without padding, of which the eager ModernBERT makes NaN where a window holds nothing else.
+        expected = modules(exact, row[None, :length]).last_hidden_state[0]
+        # Angles of rotary positions are float32 in either.
+        assert (ours[:length] - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "nomic", "modernbert"])
+@torch.no_grad()
+def test_a_narrow_model_is_computed_in_float32_and_rounded_once(
+    family: str, dtype: torch.dtype, runs: list[torch.Tensor]
+) -> None:
+    """Against the same model, codes and all, in float32: nearer to it than its own modules in their type."""
+    narrow: Any = spicerack.quantize(made(family).to(dtype), "w8", compute="float")
+    wide = copy.deepcopy(narrow).float()
+    batch = sentences([30, 12])
+    runs.clear()
+    ours, exact = narrow(**batch).last_hidden_state, wide(**batch).last_hidden_state
+    assert encoder.obstacles(narrow) == encoder.obstacles(wide) == {"": None}
+    assert [run.dtype for run in runs][:: len(runs) - 1] == [dtype, torch.float32]
     seen = batch["attention_mask"].bool()
-    assert (model(**batch).last_hidden_state - expected)[seen].abs().max() < 2e-6 * expected[seen].abs().max()
+    unit = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    difference = (ours.float() - exact)[seen].abs()
+    assert (difference <= unit * exact[seen].abs() + 3e-6).all() and ours.dtype == dtype
+    theirs = modules(narrow, **batch).last_hidden_state
+    assert theirs.dtype == dtype
+    if dtype != torch.float32:
+        assert difference.mean() < 0.6 * (theirs.float() - exact)[seen].abs().mean()
+
+
+@pytest.mark.parametrize("family", ["mpnet", "nomic", "modernbert"])
+@torch.no_grad()
+def test_distances_and_rotary_positions_hold_in_every_batch(
+    family: str, threads: None, runs: list[torch.Tensor]
+) -> None:
+    model = quantized(family, compute="int8", max_position_embeddings=402)
+    lengths = [3, 40, 1, 390, 17, 17, 2, 100]
+    batch = sentences(lengths)
+    alone = [
+        model(row[None, :length]).last_hidden_state[0] for row, length in zip(batch["input_ids"], lengths, strict=True)
+    ]
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for order in ([*range(8)], [7, 2, 5], [3], [4, 5] * 40):
+            some = {name: t[order][:, : max(lengths[i] for i in order)] for name, t in batch.items()}
+            for i, result in zip(order, model(**some).last_hidden_state, strict=True):
+                assert torch.equal(result[: lengths[i]], alone[i])
+    torch.set_num_threads(2)
+    long = quantized(family, max_position_embeddings=402)
+    seen = batch["attention_mask"].bool()
+    assert_close(long(**batch), modules(long, **batch), seen, 3e-6)
+
+
+@pytest.mark.parametrize("family", ["mpnet", "nomic", "modernbert"])
+@torch.no_grad()
+def test_masks_with_holes(family: str, runs: list[torch.Tensor]) -> None:
+    """Distances are of columns, so that rows before a hole are farther from those behind it than they lie packed."""
+    model = quantized(family, add_pooling_layer=None) if family == "modernbert" else quantized(family)
+    if family != "modernbert":
+        model.pooler = None
+    batch = sentences([9, 9])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 0], [1] * 9])
+    runs.clear()
+    assert_close(
+        model(batch["input_ids"], mask), modules(model, batch["input_ids"], mask), mask.bool(), 2e-6
+    )  # before and behind
+    assert len(runs) == 1 and runs[0] is not None
+    mask[0, 4] = 0
+    ours, theirs = (f(batch["input_ids"], mask).last_hidden_state for f in (model, lambda *a: modules(model, *a)))
+    assert (ours - theirs)[mask.bool()].abs().max() < 1e-5
+    assert (runs[1] is not None) == (family == "nomic")
+
+
+@pytest.mark.parametrize("engine", [*panels.NAMES])
+@torch.no_grad()
+def test_all_engines_give_the_same_bits(engine: str, tmp_path: Path) -> None:
+    batch = sentences([30, 9, 1])
+    for family in ("mpnet", "nomic", "modernbert"):
+        folder = quantized_folder(tmp_path / family, family)
+        results = [spicerack.load(folder, compute="int8", engine=name)(**batch) for name in (engine, "scalar")]
+        assert torch.equal(results[0].last_hidden_state, results[1].last_hidden_state)
+
+
+@torch.no_grad()
+def test_rotary_positions_have_no_end(runs: list[torch.Tensor]) -> None:
+    for family in ("nomic", "modernbert"):
+        model = quantized(family)
+        runs.clear()
+        ids = sentences([60])["input_ids"]  # of 40 positions
+        places = torch.arange(60)[None] + 100_000
+        for given in (None, places, -places):
+            ours, theirs = model(ids, position_ids=given), modules(model, ids, position_ids=given)
+            assert_close(ours, theirs, torch.ones(1, 60, dtype=torch.bool), 3e-6)
+        assert len(runs) == 3
 
 
 @torch.no_grad()
@@ -388,6 +507,103 @@ def test_what_is_written_into_weights_counts(runs: list[torch.Tensor]) -> None:
     assert torch.allclose(model(**batch).last_hidden_state, first + 1, atol=1e-6) and len(runs) == 1
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [["encoder.layer.0.**=skip"], ["**.query=skip", "**.key=skip"], ["**.intermediate.dense=skip"],
+     ["embeddings_project=skip", "**.output.dense=skip"]],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_layers_that_stayed_float(rules: list[str], dtype: torch.dtype, runs: list[torch.Tensor]) -> None:
+    model: Any = spicerack.quantize(made("electra").to(dtype), "w8", compute="float", rules=rules)
+    assert encoder.obstacles(model) == {"": None}
+    batch = sentences([30, 1, 17])
+    bound = 2e-6 if dtype == torch.float32 else 0.03
+    runs.clear()
+    assert_close(model(**batch), modules(model, **batch), batch["attention_mask"].bool(), bound)
+    layer = next(m for m in model.modules() if type(m) is nn.Linear)
+    layer.weight.mul_(2)
+    assert_close(model(**batch), modules(model, **batch), batch["attention_mask"].bool(), bound)
+    assert len(runs) == 2
+
+
+@torch.no_grad()
+def test_nomic_folders_keep_their_attention_in_float(tmp_path: Path) -> None:
+    """Its checkpoints have one matrix for query, key and value, which transformers cuts when it loads."""
+    model: Any = spicerack.load(quantized_folder(tmp_path, "nomic"), compute="float")
+    assert type(model.layers[0].self_attn.q_proj) is nn.Linear and encoder.obstacles(model) == {"": None}
+    batch = sentences([9, 4, 17])
+    assert_close(model(**batch), modules(model, **batch), batch["attention_mask"].bool(), 2e-6)
+
+
+@torch.no_grad()
+def test_biases_by_distance_are_read_at_each_call(runs: list[torch.Tensor]) -> None:
+    model = quantized("mpnet")
+    batch = sentences([9, 4])
+    first = model(**batch).last_hidden_state
+    runs.clear()
+    model.encoder.relative_attention_bias.weight.mul_(-50)
+    changed = model(**batch).last_hidden_state
+    assert len(runs) == 1 and (changed - first).abs().max() > 0.01
+    assert_close(model(**batch), modules(model, **batch), batch["attention_mask"].bool(), 2e-6)
+
+
+def cast(model: Any) -> None:
+    model.to(torch.bfloat16)
+
+
+def cast_inside(model: Any) -> None:
+    model.encoder.to(torch.bfloat16)
+
+
+def cast_around(model: Any) -> None:
+    nn.ModuleList([model]).half()
+
+
+def moved_and_back(model: Any) -> None:
+    model._apply(torch.clone)
+
+
+def replaced(model: Any) -> None:
+    for layer in list(model.modules()):
+        if isinstance(layer, nn.LayerNorm):
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+
+
+@pytest.mark.parametrize("move", [cast, cast_around, moved_and_back, cast_inside, replaced])
+@torch.no_grad()
+def test_nobody_keeps_tensors_of_a_model_that_was_moved(move: Callable[[Any], None], runs: list[torch.Tensor]) -> None:
+    model = quantized("bert")
+    batch = sentences([9, 4])
+    expected = model(**batch).last_hidden_state
+    plans = weakref.ref(vars(model)[encoder._PLACE]._ready.built.plan)
+    old = [weakref.ref(t) for t in plans()._tensors if not isinstance(t, nn.Parameter)]
+    runs.clear()
+    move(model)
+    if move in (cast_inside, replaced):  # seen at the next call
+        with suppress(RuntimeError):  # of modules of different types
+            model(**batch)
+        assert not runs
+    gc.collect()
+    assert plans() is None
+    if move is moved_and_back:
+        assert not any(t() for t in old)
+    if move in (cast, cast_around, moved_and_back):
+        again = model(**batch).last_hidden_state
+        seen = batch["attention_mask"].bool()
+        assert (again - expected)[seen].abs().max() < 0.03 and len(runs) > 1 and again.dtype == model.dtype
+
+
+@torch.no_grad()
+def test_a_move_that_moves_nothing_costs_nothing(runs: list[torch.Tensor]) -> None:
+    model = quantized("bert")
+    batch = sentences([9, 4])
+    runs.clear()
+    ready = vars(model)[encoder._PLACE]._ready
+    model.to("cpu").float()(**batch)
+    assert len(runs) == 1 and vars(model)[encoder._PLACE]._ready is ready
+
+
 @torch.no_grad()
 def test_tracing_and_compiling_see_the_modules(runs: list[torch.Tensor]) -> None:
     model = quantized()
@@ -515,15 +731,37 @@ def test_says_why_modules_run(monkeypatch: pytest.MonkeyPatch) -> None:
         model = made(family, **settings)
         return encoder.obstacles(spicerack.quantize(model.to(dtype or torch.float32), "w8", rules=rules))[""]
 
-    assert why(hidden_act="gelu_new") == "encoder.layer.0.intermediate.intermediate_act_fn is a NewGELUActivation"
+    assert why(hidden_act="relu") == "encoder.layer.0.intermediate.intermediate_act_fn is a ReLU"
     assert why(num_attention_heads=8) == "widths of its heads are no multiples of 16"
     assert why(is_decoder=True) == "its config has is_decoder=True"
     assert why(chunk_size_feed_forward=2) == "its config has chunk_size_feed_forward=2"
-    assert why(dtype=torch.bfloat16) == "embeddings.word_embeddings is bfloat16, and one call computes in float32"
-    assert why(rules=("encoder.layer.1.output.dense=skip",)) == "encoder.layer.1.output.dense is a Linear"
+    assert why("modernbert", num_attention_heads=8) == "widths of its heads are no multiples of 16"
+    assert why("nomic", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}) == (
+        "its rotary positions are dynamic"
+    )
+    assert why(dtype=torch.bfloat16) is None
+    mixed = made("bert").bfloat16()
+    mixed.embeddings.LayerNorm.float()
+    assert encoder.obstacles(spicerack.quantize(mixed, "w8"))[""] == (
+        "embeddings.LayerNorm is float32, and what comes before it is bfloat16"
+    )
+    assert why(rules=("encoder.layer.*.output.dense=skip",)) is None
+    assert why(rules=("encoder.layer.**.dense=skip",)) == "more than half of its layers' weights are float"
     assert why(rules=("encoder.layer.1.intermediate.dense=nf4",)) == (
         "encoder.layer.1.intermediate.dense.packed is computed by the kernel reference"
     )
+    turns = plan.Plan.turns
+    monkeypatch.setattr(plan.Plan, "turns", lambda self, f, scale, y: turns(self, f, 30 * scale, y))
+    assert why("nomic").startswith("its results differ from those of its modules by ")
+    attention = plan.Plan.attention
+
+    def unlimited(*args: Any, window: int | None, **others: Any) -> None:
+        attention(*args, window=None, **others)
+
+    monkeypatch.setattr(plan.Plan, "turns", turns)
+    monkeypatch.setattr(plan.Plan, "attention", unlimited)
+    assert why("modernbert").startswith("its results differ from those of its modules by ")
+    monkeypatch.setattr(plan.Plan, "attention", attention)
     norm = plan.Plan.norm
 
     def wrong(*args: Any) -> None:

@@ -41,7 +41,7 @@ def test_a_row_leads_there_and_back(name: str) -> None:
     assert type(packed) is kind.packed_class and kinds.of_packed(packed) is kind
     assert kind.options(packed) == kind.options(layer) and packed.bias is kinds.bias_of(layer)
     assert packed.weight.shape == layer.weight.shape
-    again = kind.unpack(nn.Parameter(packed.weight.contiguous()), kind.options(packed), packed.bias)
+    again = kind.unpack(nn.Parameter(packed.decode().contiguous()), kind.options(packed), packed.bias)
     assert type(again) is type(layer) and repr(again) == repr(layer)
     assert torch.allclose(again.weight, layer.weight, atol=0.02)
     x = torch.tensor([[1, 2], [5, 0]]) if name == "embedding" else torch.randn(3, 12, 8, 8)
@@ -71,6 +71,14 @@ def test_subclasses_have_no_kind_unless_they_compute_the_same() -> None:
         kinds.of(Other(4, 4))
     packed = QOther(PackedWeight(codec.encode(torch.randn(4, 8), parse("w8"))))
     assert kinds.of_packed(packed).name == "linear"
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    net[1].forward = lambda x: x * 2
+    with pytest.raises(RecipeError, match="1: its forward was replaced in this instance"):
+        spicerack.quantize(net, "w8")
+    assert torch.equal(spicerack.quantize(net, "w8", rules=["1=skip"])[1](torch.ones(32)), 2 * torch.ones(32))
 
 
 # ---- a kind that is made up here -------------------------------------------------------------------------------------
@@ -134,7 +142,8 @@ def net() -> nn.Sequential:
 
 def test_a_new_kind_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 4, 3, 3, 3)
-    plain = spicerack.quantize(net(), "w4g8")
+    with pytest.warns(UserWarning, match=r"Conv3d has no packed form"):
+        plain = spicerack.quantize(net(), "w4g8")
     assert {type(part) for part in plain.modules() if isinstance(part, PackedLayer)} == {QLinear}
     monkeypatch.setattr(kinds, "KINDS", (*KINDS, SCALED, CONV3D))
     small = spicerack.quantize(net(), "w4g8", rules=["3=w8"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spicerack import _native
+from spicerack.kernels import multiply, panels
 from spicerack.numerics import bits, codec, native, rounding
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor
@@ -187,3 +191,52 @@ def test_signed_codes_travel_through_packing() -> None:
     codes = rounding.to_nearest(weights(2, 3, 50), parse("w3")).codes
     words = native.pack(codes, 3, offset=4)
     assert torch.equal(native.unpack(words, 3, 50, offset=4).view(torch.int8), codes)
+
+
+OTHER = {torch.float32: torch.bfloat16, torch.float64: torch.float32, torch.int8: torch.int16, torch.uint8: torch.int16,
+         torch.int32: torch.int64}  # fmt: skip
+
+
+def written() -> dict[str, tuple[Callable[..., object], list[torch.Tensor]]]:
+    """Native functions of the arrays that they write to, and those arrays as they should be."""
+    w, levels = weights(4, 32), native.levels_of(parse("w4g32"))
+    scale, zero, codes = torch.ones(4), torch.zeros(4, dtype=torch.int8), torch.zeros(4, 32, dtype=torch.int8)
+    words = torch.zeros((4, 4), dtype=torch.int32)
+    packed = panels.pack(rounding.to_nearest(weights(32, 64), parse("w8")))
+    spec = panels.spec_of(parse("w8"), (32, 64))
+    matrix = multiply.PanelMatrix(packed["codes"], packed["scale"], None, spec, panels.FLOATS)
+    tiles, bound = packed["codes"], matrix.native()
+    data, lanes = torch.zeros((32, 64), dtype=torch.uint8), torch.zeros((2, 1, 16), dtype=torch.uint8)
+
+    def packing(tiles: torch.Tensor) -> _native.Packing:
+        return _native.Packing(data, 1, 32, 64, 8, 0, 255, 8, tiles)
+
+    return {
+        "search": (
+            lambda *out: _native.search(w, levels, "float16", (), (), (), 0, 1.0, None, *out),
+            [scale, zero, codes],
+        ),
+        "encode": (lambda out: _native.encode(w, levels, scale, None, out), [codes]),
+        "judge": (lambda out: _native.judge(w, levels, 1.0, 0.0, out), [torch.zeros(4, 5, dtype=torch.float64)]),
+        "pack": (lambda out: _native.pack(codes.view(torch.uint8), 4, 0, out), [words]),
+        "unpack": (lambda out: _native.unpack(words, 4, 0, out), [codes.view(torch.uint8)]),
+        "rows": (lambda out: _native.rows(bound, torch.tensor([3, 1]), out), [torch.zeros(2, 64)]),
+        "from_panels": (lambda out: _native.from_panels(tiles, 8, 0, out), [torch.zeros(32, 64, dtype=torch.uint8)]),
+        "Packing": (packing, [torch.zeros_like(tiles)]),
+        "add_lanes": (
+            lambda out: packing(torch.zeros_like(tiles)).add_lanes(torch.zeros((32, 1), dtype=torch.uint8), 1, 0, out),
+            [lanes],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(written()))
+def test_what_is_written_to_is_never_a_converted_copy(name: str) -> None:
+    """A copy of another type, or without gaps in memory, would be filled and forgotten, and the caller's left alone."""
+    call, out = written()[name]
+    call(*out)
+    for i, right in enumerate(out):
+        wide = right.new_zeros((*right.shape[:-1], right.shape[-1] * 2))
+        for wrong in (right.to(OTHER[right.dtype]), wide[..., ::2]):
+            with pytest.raises(TypeError, match="incompatible function arguments"):
+                call(*out[:i], wrong, *out[i + 1 :])

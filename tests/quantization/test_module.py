@@ -194,7 +194,10 @@ def test_a_block_used_twice_stays_one_block() -> None:
 
 def test_torchs_own_transformer_layer() -> None:
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
-    small = spicerack.quantize(layer, "w4g32")
+    with pytest.warns(
+        UserWarning, match=r"50% of the weights in matrices stay in float: self_attn.in_proj_weight \(a par"
+    ):
+        small = spicerack.quantize(layer, "w4g32")
     assert packed(small).keys() == {"linear1", "linear2"}
     for mode in (torch.no_grad(), torch.enable_grad()):
         with mode:
@@ -284,9 +287,12 @@ def test_convolutions_are_quantized_where_they_would_be_trained() -> None:
     inside = nn.ModuleDict({"theirs": vit, "ours": nn.Conv2d(4, 2, 3)})
     assert any(isinstance(part, nn.Conv2d) for part in vit.modules())
     for model, convolutions in ((vit, set()), (inside, {"ours"})):
-        layers = packed(spicerack.quantize(model, "w8"))
+        with pytest.warns(UserWarning, match=r"projection \(convolutions of transformers models stay in float\)"):
+            layers = packed(spicerack.quantize(model, "w8"))
         assert {name for name, layer in layers.items() if isinstance(layer, QConv2d)} == convolutions and layers
-        with pytest.raises(RecipeError, match="matches nothing"):
+        with pytest.raises(
+            RecipeError, match=r"rule \*\*\.projection=w8: .*projection stays in float: convolutions of"
+        ):
             spicerack.quantize(model, "w8", rules=["**.projection=w8"])
 
 
@@ -318,11 +324,13 @@ def test_a_convolution_that_pads_otherwise_is_not_filled(tmp_path: Path) -> None
 
 def test_experts_in_one_parameter_stay_in_float_and_are_named() -> None:
     model = families.build("mixtral")
-    small = spicerack.quantize(model, "w4g8")
+    with pytest.warns(UserWarning, match=r"MixtralForCausalLM: \d+% of the weights.*experts in one parameter"):
+        small = spicerack.quantize(model, "w4g8")
     experts = {name: p for name, p in model.named_parameters() if p.dim() == 3}
     assert experts and all(torch.equal(small.get_parameter(name), p) for name, p in experts.items())
     with pytest.raises(
-        RecipeError, match=r"rule \*\*\.experts\.\*=w8: .*experts.* is one parameter \[.*in memory those stay"
+        RecipeError,
+        match=r"rule \*\*\.experts\.\*=w8: .*experts.* stays in float: experts in one parameter of MixtralExp",
     ):
         spicerack.quantize(model, "w4g8", rules=["**.experts.*=w8"])
 
@@ -486,3 +494,77 @@ def test_a_killed_save_leaves_no_folder_and_mixes_nothing(tmp_path: Path, monkey
 def test_how_a_folder_computes_is_said_when_it_is_loaded(tmp_path) -> None:
     with pytest.raises(UsageError, match="compute is no property of a folder"):
         spicerack.quantize(tmp_path, "w8", output=tmp_path / "out", compute="float")  # type: ignore[call-overload]
+
+
+# ---- what stays in float ---------------------------------------------------------------------------------------------
+
+
+class Cast(nn.Linear):
+    """As openai/whisper's: a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class Mine(nn.Embedding):
+    """Rows times a number."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return 8 * super().forward(ids)
+
+
+@pytest.mark.parametrize("call", [spicerack.quantize, spicerack.prepare_qat])
+@pytest.mark.parametrize(("layer", "reason"), [
+    (lambda: Cast(64, 64), "Cast is a subclass of Linear, which may compute something else"),
+    (lambda: nn.Linear(64, 64).double(), "float64 weights are not quantized"),
+    (lambda: nn.Bilinear(8, 8, 64), "Bilinear has no packed form"),
+])  # fmt: skip
+def test_what_stays_in_float_is_told_with_its_reason(call, layer, reason: str) -> None:
+    with pytest.raises(RecipeError, match=f"Sequential has no layer .*{reason}"):
+        call(nn.Sequential(layer()), "w8")
+    with pytest.warns(
+        UserWarning, match=rf"Sequential: \d\d% of the weights in matrices stay in float: 1 \(.*{reason}"
+    ):
+        call(nn.Sequential(nn.Linear(64, 16), layer()), "w8")
+    call(nn.Sequential(nn.Linear(640, 640), nn.Linear(16, 16).double()), "w8")  # too little to tell
+    with pytest.raises(RecipeError, match=rf"rule 1=w4: 1 stays in float: .*{reason}"):
+        call(nn.Sequential(nn.Linear(64, 16), layer()), "w8", rules=["1=w4"])
+
+
+def test_a_rule_for_a_table_of_another_class_is_refused_by_name() -> None:
+    net = nn.ModuleDict({"table": Mine(9, 64), "layer": nn.Linear(64, 64)})
+    with pytest.raises(RecipeError, match=r"^rule table=w8: table stays in float: .*Mine is a subclass of Embedding"):
+        spicerack.quantize(net, "w8", rules=["table=w8"])
+
+
+class Keeps(nn.Module):
+    """Remembers what it computed: in an attribute, in a list, and in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.register_buffer("state", torch.zeros(3, 64))
+        self.past: list[dict[str, torch.Tensor]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = self.layer(x)
+        self.past.append({"loss": self.last.sum()})
+        self.state = self.last + 1
+        return self.last
+
+
+def test_tensors_with_a_history_are_copied_without_it() -> None:
+    net = Keeps()
+    net(torch.randn(3, 64))
+    for small in (spicerack.quantize(net, "w8"), spicerack.freeze(spicerack.prepare_qat(net, "w8"))):
+        copies = (small.last, small.past[0]["loss"], small.state)
+        for copied, original in zip(copies, (net.last, net.past[0]["loss"], net.state), strict=True):
+            assert torch.equal(copied, original) and copied is not original
+            assert not copied.requires_grad and original.requires_grad
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    net[1].batches = (x for x in ())
+    with pytest.raises(UsageError, match=r"^1\.batches of ReLU is a generator, which cannot be copied"):
+        spicerack.quantize(net, "w8")

@@ -20,7 +20,7 @@ import spicerack
 from spicerack.errors import CheckpointError, LoadError, UntrustedCodeError
 from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.experts import ExpertStack
-from spicerack.nn.linear import QLinear
+from spicerack.nn.linear import QConv1D, QLinear
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import codec
 from spicerack.numerics.scheme import parse
@@ -35,7 +35,7 @@ SCHEMES = ["w8", "w6", "w4g32", "w4g32z", "w3g64", "w2g32h", "w2g32z", "w8t", "w
 
 def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Those of a stack of experts are in the stack."""
-    kinds = (QLinear, QEmbedding, ExpertStack)
+    kinds = (QLinear, QConv1D, QEmbedding, ExpertStack)
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)}
     stacks = tuple(f"{name}." for name, m in layers.items() if isinstance(m, ExpertStack))
     return {name: m for name, m in layers.items() if not name.startswith(stacks)}
@@ -245,7 +245,7 @@ def test_weights_stay_packed_in_memory(tmp_path: Path) -> None:
             tensors[name] = torch.ones(shape)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     raw = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(fmt.config(raw, contents, ["lm_head"])))
+    (tmp_path / "config.json").write_text(json.dumps(fmt.config(raw, contents, format.Reading(["lm_head"]))))
     # A fixed threshold makes glibc return freed memory at once: asserted is what is held, not what malloc keeps.
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(tmp_path)],
@@ -289,7 +289,7 @@ def net_folder(folder: Path, net: Net) -> Path:
         tensors |= own.encode(contents[module], codec.encode(weight, parse("w8")))
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(own.config({}, contents, [])))
+    (folder / "config.json").write_text(json.dumps(own.config({}, contents, format.Reading())))
     return folder
 
 

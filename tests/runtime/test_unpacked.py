@@ -16,10 +16,10 @@ from spicerack import QATConfig
 from spicerack.errors import SchemeError, UsageError
 from spicerack.nn.conv import QConv2d
 from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.linear import QLinear
+from spicerack.nn.linear import QConv1D, QLinear
 from spicerack.training.qat.fake_layers import FakeLayer
 
-PACKED = QLinear | QEmbedding | QConv2d
+PACKED = QLinear | QConv1D | QEmbedding | QConv2d
 
 
 def same(before: nn.Module, after: nn.Module) -> None:

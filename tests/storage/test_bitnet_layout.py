@@ -117,7 +117,7 @@ def test_what_it_does_not_hold_goes_into_the_container(stored: StoredTensor, rea
     [obstacle] = FMT.obstacles(contents)
     assert obstacle.startswith(f"{stored.module}: bitnet has {reason}")
     assert format.choose(contents).name == "spicerack"
-    assert format.portability(contents, [])[1] == f"the reason: {obstacle}"
+    assert format.portability(contents, [], format.Reading())[1] == f"the reason: {obstacle}"
 
 
 def test_what_it_holds_is_written_so() -> None:
@@ -126,7 +126,7 @@ def test_what_it_holds_is_written_so() -> None:
         "lm_head": StoredTensor("lm_head", TERNARY, (64, 64), "head"),
     }
     assert format.choose(contents) == FMT
-    [note] = format.portability(contents, [])
+    [note] = format.portability(contents, [], format.Reading())
     assert "accelerate" in note
 
 
@@ -139,12 +139,12 @@ def test_transformers_leaves_alone_what_is_not_packed_and_nothing_else() -> None
         m: StoredTensor(m, TERNARY, (64, 64)) for m in ("model.layers.1.proj", "model.layers.10.up", "model.lm_head")
     }
     floats = ["proj", "lm_head", "model.layers.1.up"]
-    config = FMT.config({"model_type": "llama"}, contents, floats)
+    config = FMT.config({"model_type": "llama"}, contents, format.Reading(floats))
     section = config["quantization_config"]
     assert FMT.recognizes(config) and FMT.float_config(config) == {"model_type": "llama"}
     assert section.pop("modules_to_not_convert") == ["proj$", "lm_head$", "model.layers.1.up"]
     assert section == {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
-    patterns = FMT.config({}, contents, floats)["quantization_config"]["modules_to_not_convert"]
+    patterns = FMT.config({}, contents, format.Reading(floats))["quantization_config"]["modules_to_not_convert"]
     assert [m for m in (*contents, *floats) if should_convert_module(m, patterns)] == list(contents)
 
 

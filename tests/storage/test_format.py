@@ -22,7 +22,7 @@ from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.quantization.recipe import Recipe, Rule
 from spicerack.storage import format, formats
-from spicerack.storage.format import StoredTensor
+from spicerack.storage.format import Host, Reading, StoredTensor
 from spicerack.storage.reader import Checkpoint
 
 CT, OWN = format.get("compressed_tensors"), format.get("spicerack")
@@ -152,7 +152,9 @@ def test_golden_bytes_of_the_container() -> None:
 
 def test_config_of_compressed_tensors() -> None:
     contents = {m: StoredTensor(m, parse("w4g128"), (256, 256)) for m in ("model.layers.0.q", "model.layers.1.q")}
-    config = CT.config({"model_type": "llama"}, contents, ["lm_head", "model.layers.0.gate", "model.layers.1.gate"])
+    config = CT.config(
+        {"model_type": "llama"}, contents, Reading(["lm_head", "model.layers.0.gate", "model.layers.1.gate"])
+    )
     assert config == {
         "model_type": "llama",
         "quantization_config": {
@@ -199,14 +201,15 @@ def test_transformers_is_told_to_decode_on_loading_where_it_must(
     architecture: str, schemes: list[str], expected
 ) -> None:
     contents = contents_of(*(StoredTensor(f"l{i}", parse(s), (64, 64)) for i, s in enumerate(schemes)))
-    section = CT.config({"architectures": [architecture]}, contents, [])["quantization_config"]
+    config = {"architectures": [architecture]}
+    section = CT.config(config, contents, CT.reading(config, contents, Host()))["quantization_config"]
     assert section.get("dequantize", False) is expected
 
 
 def test_targets_of_several_schemes_never_catch_another_layer() -> None:
     contents = {f"l.{i}.{n}": StoredTensor(f"l.{i}.{n}", parse("w8" if (i, n) == (0, "up") else "w4"), (8, 32))
             for i in range(2) for n in ("up", "down")}  # fmt: skip
-    groups = CT.config({}, contents, [])["quantization_config"]["config_groups"]
+    groups = CT.config({}, contents, CT.reading({}, contents, Host()))["quantization_config"]["config_groups"]
     assert {g["weights"]["num_bits"]: g["targets"] for g in groups.values()} == {
         8: ["l.0.up"],
         4: [r"re:^l\.\d+\.down$", "l.1.up"],
@@ -215,7 +218,7 @@ def test_targets_of_several_schemes_never_catch_another_layer() -> None:
 
 def test_config_of_the_container() -> None:
     contents = {m: StoredTensor(m, parse("w2h"), (8, 32), "conv1d", torch.bfloat16, True) for m in ("a", "b")}
-    config = OWN.config({"model_type": "gpt2"}, contents, [])
+    config = OWN.config({"model_type": "gpt2"}, contents, Reading())
     assert config == {
         "model_type": "spicerack",
         "quantized": {
@@ -234,7 +237,7 @@ def test_config_of_the_container() -> None:
         "config": {"model_type": "gpt2"},
     }
     assert OWN.float_config(config) == {"model_type": "gpt2"}
-    assert "config" not in OWN.config({}, contents, [])
+    assert "config" not in OWN.config({}, contents, Reading())
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
@@ -264,7 +267,7 @@ def test_compressed_tensors_is_chosen_where_it_is_exact(name: str) -> None:
 def test_the_container_is_chosen_for_the_rest(stored: StoredTensor) -> None:
     contents = contents_of(stored, StoredTensor("b", parse("w8"), (64, 64)))
     assert format.choose(contents).name == "spicerack"
-    notes = format.portability(contents, [])
+    notes = format.portability(contents, [], Reading())
     assert "only spicerack reads this folder" in notes[0] and notes[1].startswith("the reason: a: ")
 
 
@@ -284,13 +287,14 @@ def test_a_scheme_without_a_name_is_refused() -> None:
 )
 def test_what_a_recipe_costs_is_said(schemes: list[str], word: str) -> None:
     contents = contents_of(*(StoredTensor(f"l{i}", parse(s), (64, 64)) for i, s in enumerate(schemes)))
-    assert any(word in note for note in format.portability(contents, []))
+    reading = CT.reading({}, contents, Host())
+    assert any(word in note for note in format.portability(contents, [], reading))
 
 
 def test_splitting_what_vllm_fuses_is_said() -> None:
     contents = contents_of(StoredTensor("q_proj", parse("w4"), (64, 64)))
-    assert format.portability(contents, [("q_proj",)]) == []
-    assert format.portability(contents, [("q_proj", "k_proj")]) == [
+    assert format.portability(contents, [("q_proj",)], Reading()) == []
+    assert format.portability(contents, [("q_proj", "k_proj")], Reading()) == [
         "q_proj, k_proj are float and w4: vLLM fuses them and refuses"
     ]
 
@@ -303,7 +307,9 @@ def folder_of(tmp_path: Path, fmt: format.Format, *stored: StoredTensor) -> Path
     for p in stored:
         tensors |= fmt.encode(p, encoded(random_weight(*p.shape, dtype=p.source_dtype), p.scheme))
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(fmt.config({"model_type": "llama"}, contents_of(*stored), [])))
+    config, contents = {"model_type": "llama"}, contents_of(*stored)
+    written = fmt.config(config, contents, fmt.reading(config, contents, Host()))
+    (tmp_path / "config.json").write_text(json.dumps(written))
     return tmp_path
 
 
@@ -410,7 +416,7 @@ from dataclasses import dataclass
 import torch
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
-from spicerack.storage.format import StoredTensor
+from spicerack.storage.format import Reading, StoredTensor
 
 @dataclass(frozen=True)
 class Plain:
@@ -436,7 +442,10 @@ class Plain:
     def undecoded(self, stored, tensors):
         return None
 
-    def config(self, config, contents, unquantized_linears):
+    def reading(self, config, contents, host):
+        return Reading()
+
+    def config(self, config, contents, reading):
         return {**config, "quantization_config": {"quant_method": "plain"}}
 
     def recognizes(self, config):
@@ -449,7 +458,7 @@ class Plain:
         names = {n.removesuffix(".bytes"): i.shape for n, i in checkpoint.tensors.items() if n.endswith(".bytes")}
         return {m: StoredTensor(m, parse("w6"), (n, k - 2)) for m, (n, k) in names.items()}
 
-    def notes(self, contents, fused):
+    def notes(self, contents, fused, reading):
         return ["six bits in eight"]
 
 FORMAT = Plain()
@@ -469,7 +478,7 @@ def test_a_new_format_is_one_file_from_a_recipe_to_bytes_and_back(tmp_path: Path
         for name in fmt.contents(checkpoint):
             wanted = codec.encode(floats.get_submodule(name).weight.detach(), parse("w6"))
             assert same(model.get_submodule(name).packed.qtensor(), wanted)
-        assert format.portability(fmt.contents(checkpoint), []) == ["six bits in eight"]
+        assert format.portability(fmt.contents(checkpoint), [], Reading()) == ["six bits in eight"]
         # What it does not hold goes where it went without the file, and so does what others hold no more.
         assert format.choose(contents_of(StoredTensor("a", parse("w4"), (64, 64)))) == CT
         assert format.choose(contents_of(StoredTensor("a", parse("nf4"), (64, 64)))) == OWN

@@ -31,7 +31,7 @@ class Constant(torch.nn.Module):
         self.logits = logits
         self.generation_config = SimpleNamespace(eos_token_id=None)
         text = SimpleNamespace(max_position_embeddings=4096)
-        self.config = SimpleNamespace(get_text_config=lambda: text, is_encoder_decoder=False)
+        self.config = SimpleNamespace(get_text_config=lambda **_: text, is_encoder_decoder=False)
 
     def can_generate(self) -> bool:
         return True

@@ -31,7 +31,7 @@ from spicerack.models.bundled import language_model
 from spicerack.quantization.recipe import skip
 from spicerack.runtime.load import load
 from spicerack.text.calibration import Calibration
-from spicerack.text.pieces import windows
+from spicerack.text.windows import windows
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "results" / "peers.json"

@@ -23,7 +23,7 @@ def scales(q: QTensor) -> torch.Tensor:
 
 def zeros(q: QTensor) -> torch.Tensor:
     """The zero points of a QTensor, float32 [N or 1, groups or 1]; a single 0, [1, 1], where the scheme has none."""
-    return torch.zeros((1, 1), device=q.codes.device) if q.zero is None else q.zero.float()
+    return torch.zeros((1, 1), dtype=torch.float32, device=q.codes.device) if q.zero is None else q.zero.float()
 
 
 def level_of_each(q: QTensor) -> torch.Tensor:

@@ -116,7 +116,8 @@ def descend(
     with _in_place(layers, learned):
         least = _loss(forward, judges)
         for step in range(steps):
-            batch = [learners[i] for i in torch.randint(len(learners), (BATCH,), generator=generator).tolist()]
+            drawn = torch.randint(len(learners), (BATCH,), generator=generator, device="cpu")
+            batch = [learners[i] for i in drawn.tolist()]
             with torch.enable_grad():
                 output, target = forward(batch)
                 (output - target).square().mean().backward()

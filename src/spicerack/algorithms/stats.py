@@ -169,7 +169,7 @@ def tokens(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     bad = ~(rows.abs() <= LARGEST)  # NaN compares as false
     if bool(bad.any()):
         row, column = (int(i) for i in bad.nonzero()[0])
-        places = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu().bool()
+        places = torch.ones(x.shape[:-1], dtype=torch.bool, device="cpu") if mask is None else mask.cpu().bool()
         place = [int(i) for i in places.nonzero()[row]]
         raise ActivationError(
             f"token {place}, column {column}: activation {float(rows[row, column])}; {int(bad.sum())} such values",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from spicerack.evaluation.bench import BenchOptions, bench
-from spicerack.evaluation.encoder import embed
+from spicerack.evaluation.encoder import embed, tokens_of
 from spicerack.evaluation.evaluate import Evaluation, EvaluationOptions, measure
 from spicerack.evaluation.folder import pooling_of
 from spicerack.evaluation.language import Comparison
@@ -189,9 +189,8 @@ def _sample(subject: Subject, folder: Path) -> str:
         return generate(folder, PROMPT, GenerateOptions(max_new_tokens=NEW_TOKENS)).text
     model = load(folder)
     tokenizer = read_tokenizer(folder, model.config)
-    inputs = tokenizer([QUESTION, *SENTENCES], padding=True, truncation=True, max_length=_LENGTH, return_tensors="pt")
     with torch.no_grad():
-        vectors = embed(model, inputs["input_ids"], inputs["attention_mask"], pooling_of(folder))
+        vectors = embed(model, *tokens_of(tokenizer, [QUESTION, *SENTENCES], _LENGTH), pooling_of(folder))
     question, *others = torch.nn.functional.normalize(vectors)
     scores = torch.stack(others) @ question
     return f"{SENTENCES[int(scores.argmax())]} ({float(scores.max()):.3f})"

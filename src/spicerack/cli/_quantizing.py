@@ -127,7 +127,9 @@ def report(summary: Summary, source: Path, console: Console) -> None:
     """
     from rich.table import Table
 
+    from spicerack.models.kind import obstacle
     from spicerack.storage import ledger
+    from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("layers", "numbers", "count", "before", "after", "error"):
@@ -147,4 +149,7 @@ def report(summary: Summary, source: Path, console: Console) -> None:
     )
     resumed = ", resumed" if summary.resumed else ""
     console.print(f"{summary.seconds:.1f} s, peak memory {_output.size(summary.peak_rss_bytes)}{resumed}")
-    console.print(f"next: spicerack eval {summary.output} --against {source} --text FILE", soft_wrap=True, markup=False)
+    if obstacle(read_json(source / CONFIG, MAX_CONFIG_BYTES)) is None:  # else there is nothing that compares them
+        console.print(
+            f"next: spicerack eval {summary.output} --against {source} --text FILE", soft_wrap=True, markup=False
+        )

@@ -34,6 +34,7 @@ def command(keep: Path | None, as_json: bool) -> None:
     """
     from spicerack.cli._demo import run, subjects
 
+    keep = None if keep is None else keep.expanduser()
     if keep is not None and keep.exists():
         raise OutputError(f"{keep} exists", "choose another folder")
     console, progress = _output.console(as_json), _output.console(as_json=True)

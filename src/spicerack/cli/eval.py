@@ -7,7 +7,6 @@ figures mean; programs get all of them by --json.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,7 +27,7 @@ ABOUT = About(place=40, summary="What the smaller model lost.")
 @click.command()
 @click.argument("out", metavar="OUT")
 @click.option("--against", metavar="MODEL", required=True, help="The float model that OUT was made from.")
-@click.option("--text", type=click.Path(path_type=Path), help="Text to evaluate on; for encoders one sentence a line.")
+@click.option("--text", metavar="TEXT", help="File, JSON lines, folder or dataset; for encoders one sentence a line.")
 @click.option("--window", type=click.IntRange(min=2), help="Tokens read together. Default: 512, or the most.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after so many tokens.")
 @click.option("--device", default="cpu", show_default=True, help="Where both models run: cpu, cuda ...")
@@ -75,18 +74,22 @@ def _decoder(evaluation: Evaluation, figures: Comparison, console: Console) -> N
         ("same top token", f"{figures.top1_agreement:.2%}", "as the reference"),
         ("KL, mean", _short(kl.mean), f"nats per token; {between}"),
         ("KL, 99.9 %", _short(figures.kl_p999), "one token in a thousand moved more"),
-        ("KL, noise floor", _short(floor), "the reference cast to bfloat16"),
+        ("KL, noise floor", "-" if floor is None else _short(floor), "the reference cast to bfloat16"),
     ]
-    title = f"{figures.tokens:,} predicted tokens in {len(figures.kl)} windows of {figures.window}"
+    count = len(figures.kl)
+    title = (
+        f"{figures.tokens:,} predicted tokens in {count} {'window' if count == 1 else 'windows'} of {figures.window}"
+    )
     _table(console, evaluation, title, rows)
     same = round(1000 * figures.top1_agreement)
     change = figures.perplexity / figures.perplexity_reference - 1
+    sentence = f"Of 1000 next-token choices, {same} are the same; perplexity is {_change(change)}"
+    if floor is None:
+        console.print(f"{sentence}.")
+        return
     # of a floor of 0 nothing is a multiple
     times = "no more than" if kl.mean <= floor or not floor else _times(kl.mean / floor)
-    console.print(
-        f"Of 1000 next-token choices, {same} are the same; perplexity is {_change(change)}; "
-        f"the mean KL is {times} that of a cast to bfloat16."
-    )
+    console.print(f"{sentence}; the mean KL is {times} that of a cast to bfloat16.")
 
 
 def _encoder(evaluation: Evaluation, figures: EncoderComparison, console: Console) -> None:
@@ -98,14 +101,12 @@ def _encoder(evaluation: Evaluation, figures: EncoderComparison, console: Consol
     rows = [
         ("cosine, mean", f"{figures.mean:.5f}", "between the two embeddings of a sentence"),
         ("cosine, least", f"{figures.least:.5f}", "the sentence that moved most"),
-        ("cosine, noise floor", f"{floor:.5f}", "the reference cast to bfloat16"),
+        ("cosine, noise floor", "-" if floor is None else f"{floor:.5f}", "the reference cast to bfloat16"),
         ("Spearman", "-" if rank is None else f"{rank:.5f}", "do all pairs rank alike in similarity?"),
     ]
     _table(console, evaluation, f"{len(figures.cosine):,} sentences, {figures.tokens:,} tokens", rows)
-    console.print(
-        f"An embedding turned by about {_angle(figures.mean)}, the worst by {_angle(figures.least)}; "
-        f"a cast to bfloat16 turns it by about {_angle(floor)}."
-    )
+    cast = "" if floor is None else f"; a cast to bfloat16 turns it by about {_angle(floor)}"
+    console.print(f"An embedding turned by about {_angle(figures.mean)}, the worst by {_angle(figures.least)}{cast}.")
 
 
 def _table(console: Console, evaluation: Evaluation, title: str, rows: list[tuple[str, str, str]]) -> None:

@@ -19,7 +19,7 @@ ABOUT = About(place=60, summary="Let a model continue a text.")
 @click.command()
 @_output.model_argument
 @click.argument("prompt")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True, help="How long the text gets.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="How long the text gets. Default: 64, or the room left.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--raw", is_flag=True, help="Continue the prompt itself, without the tokenizer's chat template.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -71,8 +71,11 @@ def command(model: str, weights: bool, as_json: bool) -> None:
 
     report = look(model)
     console = _output.console(as_json)
-    if not as_json:  # before the weights are read, which takes time: what headers tell is there at once
+    if not as_json:  # before transformers is asked or weights are read, which takes time: what headers tell, at once
         _show(report, console)
+    report = _promised(report)
+    if not as_json:
+        _show_sizes(report, console)
     spreads = _measure(report) if weights else None
     if as_json:
         _output.emit(_as_json(report, spreads))
@@ -107,8 +110,9 @@ def _measure(report: Report) -> list[Spread]:
 
     from spicerack.models.outliers import measure
     from spicerack.storage.reader import Checkpoint
+    from spicerack.storage.released import decoded
 
-    checkpoint = Checkpoint.open(report.folder)
+    checkpoint = decoded(Checkpoint.open(report.folder))
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:
@@ -138,12 +142,35 @@ def _show(report: Report, console: Console) -> None:
         console.print(f"[yellow]note[/yellow] and {len(report.notes) - _LISTED} more (--json lists them)")
     console.print()
     console.print(_tensors(report, console.width))
+
+
+def _show_sizes(report: Report, console: Console) -> None:
+    """For a float model its size in common schemes; or why `quantize` would refuse the folder."""
+    from rich.markup import escape
+
     if report.estimates:
         console.print()
         console.print(_sizes(report))
         console.print(_REST)
         for line in _misfits(report.estimates):
-            console.print(escape(line), style="yellow")
+            console.print(escape(line), style="yellow", soft_wrap=True)
+    elif report.refused is not None:
+        console.print(f"\n[yellow]note[/yellow] quantize refuses it: {escape(report.refused)}", soft_wrap=True)
+
+
+def _promised(report: Report) -> Report:
+    """The report with the sizes that `quantize` keeps to: where names alone do not tell them, transformers is asked."""
+    if report.by_names or not report.estimates:
+        return report
+    from spicerack.models import census
+    from spicerack.models.overview import estimates
+    from spicerack.quantization.door import promised
+    from spicerack.storage.reader import Checkpoint
+
+    checkpoint = Checkpoint.open(report.folder)
+    kept, refused = promised(checkpoint)
+    sizes = () if refused is not None else estimates(census.take(checkpoint), kept)
+    return replace(report, estimates=sizes, refused=refused)
 
 
 def _facts(architecture: Architecture) -> list[str]:

@@ -68,6 +68,7 @@ class _Options:
     samples, length, seed   how many sequences of it, their tokens (None: `_LENGTH`), which ones
     device                  where blocks compute while they are calibrated
     recipe_file             YAML with a scheme and rules
+    fit_groups              narrow layers get what fits them, and are not refused
     set_, skip              rules, each option's own; their order is in the context
     threads                 of the CPU; None: one per core
     shard_bytes             the largest file to write
@@ -89,6 +90,7 @@ class _Options:
     recipe_file: Path | None
     set_: tuple[str, ...]
     skip: tuple[str, ...]
+    fit_groups: bool
     threads: int | None
     shard_bytes: int
     memory: int | None
@@ -115,7 +117,7 @@ class _Options:
         if self.method == "auto":
             chosen = dataclasses.replace(chosen, method=None)
         method = None if self.method == "auto" else self.method
-        return chosen.with_choices(self.range_, method, self.observer).then(rules)
+        return chosen.with_choices(self.range_, method, self.observer, self.fit_groups or None).then(rules)
 
 
 @click.command(cls=_rules.OrderedCommand)
@@ -141,6 +143,7 @@ class _Options:
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file with scheme and rules.")
 @_rules.set_option
 @_rules.skip_option
+@click.option("--fit-groups", is_flag=True, help="Layers too narrow for the groups get the nearest scheme that fits.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: one per core.")
 @click.option(
     "--shard-size", "shard_bytes", callback=_bytes, default="2GB", show_default=True, help="Largest output file."
@@ -168,12 +171,14 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     from spicerack.quantization.job import prepare
     from spicerack.quantization.run import decided, execute
     from spicerack.quantization.stream import plan
+    from spicerack.storage.files import local
 
     means = _means(options)
     ranks = means.ranks
     console = _output.console(options.as_json or not ranks.first)
     console.quiet = not ranks.first
-    job = prepare(options.model, decided(recipe, options.calib is not None), shard_bytes=options.shard_bytes)
+    with_text = options.calib is not None
+    job = prepare(options.model, decided(recipe, with_text), with_text=with_text, shard_bytes=options.shard_bytes)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)
     _quantizing.announce(job, calibration, planned, means.device, console)
@@ -184,7 +189,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     unit = "this block" if calibration is not None else None
     with _quantizing.bar(ranks) as bar, _output.interruptible(bar.console, unit) as stopping:
         watch = _quantizing.watching(bar, job, stopping, ranks)
-        summary = execute(job, options.output, calibration=calibration, means=means, watch=watch)
+        summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch)
     if summary is not None and options.as_json:
         _output.emit(summary.as_dict())
     elif summary is not None:
@@ -227,7 +232,8 @@ def _calibration(job: Job, source: str, options: _Options) -> Calibration:
     or "none" for text that the model makes itself, for which it is loaded. options: how many sequences, of how many
     tokens, and which. Raises UsageError for sequences longer than the model's positions, TextError, CheckpointError.
     """
-    from spicerack.models.kind import kind_of, positions
+    from spicerack.models.inputs import limits_of
+    from spicerack.models.kind import kind_of
     from spicerack.runtime import hf
     from spicerack.runtime.load import load
     from spicerack.text import calibration, generated
@@ -236,11 +242,12 @@ def _calibration(job: Job, source: str, options: _Options) -> Calibration:
     folder = job.source.folder
     config, _ = hf.config_and_class(job.source.config, folder)
     tokenizer = read_tokenizer(folder, config)
-    asked, longest = options.length, positions(config)
-    if asked is not None and longest is not None and asked > longest:
-        raise UsageError(f"--length {asked}: the model has {longest} positions", f"use --length {longest} or less")
-    length, samples, seed = asked or min(_LENGTH, longest or _LENGTH), options.samples, options.seed
+    kind = kind_of(job.source.config, folder)
+    given = limits_of(job.source.config, config)
+    if options.length is not None:
+        given.check_length(options.length, "--length")
+    length = options.length or min(_LENGTH, given.positions or _LENGTH)
+    samples, seed = options.samples, options.seed
     if source == "none":
         return generated.from_model(load(folder), tokenizer, samples=samples, length=length, seed=seed)
-    kind = kind_of(job.source.config, folder)
     return calibration.read(source, tokenizer, samples=samples, length=length, seed=seed, kind=kind)

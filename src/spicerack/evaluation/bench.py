@@ -25,12 +25,15 @@ from transformers import PreTrainedModel
 
 from spicerack.errors import UsageError
 from spicerack.evaluation.evaluate import compute
+from spicerack.evaluation.folder import check_sides
 from spicerack.evaluation.opening import Opening, open_in_turns
 from spicerack.evaluation.timing import Benchmark, Speed, Timing
 from spicerack.evaluation.turns import DecoderTurn, EncoderTurn, Sample, take_turns
 from spicerack.kernels import kernel
+from spicerack.machine import devices
 from spicerack.models.config import architecture
-from spicerack.models.kind import Kind, kind_of, positions
+from spicerack.models.inputs import limits
+from spicerack.models.kind import Kind, kind_of
 from spicerack.runtime.load import load
 from spicerack.storage import files
 
@@ -91,6 +94,8 @@ def bench(
     out, source = files.locate(folder), files.locate(against)
     config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)
     kind = kind_of(config, source)
+    check_sides(out, source, "bench")
+    devices.find(options.device, torch.float32)
     kernel.check_engine(options.engine, options.device)  # before weights are read
     report = progress or (lambda _doing, _share: None)
     report("loading", 0.0)
@@ -106,7 +111,7 @@ def bench(
         in_float32 = partial(load, source, device=device, dtype=torch.float32, trust_remote_code=trusted)
         loads[f"{_ORIGINAL}, float32"] = source, in_float32
     with _threads(options.threads):
-        openings = open_in_turns(loads, lambda share: report("opening", share))
+        openings = open_in_turns(loads, lambda share: report("opening", share), head=kind == "decoder")
     models = {name: open_() for name, (_, open_) in loads.items()}
     work = _work(kind, models[_ORIGINAL], options)
     with _threads(options.threads):
@@ -148,12 +153,12 @@ def _work(kind: Kind, original: PreTrainedModel, options: BenchOptions) -> Decod
     """What a turn is, the same for all models, which have the original's positions. Raises as `_prefill` does."""
     if kind == "decoder":
         return DecoderTurn(_prefill(original, options.prefill, options.decode), options.decode)
-    return EncoderTurn(options.batch, min(LENGTH, positions(original.config) or LENGTH))
+    return EncoderTurn(options.batch, min(LENGTH, limits(original, original.config).positions or LENGTH))
 
 
 def _prefill(model: PreTrainedModel, asked: int | None, decode: int) -> int:
     """Prompt tokens: as asked, else 512 or what is left beside `decode`. Raises UsageError if they do not fit."""
-    limit = positions(model.config)
+    limit = limits(model, model.config).positions
     chosen = asked or (PREFILL if limit is None else max(min(PREFILL, limit - decode), 1))
     if limit is not None and chosen + decode > limit:
         raise UsageError(

@@ -9,7 +9,7 @@ of the similarities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import SpicerackError, TextError, UsageError
 from spicerack.evaluation.intervals import spearman
+from spicerack.machine.memory import steady
+from spicerack.models.inputs import limits
 
 Progress = Callable[[float], None]
 Pooling = Literal["mean", "cls", "max", "lasttoken"]
@@ -98,13 +100,18 @@ def compare(
     max_tokens  stop after the batch that reaches so many; None: read all
     progress    called behind each batch with the share that has been read
 
-    Raises TextError for fewer than three sentences, SpicerackError for embeddings that are not finite.
+    Raises TextError for fewer than three sentences, UsageError for a token that `reference` has not, SpicerackError for
+    embeddings that are not finite.
     """
     cosines, kept = list[torch.Tensor](), (list[torch.Tensor](), list[torch.Tensor]())
     count = tokens = unknown = 0
     report = progress or (lambda _share: None)
-    for batch, fraction in _batches(sentences):
-        ours, theirs, read = _embed_both(reference, other, tokenizer, batch, pooling, length)
+    given = limits(reference, reference.config)
+    for batch, fraction in steady(_batches(sentences)):
+        ids, mask = tokens_of(tokenizer, batch, length)
+        given.check_ids(ids)
+        ours, theirs = (embed(model, ids, mask, pooling) for model in (reference, other))
+        read = ids[mask.bool()]
         _check_finite(ours, theirs, count)
         cosines.append(F.cosine_similarity(ours, theirs))
         for vectors, some in zip(kept, (ours, theirs), strict=True):  # of those beyond, only the cosine is kept
@@ -119,26 +126,21 @@ def compare(
     return EncoderComparison(torch.cat(cosines), correlation, tokens, unknown)
 
 
-def _embed_both(
-    reference: PreTrainedModel,
-    other: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: list[str],
-    pooling: Pooling,
-    length: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings [B, H] of some sentences by both models, and the tokens [n] that were read, padding left out.
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, batch: Sequence[str], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and mask [B, L] of some sentences, cut at `length` tokens, padded on the tokenizer's side.
 
-    reference, other   the models, each on its own device
-    tokenizer          of both
-    batch              the sentences
-    pooling            how a sentence's vector is made of its tokens'
-    length             tokens at which sentences are cut
+    A tokenizer without a token to pad with pads with the first: what is masked is not looked at.
     """
-    inputs = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    ours, theirs = (embed(model, ids, mask, pooling) for model in (reference, other))
-    return ours, theirs, ids[mask.bool()]
+    rows = tokenizer(list(batch), truncation=True, max_length=length, verbose=False).input_ids
+    longest, left = max(map(len, rows)), tokenizer.padding_side == "left"
+    ids = torch.full((len(rows), longest), tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if left else slice(len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.int64), 1
+    return ids, mask
 
 
 def _unknown(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -170,7 +172,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
     real = mask.bool()
     first = real.int().argmax(dim=1)
     last = real.shape[1] - 1 - real.flip(1).int().argmax(dim=1)
-    rows = torch.arange(len(hidden))
+    rows = torch.arange(len(hidden), device="cpu")
     match pooling:
         case "mean":
             return hidden.where(real[..., None], 0.0).sum(dim=1) / real.sum(dim=1, keepdim=True)
@@ -193,7 +195,7 @@ def check_pooling(name: str) -> Pooling:
 def _pair_similarities(vectors: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of every pair i < j of `vectors` [n, H] -> [n (n - 1) / 2]."""
     unit = F.normalize(vectors, dim=1)
-    i, j = torch.triu_indices(len(unit), len(unit), offset=1)
+    i, j = torch.triu_indices(len(unit), len(unit), offset=1, device="cpu")
     return (unit @ unit.T)[i, j]
 
 

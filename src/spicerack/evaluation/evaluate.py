@@ -7,7 +7,8 @@ with the kernels that it will run on, so that nothing is measured on a simulatio
 reference cast to bfloat16, measured in the same way, because a loss means little without one that everybody accepts.
 
 What is given up. Both models are in memory at once, the reference in float32. A divergence of predictions says how much
-was changed and not whether it matters for a task: that needs the task.
+was changed and not whether it matters for a task: that needs the task. Of a model that also sees or hears, text reaches
+the language model alone, and a warning names the quantized layers that it does not reach.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spicerack.errors import UsageError
+from spicerack.errors import SpicerackError, UsageError, listed
 from spicerack.evaluation import encoder, language
 from spicerack.evaluation.encoder import EncoderComparison
-from spicerack.evaluation.folder import common_tokenizer, pooling_of, window_of
+from spicerack.evaluation.folder import check_sides, common_tokenizer, pooling_of, window_of
 from spicerack.evaluation.language import Comparison
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.kernels import kernel
+from spicerack.machine import devices
+from spicerack.models.inputs import check_text, limits
 from spicerack.models.kind import Kind, kind_of
 from spicerack.nn.cache_segments import CacheScheme
-from spicerack.nn.weight import PackedWeight
+from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.runtime.load import load
 from spicerack.storage import ledger
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, locate, read_json
-from spicerack.text.pieces import sentences, sha256_of, windows
+from spicerack.text.windows import sentences, text_hash, windows
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
@@ -53,7 +56,8 @@ CACHE_STEP = 16
 class EvaluationOptions:
     """What two folders are compared on, and how the models run.
 
-    text        a file; None: `heldout.txt` in the model's folder, or for encoders the built-in sentences
+    text        a file, a folder or a dataset, as for calibration; None: `heldout.txt` in the model's folder, or for
+                encoders the built-in sentences
     window      tokens that are read together; None: 512 or the model's longest. Longer sentences are cut there
     max_tokens  tokens of the text that are used; None: all of it
     device      where both models run
@@ -86,7 +90,7 @@ class Evaluation:
     text         name of the file, or "built-in sentences"
     figures      how far its predictions, or embeddings, are from the reference's
     noise_floor  the reference in bfloat16 against itself in float32, as mean KL in nats per token (decoders) or mean
-                 cosine (encoders): what a plain cast costs
+                 cosine (encoders): what a plain cast costs. None where the model does not run in bfloat16
     cache        bits of the quantized model's cache, None where it was not used
     """
 
@@ -94,7 +98,7 @@ class Evaluation:
     compute: str
     text: str
     figures: Comparison | EncoderComparison
-    noise_floor: float
+    noise_floor: float | None
     cache: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,7 +126,8 @@ def evaluate(
     """What `folder` lost `against` the model it was made from -> the figures of `spicerack eval --json`.
 
     folder, against     folders or hub ids
-    text                a file; None: `heldout.txt` in the model's folder, or for encoders the built-in sentences
+    text                a file, a folder or a dataset, as for calibration; None: `heldout.txt` in the model's folder, or
+                        for encoders the built-in sentences
     window              tokens that are read together; None: 512 or the model's longest. Longer sentences are cut there
     max_tokens          tokens of the text that are used; None: all of it
     device              where both models run
@@ -154,11 +159,12 @@ def measure(
     folder, against: folders or hub ids. Raises TextError, UsageError, CheckpointError, LoadError.
     """
     out, source = locate(folder), locate(against)
+    check_sides(out, source, "eval")
     kind = kind_of(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
     _check(options, kind, source)  # what is wrong is said before the long part
     tokenizer = common_tokenizer(out, source, options.trust_remote_code)
-    path = _text(kind, options.text, out, source)
-    _warn_of_calibration_text(path, out)
+    text = _text(kind, options.text, out, source)
+    _warn_of_calibration_text(text, tokenizer, kind, out)
     report = progress or (lambda _doing, _share: None)
 
     device, trusted = options.device, options.trust_remote_code
@@ -168,22 +174,27 @@ def measure(
         return load(source, device=device, dtype=dtype, trust_remote_code=trusted)
 
     model = original(torch.float32)  # whatever it is stored in: what is lost is to be the quantized model's alone
-    reference = _Reference(kind, model, tokenizer, source, path, window_of(options.window, model, source))
+    reached = check_text(model, head=kind == "decoder")
+    window = window_of(options.window, limits(model, model.config), source)
+    reference = _Reference(kind, model, tokenizer, source, text, window)
     # nothing holds the model in bfloat16 once it is measured: two are in memory, and not three
     floor = reference.floor(original(torch.bfloat16), options.max_tokens, lambda share: report("noise floor", share))
     report("loading", 0.0)
     quantized = load(
         out, device=device, dtype=options.dtype, engine=options.engine, cache=options.cache, trust_remote_code=trusted
     )
+    _warn_of_unreached_layers(quantized, reached)
     step = None if options.cache is None else CACHE_STEP
     figures = reference.compare(quantized, options.max_tokens, lambda share: report("evaluating", share), step)
     _warn_of_unknown_tokens(figures.unknown_share)
-    name = "built-in sentences" if path is None else path.name
+    name = "built-in sentences" if text is None else Path(text).name
     return Evaluation(kind, compute(quantized), name, figures, floor, options.cache)
 
 
 def _check(options: EvaluationOptions, kind: Kind, source: Path) -> None:
-    """Raises UsageError for an engine that is not here, bits that no cache has, and a cache of an encoder."""
+    """Raises UsageError for a device or an engine that is not here, bits that no cache has, and a cache of an
+    encoder."""
+    devices.find(options.device, torch.float32)
     kernel.check_engine(options.engine, options.device)
     if options.cache is not None:
         CacheScheme(options.cache)
@@ -205,7 +216,7 @@ class _Reference:
     model       in float32
     tokenizer   of both models
     folder      where the model is from: it says how sentences are pooled
-    text        a file; None: the built-in sentences of encoders
+    text        what is read; None: the built-in sentences of encoders
     window      tokens that are read together
     """
 
@@ -213,16 +224,25 @@ class _Reference:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     folder: Path
-    text: Path | None
+    text: str | Path | None
     window: int
 
-    def floor(self, cast: PreTrainedModel, most: int | None, progress: Callable[[float], None]) -> float:
+    def floor(self, cast: PreTrainedModel, most: int | None, progress: Callable[[float], None]) -> float | None:
         """What the cast of the model to another float type costs, on the beginning of the text, a window at least.
 
-        Mean KL in nats per token of a decoder, mean cosine of an encoder. most: tokens, if there is a limit.
+        Mean KL in nats per token of a decoder, mean cosine of an encoder. most: tokens, if there is a limit. None, and
+        a warning, where the model does not run in that type, which not every family's code does.
         """
         beginning = max(FLOOR_TOKENS, self.window)
-        return self.compare(cast, beginning if most is None else min(beginning, most), progress).mean
+        try:
+            return self.compare(cast, beginning if most is None else min(beginning, most), progress).mean
+        except UsageError:  # of the text: it is not the type's fault
+            raise
+        except (RuntimeError, TypeError, ValueError, SpicerackError) as error:
+            kind = str(cast.dtype).removeprefix("torch.")
+            reason = str(error).strip().split("\n")[0]
+            warnings.warn(f"there is no noise floor: the model does not run in {kind}: {reason}", stacklevel=3)
+            return None
 
     def compare(
         self, other: PreTrainedModel, most: int | None, progress: Callable[[float], None], step: int | None = None
@@ -236,7 +256,7 @@ class _Reference:
             self.model,
             other,
             self.tokenizer,
-            builtin if self.text is None else sentences(self.text),
+            builtin if self.text is None else sentences(self.text, self.tokenizer),
             pooling=pooling_of(self.folder),
             length=self.window,
             max_tokens=most,
@@ -244,10 +264,10 @@ class _Reference:
         )
 
 
-def _text(kind: Kind, text: str | Path | None, out: Path, source: Path) -> Path | None:
+def _text(kind: Kind, text: str | Path | None, out: Path, source: Path) -> str | Path | None:
     """The text to evaluate on; None for the built-in sentences. Raises UsageError where a decoder has none."""
     if text is not None:
-        return Path(text).expanduser()
+        return text
     if kind == "encoder":
         return None
     for folder in (source, out):
@@ -256,11 +276,31 @@ def _text(kind: Kind, text: str | Path | None, out: Path, source: Path) -> Path 
     raise UsageError("no text to evaluate on", "give --text FILE: plain text that the model has not seen in training")
 
 
-def _warn_of_calibration_text(path: Path | None, out: Path) -> None:
-    """Warn of a text that the folder's ledger names; one that is missing is told when it is read."""
+def _warn_of_calibration_text(
+    text: str | Path | None, tokenizer: PreTrainedTokenizerBase, kind: Kind, out: Path
+) -> None:
+    """Warn of a text that the ledger of the folder `out` names; one that is missing is told when it is read."""
     written = ledger.read(out)
-    if path is not None and path.is_file() and written is not None and written.calibration_text == sha256_of(path):
-        warnings.warn(f"{path} is what {out} was calibrated with: use another text, this one flatters", stacklevel=3)
+    if text is None or written is None or written.calibration_text is None:
+        return
+    if written.calibration_text == text_hash(text, tokenizer, by_line=kind == "encoder"):
+        warnings.warn(f"{text} is what {out} was calibrated with: use another text, this one flatters", stacklevel=3)
+
+
+def _warn_of_unreached_layers(model: PreTrainedModel, reached: frozenset[str]) -> None:
+    """Warn of quantized layers that text does not reach: vision towers, heads of encoders. Nothing is measured of them.
+
+    reached: paths of the layers of the float model that are called; experts are apart, as a router decides about them.
+    """
+    packed = [path for path, module in model.named_modules() if isinstance(module, PackedLayer)]
+    missed = [path for path in packed if path not in reached and "expert" not in path]
+    if missed:
+        parts = list(dict.fromkeys(".".join(path.split(".")[:2]) for path in missed))
+        warnings.warn(
+            f"text does not run {len(missed)} of {len(packed)} quantized layers ({listed(parts, 3)}): "
+            "what was lost there is not in these figures",
+            stacklevel=3,
+        )
 
 
 def _warn_of_unknown_tokens(share: float) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path, PurePosixPath
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from spicerack.errors import CheckpointError, UsageError
 from spicerack.evaluation.encoder import Pooling, check_pooling
 from spicerack.evaluation.sentences import SENTENCES
-from spicerack.models.kind import MODULES, POOLING, positions
+from spicerack.models.inputs import Limits
+from spicerack.models.kind import MODULES, POOLING
+from spicerack.storage import format as formats
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
+from spicerack.storage.reader import Checkpoint
 from spicerack.text.tokenizer import read_tokenizer
 
 DEFAULT_WINDOW = 512
@@ -66,22 +69,34 @@ def _pooling_folder(folder: Path) -> str:
     return POOLING
 
 
-def window_of(asked: int | None, model: PreTrainedModel, folder: Path) -> int:
+def window_of(asked: int | None, limits: Limits, folder: Path) -> int:
     """Tokens to read together: as asked if there is room, else 512 or the most there is room for.
 
-    model: whose positions are the limit; folder: where it is from, which may name a lower one for sentences. Raises
-    UsageError where there is no room for what was asked.
+    limits: of the model; folder: where it is from, which may name a lower one for sentences. Raises UsageError where
+    there is no room for what was asked.
     """
-    limit = positions(model.config)
     if asked is not None:
-        if limit is not None and asked > limit:
-            raise UsageError(f"--window {asked}: the model has {limit} positions", f"use --window {limit} or less")
+        limits.check_length(asked, "--window")
         return asked
-    limits = [DEFAULT_WINDOW, limit or DEFAULT_WINDOW]
+    lengths = [DEFAULT_WINDOW, limits.positions or DEFAULT_WINDOW]
     if (folder / _SENTENCE_CONFIG).is_file():
         longest = read_json(folder / _SENTENCE_CONFIG, MAX_CONFIG_BYTES).get("max_seq_length")
-        limits += [longest] if isinstance(longest, int) and longest > 1 else []
-    return min(limits)
+        lengths += [longest] if isinstance(longest, int) and longest > 1 else []
+    return min(lengths)
+
+
+def check_sides(out: Path, source: Path, command: str) -> None:
+    """Raises UsageError where `source`, which is to be the float model, is quantized itself.
+
+    out: the folder that is compared with it. command: which of ours does it, for the line that would be right.
+    """
+    if formats.of_folder(Checkpoint.open(source)) is None:
+        return
+    swapped = formats.of_folder(Checkpoint.open(out)) is None
+    raise UsageError(
+        f"--against {source} is quantized itself, and {out} is {'not' if swapped else 'compared with float models'}",
+        f"spicerack {command} {source} --against {out}" if swapped else "give the float model that it was made from",
+    )
 
 
 def common_tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

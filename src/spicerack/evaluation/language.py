@@ -30,7 +30,9 @@ from transformers import PreTrainedModel
 from spicerack.errors import SpicerackError, TextError, UsageError
 from spicerack.evaluation.intervals import Interval, mean_interval
 from spicerack.evaluation.logits import chunk_positions, logits, logits_through_cache
-from spicerack.text.pieces import Window
+from spicerack.machine.memory import steady
+from spicerack.models.inputs import limits
+from spicerack.text.windows import Window
 
 Progress = Callable[[float], None]
 _NO_FLOAT64 = ("mps",)
@@ -148,9 +150,10 @@ def compare(
     rows: list[_Positions] = []
     digest = hashlib.sha256()
     unknown = length = 0
-    for number, window in enumerate(windows):
+    given = limits(reference, reference.config)
+    for number, window in enumerate(steady(windows)):
         length = len(window.ids)
-        _check_ids(reference, window.ids)
+        given.check_ids(window.ids)
         digest.update(window.ids.numpy().tobytes())
         unknown += window.unknown
         row = _window(reference, other, window.ids[None], positions or _positions(reference), step)
@@ -193,16 +196,6 @@ def paired_difference(a: Comparison, b: Comparison) -> Interval:
 def _positions(model: PreTrainedModel) -> int:
     """How many positions' logits are held at once."""
     return chunk_positions(int(model.config.get_text_config().vocab_size))
-
-
-def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Raises UsageError for a token that the model has no embedding for."""
-    vocabulary, highest = int(model.config.get_text_config().vocab_size), int(ids.max())
-    if highest >= vocabulary:
-        raise UsageError(
-            f"the tokenizer makes token {highest}, but the model's vocabulary has {vocabulary} entries",
-            "is it the model's own tokenizer?",
-        )
 
 
 def _check_finite(row: _Positions, number: int) -> None:

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from spicerack.models.kind import positions
+from spicerack.models.inputs import check_text, limits
 from spicerack.storage import files
 
 TOKENS, ROUNDS = 16, 3
@@ -44,11 +44,12 @@ class Opening:
 
 
 def open_in_turns(
-    loads: Mapping[str, tuple[Path, Callable[[], PreTrainedModel]]], progress: Callable[[float], None]
+    loads: Mapping[str, tuple[Path, Callable[[], PreTrainedModel]]], progress: Callable[[float], None], *, head: bool
 ) -> dict[str, Opening]:
     """Open each folder warm and cold, in turns.
 
-    loads: name -> (folder, what loads it). progress: called with the share of openings that is done.
+    loads: name -> (folder, what loads it). progress: called with the share of openings that is done. head: whether the
+    models are to make logits, or hidden states; raises UsageError for those that do not, of text alone.
     """
     warm: dict[str, list[tuple[float, float]]] = {name: [] for name in loads}
     cold: dict[str, list[float]] = {name: [] for name in loads}
@@ -60,7 +61,7 @@ def open_in_turns(
                 cold[name].append(_open(load)[1])
             warm[name].append(_open(load))
         else:
-            _open(load)
+            check_text(load(), head=head)
         progress((done + 1) / len(turns))
     return {
         name: Opening(
@@ -78,7 +79,8 @@ def _open(load: Callable[[], PreTrainedModel]) -> tuple[float, float]:
     begin = time.perf_counter()
     model = load()
     loaded = time.perf_counter()
-    tokens = torch.arange(min(TOKENS, positions(model.config) or TOKENS), device=model.device)[None]
+    most = limits(model, model.config)
+    tokens = torch.arange(min(TOKENS, *(n for n in (most.positions, most.vocabulary) if n)), device=model.device)[None]
     model(input_ids=tokens)[0].cpu()  # which waits for a GPU
     return loaded - begin, time.perf_counter() - begin
 

@@ -13,9 +13,11 @@ from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
+from spicerack.errors import UsageError
 from spicerack.evaluation.logits import computes_some
-from spicerack.models.families.names import KEY_VALUE_CACHES
+from spicerack.models.families.names import STATES
 from spicerack.nn.cache import nbytes
 
 S = TypeVar("S")
@@ -43,13 +45,16 @@ class DecoderTurn:
         """Greedy generation from random tokens, through the model's cache -> tokens a second of prompt and of new ones.
 
         The end token does not end it: every model makes as many. The prompt's logits are asked for at its last position
-        only, where the model can do that, as `generate` does.
+        only, where the model can do that, as `generate` does. Raises UsageError for a model without any memory of the
+        tokens before.
         """
         ids = _tokens(model, 1, self.prefill)
         last = {"logits_to_keep": 1} if computes_some(model) else {}  # as generate() does: the others are not needed
         begin = _now(model)
         output = model(input_ids=ids, use_cache=True, **last)
-        token, name = output.logits[:, -1:].argmax(-1), next(name for name in KEY_VALUE_CACHES if name in output)
+        token, name = output.logits[:, -1:].argmax(-1), next((name for name in STATES if name in output), None)
+        if name is None:
+            raise UsageError(f"{type(model).__name__} keeps nothing between tokens", "its speed is not measured here")
         cache = {name: output[name]}
         middle = _now(model)
         for _ in range(self.decode):
@@ -59,7 +64,7 @@ class DecoderTurn:
             "prefill_tokens_per_s": self.prefill / (middle - begin),
             "decode_tokens_per_s": self.decode / (end - middle),
         }
-        return Sample(speeds, nbytes(cache[name]))
+        return Sample(speeds, nbytes(cache[name]) if isinstance(cache[name], Cache) else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +105,7 @@ def _tokens(model: PreTrainedModel, rows: int, columns: int) -> torch.Tensor:
     """Random tokens of the model's vocabulary, int64 [rows, columns], on its device: the same for each model."""
     random = torch.Generator().manual_seed(_SEED)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    return torch.randint(vocabulary, (rows, columns), generator=random).to(model.device)
+    return torch.randint(vocabulary, (rows, columns), generator=random, device="cpu").to(model.device)
 
 
 def _now(model: PreTrainedModel) -> float:

@@ -26,10 +26,9 @@ class Guard:
     modules    what is watched; children that are none of them are not
     top        the one of them that something takes the place of: hooks of its own run around that, and what its
                attributes decide is for its caller to know
-    changing   attributes that decide nothing about what a module computes
     """
 
-    def __init__(self, modules: Iterable[nn.Module], top: nn.Module, changing: frozenset[str] = frozenset()) -> None:
+    def __init__(self, modules: Iterable[nn.Module], top: nn.Module) -> None:
         watched: list[Any] = []  # for `unchanged`, three at a time
         self._hooks: list[dict[int, Any]] = []
         members = {id(m): m for m in modules}
@@ -40,7 +39,7 @@ class Guard:
                 watched += (own, "forward", None, children, None, len(children))
                 self._hooks += (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
                 # Packed layers are made in training mode, which means nothing to them, and stay so until eval().
-                ignored = changing | {"training"} if m.training else changing
+                ignored = {"training"} if m.training else set()
                 for key, value in own.items():
                     if not (key.startswith("_") or key in ignored or isinstance(value, dict | list | set)):
                         watched += (own, key, value)

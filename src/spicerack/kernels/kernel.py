@@ -55,9 +55,8 @@ class Kernel:
     unpack   its exact inverse: (scheme, [N, K], tensors) -> QTensor, codes and scales bit for bit
     rows     (scheme, [N, K], tensors, rows) -> float32 [R, K], the chosen rows decoded, equal to `codec.decode`
     prepare  (scheme, [N, K], tensors) -> the weight as `run` takes it: made once for these tensors
-    run      (x [..., K], weights as `prepare` made them, biases [N], gelu) -> for each x W^T + b [..., N] in x's type,
-             and GELU (by erf) of it if asked for; differentiable in x and b. All weights have the same K and
-             activations
+    run      (x [..., K], weights as `prepare` made them, biases [N]) -> for each x W^T + b [..., N] in x's type;
+             differentiable in x and b. All weights have the same K and activations
     engine   the instruction set of the CPU that it is compiled for; None where it is for no certain one
     """
 
@@ -70,7 +69,7 @@ class Kernel:
     unpack: Callable[[Scheme, Shape, Tensors], QTensor]
     rows: Callable[[Scheme, Shape, Tensors, Rows], torch.Tensor]
     prepare: Callable[[Scheme, Shape, Tensors], Any]
-    run: Callable[[torch.Tensor, Sequence[Any], Sequence[torch.Tensor | None], bool], list[torch.Tensor]]
+    run: Callable[[torch.Tensor, Sequence[Any], Sequence[torch.Tensor | None]], list[torch.Tensor]]
     engine: str | None = None
     stage: Callable[[Undecoded, Room], Staged] | None = None
 

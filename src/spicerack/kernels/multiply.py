@@ -104,7 +104,6 @@ def multiply(
     matrices: Sequence[PanelMatrix],
     biases: Sequence[torch.Tensor | None],
     engine: int,
-    gelu: bool = False,
 ) -> list[torch.Tensor]:
     """x [..., K] -> x W^T + b [..., N] for each matrix, in x's type; x is quantized once, as for the first.
 
@@ -112,7 +111,6 @@ def multiply(
     matrices  of the same K, whose activations enter in the same way
     biases    [N] for each, or None; of another type than x they are converted at each call
     engine    a place in `panels.NAMES`
-    gelu      y (1 + erf(y / sqrt 2)) / 2 of each result y, as torch's GELU to 4e-7 before it is rounded to x's type
 
     No gradients; as many threads as torch uses. NaN and infinities in a row of x give what float arithmetic gives for
     that row. Raises ShapeError for x or tensors of another shape, TypeError for x of another type or device.
@@ -143,7 +141,7 @@ def multiply(
                 held.append(bias)  # nobody else keeps it until its address is read
             address = bias.data_ptr()
         outputs.append(y)
-        products.append((matrix.native(), address, y.data_ptr(), gelu))
+        products.append((matrix.native(), address, y.data_ptr(), False))
     if rows:
         _native.linear(engine, at, kind, rows, matrices[0].activations, matrices[0].fixed(), products)
     return outputs
@@ -173,11 +171,11 @@ def rows_of(matrix: PanelMatrix, which: Rows) -> torch.Tensor:
     """
     spec = matrix.spec
     if isinstance(which, slice):
-        which = torch.arange(*which.indices(spec.n))
+        which = torch.arange(*which.indices(spec.n), device="cpu")
     which = which.to(torch.int64).contiguous()
     if which.numel() and not 0 <= int(which.min()) <= int(which.max()) < spec.n:
         raise IndexError(f"row {int(which.max())} of a table with {spec.n} rows (least: {int(which.min())})")
-    out = torch.empty((len(which), spec.k))
+    out = torch.empty((len(which), spec.k), dtype=torch.float32, device="cpu")
     packed = matrix.native()
     with native.team(torch.get_num_threads() if out.numel() > _MANY else 1) as workers:
         workers.run(lambda first, last: _native.rows(packed, which[first:last], out[first:last]), len(which))

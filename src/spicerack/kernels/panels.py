@@ -157,7 +157,7 @@ class Room:
     def take(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes], with anything in it; memory of torch where the room has no more."""
         if self._memory is None or self._next + nbytes > len(self._memory):
-            return torch.empty(nbytes, dtype=torch.uint8)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         taken = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=self._next)
         self._next += -(-nbytes // _LINE) * _LINE
         return taken
@@ -264,7 +264,7 @@ def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Til
     """
     n, k = shape
     spec = spec_of(scheme, shape, tiling)
-    codes = torch.empty((n, k), dtype=torch.uint8)
+    codes = torch.empty((n, k), dtype=torch.uint8, device="cpu")
     _native.from_panels(tensors["codes"].cpu(), spec.bits, spec.offset, codes)
     scale = _from_lanes(tensors["scale"], n)
     if scheme.group == (None, None):
@@ -283,7 +283,7 @@ def _lanes(packing: _native.Packing, values: torch.Tensor, n: int, add: int = 0)
     their products.
     """
     groups, size = values.shape[1], values.itemsize
-    lanes = torch.empty((-(-n // PANEL), groups, PANEL), dtype=values.dtype)
+    lanes = torch.empty((-(-n // PANEL), groups, PANEL), dtype=values.dtype, device="cpu")
     packing.add_lanes(values.contiguous().view(torch.uint8), size, add, lanes.view(torch.uint8))
     return lanes
 

@@ -1,4 +1,4 @@
-"""Where the calibrated loop computes: a device that torch can use, and the one way in which tensors get there and back.
+"""Where models and the calibrated loop compute: a device that torch can use.
 
 Files, results (QTensors) and random choices stay on the CPU; what a block is computed with goes to the device. So the
 same seed chooses the same text everywhere, and what is written does not depend on the device but for rounding.
@@ -16,15 +16,16 @@ CPU = torch.device("cpu")
 """Where everything is that does not say otherwise."""
 
 
-def find(name: str) -> torch.device:
+def find(name: str | torch.device, dtype: torch.dtype = torch.float64) -> torch.device:
     """The device of this name, as torch writes it: "cpu", "cuda", "cuda:1", "mps" ...
 
     It is tried, with one number, because a name may be right and the driver, the build or the device's number not.
-    Raises UsageError, with torch's own reason, if torch cannot compute there in float64, as statistics are.
+    dtype: that must be computed in there; float64, which statistics are in, is not to be had everywhere. Raises
+    UsageError, with torch's own reason, if torch cannot.
     """
     try:
         device = torch.device(name)
-        float(torch.ones(1, dtype=torch.float64, device=device).sum())
+        float(torch.ones(1, dtype=dtype, device=device).sum())
     except (RuntimeError, AssertionError, TypeError, ModuleNotFoundError) as error:  # all of them come, by device
         reason = str(error).split("\n")[0].rstrip(".")
         raise UsageError(

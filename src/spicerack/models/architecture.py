@@ -10,14 +10,18 @@ without.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
 from spicerack.models.families import names
+from spicerack.storage.format import Contents, Host, Layout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,8 +29,14 @@ if TYPE_CHECKING:
 
 _UNSAFE_KEYS = ("attn_implementation", "experts_implementation", "auto_map", "quantization_config", "_name_or_path")
 """Dropped from a stranger's config: they can name kernels and code on the hub, or change the layers' classes."""
+_LAYER_COUNTS = re.compile(r"(?!.*per_layer)(num_|n_)?(\w+_)?(layers?|blocks)|depths?")
+"""Keys of configs that count blocks: `num_hidden_layers`, `n_layer`, `encoder_layers`, `depths` ... All of a key must
+match: `vocab_size_per_layer_input` is a size, and `num_experts` of a table of experts no number of modules."""
 _MOST_LAYERS = 10_000
-"""Blocks, or experts, that a config may ask for: each takes time and memory to build, even without weights."""
+"""Blocks that a config may ask for: more than any model has."""
+_MOST_TENSORS = 300_000
+"""Calls of torch for which a model may ask while it is built, where every parameter is at least one. Mixtures of a
+trillion parameters whose experts are modules of their own make 210,000; as many take some seconds and a gigabyte."""
 _BUILD_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
     StrictDataclassError, TypeError, ValueError,
@@ -46,7 +56,7 @@ def modules_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, s
     None if transformers does not know the architecture, or cannot build it: then names are all there is to go by.
     """
     model = on_meta(config)
-    return None if model is None else _by_checkpoint_name(model, tensors)
+    return None if model is None else classes_of(model, tensors)
 
 
 def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
@@ -56,22 +66,24 @@ def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
     more modules than any model has.
     """
     try:
-        return _build(config)
+        return _build(json.dumps(config, sort_keys=True))
     except _BUILD_ERRORS:  # whatever else a stranger's config can make a constructor raise
         return None
 
 
-def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
+@functools.lru_cache(maxsize=1)  # several ask for the same model, one after the other, and none of them changes it
+def _build(text: str) -> PreTrainedModel | None:
     """The model, from classes of transformers only; None where it has none for it.
 
-    The class is the first that the config declares, else the family's own without a head. Raises what constructors
-    raise.
+    text: its config, as JSON. The class is the first that the config declares, else the family's own without a head.
+    Raises what constructors raise.
     """
     import torch
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
     from transformers.initialization import no_init_weights
 
+    config = json.loads(text)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or not _plausible(config):
         return None
@@ -80,8 +92,25 @@ def _build(config: Mapping[str, Any]) -> PreTrainedModel | None:
     known = getattr(transformers, declared[0], None) if declared else MODEL_MAPPING[type(built)]
     if not isinstance(known, type) or not issubclass(known, PreTrainedModel):
         return None
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"), no_init_weights(), _bounded():
         return known(built)
+
+
+def _bounded() -> AbstractContextManager[Any]:
+    """Within it torch is called `_MOST_TENSORS` times at most, and then raises RuntimeError: a config that asks for
+    millions of modules is given up, whatever it calls them."""
+    from torch.overrides import TorchFunctionMode
+
+    class Bounded(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += 1
+            if self.calls > _MOST_TENSORS:
+                raise RuntimeError(f"more than {_MOST_TENSORS:,} tensors")
+            return func(*args, **(kwargs or {}))
+
+    return Bounded()
 
 
 def harmless(value: Any) -> Any:
@@ -97,12 +126,45 @@ def harmless(value: Any) -> Any:
 
 
 def _plausible(config: Mapping[str, Any]) -> bool:
-    """Whether the model has a number of modules that can be built in a moment: numbers under keys of layers, experts
-    and depths, in nested configs too, are at most `_MOST_LAYERS`."""
-    counts = (value for key, value in config.items() if "layer" in key or "expert" in key or "depth" in key)
-    return all(not isinstance(count, int) or count <= _MOST_LAYERS for count in counts) and all(
+    """Whether the model has a number of blocks that can be built in a moment, by every key that counts some, in nested
+    configs too."""
+    counts = (value for key, value in config.items() if _LAYER_COUNTS.fullmatch(key))
+    numbers = (number for count in counts for number in (count if isinstance(count, list) else [count]))
+    return all(not isinstance(number, int) or number <= _MOST_LAYERS for number in numbers) and all(
         _plausible(value) for value in config.values() if isinstance(value, dict)
     )
+
+
+def transposed_stacks(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, bool]:
+    """Checkpoint module -> whether its tensor of all experts is stored [experts, in, out], as the module says that
+    reads it; only of modules that say so, and of none where transformers does not know the architecture."""
+    model = on_meta(config)
+    if model is None:
+        return {}
+    told = {}
+    for tensor, place in destinations(model, tensors).items():
+        own = vars(model.get_submodule(place.parameter.rpartition(".")[0]))
+        if "is_transposed" in own and is_stack(model, place):
+            told[tensor.removesuffix(".weight")] = bool(own["is_transposed"])
+    return told
+
+
+def host_of(config: Mapping[str, Any], tensors: Layout, contents: Contents, linears: Sequence[str]) -> Host:
+    """The model that is quantized, as transformers would build it, and where in it the packed weights go.
+
+    config: of the float model. tensors: what its folder holds. contents: what is quantized of it. linears: modules of
+    the checkpoint that are linear layers and stay float.
+    """
+    model = on_meta(config)
+    if model is None:
+        return Host(linears, tensors)
+    paths = {}
+    for tensor, place in destinations(model, tensors).items():
+        owner, _, parameter = place.parameter.rpartition(".")
+        module = tensor.removesuffix(".weight")
+        if module in contents and parameter == "weight" and not place.operations:
+            paths[module] = owner
+    return Host(linears, tensors, model, paths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +176,7 @@ class Destination:
     part         which of the parts that are put together: 0 for gate, 1 for up ...
     stacked      one expert's matrix: the experts are stacked, and the parts of each concatenated by rows
     expert       its number, if stacked
+    others       more parameters that the same tensor becomes parts of: of query, key and value in one, the last two
     """
 
     parameter: str
@@ -121,6 +184,7 @@ class Destination:
     part: int = 0
     stacked: bool = False
     expert: int = 0
+    others: tuple[str, ...] = ()
 
 
 def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, Destination]:
@@ -155,8 +219,22 @@ def destinations(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, De
         stacked = (operations, axes) in ((("MergeModulelist",), [0]), (("MergeModulelist", "Concatenate"), [0, 1]))
         expert = re.search(r"\d+", tensor.rpartition("experts")[2]) if stacked else None
         part = converter.source_patterns.index(pattern)
-        places[tensor] = Destination(target, operations, part, stacked, int(expert[0]) if expert else 0)
+        number = int(expert[0]) if expert else 0
+        others = tuple(name for name in _others(target, converter.target_patterns) if name in state)
+        places[tensor] = Destination(target, operations, part, stacked, number, others)
     return places
+
+
+def _others(target: str, patterns: Sequence[str]) -> list[str]:
+    """The other parameters that a conversion fills from one tensor, of which `target` was named by the first pattern.
+
+    patterns: transformers' own, in which `\\1` stands for what was captured.
+    """
+    found = re.search(re.escape(patterns[0]).replace(r"\\1", "(.+?)"), target)
+    if found is None:
+        return []
+    captured = found[1] if found.re.groups else ""
+    return [target[: found.start()] + p.replace(r"\1", captured) + target[found.end() :] for p in patterns[1:]]
 
 
 def is_stack(model: PreTrainedModel, place: Destination) -> bool:
@@ -166,8 +244,8 @@ def is_stack(model: PreTrainedModel, place: Destination) -> bool:
     return axes == 3 and not place.operations and _class_of(model.get_submodule(owner), parameter, axes) == "experts"
 
 
-def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """The class of the module that reads each tensor, as `modules_of` has it.
+def classes_of(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """The class of the module that reads each tensor, as `modules_of` has it, of a model on the meta device.
 
     Parameters that no tensor of the folder reaches, a tied head's say, are listed under their own names.
     """
@@ -182,9 +260,9 @@ def _by_checkpoint_name(model: PreTrainedModel, tensors: Iterable[str]) -> dict[
         if destination.operations and not (name == "experts" and destination.stacked):
             name = f"{name} via {', '.join(destination.operations)}"
         classes[tensor.removesuffix(".weight")] = name
-    for target in state.keys() - reached:  # tied, or missing and made anew by transformers
+    for target in state:  # those that are tied, or missing and made anew by transformers; in the model's order
         owner, _, parameter = target.rpartition(".")
-        if parameter == "weight":
+        if target not in reached and parameter == "weight":
             classes.setdefault(owner, _class_of(modules[owner], parameter, state[target].ndim))
     return classes
 
@@ -198,4 +276,6 @@ def _class_of(module: nn.Module, parameter: str, axes: int) -> str:
         return "experts" if one_by_one else name
     if name in names.PLAIN_LINEAR:
         return "Linear"
+    if name in names.SCALED_EMBEDDING:
+        return "Embedding"
     return name if parameter == "weight" else f"{name}.{parameter}"

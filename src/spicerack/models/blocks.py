@@ -4,16 +4,20 @@ How it works. No family's forward is written anew here: the model runs its own c
 the way. Blocks whose forward is replaced by a recorder show with what arguments each is called; hooks in front of
 layers show their inputs; an exception that never leaves this module ends a forward whose rest nobody needs.
 
+Before anything is made of it, `find` runs the model once on a few tokens, and its blocks one by one: what does not come
+out the same is refused there, by name, and not after hours. What blocks leave for later ones in a dict that all of them
+are given (keys and values in Gemma 3n and 4) travels with the hidden states, as more columns of them.
+
 What is given up. A block is taken to turn hidden states into hidden states, once in each forward, and its other
-arguments to depend on the model's inputs alone. An architecture that calls a block twice, or without hidden states, is
-refused.
+arguments to depend on the model's inputs alone. An architecture that calls a block twice, or without hidden states, or
+whose blocks share weights, is refused; so are encoder-decoders, which have two stacks.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +26,50 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spicerack.errors import UsageError
+from spicerack.models.inputs import limits, text_part
 
 Inputs = Mapping[str, torch.Tensor]
 """What a model is called with: input_ids [B, L], and attention_mask where there is padding."""
+_TOKENS = ((3, 4, 5, 6, 7), (7, 6, 5, 4, 3))
+"""What a model is tried with: few, as they pass through all of it, and below what stands for pictures and sound."""
+_SAME = 1e-3
+"""How far off blocks run one by one may be, of the output's norm: the same operations give the same bits, but for what
+sums in another order where tensors lie otherwise in memory."""
+_WITHOUT = "quantize it without --calib"
+_RUN_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What a model's own code raises where it is not called as it expects to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What earlier blocks left for later ones, in a dict that is an argument of all of them.
+
+    argument   its name
+    kind       its class, which is made without arguments
+    keys       key -> shapes [heads, D] of the tensors [B, heads, L, D] that are under it, in their order
+    """
+
+    argument: str
+    kind: type[MutableMapping[Any, Any]]
+    keys: tuple[tuple[Any, tuple[tuple[int, int], ...]], ...]
+
+    @property
+    def width(self) -> int:
+        """Columns that all of it takes behind the hidden states of a token."""
+        return sum(heads * size for _, shapes in self.keys for heads, size in shapes)
+
+    def unpacked(self, columns: torch.Tensor) -> MutableMapping[Any, Any]:
+        """The dict, of columns [B, L, width]."""
+        rows, length = columns.shape[:2]
+        widths = [heads * size for _, shapes in self.keys for heads, size in shapes]
+        parts = iter(columns.split(widths, dim=-1) if widths else ())
+        shared = self.kind()
+        for key, shapes in self.keys:
+            shared[key] = tuple(next(parts).reshape(rows, length, *shape).transpose(1, 2) for shape in shapes)
+        return shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +78,31 @@ class Arguments:
 
     positional   in their order, the hidden states left out
     named        by name, the hidden states left out: masks, positions, rotary angles ...
+    left         what blocks before it left; None in models whose blocks leave nothing
     """
 
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
+    left: Left | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a block returns: hidden states alone (kind None), or first in a tuple or list of so many things."""
+
+    kind: type[Any] | None
+    count: int
+
+    @classmethod
+    def of(cls, output: object) -> Results:
+        """How a block's output is made up."""
+        return cls(type(output), len(output)) if isinstance(output, (tuple, list)) else cls(None, 1)
+
+    def around(self, hidden: torch.Tensor, others: Sequence[Any]) -> Any:
+        """Hidden states as a block would return them, with `others` behind them, or None where there is nothing."""
+        if self.kind is None:
+            return hidden
+        return self.kind((hidden, *others, *[None] * (self.count - 1 - len(others))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +112,20 @@ class Stack:
     model     whose they are; it is called to find out what blocks are called with
     path      of their list in the model
     blocks    the modules themselves
-    results   how many a block returns, hidden states first, in a tuple; 0: it returns them alone
+    results   what each of them returns
+    left      what is there in front of each of them of what earlier ones left; empty where blocks leave nothing
+    handed    whether all hand on what the first one returns beside its hidden states (T5's biases of positions)
+    streams   how many hidden states a token has, where they come first, [streams, B, L, H] (Gemma 3n); 0 of all others.
+              Outside of blocks they are columns of one, [B, L, streams * H]
     """
 
     model: PreTrainedModel
     path: str
     blocks: tuple[nn.Module, ...]
-    results: int
+    results: tuple[Results, ...]
+    left: tuple[Left, ...] = ()
+    handed: bool = False
+    streams: int = 0
 
     def name(self, index: int) -> str:
         """The path in the model of block number `index`, from 0: `model.layers.3`."""
@@ -60,72 +133,232 @@ class Stack:
 
     @torch.no_grad()
     def calls(self, inputs: Inputs) -> tuple[torch.Tensor, list[Arguments]]:
-        """The first block's hidden states [B, L, H] and each block's arguments, for these inputs; no block computes.
+        """The first block's hidden states [B, L, H] and each block's arguments, for these inputs; no block computes,
+        but for the first one where the others need what it returns beside them.
 
-        Raises UsageError for a model that does not call each of its blocks once, with hidden states.
+        Raises UsageError for a model that does not call each of its blocks once, in order, with hidden states.
         """
         first: list[torch.Tensor] = []
         calls: list[Arguments] = []
+        order: list[int] = []
+        others: list[Any] = []
+        compute = self.blocks[0].forward
 
-        def record(*positional: Any, **named: Any) -> Any:
+        def record(*positional: Any, number: int, **named: Any) -> Any:
             """In place of a block's forward: hands the hidden states on as they are."""
             hidden = _hidden(positional, named)
             first.append(hidden)
-            rest = {name: value for name, value in named.items() if name != "hidden_states"}
-            calls.append(Arguments(positional[1:] if positional else (), rest))
-            return (hidden, *[None] * (self.results - 1)) if self.results else hidden
+            order.append(number)
+            left = self.left[number] if self.left else None
+            dropped = ("hidden_states", None if left is None else left.argument)
+            rest = {name: value for name, value in named.items() if name not in dropped}
+            calls.append(Arguments(positional[1:] if positional else (), rest, left))
+            if self.handed and not number:
+                others.extend(compute(*positional, **named)[1:])
+            return self.results[number].around(hidden, others)
 
-        for block in self.blocks:
-            block.forward = record  # the instance's own, before the class's
+        for number, block in enumerate(self.blocks):
+            block.forward = functools.partial(record, number=number)  # the instance's own, before the class's
         try:
             _call(self.model, inputs)
         finally:
             for block in self.blocks:
                 del block.forward
-        if len(calls) != len(self.blocks):
+        if order != list(range(len(self.blocks))):
             raise UsageError(
                 f"{type(self.model).__name__} called its {len(self.blocks)} blocks {len(calls)} times",
                 "this architecture cannot be calibrated block by block",
             )
-        return first[0], calls
+        return side_by_side(first[0], inputs["input_ids"]), calls
 
     def run(self, block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """The hidden states [B, L, H] that `block` makes of `hidden` [B, L, H], called as the model would call it.
 
-        block: one of the stack's, or a copy of one; arguments: of its call, as `calls` has them.
+        block: one of the stack's, or a copy of one; arguments: of its call, as `calls` has them. Where blocks leave
+        something for later ones, H counts its columns, too, on both sides.
         """
-        result = block(hidden, *arguments.positional, **arguments.named)
-        out: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        return out
+        left = arguments.left
+        if left is None:
+            return self._of_block(block, hidden, arguments.positional, arguments.named)
+        width = hidden.shape[-1] - left.width
+        shared = left.unpacked(hidden[..., width:])
+        named = {**arguments.named, left.argument: shared}
+        out = self._of_block(block, hidden[..., :width], arguments.positional, named)
+        return torch.cat([out, *map(_columns, _held(shared))], dim=-1)
+
+    def _of_block(
+        self, block: nn.Module, hidden: torch.Tensor, positional: Sequence[Any], named: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """The hidden states that `block` itself makes of such, streams side by side on both sides."""
+        if not self.streams or hidden.ndim != 3:
+            return _first(block(hidden, *positional, **named))
+        streams = hidden.unflatten(-1, (self.streams, -1)).permute(2, 0, 1, 3)
+        return _side_by_side(_first(block(streams, *positional, **named)))
 
 
+def side_by_side(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states of a model with sequences first: of several for each token, [S, B, L, H], the columns of one.
+
+    ids: the model's, [B, L], which tell that from other axes.
+    """
+    return _side_by_side(hidden) if _has_streams(hidden, ids) else hidden
+
+
+def _has_streams(hidden: torch.Tensor, ids: torch.Tensor) -> bool:
+    return hidden.ndim == 4 and hidden.shape[:2] != ids.shape and hidden.shape[1:3] == ids.shape
+
+
+def _side_by_side(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.permute(1, 2, 0, 3).flatten(2)
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returned."""
+    hidden: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden
+
+
+def _held(shared: Mapping[Any, Any]) -> Iterator[torch.Tensor]:
+    """The tensors in what blocks leave for others, in their order."""
+    for value in shared.values():
+        yield from value
+
+
+def _columns(x: torch.Tensor) -> torch.Tensor:
+    """[B, heads, L, D] as columns of tokens, [B, L, heads * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
 def find(model: PreTrainedModel) -> Stack:
-    """The blocks of `repeated`, with what they return, found out by two tokens through the first of them.
+    """The blocks of `repeated`, with what they return and leave for each other, found out by a few tokens.
 
-    model: on any device that it runs on. Raises UsageError where there are none that run.
+    model: on any device that it runs on; it is run once as a whole, and once more block by block. Raises UsageError
+    where it does not run, or its blocks one by one do not do what it does.
     """
     path, blocks = repeated(model)
-    return Stack(model, path, blocks, _results(model, blocks[0]))
+    name = type(model).__name__
+    ids = torch.tensor(_TOKENS, device=model.device)
+    inputs = {"input_ids": ids % (limits(model, model.config).vocabulary or len(ids))}
+    try:
+        outputs, left = _whole(model, blocks, inputs)
+    except _RUN_ERRORS as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UsageError(f"{name} cannot be run on text alone: {reason}", _WITHOUT) from error
+    if len(outputs) != len(blocks):
+        times = f"called its {len(blocks)} blocks {len(outputs)} times" if outputs else "does not run its blocks"
+        raise UsageError(f"{name} {times}", _WITHOUT)
+    streams = len(_first(outputs[0])) if _has_streams(_first(outputs[0]), ids) else 0
+    stack = Stack(model, path, blocks, tuple(map(Results.of, outputs)), left, _handed(outputs), streams)
+    try:
+        hidden, calls = stack.calls(inputs)
+        if stack.handed and not _depends_on_inputs_alone(blocks[0], hidden, calls[0], outputs[0][1:]):
+            raise UsageError(f"{name}: what {stack.name(0)} hands on depends on hidden states", _WITHOUT)
+        for number, (arguments, output) in enumerate(zip(calls, outputs, strict=True)):
+            hidden = stack.run(blocks[number], hidden, arguments)
+            expected = side_by_side(_first(output), ids)
+            computed = hidden[..., : expected.shape[-1]]
+            if not bool(expected.isfinite().all()):
+                break  # the loop names layer and place of what is not
+            if len(expected) != len(ids):  # sequences come first, whatever else there is
+                raise UsageError(f"{name}: {stack.name(number)} returns hidden states {list(expected.shape)}", _WITHOUT)
+            if not float((computed - expected).float().norm()) <= _SAME * float(expected.float().norm()):
+                raise UsageError(
+                    f"{name}: {stack.name(number)} alone computes something else than in the model", _WITHOUT
+                )
+    except _RUN_ERRORS as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UsageError(f"{name}'s blocks cannot be run one by one: {reason}", _WITHOUT) from error
+    return stack
+
+
+def _whole(model: PreTrainedModel, blocks: Sequence[nn.Module], inputs: Inputs) -> tuple[list[Any], tuple[Left, ...]]:
+    """What each call of a block returns when the model runs, and what was left by others in front of it."""
+    outputs: list[Any] = []
+    before: list[dict[str, Mapping[Any, Any]]] = []
+    given: list[Mapping[str, Any]] = []
+
+    def enter(_: nn.Module, __: Any, named: Mapping[str, Any]) -> None:
+        shared = {name: value for name, value in named.items() if isinstance(value, MutableMapping)}
+        given.append(shared)
+        before.append({name: dict(value) for name, value in shared.items()})
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        outputs.append(output)
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(leave).remove)
+        _call(model, inputs)
+    grew = {
+        name for shared, had in zip(given, before, strict=True) for name in shared if len(shared[name]) > len(had[name])
+    }
+    if not grew:
+        return outputs, ()
+    name = grew.pop()
+    if grew or not all(name in shared for shared in given):
+        raise UsageError(f"{type(model).__name__}'s blocks leave things for each other in several ways", _WITHOUT)
+    return outputs, tuple(_left(name, type(shared[name]), had[name]) for shared, had in zip(given, before, strict=True))
+
+
+def _handed(outputs: Sequence[Any]) -> bool:
+    """Whether what the first block returns beside hidden states is what all the others return, too."""
+    others = [output[1:] if isinstance(output, (tuple, list)) else () for output in outputs]
+    tensors = [x for x in others[0] if isinstance(x, torch.Tensor)]
+    return len(outputs) > 1 and bool(tensors) and all(
+        len(some) == len(others[0]) and all(x is y for x, y in zip(some, others[0], strict=True)) for some in others
+    )  # fmt: skip
+
+
+def _depends_on_inputs_alone(
+    block: nn.Module, hidden: torch.Tensor, arguments: Arguments, others: Sequence[Any]
+) -> bool:
+    """Whether a block returns these `others` beside whatever hidden states it is given."""
+    again = block(torch.zeros_like(hidden), *arguments.positional, **arguments.named)[1:]
+    pairs = [(x, y) for x, y in zip(again, others, strict=True) if isinstance(x, torch.Tensor)]
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def _left(argument: str, kind: type[MutableMapping[Any, Any]], held: Mapping[Any, Any]) -> Left:
+    """What is in a dict of tensors [B, heads, L, D]. Raises UsageError for anything else."""
+    rows, length = len(_TOKENS), len(_TOKENS[0])
+    keys = []
+    for key, value in held.items():
+        tensors = value if isinstance(value, (tuple, list)) else ()
+        if not tensors or any(x.ndim != 4 or (x.shape[0], x.shape[2]) != (rows, length) for x in tensors):
+            raise UsageError(f"{argument}[{key!r}], which blocks leave for each other, is no keys and values", _WITHOUT)
+        keys.append((key, tuple((int(x.shape[1]), int(x.shape[3])) for x in tensors)))
+    return Left(argument, kind, tuple(keys))
 
 
 def repeated(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
-    """The path of the list of blocks of one type that has the most parameters, and the blocks.
+    """The path of the list of blocks that has the most parameters, and the blocks, in the part that reads text.
 
-    Raises UsageError where there is none, and for a model of two stacks.
+    Blocks may be of several classes (attention and state spaces). Raises UsageError where there is none, for a model of
+    two stacks, and where blocks share weights, which cannot be solved for two places at once.
     """
+    name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise UsageError(
-            f"{type(model).__name__} is an encoder-decoder model", "only decoders and encoders are calibrated so far"
-        )
+        raise UsageError(f"{name} is an encoder-decoder model", "only decoders and encoders are calibrated so far")
+    part = text_part(model, model.config)
+    inside = {id(module) for module in part.modules()}
     lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
+        (path, module)
+        for path, module in model.named_modules()
+        if id(module) in inside and isinstance(module, nn.ModuleList) and len(module)
+        and not any(isinstance(block, (nn.ModuleList, nn.ModuleDict, nn.Identity)) for block in module)
         and any(map(_multiplies, module.modules()))
     ]  # fmt: skip
     if not lists:
-        raise UsageError(f"{type(model).__name__} has no repeated blocks", "quantize it without --calib")
+        raise UsageError(f"{name} has no repeated blocks", _WITHOUT)
     path, blocks = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    owners: dict[int, int] = {}
+    for number, block in enumerate(blocks):
+        for parameter in block.parameters():
+            if owners.setdefault(id(parameter), number) != number:
+                shared = f"{path}.{owners[id(parameter)]} and {path}.{number}"
+                raise UsageError(f"{name}: {shared} share weights, which are solved for one place only", _WITHOUT)
     return path, tuple(blocks)
 
 
@@ -217,7 +450,7 @@ def output_of(model: PreTrainedModel, path: str, inputs: Inputs) -> torch.Tensor
     caught: list[torch.Tensor] = []
 
     def look(_: nn.Module, __: Any, output: Any) -> None:
-        caught.append(output[0] if isinstance(output, tuple) else output)
+        caught.append(side_by_side(_first(output), inputs["input_ids"]))
         raise _EnoughError
 
     hook = model.get_submodule(path).register_forward_hook(look)
@@ -231,32 +464,6 @@ def output_of(model: PreTrainedModel, path: str, inputs: Inputs) -> torch.Tensor
 
 class _EnoughError(Exception):
     """Ends a forward whose rest is not needed; never leaves this module."""
-
-
-@torch.no_grad()
-def _results(model: PreTrainedModel, block: nn.Module) -> int:
-    """How many things the first block returns in a tuple, for two tokens; 0 where it is a tensor alone.
-
-    The model is not run any further. Raises UsageError where the block is not run at all.
-    """
-    counts: list[int] = []
-    original = block.forward
-
-    @functools.wraps(original)
-    def counted(*positional: Any, **named: Any) -> Any:
-        output = original(*positional, **named)
-        counts.append(len(output) if isinstance(output, tuple) else 0)
-        raise _EnoughError
-
-    block.forward = counted
-    try:
-        with suppress(_EnoughError):
-            _call(model, {"input_ids": torch.zeros((1, 2), dtype=torch.long)})
-    finally:
-        del block.forward
-    if not counts:
-        raise UsageError(f"{type(model).__name__} does not run its blocks", "quantize it without --calib")
-    return counts[0]
 
 
 def _call(model: PreTrainedModel, inputs: Inputs) -> None:

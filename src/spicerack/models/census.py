@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from spicerack.models.config import Architecture, architecture, nested
@@ -56,6 +57,7 @@ class Census:
 
     entries        tensor name -> what it is, in the order of the files
     tied           alias -> owner, tensor names; the alias may be absent from the files (lm_head is the embedding)
+    apart          heads and embeddings that are called tied, and hold other numbers than their owner: they are not
     shared_inputs  modules that read the same input and that engines fuse
     architecture   what config.json says of the whole
 
@@ -64,6 +66,7 @@ class Census:
 
     entries: dict[str, Entry]
     tied: dict[str, str]
+    apart: tuple[str, ...]
     shared_inputs: tuple[tuple[str, ...], ...]
     architecture: Architecture
 
@@ -78,11 +81,14 @@ class Census:
         return sum(e.info.nbytes for name, e in self.entries.items() if name not in self.tied)
 
 
-def take(checkpoint: Checkpoint) -> Census:
+def take(checkpoint: Checkpoint, transposed: Mapping[str, bool] = MappingProxyType({})) -> Census:
     """Classify every tensor of `checkpoint`, of which headers and config.json are read already.
 
+    transposed: what is known better than names tell it, of the order in which modules store their matrices.
+
     It needs no library that knows models, so that `inspect` starts at once, and a folder of a family that nobody knows
-    yet is described as far as its names go.
+    yet is described as far as its names go. Weights are read where config.json, or a family's habit, calls two of them
+    tied: two that differ are two.
     """
     facts = facts_of(checkpoint.config, checkpoint.tensors)
     label = _layer_types(checkpoint.tensors)
@@ -90,9 +96,12 @@ def take(checkpoint: Checkpoint) -> Census:
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         role = role_of(name, info.shape, facts)
-        entries[name] = Entry(name, module, role, info, label[module], is_transposed(name, role, info.shape, facts))
+        in_out = transposed.get(module, is_transposed(name, role, info.shape, facts))
+        entries[name] = Entry(name, module, role, info, label[module], in_out)
     tied = _tied(entries, checkpoint.config, facts)
-    return Census(entries, tied, _shared_inputs(entries), architecture(checkpoint.config))
+    apart = tuple(alias for alias, owner in tied.items() if alias in entries and not checkpoint.same(alias, owner))
+    tied = {alias: owner for alias, owner in tied.items() if alias not in apart}
+    return Census(entries, tied, apart, _shared_inputs(entries), architecture(checkpoint.config))
 
 
 def _layer_types(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -134,9 +143,11 @@ def _tied(entries: Mapping[str, Entry], config: Mapping[str, Any], facts: Facts)
     """alias -> owner, of heads and embeddings that are the embedding of tokens.
 
     config.json's word counts, or its family's habit where it says nothing. The header cannot prove that two tensors are
-    equal; whoever drops one must compare them.
+    equal: `take` compares them.
     """
-    declared = next((c["tie_word_embeddings"] for c in nested(config) if "tie_word_embeddings" in c), None)
+    declared = next(
+        (c["tie_word_embeddings"] for c in nested(config) if c.get("tie_word_embeddings") is not None), None
+    )
     tokens = [
         e for e in entries.values()
         if e.role == "embedding" and len(e.info.shape) == 2 and e.module.rsplit(".", 1)[-1] in names.TOKEN_EMBEDDINGS

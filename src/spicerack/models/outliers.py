@@ -91,7 +91,7 @@ def _one(checkpoint: Checkpoint, entry: census.Entry, pattern: str) -> Spread:
     n = max(count, 1)
     mean, rms = total / n, math.sqrt(squares / n)
     sigma = math.sqrt(max(squares / n - mean**2, 0.0))
-    fourth, bins = 0.0, torch.zeros(BINS, dtype=torch.float64)
+    fourth, bins = 0.0, torch.zeros(BINS, dtype=torch.float64, device="cpu")
     for x in _chunks(checkpoint, entry.name) if sigma else ():
         z = (x - mean).abs_().div_(sigma)
         bins += torch.histc(z, BINS, 0, BINS)  # leaves out what is beyond the last bin

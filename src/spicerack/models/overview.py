@@ -2,23 +2,26 @@
 
 A folder that spicerack quantized is described from its ledger: which scheme each layer got, and the error it made.
 
-What is given up. Roles are told by names here and not by transformers (`architecture`), which takes longer: for a
-family that is not known by its names, an estimate may differ from what `quantize` does.
+What is given up. Roles are told by names here and not by transformers (`architecture`), which takes seconds. For the
+families of `names.TOLD_BY_NAMES` that is the same; for others whoever shows an estimate asks which tensors stay in
+float (`quantization.door.promised`), as `inspect` does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from spicerack.errors import ShapeError
 from spicerack.models.census import BY_DEFAULT, Census, Entry, take
-from spicerack.models.config import Architecture
+from spicerack.models.config import Architecture, nested
+from spicerack.models.families import names
+from spicerack.models.narrow import nearest
 from spicerack.numerics.scheme import Scheme, parse
-from spicerack.storage import files, ledger
+from spicerack.storage import files, ledger, released
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import Checkpoint, TensorInfo
 
@@ -68,11 +71,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Indivisible:
-    """Layers that a scheme's groups do not tile: they would stay in float.
+    """Layers that a scheme's groups do not tile: `quantize` refuses them, unless it may take what fits.
 
     pattern   what a recipe calls them
     count     how many they are
-    remedy    K, and the group that fits
+    remedy    K, and the scheme that fits, which is counted
     """
 
     pattern: str
@@ -86,7 +89,7 @@ class Estimate:
 
     nbytes           codes, scales and zero points counted; headers and padding of files add a few bytes per tensor
     bits_per_weight  of the quantized layers;  bits_per_weight_total: of the whole model
-    indivisible      layers that would stay in float, because the scheme's groups do not tile them
+    indivisible      layers that the scheme's groups do not tile, counted in the scheme that fits them
     """
 
     scheme: str
@@ -108,8 +111,10 @@ class Report:
     rows                 kinds of tensors, in the order of the files
     tied                 alias -> owner
     estimates            sizes in common schemes; none of a quantized model
+    by_names             whether names tell what `quantize` does; else transformers has to be asked
     quantized            the recipe, or the tool where there is no ledger; None for a float model
     notes                what was noticed and left alone
+    refused              why `quantize` would not take the folder; None where it would, or nobody asked
     """
 
     folder: Path
@@ -121,8 +126,10 @@ class Report:
     rows: tuple[Row, ...]
     tied: dict[str, str]
     estimates: tuple[Estimate, ...]
+    by_names: bool
     quantized: str | None
     notes: tuple[str, ...]
+    refused: str | None = None
 
 
 def look(model: str | Path) -> Report:
@@ -131,7 +138,7 @@ def look(model: str | Path) -> Report:
     A folder of spicerack's own is described by its ledger: under the names that the float model had, with what became
     of each tensor. Estimates are made of float models only. Raises CheckpointError.
     """
-    checkpoint = Checkpoint.open(model)
+    checkpoint = released.decoded(Checkpoint.open(model))
     quantized = quantized_with(checkpoint.config)
     stored: dict[str, Stored] = {}
     written = ledger.read(checkpoint.folder) if quantized else None
@@ -148,7 +155,8 @@ def look(model: str | Path) -> Report:
         types=_by_type(rows),
         rows=rows,
         tied=census.tied,
-        estimates=() if quantized else tuple(estimate(census, parse(name)) for name in COMMON_SCHEMES),
+        estimates=() if quantized else estimates(census),
+        by_names=_told_by_names(census, checkpoint),
         quantized=quantized,
         notes=checkpoint.notes,
     )
@@ -179,31 +187,52 @@ def _stored(written: Ledger) -> dict[str, Stored]:
     return {e.tensor: Stored(e.scheme or e.dtype, e.bytes_after, e.error) for e in written.entries}
 
 
-def estimate(census: Census, scheme: Scheme) -> Estimate:
+def estimates(census: Census, kept: Collection[str] = ()) -> tuple[Estimate, ...]:
+    """The size of a model in `COMMON_SCHEMES`. kept: tensors that stay in float although their names say otherwise."""
+    return tuple(estimate(census, parse(name), kept) for name in COMMON_SCHEMES)
+
+
+def _told_by_names(census: Census, checkpoint: Checkpoint) -> bool:
+    """Whether `quantize` does with a folder what its names say: it is of a family where that was compared, its layers
+    are as many as config.json says, and nothing in it looks as if it were another model's."""
+    types = {part["model_type"] for part in nested(checkpoint.config) if isinstance(part.get("model_type"), str)}
+    if not types or not types <= names.TOLD_BY_NAMES:
+        return False
+    parts = [name.split(".") for name in checkpoint.tensors]
+    blocks = {tuple(name[: i + 1]) for name in parts for i, part in enumerate(name) if part.isdigit()}
+    as_many = census.architecture.layers is None or len(blocks) >= census.architecture.layers
+    wrapped = any(part.startswith("_") or part == "module" for name in parts for part in name)
+    floats = all(entry.info.dtype in FLOATS for entry in census.entries.values() if entry.role in BY_DEFAULT)
+    return as_many and floats and not wrapped
+
+
+def estimate(census: Census, scheme: Scheme, kept: Collection[str] = ()) -> Estimate:
     """The size of a model in this scheme, by the roles and shapes of its tensors.
 
-    What is quantized by default is; layers that the scheme's groups do not tile stay as they are, and are listed.
+    What is quantized by default is, but for `kept`; layers that the scheme's groups do not tile are counted in the
+    nearest one that fits, and are listed.
     """
     quantized_bits = weights = rest = 0
-    bits: dict[tuple[int, ...], int | str] = {}  # by shape: models have few of them, and many layers
+    bits: dict[tuple[int, ...], tuple[int, str]] = {}  # by shape: models have few of them, and many layers
     misfits: dict[tuple[str, str], int] = {}
     for name, entry in census.entries.items():
         if name in census.tied:
             continue
-        if not is_quantized(entry):
+        if not is_quantized(entry) or name in kept:
             rest += entry.info.nbytes
             continue
         shape = entry.matrix_shape
         if shape not in bits:
-            bits[shape] = _bits_or_remedy(scheme, shape)
-        size = bits[shape]
-        if isinstance(size, int):
+            bits[shape] = _bits_and_remedy(scheme, shape)
+        size, remedy = bits[shape]
+        if remedy:
+            kind = (pattern_of(entry.module), remedy)
+            misfits[kind] = misfits.get(kind, 0) + 1
+        if size:
             quantized_bits += size
             weights += entry.info.numel
         else:
             rest += entry.info.nbytes
-            kind = (pattern_of(entry.module), size)
-            misfits[kind] = misfits.get(kind, 0) + 1
     nbytes = quantized_bits // 8 + rest
     return Estimate(
         scheme=scheme.name,
@@ -228,14 +257,18 @@ def pattern_of(module: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in module.split("."))
 
 
-def _bits_or_remedy(scheme: Scheme, shape: tuple[int, ...]) -> int | str:
-    """What a matrix takes in this scheme, in bits; where its groups do not tile it, the remedy: K, and the group that
-    fits."""
+def _bits_and_remedy(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, str]:
+    """What a matrix takes in this scheme, in bits, and ""; where its groups do not tile it, what it takes in the one
+    that fits, and which that is. 0 where nothing fits, and it stays in float.
+    """
     try:
         scheme.check_shape("layer", shape)
     except ShapeError as error:
-        return f"K={shape[-1]}: {error.hint}"
-    return scheme.stored_bits(shape)
+        fitting = nearest(scheme, shape)
+        if fitting is None:
+            return 0, error.hint
+        return fitting.stored_bits(shape), f"K={shape[-1]}: {fitting} with --fit-groups"
+    return scheme.stored_bits(shape), ""
 
 
 def _rows(census: Census, stored: Mapping[str, Stored]) -> tuple[Row, ...]:

@@ -86,7 +86,7 @@ def is_transposed(name: str, role: Role, shape: tuple[int, ...], facts: Facts) -
     """Whether a matrix is stored [..., in, out] instead of [..., out, in].
 
     GPT-2's Conv1D is, by its role. Of fused experts the shape decides, as far as the hidden size tells its axes apart;
-    where it does not, the family.
+    where it does not, the family. A model that transformers builds knows better (`architecture.transposed_stacks`).
     """
     if role != "experts":
         return role == "conv1d"
@@ -94,7 +94,7 @@ def is_transposed(name: str, role: Role, shape: tuple[int, ...], facts: Facts) -
         return name.endswith(".w2")
     # of [experts, a, b] one axis is the hidden size: a down projection writes it, all others read it
     if len(facts.hidden) == 1 and (shape[1] in facts.hidden) != (shape[2] in facts.hidden):
-        writes_hidden = any(part in name.split(".") for part in ("down_proj", "w2", "wo", "output_linear", "w2_weight"))
+        writes_hidden = not names.WRITE_HIDDEN.isdisjoint(name.split("."))
         return (shape[2] in facts.hidden) == writes_hidden
     return bool(facts.types & names.EXPERTS_IN_OUT)
 

@@ -1,7 +1,8 @@
 """Native attention in transformers' models, unseen by the model's own code.
 
-transformers looks a model's attention up by the name in its config, at each call. `use_native_attention` enters
-`forward` under a name of ours and writes that name into the config of a model that would use torch's; the model keeps
+transformers looks a model's attention up by the name in its config, at each call. `forward` is entered under names of
+ours when this is imported, which a pickle of any packed layer does, too; `use_native_attention` writes such a name into
+the config of a model that would use torch's; the model keeps
 its code, its masks and its caches. What the native kernel does not compute goes to the function that would have been
 called. Given up: the last bits of a result are not torch's, because sums run in another order, and in float32 whatever
 the type.
@@ -9,7 +10,11 @@ the type.
 
 from __future__ import annotations
 
-from functools import partial
+import ast
+import inspect
+import re
+import sys
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,8 +23,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spicerack.kernels import attention
-from spicerack.models.families import names
+from spicerack.kernels import attention, panels
+from spicerack.kernels.kernel import check_engine
 
 NAME = "spicerack"
 """Of this attention in `config._attn_implementation`, with `_` and the engine behind it where one was named;
@@ -30,20 +35,73 @@ def use_native_attention(model: PreTrainedModel, engine: str | None = None) -> N
     """Let `model` call `forward` below where it would call torch's attention.
 
     Its config is changed, and nothing else. A model that was asked for another attention keeps it, and so does one
-    whose family does not look it up by name (`names.ATTENTION_BY_NAME`, or transformers itself says that it cannot be
-    set).
+    whose code asks whether the name is torch's (`asks_for_sdpa`), or of which transformers says that it cannot be set.
 
     model: of any family; one that has this attention already keeps it. engine: as in `kernels.attention`, None the
-    fastest; each has a name of its own among transformers', so that it is this model's alone.
+    fastest; each has a name of its own among transformers', so that it is this model's alone. Raises UsageError for one
+    that this processor has not.
     """
-    if model.config._attn_implementation != "sdpa" or model.config.model_type in names.ATTENTION_BY_NAME:
+    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return
-    if not model._can_set_attn_implementation():
+    if any(asks_for_sdpa(file) for file in _files(model)):
         return
-    name = NAME if engine is None else f"{NAME}_{engine}"
-    AttentionInterface.register(name, forward if engine is None else partial(forward, engine=engine))
-    AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(name)
+    check_engine(engine)
+    model.set_attn_implementation(_name(engine))
+
+
+def _files(model: nn.Module) -> set[str]:
+    """Names of the Python modules that the classes in `model` and their bases are from: the family's code.
+
+    torch's, ours and those of transformers that serve all families are left out.
+    """
+    classes = {cls for part in {type(module) for module in model.modules()} for cls in part.__mro__}
+    files = {cls.__module__ for cls in classes}
+    common = ("builtins", "abc", "typing", "torch", "spicerack", "transformers")
+    return {f for f in files if f.startswith("transformers.models.") or f.split(".")[0] not in common}
+
+
+@cache
+def asks_for_sdpa(file: str) -> bool:
+    """Whether the code of a Python module, by its name, compares anything with the name of torch's attention.
+
+    A family that does so has code of its own for "sdpa" (a mask, a choice of tokens), which would be left out under
+    another name. Code that cannot be read counts as such. Choosing a class by the name when a model is built, defaults
+    of arguments and looking torch's function up are no comparisons.
+    """
+    try:
+        source = inspect.getsource(sys.modules[file])
+    except (KeyError, OSError, TypeError):
+        return True
+    return compares_with_sdpa(source)
+
+
+def compares_with_sdpa(source: str) -> bool:
+    """The same of the text of a Python file."""
+    if not re.search(r"[\"']sdpa", source):  # to parse takes a tenth of a second
+        return False
+    nodes = list(ast.walk(ast.parse(source)))
+    lists = {
+        target.id
+        for node in nodes if isinstance(node, ast.Assign) and _names_sdpa(node.value) for target in node.targets
+        if isinstance(target, ast.Name) and not isinstance(node.value, ast.Constant | ast.Dict)
+    }  # fmt: skip
+    return any(_is_comparison(node, lists) for node in nodes)
+
+
+def _is_comparison(node: ast.AST, lists: set[str]) -> bool:
+    """Whether a node compares something with the name, itself or in one of the variables `lists`."""
+    if isinstance(node, ast.Compare | ast.MatchValue):
+        return _names_sdpa(node) or any(isinstance(n, ast.Name) and n.id in lists for n in ast.walk(node))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr in ("startswith", "endswith", "get") and any(map(_names_sdpa, node.args))
+    return False
+
+
+def _names_sdpa(node: ast.AST) -> bool:
+    """Whether a string in an expression is, or begins with, the name of torch's attention."""
+    return any(
+        isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value.startswith("sdpa") for n in ast.walk(node)
+    )
 
 
 def forward(
@@ -92,3 +150,12 @@ def forward(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
     )
+
+
+def _name(engine: str | None) -> str:
+    return NAME if engine is None else f"{NAME}_{engine}"
+
+
+for _engine in (None, *panels.NAMES):
+    AttentionInterface.register(_name(_engine), forward if _engine is None else partial(forward, engine=_engine))
+    AttentionMaskInterface.register(_name(_engine), sdpa_mask)

@@ -6,6 +6,7 @@ while its layer computes; what is lost is the time to decode it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Geometry:
         return cls(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-class QConv2d(PackedLayer):
+class QConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]  # its weight is no attribute
     """x [..., I, H, W] -> [..., O, H', W'] in x's type; differentiable in x and b, not in W.
 
     packed     the matrix [O, I / groups * height * width]: a row is all that an output reads
@@ -49,17 +50,25 @@ class QConv2d(PackedLayer):
 
     def __init__(self, packed: PackedWeight, geometry: Geometry, bias: nn.Parameter | None = None) -> None:
         super().__init__(packed, bias)
-        self.geometry = geometry
+        self.geometry = g = geometry
+        self.out_channels, self.padding_mode = packed.shape[0], "zeros"
+        self.in_channels = packed.shape[1] // math.prod(g.kernel_size) * g.groups
+        self.kernel_size, self.stride, self.padding, self.dilation, self.groups = (
+            g.kernel_size, g.stride, g.padding, g.dilation, g.groups
+        )  # fmt: skip
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The float weight [O, I / groups, height, width], decoded anew at each access."""
-        matrix = self.packed.decode()
-        return matrix.view(len(matrix), -1, *self.geometry.kernel_size)
+    def decode(self) -> torch.Tensor:
+        """The float weight [O, I / groups, height, width], decoded anew at each call."""
+        return self.packed.decode().view(self._strided()[0])
+
+    def _strided(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        (rows, columns), (height, width) = self.packed.shape, self.geometry.kernel_size
+        inputs = columns // (height * width)
+        return (rows, inputs, height, width), (columns, height * width, width, 1)
 
     def extra_repr(self) -> str:
         return str(self.geometry)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         g, bias = self.geometry, None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.conv2d(x, self.weight.to(x.dtype), bias, g.stride, g.padding, g.dilation, g.groups)
+        return nn.functional.conv2d(x, self.decode().to(x.dtype), bias, g.stride, g.padding, g.dilation, g.groups)

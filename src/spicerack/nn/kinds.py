@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from spicerack.errors import UsageError
 from spicerack.models.families import names
 from spicerack.nn.conv import Geometry, QConv2d
-from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.linear import QLinear
+from spicerack.nn.embedding import Lookup, QEmbedding, ScaledEmbedding
+from spicerack.nn.linear import QConv1D, QLinear
 from spicerack.nn.weight import PackedLayer, PackedWeight
 
 Inputs = Literal["tokens", "maps", "ids"]
@@ -38,7 +38,7 @@ class LayerKind:
     name          what folders call it (`storage.format.StoredTensor.role`), and what other tables are keyed by
     role          what recipes go by, as a role of `models.census`: convolutions are quantized where linear layers are
     float_class   torch's class; its subclasses may compute something else and are of no kind
-    packed_class  the layer that takes its place; kinds may share one, if `transposed` tells them apart
+    packed_class  the layer that takes its place, a subclass of it
     options       float layer, or any layer in its place, packed or trained -> what it is beside weight and bias, which
                   is all that is kept of it; None if there is nothing
     pack          (weight, options, bias) -> the packed layer
@@ -48,7 +48,7 @@ class LayerKind:
     transposed    the weight is stored [K, N], inputs first
     plain_only    only in modules of one's own: in a transformers model, whose folder is read by names and shapes, it
                   stays in float
-    subclasses    names of the subclasses of `float_class` that compute the same
+    subclasses    names of the subclasses of `float_class` that compute the same, or what `options` tell of
     """
 
     name: str
@@ -96,6 +96,12 @@ def _looks_up_more(layer: nn.Embedding) -> str | None:
     """
     if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
         return "an embedding with max_norm, scale_grad_by_freq or sparse stays in float"
+    if (
+        (scale := layer._buffers.get("embed_scale")) is not None
+        and scale.is_meta
+        and not hasattr(layer, "scalar_embed_scale")
+    ):
+        return "its scale is not known before the model is loaded"
     return None
 
 
@@ -104,6 +110,16 @@ def _pads_otherwise(layer: nn.Conv2d) -> str | None:
     if layer.padding_mode != "zeros":
         return f"a convolution with padding_mode={layer.padding_mode!r} has no packed form"
     return None
+
+
+def _blank_table(weight: torch.Tensor, lookup: Any) -> nn.Module:
+    """The table of this weight [rows, K] and Lookup."""
+    rows, columns = weight.shape
+    return (
+        nn.Embedding(rows, columns, lookup.padding_idx)
+        if lookup.scale is None
+        else ScaledEmbedding(rows, columns, lookup)
+    )
 
 
 def _blank_conv2d(weight: torch.Tensor, g: Any) -> nn.Module:
@@ -118,11 +134,12 @@ KINDS: tuple[LayerKind, ...] = (
         role="embedding",
         float_class=nn.Embedding,
         packed_class=QEmbedding,
-        options=lambda layer: layer.padding_idx,
-        pack=lambda weight, padding_idx, _bias: QEmbedding(weight, padding_idx),
-        blank=lambda weight, padding_idx: nn.Embedding(weight.shape[0], weight.shape[1], padding_idx),
+        options=Lookup.of,
+        pack=lambda weight, lookup, _bias: QEmbedding(weight, lookup),
+        blank=_blank_table,
         obstacle=_looks_up_more,
         inputs="ids",
+        subclasses=names.SCALED_EMBEDDING | {ScaledEmbedding.__name__},
     ),
     LayerKind(
         name="conv2d",
@@ -140,9 +157,9 @@ KINDS: tuple[LayerKind, ...] = (
         name="conv1d",
         role="conv1d",
         float_class=Conv1D,
-        packed_class=QLinear,
+        packed_class=QConv1D,
         options=_nothing,
-        pack=lambda weight, _options, bias: QLinear(weight, bias),
+        pack=lambda weight, _options, bias: QConv1D(weight, bias),
         blank=lambda weight, _options: Conv1D(weight.shape[1], weight.shape[0]),
         obstacle=_nothing,
         inputs="tokens",
@@ -180,6 +197,28 @@ def find(layer: nn.Module) -> LayerKind | None:
         if same or type(layer) is kind.float_class:
             return kind
     return None
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why a layer of a kind stays in float whatever the scheme, as its kind says, or because it computes something of
+    its own; None if nothing is in the way."""
+    if "forward" in vars(layer):
+        return "its forward was replaced in this instance, and a packed layer would not compute that"
+    return of(layer).obstacle(layer)
+
+
+def inside_wrappers(module: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the paths in `module` of what adapters add around a layer, whose own path goes on behind them.
+
+    An adapter, of PEFT's, holds the layer under a name of `names.WRAPPED`; all else in it is its own, and trains.
+    """
+    beginnings: list[str] = []
+    for path, part in module.named_modules(remove_duplicate=False):
+        adapts = any(cls.__module__.split(".")[0] == "peft" for cls in type(part).__mro__)
+        if adapts and any(name in part._modules for name in names.WRAPPED):
+            own = [name for name in part._modules if name not in names.WRAPPED]
+            beginnings += [f"{path}.{name}." if path else f"{name}." for name in own]
+    return tuple(beginnings)
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:

@@ -3,7 +3,7 @@
 It is a module of its own, and no tensor of the layer's, so that layers that are tied can hold the same one: torch then
 copies and moves it once. Its buffers have the layout of a kernel, which differs from processor to processor:
 they are in a state dict, for copies in memory, and never in a folder, where `qtensor` goes. No float of the weight's
-size is kept; `decode` makes one at each call, `forward` none.
+size is kept; `decode` makes one at each call, `forward` none; `PackedLayer.weight` makes one when its numbers are read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Choice, Compute
+from spicerack.nn.decoded import DecodedWeight, refusal
 from spicerack.numerics.packed import Rows
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
@@ -29,7 +30,8 @@ class PackedWeight(nn.Module):
     """W [N, K], packed. Two layers that are tied (a head and an embedding) hold the same PackedWeight.
 
     q         what is packed, of two axes; `qtensor` gives it back, bit for bit
-    dtype     of the float weight it replaces; decides nothing but the type of `decode` and `rows`
+    dtype     of the float weight it replaces, which casts of the model change (`model.half()`); decides nothing but the
+              type of `decode` and `rows`
     device    where it will run, which decides the kernel; the tensors are moved there
     compute   "int8", "float" or None, as in `kernel.pick`
     engine    an instruction set or None, as in `kernel.pick`
@@ -95,16 +97,21 @@ class PackedWeight(nn.Module):
         return {name: buffers[buffer] for name, buffer in self._names.items()}
 
     @property
+    def device(self) -> torch.device:
+        """Where the packed tensors are."""
+        return next(buffer.device for buffer in self._buffers.values() if buffer is not None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the packed tensors take in memory."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
-        """x [..., K] -> x W^T + bias [..., N] in x's type, or GELU (by erf) of that.
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] -> x W^T + bias [..., N] in x's type.
 
         bias: [N], or None. Differentiable in x and bias. Raises ShapeError for an x of another width.
         """
-        return self.choice.kernel.run(x, (self.prepared(),), (bias,), gelu)[0]
+        return self.choice.kernel.run(x, (self.prepared(),), (bias,))[0]
 
     def prepared(self) -> Any:
         """The matrix as its kernel's `run` takes it; prepared once, and anew when a buffer is another tensor.
@@ -145,21 +152,33 @@ class PackedWeight(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeight:
         """Move between devices, as `model.to` asks; but `model.half()` and its like must not round the scales.
 
-        fn casts floats only, so it is shown integers of the same bits, whatever the buffers are.
+        fn casts floats only, so it is shown integers of the same bits, whatever the buffers are; one that casts those
+        as well (`model.type`) moves nothing. What it casts floats to is the type of rows from then on.
         """
-        types = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
-        for name, dtype in types.items():
-            self._buffers[name] = self.get_buffer(name).view(_AS_INTEGERS[dtype.itemsize])
-        nn.Module._apply(self, fn, recurse)
-        for name, dtype in types.items():
-            self._buffers[name] = self.get_buffer(name).view(dtype)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+
+        def moved(bits: torch.Tensor) -> torch.Tensor:
+            result = fn(bits)
+            return result if result.dtype == bits.dtype else bits
+
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        for name, buffer in before.items():
+            self._buffers[name] = buffer.view(_AS_INTEGERS[buffer.itemsize])
+        nn.Module._apply(self, moved, recurse)
+        for name, buffer in before.items():
+            result = self.get_buffer(name)
+            stays = result.device == buffer.device and result.data_ptr() == buffer.data_ptr()
+            self._buffers[name] = buffer if stays else result.view(buffer.dtype)
+        if any(self._buffers[name] is not buffer for name, buffer in before.items()):
+            self._prepared, self._prepared_of = None, ()  # nobody else keeps what was moved away
         return self
 
 
 class PackedLayer(nn.Module):
-    """What layers with packed weights have in common.
+    """What layers with packed weights have in common, beside the float class that each is a subclass of.
 
-    packed: the weight as a matrix [N, K]; layers that are tied hold the same one. bias: [N], a parameter like any
+    So those who look for that class find them (adapters, above all), and `weight` tells them what they ask for. packed:
+    the weight as a matrix [N, K]; layers that are tied hold the same one. bias: [N], a parameter like any
     other, or None.
     """
 
@@ -167,11 +186,34 @@ class PackedLayer(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # and not that of the float class, which would make a weight
         self.packed = packed
         self.register_parameter("bias", bias)
 
+    def decode(self) -> torch.Tensor:
+        """The float weight in the shape that the float layer has it in, decoded anew at each call."""
+        return self.packed.decode()
+
+    def _strided(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of what `decode` gives."""
+        rows, columns = self.packed.shape
+        return ((columns, rows), (1, columns)) if self.packed.transposed else ((rows, columns), (columns, 1))
+
     @property
     def weight(self) -> torch.Tensor:
-        """The float weight in the shape that the float layer has it in, decoded anew at each access."""
-        return self.packed.decode()
+        """The float weight, to look at: see `DecodedWeight`. Writes into it raise UsageError."""
+        if torch.compiler.is_compiling():  # a graph has the decoding in it
+            return self.decode()
+        return DecodedWeight(*self._strided(), self.packed.dtype, self.packed.device, self.decode)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        """Takes what is the layer's own already, which adapters give back when they are taken off."""
+        if not (isinstance(value, DecodedWeight) and value.decode == self.decode):
+            raise refusal()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's, which assignments of parameters go through. Raises UsageError for a weight."""
+        if name == "weight":
+            raise refusal()
+        super().register_parameter(name, param)

@@ -87,6 +87,8 @@ def encode(
         min_, stored_min = _encode_part(lowest, scheme.min, range_, source, name)
         x = x - stored_min[:, None]
     best, zero = _searched(TensorGroups(x, scheme, a), dtype_of(scheme.scale, source), groups, range_, name)
+    if isinstance(scheme.scale, Scheme):  # a block of zeros must not widen the range of its neighbours' scales
+        best = torch.where(x.any(1).reshape(groups), best, 0.0)
     scale, stored = _encode_part(best, scheme.scale, range_, source, name)
     # multiplied by the inverse and not divided: that is what native code does, and the two may differ by a code
     inverse = torch.where(stored == 0, 0, 1 / stored)[:, None]

@@ -181,14 +181,15 @@ class _Table:
         import torch
 
         values, codes = _sorted(self.values)
-        middles = torch.tensor(values, device=u.device)
-        return torch.tensor(codes, device=u.device)[torch.bucketize(u, (middles[1:] + middles[:-1]) / 2)]
+        levels = torch.tensor(values, dtype=torch.float32, device=u.device)
+        places = torch.bucketize(u, (levels[1:] + levels[:-1]) / 2)
+        return torch.tensor(codes, dtype=torch.int64, device=u.device)[places]
 
     def decode(self, codes: torch.Tensor, zero: torch.Tensor | float = 0.0) -> torch.Tensor:
         """float32 values[code]. See `Levels.decode`."""
         import torch
 
-        return torch.tensor(self.values, device=codes.device)[codes.long()]
+        return torch.tensor(self.values, dtype=torch.float32, device=codes.device)[codes.long()]
 
 
 @dataclass(frozen=True, slots=True)

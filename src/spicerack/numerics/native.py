@@ -33,6 +33,7 @@ from spicerack.numerics.search import (
     Range,
     best_prefix,
     coarse_factors,
+    empty_scale,
     ordered_sum,
     shifts,
 )
@@ -119,11 +120,11 @@ def quantize(
     isa         one of ISAS; "" is the widest
     """
     count, size = w.shape
-    codes = torch.empty((count, size), dtype=torch.int8)
-    scale = torch.empty(count, dtype=torch.float32)
-    zero = torch.empty(count, dtype=torch.int8)
+    codes = torch.empty((count, size), dtype=torch.int8, device="cpu")
+    scale = torch.empty(count, dtype=torch.float32, device="cpu")
+    zero = torch.empty(count, dtype=torch.int8, device="cpu")
     levels, type_name = levels_of(scheme), str(dtype).removeprefix("torch.")
-    optimize = range_ == "opt"
+    optimize, empty = range_ == "opt", empty_scale(scheme, dtype)
     coarse = coarse_factors(scheme) if optimize else ()
     fine = [factor for pair in FINE for factor in pair]
     period = 1 if importance is None else min(importance.numel() // size, count)
@@ -134,7 +135,7 @@ def quantize(
             part = importance[first * size : last * size] if importance.numel() == w.numel() else importance
         rows = slice(first, last)
         return _native.search(
-            w[rows], levels, type_name, coarse, shifts(scheme), fine, REFINEMENTS,
+            w[rows], levels, type_name, coarse, shifts(scheme), fine, REFINEMENTS, empty,
             part, scale[rows], zero[rows], codes[rows], isa,
         )  # fmt: skip
 
@@ -161,7 +162,7 @@ def encode(
     threads   how many share the groups
     isa       one of ISAS; "" is the widest
     """
-    codes = torch.empty(w.shape, dtype=torch.int8)
+    codes = torch.empty(w.shape, dtype=torch.int8, device="cpu")
     levels = levels_of(scheme)
 
     def work(first: int, last: int) -> None:
@@ -227,7 +228,7 @@ class LongGroups:
 
     def weight(self) -> torch.Tensor:
         """See `Groups.weight`: the number of weights, which all matter the same."""
-        return torch.full((len(self.w),), float(self.w.shape[1]), dtype=torch.float64)
+        return torch.full((len(self.w),), float(self.w.shape[1]), dtype=torch.float64, device="cpu")
 
     def judge(self, scale: torch.Tensor, zero: torch.Tensor) -> Fit:
         """See `Groups.judge`: piece by piece, the pieces shared among the threads and added in their order."""
@@ -248,7 +249,7 @@ class LongGroups:
         """
         whole = len(group) // PIECE
         pieces, rest = group[: whole * PIECE].view(whole, PIECE), group[whole * PIECE :].view(1, -1)
-        out = torch.zeros((whole + 1, 5), dtype=torch.float64)
+        out = torch.zeros((whole + 1, 5), dtype=torch.float64, device="cpu")
         levels = levels_of(self.scheme)
 
         def work(first: int, last: int) -> None:
@@ -265,7 +266,9 @@ def _ternary(group: torch.Tensor) -> torch.Tensor:
     if group.dtype == torch.float32:
         size = torch.from_numpy(np.sort(group.abs().numpy())).flip(0)[None]
         return best_prefix(size)
-    counts = torch.zeros(1 << 15, dtype=torch.int64)  # 16-bit floats: there are not more magnitudes than that
+    counts = torch.zeros(
+        1 << 15, dtype=torch.int64, device="cpu"
+    )  # 16-bit floats: there are not more magnitudes than that
     for piece in group.split(PIECE):
         counts += torch.bincount(piece.view(torch.int16).to(torch.int32) & 0x7FFF, minlength=len(counts))
     patterns = counts.nonzero()[:, 0].flip(0)
@@ -278,7 +281,7 @@ def pack(codes: torch.Tensor, bits: int, *, offset: int = 0, threads: int = 1) -
     Only the low bits of the sum are kept: codes that are not of the levels are the caller's mistake.
     """
     rows = codes.contiguous().view(torch.uint8).reshape(-1, codes.shape[-1])
-    words = torch.empty((len(rows), -(-rows.shape[1] * bits // 32)), dtype=torch.int32)
+    words = torch.empty((len(rows), -(-rows.shape[1] * bits // 32)), dtype=torch.int32, device="cpu")
     with team(threads) as workers:
         workers.run(lambda a, b: _native.pack(rows[a:b], bits, offset, words[a:b]), len(rows))
     return words.reshape(*codes.shape[:-1], -1)
@@ -290,7 +293,7 @@ def unpack(words: torch.Tensor, bits: int, columns: int, *, offset: int = 0, thr
     View it as int8 for signed codes. `words` must be those of `columns` codes.
     """
     rows = words.contiguous().reshape(-1, words.shape[-1])
-    codes = torch.empty((len(rows), columns), dtype=torch.uint8)
+    codes = torch.empty((len(rows), columns), dtype=torch.uint8, device="cpu")
     with team(threads) as workers:
         workers.run(lambda a, b: _native.unpack(rows[a:b], bits, offset, codes[a:b]), len(rows))
     return codes.reshape(*words.shape[:-1], columns)

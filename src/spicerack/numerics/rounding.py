@@ -102,8 +102,9 @@ def _search_long(
     with native.team(threads) as workers:
         scale, zeros = search(native.LongGroups(groups, scheme, workers), scheme, dtype, range_)
     zero, fits = zeros.to(torch.int8), codec.scale_fits(scale)
-    codes = native.encode(groups, scheme, scale, zero, threads=threads) if fits else torch.empty(0, dtype=torch.int8)
-    return native.Quantized(codes, scale, zero, fits)
+    if not fits:
+        return native.Quantized(torch.empty(0, dtype=torch.int8, device="cpu"), scale, zero, fits)
+    return native.Quantized(native.encode(groups, scheme, scale, zero, threads=threads), scale, zero, fits)
 
 
 def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None) -> bool:

@@ -25,7 +25,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from spicerack.numerics.scales import store
+from spicerack.numerics.levels import Levels
+from spicerack.numerics.scales import smallest_scale, store
 from spicerack.numerics.scheme import Scheme
 
 Range = Literal["absmax", "opt"]
@@ -101,12 +102,12 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero of every group -> (scale [M] as stored in `dtype`, zero [M]), both float32.
 
-    Groups of zeros get scale 1: nothing divides by 0. An infinite absmax scale stays: `codec.check_scale` refuses it.
-    Every candidate is one pass over the weights: 4 (powers of two) to 36 (with zero points) coarse ones, 8 fine ones
-    and REFINEMENTS more; two in all for ternary levels, and none for `absmax`.
+    Groups of zeros get `empty_scale`: nothing divides by 0. An infinite absmax scale stays: `codec.check_scale` refuses
+    it. Every candidate is one pass over the weights: 4 (powers of two) to 36 (with zero points) coarse ones, 8 fine
+    ones and REFINEMENTS more; two in all for ternary levels, and none for `absmax`.
     """
     raw, centre = _start(*groups.bounds(), scheme)
-    scale = torch.where(raw == 0, 1.0, store(raw, dtype))
+    scale = torch.where(raw == 0, empty_scale(scheme, dtype), store(raw, dtype))
     zero = _zero_for(centre, scale, scheme)
     if range_ == "absmax":
         return scale, zero
@@ -116,18 +117,35 @@ def search(
         best = best.better(groups.judge(store(groups.ternary(), dtype), zero))
         return torch.where(final, scale, best.scale), zero
     for factor in coarse_factors(scheme):
-        candidate = store(raw * torch.tensor(factor), dtype)
+        candidate = store(raw * _float32(factor), dtype)
         base = _zero_for(centre, candidate, scheme)
         for shift in shifts(scheme):
             best = best.better(groups.judge(candidate, _clip_zero(base + shift, scheme) if scheme.zero else base))
     for pair in FINE:
         middle = best
         for factor in pair:
-            best = best.better(groups.judge(store(middle.scale * torch.tensor(factor), dtype), middle.zero))
+            best = best.better(groups.judge(store(middle.scale * _float32(factor), dtype), middle.zero))
     total = groups.weight()
     for _ in range(REFINEMENTS):
         best = best.better(groups.judge(*_refined(best, scheme, total, dtype)))
     return torch.where(final, scale, best.scale), torch.where(final, zero, best.zero)
+
+
+def empty_scale(scheme: Scheme, dtype: torch.dtype) -> float:
+    """The scale of a group of zeros, which none fits better than another: 1, if zeros have a level of their own.
+
+    Where they have none (half-integers, tables without 0), the smallest that `dtype` stores: the levels next to 0 are
+    then as near to it as they can be, and do not stand for half of a step that no weight has.
+    """
+    return 1.0 if scheme.zero or _has_zero(scheme.levels) else smallest_scale(dtype)
+
+
+def _has_zero(levels: Levels) -> bool:
+    """Whether weights of 0 are coded as 0."""
+    if levels.integers is not None:  # told without a tensor: training's graphs pass here
+        return levels.lo <= 0 <= levels.hi and not levels.integers.half
+    zeros = torch.zeros((1, levels.weights), dtype=torch.float32, device="cpu")
+    return not bool(levels.decode(levels.encode(zeros)).any())
 
 
 def coarse_factors(scheme: Scheme) -> tuple[float, ...]:
@@ -146,6 +164,11 @@ def shifts(scheme: Scheme) -> tuple[float, ...]:
 
 
 # ---- the steps ------------------------------------------------------------------------------------------------------
+
+
+def _float32(factor: float) -> torch.Tensor:
+    """A factor as native code has it: rounded to float32 before it multiplies."""
+    return torch.tensor(factor, dtype=torch.float32, device="cpu")
 
 
 def _start(bottom: torch.Tensor, top: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:

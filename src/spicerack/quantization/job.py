@@ -3,8 +3,8 @@
     Checkpoint -> Source (what is known of each tensor) -> Decision (its scheme) -> Action (what the output has for it)
 
 A `Job` is the whole of it, frozen: the loop, the writer, the memory plan and the dry run read it and decide nothing.
-Weights are read here for one purpose alone: two tensors that config.json says are tied are compared before one of them
-is dropped.
+Weights are read here for one purpose alone: two tensors that config.json says are tied are compared (`census`), because
+two that differ are two.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import CheckpointError, ShapeError, listed
+from spicerack.errors import CheckpointError, listed
+from spicerack.models.architecture import host_of
+from spicerack.models.overview import quantized_with
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import decisions
+from spicerack.quantization import decisions, door, fitting
 from spicerack.quantization.decisions import Source
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
-from spicerack.storage import format
-from spicerack.storage.files import CONTAINER
-from spicerack.storage.format import Format, StoredTensor
+from spicerack.storage import format, released
+from spicerack.storage.format import Format, Layout, Reading, StoredTensor
 from spicerack.storage.ledger import Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
 from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, shards_of
@@ -136,54 +137,105 @@ class Job:
         )
 
 
-def prepare(model: str | Path, asked: Recipe, *, shard_bytes: int = SHARD_BYTES) -> Job:
+def prepare(model: str | Path, asked: Recipe, *, with_text: bool = False, shard_bytes: int = SHARD_BYTES) -> Job:
     """Decide everything for the folder (or hub id) `model`.
 
-    Raises CheckpointError (not a folder we read, or quantized already), RecipeError (a rule that matches nothing),
+    with_text: whether there is calibration text; towers for pictures or sound then stay in float unless a rule names
+    them.
+
+    Raises CheckpointError (not a folder we read, quantized already, or not what its class needs), RecipeError (a rule
+    that matches nothing, or asks for what cannot be had; a recipe that quantizes nothing),
     SchemeError (an embedding with int8 activations), ShapeError (all tensors that no whole groups tile, at once),
     UsageError (static activations in a model without blocks to calibrate).
     """
-    return decide(Checkpoint.open(model), asked, shard_bytes=shard_bytes)
+    return decide(Checkpoint.open(model), asked, with_text=with_text, shard_bytes=shard_bytes)
 
 
-def decide(checkpoint: Checkpoint, asked: Recipe, *, shard_bytes: int = SHARD_BYTES) -> Job:
+def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, shard_bytes: int = SHARD_BYTES) -> Job:
     """The same for a folder that is open, or a part of it.
 
     checkpoint: of a float model. asked: the recipe; a rotation in its method turns the checkpoint first. Raises as
     `prepare` does, and CheckpointError for a model that is quantized already.
     """
-    if "quantization_config" in checkpoint.config or checkpoint.config.get("model_type") == CONTAINER:
+    checkpoint = released.decoded(checkpoint)
+    if (tool := quantized_with(checkpoint.config)) is not None:
         raise CheckpointError(
-            f"{checkpoint.folder} is quantized already", "start from the float model: every rounding adds up"
+            f"{checkpoint.folder} is quantized already, with {tool}",
+            "start from the float model: every rounding adds up",
         )
     if asked.method is not None and asked.method.rotation is not None:
         checkpoint = rotate(checkpoint, asked.method.rotation)
     source = Source.of(checkpoint)
-    decided = decisions.decide(source, asked)
+    unread = door.check(source)
+    decided = decisions.decide(source, asked, with_text=with_text)
+    asked_for, decided = decided, _fitted(source, decided, asked)
     stored_tensors = {name: _stored(source, name, choice.scheme) for name, choice in decided.items() if choice.scheme}
-    _check_shapes(stored_tensors)
     contents = {stored.module: stored for stored in stored_tensors.values()}
     fmt = format.choose(contents)
     tied = source.tied
     floats = [name for name in source.linears() if name not in contents and tied.get(name) not in contents]
+    config = _untied(source)
+    reading = fmt.reading(config, contents, host_of(config, _headers(checkpoint), contents, floats))
     return Job(
         source=checkpoint,
         recipe=asked,
         format=fmt,
         actions=tuple(_actions(source, decided, stored_tensors, fmt)),
-        notes=tuple(_notes(source, decided, contents)),
-        config=fmt.config(dict(checkpoint.config), contents, floats),
+        notes=(
+            *checkpoint.notes,
+            *unread,
+            *_refitted(source, asked_for, decided),
+            *_notes(source, asked, decided, contents, reading),
+        ),
+        config=fmt.config(config, contents, reading),
         parameters=source.census.parameters,
         shard_bytes=shard_bytes,
     )
 
 
-def _notes(source: Source, decided: Mapping[str, Decision], contents: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _headers(checkpoint: Checkpoint) -> Layout:
+    """What the float folder holds: name -> type and shape."""
+    return {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+
+
+def _untied(source: Source) -> dict[str, Any]:
+    """The model's config.json, which must not call tied what is not: a reader would put one tensor in both places.
+
+    Where the two are quantized differently it could not see from the files that they differ.
+    """
+    config = dict(source.checkpoint.config)
+    if not source.census.apart or source.census.tied:
+        return config
+    for key, value in config.items():
+        if isinstance(value, dict) and value.get("tie_word_embeddings"):
+            config[key] = {**value, "tie_word_embeddings": False}
+    return {**config, "tie_word_embeddings": False} if config.get("tie_word_embeddings", True) else config
+
+
+def _refitted(source: Source, before: Mapping[str, Decision], after: Mapping[str, Decision]) -> Iterator[str]:
+    """A note for each scheme that took another's place because groups did not tile layers."""
+    entries = source.census.entries
+    changed: dict[tuple[Scheme, Scheme], list[str]] = {}
+    for name, choice in after.items():
+        old = before[name].scheme
+        if old is not None and choice.scheme is not None and choice.scheme != old:
+            changed.setdefault((old, choice.scheme), []).append(entries[name].module)
+    for (old, new), modules in changed.items():
+        patterns = fitting.patterns(modules, [entry.module for entry in entries.values()])
+        yield f"{len(modules)} layers that {old} does not tile are {new}: {listed(patterns, _LISTED)}"
+
+
+def _notes(
+    source: Source,
+    asked: Recipe,
+    decided: Mapping[str, Decision],
+    contents: Mapping[str, StoredTensor],
+    reading: Reading,
+) -> Iterator[str]:
     """What a person should know before work starts."""
-    yield from source.checkpoint.notes
-    for note, modules in decisions.notes(source, decided):
+    for note, modules in decisions.notes(source, decided, asked):
         yield f"{listed(modules, _LISTED)}: {note}" if modules else note
-    yield from format.portability(contents, source.census.shared_inputs)
+    yield from format.portability(contents, source.census.shared_inputs, reading)
 
 
 def _stored(source: Source, name: str, scheme: Scheme) -> StoredTensor:
@@ -194,21 +246,34 @@ def _stored(source: Source, name: str, scheme: Scheme) -> StoredTensor:
     return StoredTensor(entry.module, scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
 
-def _check_shapes(stored_tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ShapeError for all tensors that no whole groups tile, at once, up to `_LISTED` of them by name.
+def _fitted(source: Source, decided: Mapping[str, Decision], asked: Recipe) -> dict[str, Decision]:
+    """What was decided, with the nearest scheme that fits for tensors that no whole groups tile, if the recipe says so.
 
-    One after the other, a person would mend a recipe as many times as there are kinds of layers.
+    Raises ShapeError for all of them at once if it does not, with rules to paste, and for those that nothing fits.
     """
-    problems = []
-    for name, stored in stored_tensors.items():
-        try:
-            stored.scheme.check_shape(name, stored.shape)
-        except ShapeError as error:
-            problems.append(error)
-    if problems:
-        hints = "; ".join(sorted({problem.hint for problem in problems}))
-        messages = listed([problem.message for problem in problems], _LISTED, between="\n  ")
-        raise ShapeError(messages, f"{hints}: --set 'PATTERN=SCHEME' or --skip 'PATTERN'")
+    entries = source.census.entries
+    quantized = {name: choice.scheme for name, choice in decided.items() if choice.scheme is not None}
+    found = [
+        fitting.obstacle(entries[name].module, scheme, entries[name].matrix_shape) for name, scheme in quantized.items()
+    ]
+    misfits = {misfit.module: misfit for misfit in found if misfit is not None}
+    hopeless = [misfit for misfit in misfits.values() if misfit.nearest is None]
+    if hopeless:
+        raise fitting.error(hopeless, "skip them: --skip 'PATTERN'")
+    if misfits and not asked.fit_groups:
+        paste = fitting.rules(misfits.values(), (entries[name].module for name in quantized))
+        sets = " ".join(f"--set '{rule}'" for rule in paste)
+        raise fitting.error(misfits.values(), f"add --fit-groups (fit_groups=True) or, which is the same, {sets}")
+    return {
+        name: choice
+        if entries[name].module not in misfits or choice.scheme is None
+        else Decision(
+            misfits[entries[name].module].nearest,
+            f"{choice.why}; groups of {choice.scheme} do not tile it",
+            choice.rule,
+        )
+        for name, choice in decided.items()
+    }
 
 
 def _actions(
@@ -224,19 +289,8 @@ def _actions(
         if stored is not None:
             tensors = tuple(OutputTensor(key, dtype, shape) for key, (dtype, shape) in fmt.layout(stored).items())
             yield Action(info, "quantize", why, entry.role, entry.layer_type, tensors, stored)
-        elif name in tied and _equal(source.checkpoint, name, tied[name]):
+        elif name in tied:
             yield Action(info, "drop", f"the same tensor as {tied[name]}", entry.role, entry.layer_type, ())
         else:
             tensor = OutputTensor(name, info.dtype, info.shape)
             yield Action(info, "copy", why, entry.role, entry.layer_type, (tensor,))
-
-
-def _equal(checkpoint: Checkpoint, alias: str, owner: str, rows: int = 4096) -> bool:
-    """Whether two tensors of the folder hold the same numbers; read some rows at a time."""
-    a, b = checkpoint.tensors[alias], checkpoint.tensors[owner]
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    return all(
-        torch.equal(checkpoint.read_rows(alias, i, i + rows), checkpoint.read_rows(owner, i, i + rows))
-        for i in range(0, a.shape[0], rows)
-    )

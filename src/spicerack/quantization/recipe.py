@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from spicerack.algorithms.method import Method
 from spicerack.errors import RecipeError
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.numerics.scheme import Scheme, parse
+from spicerack.storage.files import local
 
 Range = Literal["absmax", "opt"]
 """How scales are chosen: by the largest weight of a group, or by the least error."""
@@ -74,6 +75,7 @@ class Recipe:
     rules      exceptions, in order: later ones win
     method     how codes are chosen; None is the best measured for the scheme where there is calibration text, else rtn
     observer   how static scales of activations are found; None is the best measured, and where there are none
+    fit_groups layers that no whole groups tile get the nearest scheme that fits (`fitting.py`), and are not refused
     """
 
     scheme: Scheme
@@ -81,6 +83,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     method: Method | None = None
     observer: str | None = None
+    fit_groups: bool = False
 
     @property
     def is_static(self) -> bool:
@@ -93,10 +96,14 @@ class Recipe:
         rules = [{rule.pattern: rule.scheme.name if rule.scheme else SKIP} for rule in self.rules]
         method = {} if self.method is None else {"method": str(self.method)}
         observer = {} if self.observer is None else {"observer": self.observer}
-        return {"scheme": self.scheme.name, **method, "range": self.range_, **observer, "rules": rules}
+        fit = {"fit_groups": True} if self.fit_groups else {}
+        return {"scheme": self.scheme.name, **method, "range": self.range_, **observer, **fit, "rules": rules}
 
-    def with_choices(self, range_: str | None, method_: str | Method | None, observer: str | None) -> Recipe:
-        """This recipe with other ways to choose ranges, codes and static scales; None leaves what it has.
+    def with_choices(
+        self, range_: str | None, method_: str | Method | None, observer: str | None, fit_groups: bool | None = None
+    ) -> Recipe:
+        """This recipe with other ways to choose ranges, codes, static scales and what fits narrow layers; None leaves
+        what it has.
 
         Raises RecipeError for a name that there is not.
         """
@@ -105,6 +112,7 @@ class Recipe:
             range_=self.range_ if range_ is None else check_range(range_),
             method=(method.parse(method_) if isinstance(method_, str) else method_) or self.method,
             observer=self.observer if observer is None else check_observer(observer),
+            fit_groups=self.fit_groups if fit_groups is None else fit_groups,
         )
 
     def then(self, rules: Iterable[Rule]) -> Recipe:
@@ -114,7 +122,8 @@ class Recipe:
     def __str__(self) -> str:
         method = [] if self.method is None else [str(self.method)]
         observer = [] if self.observer is None else [f"observer={self.observer}"]
-        return " ".join([self.scheme.name, *method, f"range={self.range_}", *observer, *map(str, self.rules)])
+        fit = ["fit-groups"] if self.fit_groups else []
+        return " ".join([self.scheme.name, *method, f"range={self.range_}", *observer, *fit, *map(str, self.rules)])
 
 
 def of(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule] = ()) -> Recipe:
@@ -132,10 +141,18 @@ class Decision:
 
     scheme   what it is quantized to; None keeps it in float
     why      the rule or the reason, for the ledger and for people
+    rule     that decided; None: the recipe's scheme, or its role
+    refused  what was asked for, where the tensor cannot have it and stays in float; `why` is then the reason
     """
 
     scheme: Scheme | None
     why: str
+    rule: Rule | None = None
+    refused: Scheme | None = None
+
+    def kept(self, why: str) -> Decision:
+        """The same tensor left in float for this reason, whatever was asked for."""
+        return Decision(None, why, self.rule, self.scheme)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -182,12 +199,14 @@ def _rule(pattern: str, scheme: str) -> Rule:
 
 
 def read(path: Path) -> Recipe:
-    """A YAML recipe: `scheme`; optional `method`, `range`, `observer`; `rules`, a list of `pattern: scheme` (or skip).
+    """A YAML recipe: `scheme`; optional `method`, `range`, `observer`, `fit_groups`; `rules`, a list of
+    `pattern: scheme` (or skip).
 
     Raises RecipeError naming file and key.
     """
     import yaml
 
+    path = local(path)
     if not path.is_file():
         raise RecipeError(f"recipe {path} is not a file", "give the path of a YAML file")
     if path.stat().st_size > _MAX_BYTES:
@@ -200,11 +219,11 @@ def read(path: Path) -> Recipe:
         ) from error
     if not isinstance(data, dict) or not isinstance(data.get("scheme"), str):
         raise RecipeError(f"recipe {path} has no 'scheme'", "begin with, say, 'scheme: w4g128'")
-    unknown = set(data) - {"scheme", "method", "range", "observer", "rules"}
+    unknown = set(data) - {"scheme", "method", "range", "observer", "fit_groups", "rules"}
     if unknown:
         raise RecipeError(
             f"recipe {path}: unknown key {sorted(map(str, unknown))[0]!r}",
-            "keys are scheme, method, range, observer, rules",
+            "keys are scheme, method, range, observer, fit_groups, rules",
         )
     rules = data.get("rules") or []
     if not isinstance(rules, list):
@@ -217,7 +236,11 @@ def read(path: Path) -> Recipe:
         parsed.append(_rule(*pair))
     how = method.parse(str(data["method"])) if "method" in data else None
     observer = check_observer(str(data["observer"])) if "observer" in data else None
-    return Recipe(parse(data["scheme"]), check_range(str(data.get("range", "opt"))), tuple(parsed), how, observer)
+    fit = data.get("fit_groups", False)
+    if not isinstance(fit, bool):
+        raise RecipeError(f"recipe {path}: 'fit_groups' is {fit!r}", "write true or false")
+    range_ = check_range(str(data.get("range", "opt")))
+    return Recipe(parse(data["scheme"]), range_, tuple(parsed), how, observer, fit)
 
 
 def check_range(text: str) -> Range:
@@ -254,7 +277,7 @@ def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -
         hits = [r for r in recipe.rules if any(r.matches(name) for name in names) and _reaches(r, role)]
         used.update(hits)
         if hits:
-            decisions[module] = Decision(hits[-1].scheme, f"rule {hits[-1]}")
+            decisions[module] = Decision(hits[-1].scheme, f"rule {hits[-1]}", hits[-1])
         elif role in BY_DEFAULT:
             decisions[module] = Decision(recipe.scheme, "recipe")
         else:
@@ -264,6 +287,31 @@ def resolve(recipe: Recipe, roles: Mapping[str, str], tied: Mapping[str, str]) -
     for unused in (r for r in recipe.rules if r not in used):
         raise RecipeError(f"rule {unused} matches nothing that it could change", _nearest(unused, [*roles, *tied]))
     return {**decisions, **{alias: decisions[owner] for alias, owner in tied.items() if owner in decisions}}
+
+
+def refuse_vain(recipe: Recipe, decisions: Mapping[str, Decision]) -> None:
+    """Raise RecipeError for a rule that asks for a scheme where no tensor that it decides about can have one.
+
+    decisions: module -> what becomes of it, once all that forbids a scheme was asked. The reason is that of the first.
+    """
+    for rule in recipe.rules:
+        mine = {module: d for module, d in decisions.items() if d.rule == rule and (d.scheme or d.refused)}
+        if mine and all(decision.scheme is None for decision in mine.values()):
+            module, decision = next(iter(mine.items()))
+            others = f" (and {len(mine) - 1} more)" if len(mine) > 1 else ""
+            raise RecipeError(
+                f"rule {rule}: {module or 'the layer'} stays in float{others}: {decision.why}", "leave the rule out"
+            )
+
+
+def partly_vain(recipe: Recipe, decisions: Mapping[str, Decision]) -> Iterator[str]:
+    """A sentence for each rule that some of the tensors it decides about cannot follow, with the first's reason."""
+    for rule in recipe.rules:
+        mine = {module: d for module, d in decisions.items() if d.rule == rule and (d.scheme or d.refused)}
+        kept = {module: decision for module, decision in mine.items() if decision.scheme is None}
+        if kept and len(kept) < len(mine):
+            module, decision = next(iter(kept.items()))
+            yield f"rule {rule}: {len(kept)} of {len(mine)} layers stay in float, such as {module}: {decision.why}"
 
 
 def _reaches(rule: Rule, role: str) -> bool:

@@ -73,6 +73,10 @@ class Rotated(Checkpoint):
         """Rows start..stop of the tensor; all of it is read and rotated for them."""
         return self.read(name)[start:stop]
 
+    def told(self, name: str) -> tuple[str, ...]:
+        """That of the checkpoint that is rotated."""
+        return self.base.told(name)
+
     def fingerprint(self) -> str:
         """That of the checkpoint that is rotated; the recipe says that it is."""
         return self.base.fingerprint()

@@ -41,6 +41,7 @@ from spicerack.quantization.module import quantize_module
 from spicerack.quantization.recipe import Range, Recipe, Rule
 from spicerack.quantization.stream import Means, Stream, calibrate, identity, plan
 from spicerack.quantization.watch import Watch
+from spicerack.storage.files import local
 from spicerack.storage.writer import SHARD_BYTES
 from spicerack.text.calibration import Calibration
 
@@ -88,6 +89,7 @@ def quantize(
     *,
     range_: Range | None = ...,
     rules: Iterable[str | Rule] = ...,
+    fit_groups: bool | None = ...,
     compute: Compute | None = ...,
 ) -> torch.nn.Module: ...
 @overload
@@ -101,12 +103,14 @@ def quantize(
     observer: str | None = ...,
     calibration: Calibration | None = ...,
     rules: Iterable[str | Rule] = ...,
+    fit_groups: bool | None = ...,
     device: str = ...,
     threads: int | None = ...,
     memory: int | None = ...,
     shard_bytes: int | None = ...,
     progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
+@torch.inference_mode(False)  # solvers take gradients, and what is packed may be trained later
 def quantize(
     model: torch.nn.Module | str | Path,
     scheme: str | Scheme | Recipe,
@@ -117,6 +121,7 @@ def quantize(
     observer: str | None = None,
     calibration: Calibration | None = None,
     rules: Iterable[str | Rule] = (),
+    fit_groups: bool | None = None,
     compute: Compute | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -129,6 +134,8 @@ def quantize(
     model        a module in memory, which is not changed, or a folder or hub id
     scheme       a name such as "w4g128", a Scheme, or a Recipe
     rules        "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's
+    fit_groups   layers that no whole groups tile get the nearest scheme that fits, and are not refused; None: as the
+                 Recipe says, which is not to
     range_       how scales are chosen, over the Recipe's: "opt" (default, the least error) or "absmax"
     compute      for modules: what packed layers multiply with, as in `load`
 
@@ -146,7 +153,7 @@ def quantize(
 
     Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
     """
-    chosen = recipe.of(scheme, rules).with_choices(range_, method, observer)
+    chosen = recipe.of(scheme, rules).with_choices(range_, method, observer, fit_groups)
     options = _FolderOptions(output, calibration, device, threads, memory, shard_bytes, progress)
     if isinstance(model, torch.nn.Module):
         return _in_memory(model, chosen, compute, options)
@@ -193,9 +200,12 @@ def _of_folder(model: str | Path, chosen: Recipe, options: _FolderOptions) -> Su
     if device != "cpu" and calibration is None:
         raise UsageError(f"device {device}: without calibration text all is done on the CPU", "pass calibration=...")
     means = Means(devices.find(device), options.threads, options.memory)
-    job = prepare(model, decided(chosen, calibration is not None), shard_bytes=options.shard_bytes or SHARD_BYTES)
+    with_text = calibration is not None
+    job = prepare(
+        model, decided(chosen, with_text), with_text=with_text, shard_bytes=options.shard_bytes or SHARD_BYTES
+    )
     watch = Watch() if options.progress is None else _Progress(options.progress)
-    summary = execute(job, Path(options.output), calibration=calibration, means=means, watch=watch)
+    summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch)
     assert summary is not None, "this is the only process"
     return summary
 
@@ -258,7 +268,8 @@ def execute(
         trial = preflight.run(job, calibration, stream.workshop, means)
         if trial is not None:
             watch.tried(trial)
-    if bool(ranks.largest(torch.tensor(needed))):  # the first rank knows, and all must go into the loop, or none
+    # the first rank knows, and all must go into the loop, or none
+    if bool(ranks.largest(torch.tensor(needed, dtype=torch.bool, device="cpu"))):
         assert calibration is not None, "a rank needs it"
         calibrate(job, calibration, planned, output, means, watch)
     if stream is None:

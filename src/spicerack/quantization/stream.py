@@ -24,12 +24,13 @@ import torch
 from spicerack.algorithms import solver as solvers
 from spicerack.errors import UsageError
 from spicerack.machine.devices import CPU
+from spicerack.machine.memory import steady
 from spicerack.machine.ranks import ALONE, Ranks
 from spicerack.numerics import rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import memory
-from spicerack.quantization.calibration import loop
+from spicerack.quantization.calibration import chunks, loop
 from spicerack.quantization.calibration.chunks import Text
 from spicerack.quantization.calibration.states import Solutions, blocks_folder, clear
 from spicerack.quantization.job import Action, Job
@@ -64,7 +65,12 @@ class Means:
 
 
 def plan(job: Job, calibration: Calibration | None, limit: int | None) -> MemoryPlan:
-    """What the run will have in memory. Raises UsageError if that cannot be made to fit in `limit` bytes."""
+    """What the run will have in memory.
+
+    Raises UsageError if that cannot be made to fit in `limit` bytes, and for a model or a text that cannot be used.
+    """
+    if calibration is not None:
+        chunks.check(job, calibration)
     text = None if calibration is None else (len(calibration.ids), calibration.ids.shape[1])
     return memory.make(job, text, limit)
 
@@ -145,7 +151,7 @@ class Stream:
         watch.progress(self.job.bytes_before - pending)
         for shard in shards:
             with self._writer.shard(shard) as out:
-                for unit in shard.units:
+                for unit in steady(shard.units):
                     action = actions[unit.source]
                     out.entries.append(_write(self.job, action, out, solutions, threads))
                     watch.progress(action.info.nbytes)
@@ -171,7 +177,7 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
         changed = solutions.changed(name)
         out.write(name, w if changed is None else changed)
         moved = () if changed is None else ("divided by factors that the layers behind it have now",)
-        return _entry(action, action.info.nbytes, events=moved)
+        return _entry(action, action.info.nbytes, events=(*job.source.told(name), *moved))
     # codes are [..., N, K] everywhere but in the files of whoever stores the transpose
     w = w.transpose(-1, -2).contiguous() if stored.transposed else w
     if name in solutions:
@@ -182,7 +188,7 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
         error = rounding.relative_error(w, q, threads=threads)
     for key, tensor in job.format.encode(stored, q).items():
         out.write(key, tensor)
-    return _entry(action, sum(output.nbytes for output in action.tensors), error, events)
+    return _entry(action, sum(output.nbytes for output in action.tensors), error, (*job.source.told(name), *events))
 
 
 def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -> tuple[QTensor, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -90,6 +90,10 @@ def use_quantized_cache(model: PreTrainedModel, bits: int) -> None:
     names = [cache for cache in KEY_VALUE_CACHES if cache in parameters]
     if not names:
         raise UsageError(f"{name} takes no cache that could be quantized", "load it without cache")
+    kept = inspect.signature(decoder.forward).parameters[names[0]].annotation
+    own = [part for part in get_args(kept) or (kept,) if isinstance(part, type) and part not in (type(None), Any)]
+    if own and not any(issubclass(part, Cache) for part in own):
+        raise UsageError(f"{name} keeps a {own[0].__name__}, not keys and values alone", "load it without cache")
     config = model.config.get_text_config(decoder=True)
     layers_for(config, scheme)
     decoder.register_forward_pre_hook(_Hook(config, scheme, parameters, names[0]), with_kwargs=True)

@@ -13,22 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+    set_seed,
+)
 
-from spicerack.errors import UsageError
+from spicerack.errors import TextError, UsageError
+from spicerack.machine import devices
+from spicerack.machine.memory import settle
+from spicerack.models.inputs import Limits, limits
+from spicerack.models.kind import unreadable
+from spicerack.runtime.folder import Folder
 from spicerack.runtime.load import load
 from spicerack.storage.files import locate
+from spicerack.text import chats
 from spicerack.text.tokenizer import read_tokenizer
 
 Write = Callable[[str], None]
 """Is called with the next piece of a text."""
+NEW_TOKENS = 64
+"""Tokens that are made where nobody says how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
     """How a model is loaded to continue a text, and how tokens are taken.
 
-    max_new_tokens      the most that are made; the model may end earlier
+    max_new_tokens      the most that are made; the model may end earlier. None: 64, or what there is room for behind
+                        the prompt in a model whose positions are a table
     temperature         0 takes the most likely token each time, else tokens are sampled from the logits divided by it
     seed                of the sampling
     raw                 no chat template, even if the tokenizer has one
@@ -38,7 +54,7 @@ class GenerateOptions:
     trust_remote_code   whether code that came with the model may run, of the tokenizer too
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     seed: int = 0
     raw: bool = False
@@ -77,6 +93,9 @@ def generate(
     generate text, CheckpointError if the folder has no tokenizer, and what `load` raises.
     """
     folder, trusted = locate(model), options.trust_remote_code
+    devices.find(options.device, torch.float32)
+    if reason := unreadable(Folder.open(folder).config):
+        raise UsageError(f"{folder} {reason}", "only models that are given text and write text generate here")
     loaded = load(folder, device=options.device, engine=options.engine, cache=options.cache, trust_remote_code=trusted)
     if not loaded.can_generate():
         raise UsageError(
@@ -96,12 +115,16 @@ def continue_text(
 ) -> Generated:
     """As `generate`, with a model that is loaded already, where and as it is.
 
-    Of `options` only those count that say how tokens are taken. Raises UsageError for a prompt that has no tokens.
+    Of `options` only those count that say how tokens are taken. Raises UsageError for a prompt that has no tokens, or
+    some that the model has not, or that leaves no room for the new ones.
     """
     inputs = _encode(tokenizer, prompt, options.raw).to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise UsageError("the prompt has no tokens", "give some text to continue")
+    given = limits(model, model.config)
+    given.check_ids(inputs["input_ids"])
+    most = _room(given, length, options.max_new_tokens, apart=bool(model.config.is_encoder_decoder))
     set_seed(options.seed)
     sampled = options.temperature > 0
     sampling: dict[str, Any] = {"do_sample": sampled} | ({"temperature": options.temperature} if sampled else {})
@@ -110,7 +133,8 @@ def continue_text(
     started = time.perf_counter()
     with torch.no_grad():
         ids = run(
-            **inputs, **sampling, max_new_tokens=options.max_new_tokens, pad_token_id=padding,
+            **inputs, **sampling, max_new_tokens=most, pad_token_id=padding,
+            stopping_criteria=StoppingCriteriaList([_Steady()]),
             streamer=None if write is None else _Streamer(tokenizer, write),
         )  # fmt: skip
     seconds = time.perf_counter() - started
@@ -118,6 +142,15 @@ def continue_text(
     text = tokenizer.decode(new, skip_special_tokens=True)
     assert isinstance(text, str)
     return Generated(prompt, text, len(new), round(len(new) / seconds, 2))
+
+
+class _Steady(StoppingCriteria):
+    """Ends nothing: transformers asks it behind each token, which is where memory can be given back."""
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Called with the ids [B, L] so far -> bool [B], whether a text is to end."""
+        settle()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Streamer(TextStreamer):
@@ -132,14 +165,40 @@ class _Streamer(TextStreamer):
         self._write(text + "\n" if stream_end else text)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Any:
-    """input_ids and attention_mask int64 [1, L]: the prompt, or a chat in which it is the first message."""
-    if tokenizer.chat_template and not raw:
-        messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+def _room(given: Limits, length: int, asked: int | None, *, apart: bool) -> int:
+    """How many new tokens are made behind a prompt of `length`: as asked, else 64 or what there is room for.
+
+    apart: prompt and answer have positions of their own, as in an encoder-decoder. Only a table of positions has an
+    end; computed ones go on, less well. Raises UsageError where it would be passed.
+    """
+    wanted = NEW_TOKENS if asked is None else asked
+    if not given.table or given.positions is None:
+        return wanted
+    left = given.positions - (0 if apart else length)
+    if length > given.positions or left < 1 or (asked is not None and asked > left):
+        raise UsageError(
+            f"a prompt of {length} tokens and {wanted} new ones do not fit into {given.positions} positions",
+            "give a shorter prompt, or lower --max-new-tokens",
         )
-    return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    return min(wanted, left)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> Any:
+    """input_ids and attention_mask int64 [1, L]: the prompt, or a chat in which it is the first message.
+
+    Raises TextError for a prompt that is no text, and a template that does not take it.
+    """
+    if chats.whole(prompt)[1]:
+        raise TextError("the prompt is no valid text: it has half of a character", "give it in UTF-8")
+    if not tokenizer.chat_template or raw:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        text = chats.render(tokenizer, messages, "the prompt", add_generation_prompt=True)
+    except TextError as error:
+        raise TextError(error.message, "pass --raw (raw=True) to continue the prompt itself") from error
+    # the template has written the special tokens that it wants
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
 
 
 def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -3,8 +3,9 @@
 transformers builds the model, renames, ties, casts and initializes as it always does. Between building and loading it
 asks its quantizer to prepare the model, and there the layers whose weights are packed are replaced (`load` tells the
 whole way). The plug-in is entered into transformers' tables when a model needs it, not on import. It never reads a
-weight itself, and what it leaves on a model is there to keep others from damage: `save_pretrained` would write names
-that nobody reads, and a trainer would take a packed model for one whose weights train.
+weight itself. What it leaves on a model keeps `save_pretrained` from writing names that nobody reads, and holds nothing
+of the load: models that were loaded are copied, pickled and cast like others. transformers' own marks of quantized
+models are taken away, because with them `half` and `float` are refused, which cast what is float here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -48,7 +50,7 @@ class SpicerackConfig(QuantizationConfigMixin):
 class SpicerackQuantizer(HfQuantizer):
     """transformers' idea of a quantizer: it is asked to prepare a model that is built and empty, and what it allows.
 
-    It stays on the model, as `hf_quantizer`, where save_pretrained and trainers ask it.
+    One that prepares nothing stays on the model, as `hf_quantizer`, where save_pretrained asks it.
     """
 
     quantization_config: SpicerackConfig
@@ -86,7 +88,7 @@ def config_and_class(
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         try:
             built = CONFIG_MAPPING[model_type].from_dict(harmless(dict(config)))
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, StrictDataclassError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / 'config.json'}: {error}", "the file is damaged, or newer than transformers"
             ) from error
@@ -164,6 +166,8 @@ def build(
         ) from error
     model: PreTrainedModel = loaded[0]
     info: Mapping[str, Any] = loaded[1]
+    if prepare is not None:
+        _leave_quantizer(model)
     _check(info, folder, model_class)
     model.name_or_path = model.config._name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -221,7 +225,23 @@ def tell_transformers(model: PreTrainedModel) -> None:
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         ties: dict[str, str] = model.all_tied_weights_keys
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if a in parameters and b in parameters}
-        vars(model)["hf_quantizer"] = SpicerackQuantizer(SpicerackConfig(_nothing))
+        _leave_quantizer(model)
+
+
+def _leave_quantizer(model: PreTrainedModel) -> None:
+    """Leave on a model, which is changed, what keeps it from save_pretrained, and nothing that the load needed."""
+    _remove_marks(model)
+    vars(model)["hf_quantizer"] = SpicerackQuantizer(SpicerackConfig(_nothing))
+
+
+def _remove_marks(model: PreTrainedModel) -> None:
+    """Take transformers' marks of a quantized model from it and from the configs of its parts, which are changed."""
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(mark, None)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            for mark in ("quantization_config", "_is_quantized"):
+                vars(part.config).pop(mark, None)
 
 
 def tell_trainers(model: PreTrainedModel) -> None:
@@ -229,14 +249,9 @@ def tell_trainers(model: PreTrainedModel) -> None:
 
     A model that never was quantized is not changed.
     """
-    if vars(model).pop("hf_quantizer", None) is None:
+    if "hf_quantizer" not in vars(model):
         return
-    for holder, marks in (
-        (model, ("is_quantized", "quantization_method")),
-        (model.config, ("quantization_config", "_is_quantized")),
-    ):
-        for mark in marks:
-            vars(holder).pop(mark, None)
+    _remove_marks(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ties: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.all_tied_weights_keys = {

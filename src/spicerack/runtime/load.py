@@ -8,8 +8,7 @@ How a folder is opened:
       ...             it fills in what is float, mapped from the files, and renames, ties, casts and initializes as ever
     Ahead             in a thread beside it, packed tensors are read and laid out for the kernels that run them
     fill              slots become packed layers of these
-    fuse              layers that share an input join into one call, activations join the layers before them, and an
-                      encoder of the usual parts becomes one call as a whole
+    fuse              attention goes native, and an encoder of the usual parts becomes one call as a whole
 
 So names, ties and types are transformers' business, and nothing of it is replaced or patched: whatever family it knows
 is loaded, and is the class that its own users expect. Memory is that of the packed model and one batch of tensors.
@@ -38,6 +37,7 @@ from transformers import PreTrainedModel
 from spicerack.errors import CheckpointError, LoadError, UsageError, listed
 from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Compute
+from spicerack.machine import devices
 from spicerack.models import census
 from spicerack.nn import kinds
 from spicerack.nn.cache_segments import CacheScheme
@@ -102,10 +102,11 @@ def load(
     trust_remote_code  run Python code that came with the model, where transformers does not know its architecture
 
     Raises CheckpointError, LoadError (the tensors do not fit the model, named), UntrustedCodeError, for `cache`
-    SchemeError (other widths) and UsageError (a model without such a cache), and UsageError for an `engine` that this
-    processor has not, or that is named for another device.
+    SchemeError (other widths) and UsageError (a model without such a cache), and UsageError for a device that torch
+    cannot compute on, and an `engine` that this processor has not, or that is named for another device.
     """
-    kernel.check_engine(engine, device)  # before weights are read, as all that can be refused
+    devices.find(device, torch.float32)  # before weights are read, as all that can be refused
+    kernel.check_engine(engine, device)
     if cache is not None:
         CacheScheme(cache)
         if into is not None:

@@ -2,7 +2,9 @@
 
 All that can be refused is refused here, before a byte is written: which layers are packed is told by their base class,
 what each is called in a folder by the table of kinds; which of several layers owns the weight that they share, and what
-anything is called in checkpoints, is told by transformers where the module is its own. Nothing is decoded or copied.
+anything is called in checkpoints, is told by transformers where the module is its own. Such a module was perhaps edited
+since it was built: it is compared with its class, as its config describes it and as `load` will build it. Nothing is
+decoded or copied.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from spicerack.errors import LoadError, UsageError
+from spicerack.errors import LoadError, UsageError, listed
+from spicerack.models.architecture import host_of, on_meta
+from spicerack.models.fit import fit
 from spicerack.nn import kinds
 from spicerack.nn.experts import ExpertStack
 from spicerack.nn.weight import PackedLayer, PackedWeight
@@ -89,8 +93,11 @@ def parts_of(module: nn.Module) -> Parts:
     checkpoints cannot be told).
     """
     layers = _packed_layers(module)
-    weights = _owners(module, layers)
-    state, checkpoint_name = _state(module, weights)
+    files = _side_files(module)
+    built = on_meta(files[CONFIG]) if isinstance(module, PreTrainedModel) else None
+    ties = None if built is None else _ties(built)
+    weights = _owners(module, layers, ties)
+    state, checkpoint_name = _state(module, weights, ties)
     contents: dict[str, StoredTensor] = {}
     packed: dict[str, PackedWeight] = {}
     for path, weight in weights.items():
@@ -99,10 +106,15 @@ def parts_of(module: nn.Module) -> Parts:
         packed[name] = weight
     chosen = format.choose(contents)
     # Linear layers that stay in float are named in the config of formats that others read; a tied head is one, too.
-    linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    linears = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear) and path not in layers]
     floats = [checkpoint_name.get(_weight_of(path), _weight_of(path)).removesuffix(".weight") for path in linears]
-    files = _side_files(module)
-    files[CONFIG] = chosen.config(files.pop(CONFIG), contents, floats)
+    if built is not None:
+        _check_fit(built, state, contents)
+    config = files.pop(CONFIG)
+    headers = {name: (_dtype(name, tensor), tuple(tensor.shape)) for name, tensor in state.items()}
+    headers |= {f"{p.module}.weight": (safetensors_dtype(p.source_dtype), p.shape) for p in contents.values()}
+    reading = chosen.reading(config, contents, host_of(config, headers, contents, floats))
+    files[CONFIG] = chosen.config(config, contents, reading)
     return Parts(chosen, contents, packed, state, files)
 
 
@@ -126,7 +138,7 @@ def _packed_layers(module: nn.Module) -> dict[str, PackedLayer]:
     Raises UsageError if there are none, and for what no folder holds so far: a layer that is all there is, which has no
     name, and stacks of experts.
     """
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules(remove_duplicate=False))
     layers = {path: layer for path, layer in modules.items() if isinstance(layer, PackedLayer)}
     if "" in layers:
         raise UsageError("a layer on its own has no name to be stored under", "save nn.Sequential(layer)")
@@ -141,24 +153,64 @@ def _packed_layers(module: nn.Module) -> dict[str, PackedLayer]:
     return layers
 
 
-def _owners(module: nn.Module, layers: Mapping[str, PackedLayer]) -> dict[str, PackedWeight]:
+def _ties(built: PreTrainedModel) -> dict[str, str]:
+    """Parameter -> the one under whose name transformers stores it, for those that the class ties."""
+    ties: dict[str, str] = built.all_tied_weights_keys
+    return dict(ties)
+
+
+def _check_fit(built: PreTrainedModel, state: Mapping[str, torch.Tensor], contents: Mapping[str, StoredTensor]) -> None:
+    """Raise UsageError unless what will be written fills the class, as its config describes it, and nothing is left.
+
+    built: the class on the meta device. state, contents: the float tensors, and what is packed.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, stored in contents.items():
+        shapes[_weight_of(name)] = tuple(stored.shape[::-1] if stored.transposed else stored.shape)
+    fitting, cls = fit(built, shapes), type(built).__name__
+    hint = (
+        "let its config say what the model has, or save it within a module of your own, for load(folder, into=module)"
+    )
+    for names, problem in (
+        (fitting.unplaced, f"has no place in {cls} as its config describes it: it would be left out on loading"),
+        (fitting.missing, f"of {cls}, as its config describes it, is not in the model"),
+        (tuple(fitting.mismatched), f"has another shape in {cls} as its config describes it"),
+    ):
+        if names:
+            raise UsageError(f"{listed(names, 3, 'tensors')} {problem}", hint)
+
+
+def _owners(
+    module: nn.Module, layers: Mapping[str, PackedLayer], ties: Mapping[str, str] | None
+) -> dict[str, PackedWeight]:
     """Path -> packed weight, each once: under the name that transformers would store it under, where several layers
-    hold it."""
+    hold it.
+
+    ties: of the class; layers that share a weight which it does not tie are stored each. None: all that share one are.
+    """
     aliases = _aliases(module)
-    owners: dict[int, str] = {}
+    owners: dict[tuple[int, str], str] = {}
+    keys = {path: (id(layer.packed), _group(_weight_of(path), ties)) for path, layer in layers.items()}
     for path in sorted(layers, key=lambda path: _weight_of(path) in aliases):
-        owners.setdefault(id(layers[path].packed), path)
-    return {path: layer.packed for path, layer in layers.items() if owners[id(layer.packed)] == path}
+        owners.setdefault(keys[path], path)
+    return {path: layer.packed for path, layer in layers.items() if owners[keys[path]] == path}
 
 
-def _state(module: nn.Module, weights: Mapping[str, PackedWeight]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _group(name: str, ties: Mapping[str, str] | None) -> str:
+    """What all parameters have in common that a class ties to each other; "" for all where its ties are not known."""
+    return "" if ties is None else ties.get(name, name)
+
+
+def _state(
+    module: nn.Module, weights: Mapping[str, PackedWeight], ties: Mapping[str, str] | None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Float tensors by their names in checkpoints, each once; and parameter -> its name there, packed ones too.
 
     What a packed weight is called can only be told by asking transformers what it would call the float one: tensors
     without values stand for those while names are reverted. Raises UsageError for a state that is no tensor, LoadError
     for a name that is lost on the way.
     """
-    state = _floats(module)
+    state = _floats(module, ties)
     for path, weight in weights.items():
         state[_weight_of(path)] = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     renamed = revert_weight_conversion(module, state) if isinstance(module, PreTrainedModel) else state
@@ -171,20 +223,24 @@ def _state(module: nn.Module, weights: Mapping[str, PackedWeight]) -> tuple[dict
     return {name: tensor for name, tensor in renamed.items() if name not in packed}, known
 
 
-def _floats(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state that is no part of a packed weight, each tensor once, by its name in the module. Raises UsageError."""
+def _floats(module: nn.Module, ties: Mapping[str, str] | None) -> dict[str, torch.Tensor]:
+    """The state that is no part of a packed weight, each tensor once, by its name in the module; ties as in `_owners`.
+
+    Raises UsageError.
+    """
     modules = module.named_modules(remove_duplicate=False)
     inside = tuple(f"{path}." for path, part in modules if isinstance(part, PackedWeight))
     aliases = _aliases(module)
     values: dict[str, Any] = module.state_dict(keep_vars=True)
     floats: dict[str, torch.Tensor] = {}
-    ids: set[int] = set()
+    ids: set[tuple[int, str]] = set()
     for name, tensor in sorted(values.items(), key=lambda item: item[0] in aliases):
         if not isinstance(tensor, torch.Tensor):
             raise UsageError(f"{name} is a {type(tensor).__name__}: only tensors are stored", "keep it outside")
-        if not name.startswith(inside) and id(tensor) not in ids:
-            ids.add(id(tensor))
-            floats[name] = tensor.detach()
+        key = id(tensor), _group(name, ties)
+        if not name.startswith(inside) and key not in ids:
+            ids.add(key)
+            floats[name] = tensor.detach()  # a tensor of its own: names are told apart by it
     return floats
 
 
@@ -232,7 +288,8 @@ def _side_files(module: nn.Module) -> dict[str, Any]:
     if not isinstance(module, PreTrainedModel):
         return {CONFIG: {}}
     config = json.loads(module.config.to_json_string(use_diff=False))
-    config.pop("quantization_config", None)
+    for key in ("quantization_config", "_name_or_path"):  # what it was, and where it lay on somebody's disk
+        config.pop(key, None)
     config["architectures"] = [type(module).__name__]
     config["dtype"] = str(module.dtype).removeprefix("torch.")
     if not module.can_generate():

@@ -93,7 +93,11 @@ def _sorted(
 def _whole_stacks(model: PreTrainedModel, whole: Mapping[str, Source], floats: Mapping[str, bool]) -> list[str]:
     """Slots for experts that are one tensor -> those that are float."""
     for parameter, source in whole.items():
-        transposed = source.transposed if isinstance(source, StoredTensor) else floats[source]
+        if isinstance(source, StoredTensor):
+            transposed = source.transposed
+        else:
+            owner = model.get_submodule(parameter.rpartition(".")[0])
+            transposed = vars(owner).get("is_transposed", floats[source])
         matrices = [[Expert(source, number)] for number in range(model.get_parameter(parameter).shape[0])]
         make_stack_slot(model, parameter, matrices, transposed=transposed)
     return [source for source in whole.values() if isinstance(source, str)]

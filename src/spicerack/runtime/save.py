@@ -16,7 +16,7 @@ from spicerack.errors import OutputError
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.runtime.parts import parts_of
 from spicerack.storage.durable import json_bytes
-from spicerack.storage.files import LEDGER
+from spicerack.storage.files import LEDGER, local
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
 from spicerack.storage.writer import OutputTensor, Unit, Writer, shards_of
@@ -31,7 +31,7 @@ def save(module: nn.Module, folder: str | Path) -> Path:
     continues. Raises UsageError (nothing quantized in it, or what no folder can hold), OutputError, LoadError (a layer
     whose name in checkpoints cannot be told).
     """
-    target = Path(folder)
+    target = local(folder)
     if target.exists():
         raise OutputError(f"{target} exists", "choose another folder, or remove it")
     parts = parts_of(module)

@@ -44,6 +44,9 @@ class Expert:
 class Slot(nn.Module):
     """Where a layer with packed weights will be: its bias, its mode, and what `fill` makes the packed layer from.
 
+    To whatever looks at it until then it is that layer: initializers ask for shapes, and ties cut a head's bias to the
+    length of the weight. It has the layer's sizes, and a weight of its shape and type without values, on meta.
+
     kind, options   of the layer that was here (`nn/kinds.py`)
     stored         the packed tensor that its weight is
     dtype           of its weight
@@ -54,12 +57,16 @@ class Slot(nn.Module):
 
     def __init__(self, layer: nn.Module, kind: LayerKind, stored: StoredTensor) -> None:
         super().__init__()
+        sizes = {
+            key: value for key, value in vars(layer).items() if isinstance(value, int | float | str | tuple | None)
+        }
+        vars(self).update(sizes)
         self.kind, self.options, self.stored = kind, kind.options(layer), stored
-        self.dtype, self.training = kinds.weight_of(layer).dtype, layer.training
+        weight = kinds.weight_of(layer)
+        self.dtype = weight.dtype
         self.register_parameter("bias", kinds.bias_of(layer))
-        # transformers' initializers look at these: there is a weight, and it needs no values.
-        self.out_features, self.in_features = stored.shape
-        self.weight = torch.empty(0, device="meta")
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        # Initializers ask both: neither needs values.
         vars(self.weight)["_is_hf_initialized"] = vars(self)["_is_hf_initialized"] = True
 
 
@@ -92,7 +99,7 @@ def make_slot(model: nn.Module, name: str, stored: StoredTensor) -> None:
             f"{stored.module}: {name} is a {type(layer).__name__}, which has no packed form",
             "quantize again and skip it",
         )
-    if reason := kind.obstacle(layer):
+    if reason := kinds.obstacle(layer):
         raise LoadError(f"{stored.module}: {name}: {reason}", "quantize again and skip it")
     weight, cls = kinds.weight_of(layer), type(layer).__name__
     if kind.matrix(weight).shape != stored.shape or kind.transposed != stored.transposed:
@@ -107,7 +114,7 @@ def make_stack_slot(model: nn.Module, parameter: str, matrices: list[list[Expert
     """Replace a 3-D parameter of `model` by a slot for these matrices, [expert][part].
 
     parameter: its path. transposed: it is [E, K, N]. Raises LoadError unless whole experts fill it: as many as it has,
-    all of the same number of parts.
+    all of the same number of parts; and if its module says that it is stored the other way round.
     """
     owner_name, _, attribute = parameter.rpartition(".")
     owner = model.get_submodule(owner_name)
@@ -115,6 +122,12 @@ def make_stack_slot(model: nn.Module, parameter: str, matrices: list[list[Expert
     if len(matrices) != old.shape[0] or len({len(parts) for parts in matrices}) != 1:
         raise LoadError(
             f"{parameter}: {old.shape[0]} experts, {len(matrices)} in the folder", "the folder is incomplete"
+        )
+    if vars(owner).get("is_transposed", transposed) != transposed:
+        axes, cls = "in, out" if transposed else "out, in", type(owner).__name__
+        raise LoadError(
+            f"{parameter}: packed as [experts, {axes}], and {cls} has it the other way round",
+            "quantize the model again",
         )
     experts.put(owner, attribute, StackSlot(matrices, old, transposed))
     vars(owner)["_is_hf_initialized"] = True  # its initializer would look for the parameter

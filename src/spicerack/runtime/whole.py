@@ -6,11 +6,13 @@ the model may have such a part at all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from spicerack.kernels.kernel import Compute
 from spicerack.models.families.encoders import ENCODERS
-from spicerack.nn.encoder import obstacles
+from spicerack.nn.encoder.whole import obstacles
 from spicerack.runtime.folder import Folder
 from spicerack.runtime.load import load
 
@@ -23,7 +25,13 @@ def whole_parts(folder: str | Path, compute: Compute | None = None, engine: str 
     `load`, which raises what this raises.
     """
     opened = Folder.open(folder)
-    family = str(opened.config.get("model_type", "")).replace("-", "_")
-    if opened.format is None or family not in {encoder.file.split(".")[2] for encoder in ENCODERS}:
+    if opened.format is None or not _families(opened.config) & {encoder.file.split(".")[2] for encoder in ENCODERS}:
         return {}
     return obstacles(load(folder, compute=compute, engine=engine))
+
+
+def _families(config: Mapping[str, Any]) -> set[str]:
+    """The families of the model and of the models in it, as transformers calls their folders."""
+    inner = [value for value in config.values() if isinstance(value, Mapping)]
+    own = str(config.get("model_type", "")).replace("-", "_").removesuffix("_vision_model")
+    return {own}.union(*map(_families, inner))

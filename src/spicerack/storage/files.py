@@ -7,6 +7,9 @@ Folders come from strangers, so names are checked before they are used:
 - a side file may be a link inside the folder or into the `blobs` of a Hugging Face cache. Any other link is refused,
   because a copy of it would carry, say, a private key out of the machine under an innocent name;
 - devices, pipes and sockets are never opened.
+
+A model's folder may hold other models: a trainer's checkpoints, an adapter, a quantized output. They are told by what
+they hold and not by their names, and nothing of them gets into a copy.
 """
 
 from __future__ import annotations
@@ -49,8 +52,16 @@ OTHER_WEIGHTS = (
     ".npz",
 )
 """Weights of other engines, and duplicates of ours: never copied, because they would still be the unquantized model."""
+_ADAPTER = "adapter_config.json"
+"""PEFT's: with it in a folder transformers puts an adapter on the model."""
+_MARKS = (CONFIG, _ADAPTER, "trainer_state.json", "model_index.json", "progress.json")
+"""Files beside weights that make a sub-folder a model of its own."""
+_TRAINING_RECORDS = re.compile(r"trainer_state\.json|.*\.tfevents\..*")
+"""What training leaves behind: curves and paths of the machine that it ran on, and nothing that a model needs."""
 LEDGER, RUN = "spicerack.json", "run.json"
 """Records of a quantization: what happened to every tensor, and what was true of that run only."""
+QUANTIZATION = ("quantization_config", "compression_config")
+"""Sections of config.json in which a tool says how it quantized the model; the second is an older name."""
 CONTAINER = "spicerack"
 """`model_type` of folders that only spicerack reads; the model's own config is nested under `config`."""
 
@@ -73,7 +84,8 @@ class Files:
     shards      safetensors files of the model
     index       tensor -> shard as the index says, None without an index
     side_files  every other file that belongs to the model: what a copy needs
-    left_out    weight files that are not part of the model (other engines', duplicates), neither read nor copied
+    left_out    what is not part of the model, and neither read nor copied: weight files of other engines, duplicates,
+                records of training; sub-folders that are models of their own, whose names end in "/"
     """
 
     folder: Path
@@ -88,7 +100,8 @@ def find(folder: Path) -> Files:
 
     folder: exists. Shards are the one of the usual name, else those of an index, else the only safetensors file that
     there is. Raises CheckpointError, naming the file and the rule: several weight files without an index, pickled or
-    GGUF weights alone, an adapter, an unfinished output, names that lead out of the folder, links to elsewhere.
+    GGUF weights alone, an adapter (beside a model, too), an unfinished output, names that lead out of the folder,
+    links to elsewhere.
     """
     index: dict[str, str] | None = None
     index_name = _index_name(folder)
@@ -99,6 +112,11 @@ def find(folder: Path) -> Files:
         shards = tuple(sorted(set(index.values())))
     else:
         shards = (_only_weight_file(folder),)
+    if (folder / _ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder / _ADAPTER} lies beside the model: transformers puts that adapter on, the weights are without it",
+            "merge it into the model first (merge_and_unload), or move adapter_* to a folder of their own",
+        )
     side_files, left_out = _side_files(folder, {*shards, index_name or INDEX})
     return Files(folder, shards, index, side_files, left_out)
 
@@ -110,7 +128,7 @@ def locate(model: str | Path) -> Path:
     weights (`HUB_ALLOW`), or found there. Raises CheckpointError for files (GGUF is named), paths that do not exist,
     and what the hub does not give.
     """
-    path = Path(model).expanduser()
+    path = local(model)
     if path.is_dir():
         return path.resolve()
     if path.is_file():
@@ -122,6 +140,36 @@ def locate(model: str | Path) -> Path:
     if isinstance(model, str) and _HUB_ID.fullmatch(model):
         return _download(model)
     raise CheckpointError(f"{path} does not exist", "give a model folder, or a hub id such as 'org/name'")
+
+
+def local(path: str | Path) -> Path:
+    """A path as it was given, of a folder or file that may not exist yet, with `~` for somebody's home folder.
+
+    A shell expands `~` before a program sees it, but not behind a `=`, and Python does not. A user that there is not
+    leaves the path as it is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user, or nobody's home
+        return Path(path)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, without what says nothing: an empty section about quantization, of a float model.
+
+    Some tools write `"quantization_config": null` or `{}`, here or in a nested model's config, where others leave the
+    key out. Raises CheckpointError as `read_json` does.
+    """
+    return _without_empty(read_json(folder / CONFIG, MAX_CONFIG_BYTES))
+
+
+def _without_empty(config: dict[str, Any]) -> dict[str, Any]:
+    """The config, and configs in it, without empty sections about quantization; a copy."""
+    return {
+        key: _without_empty(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value or key not in QUANTIZATION
+    }
 
 
 def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
@@ -229,7 +277,7 @@ def _only_weight_file(folder: Path) -> str:
 
 
 def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Side files, and weight files that are left out, of a folder whose own shards and index are `weights`.
+    """Side files, and what is left out, of a folder whose own shards and index are `weights`.
 
     Both are relative names, '/'-separated, sorted. Config and ledger are neither: an output has its own. Raises
     CheckpointError for more than `MAX_SIDE_FILES`, and for a link out of the folder.
@@ -237,12 +285,12 @@ def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple
     modules = _sentence_transformer_modules(folder)
     side: list[str] = []
     left_out: list[str] = []
-    for name in _walk(folder):
+    for name in _walk(folder, modules):
         if name in weights or name in (CONFIG, LEDGER, RUN):
             continue
         part_of_model = name.rpartition("/")[0] in modules
-        foreign = name.endswith(OTHER_WEIGHTS) and not part_of_model
-        (left_out if foreign else side).append(name)
+        foreign = name.endswith(("/", *OTHER_WEIGHTS)) or _TRAINING_RECORDS.fullmatch(name.rpartition("/")[2])
+        (left_out if foreign and not part_of_model else side).append(name)
         if len(side) > MAX_SIDE_FILES:
             raise CheckpointError(
                 f"{folder} has more than {MAX_SIDE_FILES} files beside its weights", "is it a model folder?"
@@ -252,24 +300,38 @@ def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple
     return tuple(side), tuple(left_out)
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def _walk(folder: Path, modules: set[str]) -> Iterator[str]:
     """Names of all regular, visible files under `folder`, '/'-separated, sorted within each folder.
 
-    Hidden names, temporary ones and other indexes are left out. Links to folders raise CheckpointError: they could make
-    a walk endless, or lead anywhere.
+    Hidden names, temporary ones and other indexes are left out. A sub-folder that is a model of its own is one name,
+    which ends in "/"; those that are `modules` of this model are not. Links to folders raise CheckpointError: they
+    could make a walk endless, or lead anywhere.
     """
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(".partial"))
-        for name in folders:
-            if (Path(parent) / name).is_symlink():
-                raise CheckpointError(
-                    f"{Path(parent) / name} is a link to a folder", "replace the link by the folder itself"
-                )
+        here = Path(parent).relative_to(folder)
+        visible = sorted(name for name in folders if not name.startswith(".") and not name.endswith(".partial"))
+        folders[:] = []
+        for name in visible:
+            path, relative = Path(parent) / name, (here / name).as_posix()
+            if path.is_symlink():
+                raise CheckpointError(f"{path} is a link to a folder", "replace the link by the folder itself")
+            if relative not in modules and _is_model(path):
+                yield f"{relative}/"
+            else:
+                folders.append(name)
         for name in sorted(files):
             path = Path(parent) / name
             temporary = name.endswith((".tmp", ".incomplete", ".lock", ".safetensors.index.json"))
             if not name.startswith(".") and not temporary and path.is_file():
-                yield path.relative_to(folder).as_posix()
+                yield (here / name).as_posix()
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a sub-folder is a model, an adapter or a trainer's checkpoint of its own: weights with a file that says
+    what they are, or a folder that spicerack wrote."""
+    names = next(os.walk(folder), ("", [], []))[2]  # nothing of a folder that may not be read
+    weights = any(name.endswith((*OTHER_WEIGHTS, ".safetensors.index.json")) for name in names)
+    return LEDGER in names or (weights and any(mark in names for mark in _MARKS))
 
 
 def _check_link(folder: Path, name: str) -> None:

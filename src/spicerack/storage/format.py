@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -26,6 +26,8 @@ from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.undecoded import Undecoded
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from spicerack.storage.reader import Checkpoint
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -60,6 +62,39 @@ class StoredTensor:
 
 Contents = Mapping[str, StoredTensor]
 """What is quantized in a folder: module -> StoredTensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The float model that is quantized, and how transformers would build it: others find its modules by their names.
+
+    linears   modules of the checkpoint that are linear layers and stay float
+    tensors   those of the checkpoint, before anything is quantized
+    model     transformers' own, on the meta device; None where it knows none
+    paths     module of the checkpoint -> path of the layer in `model` whose weight it becomes as it is; others (stacked
+              experts, embeddings under another name) have none
+    """
+
+    linears: Sequence[str] = ()
+    tensors: Layout = field(default_factory=dict)
+    model: PreTrainedModel | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How others read a folder.
+
+    floats     linear layers that stay float, by every name that a reader may know them by, sorted
+    paths      module of the checkpoint -> its path in transformers' model, where that is another
+    decodes    transformers is told to decode the weights as it loads them, rather than at the first forward
+    obstacle   why transformers cannot load the folder, as the end of a sentence; None if nothing speaks against it
+    """
+
+    floats: Sequence[str] = ()
+    paths: Mapping[str, str] = field(default_factory=dict)
+    decodes: bool = False
+    obstacle: str | None = None
 
 
 class Format(Protocol):
@@ -107,13 +142,16 @@ class Format(Protocol):
         says so.
         """
 
-    def config(
-        self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str], /
-    ) -> dict[str, Any]:
+    def reading(self, config: Mapping[str, Any], contents: Contents, host: Host, /) -> Reading:
+        """What will be told to those who read the folder, and whether transformers can.
+
+        config: the float model's. contents: what is quantized. host: the model that it is quantized in.
+        """
+
+    def config(self, config: Mapping[str, Any], contents: Contents, reading: Reading, /) -> dict[str, Any]:
         """The new config.json for a folder whose old one was `config`; nothing in `config` is changed.
 
-        contents: what is quantized. unquantized_linears: paths of linear layers that stay float, for formats that list
-        them.
+        contents: what is quantized. reading: as `reading` has it for them.
         """
 
     def recognizes(self, config: Mapping[str, Any], /) -> bool:
@@ -128,10 +166,10 @@ class Format(Protocol):
         Raises CheckpointError, naming tensor and rule, for a variant that is not read, and where both do not agree.
         """
 
-    def notes(self, contents: Contents, fused: Sequence[Sequence[str]], /) -> list[str]:
+    def notes(self, contents: Contents, fused: Sequence[Sequence[str]], reading: Reading, /) -> list[str]:
         """What `contents` in this format cost in portability, in plain sentences.
 
-        fused: modules that engines merge into one matrix, which then need one scheme.
+        fused: modules that engines merge into one matrix, which then need one scheme. reading: as `reading` has it.
         """
 
 
@@ -148,6 +186,10 @@ class MethodFormat:
         """See `Format.recognizes`."""
         section = config.get("quantization_config")
         return isinstance(section, dict) and section.get("quant_method") == self.method
+
+    def reading(self, _config: Mapping[str, Any], _contents: Contents, host: Host, /) -> Reading:
+        """See `Format.reading`: names alone."""
+        return names_of(host)
 
     def float_config(self, config: Mapping[str, Any], /) -> dict[str, Any]:
         """See `Format.float_config`."""
@@ -179,13 +221,35 @@ def choose(contents: Contents) -> Format:
     raise SchemeError(obstacles[0], "schemes are read back by name: give it a file in schemes/")
 
 
-def portability(contents: Contents, fused: Sequence[Sequence[str]]) -> list[str]:
+def names_of(host: Host) -> Reading:
+    """Names that readers know the modules of a model by: the checkpoint's own, which is what vLLM asks for, and those
+    of transformers' modules.
+
+    Under transformers' names is every layer whose class is torch's Linear or one derived from it, but those that are
+    packed: also what the checkpoint holds in another shape (q, k and v as one matrix), or under no name at all.
+    """
+    if host.model is None:
+        return Reading(sorted(set(host.linears)))
+    from torch import nn
+
+    packed = {id(host.model.get_submodule(path)) for path in host.paths.values()}
+    floats = {
+        path
+        for path, layer in host.model.named_modules(remove_duplicate=False)
+        if isinstance(layer, nn.Linear) and id(layer) not in packed
+    }
+    taken = {*host.paths, *host.paths.values()}  # a name that two modules have is the one's that is packed
+    renamed = {module: path for module, path in host.paths.items() if module != path}
+    return Reading(sorted((floats | set(host.linears)) - taken), renamed)
+
+
+def portability(contents: Contents, fused: Sequence[Sequence[str]], reading: Reading) -> list[str]:
     """What the choice for `contents` costs in portability, in plain sentences; the last one is the reason for it.
 
-    fused: modules that engines merge into one matrix.
+    fused: modules that engines merge into one matrix. reading: of the format that is chosen.
     """
     chosen = choose(contents)
-    notes = chosen.notes(contents, fused)
+    notes = chosen.notes(contents, fused, reading)
     if chosen.read_by_others:
         return notes
     obstacles = [fmt.obstacles(contents) for fmt in ranked() if fmt.read_by_others]

@@ -35,7 +35,7 @@ class MappedShards:
         import torch
 
         if nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         mapping = self._map(file)
         if begin + nbytes > len(mapping):
             raise CheckpointError(

@@ -36,6 +36,8 @@ BITS = {
 """Bits per element of safetensors' types."""
 _MAX_NAME = 1000
 """Characters of a tensor's name; errors print names."""
+_COMPARED = 1 << 20
+"""Bytes of two tensors that are compared at a time."""
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 """Of each shard in a fingerprint: how many samples, and how long: a page each."""
 
@@ -94,7 +96,7 @@ class Checkpoint:
         damaged, a tensor that is in two shards or that an index promises and no shard has.
         """
         own = files.find(files.locate(model))
-        config = files.read_json(own.folder / files.CONFIG, files.MAX_CONFIG_BYTES)
+        config = files.read_config(own.folder)
         tensors: dict[str, TensorInfo] = {}
         for shard in own.shards:
             for info in _read_header(own.folder / shard):
@@ -155,6 +157,29 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise _unreadable(self.folder / info.file, error, name) from error
         return rows
+
+    def same(self, a: str, b: str) -> bool:
+        """Whether two tensors are the same bytes, of one type and shape; read a mebibyte at a time, and only as far as
+        they agree.
+
+        Tensors without a file, of which a ledger tells, or a module, are taken to be the same.
+        """
+        first, second = self.tensors[a], self.tensors[b]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        if not first.file or not second.file:
+            return True
+        with (self.folder / first.file).open("rb") as one, (self.folder / second.file).open("rb") as other:
+            one.seek(first.begin)
+            other.seek(second.begin)
+            return all(
+                one.read(size) == other.read(size)
+                for size in (min(_COMPARED, first.nbytes - at) for at in range(0, first.nbytes, _COMPARED))
+            )
+
+    def told(self, name: str) -> tuple[str, ...]:
+        """What the ledger says of how a tensor was read: nothing, where it was read as it lies in the file."""
+        return ()
 
     def fingerprint(self) -> str:
         """sha256 hex over config.json and each shard's name, size, header and 16 samples of 4 KiB spread over its data.

@@ -116,6 +116,7 @@ def _shortfalls(reading: Reading, count: int, samples: int) -> Iterator[str]:
         yield f"chosen from {reading.share:.2%} of the text, spread over all of it"
     if reading.stopped:
         yield f"chosen from the first {reading.documents} documents of the shuffled dataset"
+    yield from reading.notes
     if count < samples:
         yield f"the text has only {count} of the {samples} sequences asked for"
 
@@ -151,7 +152,7 @@ def _packed(
             f"{source} has {packing.tokens} tokens, and one sequence needs {length}",
             f"give a longer text, or use sequences of {max(packing.tokens, 2)} tokens or fewer",
         )
-    return torch.tensor(sequences), None, []
+    return torch.tensor(sequences, dtype=torch.int64, device="cpu"), None, []
 
 
 def _padded(
@@ -179,7 +180,11 @@ def _padded(
         raise TextError(f"{source} has no text", "give one sentence per line")
     rows = tokenizer(texts, truncation=True, max_length=length, verbose=False).input_ids
     ids, mask = (
-        torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in filled], batch_first=True, padding_value=value)
+        torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row, dtype=torch.int64, device="cpu") for row in filled],
+            batch_first=True,
+            padding_value=value,
+        )
         for filled, value in ((rows, tokenizer.pad_token_id or 0), ([[True] * len(row) for row in rows], False))
     )
     full = int(mask.all(1).sum()) if mask.shape[1] == length else 0
@@ -197,7 +202,7 @@ def checked(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Cal
     if unknown_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         unknown_id = None  # GPT-2's end of text also stands for what is unknown, of which there is none
     real = calibration.ids if calibration.mask is None else calibration.ids[calibration.mask]
-    words = real[~torch.isin(real, torch.tensor(sorted(special - {unknown_id}), dtype=torch.int64))]
+    words = real[~torch.isin(real, torch.tensor(sorted(special - {unknown_id}), dtype=torch.int64, device="cpu"))]
     unknown = 0.0 if unknown_id is None else int((words == unknown_id).sum()) / max(len(words), 1)
     if unknown > UNKNOWN_REFUSED:
         raise TextError(

@@ -10,14 +10,14 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from spicerack.errors import TextError
+from spicerack.text import chats
 from spicerack.text.pieces import PIECE_BYTES, pieces, sentences
 
 TEXT, LINES = ".txt", ".jsonl"
@@ -41,11 +41,16 @@ class Passage:
     text       of any length, possibly none
     first      whether the document begins with it
     rendered   whether a chat template wrote it, whose special tokens are meant; in other text they are only text
+    fraction   share of the source, 0 to 1, that has been read at its end; 0 of a dataset, whose size nobody knows
+    mended     how many halves of surrogate pairs were in it, which JSON can hold and tokenizers cannot read: each is
+               U+FFFD now
     """
 
     text: str
     first: bool
     rendered: bool = False
+    fraction: float = 0.0
+    mended: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +72,11 @@ def find(source: str | Path) -> Source:
     A name of the form of an id that is no file here is one. Raises TextError if there is nothing of use in it; a file
     that is missing is told when it is read.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         if any(p.suffix in TABLES for p in inside):
-            return Source(dataset=str(source))
+            return Source(dataset=str(path))
         files = tuple(p for p in inside if p.suffix in (TEXT, LINES))
         if not files:
             raise TextError(f"{path} has no {TEXT} or {LINES} file", "give a folder with text in it, or a file")
@@ -92,55 +97,56 @@ def passages(source: Source, tokenizer: PreTrainedTokenizerBase, *, by_line: boo
     if source.dataset is not None:
         for number, row in enumerate(_rows(source.dataset, seed), start=1):
             yield from _document(row, f"{source.dataset}, row {number}", tokenizer)
+    whole, before = max(source.size, 1), 0
     for path in source.files:
-        if path.suffix == LINES:
-            for number, line in _lines(path):
-                yield from _document(_object(line, path, number), f"{path}, line {number}", tokenizer)
-        elif by_line:
-            for sentence, _ in sentences(path):
-                yield Passage(sentence, True)
-        else:
-            for number, piece in enumerate(pieces(path)):
-                yield Passage(piece.text, number == 0)
+        size = path.stat().st_size if path.is_file() else 0
+        for passage in _of_file(path, tokenizer, by_line=by_line):
+            yield replace(passage, fraction=(before + passage.fraction * size) / whole)
+        before += size
+
+
+def _of_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, by_line: bool) -> Iterator[Passage]:
+    """The passages of a file, with shares of that file; the rest is as `passages` has it."""
+    if path.suffix == LINES:
+        for number, line, fraction in _lines(path):
+            for passage in _document(_object(line, path, number), f"{path}, line {number}", tokenizer):
+                yield replace(passage, fraction=fraction)
+    elif by_line:
+        for sentence, fraction in sentences(path):
+            yield Passage(sentence, True, fraction=fraction)
+    else:
+        for number, piece in enumerate(pieces(path)):
+            yield Passage(piece.text, number == 0, fraction=piece.fraction)
 
 
 def _document(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:
     """A record's text in pieces of `PIECE_BYTES` characters, or its chat, rendered by the tokenizer's template in one.
 
-    record: {"text": ...} or {"messages": [...]}; other keys are ignored. where: what an error calls the record. Raises
-    TextError for a record with neither, a chat without a template, and one that the template refuses.
+    record: {"text": ...} or {"messages": [...]}, the latter with "tools" that may be called; other keys are ignored.
+    where: what an error calls the record. Raises TextError for a record with neither, a chat without a template, and
+    one that the template refuses.
     """
     text, messages = record.get("text"), record.get("messages")
     if isinstance(text, str):
+        text, mended = chats.whole(text)
         for at in range(0, len(text) or 1, PIECE_BYTES):
-            yield Passage(text[at : at + PIECE_BYTES], at == 0)
+            yield Passage(text[at : at + PIECE_BYTES], at == 0, mended=mended if at == 0 else 0)
         return
-    if not _is_chat(messages):
+    if not chats.is_chat(messages):
+        reason = 'has neither "text" nor "messages"' if messages is None else 'has "messages" that are no chat'
         raise TextError(
-            f'{where} has neither "text" nor "messages"',
+            f"{where} {reason}",
             'give {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}',
         )
-    if tokenizer.chat_template is None:
-        raise TextError(f"{where} is a chat, but the tokenizer has no chat template", "give plain text instead")
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        raise TextError(f"{where}: the tokenizer's chat template refuses it: {error}", "leave this chat out") from error
-    assert isinstance(rendered, str)
-    yield Passage(rendered, True, rendered=True)
+    rendered, mended = chats.whole(chats.render(tokenizer, messages, where, tools=record.get("tools")))
+    yield Passage(rendered, True, rendered=True, mended=mended)
 
 
-def _is_chat(messages: object) -> TypeGuard[list[dict[str, str]]]:
-    """Whether this is a list of messages as chat templates take them: {"role": text, "content": text}, one at least."""
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages)
-    )
+def _lines(path: Path) -> Iterator[tuple[int, str, float]]:
+    """The lines that are not blank, with their numbers, from 1, and the share of the file that is read behind each.
 
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers, from 1. Raises TextError for one beyond `LONGEST_LINE`."""
+    Raises TextError for one beyond `LONGEST_LINE`.
+    """
     parts: list[str] = []
     number = length = 0
     for piece in pieces(path):
@@ -153,7 +159,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         for line in "".join(parts).removesuffix("\n").split("\n"):  # JSON has other line ends inside its strings
             number += 1
             if line.strip():
-                yield number, line
+                yield number, line, piece.fraction
         parts, length = [], 0
 
 

@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import ActivationError, UsageError
+from spicerack.machine.memory import steady
 from spicerack.models.families.names import STATES
-from spicerack.models.kind import positions
+from spicerack.models.inputs import limits
 from spicerack.text.calibration import Calibration, checked
 from spicerack.text.pieces import start_token
 
@@ -48,15 +49,17 @@ def from_model(
     name = next((name for name in STATES if name in inspect.signature(model.forward).parameters), None)
     if name is None or not model.can_generate() or model.config.is_encoder_decoder:
         raise UsageError(f"{type(model).__name__} does not write text token by token", REMEDY)
-    limit = positions(model.config)
+    limit = limits(model, model.config).positions
     if samples < 1 or length < 2 or (limit is not None and length > limit):
         raise UsageError(f"{samples} sequences of {length} tokens: the model has {limit} positions", REMEDY)
     start, ends = start_token(tokenizer), _ends(model, tokenizer)
     first = next((t for t in (start, tokenizer.bos_token_id, *sorted(ends)) if t is not None), None)
     if first is None:
         raise UsageError("the tokenizer has no token to start a text with", REMEDY)
-    chance = torch.rand(samples, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    banned = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+    chance = torch.rand(
+        samples, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
+    )
+    banned = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64, device="cpu")
     restart = None if start is None or start in ends else start
     rules = _Rules(first, ends, restart, banned, len(tokenizer))
     ids = torch.cat([_write(model, name, part, rules) for part in chance.split(BATCH)])
@@ -97,9 +100,9 @@ def _write(model: PreTrainedModel, cache_name: str, chance: torch.Tensor, rules:
     cache_name: what the model calls its memory of the tokens before.
     """
     ids = torch.full_like(chance, rules.first, dtype=torch.int64)
-    ending = torch.tensor(sorted(rules.ends), dtype=torch.int64)
+    ending = torch.tensor(sorted(rules.ends), dtype=torch.int64, device="cpu")
     cache: dict[str, Any] = {}
-    for position in range(1, chance.shape[1]):
+    for position in steady(range(1, chance.shape[1])):
         newest = ids[:, position - 1 : position]
         output = model(input_ids=newest.to(model.device), use_cache=True, **cache)
         cache = {cache_name: output[cache_name]}

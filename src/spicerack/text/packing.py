@@ -26,7 +26,7 @@ class Reading:
     seed    where it begins
 
     Known when `keep` has run: documents, how many began; digest, sha256 of their text; stopped, whether the limit was
-    reached.
+    reached; mended, how many characters could not be read, as `Passage` has it.
     """
 
     def __init__(self, *, share: float, limit: int | None, seed: int) -> None:
@@ -35,6 +35,14 @@ class Reading:
         self.digest = hashlib.sha256()
         self.documents = 0
         self.stopped = False
+        self.mended = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence on characters that could not be read, if there were any."""
+        if not self.mended:
+            return []
+        return [f"{self.mended} halves of characters (lone surrogates) were read as U+FFFD"]
 
     def keep(self, passages: Iterable[Passage]) -> Iterator[Passage]:
         """The passages that are let through; where something before one is missing, a document begins.
@@ -50,9 +58,10 @@ class Reading:
                 continue
             self.phase -= 1
             first, gap = passage.first or gap, False
-            encoded = passage.text.encode("utf-8", "surrogatepass")  # JSON can hold half a surrogate pair
+            encoded = passage.text.encode()
             self.digest.update(b"\0" * (first and self.documents > 0) + encoded)
             self.documents += first
+            self.mended += passage.mended
             yield replace(passage, first=first)
             size += len(encoded)
             if self.limit is not None and size >= self.limit:

@@ -1,7 +1,7 @@
-"""Plain text: a file of any size, read in pieces, as windows of tokens or as sentences.
+"""Plain text: a file of any size, read in pieces or as sentences.
 
 Pieces end at line ends, where a cut hardly changes what a tokenizer makes of the text; only a line that is longer than
-a piece is cut where the piece ends. Tokens are joined across pieces without a gap.
+a piece is cut where the piece ends.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from spicerack.errors import TextError
@@ -32,20 +31,6 @@ class Piece:
     """
 
     text: str
-    fraction: float
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Tokens that a model reads together.
-
-    ids       int64 [length], the tokenizer's start token in front if it has one
-    unknown   how many of them are unknown tokens
-    fraction  share of the text, 0 to 1, that has been read at its end
-    """
-
-    ids: torch.Tensor
-    unknown: int
     fraction: float
 
 
@@ -113,69 +98,6 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if with_special and with_special[0] == tokenizer.bos_token_id:
         return int(with_special[0])
     return None
-
-
-def windows(
-    path: Path, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None
-) -> Iterator[Window]:
-    """The file's tokens, packed without gaps into windows of `length`; what is left at the end is dropped.
-
-    path         a text file in UTF-8
-    tokenizer    the model's
-    length       tokens of a window, its start token counted, 2 at least
-    max_tokens   of the text that are used at most, start tokens counted; None: all of it
-
-    A window starts with the tokenizer's start token, if it has one, and continues the text where the last one stopped.
-    Special tokens spelled out in the text are read as text. Raises TextError if there is not a single window.
-    """
-    if length < 2:
-        raise TextError(f"a window of {length} tokens predicts nothing", "use --window 2 or more")
-    most = None if max_tokens is None else max_tokens // length  # of whole windows, which are what is compared
-    if most == 0:
-        raise TextError(f"--max-tokens {max_tokens} is less than one window of {length} tokens", "lower --window")
-    cutting = _Cutting(tokenizer, length)
-    count = 0
-    for piece in pieces(path):
-        for window in cutting.windows(piece):
-            count += 1
-            yield window if most is None else replace(window, fraction=max(window.fraction, count / most))
-            if count == most:
-                return
-    if not count:
-        raise TextError(
-            f"{path} has {cutting.tokens} tokens, less than one window of {length}",
-            f"give a longer text, or --window {max(cutting.tokens, 2)} or less",
-        )
-
-
-class _Cutting:
-    """Pieces to windows: holds the tokens that have not filled one yet. tokens: of the text, so far."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        start = start_token(tokenizer)
-        self.tokenizer = tokenizer
-        self.prefix = [] if start is None else [start]
-        self.fresh = length - len(self.prefix)
-        self.waiting: list[int] = []
-        self.tokens = 0
-        self.before = 0.0
-
-    def windows(self, piece: Piece) -> Iterator[Window]:
-        """The windows that this piece completes, in order."""
-        # verbose=False: a piece is longer than the model's window on purpose
-        new = self.tokenizer(piece.text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-        self.tokens += len(new)
-        self.waiting += new
-        begin = 0
-        while len(self.waiting) - begin >= self.fresh:
-            ids = self.waiting[begin : begin + self.fresh]
-            begin += self.fresh
-            unread = (len(self.waiting) - begin) / max(len(new), 1)  # of the piece, if its tokens are of one size
-            fraction = piece.fraction - (piece.fraction - self.before) * unread
-            unknown = 0 if self.tokenizer.unk_token_id is None else ids.count(self.tokenizer.unk_token_id)
-            yield Window(torch.tensor(self.prefix + ids), unknown, min(max(fraction, 0.0), 1.0))
-        self.waiting = self.waiting[begin:]
-        self.before = piece.fraction
 
 
 def sentences(path: Path) -> Iterator[tuple[str, float]]:

@@ -31,7 +31,8 @@ def read_tokenizer(
                 f"{folder}: reading its tokenizer would run code that came with the model",
                 "pass --trust-remote-code if you trust it",
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # transformers' first line ends where its list of ways begins, which are not of use here
+        reason = str(error).strip().split("\n")[0].removesuffix("from one of:").rstrip() or type(error).__name__
         raise CheckpointError(f"{folder} has no tokenizer: {reason}", "add the model's tokenizer files") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

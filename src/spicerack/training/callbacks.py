@@ -15,6 +15,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from spicerack.machine.memory import settle
 from spicerack.training.schedule import Schedule, decay
 
 
@@ -51,14 +52,18 @@ class Decay(TrainerCallback):
 
 
 class Stopping(TrainerCallback):
-    """Ends a run behind a step, with a checkpoint, when `asked` says so on any rank. stopped: whether it did."""
+    """Ends a run behind a step, with a checkpoint, when `asked` says so on any rank. stopped: whether it did.
+
+    Behind each step memory that nobody uses is given back, too.
+    """
 
     def __init__(self, asked: Callable[[], bool]) -> None:
         self.asked, self.stopped = asked, False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ranks are told together: one that stopped alone would leave the others waiting."""
-        asked = torch.tensor(float(self.asked()), device=args.device)
+        settle()
+        asked = torch.tensor(float(self.asked()), device=args.device, dtype=torch.float32)
         if args.world_size > 1:
             distributed.all_reduce(asked, distributed.ReduceOp.MAX)
         if asked:

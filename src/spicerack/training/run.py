@@ -37,6 +37,7 @@ from spicerack.quantization.recipe import Recipe, Rule
 from spicerack.runtime import hf
 from spicerack.runtime.load import load
 from spicerack.storage.durable import json_bytes, read_json, sync, write_atomically
+from spicerack.storage.files import local
 from spicerack.storage.reader import Checkpoint
 from spicerack.training import files, text
 from spicerack.training.callbacks import Stopping, Watch, curves
@@ -141,7 +142,7 @@ def execute(model: str | Path, output: str | Path, options: TrainOptions, watch:
     """
     began = time.time()
     _require_packages()
-    job = prepare(model, Path(output), options)
+    job = prepare(model, local(output), options)
     args = arguments(job.settings, files.folder_of(job.output), launched().count)
     identity = job.identity(args.world_size)
     with files.entered(job.output, identity, first=args.process_index == 0) as folder:

@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from spicerack.errors import UsageError
-from spicerack.models.kind import kind_of, positions
+from spicerack.models.inputs import limits_of
+from spicerack.models.kind import kind_of
 from spicerack.runtime import hf
 from spicerack.runtime.load import load
 from spicerack.storage import format
-from spicerack.storage.files import MAX_CONFIG_BYTES, read_json
+from spicerack.storage.files import MAX_CONFIG_BYTES, local, read_json
 from spicerack.storage.reader import Checkpoint
 from spicerack.text.tokenizer import read_tokenizer
 from spicerack.training.qat import bitnet
@@ -84,7 +85,7 @@ def find_start(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | 
     """
     if twin not in (None, *get_args(Twin)):
         raise UsageError(f"there is no twin {twin!r}", f"one of {', '.join(get_args(Twin))}")
-    path = Path(model)
+    path = local(model)
     if path.suffix == ".json":
         source = _from_config(path, twin)
     elif tokenizer is not None:
@@ -93,7 +94,7 @@ def find_start(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | 
         source = _from_folder(model, twin)
     if kind_of(source.config, source.folder) != "decoder":
         raise UsageError(f"{path} is no model that predicts tokens", "train it in a loop of your own, with prepare_qat")
-    words = read_tokenizer(Path(tokenizer) if tokenizer is not None else source.folder, source.built)
+    words = read_tokenizer(local(tokenizer) if tokenizer is not None else source.folder, source.built)
     size = source.built.get_text_config().vocab_size
     if len(words) > size:
         raise UsageError(f"the tokenizer has {len(words)} tokens, the model {size}", "use the model's own tokenizer")
@@ -103,7 +104,7 @@ def find_start(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | 
         identity=source.identity,
         dtype=next((dtype for dtype in get_args(Stored) if dtype == declared), "bfloat16"),
         packed=source.packed,
-        longest=positions(source.built),
+        longest=limits_of(source.config, source.built).positions,
         tokenizer=words,
         model=source.model,
     )

@@ -120,7 +120,7 @@ class Order(Dataset[tuple[int, torch.Tensor]]):
         times, place = divmod(index, len(numbers))
         if self._shuffled[0] != times:  # one shuffle is kept: rows are asked for in order
             generator = torch.Generator().manual_seed(self.seed + times)
-            self._shuffled = times, numbers[torch.randperm(len(numbers), generator=generator)]
+            self._shuffled = times, numbers[torch.randperm(len(numbers), generator=generator, device="cpu")]
         number = int(self._shuffled[1][place])
         return number, self.subset.rows.ids([number])[0]
 
@@ -162,12 +162,12 @@ def read(
     if held_out is None:
         return Corpus(Subset(rows, numbers), Subset(rows, apart))
     other = pack(held_out, tokenizer, folder / "held_out.bin", length=length, most=HELD_OUT)
-    return Corpus(Subset(rows, numbers), Subset(other, torch.arange(len(other))))
+    return Corpus(Subset(rows, numbers), Subset(other, torch.arange(len(other), device="cpu")))
 
 
 def split(count: int, held: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of rows to train on and, chosen among all `count`, of the `held` that are held out, int64, in order."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED), device="cpu")
     return order[held:].sort().values, order[:held].sort().values
 
 
@@ -229,6 +229,7 @@ def _pack(source: str | Path, tokenizer: PreTrainedTokenizerBase, file: Path, *,
         notes.append(f"{source}: rows were chosen from {reading.share:.2%} of the text, spread over all of it")
     if reading.stopped:
         notes.append(f"{source}: rows are of the first {reading.documents} documents of the shuffled dataset")
+    notes += [f"{source}: {note}" for note in reading.notes]
     return _Record(min(count, most), sha256_of(file), notes)
 
 

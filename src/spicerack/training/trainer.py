@@ -75,7 +75,7 @@ class FewBitsTrainer(Trainer):
         label."""
         ids, numbers = inputs["input_ids"], inputs["numbers"]
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        loss = torch.zeros((), device=logits.device)
+        loss = torch.zeros((), device=logits.device, dtype=torch.float32)
         if self.kl < 1:
             loss = loss + (1 - self.kl) * F.cross_entropy(logits.float(), ids[:, 1:].flatten())
         if self.teacher is not None:
@@ -177,7 +177,7 @@ class FewBitsTrainer(Trainer):
         """
         numbers = self.held_out.numbers
         ranks, size = self.args.world_size, self.args.per_device_eval_batch_size
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64, device="cpu")
         assert self.model is not None
         model, training = self.model, self.model.training
         model.eval()
@@ -207,12 +207,12 @@ class FewBitsTrainer(Trainer):
         with self.accelerator.autocast():
             logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             if not weight:
-                return torch.zeros(3, dtype=torch.float64)
+                return torch.zeros(3, dtype=torch.float64, device="cpu")
             loss = F.cross_entropy(logits.float(), ids[:, 1:].flatten())
             kl = 0.0
             if self.teacher is not None:
                 kl = float(divergence(logits, self.teacher.predict(None, ids), self.settings.temperature))
-        return weight * torch.tensor([float(loss), kl, 1.0], dtype=torch.float64)
+        return weight * torch.tensor([float(loss), kl, 1.0], dtype=torch.float64, device="cpu")
 
     def last_metrics(self) -> dict[str, float]:
         """What `evaluate` gave behind the last step; measured now, by all ranks together, if it was not then."""
@@ -277,4 +277,4 @@ def _ends(model: nn.Module) -> Iterator[nn.Parameter]:
 def _batch(rows: Sequence[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Rows put together: their ids [B, L] and their numbers [B]."""
     numbers, ids = zip(*rows, strict=True)
-    return {"input_ids": torch.stack(ids), "numbers": torch.tensor(numbers)}
+    return {"input_ids": torch.stack(ids), "numbers": torch.tensor(numbers, dtype=torch.int64, device="cpu")}

@@ -88,7 +88,9 @@ def test_blocks_compute_on_the_device(
         assert (other.error, other.rounded) == pytest.approx((one.error, one.rounded), rel=0.02)
         assert other.events == one.events
     sums = [sum(pretending.seen[name, where] for name in ("mm", "addmm", "bmm")) for where in (False, True)]
-    assert sums[0] < sums[1] / 5, "the CPU only has the model around its blocks, and a block once for what it returns"
+    assert sums[0] < sums[1] / 4, (
+        "the CPU only has the model around its blocks, and these twice on the tokens of the trial"
+    )
     for name in ("linalg_cholesky_ex", "linalg_solve_triangular", "_linalg_solve_ex"):
         assert not pretending.seen[name, False]
         assert bool(pretending.seen[name, True]) == (not {"gptq", "signround", "blockap"}.isdisjoint(chain.split("+")))

@@ -31,8 +31,9 @@ from spicerack.quantization.job import prepare
 from spicerack.quantization.recipe import Recipe
 from spicerack.quantization.run import decided, execute
 from spicerack.quantization.watch import Finished
-from spicerack.text import calibration, pieces
+from spicerack.text import calibration
 from spicerack.text.calibration import Calibration
+from spicerack.text.windows import windows
 
 pytestmark = pytest.mark.slow
 
@@ -288,8 +289,8 @@ def test_a_real_model_loses_less(tmp_path: Path) -> None:
     for name, some in (("rtn", None), ("gptq", given)):
         spicerack.quantize(STDLIB_LM, "w3g64", output=tmp_path / name, method=name, calibration=some)
         small = spicerack.load(tmp_path / name, compute="float", dtype=torch.float32)
-        windows = pieces.windows(STDLIB_LM / "heldout.txt", tokenizer, 256, 4096)
-        losses.append(float(language.compare(reference, small, windows).kl.mean()))
+        predicted = windows(STDLIB_LM / "heldout.txt", tokenizer, 256, 4096)
+        losses.append(float(language.compare(reference, small, predicted).kl.mean()))
     assert losses[1] < 0.6 * losses[0]
 
 

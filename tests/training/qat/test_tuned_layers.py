@@ -15,7 +15,6 @@ import spicerack
 from spicerack import QATConfig
 from spicerack.errors import SchemeError, UsageError, WeightError
 from spicerack.nn.embedding import QEmbedding
-from spicerack.nn.gelu import JoinedGELU
 from spicerack.nn.linear import QLinear
 from spicerack.numerics import codec
 from spicerack.numerics.levels import IntLevels
@@ -119,14 +118,12 @@ def test_a_folder_goes_round_and_its_codes_stay(scheme: str, tmp_path: Path) -> 
 
 def test_untrained_it_is_what_it_was() -> None:
     small = spicerack.quantize(families.build("bert").eval(), "w4g16")
-    assert any(isinstance(part, JoinedGELU) for part in small.modules())
     again = spicerack.freeze(spicerack.prepare_qat(copy.deepcopy(small)))
     for name, part in small.named_modules():
         if isinstance(part, QLinear):
             a, b = part.packed.qtensor(), again.get_submodule(name).packed.qtensor()
             assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
     ids = torch.randint(3, 90, (2, 9))
-    assert any(isinstance(part, JoinedGELU) for part in again.modules())
     with torch.no_grad():
         small(input_ids=ids)
         assert torch.equal(small(input_ids=ids)[0], again(input_ids=ids)[0])

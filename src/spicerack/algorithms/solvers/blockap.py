@@ -57,7 +57,7 @@ class _Learned:
         span = self.levels.hi - self.levels.lo
         self.moved = [_Moved(self.weight, unit[:, None, :, None]), _Moved(self.scale, unit / span)]
         if self.zero is not None:
-            self.moved.append(_Moved(self.zero, torch.ones(())))
+            self.moved.append(_Moved(self.zero, torch.ones((), dtype=torch.float32, device="cpu")))
 
     def _parts(self) -> Parts:
         """s and z as they would be stored now, with gradients."""

@@ -26,7 +26,7 @@ def rotate(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
     n = x.shape[-1]
     two, m = factors(n)
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (n,), generator=generator).float() * 2 - 1
+    signs = torch.randint(0, 2, (n,), generator=generator, device="cpu").float() * 2 - 1
     y = (x.float() * signs).reshape(-1, n // two, two)
     step = 1
     while step < two:  # Sylvester's: sums and differences of halves, log2 times
@@ -60,15 +60,20 @@ def paley(m: int) -> torch.Tensor:
     q = _paley_prime(m)
     assert q, f"no such matrix of size {m}"
     squares = {i * i % q for i in range(1, q)}
-    legendre = torch.tensor([0 if i == 0 else 1 if i in squares else -1 for i in range(q)])
-    index = torch.arange(q)
+    legendre = torch.tensor(
+        [0 if i == 0 else 1 if i in squares else -1 for i in range(q)], dtype=torch.int64, device="cpu"
+    )
+    index = torch.arange(q, device="cpu")
     jacobsthal = legendre[(index[:, None] - index[None, :]) % q]
-    bordered = torch.zeros(q + 1, q + 1, dtype=torch.long)
+    bordered = torch.zeros(q + 1, q + 1, dtype=torch.long, device="cpu")
     bordered[0, 1:], bordered[1:, 0], bordered[1:, 1:] = 1, -1 if q % 4 == 3 else 1, jacobsthal
-    eye = torch.eye(q + 1, dtype=torch.long)
+    eye = torch.eye(q + 1, dtype=torch.long, device="cpu")
     if q % 4 == 3:
         return (eye + bordered).float()
-    one, other = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, -1], [-1, -1]])
+    one, other = (
+        torch.tensor([[1, 1], [1, -1]], dtype=torch.int64, device="cpu"),
+        torch.tensor([[1, -1], [-1, -1]], dtype=torch.int64, device="cpu"),
+    )
     return (torch.kron(bordered, one) + torch.kron(eye, other)).float()
 
 

@@ -93,18 +93,16 @@ def _run(
     x: torch.Tensor,
     matrices: Sequence[multiply.PanelMatrix],
     biases: Sequence[torch.Tensor | None],
-    gelu: bool,
 ) -> list[torch.Tensor]:
     """See `Kernel.run`: the operator where a graph or gradients are made, else the native module at once."""
     if x.dtype == torch.float64:  # which no engine has
-        return [y.double() for y in _run(engine, x.float(), matrices, biases, gelu)]
+        return [y.double() for y in _run(engine, x.float(), matrices, biases)]
     if type(x) is not torch.Tensor or torch.compiler.is_compiling() or _wants_gradients(x, biases):
-        results = [
+        return [
             torch_op.OPERATOR(x, m.codes, m.scale, m.zero, bias, m.input_scale, *m.spec, engine, m.activations)
             for m, bias in zip(matrices, biases, strict=True)
         ]
-        return [torch.nn.functional.gelu(y) for y in results] if gelu else results
-    return multiply.multiply(x, matrices, biases, engine, gelu)
+    return multiply.multiply(x, matrices, biases, engine)
 
 
 def _wants_gradients(x: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> bool:

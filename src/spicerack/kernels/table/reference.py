@@ -54,13 +54,10 @@ def prepare(scheme: Scheme, shape: Shape, tensors: Tensors) -> PackedMatrix:
     return scheme, shape, tensors
 
 
-def run(
-    x: torch.Tensor, matrices: Sequence[PackedMatrix], biases: Sequence[torch.Tensor | None], gelu: bool
-) -> list[torch.Tensor]:
+def run(x: torch.Tensor, matrices: Sequence[PackedMatrix], biases: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
     """See `Kernel.run`: one product after the other."""
     products = zip((_product(x, *matrix) for matrix in matrices), biases, strict=True)
-    results = [y if bias is None else y + bias.to(y.dtype) for y, bias in products]
-    return [torch.nn.functional.gelu(y) for y in results] if gelu else results
+    return [y if bias is None else y + bias.to(y.dtype) for y, bias in products]
 
 
 class _Product(torch.autograd.Function):

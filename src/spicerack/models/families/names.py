@@ -66,6 +66,8 @@ EXPERTS = frozenset({"experts", "expert"})
 """Parents of experts, one by one or fused."""
 STACKED_EXPERTS = frozenset({"input_linear", "output_linear", "w13_weight", "w2_weight"})
 """Fused expert tensors [experts, out, in] that have no parent called experts (Granite, JetMoE)."""
+WRITE_HIDDEN = frozenset({"down_proj", "w2", "wo", "fc2", "output_linear", "w2_weight"})
+"""Fused expert tensors whose outputs are the hidden states; the others read these."""
 DBRX_EXPERTS = frozenset({"w1", "v1", "w2"})
 """DBRX's own, which stacks its experts along the rows: [experts * inner, hidden], of which w2 is stored [in, out]."""
 
@@ -112,6 +114,13 @@ HEAD_OF = {
 }
 """What the tied head is called where it is not `lm_head`: it is absent from most files, but recipes may name it."""
 
+TOLD_BY_NAMES = frozenset({
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi", "phi3",
+    "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "olmo", "olmo2", "smollm3", "stablelm", "granite", "cohere",
+    "deepseek_v3", "bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "mpnet", "t5", "bart", "vit",
+})  # fmt: skip
+"""Families of which the names of tensors alone tell what `quantize` does; tests compare that with transformers."""
+
 SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -136,23 +145,22 @@ CONTAINERS = frozenset({"model", "transformer", "backbone"})
 PLAIN_LINEAR = frozenset({"FalconLinear"})
 """Subclasses of torch's Linear in transformers that compute the same."""
 
-ATTENTION_BY_NAME = frozenset({
-    "axk2", "deepseek_v32", "dots3_note", "falcon", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text",
-    "glm5_next", "glm_moe_dsa", "hy_v4", "hy_v4_vl", "minimax_m3_vl", "mistral_large4",
+SCALED_EMBEDDING = frozenset({
+    "BartScaledWordEmbedding", "BigBirdPegasusScaledWordEmbedding", "BioGptScaledWordEmbedding",
+    "BlenderbotScaledWordEmbedding", "DiffusionGemmaTextScaledWordEmbedding",
+    "EmbeddingGemma2TextScaledWordEmbedding", "Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding",
+    "Gemma3nTextScaledWordEmbedding", "Gemma4TextScaledWordEmbedding", "Gemma4UnifiedTextScaledWordEmbedding",
+    "GemmaTextScaledWordEmbedding", "M2M100ScaledWordEmbedding", "MBartScaledWordEmbedding",
+    "MiniCPM3ScaledWordEmbedding", "NllbMoeScaledWordEmbedding", "PLBartScaledWordEmbedding",
+    "PPFormulaNetScaledWordEmbedding", "PegasusXScaledWordEmbedding", "SeamlessM4TScaledWordEmbedding",
+    "SeamlessM4Tv2ScaledWordEmbedding", "TrOCRScaledWordEmbedding", "VaultGemmaTextScaledWordEmbedding",
+    "XGLMScaledWordEmbedding",
 })  # fmt: skip
-"""Families whose code asks whether the attention's name is "sdpa", so that it must keep that name."""
+"""Subclasses of torch's Embedding in transformers whose rows are multiplied by a number, `embed_scale`, and that is
+all."""
 
-THEN_ACTIVATION = (
-    ("dense", "intermediate_act_fn"),
-    ("intermediate_dense", "intermediate_act_fn"),
-    ("lin1", "activation"),
-    ("fc1", "activation_fn"),
-    ("fc1", "activation"),
-)
-"""(linear layer, activation) of one parent, where nothing but the activation reads what the layer makes.
-
-In some families something stands between the two; there the activation is not called with the layer's own result.
-"""
+WRAPPED = ("base_layer", "original_module")
+"""What PEFT's adapters call the layer around which they are."""
 
 KEY_VALUE_CACHES = ("cache", "past_key_values")
 """What models call their cache of keys and values, as an argument and in their output: transformers renamed it."""

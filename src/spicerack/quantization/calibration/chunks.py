@@ -1,4 +1,4 @@
-"""`Text`: the calibration text in chunks, which is what runs through a block at once."""
+"""`Text`: the calibration text in chunks, which run through a block at once; and whether a model can take it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
+from spicerack.errors import UsageError
 from spicerack.machine.ranks import Ranks
+from spicerack.models import blocks
+from spicerack.models.architecture import on_meta
+from spicerack.models.inputs import limits
+from spicerack.models.kind import obstacle
+from spicerack.quantization.job import Job
+from spicerack.quantization.rotation import original
 from spicerack.text.calibration import Calibration
+
+_WITHOUT = "quantize it without --calib"
+"""What helps where a model cannot be calibrated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +59,21 @@ def tokens(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     mask = inputs.get("attention_mask")
     return rows if mask is None or mask.numel() != len(rows) else rows[mask.reshape(-1).bool()]
+
+
+def check(job: Job, calibration: Calibration) -> None:
+    """Asked before any work, of config.json and headers: can the model be calibrated, and with this text?
+
+    Raises UsageError for a model that text cannot be run through block by block, and for text that does not fit it. A
+    model that transformers does not know is tried as it is.
+    """
+    source = original(job.source)
+    if reason := obstacle(source.config):
+        raise UsageError(f"{source.folder} {reason}", _WITHOUT)
+    model = on_meta(source.config)
+    if model is None:
+        return
+    blocks.repeated(model)
+    given = limits(model, model.config)
+    given.check_ids(calibration.ids)
+    given.check_length(calibration.ids.shape[1], "--length")

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from spicerack.algorithms.stats import Accumulator, Need, Stats
 from spicerack.errors import ActivationError
+from spicerack.machine.memory import steady
 from spicerack.machine.ranks import Ranks
 from spicerack.models import blocks
 from spicerack.models.blocks import Arguments, Stack
@@ -81,7 +82,7 @@ class Flow:
 
     def calls(self, ranks: Ranks | None = None) -> Iterator[Call]:
         """This rank's chunks, in the order of the text. ranks: other ones to share by; ALONE gives all chunks."""
-        for number, sequences in self.text.chunks(ranks or self.ranks):
+        for number, sequences in steady(self.text.chunks(ranks or self.ranks)):
             yield self._call(number, sequences)
 
     def call(self, sequences: Sequence[int]) -> Call:
@@ -92,7 +93,8 @@ class Flow:
         inputs = self.text.inputs(sequences)
         arguments = self.stack.calls(inputs)[1][self.index]  # by the model, which stays on the CPU
         positional, named = moved((arguments.positional, arguments.named), self.device)
-        return Call(number, moved(inputs, self.device), Arguments(_to_float(positional), _to_float(named)))
+        given = Arguments(_to_float(positional), _to_float(named), arguments.left)
+        return Call(number, moved(inputs, self.device), given)
 
     def hidden(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of a chunk in front of the block, float32 [B, L, H]: behind quantized blocks, and exact."""

@@ -39,7 +39,9 @@ class Site:
     def tied(self, factors: torch.Tensor) -> torch.Tensor:
         """The factors [K] with which columns of one channel have one factor, the geometric mean of their own."""
         count = int(self.channels.max()) + 1
-        total = torch.zeros(count, dtype=torch.float64).index_add_(0, self.channels, factors.double().log())
+        total = torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(
+            0, self.channels, factors.double().log()
+        )
         return (total / torch.bincount(self.channels, minlength=count)).exp()[self.channels].float()
 
 
@@ -70,7 +72,7 @@ def move(block: nn.Module, site: Site, factors: torch.Tensor, dtype: torch.dtype
     """
     maker = block.get_submodule(site.source)
     weight = block.get_parameter(f"{site.source}.weight")
-    by_channel = torch.ones(int(site.channels.max()) + 1, device=factors.device)
+    by_channel = torch.ones(int(site.channels.max()) + 1, device=factors.device, dtype=torch.float32)
     by_channel[site.channels] = factors
     changed = []
     if _is_layer(maker):
@@ -100,12 +102,12 @@ def _channels(channels: int, columns: int, config: PreTrainedConfig) -> torch.Te
     Fewer channels than columns are values of grouped heads: each head is read by several of the attention's.
     """
     if channels == columns:
-        return torch.arange(columns)
+        return torch.arange(columns, device="cpu")
     heads: int = config.get_text_config().num_attention_heads
     if columns % channels or columns % heads:
         return None
     size, repeats = columns // heads, columns // channels
-    numbers = torch.arange(columns)
+    numbers = torch.arange(columns, device="cpu")
     return numbers // (size * repeats) * size + numbers % size
 
 

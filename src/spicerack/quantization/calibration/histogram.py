@@ -27,7 +27,7 @@ class Histogram:
     """Counts of |x|: counts int64 [BINS]; width, of a bin; peak, the largest |x|; size, the number of values."""
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.int64)
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
         self.width = 2.0**-200  # below what any float32 asks for
         self.peak = 0.0
 
@@ -49,7 +49,7 @@ class Histogram:
 
     def share(self, ranks: Ranks) -> None:
         """Take in the counts of the other ranks, once all have bins of one width."""
-        peak = float(ranks.largest(torch.tensor(self.peak, dtype=torch.float64)))
+        peak = float(ranks.largest(torch.tensor(self.peak, dtype=torch.float64, device="cpu")))
         self._reach(peak)
         self.counts = ranks.total(self.counts)
 

@@ -124,7 +124,7 @@ def _of_layers(pair: Pair, flow: Flow, path: str) -> Moments:
                 add_product(shift, difference, some)
     stats = flow.total(accumulator)
     shift = flow.ranks.total(shift)
-    apart = bool(flow.ranks.largest(torch.tensor(not comparable)))
+    apart = bool(flow.ranks.largest(torch.tensor(not comparable, dtype=torch.bool, device="cpu")))
     assert stats.gram is not None
     return Moments(stats.gram, None if apart or not stats.tokens else shift.div_(stats.tokens), stats.gram.diagonal())
 
@@ -141,7 +141,7 @@ def _of_experts(pair: Pair, flow: Flow, part: Sequence[Readers]) -> dict[Readers
     few = [path for path, count in counts.items() if count < FEW * pair.columns(path)]
     shown = _show(pair, flow, few, accumulators) if few else {}
     stats = {path: flow.total(accumulator) for path, accumulator in accumulators.items()}
-    pooled = torch.zeros(pair.columns(paths[0]), device=flow.device)
+    pooled = torch.zeros(pair.columns(paths[0]), device=flow.device, dtype=torch.float32)
     for path, count in counts.items():
         gram = stats[path].gram
         assert gram is not None

@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 
 from spicerack.algorithms.solved import Solved
-from spicerack.machine.memory import peak_rss_bytes
+from spicerack.machine.memory import peak_rss_bytes, steady
 from spicerack.machine.ranks import Ranks
 from spicerack.models import blocks
 from spicerack.numerics.qtensor import QTensor
@@ -88,10 +88,10 @@ def run(
     if done == 0:
         _begin(Flow(stack, 0, text, states, ranks), job)
     ranks.wait()
-    for i in range(done, len(stack.blocks)):
+    for i in steady(range(done, len(stack.blocks))):
         pair = Pair(stack.blocks[i], tensors[i], job.source, device, job.recipe.range_, threads)
         watch.finished(_finish(pair, Flow(stack, i, text, states, ranks), job.recipe, folder))
-        if bool(ranks.largest(torch.tensor(watch.stopping()))):
+        if bool(ranks.largest(torch.tensor(watch.stopping(), dtype=torch.bool, device="cpu"))):
             raise KeyboardInterrupt
 
 

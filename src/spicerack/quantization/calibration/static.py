@@ -69,7 +69,7 @@ def _stored(observer: Observer, dtype: torch.dtype) -> torch.Tensor:
     It is at least that type's smallest number, so that nothing is divided by 0.
     """
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-    return torch.tensor([max(observer.scale(), least)]).to(dtype).float()
+    return torch.tensor([max(observer.scale(), least)], dtype=torch.float32, device="cpu").to(dtype).float()
 
 
 def _sequences(

@@ -102,7 +102,7 @@ def _best(
         return None
     assert stats.second_moment is not None
     largest = torch.stack([pair.weight(target).abs().amax(0) for target in readers]).amax(0)
-    ones = torch.ones(pair.columns(readers[0].path), device=flow.device)
+    ones = torch.ones(pair.columns(readers[0].path), device=flow.device, dtype=torch.float32)
     x = judge.static_input(readers)
     best, least = None, judge.loss(readers, ones, stats.second_moment, x)
     for candidate in scaling.candidates(stats, largest):

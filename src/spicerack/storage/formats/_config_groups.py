@@ -1,6 +1,7 @@
 """What config.json says of a compressed-tensors folder: `quantization_config`, written and read.
 
     section   schemes of modules -> the section: a group for each scheme, and patterns of the modules that it matches
+    groups    the same as data, of which `decodable` and `experts_agree` tell what transformers makes
     schemes   the section of a folder -> its schemes
 
 A group names its modules by what compressed-tensors calls targets: a class, a module's path, or `re:` and a regular
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from spicerack.errors import CheckpointError
 from spicerack.numerics.scheme import Scheme, parse
-from spicerack.storage.format import Contents
+from spicerack.storage.format import Contents, Reading
 from spicerack.storage.reader import Checkpoint
 
 PACKED, INTEGER = "pack-quantized", "int-quantized"
@@ -33,52 +35,93 @@ ELSEWHERE = "load it with transformers"
 DAMAGED = "the folder is damaged, or in a variant of compressed-tensors that is not read"
 
 
-def section(
-    method: str, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]
-) -> dict[str, Any]:
-    """`quantization_config` as config.json has it: a group of `config_groups` for each scheme.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group of `config_groups`: the scheme of some modules, and what they are called there.
 
-    method: the format's name there. config: the float model's config.json, which tells encoders from others. contents:
-    what is quantized; at least one module. unquantized_linears: paths of linear layers that stay float; they are under
-    `ignore`, and no target matches them.
+    modules   of the checkpoint
+    targets   what compressed-tensors matches its modules against
+    """
 
-    Several layouts in one folder are called mixed-precision. `dequantize`, of transformers and nobody else, is there
-    where that is the one way in which it reads the folder.
+    scheme: Scheme
+    modules: tuple[str, ...]
+    targets: tuple[str, ...]
+
+    @property
+    def singles_out_experts(self) -> bool:
+        """Whether transformers takes it for the one of experts, if there are several groups."""
+        return any(target.startswith("re:") and "experts" in target for target in self.targets)
+
+
+def groups(contents: Contents, names: Reading) -> list[Group]:
+    """A group for each scheme: first those of experts, because transformers takes the first that names some.
+
+    contents: what is quantized; at least one module. names: of layers that stay float, which no target matches, and of
+    those that are packed in transformers' model. One scheme is that of every linear layer but these.
     """
     members: dict[Scheme, list[str]] = {}
     for p in contents.values():
         members.setdefault(p.scheme, []).append(p.module)
-    everything = [*contents, *unquantized_linears]
-    groups: dict[str, Any] = {}
-    for i, (scheme, modules) in enumerate(members.items()):
-        targets = ["Linear"] if len(members) == 1 else _patterns(modules, everything)
-        groups[f"group_{i}"] = _group(scheme, targets)
-    formats = {_format(scheme) for scheme in members}
+    if len(members) == 1:
+        [(scheme, modules)] = members.items()
+        return [Group(scheme, tuple(modules), ("Linear",))]
+    known = {module: list(dict.fromkeys((module, names.paths.get(module, module)))) for module in contents}
+    everything = [*(name for called in known.values() for name in called), *names.floats]
+    made = [
+        Group(scheme, tuple(modules), tuple(_patterns([n for m in modules for n in known[m]], everything)))
+        for scheme, modules in members.items()
+    ]
+    return sorted(made, key=lambda group: not any(is_expert(module) for module in group.modules))
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module of a checkpoint is one expert's, which transformers stacks with the others while loading."""
+    return "experts" in module.split(".")
+
+
+def decodable(made: Sequence[Group]) -> bool:
+    """Whether `dequantize` gives every module its own scheme: transformers takes one for all experts, and one for all
+    other layers."""
+    dense = next((g for g in made if not g.singles_out_experts), made[0])
+    return experts_agree(made) and all(g is dense or is_expert(module) for g in made for module in g.modules)
+
+
+def experts_agree(made: Sequence[Group]) -> bool:
+    """Whether transformers finds the one scheme that it takes for all experts, and it is that of each."""
+    named = next((g for g in made if g.singles_out_experts), None)
+    first = named or next((g for g in made if any(not t.startswith("re:") for t in g.targets)), made[0])
+    return all(g is first or not is_expert(module) for g in made for module in g.modules)
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is of a model without a head: what sentence-transformers loads."""
+    classes = config.get("architectures")
+    return isinstance(classes, list) and any(
+        str(name).endswith("Model") and "LMHead" not in str(name) for name in classes
+    )
+
+
+def section(method: str, contents: Contents, reading: Reading) -> dict[str, Any]:
+    """`quantization_config` as config.json has it: a group of `config_groups` for each scheme.
+
+    method: the format's name there. contents: what is quantized; at least one module. reading: layers that stay float
+    are under `ignore`; `dequantize`, of transformers and nobody else, is there where it is told to decode.
+
+    Several layouts in one folder are called mixed-precision.
+    """
+    made = groups(contents, reading)
+    formats = {_format(group.scheme) for group in made}
+    packed = [name for module in contents for name in (module, reading.paths.get(module, module))]
     quantization: dict[str, Any] = {
         "quant_method": method,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": _patterns(unquantized_linears, everything),
+        "config_groups": {f"group_{i}": _group(group.scheme, list(group.targets)) for i, group in enumerate(made)},
+        "ignore": _patterns(reading.floats, [*packed, *reading.floats]),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    if _decodes_on_loading(config, list(members)):
-        quantization["dequantize"] = True
-    return quantization
-
-
-def _decodes_on_loading(config: Mapping[str, Any], schemes: Sequence[Scheme]) -> bool:
-    """Whether transformers is told to decode the weights as it loads them, rather than at the first forward.
-
-    Zero points load in no other way. Encoders without a head are what sentence-transformers loads, and it calls
-    `forward` past the hook that decodes. With several schemes weights would be wrong: transformers takes one for all.
-    """
-    classes = config.get("architectures")
-    encoder = isinstance(classes, list) and any(
-        str(name).endswith("Model") and "LMHead" not in str(name) for name in classes
-    )
-    return len(schemes) == 1 and (schemes[0].zero or encoder)
+    return quantization | ({"dequantize": True} if reading.decodes else {})
 
 
 def _format(scheme: Scheme) -> str:

@@ -25,7 +25,7 @@ from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import parse
 from spicerack.numerics.undecoded import Undecoded
-from spicerack.storage.format import Contents, Layout, MethodFormat, StoredTensor
+from spicerack.storage.format import Contents, Layout, MethodFormat, Reading, StoredTensor
 from spicerack.storage.reader import Checkpoint
 
 SCHEME = "ternarya8"
@@ -83,15 +83,14 @@ class BitNet(MethodFormat):
             raise CheckpointError(f"{module}: a scale of {float(scale)}", _DAMAGED)
         return Undecoded(stored.scheme, (rows, columns), "quarters", tensors[f"{module}.weight"], scale)
 
-    def config(
-        self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]
-    ) -> dict[str, Any]:
+    def config(self, config: Mapping[str, Any], contents: Contents, reading: Reading) -> dict[str, Any]:
         """`modules_to_not_convert`: the linear layers that stay float."""
+        packed = [*contents, *reading.paths.values()]
         quantization = {
             "quant_method": self.method,
             "linear_class": "autobitlinear",
             "quantization_mode": "offline",
-            "modules_to_not_convert": [_pattern(module, contents) for module in unquantized_linears],
+            "modules_to_not_convert": [_pattern(module, packed) for module in reading.floats],
         }
         return {**config, "quantization_config": quantization}
 
@@ -117,7 +116,7 @@ class BitNet(MethodFormat):
             raise CheckpointError(f"{checkpoint.folder} has no packed weights", _DAMAGED)
         return {module: _stored(module, _INVERSE[kind], checkpoint) for module in dict.fromkeys(modules)}
 
-    def notes(self, contents: Contents, _fused: Sequence[Sequence[str]], /) -> list[str]:
+    def notes(self, _contents: Contents, _fused: Sequence[Sequence[str]], _reading: Reading, /) -> list[str]:
         """Who reads it, and how."""
         return ["transformers decodes all weights while loading, and needs accelerate for that; vLLM does not read it"]
 
@@ -140,9 +139,12 @@ def _obstacle(p: StoredTensor) -> str | None:
     return None
 
 
-def _pattern(module: str, contents: Contents) -> str:
-    """What transformers leaves alone: it takes names for regular expressions, and for ends of longer names."""
-    longer = any(name.endswith(module) for name in contents)
+def _pattern(module: str, packed: Sequence[str]) -> str:
+    """What transformers leaves alone: it takes names for regular expressions, and for ends of longer names.
+
+    packed: every name of the layers that it must not leave alone.
+    """
+    longer = any(name.endswith(module) for name in packed)
     return f"{re.escape(module)}$" if longer else module
 
 

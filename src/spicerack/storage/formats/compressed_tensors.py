@@ -17,7 +17,7 @@ config are never run. What config.json says lies in `_config_groups`, both ways;
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,17 @@ from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.undecoded import Undecoded
-from spicerack.storage.format import Contents, Layout, MethodFormat, StoredTensor, checked_input_scale
-from spicerack.storage.formats import _config_groups
+from spicerack.storage.format import (
+    Contents,
+    Host,
+    Layout,
+    MethodFormat,
+    Reading,
+    StoredTensor,
+    checked_input_scale,
+    names_of,
+)
+from spicerack.storage.formats import _config_groups, _rehearsal
 from spicerack.storage.formats._config_groups import DAMAGED, ELSEWHERE
 from spicerack.storage.reader import Checkpoint
 
@@ -85,7 +94,7 @@ class CompressedTensors(MethodFormat):
         tensors = {f"{module}.weight_packed": _pack(q.codes, scheme.bits), f"{module}.weight_scale": scale}
         if q.zero is not None:
             tensors[f"{module}.weight_zero_point"] = _pack(q.zero.t(), scheme.bits).t().contiguous()
-        tensors[f"{module}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
+        tensors[f"{module}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64, device="cpu")
         return tensors
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
@@ -105,12 +114,34 @@ class CompressedTensors(MethodFormat):
             zero = _unpack(tensors[f"{module}.weight_zero_point"].t(), scheme.bits, rows).t().contiguous()
         return Undecoded(scheme, shape, "stream", tensors[f"{module}.weight_packed"], scale, zero)
 
-    def config(
-        self, config: Mapping[str, Any], contents: Contents, unquantized_linears: Sequence[str]
-    ) -> dict[str, Any]:
+    def reading(self, config: Mapping[str, Any], contents: Contents, host: Host, /) -> Reading:
+        """Names as `names_of` has them, and whether transformers must decode the weights while it loads them.
+
+        It decodes them at the first forward else. Told to it is where it reads no other way: zero points, encoders
+        (sentence-transformers calls `forward` past the hook that decodes), and models whose code looks at weights
+        before. What it does is found by rehearsing it.
+        """
+        names = names_of(host)
+        if not contents:
+            return names
+        groups = _config_groups.groups(contents, names)
+        zero = any(group.scheme.zero for group in groups)
+        if not _config_groups.experts_agree(groups):
+            return replace(names, obstacle="it takes one scheme for all experts, and these have several")
+        decodable = _config_groups.decodable(groups)
+        if zero and not decodable:
+            return replace(names, obstacle="it reads zero points by decoding, for which it takes one scheme for all")
+        decoded_first = decodable and (zero or _config_groups.is_encoder(config))
+        ways = ([True] if zero else [True, False] if decoded_first else [False, True]) if decodable else [False]
+        if host.model is None:
+            return replace(names, decodes=ways[0])
+        packed = {module: (stored, self.layout(stored)) for module, stored in contents.items()}
+        way, obstacle = _rehearsal.choose(host.model, host.tensors, packed, host.paths, ways)
+        return replace(names, decodes=way, obstacle=obstacle)
+
+    def config(self, config: Mapping[str, Any], contents: Contents, reading: Reading) -> dict[str, Any]:
         """A group of `config_groups` for each scheme; linear layers that stay float are under `ignore`."""
-        section = _config_groups.section(self.method, config, contents, unquantized_linears)
-        return {**config, "quantization_config": section}
+        return {**config, "quantization_config": _config_groups.section(self.method, contents, reading)}
 
     def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
         """Modules by the names of their tensors, each with the scheme of config.json that fits their shapes."""
@@ -158,20 +189,19 @@ class CompressedTensors(MethodFormat):
             )
         return fits[0]
 
-    def notes(self, contents: Contents, fused: Sequence[Sequence[str]], /) -> list[str]:
+    def notes(self, contents: Contents, fused: Sequence[Sequence[str]], reading: Reading, /) -> list[str]:
         """What transformers, vLLM and older readers make of this folder, where it is less than everything."""
         schemes = {p.scheme for p in contents.values()}
-        zero, mixed = any(s.zero for s in schemes), len(schemes) > 1
         notes = []
-        if any("experts" in p.module.split(".") for p in contents.values()):
-            notes.append("packed experts: vLLM and spicerack read them, transformers does not")
-        elif zero and mixed:
-            notes.append("zero points and several schemes: vLLM and spicerack read this folder, transformers does not")
-        elif zero:
+        if reading.obstacle is not None:
+            notes.append(
+                f"spicerack reads this folder, and vLLM if it has the model; transformers does not: {reading.obstacle}"
+            )
+        elif any(s.zero for s in schemes):
             notes.append(
                 "zero points: transformers decodes all weights while loading (dequantize); vLLM reads them as they are"
             )
-        elif mixed:
+        elif len(schemes) > 1 and not reading.decodes:
             notes.append("several schemes: dequantize=True in transformers takes one for all and gives wrong weights")
         uneven = sorted({s.bits for s in schemes} & {3, 5, 6, 7})
         if uneven:

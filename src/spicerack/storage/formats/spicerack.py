@@ -27,7 +27,7 @@ from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.files import CONTAINER
-from spicerack.storage.format import Contents, Layout, StoredTensor, checked_input_scale
+from spicerack.storage.format import Contents, Host, Layout, Reading, StoredTensor, checked_input_scale
 from spicerack.storage.reader import Checkpoint
 
 VERSION = 1
@@ -81,9 +81,11 @@ class SpicerackFormat:
             checked_input_scale(stored.module, q.input_scale)
         return q
 
-    def config(
-        self, config: Mapping[str, Any], contents: Contents, _unquantized_linears: Sequence[str], /
-    ) -> dict[str, Any]:
+    def reading(self, _config: Mapping[str, Any], _contents: Contents, _host: Host, /) -> Reading:
+        """Nothing: nobody else reads it."""
+        return Reading()
+
+    def config(self, config: Mapping[str, Any], contents: Contents, _reading: Reading, /) -> dict[str, Any]:
         """Modules that are alike but for their names share an entry of the table."""
         groups: dict[tuple[object, ...], dict[str, Any]] = {}
         for p in contents.values():
@@ -135,7 +137,7 @@ class SpicerackFormat:
                 wanted = f"{stored.scheme} needs {dtype} {list(shape)}"
                 raise CheckpointError(f"{checkpoint.folder}: {name} {present}; {wanted}", _REMEDY)
 
-    def notes(self, contents: Contents, _fused: Sequence[Sequence[str]], /) -> list[str]:
+    def notes(self, contents: Contents, _fused: Sequence[Sequence[str]], _reading: Reading, /) -> list[str]:
         """That nobody else reads it, and which schemes made it so."""
         names = sorted({p.scheme.name for p in contents.values()})
         return [f"only spicerack reads this folder ({', '.join(names)})"]

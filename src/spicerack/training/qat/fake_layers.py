@@ -9,11 +9,17 @@ parameters, so that state dicts, optimizers and wrappers see what they saw befor
 The equations, their gradients and what is kept for the backward pass are told in `numerics/fake.py`. Rounding happens
 in float32 whatever the types around it: autocast decides the type of the product only, so that the codes of a forward
 pass are those that are frozen. Given up: a pass over each weight in either direction, at every step.
+
+A model may also read a layer's weight and multiply by it itself: a head that is `F.linear(h, emb.weight)`, torch's
+encoder layers, `nn.MultiheadAttention`. While a module computes, `.weight` therefore is the rounded one, with its
+gradients; at all other times it is the parameter, as optimizers, checkpoints and those who tie weights know it.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -21,6 +27,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spicerack.errors import WeightError
+from spicerack.nn.embedding import Lookup
 from spicerack.numerics import codec
 from spicerack.numerics.fake import Grid, Parts, fake, fake_linear, fake_tensor, rounded, stored
 from spicerack.numerics.qtensor import QTensor, codes_dtype
@@ -36,6 +43,8 @@ LEARNED: tuple[Quantizer, ...] = ("lsq", "seq")
 """Quantizers whose scales are parameters; those of the others follow from the weights at each step."""
 LEAST_MEAN = 1e-5
 """BitNet's smallest scale, as transformers clamps it: of a matrix of zeros, 1 / scale must be finite."""
+_CALL = nn.Module._call_impl.__code__
+"""What is on the stack while any module computes: `module(x)` ends there, with hooks and without."""
 _NEW = 0.1
 """Share of the newest step in a moving average of ranges: ten steps forget two thirds of what was before."""
 
@@ -80,7 +89,8 @@ class FakeLayer(TrainedLayer):
 
     @property
     def tied(self) -> nn.Parameter:
-        weight: nn.Parameter = self.weight
+        weight = self._parameters["weight"]
+        assert weight is not None
         return weight
 
     @property
@@ -93,7 +103,18 @@ class FakeLayer(TrainedLayer):
 
     def matrix(self) -> torch.Tensor:
         """The float weight, the parameter itself, seen as [N, K]."""
-        return self.kind.matrix(self.weight)
+        return self.kind.matrix(self.tied)
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters as modules have them, but for `weight` where a module computes: see above."""
+        if name == "weight" and (torch.compiler.is_compiling() or _computing()):
+            return self.shipped_weight()
+        return super().__getattr__(name)
+
+    def shipped_weight(self) -> torch.Tensor:
+        """w^ in the shape and the type of the parameter, with gradients: what `.weight` of the frozen layer is."""
+        rounded, weight = self.rounded_weight(), self.tied
+        return (rounded.t() if self.kind.transposed else rounded.view_as(weight)).to(weight.dtype)
 
     def parts(self) -> Parts:
         """Scale and zero point of each group as they would be stored now, float32 [N/rows, K/columns].
@@ -126,7 +147,12 @@ class FakeLayer(TrainedLayer):
             return x
         if self.training and self.rounding.ranges == "ema":
             self.input_scale.lerp_(range_of(x).to(self.input_scale), _NEW)
-        return fake_tensor(x, self.input_scale)
+        return fake_tensor(x, self._static_scale(self.input_scale))
+
+    @staticmethod
+    def _static_scale(scale: torch.Tensor) -> torch.Tensor:
+        """The scale of activations as it counts, float32: the smallest number of its type where all inputs were 0."""
+        return stored(scale, scale.dtype)
 
     @torch.no_grad()
     def qtensor(self, name: str) -> QTensor:
@@ -150,12 +176,25 @@ class FakeLayer(TrainedLayer):
             scale=scale.to(how.dtype),
             zero=None if zero is None else zero.to(torch.int8),
             transposed=self.kind.transposed,
-            input_scale=None if self.input_scale is None else self.input_scale.detach().float().reshape(1),
+            input_scale=None if self.input_scale is None else self._static_scale(self.input_scale).reshape(1),
         )
 
     def extra_repr(self) -> str:
         """As torch's layer, and what it is rounded to."""
         return f"{super().extra_repr()}, {self.rounding.scheme}, {self.rounding.quantizer}"
+
+
+def _computing() -> bool:
+    """Whether whoever reads an attribute is called, at whatever depth, by a module that computes.
+
+    FSDP, which exchanges parameters in hooks around a module's call, is not: it wants the parameters themselves.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not _CALL:
+        if frame.f_globals.get("__name__", "").startswith("torch.distributed."):
+            return False
+        frame = frame.f_back
+    return frame is not None
 
 
 def range_of(x: torch.Tensor) -> torch.Tensor:
@@ -180,7 +219,7 @@ class FakeLinear(FakeLayer, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N] in the type of the product: x's, or autocast's."""
         x = self.rounded_input(_type_of_products(x))
-        return fake_linear(x, self.weight, self.parts(), self.bias, self.rounding.grid, tokens=_tokens(self))
+        return fake_linear(x, self.tied, self.parts(), self.bias, self.rounding.grid, tokens=_tokens(self))
 
 
 class FakeConv1D(FakeLayer, Conv1D):
@@ -196,7 +235,7 @@ class FakeConv2d(FakeLayer, nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I, H, W] -> [..., O, H', W'] in x's type; the rounded weight is there while the layer computes."""
-        weight = self.rounded_weight().view_as(self.weight).to(x.dtype)
+        weight = self.rounded_weight().view_as(self.tied).to(x.dtype)
         y: torch.Tensor = self._conv_forward(self.rounded_input(x), weight, self.bias)
         return y
 
@@ -208,8 +247,8 @@ class FakeEmbedding(FakeLayer, nn.Embedding):
         """ids [...] -> rows [..., K] in the table's type; a row that is asked for twice is rounded twice."""
         flat = ids.flatten()
         scale, zero = self.parts()
-        rows = nn.functional.embedding(flat, self.weight, self.padding_idx)
+        rows = nn.functional.embedding(flat, self.tied, self.padding_idx)
         groups = flat // self.rounding.grid.group[0]
         grid = Grid(self.rounding.grid.levels, (1, self.rounding.grid.group[1]), self.rounding.grid.clip)
         looked_up = fake(rows, (scale[groups], None if zero is None else zero[groups]), grid)
-        return looked_up.view(*ids.shape, -1).to(self.weight.dtype)
+        return Lookup.of(self).scaled(looked_up.view(*ids.shape, -1).to(self.tied.dtype))

@@ -29,7 +29,6 @@ from spicerack.algorithms.method import Method
 from spicerack.errors import SchemeError, UsageError, listed
 from spicerack.kernels.kernel import Compute
 from spicerack.nn import kinds
-from spicerack.nn.gelu import JoinedGELU
 from spicerack.nn.kinds import LayerKind
 from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.numerics.scheme import Scheme
@@ -220,7 +219,6 @@ def _unpacked(model: nn.Module, layers: Mapping[str, PackedLayer], config: QATCo
         module.as_before(floats[name], old)
         if name:
             model.set_submodule(name, floats[name])
-    _separate(model)
     return _converted(floats.get("", model), starts)
 
 
@@ -231,7 +229,7 @@ def _float_twins(layers: Mapping[str, PackedLayer]) -> dict[str, nn.Module]:
     for layer in layers.values():
         kind = kinds.of_packed(layer)
         if id(layer.packed) not in weights:
-            weights[id(layer.packed)] = nn.Parameter(layer.weight.detach().contiguous())
+            weights[id(layer.packed)] = nn.Parameter(layer.decode().contiguous())
         if id(layer) not in floats:
             floats[id(layer)] = kind.unpack(weights[id(layer.packed)], kind.options(layer), layer.bias)
     return {name: floats[id(layer)] for name, layer in layers.items()}
@@ -266,8 +264,6 @@ def _tuned(model: nn.Module, layers: Mapping[str, PackedLayer]) -> nn.Module:
             module.as_before(new, layer)
             trained[id(layer)] = new
     model.requires_grad_(False)
-    if "" not in layers:
-        _separate(model)
     return _replaced(model, {name: trained[id(layer)] for name, layer in layers.items()})
 
 
@@ -277,6 +273,9 @@ def _replaced(model: nn.Module, layers: Mapping[str, TrainedLayer]) -> nn.Module
         return layers[""]
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):  # its fast path calls no layer: inputs would not be rounded
+            part.activation_relu_or_gelu = 0
     _tell(model)
     return model
 
@@ -286,10 +285,3 @@ def _tell(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             hf.tell_trainers(part)
-
-
-def _separate(model: nn.Module) -> None:
-    """Let activations that were joined with packed layers, which are gone, be themselves again. `model` is changed."""
-    for name, part in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(part, JoinedGELU):
-            model.set_submodule(name, part.activation)

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from spicerack.errors import RecipeError, SchemeError, UsageError
+from spicerack.errors import SchemeError, UsageError
 from spicerack.nn import kinds
 from spicerack.numerics import rounding
 from spicerack.numerics.dtypes import SOURCE_BY_WORD
@@ -85,13 +85,14 @@ def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, nn.Module], dict
     """
     layers = module.layers_of(model)
     if not layers:
-        raise RecipeError(f"{type(model).__name__} has no layer that is trained in few bits", "it needs linear layers")
+        raise module.nothing(model, "has no layer that is trained in few bits", "it needs linear layers")
     schemes, _ = module.schemes_of(model, recipe, layers)
     layers = {name: layers[name] for name in schemes}
     for name, layer in layers.items():
         twins.of(name, kinds.of(layer))
     module.check(layers, {name: _of_weights(layers[name], scheme) for name, scheme in schemes.items()})
     module.check_owners(model, layers)
+    module.warn_of_staying(model, stacklevel=5)
     return layers, schemes
 
 
@@ -150,7 +151,8 @@ def first_scales(name: str, layer: nn.Module, how: Rounding, init: Init) -> Lear
         scale = 2 * tiles.amax((1, 3)) / (levels.hi - levels.lo + 1)
     else:
         q = rounding.to_nearest(w, how.scheme, range_=init, name=module.weight_name(name))
-        scale, zero = q.plain_scale, q.zero
+        # that of zeros, which any scale fits, counts as the smallest: one of 1 would be far above what is learned
+        scale, zero = torch.where(tiles.amax((1, 3)) == 0, 0, q.plain_scale), q.zero
     trains = kinds.weight_of(layer).requires_grad
     zeros = None if zero is None else nn.Parameter(zero.to(weight), trains)
     return nn.Parameter(scale.to(weight), trains), zeros

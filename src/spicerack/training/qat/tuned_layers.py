@@ -21,6 +21,7 @@ from torch import nn
 
 from spicerack.errors import SchemeError, WeightError
 from spicerack.nn.conv import Geometry
+from spicerack.nn.embedding import Lookup
 from spicerack.nn.kinds import Bias, LayerKind
 from spicerack.nn.weight import PackedWeight
 from spicerack.numerics import packed
@@ -277,16 +278,16 @@ class TunedEmbedding(TunedLayer):
     The row of padding_idx adds nothing to the gradient, as in nn.Embedding.
     """
 
-    def __init__(self, kind: LayerKind, shared: SharedWeight, options: int | None, bias: Bias) -> None:
+    def __init__(self, kind: LayerKind, shared: SharedWeight, options: Lookup, bias: Bias) -> None:
         super().__init__(kind, shared, options, bias)
-        self.padding_idx = options
+        self.lookup, self.padding_idx = options, options.padding_idx
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         different, place = torch.unique(ids, return_inverse=True)
         rows = self.matrix(different)
         if self.padding_idx is not None:
             rows = torch.where((different == self.padding_idx)[:, None], rows.detach(), rows)
-        return rows.to(self.decoding.weight_dtype)[place]
+        return self.lookup.scaled(rows.to(self.decoding.weight_dtype))[place]
 
 
 class TunedConv2d(TunedLayer):

@@ -2,7 +2,7 @@
 
     kind        float              trains as       packed          trains as
     linear      nn.Linear          FakeLinear      QLinear         TunedLinear
-    conv1d      Conv1D             FakeConv1D      QLinear         TunedLinear
+    conv1d      Conv1D             FakeConv1D      QConv1D         TunedLinear
     conv2d      nn.Conv2d          FakeConv2d      QConv2d         TunedConv2d
     embedding   nn.Embedding       FakeEmbedding   QEmbedding      TunedEmbedding
 

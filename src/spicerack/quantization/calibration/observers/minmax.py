@@ -28,7 +28,9 @@ class MinMax:
 
     def share(self, ranks: Ranks) -> None:
         """The largest of all ranks; -1 stands for one that saw nothing."""
-        peak = float(ranks.largest(torch.tensor(-1.0 if self.peak is None else self.peak, dtype=torch.float64)))
+        peak = float(
+            ranks.largest(torch.tensor(-1.0 if self.peak is None else self.peak, dtype=torch.float64, device="cpu"))
+        )
         self.peak = None if peak < 0 else peak
 
     def scale(self) -> float:

@@ -33,7 +33,7 @@ def _ranked(histogram: Histogram, rank: int) -> float:
     cumulative = histogram.counts.cumsum(0)
     if rank >= int(cumulative[-1]) - 1:
         return histogram.peak
-    place = int(torch.searchsorted(cumulative, torch.tensor(rank), right=True))
+    place = int(torch.searchsorted(cumulative, torch.tensor(rank, dtype=torch.int64, device="cpu"), right=True))
     return min((place + 0.5) * histogram.width, histogram.peak)
 
 

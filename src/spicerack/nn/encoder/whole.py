@@ -1,10 +1,11 @@
 """An encoder computed by one native call, unseen by the model's own code.
 
-`use_native_encoders` gives a model of a known family, whose parts are all as they should be, a `forward` of its own
-instance: it makes a plan of native steps (`encoder_plan`), and runs it for whatever the plan can do. Nothing is patched
-in transformers; names, state dict and class are what they were. What the plan does not do, the modules do as ever:
-gradients, training, hooks or adapters inside, outputs of layers, embeddings as inputs, other masks, tracing, another
-config, other weights in the place of those that were loaded.
+`use_native_encoders` gives a model of a known family, whose parts are all as they should be (`parts`), a
+`forward` of its own instance: it makes a plan of native steps (`plan`), and runs it for whatever the plan can
+do (`inputs`). Nothing is patched in transformers; names, state dict and class are what they were. What the plan
+does not do, the modules do as ever: gradients, training, hooks or adapters inside, outputs of layers, embeddings as
+inputs, other masks, tracing, another config, other weights in the place of those that were loaded. A model that is
+moved or cast lets its plan go, and makes and checks another one at its next call.
 
 It is checked when a model is loaded: two small batches, one of them padded, both ways. If they differ by more than the
 family's bound, the modules keep the model, and `obstacles` says so.
@@ -12,7 +13,8 @@ family's bound, the modules keep the model, and `obstacles` says so.
 What is given up. Rows that the mask hides are not computed; they come out as zeros, where modules compute something
 that nobody should read. A pooler reads the first row: where the mask hides that, modules run. In the last bits results
 are not those of the modules, whose sums run in another order; with activations rounded to int8 a last bit may become a
-step of that rounding.
+step of that rounding. A float16 or bfloat16 model is computed in float32 and rounded once, where its modules round
+after each step.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import copy
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from types import MethodType
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,18 +34,13 @@ from transformers import PreTrainedModel, modeling_outputs
 from spicerack.errors import ShapeError
 from spicerack.kernels.guard import Guard
 from spicerack.models.families.encoders import Encoder
-from spicerack.nn import encoder_plan
-from spicerack.nn.encoder_plan import Built
+from spicerack.nn.encoder import inputs as encoder_inputs
+from spicerack.nn.encoder import parts as encoder_parts
+from spicerack.nn.encoder import plan as encoder_plan
+from spicerack.nn.encoder.plan import Built
 
 _PLACE = "_spicerack_encoder"
 """Among the attributes of a model: its `NativeEncoder`."""
-_SWITCHES = {"return_dict": (None, True), "output_attentions": (None, False), "output_hidden_states": (None, False),
-             "use_cache": (None, False, True)}  # fmt: skip
-"""Arguments that say how, and what they may say; only decoders have a cache to use."""
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-_INTEGERS = (torch.int64, torch.int32)
-_CHANGING = frozenset({"joined"})
-"""Attributes of modules that say what is computed together, and not what is computed."""
 
 
 class _Ready(NamedTuple):
@@ -81,7 +79,7 @@ class NativeEncoder:
         """
         if model.training:
             return
-        self.obstacle = encoder_plan.obstacle(model, self.family)
+        self.obstacle = encoder_parts.obstacle(model, self.family)
         if self.obstacle is not None:
             return
         try:
@@ -89,9 +87,10 @@ class NativeEncoder:
         except (ShapeError, ValueError) as error:  # parts that do not fit together: their own code may know why they do
             self.obstacle = f"its parts do not fit: {error}"
             return
-        modules = [module for _, module in encoder_plan.parts(model, self.family)]
-        ready = _Ready(built, Guard(modules, model, _CHANGING), copy.deepcopy(vars(model.config)))
-        difference = max(self._difference(ready, model, *batch) for batch in _batches(model, self.family))
+        modules = [module for _, module in encoder_parts.parts(model, self.family)]
+        ready = _Ready(built, Guard(modules, model), copy.deepcopy(vars(model.config)))
+        batches = encoder_inputs.batches(model, self.family)
+        difference = max(self._difference(ready, model, batch) for batch in batches)
         if difference <= self.family.bound:
             self._ready = ready
         else:
@@ -105,33 +104,57 @@ class NativeEncoder:
             self.prepare(model)
         return None if self._ready is None else self._run(self._ready, model, asked)
 
+    def moved(self, model: PreTrainedModel) -> None:
+        """Forget a plan whose tensors are not where they were, or why there is none: the next call makes another."""
+        if self._ready is None or not self._holds_tensors_of(self._ready, model):
+            self._ready = self.obstacle = None
+
     def _run(self, ready: _Ready, model: PreTrainedModel, asked: dict[str, Any]) -> Any:
         if _is_watched():
             return None
-        inputs = _inputs(asked, {index for _, index in self.family.tables})
-        if inputs is None or not ready.is_current(model):
+        if not ready.is_current(model):
+            if not self._holds_tensors_of(ready, model):  # which nobody else may have any more
+                self._ready, self.obstacle = None, "its tensors are not those that it was loaded with"
             return None
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             return None
-        pooler = model._modules.get(self.family.pooler)
-        if pooler is not None and inputs[1] is not None and not bool(inputs[1][:, 0].all()):
+        plan = ready.built.plan
+        inputs = encoder_inputs.inputs(model, self.family, asked, plan.dtype)
+        if inputs is None:
             return None
-        state = ready.built.plan.run(*inputs, ready.built.result)
+        pooler = model._modules.get(self.family.pooler)
+        pools = pooler is not None or (self.family.pooled and not self.family.pooler)
+        if pools and inputs.mask is not None and not bool(inputs.mask[:, 0].all()):
+            return None
+        state = plan.run(inputs, ready.built.result)
+        if state is None:
+            return None
         output = vars(modeling_outputs)[self.family.output]
-        return output(last_hidden_state=state) if pooler is None else output(state, pooler(state))
+        if not pools:
+            return output(last_hidden_state=state)
+        read = state if self.family.pooled == "result" else state[:, 0]
+        return output(state, read if pooler is None else pooler(read))
 
-    def _difference(self, ready: _Ready, model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None) -> float:
+    def _holds_tensors_of(self, ready: _Ready, model: PreTrainedModel) -> bool:
+        """Whether the plan's tensors are the model's, where they were when it was made."""
+        modules = [module for _, module in encoder_parts.parts(model, self.family)]
+        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        return ready.built.plan.is_current() and ready.built.plan.is_of(tensors)
+
+    def _difference(self, ready: _Ready, model: PreTrainedModel, asked: dict[str, Any]) -> float:
         """The largest difference of both ways' results, of rows that are seen, in parts of the largest number.
 
         NaN where there is none to tell: something in the results is no number, or modules are watched from the start.
         """
-        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         with torch.no_grad():
-            output = self._run(ready, model, {"input_ids": ids, "attention_mask": mask})
-            expected = type(model).forward(model, input_ids=ids, attention_mask=mask).last_hidden_state[seen]
+            output = self._run(ready, model, asked)
+            expected = type(model).forward(model, **asked).last_hidden_state
         if output is None:
             return math.nan
-        return float((output.last_hidden_state[seen] - expected).abs().max() / expected.abs().max())
+        mask = asked.get("attention_mask")
+        seen = torch.ones(expected.shape[:2], dtype=torch.bool, device="cpu") if mask is None else mask.bool()
+        ours, theirs = output.last_hidden_state[seen].float(), expected[seen].float()
+        return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def use_native_encoders(model: nn.Module, engine: str | None = None) -> None:
@@ -141,13 +164,14 @@ def use_native_encoders(model: nn.Module, engine: str | None = None) -> None:
     when all packed layers are in and attention is native. engine: of norms and attention, as in `load`.
     """
     for part in model.modules():
-        family = encoder_plan.family_of(part)
+        family = encoder_parts.family_of(part)
         if family is None or not isinstance(part, PreTrainedModel) or "forward" in vars(part):
             continue
         vars(part)[_PLACE] = native = NativeEncoder(family, engine)
         native.prepare(part)
         if native.obstacle is None:
             vars(part)["forward"] = MethodType(_forward(type(part)), part)
+            vars(part)["_apply"] = MethodType(_apply(type(part)), part)
 
 
 def obstacles(model: nn.Module) -> dict[str, str | None]:
@@ -173,60 +197,22 @@ def _forward(kind: type[PreTrainedModel]) -> Any:
     return forward
 
 
+def _apply(kind: type[PreTrainedModel]) -> Any:
+    """`_apply` of a model of this class, by which torch moves and casts it and whatever holds it."""
+    ordinary: Any = kind._apply
+
+    @functools.wraps(ordinary)
+    def apply(self: PreTrainedModel, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        native: NativeEncoder = vars(self)[_PLACE]
+        moved: nn.Module = ordinary(self, fn, recurse)
+        native.moved(self)
+        return moved
+
+    return apply
+
+
 def _is_watched() -> bool:
     """Whether somebody records or changes what torch computes: a trace, automatic casts, or a mode that dispatches."""
     if torch._C._len_torch_dispatch_stack():
         return True
     return torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")  # type: ignore[attr-defined, no-untyped-call]
-
-
-def _inputs(
-    asked: dict[str, Any], indexes: set[str]
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] | None:
-    """ids, mask, token types and positions as `Plan.run` takes them; None if a plan cannot do what is asked.
-
-    indexes: what tells rows of the model's tables; types are not given to one that has none.
-    """
-    for name, value in asked.items():
-        if value is None or name in _INPUTS:
-            continue
-        if name not in _SWITCHES or value not in _SWITCHES[name]:
-            return None
-    ids, mask, types, positions = map(asked.get, _INPUTS)
-    if types is not None and "types" not in indexes:
-        return None
-    if type(ids) is not torch.Tensor or ids.dim() != 2 or not ids.shape[1]:
-        return None
-    if type(positions) is torch.Tensor and positions.shape == (1, ids.shape[1]):
-        positions = positions.expand(ids.shape)
-    if type(mask) is torch.Tensor and mask.dtype == torch.bool:
-        mask = mask.to(torch.int64)
-    for index in (ids, mask, types, positions):
-        if index is None:
-            continue
-        if type(index) is not torch.Tensor or index.dtype not in _INTEGERS:
-            return None
-        if index.shape != ids.shape or not index.is_cpu:
-            return None
-    return _whole(ids), _whole(mask), _whole(types), _whole(positions)
-
-
-@overload
-def _whole(index: torch.Tensor) -> torch.Tensor: ...
-@overload
-def _whole(index: torch.Tensor | None) -> torch.Tensor | None: ...
-def _whole(index: torch.Tensor | None) -> torch.Tensor | None:
-    return None if index is None else index.to(torch.int64).contiguous()
-
-
-def _batches(model: PreTrainedModel, family: Encoder) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Ids and masks of a sentence of five tokens, and of one of seven beside one of three."""
-    table = model.get_submodule(family.tables[0][0])
-    rows, pad = vars(table)["num_embeddings"], vars(table)["padding_idx"]
-    known = torch.tensor([id for id in range(min(rows, 100)) if id != pad])
-    ids = (torch.arange(14) * 37 % len(known)).view(2, 7)
-    mask = torch.ones(2, 7, dtype=torch.int64)
-    mask[1, 3:] = 0
-    length = max(min(7, model.config.max_position_embeddings - 2), 1)
-    one, two = known[ids[:1, 2:7]], known[ids]
-    return [(one[:, :length], None), (two[:, :length].contiguous(), mask[:, :length].contiguous())]
