@@ -74,7 +74,11 @@ class Run:
 
 
 def quantize(scheme: str, how: str) -> Run:
-    words = ("--method", "rtn") if how == "rtn" else ("--calib", MODEL / "calibration.txt", "--samples", 800)
+    words = (
+        ("--method", "rtn")
+        if how == "rtn"
+        else ("--calib", MODEL / "calibration.txt", "--samples", 800, "--effort", "high")
+    )
     rules = ("--set", "lm_head=w8") if scheme == "ternary" else ()
     given = ("quantize", MODEL, "--scheme", scheme, *rules, "--threads", 1, *words)
     return Run(f"{scheme}-{how}", tuple(map(str, given)))

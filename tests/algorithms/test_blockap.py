@@ -99,6 +99,6 @@ def test_the_size_of_weights_does_not_matter() -> None:
 
 
 def test_the_seed_decides() -> None:
-    _, layer, forward, _ = linear_case("w3g16")
+    _, layer, forward, _ = linear_case("w2g16z")
     again = [blockap.solve({"a": layer}, forward, 16, steps=40, seed=s)["a"].q.codes for s in (3, 3, 4)]
     assert torch.equal(again[0], again[1]) and not torch.equal(again[0], again[2])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from spicerack.algorithms import method
 from spicerack.errors import RecipeError, SchemeError
 from spicerack.numerics.scheme import parse
+from spicerack.quantization import run
 from spicerack.quantization.recipe import Recipe, read, resolve, rule, skip
 
 ROLES = {
@@ -146,8 +147,21 @@ def test_bad_yaml_is_refused(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_auto_is_what_was_measured_best(scheme: str, chosen: str) -> None:
-    assert str(method.auto(parse(scheme), with_text=True)) == chosen
+    """Learners take ten times as long as gptq and more: they are asked for."""
+    assert str(method.auto(parse(scheme), with_text=True, effort="high")) == chosen
+    usual = "smoothquant+gptq" if "a8" in scheme else "gptq"
+    assert str(method.auto(parse(scheme), with_text=True)) == usual
     assert str(method.auto(parse(scheme), with_text=False)) == "rtn"
+    assert (method.gain_of_effort(parse(scheme)) is None) == (chosen == usual)
+
+
+@pytest.mark.parametrize(
+    ("named", "with_text", "effort"), [("gptq", True, "high"), (None, False, "high"), (None, True, "most")]
+)
+def test_effort_is_about_a_choice_that_is_left(named: str | None, with_text: bool, effort: str) -> None:
+    chosen = Recipe(parse("w2g32"), method=None if named is None else method.parse(named))
+    with pytest.raises(RecipeError, match="effort"):
+        run.decided(chosen, with_text, effort)
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ from spicerack.numerics.scheme import Scheme
 BATCH = 8
 """Sequences of a step."""
 _LOOKS = 10
-"""How often the loss over the judging sequences is taken, after the first time: each look is a forward pass over a tenth
-of the text, beside the twenty steps with gradients that are between two of them at 200 steps."""
+"""How often the loss over the judging sequences is taken, after the first time: each look is a forward pass over a
+tenth of the text, beside the twenty steps with gradients that are between two of them at 200 steps."""
 _HELD_OUT = 10
 """Every tenth sequence judges. From those that learn one cannot tell when they are only learned by heart. All steps are
 taken all the same: losses rise at first, while steps are large (ending behind four looks without a better one kept

@@ -72,7 +72,7 @@ def _rotations(names: tuple[str, ...]) -> list[str]:
 
 
 Effort = Literal["normal", "high"]
-"""What may be spent on codes where no method is named: as much as `gptq` takes, or as much as it takes to learn them."""
+"""What may be spent on codes where no method is named: what `gptq` takes, or what it takes to learn them."""
 
 _MANY = 8
 """Levels' steps from which on GPTQ's codes are as good as those that are learned, in a fifth of the time."""
@@ -84,13 +84,15 @@ _TWO_BITS = 3
 
 def check_effort(effort: str) -> Effort:
     """`effort`, if it is one. Raises RecipeError."""
-    if effort == "normal" or effort == "high":
-        return effort
+    if effort == "normal":
+        return "normal"
+    if effort == "high":
+        return "high"
     raise RecipeError(f"unknown effort {effort!r}", "normal, or high")
 
 
 def auto(scheme: Scheme, with_text: bool, effort: Effort = "normal") -> Method:
-    """The best measured for the scheme (docs/quantization/quality.md) with calibration text; without, to nearest.
+    """The best measured for the scheme with calibration text (docs/quantization/quality.md); without, to nearest.
 
     effort: "high" learns codes below four bits by each block's output, at ten times the cost of `gptq` or more.
     """
@@ -100,7 +102,7 @@ def auto(scheme: Scheme, with_text: bool, effort: Effort = "normal") -> Method:
 
 
 def gain_of_effort(scheme: Scheme) -> str | None:
-    """What `effort="high"` would gain for the scheme and what it would cost, for a person who decides; None: nothing."""
+    """What `effort="high"` would gain for the scheme and what it would cost, for people who decide; None: nothing."""
     learner = _learner(scheme)
     if learner is None:
         return None

@@ -88,7 +88,12 @@ def _line(block: Finished) -> str:
 
 
 def announce(
-    job: Job, calibration: Calibration | None, planned: MemoryPlan, device: torch.device, console: Console
+    job: Job,
+    calibration: Calibration | None,
+    planned: MemoryPlan,
+    device: torch.device,
+    console: Console,
+    more: str | None = None,
 ) -> None:
     """Print what will be done, before it begins: model, recipe, format, calibration text, memory, device and notes.
 
@@ -96,6 +101,7 @@ def announce(
     planned       what the run will have in memory; on another device than the CPU also the share of it that lies there
     device        where blocks compute
     console       where people read; silent on all ranks but the first
+    more          what a costlier method would gain, if one was not asked for
     """
     from rich.markup import escape
 
@@ -113,7 +119,8 @@ def announce(
         size = _output.size(planned.block_bytes)
         console.print(f"[bold]device[/bold] {device}, {size} of its memory at most", soft_wrap=True)
     slow = choices.without_vectors(action.stored for action in job.actions if action.stored is not None)
-    for note in (*job.notes, *(calibration.notes if calibration is not None else ()), *slow):
+    dearer = () if more is None else (more,)
+    for note in (*job.notes, *(calibration.notes if calibration is not None else ()), *slow, *dearer):
         console.print(f"[yellow]note[/yellow]   {escape(note)}", soft_wrap=True)
     console.print()
 

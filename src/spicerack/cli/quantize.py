@@ -64,6 +64,7 @@ class _Options:
     model                   folder, or hub id
     output                  folder to write
     scheme, range_, method, observer   over those of `recipe_file`; None leaves them to it, or to the defaults
+    effort                  what may be spent on codes where no method is named
     calib                   text to run the model on, "none" for text that it makes itself; None: no calibration
     samples, length, seed   how many sequences of it, their tokens (None: `_LENGTH`), which ones
     device                  where blocks compute while they are calibrated
@@ -82,6 +83,7 @@ class _Options:
     range_: str | None
     method: str | None
     observer: str | None
+    effort: str
     calib: str | None
     samples: int
     length: int | None
@@ -135,6 +137,12 @@ class _Options:
     metavar="NAME",
     help=f"How static scales (a8s) are found: {_names('quantization.calibration.observers')}. Default: percentile.",
 )
+@click.option(
+    "--effort",
+    metavar="normal|high",
+    default="normal",
+    help="high: learn codes below four bits, in ten times the time.",
+)
 @click.option("--calib", metavar="TEXT", help="Text to run the model on: file, folder, dataset; none: its own.")
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Sequences of it.")
 @click.option("--length", type=click.IntRange(2), help="Tokens of a sequence. Default: 512, or the model's longest.")
@@ -167,6 +175,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     _check_calibration_options(ctx, options)
     recipe = options.recipe(_rules.of(ctx, options.set_, options.skip))
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
+    from spicerack.algorithms.method import gain_of_effort
     from spicerack.cli import _quantizing
     from spicerack.quantization.job import prepare
     from spicerack.quantization.run import decided, execute
@@ -178,10 +187,12 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     console = _output.console(options.as_json or not ranks.first)
     console.quiet = not ranks.first
     with_text = options.calib is not None
-    job = prepare(options.model, decided(recipe, with_text), with_text=with_text, shard_bytes=options.shard_bytes)
+    whole = decided(recipe, with_text, options.effort)
+    job = prepare(options.model, whole, with_text=with_text, shard_bytes=options.shard_bytes)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)
-    _quantizing.announce(job, calibration, planned, means.device, console)
+    more = gain_of_effort(whole.scheme) if with_text and recipe.method is None and options.effort == "normal" else None
+    _quantizing.announce(job, calibration, planned, means.device, console, more)
     if options.dry_run:
         if options.as_json:
             _output.emit(_dry_run(job, planned))

@@ -102,6 +102,7 @@ def quantize(
     method: str | Method | None = ...,
     observer: str | None = ...,
     calibration: Calibration | None = ...,
+    effort: str = ...,
     rules: Iterable[str | Rule] = ...,
     fit_groups: bool | None = ...,
     device: str = ...,
@@ -120,6 +121,7 @@ def quantize(
     method: str | Method | None = None,
     observer: str | None = None,
     calibration: Calibration | None = None,
+    effort: str = "normal",
     rules: Iterable[str | Rule] = (),
     fit_groups: bool | None = None,
     compute: Compute | None = None,
@@ -145,6 +147,7 @@ def quantize(
     method       how codes are chosen, over the Recipe's: a chain such as "gptq" or "awq+gptq"
     observer     how static scales of activations are found, over the Recipe's
     calibration  what flows through the model, of `read_calibration`
+    effort       "high" learns codes below four bits where no method is named, which takes ten times as long and more
     device       where blocks compute while they are calibrated: "cpu", "cuda" ...
     threads      of the CPU; None: one for each core
     memory       bytes that must not be exceeded, pages that are mapped from files left out; None: no limit
@@ -154,7 +157,7 @@ def quantize(
     Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
     """
     chosen = recipe.of(scheme, rules).with_choices(range_, method, observer, fit_groups)
-    options = _FolderOptions(output, calibration, device, threads, memory, shard_bytes, progress)
+    options = _FolderOptions(output, calibration, effort, device, threads, memory, shard_bytes, progress)
     if isinstance(model, torch.nn.Module):
         return _in_memory(model, chosen, compute, options)
     if compute is not None:
@@ -168,6 +171,7 @@ class _FolderOptions:
 
     output: str | Path | None
     calibration: Calibration | None
+    effort: str
     device: str
     threads: int | None
     memory: int | None
@@ -181,6 +185,8 @@ def _in_memory(
     """A new module, rounded to nearest. Raises UsageError for methods that need text, and for options of folders."""
     if options.calibration is not None or chosen.method not in (None, Method()) or chosen.observer is not None:
         raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
+    if options.effort != "normal":
+        raise UsageError(f"effort {options.effort}: a module in memory is only rounded to nearest", "leave it out")
     if options.device != "cpu":
         raise UsageError(f"device {options.device}: a module is rounded to nearest where it is", "move the module")
     others = (options.output, options.threads, options.memory, options.shard_bytes, options.progress)
@@ -202,7 +208,10 @@ def _of_folder(model: str | Path, chosen: Recipe, options: _FolderOptions) -> Su
     means = Means(devices.find(device), options.threads, options.memory)
     with_text = calibration is not None
     job = prepare(
-        model, decided(chosen, with_text), with_text=with_text, shard_bytes=options.shard_bytes or SHARD_BYTES
+        model,
+        decided(chosen, with_text, options.effort),
+        with_text=with_text,
+        shard_bytes=options.shard_bytes or SHARD_BYTES,
     )
     watch = Watch() if options.progress is None else _Progress(options.progress)
     summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch)
@@ -221,13 +230,17 @@ class _Progress(Watch):
         self._progress(nbytes)
 
 
-def decided(chosen: Recipe, with_text: bool) -> Recipe:
+def decided(chosen: Recipe, with_text: bool, effort: str = "normal") -> Recipe:
     """The recipe with its method and observer decided, by what was measured to be best where it names none.
 
     chosen: as asked for. with_text: whether there is calibration text; without it the method is rounding to nearest.
-    Raises RecipeError or SchemeError if they need such a text and there is none, or an observer has no use.
+    effort: what may be spent where no method is named, see `method.auto`. Raises RecipeError or SchemeError if they
+    need such a text and there is none, or an observer or an effort has no use.
     """
-    method = chosen.method or methods.auto(chosen.scheme, with_text)
+    if methods.check_effort(effort) == "high" and (chosen.method is not None or not with_text):
+        where = f"the method is {chosen.method}" if chosen.method else "there is no calibration text"
+        raise RecipeError(f"effort high: {where}, and nothing is left to choose", "leave one of them out")
+    method = chosen.method or methods.auto(chosen.scheme, with_text, methods.check_effort(effort))
     if method.needs_text and not with_text:
         raise RecipeError(f"{method} needs calibration text", "pass --calib FILE (calibration=...), or --method rtn")
     if chosen.is_static and not with_text:
