@@ -94,7 +94,7 @@ def bench(
     out, source = files.locate(folder), files.locate(against)
     config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)
     kind = kind_of(config, source)
-    kernel.check_engine(options.engine, options.device)  # before folders are looked into
+    kernel.check_engine(options.engine, options.device)  # before headers and weights are read
     devices.find(options.device, torch.float32)
     check_sides(out, source, "bench")
     report = progress or (lambda _doing, _share: None)
