@@ -55,7 +55,7 @@ def find(model: PreTrainedModel) -> Stack:
     """
     path, blocks = repeated(model)
     name = type(model).__name__
-    ids = torch.tensor(_TOKENS, device=model.device)
+    ids = torch.tensor(_TOKENS, dtype=torch.int64, device=model.device)
     inputs = {"input_ids": ids % (limits(model, model.config).vocabulary or len(ids))}
     try:
         outputs, left = _whole(model, blocks, inputs)
