@@ -37,7 +37,7 @@ from spicerack.machine.memory import peak_rss_bytes
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import preflight, recipe
 from spicerack.quantization.job import Job, Sizes, prepare
-from spicerack.quantization.module import quantize_module
+from spicerack.quantization.modules.quantize import quantize_module
 from spicerack.quantization.recipe import Range, Recipe, Rule
 from spicerack.quantization.stream import Means, Stream, calibrate, identity, plan
 from spicerack.quantization.watch import Watch
