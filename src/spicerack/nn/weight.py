@@ -182,8 +182,8 @@ class PackedWeight(nn.Module):
 def _refuse_transforms() -> None:
     """Raise UsageError where torch turns what is computed into something else.
 
-    A kernel of ours is no function of torch's there: `torch.jit.trace` would keep uninitialized memory in its place, and
-    derivatives in the forward direction would be zero.
+    A kernel of ours is no function of torch's there: `torch.jit.trace` would keep uninitialized memory in its place,
+    and derivatives in the forward direction would be zero.
     """
     if torch._C._is_tracing():  # type: ignore[attr-defined]
         raise UsageError("packed layers cannot be recorded by torch.jit.trace", "use torch.compile or torch.export")
