@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import families
@@ -568,3 +569,14 @@ def test_what_cannot_be_copied_is_named() -> None:
     net[1].batches = (x for x in ())
     with pytest.raises(UsageError, match=r"^1\.batches of ReLU is a generator, which cannot be copied"):
         spicerack.quantize(net, "w8")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda net: spicerack.quantize(net, "w8"), lambda net: spicerack.prepare_qat(net, "w8")]
+)
+def test_what_has_no_shape_or_no_numbers_is_refused_by_name(change: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.raises(RecipeError, match=r"^1\.weight has no shape yet"):
+        change(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8)))
+    for empty in (nn.Linear(8, 0), nn.Linear(0, 8)):
+        with pytest.raises(ShapeError, match=r"^1\.weight: shape .* is not a matrix .*1=skip"):
+            change(nn.Sequential(nn.Linear(8, 8), empty))

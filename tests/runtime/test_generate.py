@@ -83,3 +83,22 @@ def test_what_cannot_generate_is_said(llama_folder, tmp_path: Path, capsys) -> N
         generate(folder, "x")
     assert _output.run(cli, ["generate", str(folder), "x"]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [
+    {"seed": -1}, {"seed": 2**32}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": -1.0},
+    {"max_new_tokens": 0},
+])  # fmt: skip
+def test_options_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(wrong))} is"):
+        GenerateOptions(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "3", '{"model": null}', '{"added_tokens": [], "model": {"type": "x"}}']
+)
+def test_a_tokenizer_that_is_none_is_named(llama_folder, content: str) -> None:
+    folder = llama_folder()
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"has no tokenizer: \w"):
+        generate(folder, "x")

@@ -167,3 +167,25 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
         other.kill()
     Writer(tmp_path / "out", shards_of([]), IDENTITY)
     Writer(tmp_path / "out", shards_of([]), IDENTITY)  # the same process may begin again
+
+
+@pytest.mark.parametrize(("place", "reason"), [
+    ("", "no name"),
+    ("/", "no name"),
+    ("~nobody_at_all/out", "there is no user ~nobody_at_all"),
+    ("file/out", "file is a file"),
+    ("file/deep/out", "file is a file"),
+    ("link", "a link to nothing"),
+    ("x" * 300, "name too long"),
+    ("x" * 250, "name too long"),  # of its .partial
+    ("a\0b", "zero byte"),
+])  # fmt: skip
+def test_where_no_folder_can_be_made_is_said_before_anything_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("link").symlink_to("nothing")
+    with pytest.raises(OutputError, match=rf"(?i)no folder can be made at .*: .*{reason}"):
+        Writer(Path(place), shards_of([unit("a")]), IDENTITY)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]

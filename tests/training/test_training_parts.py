@@ -95,7 +95,7 @@ def test_rates() -> None:
 @pytest.mark.parametrize("wrong", [
     {"steps": 0}, {"lr": 0.0}, {"lr": math.nan}, {"embedding_lr": 0.0}, {"scale_lr": -1.0},
     {"kl": 1.5}, {"schedule": "steep"}, {"micro_batch": 0},
-    {"weight_decay": -1.0}, {"dtype": "int8"}, {"length": 1},
+    {"weight_decay": -1.0}, {"dtype": "int8"}, {"length": 1}, {"seed": -1}, {"seed": 2**32},
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):

@@ -6,6 +6,7 @@ know. By default the most likely token is taken each time: then two folders diff
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ Write = Callable[[str], None]
 """Is called with the next piece of a text."""
 NEW_TOKENS = 64
 """Tokens that are made where nobody says how many."""
+_SEEDS = 2**32
+"""Seeds that there are: `set_seed` sets numpy's, too, which knows no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +49,14 @@ class GenerateOptions:
     max_new_tokens      the most that are made; the model may end earlier. None: 64, or what there is room for behind
                         the prompt in a model whose positions are a table
     temperature         0 takes the most likely token each time, else tokens are sampled from the logits divided by it
-    seed                of the sampling
+    seed                of the sampling, from 0 to 2**32 - 1
     raw                 no chat template, even if the tokenizer has one
     device              where the model runs: "cpu", "cuda" ...
     engine              that packed layers compute with, as in `load`; None: the fastest of this processor
     cache               bits of keys and values, as in `load`; None: as computed
     trust_remote_code   whether code that came with the model may run, of the tokenizer too
+
+    Raises UsageError for numbers that these cannot be.
     """
 
     max_new_tokens: int | None = None
@@ -62,6 +67,14 @@ class GenerateOptions:
     engine: str | None = None
     cache: int | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "use 1 or more")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature is {self.temperature}", "use 0 or more")
+        if not 0 <= self.seed < _SEEDS:
+            raise UsageError(f"seed is {self.seed}", f"use a number from 0 to {_SEEDS - 1}")
 
 
 _DEFAULTS = GenerateOptions()

@@ -19,7 +19,7 @@ from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import LEDGER, local
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
-from spicerack.storage.writer import OutputTensor, Unit, Writer, shards_of
+from spicerack.storage.writer import OutputTensor, Unit, Writer, refuse_place, shards_of
 
 
 def save(module: nn.Module, folder: str | Path) -> Path:
@@ -32,6 +32,7 @@ def save(module: nn.Module, folder: str | Path) -> Path:
     whose name in checkpoints cannot be told).
     """
     target = local(folder)
+    refuse_place(target)
     if target.exists():
         raise OutputError(f"{target} exists", "choose another folder, or remove it")
     parts = parts_of(module)

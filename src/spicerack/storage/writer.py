@@ -48,6 +48,7 @@ from spicerack.storage.reader import BITS
 
 SHARD_BYTES = 2_000_000_000
 """Bytes at which shards are closed (a single larger tensor gets a shard of its own): what a crash can cost at most."""
+_ELSEWHERE = "choose another output folder"
 _PROGRESS = "progress.json"  # OUT.partial: whose it is
 
 
@@ -125,10 +126,12 @@ class Writer:
     side_bytes  of side files, for the disk to have room for
 
     resumed: an earlier run left finished shards. complete: it left everything but the final rename. Raises OutputError
-    if OUT exists, if OUT.partial belongs to something else or is being written, or if the disk is too small.
+    if OUT exists or cannot be a folder, if OUT.partial belongs to something else or is being written, or if the disk is
+    too small.
     """
 
     def __init__(self, output: Path, shards: Sequence[Shard], identity: Mapping[str, Any], side_bytes: int = 0) -> None:
+        refuse_place(output)
         self.output = output
         self.partial = partial_folder(output)
         self.shards = tuple(shards)
@@ -151,7 +154,10 @@ class Writer:
         self.resumed = self.complete or any((self.partial / shard.file).exists() for shard in self.shards)
         missing = sum(u.nbytes for s in self.shards for u in s.units if not (self.partial / s.file).exists())
         check_disk(self.output.parent, missing + side_bytes)
-        self.partial.mkdir(parents=True, exist_ok=True)
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.partial} cannot be made: {error.strerror}", _ELSEWHERE) from error
         self._unlock = weakref.finalize(self, os.close, locked(self.partial))
         for leftover in self.partial.glob("*.tmp"):
             leftover.unlink()
@@ -284,6 +290,35 @@ class ShardWriter:
             raise AssertionError(f"{len(self._todo)} promised tensors were not written, first {self._todo[-1].name}")
 
 
+def refuse_place(output: Path) -> None:
+    """Raise OutputError if no folder can be made at `output`, whatever is written into it.
+
+    It has no name of its own, begins with the home of nobody, leads through a file, is a link to nothing, is longer
+    than the file system takes, or lies where this process may not write.
+    """
+    reason = None
+    try:
+        above = next((parent for parent in output.parents if parent.exists()), Path())
+        if not output.name:
+            reason = "it has no name that a folder could be made under"
+        elif output.parts[0].startswith("~"):
+            reason = f"there is no user {output.parts[0]}"
+        elif not above.is_dir():
+            reason = f"{above} is a file"
+        elif output.is_symlink() and not output.exists():
+            reason = "it is a link to nothing"
+        elif not os.access(above, os.W_OK):
+            reason = f"nothing may be written in {above}"
+        else:
+            partial_folder(output).exists()  # names that are too long are refused by the system
+            if "\0" in str(output):
+                reason = "its name has a zero byte"
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise OutputError(f"no folder can be made at {str(output)!r}: {reason}", _ELSEWHERE)
+
+
 def refuse_existing(output: Path, identity: Mapping[str, Any]) -> None:
     """Raise OutputError if `output` exists: a finished folder is never overwritten.
 
@@ -297,7 +332,7 @@ def refuse_existing(output: Path, identity: Mapping[str, Any]) -> None:
     except CheckpointError:
         written = None
     if written is None:
-        raise OutputError(f"{output} exists and is not a folder that spicerack wrote", "choose another output folder")
+        raise OutputError(f"{output} exists and is not a folder that spicerack wrote", _ELSEWHERE)
     refuse_other(output, written.identity, identity)
     raise OutputError(f"{output} is finished already, from the same model and recipe", "remove it to make it again")
 

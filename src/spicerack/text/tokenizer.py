@@ -12,6 +12,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from spicerack.errors import CheckpointError, UntrustedCodeError
 
+_DAMAGED = (AttributeError, LookupError, OSError, TypeError, ValueError)
+"""What is raised where files have not what they should have."""
+
 
 def read_tokenizer(
     folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool = False
@@ -25,14 +28,20 @@ def read_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, _DAMAGED):  # what tokenizers raises
+            raise
         if "trust_remote_code" in str(error):
             raise UntrustedCodeError(
                 f"{folder}: reading its tokenizer would run code that came with the model",
                 "pass --trust-remote-code if you trust it",
             ) from error
         # transformers' first line ends where its list of ways begins, which are not of use here
-        reason = str(error).strip().split("\n")[0].removesuffix("from one of:").rstrip() or type(error).__name__
-        raise CheckpointError(f"{folder} has no tokenizer: {reason}", "add the model's tokenizer files") from error
+        reason = str(error).strip().split("\n")[0].removesuffix("from one of:").rstrip()
+        if not isinstance(error, OSError | ValueError) or not reason:  # of files that have not what they should have
+            reason = f"{type(error).__name__} {reason}".rstrip()
+        raise CheckpointError(
+            f"{folder} has no tokenizer: {reason}", "add the model's tokenizer files, or fetch them again"
+        ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

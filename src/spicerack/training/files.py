@@ -25,6 +25,7 @@ from typing import Any
 
 from spicerack.errors import OutputError
 from spicerack.storage.durable import json_bytes, locked, read_json, refuse_other, write_atomically
+from spicerack.storage.writer import refuse_place
 
 COMPLETE = "complete"
 """In a checkpoint: all of it is on the disk."""
@@ -53,8 +54,9 @@ def entered(output: Path, identity: Mapping[str, Any], *, first: bool) -> Iterat
     first      whether this is the first of the ranks, which must come before the others; they only read
 
     Before there is a checkpoint another run may take the folder over, which then begins anew: nothing is lost but
-    packed text. Raises OutputError: `output` exists, the folder is another run's, or is at work.
+    packed text. Raises OutputError: `output` exists or cannot be made, the folder is another run's, or is at work.
     """
+    refuse_place(output)
     folder = folder_of(output)
     if output.exists():
         raise OutputError(f"{output} exists", "choose another output folder, or remove it")

@@ -84,6 +84,8 @@ class Settings:
                 raise UsageError(f"{name} is {value}", "use a number above 0")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise UsageError(f"weight_decay is {self.weight_decay}", "use 0 or more")
+        if not 0 <= self.seed < 2**32:  # numpy knows no others
+            raise UsageError(f"seed is {self.seed}", f"use a number from 0 to {2**32 - 1}")
         for name, known in (("schedule", get_args(Schedule)), ("dtype", (None, *get_args(Stored)))):
             if getattr(self, name) not in known:
                 raise UsageError(f"{name} is {getattr(self, name)!r}", f"use one of {', '.join(filter(None, known))}")

@@ -31,6 +31,10 @@ def check(layers: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> Non
         _check_layer(name, layer, schemes[name])
         if (misfit := fitting.obstacle(name, schemes[name], shape_of(layer))) is not None:
             misfits.append(misfit)
+    hopeless = [misfit for misfit in misfits if misfit.nearest is None]
+    if hopeless:
+        skips = ", ".join(f"'{misfit.module}=skip'" for misfit in hopeless)
+        raise fitting.error(hopeless, "it has nothing to pack" if "" in layers else f"skip them: rules=[{skips}]")
     if misfits:
         paste = ", ".join(f"'{rule}'" for rule in fitting.rules(misfits, layers))
         alone = (

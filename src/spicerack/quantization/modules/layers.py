@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
+from spicerack.errors import RecipeError
 from spicerack.nn import kinds
 from spicerack.numerics.dtypes import SOURCES
 
@@ -13,8 +15,11 @@ def layers_of(module: nn.Module) -> dict[str, nn.Module]:
     """Path -> layer with a packed form, under all their names: those of tied and of repeated layers too.
 
     Of a float type that weights are quantized from; convolutions only outside of transformers models; of an adapter the
-    layer that it is around, and not what it adds.
+    layer that it is around, and not what it adds. Raises RecipeError for a parameter that has no shape yet.
     """
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise RecipeError(f"{name} has no shape yet", "call the module on a batch first, which makes it")
     adapters = kinds.inside_wrappers(module)
     prefixes = theirs(module)
     layers: dict[str, nn.Module] = {}
