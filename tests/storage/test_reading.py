@@ -77,6 +77,8 @@ def test_names_are_those_that_others_match(family: str, rules: tuple[str, ...], 
         ("t5", "w8", (), True),  # initialisers look at weights, which are not there while they are packed
         ("mamba", "w8", (), True),
         ("falcon", "w4", (), True),
+        ("neomme", "w8a8", (), True),  # a float layer is tied to one whose codes are called `weight`
+        ("zamba", "w8a8", (), True),
         ("t5", "w8a8", (), False),  # int8 weights are called `weight`
         ("llama", "w4g32", (), False),
         ("mixtral", "w4g32", (), False),

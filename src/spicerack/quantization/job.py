@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import CheckpointError, listed
+from spicerack.errors import CheckpointError, RecipeError, listed
 from spicerack.models.architecture import host_of
+from spicerack.models.fit import relying_on_ties
 from spicerack.models.overview import quantized_with
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.scheme import Scheme
@@ -174,7 +175,7 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
     fmt = format.choose(contents)
     tied = source.tied
     floats = [name for name in source.linears() if name not in contents and tied.get(name) not in contents]
-    config = _untied(source)
+    config = _untied(source, contents)
     reading = fmt.reading(config, contents, host_of(config, _headers(checkpoint), contents, floats))
     return Job(
         source=checkpoint,
@@ -198,14 +199,25 @@ def _headers(checkpoint: Checkpoint) -> Layout:
     return {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
 
 
-def _untied(source: Source) -> dict[str, Any]:
+def _untied(source: Source, contents: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """The model's config.json, which must not call tied what is not: a reader would put one tensor in both places.
 
-    Where the two are quantized differently it could not see from the files that they differ.
+    Where both are floats transformers sees from the files that they differ, and the word stays: other tensors may be
+    tied by it, and not be in the folder at all. Raises RecipeError where one is packed and there are such.
     """
     config = dict(source.checkpoint.config)
-    if not source.census.apart or source.census.tied:
+    entries = source.census.entries
+    packed = any(stored.role == "embedding" for stored in contents.values()) or any(
+        entries[name].module in contents for name in source.census.apart
+    )
+    if not source.census.apart or source.census.tied or not packed:
         return config
+    if source.model is not None and (missing := relying_on_ties(source.model, source.checkpoint.tensors)):
+        raise RecipeError(
+            f"{source.census.apart[0]} differs from what config.json ties it to, and {missing[0]} is really tied: "
+            "one word says both",
+            f"leave it in float: --skip '{entries[source.census.apart[0]].module}', and its embedding",
+        )
     for key, value in config.items():
         if isinstance(value, dict) and value.get("tie_word_embeddings"):
             config[key] = {**value, "tie_word_embeddings": False}
