@@ -124,7 +124,7 @@ class _Options:
 
 @click.command(cls=_rules.OrderedCommand)
 @_output.model_argument
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--scheme", help="Numbers of all linear layers: w8, w4g128, w4g32z, w2g32h, nf4 ...")
 @click.option("--range", "range_", metavar="opt|absmax", help="How scales are chosen. Default: opt, the least error.")
 @click.option(
@@ -175,10 +175,9 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     _check_calibration_options(ctx, options)
     recipe = options.recipe(_rules.of(ctx, options.set_, options.skip))
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
-    from spicerack.algorithms.method import gain_of_effort
     from spicerack.cli import _quantizing
     from spicerack.quantization.job import prepare
-    from spicerack.quantization.run import decided, execute
+    from spicerack.quantization.run import decided, execute, notes
     from spicerack.quantization.stream import plan
     from spicerack.storage.files import local
 
@@ -191,16 +190,17 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     job = prepare(options.model, whole, with_text=with_text, shard_bytes=options.shard_bytes)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)
-    more = gain_of_effort(whole.scheme) if with_text and recipe.method is None and options.effort == "normal" else None
-    _quantizing.announce(job, calibration, planned, means.device, console, more)
+    told = notes(job, calibration, recipe, options.effort)
+    _quantizing.announce(job, calibration, planned, means.device, console, told)
     if options.dry_run:
+        _quantizing.foretell(job, console)
         if options.as_json:
-            _output.emit(_dry_run(job, planned))
+            _output.emit(_dry_run(job, planned, told))
         return
     unit = "this block" if calibration is not None else None
     with _quantizing.bar(ranks) as bar, _output.interruptible(bar.console, unit) as stopping:
         watch = _quantizing.watching(bar, job, stopping, ranks)
-        summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch)
+        summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch, notes=told)
     if summary is not None and options.as_json:
         _output.emit(summary.as_dict())
     elif summary is not None:
@@ -214,9 +214,20 @@ def _check_calibration_options(ctx: click.Context, options: _Options) -> None:
             raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
 
 
-def _dry_run(job: Job, planned: MemoryPlan) -> dict[str, Any]:
-    """What --dry-run --json prints: the sizes that the folder would have, and the memory that the run would take."""
-    return {"dry_run": True, **dataclasses.asdict(job.sizes()), "planned_peak_bytes": planned.peak_bytes}
+def _dry_run(job: Job, planned: MemoryPlan, notes: tuple[str, ...]) -> dict[str, Any]:
+    """What --dry-run --json prints: the sizes that the folder would have, by kind of layer, too, the memory that the
+    run would take, and the notes."""
+    from spicerack.storage import ledger
+
+    layers = [dataclasses.asdict(row) for row in ledger.by_layer_type(action.entry() for action in job.actions)]
+    return {
+        "dry_run": True,
+        **dataclasses.asdict(job.sizes()),
+        "planned_peak_bytes": planned.peak_bytes,
+        "format": job.format.name,
+        "layers": layers,
+        "notes": list(notes),
+    }
 
 
 def _means(options: _Options) -> Means:

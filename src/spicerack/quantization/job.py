@@ -9,7 +9,7 @@ two that differ are two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
 from spicerack.storage import format, released
 from spicerack.storage.format import Format, Layout, Reading, StoredTensor
-from spicerack.storage.ledger import Fate
+from spicerack.storage.ledger import Entry, Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
 from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, shards_of
 
@@ -56,6 +56,14 @@ class Action:
     layer_type: str
     tensors: tuple[OutputTensor, ...]
     stored: StoredTensor | None = None
+
+    def entry(self, error: float | None = None, events: Iterable[str] = ()) -> Entry:
+        """The ledger's entry of the tensor: what was decided, and what became of it. error: of its codes, if known."""
+        info, stored = self.info, self.stored
+        return Entry(
+            info.name, self.fate, self.why, self.layer_type, None if stored is None else stored.scheme.name, info.dtype,
+            info.shape, info.nbytes, sum(tensor.nbytes for tensor in self.tensors), error, tuple(events),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,13 @@ from spicerack.errors import RecipeError, SchemeError, UsageError
 from spicerack.kernels.kernel import Compute
 from spicerack.machine import devices
 from spicerack.machine.memory import peak_rss_bytes
+from spicerack.models import choices
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import preflight, recipe
 from spicerack.quantization.job import Job, Sizes, prepare
 from spicerack.quantization.module import quantize_module
 from spicerack.quantization.recipe import Range, Recipe, Rule
-from spicerack.quantization.stream import Means, Stream, calibrate, identity, plan
+from spicerack.quantization.stream import Means, Stream, calibrate, identity, is_done, plan
 from spicerack.quantization.watch import Watch
 from spicerack.storage.files import local
 from spicerack.storage.writer import SHARD_BYTES
@@ -61,6 +62,12 @@ class Summary:
     planned_peak_bytes   of memory, as planned
     peak_rss_bytes       the most that the process had, as measured
     resumed              whether it went on where an earlier one stopped
+    format               of the folder
+    notes                what a person should know of it; the command prints them before work starts
+    already_there        whether an earlier call of the same had finished it, so that nothing was left to do
+    output_error         ||out - out_float|| / ||out_float|| of the last block's hidden states; None where no text went
+                         through it in this run
+    output_error_rounded the same, were that block's layers rounded to nearest
     """
 
     output: Path
@@ -69,6 +76,11 @@ class Summary:
     planned_peak_bytes: int
     peak_rss_bytes: int
     resumed: bool
+    format: str
+    notes: tuple[str, ...] = ()
+    already_there: bool = False
+    output_error: float | None = None
+    output_error_rounded: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """By the names of the command line's contract."""
@@ -79,6 +91,11 @@ class Summary:
             "planned_peak_bytes": self.planned_peak_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,
             "resumed": self.resumed,
+            "already_there": self.already_there,
+            "format": self.format,
+            "notes": list(self.notes),
+            "output_error": self.output_error,
+            "output_error_rounded": self.output_error_rounded,
         }
 
 
@@ -143,7 +160,7 @@ def quantize(
 
     For folders:
 
-    output       the folder to write; it must not exist
+    output       the folder to write; if it is there, by the same call before, nothing is left to do
     method       how codes are chosen, over the Recipe's: a chain such as "gptq" or "awq+gptq"
     observer     how static scales of activations are found, over the Recipe's
     calibration  what flows through the model, of `read_calibration`
@@ -207,14 +224,11 @@ def _of_folder(model: str | Path, chosen: Recipe, options: _FolderOptions) -> Su
         raise UsageError(f"device {device}: without calibration text all is done on the CPU", "pass calibration=...")
     means = Means(devices.find(device), options.threads, options.memory)
     with_text = calibration is not None
-    job = prepare(
-        model,
-        decided(chosen, with_text, options.effort),
-        with_text=with_text,
-        shard_bytes=options.shard_bytes or SHARD_BYTES,
-    )
+    recipe_ = decided(chosen, with_text, options.effort)
+    job = prepare(model, recipe_, with_text=with_text, shard_bytes=options.shard_bytes or SHARD_BYTES)
+    told = notes(job, calibration, chosen, options.effort)
     watch = Watch() if options.progress is None else _Progress(options.progress)
-    summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch)
+    summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch, notes=told)
     assert summary is not None, "this is the only process"
     return summary
 
@@ -253,6 +267,19 @@ def decided(chosen: Recipe, with_text: bool, effort: str = "normal") -> Recipe:
     return dataclasses.replace(chosen, method=method, observer=observer)
 
 
+def notes(job: Job, calibration: Calibration | None, asked: Recipe, effort: str) -> tuple[str, ...]:
+    """What a person should know before work starts: of the model, the text, speed here, and what more effort would do.
+
+    job: decided. calibration: the text, if there is one. asked: the recipe before its method was decided. effort: what
+    may be spent.
+    """
+    slow = choices.without_vectors(action.stored for action in job.actions if action.stored is not None)
+    chosen = calibration is not None and asked.method is None and effort == "normal"
+    dearer = methods.gain_of_effort(asked.scheme) if chosen else None
+    text = () if calibration is None else calibration.notes
+    return (*job.notes, *text, *slow, *(() if dearer is None else (dearer,)))
+
+
 def execute(
     job: Job,
     output: Path,
@@ -260,14 +287,16 @@ def execute(
     calibration: Calibration | None = None,
     means: Means = Means(),  # noqa: B008  # frozen
     watch: Watch = Watch(),  # noqa: B008  # it has no state
+    notes: tuple[str, ...] = (),
 ) -> Summary | None:
     """Write what `job` decided into `output` -> what was done; None from every rank but the first, which writes.
 
     job           of `prepare`, its recipe `decided`
-    output        the folder to write; it must not exist
+    output        the folder to write; if it is there, by the same call before, nothing is done
     calibration   what flows through the model; None where methods need none. Models of many blocks are tried first
     means         what the run may use of the machine
     watch         told how it gets on; asked whether to stop
+    notes         of the function `notes`, for the summary
 
     Raises UsageError (memory would be exceeded), WeightError (tensor, place, value), ActivationError (the same of what
     flows), LoadError (the trial's folder computes something else) and OutputError; whatever was finished stays, and the
@@ -275,21 +304,38 @@ def execute(
     """
     begin = time.time()
     ranks, planned = means.ranks, plan(job, calibration, means.memory)
-    stream = Stream(job, output, identity(job, calibration, planned, means)) if ranks.first else None
+    facts = identity(job, calibration, planned, means)
+    done = ranks.first and is_done(job, output, facts)
+    stream = Stream(job, output, facts) if ranks.first and not done else None
     needed = stream is not None and calibration is not None and stream.is_pending
     if stream is not None and calibration is not None and needed and not stream.resumed:
         trial = preflight.run(job, calibration, stream.workshop, means)
         if trial is not None:
             watch.tried(trial)
+    last = None
     # the first rank knows, and all must go into the loop, or none
     if bool(ranks.largest(torch.tensor(needed, dtype=torch.bool, device="cpu"))):
         assert calibration is not None, "a rank needs it"
-        calibrate(job, calibration, planned, output, means, watch)
-    if stream is None:
+        last = calibrate(job, calibration, planned, output, means, watch)
+    if not ranks.first:
         return None
-    stream.write(means.workers, watch)
-    seconds = round(time.time() - begin, 3)
-    summary = Summary(output, job.sizes(), seconds, planned.peak_bytes, peak_rss_bytes(), stream.resumed)
+    if stream is not None:
+        stream.write(means.workers, watch)
+    summary = Summary(
+        output=output,
+        sizes=job.sizes(),
+        seconds=round(time.time() - begin, 3),
+        planned_peak_bytes=planned.peak_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
+        resumed=stream is not None and stream.resumed,
+        format=job.format.name,
+        notes=notes,
+        already_there=done,
+        output_error=None if last is None else last.error,
+        output_error_rounded=None if last is None else last.rounded,
+    )
+    if stream is None:
+        return summary
     machine = {"platform": platform.platform(), "processor": platform.processor(), "cpus": os.cpu_count()}
     source = str(job.source.folder)
     stream.finish({**summary.as_dict(), "command": sys.argv, "source": source, "machine": machine})

@@ -65,8 +65,9 @@ def run(
     device: torch.device,
     ranks: Ranks,
     watch: Watch,
-) -> None:
-    """Solve all layers that lie in blocks, into `folder`: one file for each block. Continues what is there.
+) -> Finished | None:
+    """Solve all layers that lie in blocks, into `folder`, one file for each block -> the last block; None where that
+    was solved before. Continues what is there.
 
     job        what was decided of the model; its recipe has a method
     text       the calibration text, in chunks
@@ -88,11 +89,14 @@ def run(
     if done == 0:
         _begin(Flow(stack, 0, text, states, ranks), job)
     ranks.wait()
+    last = None
     for i in steady(range(done, len(stack.blocks))):
         pair = Pair(stack.blocks[i], tensors[i], job.source, device, job.recipe.range_, threads)
-        watch.finished(_finish(pair, Flow(stack, i, text, states, ranks), job.recipe, folder))
+        last = _finish(pair, Flow(stack, i, text, states, ranks), job.recipe, folder)
+        watch.finished(last)
         if bool(ranks.largest(torch.tensor(watch.stopping(), dtype=torch.bool, device="cpu"))):
             raise KeyboardInterrupt
+    return last
 
 
 def _begin(flow: Flow, job: Job) -> None:
