@@ -121,7 +121,7 @@ TRUNCATED_AND_KEPT = '''
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
 
-def solve(layers, forward, sequences):
+def solve(layers, forward, sequences, told):
     output, target = forward(range(sequences))
     assert output.shape == target.shape and not output.equal(target)
     return {name: Solved(layer.start, (f"{sequences} sequences",)) for name, layer in layers.items()}

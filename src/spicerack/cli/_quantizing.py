@@ -26,42 +26,34 @@ if TYPE_CHECKING:
 
 
 def bar(ranks: Ranks) -> Progress:
-    """The bar of bytes that are done, of those of the source; the first rank has it, and nobody where standard error is
-    no terminal. It is gone at the end: what stays is the lines above it."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    """The bar's place, on standard error; the first rank draws there, and nobody where that is no terminal."""
+    from spicerack.quantization.bar import columns
 
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        console=_output.console(as_json=True), transient=True, disable=not ranks.first,
-    )  # fmt: skip
+    return columns(_output.console(as_json=True), disabled=not ranks.first)
 
 
-def watching(bar: Progress, job: Job, stopping: Callable[[], bool], ranks: Ranks) -> Watch:
-    """The Watch that moves the bar and prints a line for each block, on the first rank.
+def watching(place: Progress, job: Job, stopping: Callable[[], bool], ranks: Ranks, *, calibrated: bool) -> Watch:
+    """The Watch that draws the bar and prints a line for each block, on the first rank.
 
-    bar: open. job: how many bytes there are to do. stopping: whether Ctrl+C asked for an end, passed on to every rank.
-    ranks: of several the first one prints.
+    place: open, see `bar`. job: how many bytes there are to do. stopping: whether Ctrl+C asked for an end, passed on to
+    every rank. ranks: of several the first one prints. calibrated: whether blocks are, before bytes are written.
     """
-    from spicerack.quantization.watch import Watch
+    from spicerack.quantization.bar import Bar, duration
 
-    task = bar.add_task("quantizing", total=job.bytes_before)
-
-    class Bar(Watch):
+    class Lines(Bar):
         def tried(self, trial: Trial) -> None:
-            bar.console.print(_trial(trial), soft_wrap=True, highlight=False)
+            self.bar.console.print(_trial(trial), soft_wrap=True, highlight=False)
 
         def finished(self, block: Finished) -> None:
+            super().finished(block)
             if ranks.first:
-                bar.console.print(_line(block), soft_wrap=True, highlight=False)
-            bar.update(task, description=f"block {block.number + 1} of {block.count}")
+                until = f"; about {duration(self.left)} left" if block.number + 1 < block.count else ""
+                self.bar.console.print(_line(block, until), soft_wrap=True, highlight=False)
 
         def stopping(self) -> bool:
             return stopping()
 
-        def progress(self, nbytes: int) -> None:
-            bar.advance(task, nbytes)
-
-    return Bar()
+    return Lines(place, job.bytes_before, calibrated=calibrated)
 
 
 def _trial(trial: Trial) -> str:
@@ -72,11 +64,11 @@ def _trial(trial: Trial) -> str:
     )
 
 
-def _line(block: Finished) -> str:
+def _line(block: Finished, until: str) -> str:
     """What is printed of a calibrated block: layers, bits, its error beside that of plain rounding, time and memory.
 
     The error of plain rounding is left out where it is the same, which it is for methods that only round. Events of
-    single layers follow, a line each.
+    single layers follow, a line each. until: how long the blocks behind it will take.
     """
     from rich.markup import escape
 
@@ -84,7 +76,7 @@ def _line(block: Finished) -> str:
     events = "".join(f"\n  [yellow]note[/yellow] {escape(event)}" for event in block.events)
     return (
         f"{block.block}: {block.layers} layers, {block.bits:.2f} bits, output off by {block.error:.2%}"
-        f"{plain}, {block.seconds:.1f} s, peak {_output.size(block.peak_rss_bytes)}{events}"
+        f"{plain}, {block.seconds:.1f} s, peak {_output.size(block.peak_rss_bytes)}{until}{events}"
     )
 
 
@@ -117,6 +109,9 @@ def announce(
     if device.type != "cpu":
         size = _output.size(planned.block_bytes)
         console.print(f"[bold]device[/bold] {device}, {size} of its memory at most", soft_wrap=True)
+    if calibration is not None:
+        told = "told within the first block; without --calib weights are rounded as fast as the disk has them"
+        console.print(f"[bold]time  [/bold] {told}", soft_wrap=True)
     for note in notes:
         console.print(f"[yellow]note[/yellow]   {escape(note)}", soft_wrap=True)
     console.print()

@@ -199,7 +199,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
         return
     unit = "this block" if calibration is not None else None
     with _quantizing.bar(ranks) as bar, _output.interruptible(bar.console, unit) as stopping:
-        watch = _quantizing.watching(bar, job, stopping, ranks)
+        watch = _quantizing.watching(bar, job, stopping, ranks, calibrated=calibration is not None)
         summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch, notes=told)
     if summary is not None and options.as_json:
         _output.emit(summary.as_dict())

@@ -21,7 +21,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -36,7 +37,7 @@ from spicerack.machine import devices
 from spicerack.machine.memory import peak_rss_bytes
 from spicerack.models import choices
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import preflight, recipe
+from spicerack.quantization import bar, preflight, recipe
 from spicerack.quantization.job import Job, Sizes, prepare
 from spicerack.quantization.module import quantize_module
 from spicerack.quantization.recipe import Range, Recipe, Rule
@@ -126,7 +127,7 @@ def quantize(
     threads: int | None = ...,
     memory: int | None = ...,
     shard_bytes: int | None = ...,
-    progress: Progress | None = ...,
+    progress: Progress | bool | None = ...,
 ) -> dict[str, Any]: ...
 @torch.inference_mode(False)  # solvers take gradients, and what is packed may be trained later
 def quantize(
@@ -146,7 +147,7 @@ def quantize(
     threads: int | None = None,
     memory: int | None = None,
     shard_bytes: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> torch.nn.Module | dict[str, Any]:
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a dict of its sizes.
 
@@ -169,7 +170,8 @@ def quantize(
     threads      of the CPU; None: one for each core
     memory       bytes that must not be exceeded, pages that are mapped from files left out; None: no limit
     shard_bytes  the largest file to write; None: 2 GB
-    progress     called with the bytes of each source tensor as it is done
+    progress     True draws the command line's bar on standard error, with the time left; or a function, which is called
+                 with the bytes of each source tensor as it is done
 
     Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
     """
@@ -193,7 +195,7 @@ class _FolderOptions:
     threads: int | None
     memory: int | None
     shard_bytes: int | None
-    progress: Progress | None
+    progress: Progress | bool | None
 
 
 def _in_memory(
@@ -206,7 +208,7 @@ def _in_memory(
         raise UsageError(f"effort {options.effort}: a module in memory is only rounded to nearest", "leave it out")
     if options.device != "cpu":
         raise UsageError(f"device {options.device}: a module is rounded to nearest where it is", "move the module")
-    others = (options.output, options.threads, options.memory, options.shard_bytes, options.progress)
+    others = (options.output, options.threads, options.memory, options.shard_bytes, options.progress or None)
     if any(option is not None for option in others):
         raise UsageError(
             "output, threads, memory, shard_bytes and progress are for folders; a module is quantized in memory",
@@ -227,10 +229,20 @@ def _of_folder(model: str | Path, chosen: Recipe, options: _FolderOptions) -> Su
     recipe_ = decided(chosen, with_text, options.effort)
     job = prepare(model, recipe_, with_text=with_text, shard_bytes=options.shard_bytes or SHARD_BYTES)
     told = notes(job, calibration, chosen, options.effort)
-    watch = Watch() if options.progress is None else _Progress(options.progress)
-    summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch, notes=told)
+    with _watching(options.progress, job, calibrated=with_text) as watch:
+        summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch, notes=told)
     assert summary is not None, "this is the only process"
     return summary
+
+
+@contextmanager
+def _watching(progress: Progress | bool | None, job: Job, *, calibrated: bool) -> Iterator[Watch]:
+    """Who looks on, within, as the caller of `quantize` wished."""
+    if progress is True:
+        with bar.shown(job.bytes_before, calibrated=calibrated) as watch:
+            yield watch
+    else:
+        yield _Progress(progress) if progress else Watch()
 
 
 class _Progress(Watch):
