@@ -28,8 +28,7 @@ from spicerack.numerics.scheme import Scheme, parse
 from spicerack.quantization import memory
 from spicerack.quantization.calibration import observers
 from spicerack.quantization.job import Job, prepare
-from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import decided
+from spicerack.quantization.recipe import Recipe, decided
 
 Drop = Callable[[ModuleType, str, str], None]
 """Folder of plug-ins, name of the new one, its file's text."""

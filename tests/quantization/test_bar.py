@@ -14,8 +14,8 @@ from spicerack.algorithms.solvers import signround
 from spicerack.quantization import bar
 from spicerack.quantization.bar import Clock, duration
 from spicerack.quantization.job import prepare
-from spicerack.quantization.recipe import of
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import decided, of
+from spicerack.quantization.run import execute
 from spicerack.quantization.watch import Finished, Watch, Working
 
 

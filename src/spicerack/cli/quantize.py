@@ -99,6 +99,13 @@ class _Options:
     dry_run: bool
     as_json: bool
 
+    def check_scheme(self) -> None:
+        """Raise SchemeError for a scheme that there is not."""
+        from spicerack.numerics.scheme import parse
+
+        if self.scheme is not None:
+            parse(self.scheme)
+
     def recipe(self, rules: list[Rule]) -> Recipe:
         """The recipe's file with what was typed over it, and `rules`, of --set and --skip, behind the file's own.
 
@@ -173,11 +180,20 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     """
     options = _Options(**given)
     _check_calibration_options(ctx, options)
-    recipe = options.recipe(_rules.of(ctx, options.set_, options.skip))
+    from spicerack.quantization import early
+    from spicerack.quantization.recipe import decided
+
+    rules = _rules.of(ctx, options.set_, options.skip)
+    options.check_scheme()  # a method's transforms bring torch in
+    source = early.open_float(options.model)
+    recipe = options.recipe(rules)
+    with_text = options.calib is not None
+    early.refuse_shapes(source, recipe)
+    whole = decided(recipe, with_text, options.effort)
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.cli import _quantizing
     from spicerack.quantization.job import prepare
-    from spicerack.quantization.run import decided, execute, notes
+    from spicerack.quantization.run import execute, notes
     from spicerack.quantization.stream import plan
     from spicerack.storage.files import local
 
@@ -185,8 +201,6 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     ranks = means.ranks
     console = _output.console(options.as_json or not ranks.first)
     console.quiet = not ranks.first
-    with_text = options.calib is not None
-    whole = decided(recipe, with_text, options.effort)
     job = prepare(options.model, whole, with_text=with_text, shard_bytes=options.shard_bytes)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)

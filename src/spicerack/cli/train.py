@@ -93,6 +93,7 @@ def command(
     tensorboard --logdir out.training/logs
     """
     source = _source(model, from_scratch)
+    _refuse_early(source, given)
     rules = _rules.of(click.get_current_context(), set_, skip)
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.machine.ranks import launched
@@ -118,6 +119,21 @@ def _source(model: str | None, from_scratch: str | None) -> str:
     if from_scratch is not None and not from_scratch.endswith(".json"):
         raise UsageError(f"--from-scratch {from_scratch} is no config.json", "give the file, not its folder")
     return model or from_scratch or ""
+
+
+def _refuse_early(source: str, given: dict[str, Any]) -> None:
+    """Raise what headers tell, before torch is there: a scheme that there is not, models that are none.
+
+    source: of `_source`. given: click's parameters by name.
+    """
+    from spicerack.numerics.scheme import parse
+    from spicerack.storage.reader import Checkpoint
+
+    if given["scheme"] is not None:
+        parse(given["scheme"])
+    for model in (source, given["teacher"]):
+        if model is not None and not model.endswith(".json"):
+            Checkpoint.open(model)
 
 
 def _options(rules: list[Rule], given: dict[str, Any]) -> TrainOptions:

@@ -12,6 +12,7 @@ from spicerack.evaluation.encoder import Pooling, check_pooling
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.models.inputs import Limits
 from spicerack.models.kind import MODULES, POOLING
+from spicerack.models.overview import refuse_sides
 from spicerack.storage import format as formats
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
 from spicerack.storage.reader import Checkpoint
@@ -92,11 +93,7 @@ def check_sides(out: Path, source: Path, command: str) -> None:
     """
     if formats.of_folder(Checkpoint.open(source)) is None:
         return
-    swapped = formats.of_folder(Checkpoint.open(out)) is None
-    raise UsageError(
-        f"--against {source} is quantized itself, and {out} is {'not' if swapped else 'compared with float models'}",
-        f"spicerack {command} {source} --against {out}" if swapped else "give the float model that it was made from",
-    )
+    refuse_sides(out, source, command, swapped=formats.of_folder(Checkpoint.open(out)) is None)
 
 
 def common_tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

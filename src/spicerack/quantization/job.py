@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import CheckpointError, listed
+from spicerack.errors import listed
 from spicerack.models.architecture import host_of
-from spicerack.models.overview import quantized_with
+from spicerack.models.overview import refuse_quantized
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import decisions, door, fitting
@@ -166,11 +166,7 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
     `prepare` does, and CheckpointError for a model that is quantized already.
     """
     checkpoint = released.decoded(checkpoint)
-    if (tool := quantized_with(checkpoint.config)) is not None:
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized already, with {tool}",
-            "start from the float model: every rounding adds up",
-        )
+    refuse_quantized(checkpoint)
     if asked.method is not None and asked.method.rotation is not None:
         checkpoint = rotate(checkpoint, asked.method.rotation)
     source = Source.of(checkpoint)
@@ -260,18 +256,12 @@ def _fitted(source: Source, decided: Mapping[str, Decision], asked: Recipe) -> d
     Raises ShapeError for all of them at once if it does not, with rules to paste, and for those that nothing fits.
     """
     entries = source.census.entries
-    quantized = {name: choice.scheme for name, choice in decided.items() if choice.scheme is not None}
-    found = [
-        fitting.obstacle(entries[name].module, scheme, entries[name].matrix_shape) for name, scheme in quantized.items()
-    ]
-    misfits = {misfit.module: misfit for misfit in found if misfit is not None}
-    hopeless = [misfit for misfit in misfits.values() if misfit.nearest is None]
-    if hopeless:
-        raise fitting.error(hopeless, "skip them: --skip 'PATTERN'")
-    if misfits and not asked.fit_groups:
-        paste = fitting.rules(misfits.values(), (entries[name].module for name in quantized))
-        sets = " ".join(f"--set '{rule}'" for rule in paste)
-        raise fitting.error(misfits.values(), f"add --fit-groups (fit_groups=True) or, which is the same, {sets}")
+    chosen = {
+        entries[name].module: (choice.scheme, entries[name].matrix_shape)
+        for name, choice in decided.items()
+        if choice.scheme is not None
+    }
+    misfits = fitting.check(chosen, fit_groups=asked.fit_groups)
     return {
         name: choice
         if entries[name].module not in misfits or choice.scheme is None

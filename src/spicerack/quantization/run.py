@@ -31,7 +31,7 @@ import torch
 
 from spicerack.algorithms import method as methods
 from spicerack.algorithms.method import Method
-from spicerack.errors import RecipeError, SchemeError, UsageError
+from spicerack.errors import UsageError
 from spicerack.kernels.kernel import Compute
 from spicerack.machine import devices
 from spicerack.machine.memory import peak_rss_bytes
@@ -40,15 +40,13 @@ from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import bar, preflight, recipe
 from spicerack.quantization.job import Job, Sizes, prepare
 from spicerack.quantization.module import quantize_module
-from spicerack.quantization.recipe import Range, Recipe, Rule
+from spicerack.quantization.recipe import Range, Recipe, Rule, decided
 from spicerack.quantization.stream import Means, Stream, calibrate, identity, is_done, plan
 from spicerack.quantization.watch import Watch
 from spicerack.storage.files import local
 from spicerack.storage.writer import SHARD_BYTES
 from spicerack.text.calibration import Calibration
 
-OBSERVER = "percentile"
-"""The best measured (docs/quantization/quality.md)."""
 Progress = Callable[[int], None]
 """Called with the bytes of each source tensor as it is done."""
 
@@ -254,29 +252,6 @@ class _Progress(Watch):
     def progress(self, nbytes: int) -> None:
         """See `Watch.progress`."""
         self._progress(nbytes)
-
-
-def decided(chosen: Recipe, with_text: bool, effort: str = "normal") -> Recipe:
-    """The recipe with its method and observer decided, by what was measured to be best where it names none.
-
-    chosen: as asked for. with_text: whether there is calibration text; without it the method is rounding to nearest.
-    effort: what may be spent where no method is named, see `method.auto`. Raises RecipeError or SchemeError if they
-    need such a text and there is none, or an observer or an effort has no use.
-    """
-    if methods.check_effort(effort) == "high" and (chosen.method is not None or not with_text):
-        where = f"the method is {chosen.method}" if chosen.method else "there is no calibration text"
-        raise RecipeError(f"effort high: {where}, and nothing is left to choose", "leave one of them out")
-    method = chosen.method or methods.auto(chosen.scheme, with_text, methods.check_effort(effort))
-    if method.needs_text and not with_text:
-        raise RecipeError(f"{method} needs calibration text", "pass --calib FILE (calibration=...), or --method rtn")
-    if chosen.is_static and not with_text:
-        raise SchemeError(
-            "static activation scales (a8s) need calibration text", "pass --calib FILE (calibration=...), or use a8"
-        )
-    if chosen.observer is not None and not chosen.is_static:
-        raise RecipeError(f"observer {chosen.observer}: no scheme has static activations", "use a8s, such as w8a8s")
-    observer = (chosen.observer or OBSERVER) if chosen.is_static else None
-    return dataclasses.replace(chosen, method=method, observer=observer)
 
 
 def notes(job: Job, calibration: Calibration | None, asked: Recipe, effort: str) -> tuple[str, ...]:
