@@ -12,7 +12,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel, T5Config, T5Model
 
 from spicerack.errors import UsageError
-from spicerack.models import blocks
+from spicerack.models.blocks.find import find, repeated
+from spicerack.models.blocks.look import output_of, shared_inputs
 from spicerack.nn import kinds
 
 DECODERS = [
@@ -66,9 +67,9 @@ def odd(name: str) -> PreTrainedModel:
 def test_odd_blocks_one_by_one_are_what_the_model_does(name: str) -> None:
     """Here the oracle is the model's own output: what comes out of the last block, through its last norm."""
     model = odd(name)
-    stack = blocks.find(model)
+    stack = find(model)
     given = inputs(padded=name == "biases handed on")
-    expected = blocks.output_of(model, stack.name(len(stack.blocks) - 1), given)
+    expected = output_of(model, stack.name(len(stack.blocks) - 1), given)
     hidden, calls = stack.calls(given)
     for block, arguments in zip(stack.blocks, calls, strict=True):
         hidden = stack.run(block, hidden, arguments)
@@ -82,7 +83,7 @@ def test_odd_blocks_one_by_one_are_what_the_model_does(name: str) -> None:
 def test_what_earlier_blocks_left_is_of_the_text_at_hand() -> None:
     """A block that reads keys of an earlier one sees those that come with its hidden states, and no others."""
     model = odd("shared keys")
-    stack = blocks.find(model)
+    stack = find(model)
     hidden, calls = stack.calls(inputs(padded=False))
     for block, arguments in zip(stack.blocks[:2], calls[:2], strict=True):
         hidden = stack.run(block, hidden, arguments)
@@ -99,7 +100,7 @@ def test_the_language_model_is_found_beside_a_larger_tower() -> None:
     config = transformers.LlavaConfig(
         text_config={**families.LLAMA, "model_type": "llama"}, vision_config=vision, image_token_index=98
     )
-    stack = blocks.find(transformers.LlavaForConditionalGeneration(config).eval())
+    stack = find(transformers.LlavaForConditionalGeneration(config).eval())
     assert stack.path == "model.language_model.layers" and len(stack.blocks) == 2
 
 
@@ -131,7 +132,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
 def test_what_blocks_alone_do_not_do_is_refused_by_name(name: str) -> None:
     config, settings, model, reason = REFUSED[name]
     with pytest.raises(UsageError, match=reason) as caught:
-        blocks.find(getattr(transformers, model)(getattr(transformers, config)(**settings)).eval())
+        find(getattr(transformers, model)(getattr(transformers, config)(**settings)).eval())
     assert "--calib" in caught.value.hint
 
 
@@ -139,7 +140,7 @@ def test_blocks_that_share_weights_are_refused() -> None:
     model = families.build("llama")
     model.model.layers[1].mlp = model.model.layers[0].mlp
     with pytest.raises(UsageError, match=r"model.layers.0 and model.layers.1 share weights"):
-        blocks.repeated(model)
+        repeated(model)
 
 
 def inputs(padded: bool) -> dict[str, torch.Tensor]:
@@ -153,7 +154,7 @@ def inputs(padded: bool) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_one_by_one_is_what_the_model_does(family: str) -> None:
     model = families.build(family).eval()
-    stack = blocks.find(model)
+    stack = find(model)
     given = inputs(padded=family in ENCODERS)
     results: list[torch.Tensor] = []
 
@@ -173,20 +174,20 @@ def test_one_by_one_is_what_the_model_does(family: str) -> None:
 
 
 def test_the_blocks_are_the_largest_list_and_named() -> None:
-    stack = blocks.find(families.build("qwen2_moe"))
+    stack = find(families.build("qwen2_moe"))
     assert stack.path == "model.layers" and stack.name(1) == "model.layers.1"
     assert "self_attn.q_proj" in kinds.linear_layers(stack.blocks[0])
 
 
 def test_layers_are_grouped_by_the_tensor_they_get() -> None:
     x, y = torch.randn(3), torch.randn(3)
-    assert blocks.shared_inputs([("q", x), ("k", x), ("o", y), ("v", x)]) == (("q", "k", "v"), ("o",))
+    assert shared_inputs([("q", x), ("k", x), ("o", y), ("v", x)]) == (("q", "k", "v"), ("o",))
 
 
 def test_what_has_no_blocks_is_refused() -> None:
     config = {"vocab_size": 9, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     with pytest.raises(UsageError, match="encoder-decoder"):
-        blocks.find(T5Model(T5Config(**config)))
+        find(T5Model(T5Config(**config)))
 
     class Alone(PreTrainedModel):
         config_class = BertConfig
@@ -196,12 +197,12 @@ def test_what_has_no_blocks_is_refused() -> None:
             self.layer = nn.Linear(4, 4)
 
     with pytest.raises(UsageError, match="no repeated blocks"):
-        blocks.find(Alone(BertConfig()))
+        find(Alone(BertConfig()))
 
 
 def test_an_architecture_that_skips_a_block_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = BertModel(BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=2)).eval()
-    stack = blocks.find(model)
+    stack = find(model)
     whole = list(model.encoder.layer)
     model.encoder.layer = nn.ModuleList(whole[:2])
     with pytest.raises(UsageError, match="called its 3 blocks 2 times"):

@@ -101,7 +101,9 @@ def encoder(activation: str) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(layer, 2).eval()
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested tensors", "ignore:.*of the weights in matrices stay in float"
+)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("skip", [[], ["layers.0.*=skip"]])
 @torch.no_grad()

@@ -16,7 +16,8 @@ from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import spicerack
-from spicerack.errors import CheckpointError
+from spicerack.errors import CheckpointError, UsageError
+from spicerack.evaluation import folder as folder_module
 from spicerack.models import overview
 from spicerack.storage import released
 from spicerack.storage.reader import Checkpoint
@@ -128,6 +129,22 @@ def test_a_release_quantizes_as_what_it_stands_for(kind: str, llama_folder: Llam
     model = spicerack.load(tmp_path / "a")
     with torch.no_grad():
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@pytest.mark.parametrize("kind", RELEASES)
+@torch.no_grad()
+def test_a_release_is_what_others_are_compared_with(kind: str, llama_folder: LlamaFolder, tmp_path: Path) -> None:
+    """Loaded it is a float model of the decoded weights, and what was made of it can be compared with it."""
+    folder, floats = RELEASES[kind](llama_folder("release"))
+    model = spicerack.load(folder)
+    state = model.state_dict()
+    assert all(torch.equal(state[name].to(torch.bfloat16), exact) for name, exact in floats.items())
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+    assert not hasattr(model.config, "quantization_config")
+    spicerack.quantize(folder, "w8", output=tmp_path / "out")
+    folder_module.check_sides(tmp_path / "out", folder, "eval")
+    with pytest.raises(UsageError, match="is quantized itself"):
+        folder_module.check_sides(folder, tmp_path / "out", "eval")
 
 
 def gpt_oss(folder: Path) -> tuple[Path, Tensors]:

@@ -94,9 +94,9 @@ def bench(
     out, source = files.locate(folder), files.locate(against)
     config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)
     kind = kind_of(config, source)
-    check_sides(out, source, "bench")
+    kernel.check_engine(options.engine, options.device)  # before headers and weights are read
     devices.find(options.device, torch.float32)
-    kernel.check_engine(options.engine, options.device)  # before weights are read
+    check_sides(out, source, "bench")
     report = progress or (lambda _doing, _share: None)
     report("loading", 0.0)
     device, trusted = options.device, options.trust_remote_code

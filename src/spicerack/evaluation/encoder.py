@@ -135,11 +135,11 @@ def tokens_of(
     """
     rows = tokenizer(list(batch), truncation=True, max_length=length, verbose=False).input_ids
     longest, left = max(map(len, rows)), tokenizer.padding_side == "left"
-    ids = torch.full((len(rows), longest), tokenizer.pad_token_id or 0)
+    ids = torch.full((len(rows), longest), tokenizer.pad_token_id or 0, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         place = slice(longest - len(row), longest) if left else slice(len(row))
-        ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.int64), 1
+        ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.int64, device="cpu"), 1
     return ids, mask
 
 

@@ -159,9 +159,9 @@ def measure(
     folder, against: folders or hub ids. Raises TextError, UsageError, CheckpointError, LoadError.
     """
     out, source = locate(folder), locate(against)
-    check_sides(out, source, "eval")
     kind = kind_of(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
     _check(options, kind, source)  # what is wrong is said before the long part
+    check_sides(out, source, "eval")
     tokenizer = common_tokenizer(out, source, options.trust_remote_code)
     text = _text(kind, options.text, out, source)
     _warn_of_calibration_text(text, tokenizer, kind, out)
@@ -194,8 +194,8 @@ def measure(
 def _check(options: EvaluationOptions, kind: Kind, source: Path) -> None:
     """Raises UsageError for a device or an engine that is not here, bits that no cache has, and a cache of an
     encoder."""
-    devices.find(options.device, torch.float32)
     kernel.check_engine(options.engine, options.device)
+    devices.find(options.device, torch.float32)
     if options.cache is not None:
         CacheScheme(options.cache)
         if kind == "encoder":

@@ -14,6 +14,7 @@ from spicerack.models.inputs import Limits
 from spicerack.models.kind import MODULES, POOLING
 from spicerack.models.overview import refuse_sides
 from spicerack.storage import format as formats
+from spicerack.storage import released
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
 from spicerack.storage.reader import Checkpoint
 from spicerack.text.tokenizer import read_tokenizer
@@ -91,9 +92,14 @@ def check_sides(out: Path, source: Path, command: str) -> None:
 
     out: the folder that is compared with it. command: which of ours does it, for the line that would be right.
     """
-    if formats.of_folder(Checkpoint.open(source)) is None:
+    if not _is_quantized(source):
         return
-    refuse_sides(out, source, command, swapped=formats.of_folder(Checkpoint.open(out)) is None)
+    refuse_sides(out, source, command, swapped=not _is_quantized(out))
+
+
+def _is_quantized(folder: Path) -> bool:
+    """Whether there is a float model that it was made from; a release in FP8 or MXFP4 is the finest that there is."""
+    return formats.of_folder(released.decoded(Checkpoint.open(folder))) is not None
 
 
 def common_tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

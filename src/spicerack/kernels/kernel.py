@@ -105,12 +105,13 @@ def check_engine(engine: str | None, device: str | torch.device = "cpu") -> None
     """Raise UsageError for an engine that cannot compute on a device, and return for one that can.
 
     engine: a name, or None, which is always right. device: where the weights will be. The error names the engines of
-    this processor; an engine is refused beside a GPU, because it is an instruction set of the CPU.
+    this processor; an engine is refused beside a GPU, because it is an instruction set of the CPU, and beside a name
+    that torch does not know.
     """
     if engine is None:
         return
     panels.engine_index(engine)
-    if torch.device(device).type != "cpu":
+    if str(device).partition(":")[0] != "cpu":
         raise UsageError(f"engine {engine} is an instruction set of CPUs, not of {device}", "leave one of them out")
 
 

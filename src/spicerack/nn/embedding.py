@@ -99,7 +99,9 @@ class QEmbedding(PackedLayer, nn.Embedding):
         """As the float layer has it, for the code of families that ask."""
         if self.lookup.scale is None:
             raise AttributeError("its rows are not scaled")
-        return torch.tensor(self.lookup.scale, dtype=torch.float32) if self.lookup.rounded else self.lookup.scale
+        if not self.lookup.rounded:
+            return self.lookup.scale
+        return torch.tensor(self.lookup.scale, dtype=torch.float32, device=self.packed.device)
 
     def extra_repr(self) -> str:
         scale = "" if self.lookup.scale is None else f", scale={self.lookup.scale:g}"

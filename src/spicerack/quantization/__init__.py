@@ -5,7 +5,7 @@
     calibration/            codes chosen by what flows through the model, block by block
     stream                  tensor after tensor into shards
     preflight               the first blocks, before the rest
-    run module              the two ways in: a folder, a module in memory
+    run modules/            the two ways in: a folder, a module in memory
     rotation                a checkpoint whose residual stream is turned
     watch                   whoever looks on
 

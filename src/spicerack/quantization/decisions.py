@@ -16,8 +16,9 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from spicerack.errors import RecipeError, SchemeError, listed
-from spicerack.models import blocks, census
+from spicerack.models import census
 from spicerack.models.architecture import classes_of, destinations, on_meta, transposed_stacks
+from spicerack.models.blocks.find import repeated
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST, Census, Entry
 from spicerack.models.towers import language_model_of
 from spicerack.nn import kinds
@@ -199,7 +200,7 @@ def _calibrated(source: Source) -> frozenset[str]:
     """The tensors of linear layers that lie in the model's blocks, as they are: what calibration sees the inputs of."""
     if source.model is None:
         return frozenset()
-    path, stack = blocks.repeated(source.model)
+    path, stack = repeated(source.model)
     inside = {f"{path}.{i}.{layer}.weight" for i, block in enumerate(stack) for layer in kinds.linear_layers(block)}
     places = destinations(source.model, source.checkpoint.tensors).items()
     return frozenset(name for name, place in places if place.parameter in inside and not place.operations)

@@ -23,8 +23,9 @@ import torch
 from spicerack.algorithms.method import Method
 from spicerack.errors import CheckpointError, LoadError, RecipeError
 from spicerack.machine.ranks import ALONE
-from spicerack.models import blocks
 from spicerack.models.architecture import destinations, on_meta
+from spicerack.models.blocks.find import repeated
+from spicerack.models.blocks.look import output_of
 from spicerack.models.config import LAYERS
 from spicerack.quantization.calibration.chunks import Text, tokens
 from spicerack.quantization.calibration.states import States, blocks_folder
@@ -69,7 +70,7 @@ def run(whole: Job, calibration: Calibration, folder: Path, means: Means) -> Tri
         last = _quantized(part, text, folder / "out", dataclasses.replace(means, memory=None, ranks=ALONE))
         inputs = Text(text, SEQUENCES).inputs(slice(None))
         model = load(folder / "out", compute="float", dtype=torch.float32)
-        loaded = tokens(blocks.output_of(model, f"{path}.{BLOCKS - 1}", inputs), inputs)
+        loaded = tokens(output_of(model, f"{path}.{BLOCKS - 1}", inputs), inputs)
         computed = tokens(last.output, inputs)[:, : loaded.shape[-1]]  # behind them is what blocks leave for later ones
         difference = float((loaded - computed).norm() / computed.norm())
     finally:
@@ -115,7 +116,7 @@ def _first_blocks(whole: Job) -> tuple[Job, str, int] | None:
     model = on_meta(source.config)
     if model is None:
         return None
-    path, stack = blocks.repeated(model)
+    path, stack = repeated(model)
     if len(stack) < FEWEST:
         return None
     dropped = tuple(f"{path}.{number}." for number in range(BLOCKS, len(stack)))

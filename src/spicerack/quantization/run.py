@@ -39,7 +39,7 @@ from spicerack.models import choices
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import bar, preflight, recipe
 from spicerack.quantization.job import Job, Sizes, prepare
-from spicerack.quantization.module import quantize_module
+from spicerack.quantization.modules.quantize import quantize_module
 from spicerack.quantization.recipe import Range, Recipe, Rule, decided
 from spicerack.quantization.stream import Means, Stream, calibrate, identity, is_done, plan
 from spicerack.quantization.watch import Watch

@@ -19,6 +19,7 @@ from spicerack.nn import kinds
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage import format as formats
+from spicerack.storage import released
 from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.reader import Checkpoint
 
@@ -38,8 +39,11 @@ class Folder:
 
     @classmethod
     def open(cls, folder: str | Path) -> Folder:
-        """The folder at a path or hub id. Raises CheckpointError, also where a packed tensor has an unknown role."""
-        checkpoint = Checkpoint.open(folder).held()
+        """The folder at a path or hub id; a release in FP8 or MXFP4 as the floats that it stands for.
+
+        Raises CheckpointError, also where a packed tensor has an unknown role.
+        """
+        checkpoint = released.decoded(Checkpoint.open(folder)).held()
         fmt = formats.of_folder(checkpoint)
         contents = fmt.contents(checkpoint) if fmt is not None else {}
         known = {kind.name for kind in kinds.KINDS} | BY_DEFAULT | ON_REQUEST
@@ -77,7 +81,8 @@ class Folder:
     def floats(self) -> dict[str, torch.Tensor]:
         """Tensors that are no part of a packed one, by name.
 
-        They are mapped from their files and not read: a page comes from the disk when it is looked at.
+        They are mapped from their files and not read: a page comes from the disk when it is looked at. Those of a
+        release are decoded now, and so in memory.
         """
         layouts = [self.format.layout(stored) for stored in self.contents.values()] if self.format is not None else []
         packed = {name for layout in layouts for name in layout}

@@ -105,8 +105,8 @@ def load(
     SchemeError (other widths) and UsageError (a model without such a cache), and UsageError for a device that torch
     cannot compute on, and an `engine` that this processor has not, or that is named for another device.
     """
-    devices.find(device, torch.float32)  # before weights are read, as all that can be refused
-    kernel.check_engine(engine, device)
+    kernel.check_engine(engine, device)  # before weights are read, as all that can be refused
+    devices.find(device, torch.float32)
     if cache is not None:
         CacheScheme(cache)
         if into is not None:

@@ -108,7 +108,9 @@ class _Cutting:
             unread = (len(self.waiting) - begin) / max(len(new), 1)  # of the passage, if its tokens are of one size
             fraction = passage.fraction - (passage.fraction - self.before) * unread
             unknown = 0 if self.tokenizer.unk_token_id is None else ids.count(self.tokenizer.unk_token_id)
-            yield Window(torch.tensor(self.prefix + ids), unknown, min(max(fraction, 0.0), 1.0))
+            yield Window(
+                torch.tensor(self.prefix + ids, dtype=torch.int64, device="cpu"), unknown, min(max(fraction, 0.0), 1.0)
+            )
         self.waiting = self.waiting[begin:]
         self.before = passage.fraction
 

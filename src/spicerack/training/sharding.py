@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from spicerack.models import blocks
+from spicerack.models.blocks.find import repeated
 from spicerack.training.trainer import FewBitsTrainer
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -48,7 +48,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     nn.Module.to(model, device)
-    for block in blocks.repeated(model)[1]:
+    for block in repeated(model)[1]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)  # what is in no block: embeddings, the last norm, the head
     return model

@@ -11,9 +11,8 @@ import families
 import pytest
 import torch
 from calibrations import Watching
-from conftest import STDLIB_LM, LlamaFolder
+from conftest import LlamaFolder
 from pretending import DEVICE, Pretending, There
-from transformers import AutoTokenizer
 
 import spicerack
 from spicerack.algorithms import method
@@ -178,9 +177,8 @@ def test_sums_on_gpus_go_by_nccl(device: str, backend: str, monkeypatch: pytest.
     assert join(torch.device(device)).count == 2 and asked == [backend]
 
 
-def test_the_command_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = job("llama", "w4g16", "rtn", tmp_path / "float").source.folder
-    AutoTokenizer.from_pretrained(STDLIB_LM).save_pretrained(source)
+def test_the_command_says_where(llama_folder: LlamaFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = llama_folder()
     (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 99)
     words = ["quantize", source, "-o", tmp_path / "out", "--scheme", "w4g16", "--calib", tmp_path / "text.txt"]
     with Pretending():

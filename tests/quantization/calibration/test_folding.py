@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from spicerack.algorithms.stats import Stats
 from spicerack.algorithms.transforms import awq, smoothquant
-from spicerack.models import blocks
+from spicerack.models.blocks.find import find
 from spicerack.models.families.folds import FOLDS
 from spicerack.nn import kinds
 from spicerack.quantization.calibration import folding
@@ -42,7 +42,7 @@ def sites_of(model: PreTrainedModel, block: nn.Module, but: tuple[str, ...] = ()
 @torch.no_grad()
 def test_blocks_compute_the_same(family: str, dtype: torch.dtype) -> None:
     model = awake(family)
-    stack = blocks.find(model)
+    stack = find(model)
     block = stack.blocks[-1]
     sites = sites_of(model, block)
     assert {site.source for site in sites} == {source for source, _ in FOLDS[TYPES[family]]}
@@ -66,7 +66,7 @@ def test_blocks_compute_the_same(family: str, dtype: torch.dtype) -> None:
 
 def test_readers_that_stay_in_float_are_left_alone() -> None:
     model = awake("llama")
-    block = blocks.find(model).blocks[0]
+    block = find(model).blocks[0]
     names = {site.source for site in sites_of(model, block, but=("self_attn.v_proj",))}
     assert names == {"post_attention_layernorm", "mlp.up_proj"}
 
@@ -74,7 +74,7 @@ def test_readers_that_stay_in_float_are_left_alone() -> None:
 def test_grouped_heads_share_a_factor() -> None:
     """Llama with 4 heads of 8 over 2 of values: columns 0..7 and 8..15 of the output projection read values 0..7."""
     model = awake("llama")
-    site = next(s for s in sites_of(model, blocks.find(model).blocks[0]) if s.source == "self_attn.v_proj")
+    site = next(s for s in sites_of(model, find(model).blocks[0]) if s.source == "self_attn.v_proj")
     assert site.channels.tolist() == [*range(8), *range(8), *range(8, 16), *range(8, 16)]
     factors = torch.rand(32, generator=torch.Generator().manual_seed(0)) + 0.5
     tied = site.tied(factors)
@@ -85,7 +85,7 @@ def test_grouped_heads_share_a_factor() -> None:
 
 def test_a_gain_of_zero_keeps_its_channel() -> None:
     model = awake("llama")
-    block = blocks.find(model).blocks[0]
+    block = find(model).blocks[0]
     site = sites_of(model, block)[0]
     with torch.no_grad():
         block.get_parameter("input_layernorm.weight")[5] = 0

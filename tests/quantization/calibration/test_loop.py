@@ -24,6 +24,7 @@ from spicerack.algorithms.solvers import blockap, signround
 from spicerack.cli import _output, cli
 from spicerack.errors import ActivationError, OutputError, RecipeError, UsageError
 from spicerack.evaluation import language
+from spicerack.nn.linear import QConv1D, QLinear
 from spicerack.numerics.scheme import parse
 from spicerack.quantization import memory
 from spicerack.quantization.calibration import loop
@@ -70,7 +71,7 @@ def test_statistics_are_those_of_what_flows_behind_quantized_layers(
     exact = spicerack.load(source).eval()
     small = spicerack.load(tmp_path / "out", compute="float").eval()
     small.set_attn_implementation("sdpa")
-    names = [name for name, module in small.named_modules() if type(module).__name__ == "QLinear"]
+    names = [name for name, module in small.named_modules() if isinstance(module, QLinear | QConv1D)]
     inside = [name for name in names if ".0." in name or ".1." in name]
     now, then = inputs_of(small, inside, given), inputs_of(exact, inside, given)
     expected = {name: (x.t() @ x / len(x), (then[name] - x).t() @ x / len(x)) for name, x in now.items()}

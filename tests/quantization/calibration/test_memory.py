@@ -12,7 +12,7 @@ import folders
 import pytest
 import torch
 from calibrations import Watching, saved, text
-from safetensors.torch import save_file
+from conftest import LlamaFolder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spicerack
@@ -139,9 +139,8 @@ def test_the_plan_is_kept(scheme: str, method: str, tmp_path: Path) -> None:
     assert result["planned_peak_bytes"] < 2.2 * (result["peak_rss_bytes"] - mapped)  # and not by planning anything
 
 
-def test_data_free_runs_are_planned_too(tmp_path: Path) -> None:
-    folder = folders.folder(tmp_path / "m", {"model.layers.0.mlp.up_proj.weight": (64, 128)}, {"model_type": "llama"})
-    save_file({"model.layers.0.mlp.up_proj.weight": torch.randn(64, 128)}, next(folder.glob("*.safetensors")))
+def test_data_free_runs_are_planned_too(llama_folder: LlamaFolder, tmp_path: Path) -> None:
+    folder = llama_folder()
     result = spicerack.quantize(folder, "w4g32", output=tmp_path / "out", memory=2 * GB)
     assert result["peak_rss_bytes"] and result["planned_peak_bytes"] < 2 * GB
     with pytest.raises(UsageError, match="--memory"):

@@ -22,6 +22,7 @@ from spicerack.algorithms import method
 from spicerack.cli import _output, cli
 from spicerack.errors import ActivationError, OutputError, RecipeError, SchemeError, UsageError
 from spicerack.machine.ranks import Ranks
+from spicerack.nn.linear import QConv1D, QLinear
 from spicerack.numerics.scheme import parse
 from spicerack.quantization import memory
 from spicerack.quantization.calibration import observer as observers
@@ -88,7 +89,7 @@ def test_scales_are_of_what_flows_behind_quantized_layers(
     mask = torch.ones(given.ids.shape, dtype=torch.bool) if given.mask is None else given.mask
     peaks: dict[str, float] = {}
     for name, layer in small.named_modules():
-        if type(layer).__name__ == "QLinear" and layer.packed.scheme.activations == "static":
+        if isinstance(layer, QLinear | QConv1D) and layer.packed.scheme.activations == "static":
             layer.register_forward_pre_hook(
                 lambda _, x, name=name: peaks.__setitem__(
                     name, float(x[0].reshape(-1, x[0].shape[-1])[mask.reshape(-1)].abs().max())
@@ -156,9 +157,9 @@ def test_a_loaded_model_computes_as_float_layers_with_rounded_inputs(scheme: str
     small.set_attn_implementation("sdpa")
     dense = LlamaForCausalLM.from_pretrained(source)
     for name, layer in small.named_modules():
-        if type(layer).__name__ == "QLinear":
+        if isinstance(layer, QLinear):
             float_layer = dense.get_submodule(name)
-            float_layer.weight.data = layer.weight
+            float_layer.weight.data = layer.decode()
             s = float(layer.packed.qtensor().input_scale)
             float_layer.register_forward_pre_hook(lambda _, x, s=s: (x[0] / s).round().clamp(-127, 127) * s)
     ids = text().ids[:4]

@@ -103,6 +103,7 @@ def result(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("scheme", ["w4g32", "w2g32h", "w4g32z", "w4g32a8", "ternary"])
 @pytest.mark.parametrize("name", sorted(NETS))
+@pytest.mark.filterwarnings("ignore:.*of the weights in matrices stay in float")  # attention of torch's own
 def test_every_mode_computes_what_is_frozen(name: str, scheme: str) -> None:
     build, x, rules = NETS[name]
     if name == "reads" and scheme.endswith("a8"):

@@ -9,8 +9,8 @@ import torch
 
 from spicerack.errors import UsageError
 from spicerack.machine.ranks import Ranks
-from spicerack.models import blocks
 from spicerack.models.architecture import on_meta
+from spicerack.models.blocks.find import repeated
 from spicerack.models.inputs import limits
 from spicerack.models.kind import obstacle
 from spicerack.quantization.job import Job
@@ -73,7 +73,7 @@ def check(job: Job, calibration: Calibration) -> None:
     model = on_meta(source.config)
     if model is None:
         return
-    blocks.repeated(model)
+    repeated(model)
     given = limits(model, model.config)
     given.check_ids(calibration.ids)
     given.check_length(calibration.ids.shape[1], "--length")

@@ -24,8 +24,8 @@ from spicerack.algorithms.stats import Accumulator, Need, Stats
 from spicerack.errors import ActivationError
 from spicerack.machine.memory import steady
 from spicerack.machine.ranks import Ranks
-from spicerack.models import blocks
-from spicerack.models.blocks import Arguments, Stack
+from spicerack.models.blocks.look import arguments_of, inputs_of
+from spicerack.models.blocks.stack import Arguments, Stack
 from spicerack.numerics.qtensor import moved
 from spicerack.quantization.calibration.chunks import Text, tokens
 from spicerack.quantization.calibration.states import States
@@ -118,7 +118,7 @@ class Flow:
         self, block: nn.Module, paths: Sequence[str], hidden: torch.Tensor, call: Call
     ) -> dict[str, torch.Tensor]:
         """What each of these layers of a block is called with, [tokens, K]; those that are not called are left out."""
-        raw = blocks.inputs_of(paths, self.stack, block, hidden, call.arguments)
+        raw = inputs_of(paths, self.stack, block, hidden, call.arguments)
         return {path: call.tokens(x) for path, x in raw.items()}
 
     def input(self, block: nn.Module, path: str, hidden: torch.Tensor, call: Call) -> torch.Tensor:
@@ -135,7 +135,7 @@ class Flow:
         states [T, H], the experts of each token [T, E'] and their weights.
         """
         owner = next(iter(counts)).stack.rpartition(".")[0]
-        given = blocks.arguments_of(owner, self.stack, block, hidden, call.arguments)
+        given = arguments_of(owner, self.stack, block, hidden, call.arguments)
         if len(given) != 3 or not all(isinstance(x, torch.Tensor) and x.ndim == 2 for x in given):
             return {}
         x, chosen, weights = given
@@ -148,7 +148,7 @@ class Flow:
             choice = torch.full((len(first), 1), int(target.expert), dtype=chosen.dtype, device=chosen.device)
             arguments = Arguments((choice, weights.new_ones(len(first), 1)), {})
             path = target.path.removeprefix(f"{owner}.")
-            inputs[target] = blocks.inputs_of([path], self.stack, module, first, arguments)[path]
+            inputs[target] = inputs_of([path], self.stack, module, first, arguments)[path]
         return inputs
 
     # ---- statistics over the text ------------------------------------------------------------------------------------

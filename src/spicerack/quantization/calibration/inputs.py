@@ -15,7 +15,7 @@ import torch
 
 from spicerack.algorithms.stats import CHUNK, Accumulator, add_product, products
 from spicerack.machine.ranks import ALONE
-from spicerack.models import blocks
+from spicerack.models.blocks.look import shared_inputs, watched
 from spicerack.quantization.calibration.flow import Flow
 from spicerack.quantization.calibration.pair import Pair
 from spicerack.quantization.memory import STATISTICS
@@ -64,9 +64,9 @@ def stages(pair: Pair, flow: Flow) -> list[list[Readers]]:
         if not missing:
             break
         called: list[tuple[str, torch.Tensor]] = []
-        with blocks.watched(pair.exact, sorted(missing), called.append):
+        with watched(pair.exact, sorted(missing), called.append):
             flow.run(pair.exact, flow.hidden(call)[1], call)
-        for readers in blocks.shared_inputs([(path, x) for path, x in called if len(x)]):
+        for readers in shared_inputs([(path, x) for path, x in called if len(x)]):
             if readers[0] in missing:
                 stage = stacks.get(readers[0], [readers])
                 order.append(stage)

@@ -39,7 +39,7 @@ from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.transform import scalings
 from spicerack.machine.memory import peak_rss_bytes, steady
 from spicerack.machine.ranks import Ranks
-from spicerack.models import blocks
+from spicerack.models.blocks.find import find
 from spicerack.numerics.qtensor import QTensor
 from spicerack.quantization.calibration import solving, transforms
 from spicerack.quantization.calibration.chunks import Text
@@ -86,7 +86,7 @@ def run(
     """
     folder.mkdir(exist_ok=True)
     model, experts = load_apart(original(job.source))
-    stack = blocks.find(model)
+    stack = find(model)
     tensors = tensors_of(stack, experts, job)
     states = States(folder, text.rows, device)
     done = next((i for i in range(len(stack.blocks)) if not is_done(folder, i)), len(stack.blocks))

@@ -13,7 +13,7 @@ import torch
 
 from spicerack.errors import ActivationError
 from spicerack.machine.ranks import ALONE
-from spicerack.models import blocks
+from spicerack.models.blocks.look import inputs_of
 from spicerack.numerics.qtensor import moved
 from spicerack.quantization.calibration import observer as observers
 from spicerack.quantization.calibration.flow import Flow
@@ -34,7 +34,7 @@ def observe(pair: Pair, flow: Flow, readers: Sequence[str], name: str | None) ->
     path = static[0]
     where = f"{flow.name}.{path}"
     for call in flow.calls(ALONE if observer.in_order else None):
-        x = blocks.inputs_of([path], flow.stack, pair.quantized, flow.hidden(call)[0], call.arguments)
+        x = inputs_of([path], flow.stack, pair.quantized, flow.hidden(call)[0], call.arguments)
         for i, (rows, mask) in enumerate(_sequences(x.get(path), call.inputs)):
             try:
                 observer.add(rows, mask)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from spicerack.models.architecture import destinations
-from spicerack.models.blocks import Stack
+from spicerack.models.blocks.stack import Stack
 from spicerack.nn import kinds
 from spicerack.quantization.calibration.states import solution_name
 from spicerack.quantization.job import Action, Job

@@ -211,7 +211,7 @@ def _quantizer(decode: bool, columns: Mapping[Any, int]) -> HfQuantizer:
                     scales = input_dict[key.replace("weight_packed", "weight_scale")]
                     words = tuple(parts[0].shape)
                     shape = (len(parts), words[0], columns[words, tuple(scales[0].shape)])
-                    stacks[key] = torch.empty(shape, device="meta")
+                    stacks[key] = torch.empty(shape, dtype=torch.float32, device="meta")
             return stacks
 
     class Quantizer(CompressedTensorsHfQuantizer):

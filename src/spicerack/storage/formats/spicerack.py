@@ -151,7 +151,9 @@ def _read_group(group: Any, where: str) -> list[StoredTensor]:
     checked.
     """
     try:
-        scheme = parse(group["scheme"])
+        if not isinstance(name := group["scheme"], str):
+            raise CheckpointError(f"{where}: an entry of 'quantized' has a scheme that is no name: {name!r}", _REMEDY)
+        scheme = parse(name)
         shape = tuple(group["shape"])
         role, transposed, modules = group["role"], group["transposed"], group["modules"]
         dtype = SOURCE_BY_WORD[group["dtype"]]

@@ -32,8 +32,9 @@ from spicerack.nn import kinds
 from spicerack.nn.kinds import LayerKind
 from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import module
 from spicerack.quantization import recipe as recipes
+from spicerack.quantization.modules.copies import as_before, with_packed
+from spicerack.quantization.modules.layers import weight_name
 from spicerack.quantization.recipe import Recipe, Rule
 from spicerack.runtime import hf
 from spicerack.training.qat import gather
@@ -135,10 +136,10 @@ def freeze(model: nn.Module, *, compute: Compute | None = None) -> nn.Module:
                 "train it without a8",
             )
         if (key := _key(layer)) not in weights:
-            q = (gather.whole(layer) if sharded else layer).qtensor(module.weight_name(name))
+            q = (gather.whole(layer) if sharded else layer).qtensor(weight_name(name))
             device = torch.device("cpu") if sharded else layer.tied.device
             weights[key] = PackedWeight(q, layer.weight_dtype, device, compute)
-    small = module.with_packed(
+    small = with_packed(
         model,
         {name: weights[_key(layer)] for name, layer in layers.items()},
         _kind_of,
@@ -216,7 +217,7 @@ def _unpacked(model: nn.Module, layers: Mapping[str, PackedLayer], config: QATCo
         static = None if q.input_scale is None else q.input_scale.to(weight).reshape(1, 1)
         starts[name] = Start(layer, how, learned[id(weight)], static)
     for name, old in layers.items():
-        module.as_before(floats[name], old)
+        as_before(floats[name], old)
         if name:
             model.set_submodule(name, floats[name])
     return _converted(floats.get("", model), starts)
@@ -261,7 +262,7 @@ def _tuned(model: nn.Module, layers: Mapping[str, PackedLayer]) -> nn.Module:
             shared[id(layer.packed)] = SharedWeight(name, layer.packed)
         if id(layer) not in trained:
             new = tuned_twin(name, layer, shared[id(layer.packed)])
-            module.as_before(new, layer)
+            as_before(new, layer)
             trained[id(layer)] = new
     model.requires_grad_(False)
     return _replaced(model, {name: trained[id(layer)] for name, layer in layers.items()})

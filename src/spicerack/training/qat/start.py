@@ -30,7 +30,10 @@ from spicerack.numerics.fake import Clip, Grid
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import module
+from spicerack.quantization.modules.checks import check, check_owners
+from spicerack.quantization.modules.floats import nothing, warn_of_staying
+from spicerack.quantization.modules.layers import layers_of, weight_name
+from spicerack.quantization.modules.schemes import schemes_of
 from spicerack.quantization.recipe import Recipe
 from spicerack.training.qat import twins
 from spicerack.training.qat.fake_layers import LEARNED, Quantizer, Ranges, Rounding, range_of
@@ -83,16 +86,16 @@ def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, nn.Module], dict
     concern here. Raises RecipeError, SchemeError, ShapeError, WeightError as that does. Static activations, which it
     refuses, can be trained.
     """
-    layers = module.layers_of(model)
+    layers = layers_of(model)
     if not layers:
-        raise module.nothing(model, "has no layer that is trained in few bits", "it needs linear layers")
-    schemes, _ = module.schemes_of(model, recipe, layers)
+        raise nothing(model, "has no layer that is trained in few bits", "it needs linear layers")
+    schemes, _ = schemes_of(model, recipe, layers)
     layers = {name: layers[name] for name in schemes}
     for name, layer in layers.items():
         twins.of(name, kinds.of(layer))
-    module.check(layers, {name: _of_weights(layers[name], scheme) for name, scheme in schemes.items()})
-    module.check_owners(model, layers)
-    module.warn_of_staying(model, stacklevel=5)
+    check(layers, {name: _of_weights(layers[name], scheme) for name, scheme in schemes.items()})
+    check_owners(model, layers)
+    warn_of_staying(model, stacklevel=5)
     return layers, schemes
 
 
@@ -150,7 +153,7 @@ def first_scales(name: str, layer: nn.Module, how: Rounding, init: Init) -> Lear
     elif init == "absmax" and how.quantizer == "seq" and not how.scheme.zero:
         scale = 2 * tiles.amax((1, 3)) / (levels.hi - levels.lo + 1)
     else:
-        q = rounding.to_nearest(w, how.scheme, range_=init, name=module.weight_name(name))
+        q = rounding.to_nearest(w, how.scheme, range_=init, name=weight_name(name))
         # that of zeros, which any scale fits, counts as the smallest: one of 1 would be far above what is learned
         scale, zero = torch.where(tiles.amax((1, 3)) == 0, 0, q.plain_scale), q.zero
     trains = kinds.weight_of(layer).requires_grad

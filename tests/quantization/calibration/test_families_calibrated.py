@@ -13,7 +13,8 @@ from calibrations import Watching, text
 
 import spicerack
 from spicerack.errors import UsageError
-from spicerack.models import blocks
+from spicerack.models.blocks.find import repeated
+from spicerack.models.blocks.look import output_of
 from spicerack.quantization.calibration.states import States, blocks_folder
 from spicerack.quantization.job import prepare
 from spicerack.quantization.recipe import decided, of
@@ -52,13 +53,13 @@ def test_the_folder_computes_what_the_loop_did(name: str, tmp_path: Path) -> Non
 
     execute(job, out, calibration=given, watch=Watching(finished=finished))
     loaded = load(out, compute="float", dtype=torch.float32)
-    path, stack = blocks.repeated(load(tmp_path / "model"))
+    path, stack = repeated(load(tmp_path / "model"))
     rows = len(last[0])
     inputs = {"input_ids": given.ids[:rows]}
     real = torch.ones(rows, given.ids.shape[1], dtype=torch.bool)
     if given.mask is not None:
         inputs["attention_mask"], real = given.mask[:rows].long(), given.mask[:rows]
-    expected = blocks.output_of(loaded, f"{path}.{len(stack) - 1}", inputs)
+    expected = output_of(loaded, f"{path}.{len(stack) - 1}", inputs)
     computed = last[0][..., : expected.shape[-1]]
     assert float((computed - expected)[real].norm() / expected[real].norm()) < 1e-5
     assert 0 < max(errors) < 0.5
