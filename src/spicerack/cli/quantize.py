@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +46,18 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """What --shard-size and --memory mean in bytes: "500MB" -> 500,000,000; decimal units, or a plain number.
+    """What --shard-size and --memory mean in bytes: "1.5GB" -> 1,500,000,000; decimal units, or a plain number.
 
-    value: as typed, at most twelve digits; None where the option was not given, and stays None. Raises BadParameter.
+    value: as typed, at most twelve digits before the point; None where it was not given, and stays None. Raises
+    BadParameter.
     """
     if value is None:
         return None
-    match = re.fullmatch(r"([1-9]\d{0,11})\s*([kmg]b)?", value.lower())
-    if match is None:
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([kmg]b)?", value.lower())
+    size = 0 if match is None else int(Decimal(match[1]) * _UNITS[match[2] or ""])
+    if not size:
         raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", ctx, param)
-    return int(match[1]) * _UNITS[match[2] or ""]
+    return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +101,6 @@ class _Options:
     memory: int | None
     dry_run: bool
     as_json: bool
-
-    def check_scheme(self) -> None:
-        """Raise SchemeError for a scheme that there is not."""
-        from spicerack.numerics.scheme import parse
-
-        if self.scheme is not None:
-            parse(self.scheme)
 
     def recipe(self, rules: list[Rule]) -> Recipe:
         """The recipe's file with what was typed over it, and `rules`, of --set and --skip, behind the file's own.
@@ -184,7 +180,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     from spicerack.quantization.recipe import decided
 
     rules = _rules.of(ctx, options.set_, options.skip)
-    options.check_scheme()  # a method's transforms bring torch in
+    renamed = _rules.renamed((options.scheme, *options.set_))  # which must be schemes; a method may bring torch in
     source = early.open_float(options.model)
     recipe = options.recipe(rules)
     with_text = options.calib is not None
@@ -204,7 +200,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     job = prepare(options.model, whole, with_text=with_text, shard_bytes=options.shard_bytes)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)
-    told = notes(job, calibration, recipe, options.effort)
+    told = (*renamed, *notes(job, calibration, recipe, options.effort))
     _quantizing.announce(job, calibration, planned, means.device, console, told)
     if options.dry_run:
         _quantizing.foretell(job, console)
