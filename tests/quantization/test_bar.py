@@ -61,7 +61,7 @@ def test_every_part_of_a_block_is_told(
         assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] < 1
         told = [at.doing for at in mine]
         assert sum(doing.startswith("solving ") for doing in told) == 7
-        assert "solving mlp.down_proj, 7 of 7" in told and any(doing.startswith("statistics of ") for doing in told)
+        assert "solving mlp.down_proj, 7 of 7" in told and any(doing.startswith("statistics for ") for doing in told)
         assert any(doing.startswith("awq: factors of ") for doing in told) == ("awq" in method)
         assert ("learning, step 3 of 3" in told) == (method == "signround")
 

@@ -120,7 +120,7 @@ def announce(
 def foretell(job: Job, console: Console) -> None:
     """Print what would come out: the table and the totals of a run, without the errors that only a run finds."""
     _table([action.entry() for action in job.actions], console)
-    console.print(f"\n{_totals(job.sizes())}")
+    console.print(f"\n{_totals(job.sizes())}", soft_wrap=True)
     console.print("nothing was written: this was a dry run")
 
 
@@ -140,7 +140,7 @@ def report(summary: Summary, source: Path, console: Console) -> None:
     written = ledger.read(summary.output)
     assert written is not None, "quantized just now"
     _table(written.entries, console)
-    console.print(f"\n{_totals(summary.sizes)}")
+    console.print(f"\n{_totals(summary.sizes)}", soft_wrap=True)
     if summary.already_there:
         console.print(f"{escape(str(summary.output))} is already there, from the same command", soft_wrap=True)
     else:
@@ -182,7 +182,7 @@ def _totals(total: Sizes) -> str:
     before, after = total.bytes_before, total.bytes_after
     return (
         f"[bold]{_output.size(before)} -> {_output.size(after)}[/bold], {before / after:.2f} times smaller; "
-        f"{total.bits_per_weight:.2f} bits a quantized weight, {total.bits_per_weight_total:.2f} over all"
+        f"{total.bits_per_weight:.2f} bits a quantized weight, {total.bits_per_weight_total:.2f} in all"
     )
 
 

@@ -204,7 +204,8 @@ def _bar(first: bool) -> Iterator[Progress]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=_output.console(as_json=True), transient=True, disable=not first) as bar:
+    place = _output.console(as_json=True)
+    with Progress(*columns, console=place, transient=True, disable=not first or not place.is_terminal) as bar:
         yield bar
 
 

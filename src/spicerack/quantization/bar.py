@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _EARLY = 0.1
 """Share of the first block's work from which on it tells how long a block takes."""
 
+_BESIDE = 38
+"""Columns beside the words, which are cut to what is left: spinner, bar, `0:12:34`, `about 12 min left`."""
+
 
 class Clock:
     """How long a calibrated run takes from now on, by the blocks that it has done.
@@ -78,8 +81,9 @@ class Bar(Watch):
     def working(self, at: Working) -> None:
         """See `Watch.working`."""
         left = self._clock.left(at, time.monotonic())
+        doing, room = f"block {at.number + 1} of {at.count}: {at.doing}", max(self.bar.console.width - _BESIDE, 20)
         self.bar.update(
-            self._task, description=f"block {at.number + 1} of {at.count}: {at.doing}", total=at.count,
+            self._task, description=doing if len(doing) <= room else f"{doing[: room - 1]}…", total=at.count,
             completed=at.number + at.share, left="" if left is None else f"about {duration(left)} left",
         )  # fmt: skip
 
@@ -97,16 +101,16 @@ class Bar(Watch):
 
 
 def columns(console: Console, *, disabled: bool = False) -> Progress:
-    """The bar's place on a console: what is done, the bar, its share, the time so far and the time left; gone at the
-    end. disabled: nothing is drawn."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-    from rich.table import Column
+    """The bar's place on a console: what is done, the bar, the time so far and the time left; gone at the end.
 
-    one_line = Column(no_wrap=True, overflow="ellipsis")
+    disabled: nothing is drawn, as where nobody looks on.
+    """
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    looked_at = console.is_terminal or console.is_jupyter
     return Progress(
-        SpinnerColumn(), TextColumn("{task.description}", table_column=one_line), BarColumn(bar_width=10),
-        TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=console, transient=True,
-        disable=disabled,
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=8), TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"), console=console, transient=True, disable=disabled or not looked_at,
     )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def _solve_mine(
 
     The costliest go first to the rank with the least to do: what solving costs grows with the weight's size.
     """
-    counting(f"statistics of what {part[0][0]} reads", 0)
+    counting(f"statistics for {part[0][0]}", 0)
     known = moments(pair, flow, part)
     by_path = {target.path: (target, readers) for readers in part for target in _targets(pair, readers)}
     costs = {path: float(pair.weight(target).numel()) for path, (target, _) in by_path.items()}
