@@ -75,6 +75,16 @@ def test_narrow_layers_stop_training_before_its_text_is_read(
     assert "missing.txt" in capsys.readouterr().err
 
 
+def test_a_missing_tokenizer_is_told_in_a_whole_sentence(
+    stdlib_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(stdlib_lm / name)
+    assert in_process("generate", tmp_path, "hello") == 2
+    error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert "has no tokenizer: " in error and not error.rstrip().endswith((":", "of"))
+
+
 def test_choices_among_tokens_need_a_temperature(llama_folder) -> None:
     with pytest.raises(UsageError, match="no effect at temperature 0"):
         generate(llama_folder(), "a", GenerateOptions(top_p=0.9))
