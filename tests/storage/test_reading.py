@@ -19,8 +19,7 @@ from torch import nn
 
 from spicerack.models.architecture import host_of, modules_of, on_meta
 from spicerack.quantization.job import Job, prepare
-from spicerack.quantization.recipe import of
-from spicerack.quantization.run import decided
+from spicerack.quantization.recipe import decided, of
 from spicerack.storage import format
 from spicerack.storage.reader import Checkpoint
 

@@ -283,7 +283,7 @@ def _only_weight_file(folder: Path) -> str:
     if pickled:
         raise CheckpointError(
             f"{folder / pickled[0]}: pickled weights are not read, because pickled files can execute code",
-            "convert in a sandbox with save_pretrained(safe_serialization=True)",
+            "load them with transformers in a sandbox, and save_pretrained writes *.safetensors",
         )
     if any(name.endswith(".gguf") for name in names):
         raise CheckpointError(
@@ -291,6 +291,12 @@ def _only_weight_file(folder: Path) -> str:
         )
     if any(folder.glob("*.safetensors.tmp")) or "progress.json" in names:
         raise CheckpointError(f"{folder} is an unfinished output", "run the same quantize command again to finish it")
+    parts = sorted(path.parent.name for path in folder.glob("*/*.safetensors") if not path.parent.name.startswith("."))
+    if parts := list(dict.fromkeys(parts)):
+        raise CheckpointError(
+            f"{folder} has no *.safetensors file of its own: it is a folder of models, {', '.join(parts)}",
+            f"give one of them: {folder / parts[0]}",
+        )
     raise CheckpointError(f"{folder} has no *.safetensors file", "give a Hugging Face model folder")
 
 

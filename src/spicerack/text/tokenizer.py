@@ -32,7 +32,9 @@ def read_tokenizer(
                 "pass --trust-remote-code if you trust it",
             ) from error
         # transformers' first line ends where its list of ways begins, which are not of use here
-        reason = str(error).strip().split("\n")[0].removesuffix("from one of:").rstrip() or type(error).__name__
+        reason = (
+            str(error).strip().split("\n")[0].rstrip().removesuffix("from one of:").rstrip() or type(error).__name__
+        )
         raise CheckpointError(f"{folder} has no tokenizer: {reason}", "add the model's tokenizer files") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
