@@ -86,6 +86,21 @@ def test_writes_fail_and_change_nothing(layer: Any, write: str, mode: Any) -> No
     assert torch.equal(layer.decode(), expected) and layer.weight.requires_grad_(False).shape == expected.shape
 
 
+def test_what_changes_nothing_is_no_write(layer: Any) -> None:
+    """Loops that freeze layers, or clear gradients, go over packed ones too."""
+    layer.weight.requires_grad = False
+    layer.weight.grad = None
+    assert not layer.weight.requires_grad_(False).requires_grad and layer.weight.grad is None
+
+
+def test_other_libraries_get_its_numbers(layer: Any) -> None:
+    """DLPack looks at memory, of which a weight that is decoded for whoever reads it has none."""
+    shared = torch.from_dlpack(layer.weight)
+    assert torch.equal(shared, layer.decode())
+    shared.zero_()
+    assert layer.decode().count_nonzero()
+
+
 def test_gradients_pass_through_products_with_it() -> None:
     layer = spicerack.quantize(nn.Linear(64, 48), "w8")
     grads = []

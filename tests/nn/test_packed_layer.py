@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 import spicerack
+from spicerack.errors import ShapeError, UsageError
 from spicerack.nn.linear import QLinear
 
 # patches are made by a convolution, which in a model as narrow as this is much of the weights
@@ -124,3 +125,39 @@ def test_inputs_of_any_form(scheme: str, compute: Any) -> None:
         close(layer(x.clone()), expected)
     with torch.autocast("cpu", torch.bfloat16):
         close(layer(x).float(), expected, atol=0.05, rtol=0.05)
+
+
+X = torch.linspace(-1, 1, 3 * 64).view(3, 64)
+TRANSFORMS: dict[str, Any] = {
+    "trace": lambda layer, x: torch.jit.trace(layer, x),
+    "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
+    "grad": lambda layer, x: torch.func.grad(lambda y: layer(y).sum())(x),
+    "vmap": lambda layer, x: torch.func.vmap(layer)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_what_would_compute_something_else_is_refused(transform: str, mode: Any) -> None:
+    """A trace would return uninitialized memory, and a derivative in the forward direction zero."""
+    layer = spicerack.quantize(nn.Linear(64, 48), "w8")
+    with mode(), pytest.raises(UsageError, match="packed layers cannot be"):
+        TRANSFORMS[transform](layer, X)
+
+
+def test_dual_numbers_are_refused() -> None:
+    layer = spicerack.quantize(nn.Linear(64, 48), "w8")
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(X, X)
+        with pytest.raises(UsageError, match="forward direction"):
+            layer(dual)
+    assert torch.equal(layer(X), layer(X.clone()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_a_packed_table_takes_integers(dtype: torch.dtype) -> None:
+    table = spicerack.quantize(nn.Embedding(48, 64), "w8")
+    with pytest.raises(ShapeError, match="takes integers"):
+        table(torch.ones(3).to(dtype))
+    assert torch.equal(table(torch.ones(3, dtype=torch.uint8)), table(torch.ones(3, dtype=torch.int64)))

@@ -17,6 +17,7 @@ from torch import nn
 
 import spicerack
 from spicerack.errors import CheckpointError, LoadError, RecipeError, UsageError
+from spicerack.models.architecture import stranger
 from spicerack.models.overview import look
 from spicerack.numerics.scheme import parse
 from spicerack.quantization.door import promised
@@ -130,6 +131,35 @@ def test_what_fills_its_class_passes_and_what_lacks_a_tensor_is_what_load_refuse
         spicerack.load(folder)
     with pytest.raises(CheckpointError, match="no tensor fills"):
         job(folder)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"architectures": ["MistralForCausalLM"]}, "model_type 'llama' is not that of MistralForCausalLM.* 'mistral'"),
+    ({"architectures": ["GPT2LMHeadModel"]}, "model_type 'llama' is not that of GPT2LMHeadModel, which is 'gpt2'"),
+    ({"model_type": "bert"}, "model_type 'bert' is not that of LlamaForCausalLM, which is 'llama'"),
+    ({"num_attention_heads": 3}, "hidden size .* is not a multiple of the number of attention heads"),
+    ({"hidden_size": "64"}, "'hidden_size' expected int, got str"),
+    ({"hidden_act": "nobody_knows"}, "KeyError: 'nobody_knows'"),
+    ({"rope_parameters": {"rope_type": "nobody_knows"}}, "KeyError: 'nobody_knows'"),
+    ({"dtype": "float99"}, "float99"),
+])  # fmt: skip
+def test_a_config_that_makes_no_model_is_refused_before_work_and_by_load(
+    llama_folder, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    folder = configured(llama_folder(), **settings)
+    with pytest.raises(CheckpointError, match=message):
+        spicerack.quantize(folder, "w8", output=tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises((CheckpointError, LoadError)):
+        spicerack.load(folder)
+
+
+def test_families_that_use_the_classes_of_others_are_themselves() -> None:
+    """The oracle is transformers' own table: EXAONE's models are Llama's."""
+    config = transformers.AutoConfig.for_model("exaone", vocab_size=90, num_layers=1, hidden_size=32)
+    model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    assert not issubclass(type(config), model_class.config_class) and stranger(model_class, config) is None
+    assert stranger(transformers.GPT2LMHeadModel, config)
 
 
 def test_codes_are_told_by_names_where_nobody_knows_the_class(llama_folder) -> None:

@@ -25,7 +25,7 @@ from spicerack.storage.format import Contents, Host, Layout
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _UNSAFE_KEYS = ("attn_implementation", "experts_implementation", "auto_map", "quantization_config", "_name_or_path")
 """Dropped from a stranger's config: they can name kernels and code on the hub, or change the layers' classes."""
@@ -71,6 +71,39 @@ def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
         return None
 
 
+def obstacle(config: Mapping[str, Any]) -> str | None:
+    """Why transformers makes no model of `config` although it knows family and class; None if it does, or knows neither.
+
+    config: of a float model, from whoever. What is missing on this machine, a library say, is no reason: another may
+    have it.
+    """
+    try:
+        _build(json.dumps(config, sort_keys=True))
+    except (ImportError, OSError, RuntimeError):  # RuntimeError: given up for its size, too
+        return None
+    except _BUILD_ERRORS as error:
+        return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return None
+
+
+def stranger(model_class: type[PreTrainedModel], built: PreTrainedConfig) -> str | None:
+    """Why a class does not take a config: that is another family's, by its `model_type`. None if it takes it.
+
+    transformers goes by `model_type` and we by `architectures`: where the two disagree, one of us reads another model.
+    Some families have no classes of their own: transformers' tables of classes say whose they use.
+    """
+    from transformers.models.auto import modeling_auto
+
+    takes, name = model_class.config_class, model_class.__name__
+    if takes is None or isinstance(built, takes):
+        return None
+    tables = (table for key, table in vars(modeling_auto).items() if key.endswith("_MAPPING_NAMES"))
+    classes = (table.get(built.model_type, ()) for table in tables)
+    if any(name == entry if isinstance(entry, str) else name in entry for entry in classes):
+        return None
+    return f"its model_type {built.model_type!r} is not that of {name}, which is {takes.model_type!r}"
+
+
 @functools.lru_cache(maxsize=1)  # several ask for the same model, one after the other, and none of them changes it
 def _build(text: str) -> PreTrainedModel | None:
     """The model, from classes of transformers only; None where it has none for it.
@@ -92,6 +125,8 @@ def _build(text: str) -> PreTrainedModel | None:
     known = getattr(transformers, declared[0], None) if declared else MODEL_MAPPING[type(built)]
     if not isinstance(known, type) or not issubclass(known, PreTrainedModel):
         return None
+    if (reason := stranger(known, built)) is not None:
+        raise ValueError(reason)
     with torch.device("meta"), no_init_weights(), _bounded():
         return known(built)
 

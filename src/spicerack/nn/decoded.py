@@ -30,7 +30,7 @@ _TENSOR: Any = torch.Tensor
 _OF_MEMORY = frozenset({
     _TENSOR.numpy, _TENSOR.__array__, _TENSOR.tolist, _TENSOR.storage,
     _TENSOR.untyped_storage, _TENSOR.__reduce_ex__, _TENSOR.__deepcopy__, _TENSOR.__repr__,
-    _TENSOR.__format__,
+    _TENSOR.__format__, _TENSOR.__dlpack__,
 })  # fmt: skip
 """Functions that torch does not dispatch, for they look at memory: they get the decoded tensor."""
 _VIEWING = frozenset({_TENSOR.numpy, _TENSOR.__array__})
@@ -40,6 +40,12 @@ _SETTERS = frozenset({
     _TENSOR.requires_grad_, _TENSOR.set_, _TENSOR.share_memory_,
 })  # fmt: skip
 """What would change the tensor itself."""
+_HAS_ALREADY: dict[Any, tuple[tuple[object, ...], ...]] = {
+    _TENSOR.requires_grad_: ((False,),),
+    _TENSOR.requires_grad.__set__: ((False,),),
+    _TENSOR.grad.__set__: ((None,),),
+}
+"""Arguments with which these change nothing: loops that freeze layers, or clear gradients, go over packed ones too."""
 
 
 class DecodedWeight(torch.Tensor):
@@ -71,9 +77,9 @@ class DecodedWeight(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if function in _SETTERS and isinstance(args[0], cls):
-            if function is torch.Tensor.requires_grad_ and args[1:] == (False,):
-                return args[0]
-            raise refusal()
+            if args[1:] not in _HAS_ALREADY.get(function, ()):
+                raise refusal()
+            return args[0] if function is torch.Tensor.requires_grad_ else None
         with torch._C.DisableTorchFunctionSubclass():
             if function not in _OF_MEMORY:
                 return function(*args, **kwargs)

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from spicerack.errors import ShapeError
 from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.numerics.qtensor import QTensor
+
+_INDICES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+"""Types that ids may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ class QEmbedding(PackedLayer, nn.Embedding):
     packed   the table [rows, K]
     lookup   what it is beside its numbers
 
-    Raises IndexError for ids that are no row.
+    Raises IndexError for ids that are no row, ShapeError for ids that are no integers.
     """
 
     def __init__(self, packed: PackedWeight, lookup: Lookup | None = None) -> None:
@@ -109,5 +113,7 @@ class QEmbedding(PackedLayer, nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows [..., K] for ids [...] of any integer type; a row that is asked for twice is decoded once."""
+        if ids.dtype not in _INDICES:
+            raise ShapeError(f"ids are {ids.dtype}, and a table takes integers", "check the layer's input")
         different, place = torch.unique(ids, return_inverse=True)
         return self.lookup.scaled(self.packed.rows(different))[place]

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
+from spicerack.errors import UsageError
 from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Choice, Compute
 from spicerack.nn.decoded import DecodedWeight, refusal
@@ -122,6 +124,7 @@ class PackedWeight(nn.Module):
         """
         if torch.compiler.is_compiling():  # tensors are not the ones that will be
             return self.choice.kernel.prepare(self.scheme, self.shape, self.tensors)
+        _refuse_transforms()
         stale = self._prepared is None
         for name, tensor in self._prepared_of:
             stale |= self._buffers[name] is not tensor
@@ -136,6 +139,8 @@ class PackedWeight(nn.Module):
 
     def rows(self, which: Rows) -> torch.Tensor:
         """The chosen rows, decoded: [R, K] in `dtype`. which: indices int64 [R], or a slice."""
+        if not torch.compiler.is_compiling():
+            _refuse_transforms()
         return self.choice.kernel.rows(self.scheme, self.shape, self.tensors, which).to(self.dtype)
 
     def decode(self) -> torch.Tensor:
@@ -172,6 +177,21 @@ class PackedWeight(nn.Module):
         if any(self._buffers[name] is not buffer for name, buffer in before.items()):
             self._prepared, self._prepared_of = None, ()  # nobody else keeps what was moved away
         return self
+
+
+def _refuse_transforms() -> None:
+    """Raise UsageError where torch turns what is computed into something else.
+
+    A kernel of ours is no function of torch's there: `torch.jit.trace` would keep uninitialized memory in its place,
+    and derivatives in the forward direction would be zero.
+    """
+    if torch._C._is_tracing():  # type: ignore[attr-defined]
+        raise UsageError("packed layers cannot be recorded by torch.jit.trace", "use torch.compile or torch.export")
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UsageError(
+            "packed layers cannot be transformed by torch.func, nor differentiated in the forward direction",
+            "use torch.autograd (backward, grad, functional.jacobian), or the float model",
+        )
 
 
 class PackedLayer(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from spicerack.errors import CheckpointError, listed
-from spicerack.models.architecture import destinations
+from spicerack.models.architecture import destinations, obstacle
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.models.fit import Fit, fit, renamed
 from spicerack.quantization import decisions
@@ -39,11 +39,13 @@ _TRACES = {
 def check(source: Source) -> list[str]:
     """Notes on a folder that can be quantized, for people: which of its tensors nobody reads.
 
-    Raises CheckpointError for weights that are codes already, for parameters of the class that no tensor fills, and for
-    tensors of another shape; a prefix that is all that is wrong is named.
+    Raises CheckpointError for weights that are codes already, for a config.json that makes no model of its class, for
+    parameters of the class that no tensor fills, and for tensors of another shape; a prefix that is all that is wrong
+    is named.
     """
     _refuse_codes(source)
     if source.model is None:
+        _refuse_senseless(source.checkpoint)
         return []
     shapes = {name: info.shape for name, info in source.checkpoint.tensors.items()}
     fitting = fit(source.model, shapes)
@@ -77,6 +79,15 @@ def _refuse_codes(source: Source) -> None:
                 f"{source.checkpoint.folder} is quantized already: {name} is {info.dtype}{by}, and {wanted}",
                 "start from the float model: every rounding adds up",
             )
+
+
+def _refuse_senseless(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where transformers knows the class and cannot make it: nobody could load what is written."""
+    if (reason := obstacle(checkpoint.config)) is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: {reason}",
+            "is it the model's own, and no newer than the transformers that is installed?",
+        )
 
 
 def _weights(source: Source) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from spicerack.errors import CheckpointError, LoadError, UntrustedCodeError, listed
-from spicerack.models.architecture import harmless
+from spicerack.models.architecture import harmless, stranger
 from spicerack.nn.weight import PackedLayer
 
 METHOD = "spicerack"
@@ -88,12 +88,14 @@ def config_and_class(
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         try:
             built = CONFIG_MAPPING[model_type].from_dict(harmless(dict(config)))
-        except (ArithmeticError, LookupError, StrictDataclassError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, StrictDataclassError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / 'config.json'}: {error}", "the file is damaged, or newer than transformers"
             ) from error
         known = getattr(transformers, names[0], None) if names else None
         if isinstance(known, type) and issubclass(known, PreTrainedModel):
+            if (reason := stranger(known, built)) is not None:
+                raise CheckpointError(f"{folder / 'config.json'}: {reason}", "is it the model's own?")
             return built, known
         if not names and type(built) in MODEL_MAPPING:
             return built, cast(type[PreTrainedModel], MODEL_MAPPING[type(built)])
