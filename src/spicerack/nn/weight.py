@@ -185,7 +185,7 @@ def _refuse_transforms() -> None:
     A kernel of ours is no function of torch's there: `torch.jit.trace` would keep uninitialized memory in its place,
     and derivatives in the forward direction would be zero.
     """
-    if torch._C._is_tracing():  # type: ignore[attr-defined]
+    if torch._C._is_tracing():
         raise UsageError("packed layers cannot be recorded by torch.jit.trace", "use torch.compile or torch.export")
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         raise UsageError(
