@@ -79,8 +79,8 @@ def written(family: str, folder: Path, measure: bool = False) -> dict[str, Any]:
 def _quantized(source: Path, recipe: str, out: Path) -> dict[str, Any]:
     """The folder, and what was said of it before work."""
     from spicerack.quantization.job import prepare
-    from spicerack.quantization.recipe import of
-    from spicerack.quantization.run import decided, execute
+    from spicerack.quantization.recipe import decided, of
+    from spicerack.quantization.run import execute
 
     scheme, _, mixed = recipe.partition(",")
     rules = _rules(source) if mixed else []

@@ -28,8 +28,7 @@ from spicerack.numerics.scheme import Scheme, parse
 from spicerack.quantization import memory
 from spicerack.quantization.calibration import observers
 from spicerack.quantization.job import Job, prepare
-from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import decided
+from spicerack.quantization.recipe import Recipe, decided
 
 Drop = Callable[[ModuleType, str, str], None]
 """Folder of plug-ins, name of the new one, its file's text."""
@@ -121,7 +120,7 @@ TRUNCATED_AND_KEPT = '''
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
 
-def solve(layers, forward, sequences):
+def solve(layers, forward, sequences, told):
     output, target = forward(range(sequences))
     assert output.shape == target.shape and not output.equal(target)
     return {name: Solved(layer.start, (f"{sequences} sequences",)) for name, layer in layers.items()}

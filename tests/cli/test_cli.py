@@ -164,6 +164,50 @@ def test_dry_run_writes_nothing(llama_folder, tmp_path: Path, capsys: pytest.Cap
     assert set(tmp_path.iterdir()) == before
 
 
+def test_a_dry_run_tells_what_the_run_then_writes(
+    llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows, counts, sizes and totals are those of the run; only the errors are not known before it."""
+    command = ["quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", "w4g32", "--set", "**.down_proj=w8"]
+    assert in_process(*command, "--dry-run") == 0
+    foretold = capsys.readouterr().out
+    assert in_process(*command, "--dry-run", "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert in_process(*command) == 0
+    done = capsys.readouterr().out
+    rows = [cells for cells in map(str.split, foretold.splitlines()) if cells[1:3] in (["w4g32", "2"], ["w8", "2"])]
+    assert len(rows) == 7 and "smaller" in foretold and "nothing was written" in foretold
+    assert "error" not in foretold and "weight error" in done
+    after = [line.split() for line in done.splitlines()]
+    assert all(row in [cells[: len(row)] for cells in after] for row in rows)
+    total = next(line for line in foretold.splitlines() if "smaller" in line)
+    assert total in done.splitlines()
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert figures["bytes_after"] == sum(row["bytes_after"] for row in figures["layers"]) <= written
+    assert figures["format"] == "compressed_tensors" and isinstance(figures["notes"], list)
+
+
+def test_the_same_command_again_says_so_and_succeeds(
+    llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", "w4g32"]
+    assert in_process(*command) == 0 and in_process(*command) == 0
+    assert "is already there, from the same command" in capsys.readouterr().out
+    assert in_process(*command, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["already_there"] is True
+
+
+def test_what_the_command_notes_python_gets_too(llama_folder, tmp_path: Path, capsys) -> None:
+    import spicerack
+
+    model = llama_folder()
+    assert in_process("quantize", model, "-o", tmp_path / "a", "--scheme", "nf4", "--json") == 0
+    captured = capsys.readouterr()
+    notes = json.loads(captured.out)["notes"]
+    assert notes and all(note in captured.err for note in notes)
+    assert spicerack.quantize(model, "nf4", output=tmp_path / "b")["notes"] == notes
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "kind", "says"),
     [

@@ -83,7 +83,10 @@ def test_an_adapted_layer_computes_what_the_float_one_with_its_weight_does() -> 
 def test_quantizing_an_adapted_model_leaves_the_adapters() -> None:
     config = peft.LoraConfig(r=64, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
     adapted = peft.get_peft_model(llama(), config).eval()
-    small = spicerack.quantize(adapted, "w8", compute="float")
+    with pytest.warns(
+        UserWarning, match=r"lm_head.modules_to_save.default \(an adapter's own, which is trained in float"
+    ):
+        small = spicerack.quantize(adapted, "w8", compute="float")
     packed = {name[name.index("layers.") :] for name, m in small.named_modules() if isinstance(m, PackedLayer)}
     block = "layers.0."
     assert packed == {

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import tiny
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import spicerack
 from spicerack.nn.embedding import QEmbedding
 from spicerack.nn.experts import ExpertStack, linear, put
 from spicerack.nn.linear import QLinear
@@ -145,6 +149,16 @@ def test_what_a_stack_of_experts_cannot_answer_is_an_error() -> None:
         torch.randn(5, 20) @ stack[0]
     with pytest.raises(TypeError):
         torch.bmm(torch.randn(3, 5, 20), stack)
+
+
+@torch.no_grad()
+def test_experts_multiply_in_float32_where_their_code_says_so(tmp_path: Path) -> None:
+    model = tiny.build("openai_privacy_filter")
+    model.save_pretrained(tmp_path / "m")
+    spicerack.quantize(tmp_path / "m", "w8", output=tmp_path / "out")
+    small, given = spicerack.load(tmp_path / "out", compute="float"), tiny.inputs(model)
+    expected, logits = model(**given)[0], small(**given)[0]
+    assert (logits - expected).norm() < 0.03 * expected.norm()
 
 
 def test_a_lora_adapter_trains_on_a_packed_layer() -> None:

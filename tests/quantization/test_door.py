@@ -9,6 +9,7 @@ from pathlib import Path
 
 import families
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -250,6 +251,17 @@ def test_two_tensors_that_differ_are_two(llama_folder, tmp_path: Path) -> None:
     changed(folder, lambda ts: ts | {"lm_head.weight": ts["model.embed_tokens.weight"].clone()})
     assert "lm_head" not in schemes(job(folder, "w8", "lm_head=w4g32")) and look(folder).tied
     assert [a.fate for a in job(folder).actions if a.info.name == "lm_head.weight"] == ["drop"]
+
+
+def test_one_word_may_tie_others(tmp_path: Path) -> None:
+    """LUKE has two heads: one holds other numbers than its embedding, and of the other nothing is stored."""
+    model = tiny.build("luke")
+    model.save_pretrained(tmp_path / "m")
+    spicerack.quantize(tmp_path / "m", "w8", output=tmp_path / "out")
+    state, loaded = model.state_dict(), spicerack.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(state[name], loaded[name]) for name in state if "decoder" in name)
+    with pytest.raises(RecipeError, match=r"lm_head\.decoder.* one word says both"):
+        job(tmp_path / "m", "w8", "lm_head.decoder=w8")
 
 
 def test_towers_stay_in_float_where_text_chooses_the_codes(tmp_path: Path) -> None:

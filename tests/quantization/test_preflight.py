@@ -21,8 +21,8 @@ from spicerack.numerics.scheme import parse
 from spicerack.quantization import preflight
 from spicerack.quantization.job import prepare
 from spicerack.quantization.preflight import Trial
-from spicerack.quantization.recipe import Recipe, rule
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import Recipe, decided, rule
+from spicerack.quantization.run import execute
 from spicerack.storage.formats.compressed_tensors import FORMAT
 from spicerack.storage.reader import Checkpoint
 

@@ -183,9 +183,30 @@ def test_resuming_with_another_recipe_is_refused(llama_folder, tmp_path: Path) -
     before = folder_hashes(tmp_path / "out")
     with pytest.raises(OutputError, match="another recipe"):
         spicerack.quantize(model, "w4g32", output=tmp_path / "out")
-    with pytest.raises(OutputError, match="finished already"):
-        spicerack.quantize(model, "w8", output=tmp_path / "out")
     assert folder_hashes(tmp_path / "out") == before
+
+
+def test_the_same_call_again_finds_its_folder_there(llama_folder, tmp_path: Path) -> None:
+    """A script that runs twice succeeds twice; what is not whole any more, or another's, is refused as ever."""
+    model, out = llama_folder(), tmp_path / "out"
+    first = spicerack.quantize(model, "w8", output=out)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    second = spicerack.quantize(model, "w8", output=out)
+    assert not first["already_there"] and second["already_there"] and not second["resumed"]
+    assert {key: first[key] for key in ("bytes_after", "notes", "format")} == {
+        key: second[key] for key in ("bytes_after", "notes", "format")
+    }
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before and not list(tmp_path.glob("*.partial"))
+    for spoil in (
+        lambda: (out / "generation_config.json").unlink(),
+        lambda: os.truncate(out / "model.safetensors", 5000),
+    ):
+        spoil()
+        with pytest.raises(OutputError, match="is from this command, but"):
+            spicerack.quantize(model, "w8", output=out)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="not a folder that spicerack wrote"):
+        spicerack.quantize(model, "w8", output=tmp_path / "file")
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

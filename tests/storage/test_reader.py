@@ -143,6 +143,11 @@ def config_has_a_huge_number(folder: Path) -> None:
     (folder / "config.json").write_text('{"a": ' + "9" * 10_000 + "}")
 
 
+def config_asks_for_a_billion_labels(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": {"num_labels": 10**9}}))
+
+
 def config_is_huge(folder: Path) -> None:
     with (folder / "config.json").open("r+b") as file:
         file.truncate(files.MAX_CONFIG_BYTES + 1)
@@ -253,6 +258,7 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (config_is_a_list, "a JSON list, not an object"),
     (config_is_deep, "config.json is not valid JSON"),
     (config_has_a_huge_number, "config.json is not valid JSON"),
+    (config_asks_for_a_billion_labels, "num_labels is 1000000000"),
     (config_is_huge, "config.json has 16777217 bytes"),
     (config_is_a_pipe, "config.json is missing"),
     (shard_is_missing, "model-00002-of-00002.safetensors is missing"),

@@ -19,8 +19,7 @@ from torch import nn
 
 from spicerack.models.architecture import host_of, modules_of, on_meta
 from spicerack.quantization.job import Job, prepare
-from spicerack.quantization.recipe import of
-from spicerack.quantization.run import decided
+from spicerack.quantization.recipe import decided, of
 from spicerack.storage import format
 from spicerack.storage.reader import Checkpoint
 
@@ -77,6 +76,8 @@ def test_names_are_those_that_others_match(family: str, rules: tuple[str, ...], 
         ("t5", "w8", (), True),  # initialisers look at weights, which are not there while they are packed
         ("mamba", "w8", (), True),
         ("falcon", "w4", (), True),
+        ("neomme", "w8a8", (), True),  # a float layer is tied to one whose codes are called `weight`
+        ("zamba", "w8a8", (), True),
         ("t5", "w8a8", (), False),  # int8 weights are called `weight`
         ("llama", "w4g32", (), False),
         ("mixtral", "w4g32", (), False),

@@ -46,6 +46,12 @@ layers of the block. `tests/quantization/calibration/test_memory.py` holds runs 
 
 Forward = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
 """Numbers of sequences -> (the block's output now, what it should be), both [rows, H] without padding."""
+Told = Callable[[int, int], None]
+"""Called with how many steps are taken, and how many there will be."""
+
+
+def untold(_step: int, _steps: int) -> None:
+    """Nobody looks on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,7 @@ def descend(
     learn: Callable[[Tunable], Learned],
     forward: Forward,
     sequences: int,
+    told: Told = untold,
     *,
     steps: int,
     seed: int,
@@ -106,6 +113,7 @@ def descend(
     learn       a layer -> what is learned of it, at its beginning
     forward     runs the block whose layers these are; while it does they multiply by what is being learned
     sequences   how many `forward` can be asked for
+    told        called behind each step
     steps       T; 0 keeps how the layers are rounded already
     seed        decides which sequences a step is given
     """
@@ -127,6 +135,7 @@ def descend(
                 least = loss
                 for layer in learned.values():
                     layer.keep()
+            told(step + 1, steps)
     return {name: Solved(layer.result()) for name, layer in learned.items()}
 
 

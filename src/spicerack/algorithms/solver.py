@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from spicerack import plugins
-from spicerack.algorithms.descent import Forward, Tunable
+from spicerack.algorithms.descent import Forward, Told, Tunable
 from spicerack.algorithms.solved import Solved
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
@@ -64,12 +64,13 @@ class GramSolver:
 class BlockSolver:
     """A solver of all layers of a block at once, by what comes out of the block.
 
-    solve: layers by name, `Forward`, and how many sequences of text there are -> codes by name; called with layers of
-    schemes without an obstacle only. starts_from: the name of the solver whose codes it begins with, wherever that one
-    can do the scheme. memory: as with other solvers; the layers of a block take it all at the same time.
+    solve: layers by name, `Forward`, how many sequences of text there are, and who is told of steps -> codes by name;
+    called with layers of schemes without an obstacle only. starts_from: the name of the solver whose codes it begins
+    with, wherever that one can do the scheme. memory: as with other solvers; the layers of a block take it all at the
+    same time.
     """
 
-    solve: Callable[[Mapping[str, Tunable], Forward, int], dict[str, Solved]]
+    solve: Callable[[Mapping[str, Tunable], Forward, int, Told], dict[str, Solved]]
     starts_from: str
     obstacle: Obstacle
     memory: Memory

@@ -78,6 +78,7 @@ class Outcome:
     label        what the table calls it
     layer_bytes  of the layers that are quantized; codes, scales and zeros included
     timing       sizes and speeds
+    original     the original's, from the same turns: what this speed is beside, whatever else the machine had to do
     evaluation   what was lost; None of the original
     perplexity   of a decoder; None of an encoder
     sample       what a person would look at: a continuation, or the sentence nearest to a question
@@ -86,6 +87,7 @@ class Outcome:
     label: str
     layer_bytes: int
     timing: Timing
+    original: Timing
     evaluation: Evaluation | None
     perplexity: float | None
     sample: str
@@ -156,8 +158,9 @@ def run(subject: Subject, output: Path, report: Callable[[str], None]) -> list[O
         now, then = _perplexities(evaluation)
         if not outcomes:
             sample = _sample(subject, subject.folder)
-            outcomes.append(Outcome("original", before, timed.original, None, then, sample))
-        outcomes.append(Outcome(variant.label, after, timed.quantized, evaluation, now, _sample(subject, folder)))
+            outcomes.append(Outcome("original", before, timed.original, timed.original, None, then, sample))
+        sample = _sample(subject, folder)
+        outcomes.append(Outcome(variant.label, after, timed.quantized, timed.original, evaluation, now, sample))
     return outcomes
 
 

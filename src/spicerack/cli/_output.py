@@ -79,7 +79,8 @@ def measuring() -> Iterator[Callable[[str, float], None]]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(as_json=True), transient=True) as bar:
+    place = console(as_json=True)
+    with Progress(*columns, console=place, transient=True, disable=not place.is_terminal) as bar:
         task = bar.add_task("loading", total=1.0)
         yield lambda doing, share: bar.update(task, description=doing, completed=share)
 

@@ -5,7 +5,7 @@ All of it goes through a console that is silent on every rank but the first: pro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,50 +17,43 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from spicerack.machine.ranks import Ranks
-    from spicerack.quantization.job import Job
+    from spicerack.quantization.job import Job, Sizes
     from spicerack.quantization.memory import MemoryPlan
     from spicerack.quantization.run import Summary
     from spicerack.quantization.watch import Finished, Trial, Watch
+    from spicerack.storage.ledger import Entry
     from spicerack.text.calibration import Calibration
 
 
 def bar(ranks: Ranks) -> Progress:
-    """The bar of bytes that are done, of those of the source; the first rank has it, and nobody where standard error is
-    no terminal. It is gone at the end: what stays is the lines above it."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    """The bar's place, on standard error; the first rank draws there, and nobody where that is no terminal."""
+    from spicerack.quantization.bar import columns
 
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        console=_output.console(as_json=True), transient=True, disable=not ranks.first,
-    )  # fmt: skip
+    return columns(_output.console(as_json=True), disabled=not ranks.first)
 
 
-def watching(bar: Progress, job: Job, stopping: Callable[[], bool], ranks: Ranks) -> Watch:
-    """The Watch that moves the bar and prints a line for each block, on the first rank.
+def watching(place: Progress, job: Job, stopping: Callable[[], bool], ranks: Ranks, *, calibrated: bool) -> Watch:
+    """The Watch that draws the bar and prints a line for each block, on the first rank.
 
-    bar: open. job: how many bytes there are to do. stopping: whether Ctrl+C asked for an end, passed on to every rank.
-    ranks: of several the first one prints.
+    place: open, see `bar`. job: how many bytes there are to do. stopping: whether Ctrl+C asked for an end, passed on to
+    every rank. ranks: of several the first one prints. calibrated: whether blocks are, before bytes are written.
     """
-    from spicerack.quantization.watch import Watch
+    from spicerack.quantization.bar import Bar, duration
 
-    task = bar.add_task("quantizing", total=job.bytes_before)
-
-    class Bar(Watch):
+    class Lines(Bar):
         def tried(self, trial: Trial) -> None:
-            bar.console.print(_trial(trial), soft_wrap=True, highlight=False)
+            self.bar.console.print(_trial(trial), soft_wrap=True, highlight=False)
 
         def finished(self, block: Finished) -> None:
+            super().finished(block)
             if ranks.first:
-                bar.console.print(_line(block), soft_wrap=True, highlight=False)
-            bar.update(task, description=f"block {block.number + 1} of {block.count}")
+                until = f"; about {duration(self.left)} left" if block.number + 1 < block.count else ""
+                self.bar.console.print(_line(block, until), soft_wrap=True, highlight=False)
 
         def stopping(self) -> bool:
             return stopping()
 
-        def progress(self, nbytes: int) -> None:
-            bar.advance(task, nbytes)
-
-    return Bar()
+    return Lines(place, job.bytes_before, calibrated=calibrated)
 
 
 def _trial(trial: Trial) -> str:
@@ -71,11 +64,11 @@ def _trial(trial: Trial) -> str:
     )
 
 
-def _line(block: Finished) -> str:
+def _line(block: Finished, until: str) -> str:
     """What is printed of a calibrated block: layers, bits, its error beside that of plain rounding, time and memory.
 
     The error of plain rounding is left out where it is the same, which it is for methods that only round. Events of
-    single layers follow, a line each.
+    single layers follow, a line each. until: how long the blocks behind it will take.
     """
     from rich.markup import escape
 
@@ -83,7 +76,7 @@ def _line(block: Finished) -> str:
     events = "".join(f"\n  [yellow]note[/yellow] {escape(event)}" for event in block.events)
     return (
         f"{block.block}: {block.layers} layers, {block.bits:.2f} bits, output off by {block.error:.2%}"
-        f"{plain}, {block.seconds:.1f} s, peak {_output.size(block.peak_rss_bytes)}{events}"
+        f"{plain}, {block.seconds:.1f} s, peak {_output.size(block.peak_rss_bytes)}{until}{events}"
     )
 
 
@@ -93,7 +86,7 @@ def announce(
     planned: MemoryPlan,
     device: torch.device,
     console: Console,
-    more: str | None = None,
+    notes: Iterable[str],
 ) -> None:
     """Print what will be done, before it begins: model, recipe, format, calibration text, memory, device and notes.
 
@@ -101,11 +94,9 @@ def announce(
     planned       what the run will have in memory; on another device than the CPU also the share of it that lies there
     device        where blocks compute
     console       where people read; silent on all ranks but the first
-    more          what a costlier method would gain, if one was not asked for
+    notes         what a person should know
     """
     from rich.markup import escape
-
-    from spicerack.models import choices
 
     console.print(f"[bold]model [/bold] {escape(str(job.source.folder))}", soft_wrap=True)
     console.print(f"[bold]recipe[/bold] {escape(str(job.recipe))}", soft_wrap=True)
@@ -118,11 +109,19 @@ def announce(
     if device.type != "cpu":
         size = _output.size(planned.block_bytes)
         console.print(f"[bold]device[/bold] {device}, {size} of its memory at most", soft_wrap=True)
-    slow = choices.without_vectors(action.stored for action in job.actions if action.stored is not None)
-    dearer = () if more is None else (more,)
-    for note in (*job.notes, *(calibration.notes if calibration is not None else ()), *slow, *dearer):
+    if calibration is not None:
+        told = "told within the first block; without --calib weights are rounded as fast as the disk has them"
+        console.print(f"[bold]time  [/bold] {told}", soft_wrap=True)
+    for note in notes:
         console.print(f"[yellow]note[/yellow]   {escape(note)}", soft_wrap=True)
     console.print()
+
+
+def foretell(job: Job, console: Console) -> None:
+    """Print what would come out: the table and the totals of a run, without the errors that only a run finds."""
+    _table([action.entry() for action in job.actions], console)
+    console.print(f"\n{_totals(job.sizes())}", soft_wrap=True)
+    console.print("nothing was written: this was a dry run")
 
 
 def report(summary: Summary, source: Path, console: Console) -> None:
@@ -132,31 +131,62 @@ def report(summary: Summary, source: Path, console: Console) -> None:
     Errors are read from the folder's ledger, and not kept from the run: what is shown is what the folder says of
     itself. source: the float model's folder, for the command that compares the two.
     """
-    from rich.table import Table
+    from rich.markup import escape
 
     from spicerack.models.kind import obstacle
     from spicerack.storage import ledger
     from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
 
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("layers", "numbers", "count", "before", "after", "error"):
-        table.add_column(name, justify="left" if name in ("layers", "numbers") else "right", no_wrap=name != "layers")
     written = ledger.read(summary.output)
     assert written is not None, "quantized just now"
-    for row in ledger.by_layer_type(written.entries):
-        error = "" if row.error is None else f"{row.error:.2%}"
-        sizes = (_output.size(row.bytes_before), _output.size(row.bytes_after))
-        table.add_row(row.layers, row.numbers, str(row.count), *sizes, error)
-    console.print(table)
-    total = summary.sizes
-    before, after = total.bytes_before, total.bytes_after
-    console.print(
-        f"\n[bold]{_output.size(before)} -> {_output.size(after)}[/bold], {before / after:.2f} times smaller; "
-        f"{total.bits_per_weight:.2f} bits a quantized weight, {total.bits_per_weight_total:.2f} over all"
-    )
-    resumed = ", resumed" if summary.resumed else ""
-    console.print(f"{summary.seconds:.1f} s, peak memory {_output.size(summary.peak_rss_bytes)}{resumed}")
+    _table(written.entries, console)
+    console.print(f"\n{_totals(summary.sizes)}", soft_wrap=True)
+    if summary.already_there:
+        console.print(f"{escape(str(summary.output))} is already there, from the same command", soft_wrap=True)
+    else:
+        resumed = ", resumed" if summary.resumed else ""
+        console.print(f"{summary.seconds:.1f} s, peak memory {_output.size(summary.peak_rss_bytes)}{resumed}")
+    if summary.output_error is not None and summary.output_error_rounded is not None:
+        console.print(_output_error(summary.output_error, summary.output_error_rounded), soft_wrap=True)
     if obstacle(read_json(source / CONFIG, MAX_CONFIG_BYTES)) is None:  # else there is nothing that compares them
         console.print(
             f"next: spicerack eval {summary.output} --against {source} --text FILE", soft_wrap=True, markup=False
         )
+
+
+def _table(entries: Iterable[Entry], console: Console) -> None:
+    """A row for each kind of layer: what it is in now, how many there are, sizes, and the error where one is known.
+
+    The error is of weights, which says little of a calibrated model: codes that were chosen by what flows through it
+    are farther from the weights than rounded ones, and nearer by what comes out. So the column says whose it is.
+    """
+    from rich.table import Table
+
+    from spicerack.storage import ledger
+
+    rows = ledger.by_layer_type(entries)
+    known = any(row.error is not None for row in rows)
+    titles = ("layers", "numbers", "count", "before", "after", *(["weight error"] if known else []))
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for name in titles:
+        table.add_column(name, justify="left" if name in ("layers", "numbers") else "right", no_wrap=name != "layers")
+    for row in rows:
+        error = "" if row.error is None else f"{row.error:.2%}"
+        sizes = (_output.size(row.bytes_before), _output.size(row.bytes_after))
+        table.add_row(row.layers, row.numbers, str(row.count), *sizes, *([error] if known else []))
+    console.print(table)
+
+
+def _totals(total: Sizes) -> str:
+    """Sizes before and after, and bits of a weight, in a line."""
+    before, after = total.bytes_before, total.bytes_after
+    return (
+        f"[bold]{_output.size(before)} -> {_output.size(after)}[/bold], {before / after:.2f} times smaller; "
+        f"{total.bits_per_weight:.2f} bits a quantized weight, {total.bits_per_weight_total:.2f} in all"
+    )
+
+
+def _output_error(error: float, rounded: float) -> str:
+    """What the last block gives, beside the float model's: all that was lost in front of it is in that, too."""
+    plain = f" (with its layers rounded to nearest: {rounded:.2%})" if rounded != error else ""
+    return f"output of the last block off by {error:.2%}{plain}"

@@ -6,6 +6,7 @@ A rule names tensors by a pattern and gives them another scheme, or none; where 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
@@ -34,6 +35,18 @@ class OrderedCommand(click.Command):
         _, _, order = self.make_parser(ctx).parse_args(list(args))
         ctx.meta[_ORDER] = [param.name for param in order if param.name in ("set_", "skip")]
         return super().parse_args(ctx, args)
+
+
+def renamed(schemes: Iterable[str | None]) -> tuple[str, ...]:
+    """A sentence for each scheme that was typed by a name that others have for it: "int4 is w4g128 here".
+
+    schemes: as typed, or rules PATTERN=SCHEME; None for none. Raises SchemeError for those that there are not.
+    """
+    from spicerack.numerics.scheme import parse
+
+    typed = dict.fromkeys(text.rpartition("=")[2].strip() for text in schemes if text)
+    names = {name: parse(name).name for name in typed if name and name != "skip"}
+    return tuple(f"{name} is {ours} here" for name, ours in names.items() if name.lower() != ours)
 
 
 def of(ctx: click.Context, set_: tuple[str, ...], skip: tuple[str, ...]) -> list[Rule]:

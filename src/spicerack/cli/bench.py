@@ -50,6 +50,9 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
     \b
     spicerack bench out --against MODEL
     """
+    from spicerack.models.overview import check_sides
+
+    check_sides(out, against, "bench")  # before torch is there
     from spicerack.evaluation.bench import BenchOptions, bench
 
     with _output.measuring() as progress:

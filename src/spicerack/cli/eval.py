@@ -44,6 +44,9 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
     \b
     spicerack eval out --against MODEL --text held-out.txt
     """
+    from spicerack.models.overview import check_sides
+
+    check_sides(out, against, "eval")  # before torch is there
     from spicerack.evaluation.evaluate import EvaluationOptions, measure
     from spicerack.evaluation.language import Comparison
 

@@ -21,6 +21,8 @@ ABOUT = About(place=60, summary="Let a model continue a text.")
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="How long the text gets. Default: 64, or the room left.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample of the likeliest so much in all.")
+@click.option("--top-k", type=click.IntRange(1), help="Sample of the so many likeliest tokens.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--raw", is_flag=True, help="Continue the prompt itself, without the tokenizer's chat template.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps ...")
@@ -36,6 +38,9 @@ def command(model: str, prompt: str, as_json: bool, **given: Any) -> None:
     \b
     spicerack generate out "def read_csv(path):"
     """
+    from spicerack.storage.reader import Checkpoint
+
+    Checkpoint.open(model)  # what headers refuse is said before torch is there
     from spicerack.runtime.generate import GenerateOptions, generate
 
     def write(piece: str) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +46,18 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """What --shard-size and --memory mean in bytes: "500MB" -> 500,000,000; decimal units, or a plain number.
+    """What --shard-size and --memory mean in bytes: "1.5GB" -> 1,500,000,000; decimal units, or a plain number.
 
-    value: as typed, at most twelve digits; None where the option was not given, and stays None. Raises BadParameter.
+    value: as typed, at most twelve digits before the point; None where it was not given, and stays None. Raises
+    BadParameter.
     """
     if value is None:
         return None
-    match = re.fullmatch(r"([1-9]\d{0,11})\s*([kmg]b)?", value.lower())
-    if match is None:
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([kmg]b)?", value.lower())
+    size = 0 if match is None else int(Decimal(match[1]) * _UNITS[match[2] or ""])
+    if not size:
         raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", ctx, param)
-    return int(match[1]) * _UNITS[match[2] or ""]
+    return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ class _Options:
 
 @click.command(cls=_rules.OrderedCommand)
 @_output.model_argument
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--scheme", help="Numbers of all linear layers: w8, w4g128, w4g32z, w2g32h, nf4 ...")
 @click.option("--range", "range_", metavar="opt|absmax", help="How scales are chosen. Default: opt, the least error.")
 @click.option(
@@ -173,12 +176,20 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     """
     options = _Options(**given)
     _check_calibration_options(ctx, options)
-    recipe = options.recipe(_rules.of(ctx, options.set_, options.skip))
+    from spicerack.quantization import early
+    from spicerack.quantization.recipe import decided
+
+    rules = _rules.of(ctx, options.set_, options.skip)
+    renamed = _rules.renamed((options.scheme, *options.set_))  # which must be schemes; a method may bring torch in
+    source = early.open_float(options.model)
+    recipe = options.recipe(rules)
+    with_text = options.calib is not None
+    early.refuse_shapes(source, recipe)
+    whole = decided(recipe, with_text, options.effort)
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
-    from spicerack.algorithms.method import gain_of_effort
     from spicerack.cli import _quantizing
     from spicerack.quantization.job import prepare
-    from spicerack.quantization.run import decided, execute
+    from spicerack.quantization.run import execute, notes
     from spicerack.quantization.stream import plan
     from spicerack.storage.files import local
 
@@ -186,21 +197,20 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     ranks = means.ranks
     console = _output.console(options.as_json or not ranks.first)
     console.quiet = not ranks.first
-    with_text = options.calib is not None
-    whole = decided(recipe, with_text, options.effort)
     job = prepare(options.model, whole, with_text=with_text, shard_bytes=options.shard_bytes)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)
-    more = gain_of_effort(whole.scheme) if with_text and recipe.method is None and options.effort == "normal" else None
-    _quantizing.announce(job, calibration, planned, means.device, console, more)
+    told = (*renamed, *notes(job, calibration, recipe, options.effort))
+    _quantizing.announce(job, calibration, planned, means.device, console, told)
     if options.dry_run:
+        _quantizing.foretell(job, console)
         if options.as_json:
-            _output.emit(_dry_run(job, planned))
+            _output.emit(_dry_run(job, planned, told))
         return
     unit = "this block" if calibration is not None else None
     with _quantizing.bar(ranks) as bar, _output.interruptible(bar.console, unit) as stopping:
-        watch = _quantizing.watching(bar, job, stopping, ranks)
-        summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch)
+        watch = _quantizing.watching(bar, job, stopping, ranks, calibrated=calibration is not None)
+        summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch, notes=told)
     if summary is not None and options.as_json:
         _output.emit(summary.as_dict())
     elif summary is not None:
@@ -214,9 +224,20 @@ def _check_calibration_options(ctx: click.Context, options: _Options) -> None:
             raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
 
 
-def _dry_run(job: Job, planned: MemoryPlan) -> dict[str, Any]:
-    """What --dry-run --json prints: the sizes that the folder would have, and the memory that the run would take."""
-    return {"dry_run": True, **dataclasses.asdict(job.sizes()), "planned_peak_bytes": planned.peak_bytes}
+def _dry_run(job: Job, planned: MemoryPlan, notes: tuple[str, ...]) -> dict[str, Any]:
+    """What --dry-run --json prints: the sizes that the folder would have, by kind of layer, too, the memory that the
+    run would take, and the notes."""
+    from spicerack.storage import ledger
+
+    layers = [dataclasses.asdict(row) for row in ledger.by_layer_type(action.entry() for action in job.actions)]
+    return {
+        "dry_run": True,
+        **dataclasses.asdict(job.sizes()),
+        "planned_peak_bytes": planned.peak_bytes,
+        "format": job.format.name,
+        "layers": layers,
+        "notes": list(notes),
+    }
 
 
 def _means(options: _Options) -> Means:

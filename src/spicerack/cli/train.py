@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from transformers import TrainerCallback, TrainerState
 
-    from spicerack.quantization.recipe import Rule
+    from spicerack.quantization.recipe import Recipe, Rule
     from spicerack.training.callbacks import Watch
     from spicerack.training.job import TrainOptions
     from spicerack.training.run import Trained
@@ -59,6 +59,7 @@ ABOUT = About(place=30, summary="Train a model in few bits, or from scratch.", r
 @click.option("--ranges", metavar="NAME", help="Of static activations: lsq, ema. Default: lsq.")
 @_rules.set_option
 @_rules.skip_option
+@click.option("--fit-groups", is_flag=True, help="Layers too narrow for the groups get the nearest scheme that fits.")
 @click.option("--scales-only", is_flag=True, help="Of a quantized MODEL: no code changes.")
 @click.option("--from-scratch", metavar="CONFIG", help="A config.json instead of MODEL: random weights.")
 @click.option("--tokenizer", metavar="FOLDER", help="For --from-scratch. Default: beside the config.json.")
@@ -94,6 +95,9 @@ def command(
     """
     source = _source(model, from_scratch)
     rules = _rules.of(click.get_current_context(), set_, skip)
+    renamed = _rules.renamed((given["scheme"], *set_))
+    given["scheme"] = _recipe(given["scheme"], given.pop("fit_groups"))
+    _refuse_early(source, given, rules)
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.machine.ranks import launched
     from spicerack.training.run import execute
@@ -101,6 +105,8 @@ def command(
     options = _options(rules, given)
     first = launched().first  # of torchrun's processes one speaks for all
     with _bar(first) as bar, _output.interruptible(bar.console, "this step") as stopping:
+        for note in renamed if first else ():
+            bar.console.print(note, soft_wrap=True, markup=False)
         trained = execute(source, output, options, _watch(bar, options.settings.steps, stopping, first))
     if first and as_json:
         _output.emit({**asdict(trained), "output": str(output)})
@@ -118,6 +124,35 @@ def _source(model: str | None, from_scratch: str | None) -> str:
     if from_scratch is not None and not from_scratch.endswith(".json"):
         raise UsageError(f"--from-scratch {from_scratch} is no config.json", "give the file, not its folder")
     return model or from_scratch or ""
+
+
+def _recipe(scheme: str | None, fit_groups: bool) -> Recipe | None:
+    """The scheme as a recipe, which says whether narrow layers get what fits them; None without a scheme.
+
+    Raises SchemeError for one that there is not, UsageError for narrow layers without any.
+    """
+    from spicerack.quantization import recipe
+
+    if scheme is None and fit_groups:
+        raise UsageError("--fit-groups is about a scheme, and there is none", "name one, or leave it out")
+    return None if scheme is None else recipe.of(scheme).with_choices(None, None, None, fit_groups)
+
+
+def _refuse_early(source: str, given: dict[str, Any], rules: list[Rule]) -> None:
+    """Raise what headers tell, before torch is there and the text is read: models that are none, layers too narrow.
+
+    source: of `_source`. given: click's parameters by name, the recipe under that of its scheme. rules: of --set and
+    --skip.
+    """
+    from spicerack.models.overview import quantized_with
+    from spicerack.quantization import early
+    from spicerack.storage.reader import Checkpoint
+
+    for model in (source, given["teacher"]):
+        if model is not None and not model.endswith(".json"):
+            checkpoint = Checkpoint.open(model)
+            if model == source and given["scheme"] is not None and quantized_with(checkpoint.config) is None:
+                early.refuse_shapes(checkpoint, given["scheme"].then(rules))
 
 
 def _options(rules: list[Rule], given: dict[str, Any]) -> TrainOptions:
@@ -169,7 +204,8 @@ def _bar(first: bool) -> Iterator[Progress]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=_output.console(as_json=True), transient=True, disable=not first) as bar:
+    place = _output.console(as_json=True)
+    with Progress(*columns, console=place, transient=True, disable=not first or not place.is_terminal) as bar:
         yield bar
 
 

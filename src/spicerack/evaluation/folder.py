@@ -12,6 +12,7 @@ from spicerack.evaluation.encoder import Pooling, check_pooling
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.models.inputs import Limits
 from spicerack.models.kind import MODULES, POOLING
+from spicerack.models.overview import refuse_sides
 from spicerack.storage import format as formats
 from spicerack.storage import released
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
@@ -93,11 +94,7 @@ def check_sides(out: Path, source: Path, command: str) -> None:
     """
     if not _is_quantized(source):
         return
-    swapped = not _is_quantized(out)
-    raise UsageError(
-        f"--against {source} is quantized itself, and {out} is {'not' if swapped else 'compared with float models'}",
-        f"spicerack {command} {source} --against {out}" if swapped else "give the float model that it was made from",
-    )
+    refuse_sides(out, source, command, swapped=not _is_quantized(out))
 
 
 def _is_quantized(folder: Path) -> bool:

@@ -72,7 +72,7 @@ def on_meta(config: Mapping[str, Any]) -> PreTrainedModel | None:
 
 
 def obstacle(config: Mapping[str, Any]) -> str | None:
-    """Why transformers makes no model of `config` although it knows family and class; None if it does, or knows none.
+    """Why transformers makes no model of `config` although it knows its class; None if it does, or does not.
 
     config: of a float model, from whoever. What is missing on this machine, a library say, is no reason: another may
     have it.

@@ -65,6 +65,12 @@ def fit(model: PreTrainedModel, shapes: Shapes) -> Fit:
     )
 
 
+def relying_on_ties(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Parameters of `model` that no tensor of a folder reaches, and that have a value by being tied to one."""
+    reached = {name for place in destinations(model, names).values() for name in (place.parameter, *place.others)}
+    return sorted(_tied_to(reached, model.all_tied_weights_keys) - reached)
+
+
 def renamed(model: PreTrainedModel, shapes: Shapes) -> tuple[str, str] | None:
     """What to take out of the names of all tensors so that they fill `model`, and who puts such there; None if nothing
     helps.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spicerack.errors import ShapeError
+from spicerack.errors import CheckpointError, ShapeError, UsageError
 from spicerack.models.census import BY_DEFAULT, Census, Entry, take
 from spicerack.models.config import Architecture, nested
 from spicerack.models.families import names
@@ -156,7 +156,7 @@ def look(model: str | Path) -> Report:
         rows=rows,
         tied=census.tied,
         estimates=() if quantized else estimates(census),
-        by_names=_told_by_names(census, checkpoint),
+        by_names=told_by_names(census, checkpoint),
         quantized=quantized,
         notes=checkpoint.notes,
     )
@@ -171,6 +171,39 @@ def quantized_with(config: Mapping[str, Any]) -> str | None:
         return files.CONTAINER
     section = config.get("quantization_config")
     return str(section.get("quant_method", "unknown")) if isinstance(section, dict) else None
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a model that is quantized already, with the tool; checkpoint: as `released` has it."""
+    if (tool := quantized_with(checkpoint.config)) is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder} is quantized already, with {tool}",
+            "start from the float model: every rounding adds up",
+        )
+
+
+def refuse_sides(out: Path, source: Path, command: str, *, swapped: bool) -> None:
+    """Raise UsageError for a `source` that is quantized where the float model belongs, beside `out`.
+
+    command: which of ours compares them, for the line that would be right. swapped: whether `out` is a float model.
+    """
+    raise UsageError(
+        f"--against {source} is quantized itself, and {out} is {'not' if swapped else 'compared with float models'}",
+        f"spicerack {command} {source} --against {out}" if swapped else "give the float model that it was made from",
+    )
+
+
+def check_sides(out: str | Path, source: str | Path, command: str) -> None:
+    """Open both folders, and refuse what headers tell: what is no model, and a `source` that is quantized itself.
+
+    Of a source without our ledger nothing is said here: what others wrote may be read as floats. Raises CheckpointError
+    and UsageError.
+    """
+    quantized, original = Checkpoint.open(out), Checkpoint.open(source)
+    ours = quantized_with(original.config) is not None and (original.folder / files.LEDGER).is_file()
+    if ours:
+        swapped = quantized_with(quantized.config) is None
+        refuse_sides(quantized.folder, original.folder, command, swapped=swapped)
 
 
 def _source(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
@@ -192,7 +225,7 @@ def estimates(census: Census, kept: Collection[str] = ()) -> tuple[Estimate, ...
     return tuple(estimate(census, parse(name), kept) for name in COMMON_SCHEMES)
 
 
-def _told_by_names(census: Census, checkpoint: Checkpoint) -> bool:
+def told_by_names(census: Census, checkpoint: Checkpoint) -> bool:
     """Whether `quantize` does with a folder what its names say: it is of a family where that was compared, its layers
     are as many as config.json says, and nothing in it looks as if it were another model's."""
     types = {part["model_type"] for part in nested(checkpoint.config) if isinstance(part.get("model_type"), str)}

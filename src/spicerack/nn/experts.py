@@ -71,6 +71,10 @@ class ExpertMatrix:
         """[N, K], or [K, N] if transposed: that of the parameter's slice."""
         return self.stack.shape[1:]
 
+    def float(self) -> ExpertMatrix:
+        """Itself, where a family's code multiplies in float32: what a layer gives has the type of what it is given."""
+        return self
+
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> what this expert makes of it, [..., N]: the outputs of its layers side by side."""
         outputs = [part(x) for part in self.stack.parts(self.index)]

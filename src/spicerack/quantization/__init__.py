@@ -7,7 +7,8 @@
     preflight               the first blocks, before the rest
     run modules/            the two ways in: a folder, a module in memory
     rotation                a checkpoint whose residual stream is turned
-    watch                   whoever looks on
+    watch bar               whoever looks on; what the command line and progress=True draw
+    early                   what headers refuse before torch is there
 
 A run reads one folder and writes one folder. What it is asked to do is decided first and as a whole (`Job`), so that
 whatever can be refused is refused before a weight is read.

@@ -82,7 +82,7 @@ def _refuse_codes(source: Source) -> None:
 
 
 def _refuse_senseless(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where transformers knows the class and cannot make it: nobody could load what comes out."""
+    """Raise CheckpointError where transformers knows the class and cannot make it: nobody could load the result."""
     if (reason := obstacle(checkpoint.config)) is not None:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'}: {reason}",

@@ -91,6 +91,23 @@ def told(misfits: Iterable[Misfit]) -> list[str]:
     ]
 
 
+def check(chosen: Mapping[str, tuple[Scheme, tuple[int, ...]]], *, fit_groups: bool) -> dict[str, Misfit]:
+    """The misfits among layers, by module, where they may have what fits.
+
+    chosen: module -> its scheme and shape [..., N, K]. fit_groups: whether they may. Raises ShapeError for all of them
+    at once, with rules to paste, where they may not, and for those that nothing fits.
+    """
+    found = (obstacle(module, scheme, shape) for module, (scheme, shape) in chosen.items())
+    misfits = {misfit.module: misfit for misfit in found if misfit is not None}
+    hopeless = [misfit for misfit in misfits.values() if misfit.nearest is None]
+    if hopeless:
+        raise error(hopeless, "skip them: --skip 'PATTERN'")
+    if misfits and not fit_groups:
+        sets = " ".join(f"--set '{rule}'" for rule in rules(misfits.values(), chosen))
+        raise error(misfits.values(), f"add --fit-groups (fit_groups=True) or, which is the same, {sets}")
+    return misfits
+
+
 def error(misfits: Iterable[Misfit], hint: str) -> ShapeError:
     """What is raised for these: all of them at once, because one after the other a person would mend a recipe as many
     times as there are kinds of layers."""

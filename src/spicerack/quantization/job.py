@@ -9,7 +9,7 @@ two that differ are two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import CheckpointError, listed
+from spicerack.errors import RecipeError, listed
 from spicerack.models.architecture import host_of
-from spicerack.models.overview import quantized_with
+from spicerack.models.fit import relying_on_ties
+from spicerack.models.overview import refuse_quantized
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import decisions, door, fitting
@@ -28,7 +29,7 @@ from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import rotate
 from spicerack.storage import format, released
 from spicerack.storage.format import Format, Layout, Reading, StoredTensor
-from spicerack.storage.ledger import Fate
+from spicerack.storage.ledger import Entry, Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
 from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, shards_of
 
@@ -56,6 +57,14 @@ class Action:
     layer_type: str
     tensors: tuple[OutputTensor, ...]
     stored: StoredTensor | None = None
+
+    def entry(self, error: float | None = None, events: Iterable[str] = ()) -> Entry:
+        """The ledger's entry of the tensor: what was decided, and what became of it. error: of its codes, if known."""
+        info, stored = self.info, self.stored
+        return Entry(
+            info.name, self.fate, self.why, self.layer_type, None if stored is None else stored.scheme.name, info.dtype,
+            info.shape, info.nbytes, sum(tensor.nbytes for tensor in self.tensors), error, tuple(events),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +167,7 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
     `prepare` does, and CheckpointError for a model that is quantized already.
     """
     checkpoint = released.decoded(checkpoint)
-    if (tool := quantized_with(checkpoint.config)) is not None:
-        raise CheckpointError(
-            f"{checkpoint.folder} is quantized already, with {tool}",
-            "start from the float model: every rounding adds up",
-        )
+    refuse_quantized(checkpoint)
     if asked.method is not None and asked.method.rotation is not None:
         checkpoint = rotate(checkpoint, asked.method.rotation)
     source = Source.of(checkpoint)
@@ -174,7 +179,7 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
     fmt = format.choose(contents)
     tied = source.tied
     floats = [name for name in source.linears() if name not in contents and tied.get(name) not in contents]
-    config = _untied(source)
+    config = _untied(source, contents)
     reading = fmt.reading(config, contents, host_of(config, _headers(checkpoint), contents, floats))
     return Job(
         source=checkpoint,
@@ -198,14 +203,25 @@ def _headers(checkpoint: Checkpoint) -> Layout:
     return {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
 
 
-def _untied(source: Source) -> dict[str, Any]:
+def _untied(source: Source, contents: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """The model's config.json, which must not call tied what is not: a reader would put one tensor in both places.
 
-    Where the two are quantized differently it could not see from the files that they differ.
+    Where both are floats transformers sees from the files that they differ, and the word stays: other tensors may be
+    tied by it, and not be in the folder at all. Raises RecipeError where one is packed and there are such.
     """
     config = dict(source.checkpoint.config)
-    if not source.census.apart or source.census.tied:
+    entries = source.census.entries
+    packed = any(stored.role == "embedding" for stored in contents.values()) or any(
+        entries[name].module in contents for name in source.census.apart
+    )
+    if not source.census.apart or source.census.tied or not packed:
         return config
+    if source.model is not None and (missing := relying_on_ties(source.model, source.checkpoint.tensors)):
+        raise RecipeError(
+            f"{source.census.apart[0]} differs from what config.json ties it to, and {missing[0]} is really tied: "
+            "one word says both",
+            f"leave it in float: --skip '{entries[source.census.apart[0]].module}', and its embedding",
+        )
     for key, value in config.items():
         if isinstance(value, dict) and value.get("tie_word_embeddings"):
             config[key] = {**value, "tie_word_embeddings": False}
@@ -252,18 +268,12 @@ def _fitted(source: Source, decided: Mapping[str, Decision], asked: Recipe) -> d
     Raises ShapeError for all of them at once if it does not, with rules to paste, and for those that nothing fits.
     """
     entries = source.census.entries
-    quantized = {name: choice.scheme for name, choice in decided.items() if choice.scheme is not None}
-    found = [
-        fitting.obstacle(entries[name].module, scheme, entries[name].matrix_shape) for name, scheme in quantized.items()
-    ]
-    misfits = {misfit.module: misfit for misfit in found if misfit is not None}
-    hopeless = [misfit for misfit in misfits.values() if misfit.nearest is None]
-    if hopeless:
-        raise fitting.error(hopeless, "skip them: --skip 'PATTERN'")
-    if misfits and not asked.fit_groups:
-        paste = fitting.rules(misfits.values(), (entries[name].module for name in quantized))
-        sets = " ".join(f"--set '{rule}'" for rule in paste)
-        raise fitting.error(misfits.values(), f"add --fit-groups (fit_groups=True) or, which is the same, {sets}")
+    chosen = {
+        entries[name].module: (choice.scheme, entries[name].matrix_shape)
+        for name, choice in decided.items()
+        if choice.scheme is not None
+    }
+    misfits = fitting.check(chosen, fit_groups=asked.fit_groups)
     return {
         name: choice
         if entries[name].module not in misfits or choice.scheme is None

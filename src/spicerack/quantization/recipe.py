@@ -24,7 +24,7 @@ from typing import Any, Literal
 from spicerack import plugins
 from spicerack.algorithms import method
 from spicerack.algorithms.method import Method
-from spicerack.errors import RecipeError
+from spicerack.errors import RecipeError, SchemeError
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage.files import local
@@ -32,6 +32,8 @@ from spicerack.storage.files import local
 Range = Literal["absmax", "opt"]
 """How scales are chosen: by the largest weight of a group, or by the least error."""
 RANGES: tuple[Range, ...] = ("opt", "absmax")
+OBSERVER = "percentile"
+"""Where a recipe names none: the best measured (docs/quantization/quality.md)."""
 SKIP = "skip"
 """What stands for no scheme in a rule: the tensor stays in float."""
 _MAX_BYTES = 1 << 20
@@ -133,6 +135,29 @@ def of(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule] = ()) -> Recip
     """
     base = scheme if isinstance(scheme, Recipe) else Recipe(parse(scheme) if isinstance(scheme, str) else scheme)
     return base.then(rule(r) if isinstance(r, str) else r for r in rules)
+
+
+def decided(chosen: Recipe, with_text: bool, effort: str = "normal") -> Recipe:
+    """The recipe with its method and observer decided, by what was measured to be best where it names none.
+
+    chosen: as asked for. with_text: whether there is calibration text; without it the method is rounding to nearest.
+    effort: what may be spent where no method is named, see `method.auto`. Raises RecipeError or SchemeError if they
+    need such a text and there is none, or an observer or an effort has no use.
+    """
+    if method.check_effort(effort) == "high" and (chosen.method is not None or not with_text):
+        where = f"the method is {chosen.method}" if chosen.method else "there is no calibration text"
+        raise RecipeError(f"effort high: {where}, and nothing is left to choose", "leave one of them out")
+    how = chosen.method or method.auto(chosen.scheme, with_text, method.check_effort(effort))
+    if not with_text and how.needs_text:
+        raise RecipeError(f"{how} needs calibration text", "pass --calib FILE (calibration=...), or --method rtn")
+    if chosen.is_static and not with_text:
+        raise SchemeError(
+            "static activation scales (a8s) need calibration text", "pass --calib FILE (calibration=...), or use a8"
+        )
+    if chosen.observer is not None and not chosen.is_static:
+        raise RecipeError(f"observer {chosen.observer}: no scheme has static activations", "use a8s, such as w8a8s")
+    observer = (chosen.observer or OBSERVER) if chosen.is_static else None
+    return dataclasses.replace(chosen, method=how, observer=observer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -30,23 +31,22 @@ import torch
 
 from spicerack.algorithms import method as methods
 from spicerack.algorithms.method import Method
-from spicerack.errors import RecipeError, SchemeError, UsageError
+from spicerack.errors import UsageError
 from spicerack.kernels.kernel import Compute
 from spicerack.machine import devices
 from spicerack.machine.memory import peak_rss_bytes
+from spicerack.models import choices
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import preflight, recipe
+from spicerack.quantization import bar, preflight, recipe
 from spicerack.quantization.job import Job, Sizes, prepare
 from spicerack.quantization.modules.quantize import quantize_module
-from spicerack.quantization.recipe import Range, Recipe, Rule
-from spicerack.quantization.stream import Means, Stream, calibrate, identity, plan
+from spicerack.quantization.recipe import Range, Recipe, Rule, decided
+from spicerack.quantization.stream import Means, Stream, calibrate, identity, is_done, plan
 from spicerack.quantization.watch import Watch
 from spicerack.storage.files import local
 from spicerack.storage.writer import SHARD_BYTES
 from spicerack.text.calibration import Calibration
 
-OBSERVER = "percentile"
-"""The best measured (docs/quantization/quality.md)."""
 Progress = Callable[[int], None]
 """Called with the bytes of each source tensor as it is done."""
 
@@ -61,6 +61,12 @@ class Summary:
     planned_peak_bytes   of memory, as planned
     peak_rss_bytes       the most that the process had, as measured
     resumed              whether it went on where an earlier one stopped
+    format               of the folder
+    notes                what a person should know of it; the command prints them before work starts
+    already_there        whether an earlier call of the same had finished it, so that nothing was left to do
+    output_error         ||out - out_float|| / ||out_float|| of the last block's hidden states; None where no text went
+                         through it in this run
+    output_error_rounded the same, were that block's layers rounded to nearest
     """
 
     output: Path
@@ -69,6 +75,11 @@ class Summary:
     planned_peak_bytes: int
     peak_rss_bytes: int
     resumed: bool
+    format: str
+    notes: tuple[str, ...] = ()
+    already_there: bool = False
+    output_error: float | None = None
+    output_error_rounded: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """By the names of the command line's contract."""
@@ -79,6 +90,11 @@ class Summary:
             "planned_peak_bytes": self.planned_peak_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,
             "resumed": self.resumed,
+            "already_there": self.already_there,
+            "format": self.format,
+            "notes": list(self.notes),
+            "output_error": self.output_error,
+            "output_error_rounded": self.output_error_rounded,
         }
 
 
@@ -109,7 +125,7 @@ def quantize(
     threads: int | None = ...,
     memory: int | None = ...,
     shard_bytes: int | None = ...,
-    progress: Progress | None = ...,
+    progress: Progress | bool | None = ...,
 ) -> dict[str, Any]: ...
 @torch.inference_mode(False)  # solvers take gradients, and what is packed may be trained later
 def quantize(
@@ -129,7 +145,7 @@ def quantize(
     threads: int | None = None,
     memory: int | None = None,
     shard_bytes: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> torch.nn.Module | dict[str, Any]:
     """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a dict of its sizes.
 
@@ -143,7 +159,7 @@ def quantize(
 
     For folders:
 
-    output       the folder to write; it must not exist
+    output       the folder to write; if it is there, by the same call before, nothing is left to do
     method       how codes are chosen, over the Recipe's: a chain such as "gptq" or "awq+gptq"
     observer     how static scales of activations are found, over the Recipe's
     calibration  what flows through the model, of `read_calibration`
@@ -152,7 +168,8 @@ def quantize(
     threads      of the CPU; None: one for each core
     memory       bytes that must not be exceeded, pages that are mapped from files left out; None: no limit
     shard_bytes  the largest file to write; None: 2 GB
-    progress     called with the bytes of each source tensor as it is done
+    progress     True draws the command line's bar on standard error, with the time left; or a function, which is called
+                 with the bytes of each source tensor as it is done
 
     Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
     """
@@ -176,7 +193,7 @@ class _FolderOptions:
     threads: int | None
     memory: int | None
     shard_bytes: int | None
-    progress: Progress | None
+    progress: Progress | bool | None
 
 
 def _in_memory(
@@ -189,7 +206,7 @@ def _in_memory(
         raise UsageError(f"effort {options.effort}: a module in memory is only rounded to nearest", "leave it out")
     if options.device != "cpu":
         raise UsageError(f"device {options.device}: a module is rounded to nearest where it is", "move the module")
-    others = (options.output, options.threads, options.memory, options.shard_bytes, options.progress)
+    others = (options.output, options.threads, options.memory, options.shard_bytes, options.progress or None)
     if any(option is not None for option in others):
         raise UsageError(
             "output, threads, memory, shard_bytes and progress are for folders; a module is quantized in memory",
@@ -207,16 +224,23 @@ def _of_folder(model: str | Path, chosen: Recipe, options: _FolderOptions) -> Su
         raise UsageError(f"device {device}: without calibration text all is done on the CPU", "pass calibration=...")
     means = Means(devices.find(device), options.threads, options.memory)
     with_text = calibration is not None
-    job = prepare(
-        model,
-        decided(chosen, with_text, options.effort),
-        with_text=with_text,
-        shard_bytes=options.shard_bytes or SHARD_BYTES,
-    )
-    watch = Watch() if options.progress is None else _Progress(options.progress)
-    summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch)
+    recipe_ = decided(chosen, with_text, options.effort)
+    job = prepare(model, recipe_, with_text=with_text, shard_bytes=options.shard_bytes or SHARD_BYTES)
+    told = notes(job, calibration, chosen, options.effort)
+    with _watching(options.progress, job, calibrated=with_text) as watch:
+        summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch, notes=told)
     assert summary is not None, "this is the only process"
     return summary
+
+
+@contextmanager
+def _watching(progress: Progress | bool | None, job: Job, *, calibrated: bool) -> Iterator[Watch]:
+    """Who looks on, within, as the caller of `quantize` wished."""
+    if progress is True:
+        with bar.shown(job.bytes_before, calibrated=calibrated) as watch:
+            yield watch
+    else:
+        yield _Progress(progress) if progress else Watch()
 
 
 class _Progress(Watch):
@@ -230,27 +254,17 @@ class _Progress(Watch):
         self._progress(nbytes)
 
 
-def decided(chosen: Recipe, with_text: bool, effort: str = "normal") -> Recipe:
-    """The recipe with its method and observer decided, by what was measured to be best where it names none.
+def notes(job: Job, calibration: Calibration | None, asked: Recipe, effort: str) -> tuple[str, ...]:
+    """What a person should know before work starts: of the model, the text, speed here, and what more effort would do.
 
-    chosen: as asked for. with_text: whether there is calibration text; without it the method is rounding to nearest.
-    effort: what may be spent where no method is named, see `method.auto`. Raises RecipeError or SchemeError if they
-    need such a text and there is none, or an observer or an effort has no use.
+    job: decided. calibration: the text, if there is one. asked: the recipe before its method was decided. effort: what
+    may be spent.
     """
-    if methods.check_effort(effort) == "high" and (chosen.method is not None or not with_text):
-        where = f"the method is {chosen.method}" if chosen.method else "there is no calibration text"
-        raise RecipeError(f"effort high: {where}, and nothing is left to choose", "leave one of them out")
-    method = chosen.method or methods.auto(chosen.scheme, with_text, methods.check_effort(effort))
-    if method.needs_text and not with_text:
-        raise RecipeError(f"{method} needs calibration text", "pass --calib FILE (calibration=...), or --method rtn")
-    if chosen.is_static and not with_text:
-        raise SchemeError(
-            "static activation scales (a8s) need calibration text", "pass --calib FILE (calibration=...), or use a8"
-        )
-    if chosen.observer is not None and not chosen.is_static:
-        raise RecipeError(f"observer {chosen.observer}: no scheme has static activations", "use a8s, such as w8a8s")
-    observer = (chosen.observer or OBSERVER) if chosen.is_static else None
-    return dataclasses.replace(chosen, method=method, observer=observer)
+    slow = choices.without_vectors(action.stored for action in job.actions if action.stored is not None)
+    chosen = calibration is not None and asked.method is None and effort == "normal"
+    dearer = methods.gain_of_effort(asked.scheme) if chosen else None
+    text = () if calibration is None else calibration.notes
+    return (*job.notes, *text, *slow, *(() if dearer is None else (dearer,)))
 
 
 def execute(
@@ -260,14 +274,16 @@ def execute(
     calibration: Calibration | None = None,
     means: Means = Means(),  # noqa: B008  # frozen
     watch: Watch = Watch(),  # noqa: B008  # it has no state
+    notes: tuple[str, ...] = (),
 ) -> Summary | None:
     """Write what `job` decided into `output` -> what was done; None from every rank but the first, which writes.
 
     job           of `prepare`, its recipe `decided`
-    output        the folder to write; it must not exist
+    output        the folder to write; if it is there, by the same call before, nothing is done
     calibration   what flows through the model; None where methods need none. Models of many blocks are tried first
     means         what the run may use of the machine
     watch         told how it gets on; asked whether to stop
+    notes         of the function `notes`, for the summary
 
     Raises UsageError (memory would be exceeded), WeightError (tensor, place, value), ActivationError (the same of what
     flows), LoadError (the trial's folder computes something else) and OutputError; whatever was finished stays, and the
@@ -275,21 +291,38 @@ def execute(
     """
     begin = time.time()
     ranks, planned = means.ranks, plan(job, calibration, means.memory)
-    stream = Stream(job, output, identity(job, calibration, planned, means)) if ranks.first else None
+    facts = identity(job, calibration, planned, means)
+    done = ranks.first and is_done(job, output, facts)
+    stream = Stream(job, output, facts) if ranks.first and not done else None
     needed = stream is not None and calibration is not None and stream.is_pending
     if stream is not None and calibration is not None and needed and not stream.resumed:
         trial = preflight.run(job, calibration, stream.workshop, means)
         if trial is not None:
             watch.tried(trial)
+    last = None
     # the first rank knows, and all must go into the loop, or none
     if bool(ranks.largest(torch.tensor(needed, dtype=torch.bool, device="cpu"))):
         assert calibration is not None, "a rank needs it"
-        calibrate(job, calibration, planned, output, means, watch)
-    if stream is None:
+        last = calibrate(job, calibration, planned, output, means, watch)
+    if not ranks.first:
         return None
-    stream.write(means.workers, watch)
-    seconds = round(time.time() - begin, 3)
-    summary = Summary(output, job.sizes(), seconds, planned.peak_bytes, peak_rss_bytes(), stream.resumed)
+    if stream is not None:
+        stream.write(means.workers, watch)
+    summary = Summary(
+        output=output,
+        sizes=job.sizes(),
+        seconds=round(time.time() - begin, 3),
+        planned_peak_bytes=planned.peak_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
+        resumed=stream is not None and stream.resumed,
+        format=job.format.name,
+        notes=notes,
+        already_there=done,
+        output_error=None if last is None else last.error,
+        output_error_rounded=None if last is None else last.rounded,
+    )
+    if stream is None:
+        return summary
     machine = {"platform": platform.platform(), "processor": platform.processor(), "cpus": os.cpu_count()}
     source = str(job.source.folder)
     stream.finish({**summary.as_dict(), "command": sys.argv, "source": source, "machine": machine})

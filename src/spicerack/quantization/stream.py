@@ -14,7 +14,6 @@ shards cannot be balanced by what their tensors become; and an error is known on
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,11 @@ from spicerack.quantization.calibration.chunks import Text
 from spicerack.quantization.calibration.states import Solutions, blocks_folder, clear
 from spicerack.quantization.job import Action, Job
 from spicerack.quantization.memory import MemoryPlan
-from spicerack.quantization.watch import Watch
+from spicerack.quantization.watch import Finished, Watch
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER, RUN
 from spicerack.storage.ledger import Entry, Ledger
-from spicerack.storage.writer import ShardWriter, Writer
+from spicerack.storage.writer import ShardWriter, Writer, is_finished
 from spicerack.text.calibration import Calibration
 
 
@@ -90,8 +89,8 @@ def identity(job: Job, calibration: Calibration | None, planned: MemoryPlan, mea
 
 def calibrate(
     job: Job, calibration: Calibration, planned: MemoryPlan, output: Path, means: Means, watch: Watch
-) -> None:
-    """Solve what lies in the model's blocks, a file for each beside `output`; continues what is there.
+) -> Finished | None:
+    """Solve what lies in the model's blocks, a file for each beside `output` -> the last one; continues what is there.
 
     job           its recipe has a method
     calibration   the text
@@ -100,10 +99,11 @@ def calibrate(
     means         device, threads and ranks
     watch         told of each block
 
-    Raises ActivationError (block, layer, token), and UsageError where the memory of a GPU does not do.
+    None where an earlier run solved the last one. Raises ActivationError (block, layer, token), and UsageError where
+    the memory of a GPU does not do.
     """
     try:
-        loop.run(
+        return loop.run(
             job, Text(calibration, planned.sequences), blocks_folder(output), threads=means.workers,
             device=means.device, ranks=means.ranks, watch=watch,
         )  # fmt: skip
@@ -112,6 +112,14 @@ def calibrate(
             f"--device {means.device}: its memory is full; {planned.block_bytes / 1e9:.1f} GB were planned at most",
             "begin anew with a smaller --memory, which less of the text at once then fits in",
         ) from error
+
+
+def is_done(job: Job, output: Path, facts: dict[str, Any]) -> bool:
+    """Whether `output` is what the job would write, made by the same call before; False where nothing is there yet.
+
+    facts: of `identity`. Raises OutputError for a folder that is something else.
+    """
+    return is_finished(output, job.shards, job.source.side_files, facts)
 
 
 class Stream:
@@ -160,7 +168,7 @@ class Stream:
         """Complete the folder and let it appear. record: what is true of this run only, for run.json."""
         writer = self._writer
         if not writer.complete:
-            dropped = (_entry(action, 0) for action in self.job.actions if not action.tensors)
+            dropped = (action.entry() for action in self.job.actions if not action.tensors)
             ledger = Ledger(self.facts, (*writer.entries(), *dropped))
             config = json_bytes(dict(self.job.config))
             files = {RUN: json_bytes(record), LEDGER: ledger.content(), CONFIG: config}
@@ -177,7 +185,7 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
         changed = solutions.changed(name)
         out.write(name, w if changed is None else changed)
         moved = () if changed is None else ("divided by factors that the layers behind it have now",)
-        return _entry(action, action.info.nbytes, events=(*job.source.told(name), *moved))
+        return action.entry(events=(*job.source.told(name), *moved))
     # codes are [..., N, K] everywhere but in the files of whoever stores the transpose
     w = w.transpose(-1, -2).contiguous() if stored.transposed else w
     if name in solutions:
@@ -188,7 +196,7 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
         error = rounding.relative_error(w, q, threads=threads)
     for key, tensor in job.format.encode(stored, q).items():
         out.write(key, tensor)
-    return _entry(action, sum(output.nbytes for output in action.tensors), error, (*job.source.told(name), *events))
+    return action.entry(error, (*job.source.told(name), *events))
 
 
 def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -> tuple[QTensor, tuple[str, ...]]:
@@ -198,12 +206,3 @@ def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -
         return q, ()
     solved = solvers.solve_weight(job.recipe.method.solver, w, q)
     return solved.q, solved.events
-
-
-def _entry(action: Action, bytes_after: int, error: float | None = None, events: Iterable[str] = ()) -> Entry:
-    """The ledger's entry of a tensor: what was decided of it, and what became of that."""
-    info, stored = action.info, action.stored
-    return Entry(
-        info.name, action.fate, action.why, action.layer_type, None if stored is None else stored.scheme.name,
-        info.dtype, info.shape, info.nbytes, bytes_after, error, tuple(events),
-    )  # fmt: skip

@@ -1,12 +1,21 @@
 """`Watch`: whoever looks on while a folder is quantized, and may ask for an end; and the reports that it is given.
 
-One object with four methods instead of four callbacks through every stage: a stage that has something new to tell gets
-a method here that does nothing by default.
+One object with a method for each instead of as many callbacks through every stage: a stage that has something new to
+tell gets a method here that does nothing by default.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+Doing = Callable[[str, float], None]
+"""Called with what is being done inside a block, for people, and the share of the work that is done, 0 to 1."""
+
+
+def within(doing: Doing, begin: float, end: float) -> Doing:
+    """Who is told of a part of the work, from the share `begin` of all of it to `end`."""
+    return lambda what, share: doing(what, begin + share * (end - begin))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,21 @@ class Trial:
     difference: float
     error: float
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Working:
+    """A moment inside a block that is being calibrated.
+
+    number, count  which block it is, from 0 on, and how many there are
+    doing          for people: "solving mlp.up_proj, 3 of 7", "learning, step 40 of 200"
+    share          of the block's work that is done, 0 to 1, by what its parts usually take
+    """
+
+    number: int
+    count: int
+    doing: str
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +85,9 @@ class Watch:
 
     def tried(self, trial: Trial) -> None:
         """The first blocks were tried, before the rest is calibrated."""
+
+    def working(self, at: Working) -> None:
+        """Something begins inside a block. Each rank is told of what it does itself."""
 
     def finished(self, block: Finished) -> None:
         """A block is calibrated, and its file is on disk."""

@@ -49,6 +49,8 @@ class GenerateOptions:
     max_new_tokens      the most that are made; the model may end earlier. None: 64, or what there is room for behind
                         the prompt in a model whose positions are a table
     temperature         0 takes the most likely token each time, else tokens are sampled from the logits divided by it
+    top_p, top_k        of the sampling: the likeliest tokens that have this probability together, and how many at most;
+                        None: as the model's generation_config.json says
     seed                of the sampling, from 0 to 2**32 - 1
     raw                 no chat template, even if the tokenizer has one
     device              where the model runs: "cpu", "cuda" ...
@@ -61,6 +63,8 @@ class GenerateOptions:
 
     max_new_tokens: int | None = None
     temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
     seed: int = 0
     raw: bool = False
     device: str = "cpu"
@@ -106,6 +110,7 @@ def generate(
     generate text, CheckpointError if the folder has no tokenizer, and what `load` raises.
     """
     folder, trusted = locate(model), options.trust_remote_code
+    _sampling(options)
     devices.find(options.device, torch.float32)
     if reason := unreadable(Folder.open(folder).config):
         raise UsageError(f"{folder} {reason}", "only models that are given text and write text generate here")
@@ -139,8 +144,7 @@ def continue_text(
     given.check_ids(inputs["input_ids"])
     most = _room(given, length, options.max_new_tokens, apart=bool(model.config.is_encoder_decoder))
     set_seed(options.seed)
-    sampled = options.temperature > 0
-    sampling: dict[str, Any] = {"do_sample": sampled} | ({"temperature": options.temperature} if sampled else {})
+    sampling = _sampling(options)
     padding = _padding(model, tokenizer)
     run: Any = model.generate
     started = time.perf_counter()
@@ -155,6 +159,18 @@ def continue_text(
     text = tokenizer.decode(new, skip_special_tokens=True)
     assert isinstance(text, str)
     return Generated(prompt, text, len(new), round(len(new) / seconds, 2))
+
+
+def _sampling(options: GenerateOptions) -> dict[str, Any]:
+    """How transformers is to take tokens. Raises UsageError for a choice among tokens where the likeliest is taken."""
+    choices = {"top_p": options.top_p, "top_k": options.top_k}
+    named = {name: value for name, value in choices.items() if value is not None}
+    if options.temperature > 0:
+        return {"do_sample": True, "temperature": options.temperature, **named}
+    if named:
+        name = next(iter(named))
+        raise UsageError(f"{name} has no effect at temperature 0", "pass --temperature 0.8 (temperature=0.8), or so")
+    return {"do_sample": False}
 
 
 class _Steady(StoppingCriteria):

@@ -101,9 +101,15 @@ def config_and_class(
             return built, cast(type[PreTrainedModel], MODEL_MAPPING[type(built)])
     code = config.get("auto_map")
     if not isinstance(code, dict) or "AutoConfig" not in code:
+        if "pretrained_cfg" in config and isinstance(config.get("architecture"), str):
+            name = config["architecture"]
+            raise CheckpointError(
+                f"{folder} is a {name} of timm, which transformers does not know",
+                f"build it and pass it: load(folder, into=timm.create_model({name!r}))",
+            )
         raise CheckpointError(
             f"{folder}: transformers {transformers.__version__} does not know {names[:1] or model_type!r}",
-            "update transformers, or use a model that it knows",
+            "update transformers, or build the module and pass it: load(folder, into=module)",
         )
     if not trust_remote_code:
         raise UntrustedCodeError(

@@ -33,6 +33,8 @@ INDEX = "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 256 << 20
 """JSON of strangers that is larger is refused before it is read; an index takes about 100 bytes a tensor."""
+_MOST_LABELS = 10_000_000
+"""Classes of a head, for which configs make a name each: a gigabyte or two."""
 MAX_SIDE_FILES = 10_000
 """A folder with more files than that is not a model's, but somebody's home, say."""
 
@@ -158,9 +160,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder, without what says nothing: an empty section about quantization, of a float model.
 
     Some tools write `"quantization_config": null` or `{}`, here or in a nested model's config, where others leave the
-    key out. Raises CheckpointError as `read_json` does.
+    key out. Raises CheckpointError as `read_json` does, and for numbers of labels that nobody has.
     """
-    return _without_empty(read_json(folder / CONFIG, MAX_CONFIG_BYTES))
+    config = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
+    _check_labels(folder / CONFIG, config)
+    return _without_empty(config)
+
+
+def _check_labels(path: Path, config: dict[str, Any]) -> None:
+    """Raise CheckpointError where transformers would write down more names of labels than memory holds.
+
+    It does so whenever it makes a config of this one, also of a model without labels.
+    """
+    for key, value in config.items():
+        if key == "num_labels" and isinstance(value, int) and value > _MOST_LABELS:
+            raise CheckpointError(
+                f"{path}: {key} is {value}; at most {_MOST_LABELS} are read", "do not trust this folder"
+            )
+        if isinstance(value, dict):
+            _check_labels(path, value)
 
 
 def _without_empty(config: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +283,7 @@ def _only_weight_file(folder: Path) -> str:
     if pickled:
         raise CheckpointError(
             f"{folder / pickled[0]}: pickled weights are not read, because pickled files can execute code",
-            "convert in a sandbox with save_pretrained(safe_serialization=True)",
+            "load them with transformers in a sandbox, and save_pretrained writes *.safetensors",
         )
     if any(name.endswith(".gguf") for name in names):
         raise CheckpointError(
@@ -273,6 +291,12 @@ def _only_weight_file(folder: Path) -> str:
         )
     if any(folder.glob("*.safetensors.tmp")) or "progress.json" in names:
         raise CheckpointError(f"{folder} is an unfinished output", "run the same quantize command again to finish it")
+    parts = sorted(path.parent.name for path in folder.glob("*/*.safetensors") if not path.parent.name.startswith("."))
+    if parts := list(dict.fromkeys(parts)):
+        raise CheckpointError(
+            f"{folder} has no *.safetensors file of its own: it is a folder of models, {', '.join(parts)}",
+            f"give one of them: {folder / parts[0]}",
+        )
     raise CheckpointError(f"{folder} has no *.safetensors file", "give a Hugging Face model folder")
 
 

@@ -44,12 +44,13 @@ from spicerack.storage.durable import (
 )
 from spicerack.storage.files import CONFIG, INDEX, LEDGER
 from spicerack.storage.ledger import Entry
-from spicerack.storage.reader import BITS
+from spicerack.storage.reader import BITS, Checkpoint
 
 SHARD_BYTES = 2_000_000_000
 """Bytes at which shards are closed (a single larger tensor gets a shard of its own): what a crash can cost at most."""
 _ELSEWHERE = "choose another output folder"
 _PROGRESS = "progress.json"  # OUT.partial: whose it is
+_AGAIN = "remove it to make it again"
 
 
 def partial_folder(output: Path) -> Path:
@@ -327,6 +328,40 @@ def refuse_existing(output: Path, identity: Mapping[str, Any]) -> None:
     """
     if not output.exists():
         return
+    _refuse_other_origin(output, identity)
+    raise OutputError(f"{output} is finished already, from the same model and recipe", _AGAIN)
+
+
+def is_finished(output: Path, shards: Sequence[Shard], side_files: Iterable[str], identity: Mapping[str, Any]) -> bool:
+    """Whether `output` is the whole result of this very run already; False where there is nothing of that name.
+
+    output       the folder, or where one would be
+    shards       what would be in it
+    side_files   names of what would lie beside them
+    identity     facts in which it must agree, as of `Writer`
+
+    Looked at are headers, not weights. Raises OutputError for anything else: what another tool or another run wrote,
+    and what this run wrote and somebody changed since, naming what differs.
+    """
+    if not output.exists():
+        return False
+    _refuse_other_origin(output, identity)
+    try:
+        tensors = Checkpoint.open(output).tensors
+    except CheckpointError as error:
+        raise OutputError(f"{output} is from this command, but damaged: {error.message}", _AGAIN) from error
+    there = {(info.name, info.dtype, info.shape) for info in tensors.values()}
+    wanted = {(t.name, t.dtype, t.shape) for shard in shards for unit in shard.units for t in unit.tensors}
+    missing = [name for name in side_files if not (output / name).is_file()]
+    missing += sorted(name for name, _, _ in wanted ^ there)
+    if missing:
+        raise OutputError(f"{output} is from this command, but changed since: {missing[0]} is not as written", _AGAIN)
+    return True
+
+
+def _refuse_other_origin(output: Path, identity: Mapping[str, Any]) -> None:
+    """Raise OutputError for a folder that exists and has no ledger of ours, or that of another run, naming what
+    differs."""
     try:
         written = ledger.read(output)
     except CheckpointError:
@@ -334,7 +369,6 @@ def refuse_existing(output: Path, identity: Mapping[str, Any]) -> None:
     if written is None:
         raise OutputError(f"{output} exists and is not a folder that spicerack wrote", _ELSEWHERE)
     refuse_other(output, written.identity, identity)
-    raise OutputError(f"{output} is finished already, from the same model and recipe", "remove it to make it again")
 
 
 def check_disk(folder: Path, needed: int) -> None:

@@ -37,7 +37,7 @@ def read_tokenizer(
                 "pass --trust-remote-code if you trust it",
             ) from error
         # transformers' first line ends where its list of ways begins, which are not of use here
-        reason = str(error).strip().split("\n")[0].removesuffix("from one of:").rstrip()
+        reason = str(error).strip().split("\n")[0].rstrip().removesuffix("from one of:").rstrip()
         if not isinstance(error, OSError | ValueError) or not reason:  # of files that have not what they should have
             reason = f"{type(error).__name__} {reason}".rstrip()
         raise CheckpointError(

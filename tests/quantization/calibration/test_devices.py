@@ -27,8 +27,8 @@ from spicerack.numerics.scheme import parse
 from spicerack.quantization import preflight
 from spicerack.quantization.calibration import inputs, loop
 from spicerack.quantization.job import Job, prepare
-from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import Recipe, decided
+from spicerack.quantization.run import execute
 from spicerack.quantization.stream import Means
 from spicerack.quantization.watch import Finished
 from spicerack.text.calibration import Calibration

@@ -21,8 +21,8 @@ from spicerack.numerics.scheme import parse
 from spicerack.quantization import memory
 from spicerack.quantization.calibration import inputs
 from spicerack.quantization.job import prepare
-from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import Recipe, decided
+from spicerack.quantization.run import execute
 from spicerack.quantization.watch import Finished
 from spicerack.runtime.load import load_apart
 from spicerack.storage.reader import Checkpoint

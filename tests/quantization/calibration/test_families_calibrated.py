@@ -17,8 +17,8 @@ from spicerack.models.blocks.find import repeated
 from spicerack.models.blocks.look import output_of
 from spicerack.quantization.calibration.states import States, blocks_folder
 from spicerack.quantization.job import prepare
-from spicerack.quantization.recipe import of
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import decided, of
+from spicerack.quantization.run import execute
 from spicerack.runtime.load import load
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {

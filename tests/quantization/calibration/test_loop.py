@@ -29,8 +29,8 @@ from spicerack.numerics.scheme import parse
 from spicerack.quantization import memory
 from spicerack.quantization.calibration import loop
 from spicerack.quantization.job import prepare
-from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import Recipe, decided
+from spicerack.quantization.run import execute
 from spicerack.quantization.watch import Finished
 from spicerack.text import calibration
 from spicerack.text.calibration import Calibration
@@ -301,7 +301,8 @@ from pathlib import Path
 from calibrations import Watching, text
 from spicerack.errors import OutputError
 from spicerack.quantization.job import prepare
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import decided
+from spicerack.quantization.run import execute
 from spicerack.quantization.recipe import Recipe
 from spicerack.numerics.scheme import parse
 

@@ -21,8 +21,8 @@ from spicerack.errors import OutputError, UsageError
 from spicerack.numerics.scheme import parse
 from spicerack.quantization import memory
 from spicerack.quantization.job import Job, prepare
-from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import Recipe, decided
+from spicerack.quantization.run import execute
 
 GB = 10**9
 
@@ -99,7 +99,8 @@ from spicerack.algorithms.transforms import awq
 from spicerack.text.calibration import Calibration
 from spicerack.quantization.job import prepare
 from spicerack.algorithms.method import parse as chain
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import decided
+from spicerack.quantization.run import execute
 from spicerack.quantization.stream import Means, plan
 from spicerack.quantization.recipe import Recipe
 from spicerack.numerics.scheme import parse

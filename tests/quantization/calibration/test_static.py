@@ -27,8 +27,8 @@ from spicerack.numerics.scheme import parse
 from spicerack.quantization import memory
 from spicerack.quantization.calibration import observer as observers
 from spicerack.quantization.job import prepare
-from spicerack.quantization.recipe import Recipe, read, rule
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import Recipe, decided, read, rule
+from spicerack.quantization.run import execute
 from spicerack.text.calibration import Calibration
 
 

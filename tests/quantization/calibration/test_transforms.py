@@ -19,8 +19,8 @@ from spicerack.numerics.scheme import parse
 from spicerack.quantization.calibration import transforms
 from spicerack.quantization.calibration.pair import Pair
 from spicerack.quantization.job import prepare
-from spicerack.quantization.recipe import Recipe
-from spicerack.quantization.run import decided, execute
+from spicerack.quantization.recipe import Recipe, decided
+from spicerack.quantization.run import execute
 from spicerack.quantization.watch import Finished
 from spicerack.text.calibration import Calibration
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 
 from spicerack.algorithms.columns import by_column, scales, zeros
-from spicerack.algorithms.descent import Forward, Tunable, descend, memory, obstacle
+from spicerack.algorithms.descent import Forward, Told, Tunable, descend, memory, obstacle, untold
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
 from spicerack.numerics.qtensor import QTensor
@@ -34,13 +34,20 @@ _CELL = 0.499
 
 
 def solve(
-    layers: Mapping[str, Tunable], forward: Forward, sequences: int, *, steps: int | None = None, seed: int = 0
+    layers: Mapping[str, Tunable],
+    forward: Forward,
+    sequences: int,
+    told: Told = untold,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Solved]:
     """Name -> codes and scales with which the block's output is nearest; `start` where no step was nearer.
 
-    layers, forward, sequences, seed: as in `descend`. steps: T; None is STEPS.
+    layers, forward, sequences, told, seed: as in `descend`. steps: T; None is STEPS.
     """
-    return descend(layers, _Learned, forward, sequences, steps=STEPS if steps is None else steps, seed=seed)
+    steps = STEPS if steps is None else steps
+    return descend(layers, _Learned, forward, sequences, told, steps=steps, seed=seed)
 
 
 class _Learned:

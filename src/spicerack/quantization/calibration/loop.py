@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 from spicerack.algorithms.solved import Solved
+from spicerack.algorithms.transform import scalings
 from spicerack.machine.memory import peak_rss_bytes, steady
 from spicerack.machine.ranks import Ranks
 from spicerack.models.blocks.find import find
@@ -51,8 +52,11 @@ from spicerack.quantization.calibration.transforms import Changes
 from spicerack.quantization.job import Job
 from spicerack.quantization.recipe import Recipe
 from spicerack.quantization.rotation import Rotated, original
-from spicerack.quantization.watch import Finished, Watch
+from spicerack.quantization.watch import Doing, Finished, Watch, Working, within
 from spicerack.runtime.load import load_apart
+
+_TRANSFORMED, _SOLVED = 0.3, 0.95
+"""Shares of a block's work that are done behind transforms, if there are any, and behind solving: for bars only."""
 
 
 @torch.no_grad()
@@ -65,8 +69,9 @@ def run(
     device: torch.device,
     ranks: Ranks,
     watch: Watch,
-) -> None:
-    """Solve all layers that lie in blocks, into `folder`: one file for each block. Continues what is there.
+) -> Finished | None:
+    """Solve all layers that lie in blocks, into `folder`, one file for each block -> the last block; None where that
+    was solved before. Continues what is there.
 
     job        what was decided of the model; its recipe has a method
     text       the calibration text, in chunks
@@ -88,11 +93,15 @@ def run(
     if done == 0:
         _begin(Flow(stack, 0, text, states, ranks), job)
     ranks.wait()
+    last = None
     for i in steady(range(done, len(stack.blocks))):
         pair = Pair(stack.blocks[i], tensors[i], job.source, device, job.recipe.range_, threads)
-        watch.finished(_finish(pair, Flow(stack, i, text, states, ranks), job.recipe, folder))
+        flow = Flow(stack, i, text, states, ranks)
+        last = _finish(pair, flow, job.recipe, folder, _telling(watch, i, len(stack.blocks)))
+        watch.finished(last)
         if bool(ranks.largest(torch.tensor(watch.stopping(), dtype=torch.bool, device="cpu"))):
             raise KeyboardInterrupt
+    return last
 
 
 def _begin(flow: Flow, job: Job) -> None:
@@ -103,15 +112,28 @@ def _begin(flow: Flow, job: Job) -> None:
         flow.states.write(0, number, hidden.float(), hidden.float())
 
 
-def _finish(pair: Pair, flow: Flow, recipe: Recipe, folder: Path) -> Finished:
-    """Take one block through its four steps, and commit it -> what is reported of it."""
+def _telling(watch: Watch, number: int, count: int) -> Doing:
+    """Who is told of what is done inside the block of this number."""
+    return lambda doing, share: watch.working(Working(number, count, doing, share))
+
+
+def _finish(pair: Pair, flow: Flow, recipe: Recipe, folder: Path, doing: Doing) -> Finished:
+    """Take one block through its four steps, and commit it -> what is reported of it.
+
+    doing: is told of each step; where factors are tried that is about a third of the work.
+    """
     begin = time.time()
     assert recipe.method is not None, "decided before work starts"
-    changes = transforms.apply(pair, flow, recipe.method.transforms, recipe.observer)
+    transformed = _TRANSFORMED if scalings(recipe.method.transforms) else 0.0
+    first = within(doing, 0, transformed)
+    changes = transforms.apply(pair, flow, recipe.method.transforms, recipe.observer, first)
+    doing("what the float model makes", transformed)
     _keep_exact(pair, flow)
     starts, solutions = solving.solve(
-        pair, flow, Exchange(flow.ranks, flow.states), recipe.method.solver, recipe.observer
-    )
+        pair, flow, Exchange(flow.ranks, flow.states), recipe.method.solver, recipe.observer,
+        within(doing, transformed, _SOLVED),
+    )  # fmt: skip
+    doing("measuring what was lost", _SOLVED)
     rounded, error = _errors(pair, flow, starts, {key: solved.q for key, solved in solutions.items()})
     if flow.ranks.first:
         losses = {target.key: pair.error(target, solutions[target.key].q) for target in pair.targets}

@@ -8,12 +8,12 @@ have their codes already; one that needs the block is called once, when all have
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from spicerack.algorithms import solver as solvers
-from spicerack.algorithms.descent import Tunable
+from spicerack.algorithms.descent import Told, Tunable
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
 from spicerack.nn import kinds
@@ -24,10 +24,14 @@ from spicerack.quantization.calibration.inputs import Moments, Readers, moments,
 from spicerack.quantization.calibration.pair import Pair
 from spicerack.quantization.calibration.static import observe
 from spicerack.quantization.calibration.targets import Target
+from spicerack.quantization.watch import Doing, within
+
+_OPENING = 0.06
+"""Of a learner's work what is done when it has the codes that it begins with: for bars only."""
 
 
 def solve(
-    pair: Pair, flow: Flow, exchange: Exchange, name: str, observer: str | None
+    pair: Pair, flow: Flow, exchange: Exchange, name: str, observer: str | None, doing: Doing
 ) -> tuple[dict[str, QTensor], dict[str, Solved]]:
     """Solve all targets of a block by the solver `name` -> by key how each is rounded to nearest, and its solution.
 
@@ -36,16 +40,19 @@ def solve(
     exchange   hands solved layers to other ranks
     name       of the solver; what it needs decides when it is called
     observer   finds the scales of static activations; None where there are none
+    doing      is told of statistics, layers and steps
 
     Targets that the text does not reach are rounded to nearest, with an event that says so. Raises ActivationError
     naming block, layer and place.
     """
     starts: dict[str, QTensor] = {}
     solutions: dict[str, Solved] = {}
+    solver = solvers.get(name)
+    by_layer = within(doing, 0, _OPENING if solver.needs == "block" else 1)
     for part in (part for stage in stages(pair, flow) for part in rounds(pair, stage)):
         for readers in part:
             observe(pair, flow, readers, observer)
-        _solve_mine(pair, flow, exchange, part, name)
+        _solve_mine(pair, flow, exchange, part, name, _counting(by_layer, len(solutions), len(pair.targets)))
         flow.ranks.wait()
         for target in (target for readers in part for target in _targets(pair, readers)):
             starts[target.key], solutions[target.key] = exchange.take(target)
@@ -57,9 +64,8 @@ def solve(
             event = "not reached by the calibration text: rounded to nearest"
             starts[target.key], solutions[target.key] = start, Solved(start, (event,))
             pair.put(target, start)
-    solver = solvers.get(name)
     if solver.needs == "block":
-        solutions |= _learn(pair, flow, exchange, solver, solutions)
+        solutions |= _learn(pair, flow, exchange, solver, solutions, within(doing, _OPENING, 1))
     return starts, solutions
 
 
@@ -69,11 +75,24 @@ def _targets(pair: Pair, readers: Readers) -> list[Target]:
     return [by_path[path] for path in readers]
 
 
-def _solve_mine(pair: Pair, flow: Flow, exchange: Exchange, part: Sequence[Readers], name: str) -> None:
+def _counting(doing: Doing, done: int, count: int) -> Callable[[str, int], None]:
+    """Who is told of layers by how many are solved behind the `done` ones of `count` that were before."""
+    return lambda what, more: doing(f"{what}, {min(done + more + 1, count)} of {count}", (done + more) / count)
+
+
+def _solve_mine(
+    pair: Pair,
+    flow: Flow,
+    exchange: Exchange,
+    part: Sequence[Readers],
+    name: str,
+    counting: Callable[[str, int], None],
+) -> None:
     """Solve those targets of a part of a stage that are this rank's share, and hand them over.
 
     The costliest go first to the rank with the least to do: what solving costs grows with the weight's size.
     """
+    counting(f"statistics for {part[0][0]}", 0)
     known = moments(pair, flow, part)
     by_path = {target.path: (target, readers) for readers in part for target in _targets(pair, readers)}
     costs = {path: float(pair.weight(target).numel()) for path, (target, _) in by_path.items()}
@@ -83,7 +102,8 @@ def _solve_mine(pair: Pair, flow: Flow, exchange: Exchange, part: Sequence[Reade
         pulls = {target.path: known[readers].pull(pair.weight(target)) for target, readers in mine}
     # Shifts are as large as what solving needs, which comes now: from here on nothing holds them.
     known = {readers: dataclasses.replace(one, shift=None) for readers, one in known.items()}
-    for target, readers in mine:
+    for number, (target, readers) in enumerate(mine):
+        counting(f"solving {target.path}", number)
         exchange.hand_over(target, *_solve_one(pair, target, known[readers], pulls.pop(target.path, None), name))
 
 
@@ -96,8 +116,13 @@ def _solve_one(
     return start, Solved(solved.q, (*known.events, *solved.events))
 
 
+def _stepping(doing: Doing) -> Told:
+    """Who is told of a learner's steps."""
+    return lambda step, steps: doing(f"learning, step {step} of {steps}", step / steps)
+
+
 def _learn(
-    pair: Pair, flow: Flow, exchange: Exchange, solver: BlockSolver, solutions: Mapping[str, Solved]
+    pair: Pair, flow: Flow, exchange: Exchange, solver: BlockSolver, solutions: Mapping[str, Solved], doing: Doing
 ) -> dict[str, Solved]:
     """By key the codes that a solver of whole blocks learns, of those targets whose schemes it can do.
 
@@ -117,7 +142,9 @@ def _learn(
             key: Tunable(modules[target.path], pair.weight(target), moved(solutions[key].q, pair.device))
             for key, target in targets.items()
         }
-        for key, learned in solver.solve(layers, forward, len(flow.text.calibration.ids)).items():
+        doing("learning", 0.0)
+        sequences = len(flow.text.calibration.ids)
+        for key, learned in solver.solve(layers, forward, sequences, _stepping(doing)).items():
             events = (*solutions[key].events, *learned.events)
             exchange.hand_over(targets[key], solutions[key].q, Solved(learned.q, events))
     flow.ranks.wait()

@@ -29,6 +29,7 @@ from spicerack.quantization.calibration.folding import Site
 from spicerack.quantization.calibration.pair import Pair
 from spicerack.quantization.calibration.static import on_trial
 from spicerack.quantization.calibration.targets import Target
+from spicerack.quantization.watch import Doing
 
 _TOKENS = 2048
 """On which candidates are judged, in sequences spread over the text."""
@@ -56,10 +57,11 @@ class Changes:
         return tuple(event for event, keys in self.events.items() if key in keys)
 
 
-def apply(pair: Pair, flow: Flow, names: tuple[str, ...], observer: str | None) -> Changes:
+def apply(pair: Pair, flow: Flow, names: tuple[str, ...], observer: str | None, doing: Doing) -> Changes:
     """Apply a method's transforms of blocks, in order, to both copies of the block.
 
-    names: of all the method's transforms. observer: finds the scales of static activations.
+    names: of all the method's transforms. observer: finds the scales of static activations. doing: is
+    told of each place where factors are tried.
     """
     scalings = transform.scalings(names)
     changes = Changes()
@@ -72,7 +74,8 @@ def apply(pair: Pair, flow: Flow, names: tuple[str, ...], observer: str | None) 
         return Changes(events={event: tuple(target.key for target in pair.targets)})
     judge = _Judge(pair, flow, observer)
     for name, scaling in scalings.items():
-        for site in sites:
+        for number, site in enumerate(sites):
+            doing(f"{name}: factors of {site.source}, {number + 1} of {len(sites)}", number / len(sites))
             readers = [targets[reader] for reader in site.readers]
             factors = _best(pair, flow, scaling, site, readers, judge)
             if factors is None:

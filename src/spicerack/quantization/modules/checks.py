@@ -40,7 +40,7 @@ def check(layers: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> Non
         alone = (
             f"use {misfits[0].nearest}"
             if "" in layers
-            else f"fit_groups=True or, which is the same, rules=[{paste}] (--set)"
+            else f"fit_groups=True (--fit-groups) or, which is the same, rules=[{paste}] (--set)"
         )
         raise fitting.error(misfits, alone)
 

@@ -17,6 +17,8 @@ from spicerack.quantization.staying import Staying
 
 _LISTED = 8
 """Layers that a message names before it counts the rest."""
+_ADAPTERS = "an adapter's own, which is trained in float"
+"""Why what an adapter adds around a layer stays in float, of whatever class it is."""
 
 
 def nothing(module: nn.Module, problem: str, hint: str) -> RecipeError:
@@ -51,7 +53,7 @@ def warn_of_staying(module: nn.Module, stacklevel: int) -> None:
 def staying_in(module: nn.Module) -> list[Staying]:
     """Matrices of `module` that have no packed form, each once, by its layer's path (its own, if it is no layer's
     weight). Tables are none of them."""
-    prefixes = theirs(module)
+    prefixes, adapters = theirs(module), kinds.inside_wrappers(module)
     known = {id(layer.weight) for layer in layers_of(module).values()}
     left: list[Staying] = []
     for path, part in module.named_modules():
@@ -62,12 +64,13 @@ def staying_in(module: nn.Module) -> list[Staying]:
             known.add(id(parameter))
             name = path if key == "weight" else f"{path}.{key}" if path else key
             if key == "weight" or not staying.is_table(name):
-                left.append(Staying(name, parameter.numel(), _why(path, part, key, parameter, prefixes)))
+                why = _ADAPTERS if f"{path}.".startswith(adapters) else _why(path, part, key, parameter, prefixes)
+                left.append(Staying(name, parameter.numel(), why))
     return left
 
 
 def _why(path: str, part: nn.Module, key: str, parameter: torch.Tensor, theirs: tuple[str, ...]) -> str:
-    """Why a matrix of `part` stays in float.
+    """Why a matrix of `part`, which is no adapter's own, stays in float.
 
     path       of the module
     key        what the parameter is called in it
@@ -92,10 +95,10 @@ def _why(path: str, part: nn.Module, key: str, parameter: torch.Tensor, theirs: 
 
 
 def tables_of(module: nn.Module) -> dict[str, str]:
-    """Path -> why, of embeddings that have no packed form: subclasses, and those of another type."""
-    inside = layers_of(module)
+    """Path -> why, of embeddings that have no packed form: subclasses, those of another type, and an adapter's own."""
+    inside, adapters = layers_of(module), kinds.inside_wrappers(module)
     return {
-        path: _why(path, part, "weight", part.weight, ())
+        path: _ADAPTERS if f"{path}.".startswith(adapters) else _why(path, part, "weight", part.weight, ())
         for path, part in module.named_modules()
         if isinstance(part, nn.Embedding) and path not in inside
     }

@@ -74,7 +74,8 @@ def choose(
     for decode in ways:
         quantizer, ready = _quantizer(decode, _columns(packed)), copy.deepcopy(model)
         layers = {} if decode else {paths[module]: (module, packed[module][1]) for module in modules if module in paths}
-        obstacles.append(_obstacle(ready, quantizer, layers, stored, before))
+        half_tied = None if decode else _half_tied(model, set(paths.values()))
+        obstacles.append(half_tied or _obstacle(ready, quantizer, layers, stored, before))
         if obstacles[-1] is None:
             return decode, None
     return ways[0], obstacles[0]
@@ -94,6 +95,17 @@ def _alike(tensors: Iterable[str]) -> list[str]:
         for layer in dict.fromkeys([*list(kind)[:_FEW], list(kind)[-1]])
         for name in kind[layer]
     ]
+
+
+def _half_tied(model: PreTrainedModel, packed: set[str]) -> str | None:
+    """Which float layer reads the codes of another as its weight, by being tied to it; None if there is none.
+
+    packed: paths of the layers that have codes.
+    """
+    for alias, owner in model.all_tied_weights_keys.items():
+        if owner.rpartition(".")[0] in packed and alias.rpartition(".")[0] not in packed:
+            return f"{alias} is tied to {owner}, which is packed, and would be read as it lies"
+    return None
 
 
 def _obstacle(
