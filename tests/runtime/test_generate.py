@@ -87,7 +87,7 @@ def test_what_cannot_generate_is_said(llama_folder, tmp_path: Path, capsys) -> N
 
 @pytest.mark.parametrize("wrong", [
     {"seed": -1}, {"seed": 2**32}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": -1.0},
-    {"max_new_tokens": 0},
+    {"max_new_tokens": 0}, {"top_p": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": 0},
 ])  # fmt: skip
 def test_options_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(wrong))} is"):

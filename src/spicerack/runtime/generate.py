@@ -77,6 +77,10 @@ class GenerateOptions:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}", "use 1 or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"temperature is {self.temperature}", "use 0 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}", "it is a share, above 0 and at most 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"top_k is {self.top_k}", "use 1 or more")
         if not 0 <= self.seed < _SEEDS:
             raise UsageError(f"seed is {self.seed}", f"use a number from 0 to {_SEEDS - 1}")
 
