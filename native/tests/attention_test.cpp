@@ -184,6 +184,7 @@ void spicerack::test_attention(Random& random) {
     for (const int64_t count : {1, 17, 129, 300}) {
         if (once && count != 129) continue;
         for (const int64_t window : {-1, 0, 5, 64, 200}) {
+            if (once && window != 5) continue;
             for (int kind = 0; kind < 4; kind++) {
                 const bool biased = kind & 1, causal = kind & 2;
                 if ((window < 0 && !biased) || (count == 300 && kind % 3)) continue;

@@ -1,8 +1,8 @@
 // The native code without Python, so that sanitizers and emulators of other processors can run it.
 //
 // Every engine must give the scalar engine's bits, and that must be right: products within the bound of exact.cpp,
-// attention, norms, activations and fake quantization within theirs. All memory ends where its last value ends and begins on no more than
-// its values' own alignment.
+// attention, norms, activations and fake quantization within theirs. All memory ends where its last value ends and
+// begins on no more than its values' own alignment.
 //
 //     native_tests          all of it
 //     native_tests once     enough that all code runs: every body, with every instruction that it has
