@@ -73,7 +73,7 @@ def test_modules_and_recipe_files_fit_as_well_and_say_so(tmp_path: Path) -> None
     net = nn.Sequential(nn.Linear(64, 172), nn.GELU(), nn.Linear(172, 64))
     with pytest.raises(
         ShapeError,
-        match=r"2\.weight: K=172 .*w4 fits \(fit_groups=True or, which is the same, rules=\['2=w4'\] \(--set\)",
+        match=r"2\.weight: K=172 .*w4 fits \(fit_groups=True \(--fit-groups\) or, .* rules=\['2=w4'\] \(--set\)",
     ):
         spicerack.quantize(net, "w4g32")
     pasted = spicerack.quantize(net, "w4g32", rules=["2=w4"])

@@ -571,6 +571,7 @@ def test_what_cannot_be_copied_is_named() -> None:
         spicerack.quantize(net, "w8")
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(
     "change", [lambda net: spicerack.quantize(net, "w8"), lambda net: spicerack.prepare_qat(net, "w8")]
 )

@@ -123,8 +123,14 @@ def test_it_says_why_faster_ones_were_passed_over() -> None:
 
 @pytest.mark.parametrize("engine", [ABSENT, "avx", ""])
 def test_what_the_processor_has_not_is_refused_by_name(
-    out: Path, engine: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    out: Path,
+    engine: str,
+    llama_folder: LlamaFolder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    source = str(llama_folder("original"))
+
     def read(*_: object) -> None:
         raise AssertionError("it is known before anything is read")
 
@@ -134,7 +140,7 @@ def test_what_the_processor_has_not_is_refused_by_name(
     assert raised.value.hint == f"it has {', '.join(panels.NAMES)}"
     folder = str(out)
     for command in (
-        ["bench", folder, "--against", folder], ["eval", folder, "--against", folder], ["generate", folder, "x"],
+        ["bench", folder, "--against", source], ["eval", folder, "--against", source], ["generate", folder, "x"],
         ["kernels", folder],
     ):  # fmt: skip
         assert _output.run(cli, [*command, "--engine", engine, "--json"]) == 2
