@@ -78,8 +78,8 @@ Effort = Literal["normal", "high"]
 
 _MANY = 8
 """Levels' steps from which on GPTQ's codes are as good as those that are learned, in a fifth of the time."""
-_GAIN = "ten to thirty times as long, for .65 to .96 of the KL that gptq leaves on the models measured"
-_GAIN_OF_TERNARY = "ten to thirty times as long, for .4 of the KL that gptq leaves on the model measured"
+_GAIN = "ten to sixteen times as long, for .65 to .96 of the KL that gptq leaves on the models measured"
+_GAIN_OF_TERNARY = "ten to sixteen times as long, for .4 of the KL that gptq leaves on the model measured"
 _TWO_BITS = 3
 """Levels' steps where `blockap` is nearer, unless one scale is the whole tensor's."""
 
