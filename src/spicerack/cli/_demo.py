@@ -144,7 +144,7 @@ def run(subject: Subject, output: Path, report: Callable[[str], None]) -> list[O
     """
     outcomes: list[Outcome] = []
     for variant in subject.variants:
-        name = f"{subject.folder.name}, {variant.label}"
+        name = f"{subject.title.partition(',')[0]}, {variant.label}"  # the folder of one is called "model"
         folder = output / variant.label.replace(", ", "+").replace(" ", "").replace(".", "")
         report(f"{name}: quantizing")
         quantize(subject.folder, variant.scheme, output=folder, rules=variant.rules)
