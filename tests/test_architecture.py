@@ -15,7 +15,7 @@ import spicerack
 SOURCE = ROOT / "src" / "spicerack"
 # Lowest first. A room sees those below it, and not those beside it.
 FLOORS = (
-    ("errors", "plugins", "_version"),
+    ("errors", "arguments", "plugins", "_version"),
     ("numerics", "machine"),
     ("algorithms", "storage", "kernels"),
     ("models",),

@@ -194,7 +194,7 @@ class PackedWeight(nn.Module):
         """Be laid out for the kernel that runs the weight on `device`, still where it is now.
 
         An instruction set that was asked for is one of CPUs: it means nothing elsewhere, and holds again on the way
-        back. Raises UsageError on meta, where there are no codes to lay out, if the present layout runs on the CPU alone.
+        back. Raises UsageError on meta, where there are no codes to lay out, if the present layout does not run there.
         """
         asked = self.choice
         engine = asked.engine if device.type == "cpu" else None

@@ -31,6 +31,7 @@ import torch
 
 from spicerack.algorithms import method as methods
 from spicerack.algorithms.method import Method
+from spicerack.arguments import at_least, checked
 from spicerack.errors import UsageError
 from spicerack.kernels.kernel import Compute
 from spicerack.machine import devices
@@ -127,6 +128,7 @@ def quantize(
     shard_bytes: int | None = ...,
     progress: Progress | bool | None = ...,
 ) -> dict[str, Any]: ...
+@checked
 @torch.inference_mode(False)  # solvers take gradients, and what is packed may be trained later
 def quantize(
     model: torch.nn.Module | str | Path,
@@ -173,6 +175,7 @@ def quantize(
 
     Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
     """
+    at_least(1, threads=threads, memory=memory, shard_bytes=shard_bytes)
     chosen = recipe.of(scheme, rules).with_choices(range_, method, observer, fit_groups)
     options = _FolderOptions(output, calibration, effort, device, threads, memory, shard_bytes, progress)
     if isinstance(model, torch.nn.Module):

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+from spicerack.arguments import checked
 from spicerack.errors import UsageError
 from spicerack.machine.ranks import launched
 from spicerack.numerics.scheme import Scheme
@@ -87,6 +88,7 @@ class Trained:
     kl: float | None = None
 
 
+@checked
 def train(
     model: str | Path,
     output: str | Path,

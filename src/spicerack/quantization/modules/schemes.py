@@ -59,7 +59,7 @@ def _fitted(schemes: Mapping[str, Scheme], layers: Mapping[str, nn.Module]) -> d
     if fitted:
         kinds_of_layers = list(dict.fromkeys(f"{schemes[name]} -> {new}" for name, new in fitted.items()))
         names = listed(list(fitted), _LISTED, "layers")
-        warnings.warn(f"groups do not tile {names}: {', '.join(kinds_of_layers)}", stacklevel=6)
+        warnings.warn(f"groups do not tile {names}: {', '.join(kinds_of_layers)}", stacklevel=8)
     return fitted
 
 
