@@ -297,7 +297,7 @@ def is_quantized(entry: Entry) -> bool:
     Of experts in one tensor those are that have an axis for them, whatever the family's code does.
     """
     whole = entry.role == "experts" and len(entry.info.shape) != 3
-    return entry.role in BY_DEFAULT and not whole and entry.info.dtype in FLOATS
+    return entry.role in BY_DEFAULT and not whole and entry.info.dtype in FLOATS and 0 not in entry.info.shape
 
 
 def pattern_of(module: str) -> str:

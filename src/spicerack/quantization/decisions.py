@@ -166,6 +166,8 @@ def _permitted(source: Source, entry: Entry, decision: Decision) -> Decision:
         return Decision(None, "tied")
     if decision.scheme is None:
         return decision
+    if 0 in entry.info.shape:  # whatever a rule asks for, it has it
+        return Decision(None, "it has no numbers: copied as it is", decision.rule)
     if (reason := _obstacle(source, entry)) is not None:
         return decision.kept(reason)
     if decision.scheme.activations is not None and entry.role == "embedding":

@@ -41,7 +41,11 @@ def schemes_of(
     roles = _roles(module, layers)
     tied = _ties(layers, roles)
     decisions = resolve(recipe, {name: role for name, role in roles.items() if name not in tied}, tied)
-    schemes = {name: scheme for name in layers if (scheme := decisions[name].scheme) is not None}
+    schemes = {
+        name: scheme
+        for name, layer in layers.items()
+        if (scheme := decisions[name].scheme) is not None and kinds.weight_of(layer).numel()
+    }  # a layer without numbers has nothing to pack, and stays as it is
     if recipe.fit_groups:
         schemes |= _fitted(schemes, layers)
     if not schemes:
