@@ -198,7 +198,8 @@ def refuse_strangers(out: Checkpoint, source: Checkpoint) -> None:
     configs = [_float_config(checkpoint.config) for checkpoint in (out, source)]
     if (reason := difference(*configs)) is not None:
         raise UsageError(
-            f"{out.folder} {reason.format(other=source.folder)}", "compare a folder with the model that it was made from"
+            f"{out.folder} {reason.format(other=source.folder)}",
+            "compare a folder with the model that it was made from",
         )
 
 

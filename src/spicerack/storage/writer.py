@@ -22,7 +22,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -155,6 +155,7 @@ class Writer:
         self.resumed = self.complete or any((self.partial / shard.file).exists() for shard in self.shards)
         missing = sum(u.nbytes for s in self.shards for u in s.units if not (self.partial / s.file).exists())
         check_disk(self.output.parent, missing + side_bytes)
+        self._made = [p for p in (self.partial, *self.partial.parents) if not p.exists()]
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -164,6 +165,16 @@ class Writer:
             leftover.unlink()
         if not self.complete:
             write_atomically(record, json_bytes(identity))
+
+    def discard(self) -> None:
+        """Take back that the folder was begun, with parents that were made for it: for runs that are refused before
+        anything in it is worth to be kept. A folder that was there before stays."""
+        self._unlock()
+        if self.partial in self._made:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            for folder in self._made[1:]:
+                with suppress(OSError):  # somebody else's files are in it by now
+                    folder.rmdir()
 
     def pending(self) -> Iterator[Shard]:
         """Shards that are not on disk yet, in order; asked anew each time, so that it shrinks as shards are written."""

@@ -111,7 +111,7 @@ class Settings:
         if self.batch % (micro * processes):
             raise UsageError(
                 f"a batch of {self.batch} rows is not {processes} processes times {micro} rows, or a multiple of it",
-                "change --batch or --micro-batch",
+                "change the batch, or how much of it a process computes at once (micro_batch)",
             )
         return micro
 
@@ -124,7 +124,7 @@ def arguments(settings: Settings, folder: Path, processes: int) -> TrainingArgum
     """
     cpu = settings.cpu or not torch.accelerator.is_available()
     if settings.fsdp and processes == 1:
-        raise UsageError("--fsdp shards over several processes, and this is one", "start it by torchrun")
+        raise UsageError("fsdp shards over several processes, and this is one", "start it by torchrun")
     micro = settings.micro(processes)
     return TrainingArguments(
         output_dir=str(folder),
