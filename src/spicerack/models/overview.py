@@ -199,7 +199,7 @@ def refuse_strangers(out: Checkpoint, source: Checkpoint) -> None:
     if (reason := difference(*configs)) is not None:
         raise UsageError(
             f"{out.folder} {reason.format(other=source.folder)}",
-            "compare a folder with the model that it was made from",
+            "compare it with the model that it was made from",
         )
 
 

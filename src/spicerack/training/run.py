@@ -141,7 +141,8 @@ def train(
 def execute(model: str | Path, output: str | Path, options: TrainOptions, watch: Watch) -> Trained:
     """As `train`, with what is asked for, and who looks on, as one object each.
 
-    model: a folder or hub id, or a config.json. output: the folder to write. Raises what `train` raises, and KeyboardInterrupt, behind a checkpoint, where the watch asked for an end.
+    model: a folder or hub id, or a config.json. output: the folder to write. Raises what `train` raises, and
+    KeyboardInterrupt, behind a checkpoint, where the watch asked for an end.
     """
     began = time.time()
     _require_packages()
