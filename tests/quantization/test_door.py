@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spicerack
+from spicerack.algorithms.method import Method
 from spicerack.errors import CheckpointError, LoadError, RecipeError, UsageError
 from spicerack.models.architecture import stranger
 from spicerack.models.overview import look
 from spicerack.numerics.scheme import parse
 from spicerack.quantization.door import promised
 from spicerack.quantization.job import Job, prepare
-from spicerack.quantization.recipe import Recipe, rule
+from spicerack.quantization.recipe import Recipe, decided, rule
 from spicerack.storage.reader import Checkpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -193,6 +194,23 @@ def test_a_tensor_without_numbers_is_copied_whatever_is_asked_for_it(rules: list
     expected = model(IDS).logits
     for small in (folder, module):
         assert (small(IDS).logits - expected).norm() < 0.2 * expected.norm()
+
+
+def test_layers_in_front_of_blocks_are_told_where_text_chooses_codes(tmp_path: Path) -> None:
+    """Gemma 4 has one that makes an embedding for each block: it is in none, and rounded to nearest."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Gemma4TextConfig(
+        vocab_size=99, vocab_size_per_layer_input=99, num_hidden_layers=2, head_dim=16, global_head_dim=16,
+        hidden_size_per_layer_input=32, **sizes,
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    transformers.Gemma4ForCausalLM(config).save_pretrained(folder)
+    said = "outside of the blocks that text is run through: rounded to nearest"
+    calibrated = prepare(folder, decided(Recipe(parse("w8"), method=Method((), "gptq")), True), with_text=True)
+    (note,) = (note for note in calibrated.notes if said in note)
+    assert "per_layer_model_projection" in note and "layers." not in note
+    for plain in [prepare(folder, decided(Recipe(parse("w8")), False))]:
+        assert not any(said in note for note in plain.notes)
 
 
 def test_codes_are_told_by_names_where_nobody_knows_the_class(llama_folder) -> None:

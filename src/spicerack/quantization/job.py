@@ -31,7 +31,7 @@ from spicerack.storage import format, released
 from spicerack.storage.format import Format, Layout, Reading, StoredTensor
 from spicerack.storage.ledger import Entry, Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
-from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, shards_of
+from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, shards_of, stem_of
 
 _LISTED = 8
 """Tensors that a message names before it counts the rest."""
@@ -110,7 +110,8 @@ class Job:
     @property
     def shards(self) -> tuple[Shard, ...]:
         """Files of the output. Units keep the source's order, so that both sides stream."""
-        return shards_of([Unit(a.info.name, a.tensors) for a in self.actions if a.tensors], self.shard_bytes)
+        units = [Unit(a.info.name, a.tensors) for a in self.actions if a.tensors]
+        return shards_of(units, self.shard_bytes, stem_of(self.source.shards))
 
     @property
     def bytes_before(self) -> int:

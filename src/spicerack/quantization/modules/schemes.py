@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from spicerack.errors import RecipeError, listed
 from spicerack.models import census
 from spicerack.models.families import names
+from spicerack.models.roles import classifiers_of
 from spicerack.nn import kinds
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.scheme import Scheme
@@ -83,6 +84,8 @@ def _roles(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]
     That is, `census` goes by names and shapes alone: it is asked with a folder that has no files.
     """
     roles = {name: _role(name, layer) for name, layer in layers.items()}
+    classifiers = classifiers_of(vars(module).get("pretrained_cfg"))
+    roles |= {name: "head" for name in classifiers if roles.get(name) == "linear"}
     covered: set[str] = set()
     for path, model in module.named_modules(remove_duplicate=False):
         if not isinstance(model, PreTrainedModel):
