@@ -198,9 +198,10 @@ def _table(entries: Iterable[Entry], console: Console) -> None:
 
 def _totals(total: Sizes) -> str:
     """Sizes before and after, and bits of a weight, in a line."""
-    before, after = total.bytes_before, total.bytes_after
+    before, after, stored = total.bytes_before, total.bytes_after, total.bytes_stored
+    coded = f" (as stored {_output.size(stored)}, {stored / after:.2f} times)" if stored != before else ""
     return (
-        f"[bold]{_output.size(before)} -> {_output.size(after)}[/bold], {before / after:.2f} times smaller; "
+        f"[bold]{_output.size(before)} -> {_output.size(after)}[/bold], {before / after:.2f} times smaller{coded}; "
         f"{total.bits_per_weight:.2f} bits a quantized weight, {total.bits_per_weight_total:.2f} in all"
     )
 

@@ -26,7 +26,7 @@ from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import decisions, door, fitting
 from spicerack.quantization.decisions import Source
 from spicerack.quantization.recipe import Decision, Recipe
-from spicerack.quantization.rotation import rotate
+from spicerack.quantization.rotation import original, rotate
 from spicerack.storage import format, released
 from spicerack.storage.format import Format, Layout, Reading, StoredTensor
 from spicerack.storage.ledger import Entry, Fate
@@ -72,7 +72,9 @@ class Sizes:
     """What a folder weighs, before and after.
 
     scheme                  the recipe's
-    bytes_before, bytes_after   of all tensors
+    bytes_before, bytes_after   of all tensors; before as floats, whatever the files hold
+    bytes_stored            of the source's tensors as its files hold them, which a release in FP8 or MXFP4 decodes to
+                            more
     bits_per_weight         of a quantized weight, with its share of scales and zero points; 0 if none is
     bits_per_weight_total   of a parameter, over all of them
     """
@@ -82,6 +84,7 @@ class Sizes:
     bytes_after: int
     bits_per_weight: float
     bits_per_weight_total: float
+    bytes_stored: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,7 @@ class Job:
             bytes_after=self.bytes_after,
             bits_per_weight=bits / weights if weights else 0.0,
             bits_per_weight_total=8 * self.bytes_after / self.parameters,
+            bytes_stored=original(self.source).stored_bytes,
         )
 
 

@@ -88,6 +88,11 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     mapped: MappedShards | None = None
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as the files hold them, which a release in few bits decodes to more."""
+        return sum(info.nbytes for info in self.tensors.values())
+
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
         """Open a local folder or a hub id: every header is read, no weight is.
