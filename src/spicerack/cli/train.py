@@ -201,7 +201,7 @@ def _bar(first: bool) -> Iterator[Progress]:
     )
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
     )  # fmt: skip
     place = _output.console(as_json=True)
@@ -213,7 +213,7 @@ def _watch(bar: Progress, steps: int, stopping: Callable[[], bool], first: bool)
     """Who looks on: the bar, of `steps` steps, and above it lines; those of a step are printed by the first process."""
     from spicerack.training.callbacks import Watch
 
-    task = bar.add_task("training", total=steps)
+    task = bar.add_task("reading and measuring", total=steps)  # the text is packed, and the float model measured
     return Watch(
         notify=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
         stopping=stopping,
@@ -232,8 +232,14 @@ def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
 
         # the Trainer calls these by keyword, with more than they need
 
+        def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+            bar.update(task, description="training", completed=state.global_step)
+
         def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
             bar.update(task, completed=state.global_step)
+
+        def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+            bar.update(task, description="writing and measuring")
 
         def on_log(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
             logs = kwargs["logs"]
