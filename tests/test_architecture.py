@@ -15,7 +15,8 @@ import spicerack
 SOURCE = ROOT / "src" / "spicerack"
 # Lowest first. A room sees those below it, and not those beside it.
 FLOORS = (
-    ("errors", "arguments", "plugins", "_version"),
+    ("errors", "plugins", "_version"),
+    ("arguments",),
     ("numerics", "machine"),
     ("algorithms", "storage", "kernels"),
     ("models",),
