@@ -228,7 +228,7 @@ def _source(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
     """The float checkpoint that a quantized folder came from, as its ledger describes it: names, types and shapes of
     tensors that are no longer there, and the config from before. It cannot be read from."""
     tensors = {e.tensor: TensorInfo(e.tensor, e.dtype, e.shape, e.bytes_before, "") for e in written.entries}
-    return replace(checkpoint, config=_float_config(checkpoint.config), tensors=tensors)
+    return replace(checkpoint, config=dict(_float_config(checkpoint.config)), tensors=tensors)
 
 
 def _stored(written: Ledger) -> dict[str, Stored]:
