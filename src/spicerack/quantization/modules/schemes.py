@@ -45,7 +45,7 @@ def schemes_of(
     schemes = {
         name: scheme
         for name, layer in layers.items()
-        if (scheme := decisions[name].scheme) is not None and kinds.weight_of(layer).numel()
+        if (scheme := decisions[name].scheme) is not None and not _is_empty(layer)
     }  # a layer without numbers has nothing to pack, and stays as it is
     if recipe.fit_groups:
         schemes |= _fitted(schemes, layers)
@@ -56,6 +56,12 @@ def schemes_of(
             f"embeddings and heads must be named by a rule, such as '{next(iter(layers))}={recipe.scheme.name}'",
         )
     return schemes, tied
+
+
+def _is_empty(layer: nn.Module) -> bool:
+    """Whether a layer's weight has no numbers; one whose shape is not known yet has none that could be told."""
+    weight = kinds.weight_of(layer)
+    return not nn.parameter.is_lazy(weight) and not weight.numel()
 
 
 def _fitted(schemes: Mapping[str, Scheme], layers: Mapping[str, nn.Module]) -> dict[str, Scheme]:
