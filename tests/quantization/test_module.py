@@ -575,7 +575,7 @@ def test_what_cannot_be_copied_is_named() -> None:
 @pytest.mark.parametrize(
     "change", [lambda net: spicerack.quantize(net, "w8"), lambda net: spicerack.prepare_qat(net, "w8")]
 )
-def test_what_has_no_shape_yet_is_refused_and_what_has_no_numbers_stays(
+def test_what_has_no_shape_is_refused_and_what_has_no_numbers_stays(
     change: Callable[[nn.Module], nn.Module],
 ) -> None:
     with pytest.raises(RecipeError, match=r"^1\.weight has no shape yet"):
