@@ -48,6 +48,7 @@ class StoredTensor:
     transposed    the float checkpoint stores [..., K, N]
     bias          the layer has one; told to those who write
     inverse_scale the folder stores 1 / scale; told by those who read
+    variant       which of its format's layouts the tensor has, in the format's own word; "" where there is one
     """
 
     module: str
@@ -58,6 +59,7 @@ class StoredTensor:
     transposed: bool = False
     bias: bool = False
     inverse_scale: bool = False
+    variant: str = ""
 
 
 Contents = Mapping[str, StoredTensor]
@@ -116,6 +118,10 @@ class Format(Protocol):
     @property
     def read_by_others(self) -> bool:
         """Whether other programs read its folders: if not, a person is told why none of theirs was taken."""
+
+    @property
+    def on_request(self) -> bool:
+        """Whether it is taken only by who asks for it by name, and never chosen for what it holds."""
 
     def obstacles(self, contents: Contents, /) -> list[str]:
         """Why this format cannot hold `contents` exactly, a sentence each beginning with the module; empty if it
@@ -208,13 +214,19 @@ def ranked() -> list[Format]:
     return sorted(map(get, plugins.names("storage.formats")), key=lambda fmt: fmt.rank)
 
 
+def _offered() -> list[Format]:
+    """The `ranked` formats that nobody has to ask for."""
+    return [fmt for fmt in ranked() if not fmt.on_request]
+
+
 def choose(contents: Contents) -> Format:
-    """The first of the `ranked` formats that holds every tensor of `contents` exactly. Raises SchemeError if none does.
+    """The first of the `ranked` formats that holds every tensor of `contents` exactly, but for those that are asked for
+    by name. Raises SchemeError if none does.
 
     The error is the last one's, which holds every scheme that can be found again by its name.
     """
     obstacles: list[str] = []
-    for fmt in ranked():
+    for fmt in _offered():
         obstacles = fmt.obstacles(contents)
         if not obstacles:
             return fmt
@@ -252,7 +264,7 @@ def portability(contents: Contents, fused: Sequence[Sequence[str]], reading: Rea
     notes = chosen.notes(contents, fused, reading)
     if chosen.read_by_others:
         return notes
-    obstacles = [fmt.obstacles(contents) for fmt in ranked() if fmt.read_by_others]
+    obstacles = [fmt.obstacles(contents) for fmt in _offered() if fmt.read_by_others]
     return [*notes, f"the reason: {min(obstacles, key=len)[0]}"]
 
 
