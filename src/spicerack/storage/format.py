@@ -7,7 +7,8 @@ read it off the folder (`Format.contents`).
 
 Which format a folder gets is not asked for but follows from its contents: of the formats, in the order of their ranks,
 the first that holds every tensor exactly. Those that others read come first, and spicerack's own container, which holds
-every scheme, comes last; what that costs in portability is said before work starts.
+every scheme, comes last; what that costs in portability is said before work starts. Formats of one engine each (files
+of GGUF, say) are read like all others, and written by those who ask for them by name (`Format.on_request`).
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Format(Protocol):
 
     @property
     def on_request(self) -> bool:
-        """Whether it is taken only by who asks for it by name, and never chosen for what it holds."""
+        """Whether it is written only where it is asked for by name: then it is read, and `choose` passes it over."""
 
     def obstacles(self, contents: Contents, /) -> list[str]:
         """Why this format cannot hold `contents` exactly, a sentence each beginning with the module; empty if it
@@ -214,19 +215,13 @@ def ranked() -> list[Format]:
     return sorted(map(get, plugins.names("storage.formats")), key=lambda fmt: fmt.rank)
 
 
-def _offered() -> list[Format]:
-    """The `ranked` formats that nobody has to ask for."""
-    return [fmt for fmt in ranked() if not fmt.on_request]
-
-
 def choose(contents: Contents) -> Format:
-    """The first of the `ranked` formats that holds every tensor of `contents` exactly, but for those that are asked for
-    by name. Raises SchemeError if none does.
+    """The first of the `ranked` formats that holds every tensor of `contents` exactly. Raises SchemeError if none does.
 
     The error is the last one's, which holds every scheme that can be found again by its name.
     """
     obstacles: list[str] = []
-    for fmt in _offered():
+    for fmt in (fmt for fmt in ranked() if not fmt.on_request):
         obstacles = fmt.obstacles(contents)
         if not obstacles:
             return fmt
@@ -264,7 +259,7 @@ def portability(contents: Contents, fused: Sequence[Sequence[str]], reading: Rea
     notes = chosen.notes(contents, fused, reading)
     if chosen.read_by_others:
         return notes
-    obstacles = [fmt.obstacles(contents) for fmt in _offered() if fmt.read_by_others]
+    obstacles = [fmt.obstacles(contents) for fmt in ranked() if fmt.read_by_others and not fmt.on_request]
     return [*notes, f"the reason: {min(obstacles, key=len)[0]}"]
 
 
