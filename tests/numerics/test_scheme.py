@@ -25,6 +25,28 @@ def test_the_whole_grammar(bits: int, group: str, kind: str, activations: str) -
     assert scheme.activations == {"": None, "a8": "token", "a8s": "static"}[activations]
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("kind", ["", "z", "h", "m"])
+def test_the_grammar_of_minima_and_of_scales_in_float32(bits: int, kind: str) -> None:
+    narrow, wide = parse(f"w{bits}g64{kind}"), parse(f"w{bits}g64{kind}f")
+    assert (wide.name, wide.scale, wide.levels, wide.zero) == (
+        f"w{bits}g64{kind}f",
+        "float32",
+        narrow.levels,
+        kind == "z",
+    )
+    assert (narrow.scale, narrow.min) == ("source", "source" if kind == "m" else None)
+    assert wide.min == ("float32" if kind == "m" else None)
+    assert kind != "m" or narrow.levels == IntLevels(0, 2**bits - 1)
+    assert (wide.plain_obstacle is None) == (kind != "m")
+
+
+@pytest.mark.parametrize("name", ["w4g64ma8", "w8fa8", "w8mfa8s"])
+def test_no_minima_and_no_wide_scales_where_activations_are_integers(name: str) -> None:
+    with pytest.raises(SchemeError, match="unknown scheme"):
+        parse(name)
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
     [
