@@ -7,7 +7,8 @@ read it off the folder (`Format.contents`).
 
 Which format a folder gets is not asked for but follows from its contents: of the formats, in the order of their ranks,
 the first that holds every tensor exactly. Those that others read come first, and spicerack's own container, which holds
-every scheme, comes last; what that costs in portability is said before work starts.
+every scheme, comes last; what that costs in portability is said before work starts. Formats of one engine each (files
+of GGUF, say) are read like all others, and written by those who ask for them by name (`Format.on_request`).
 """
 
 from __future__ import annotations
@@ -117,6 +118,10 @@ class Format(Protocol):
     def read_by_others(self) -> bool:
         """Whether other programs read its folders: if not, a person is told why none of theirs was taken."""
 
+    @property
+    def on_request(self) -> bool:
+        """Whether it is written only where it is asked for by name: then it is read, and `choose` passes it over."""
+
     def obstacles(self, contents: Contents, /) -> list[str]:
         """Why this format cannot hold `contents` exactly, a sentence each beginning with the module; empty if it
         can."""
@@ -214,7 +219,7 @@ def choose(contents: Contents) -> Format:
     The error is the last one's, which holds every scheme that can be found again by its name.
     """
     obstacles: list[str] = []
-    for fmt in ranked():
+    for fmt in (fmt for fmt in ranked() if not fmt.on_request):
         obstacles = fmt.obstacles(contents)
         if not obstacles:
             return fmt
@@ -252,7 +257,7 @@ def portability(contents: Contents, fused: Sequence[Sequence[str]], reading: Rea
     notes = chosen.notes(contents, fused, reading)
     if chosen.read_by_others:
         return notes
-    obstacles = [fmt.obstacles(contents) for fmt in ranked() if fmt.read_by_others]
+    obstacles = [fmt.obstacles(contents) for fmt in ranked() if fmt.read_by_others and not fmt.on_request]
     return [*notes, f"the reason: {min(obstacles, key=len)[0]}"]
 
 
