@@ -100,7 +100,7 @@ SPLITTERS: dict[str, Splitter] = {
     "starcoder": Splitter(_STARCODER),
     "smaug-bpe": Splitter((_LLAMA3,)),
     "deepseek-r1-qwen": Splitter((_QWEN2,)),
-    "qwen35": Splitter((_QWEN35,), composed=True),
+    "qwen35": Splitter((_QWEN35,)),
     "olmo": Splitter((_GPT2,), composed=True),
     "command-r": Splitter(_STARCODER, composed=True),
     "falcon": Splitter((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
