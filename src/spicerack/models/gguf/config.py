@@ -92,7 +92,7 @@ def to_metadata(family: Family, config: Mapping[str, Any], pooling: str | None =
     """
     at = family.architecture
     values: dict[str, tuple[str, Any]] = {
-        key.metadata: (key.kind, config[key.config]) for key in family.keys if config.get(key.config) is not None
+        key.metadata: (key.kind, config[key.config]) for key in family.keys if config[key.config] is not None
     }
     values |= family.to_metadata(config)
     values["vocab_size"] = "u32", config["vocab_size"]
@@ -108,6 +108,7 @@ def to_metadata(family: Family, config: Mapping[str, Any], pooling: str | None =
         if pooling is not None:
             entries[f"{at}.pooling_type"] = Value("u32", POOLINGS[pooling])
         entries[_TOKEN_TYPES] = Value("u32", config["type_vocab_size"])
+    entries |= _token_keys(config)
     entries |= {key: Value("string", value) for key, value in written.own.items()}
     entries[MODEL_TYPE] = Value("string", family.model_type)
     if isinstance(dtype := config.get("dtype"), str):
@@ -160,7 +161,8 @@ def to_config(
     config |= rope.to_config(family, metadata, tensors, width)
     if family.window is not None:
         config["layer_types"] = _layer_types(family.window, metadata, at, int(config["num_hidden_layers"]))
-    return config | _tokens(metadata, config["vocab_size"])
+    ids = _tokens(metadata, config["vocab_size"])
+    return config | ({key: value for key, value in ids.items() if value is not None} if family.encoder else ids)
 
 
 def pooling(metadata: Metadata, family: Family) -> str | None:
@@ -210,6 +212,15 @@ def _layer_types(window: Window, metadata: Metadata, at: str, layers: int) -> li
 def _sliding(window: Window, layers: int) -> list[bool]:
     """Which layers look back a bounded number of tokens, where only a period is known."""
     return [window.period == 0 or i % window.period < window.period - 1 for i in range(layers)]
+
+
+def _token_keys(config: Mapping[str, Any]) -> dict[str, Entry]:
+    """Inverse of `_tokens`; what the tokenizer says of its own counts, where there is one."""
+    ids = {f"tokenizer.ggml.{key}_token_id": config.get(name) for name, key in _TOKENS.items()}
+    ends = config.get("eos_token_id")
+    if isinstance(ends, list) and ends:
+        ids |= {"tokenizer.ggml.eos_token_id": ends[0], "tokenizer.ggml.eot_token_id": ends[-1]}
+    return {key: Value("u32", number) for key, number in ids.items() if type(number) is int and number >= 0}
 
 
 def _tokens(metadata: Metadata, vocabulary: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 from spicerack import plugins
@@ -20,7 +19,6 @@ Kind = Literal["u32", "f32", "bool", "string"]
 Rows = Literal["queries", "keys", "groups"]
 """Orders of rows that differ: llama's rotary halves are interleaved by head ("queries", "keys": as many heads as these
 have), falcon's q, k and v lie together by group of heads ("groups")."""
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +81,23 @@ class Family:
     prefix: str
     modules: Mapping[str, str]
     keys: tuple[Key, ...]
-    rows: Mapping[str, Rows] = NOTHING
+    rows: Mapping[str, Rows] = field(default_factory=dict)
     plus_one: bool = False
     transposed: frozenset[str] = frozenset()
     rope: bool = True
     scalings: tuple[str, ...] = ("linear", "yarn")
     partial: bool = False
     window: Window | None = None
-    fixed: Mapping[str, tuple[Any, ...]] = NOTHING
-    settings: Mapping[str, Any] = NOTHING
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     marks: tuple[str, ...] = ()
     left_out: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     own_head: bool = False
     encoder: bool = False
     pooler: str | None = None
-    refuses: Callable[[Mapping[str, Any]], str | None] = field(default=lambda _config: None)
-    to_metadata: Callable[[Mapping[str, Any]], dict[str, tuple[Kind, Any]]] = field(default=lambda _config: {})
-    to_config: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = field(default=lambda _keys, _names: {})
+    refuses: Callable[[Mapping[str, Any]], str | None] = lambda _config: None
+    to_metadata: Callable[[Mapping[str, Any]], dict[str, tuple[Kind, Any]]] = lambda _config: {}
+    to_config: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] = lambda _keys, _names: {}
 
 
 SIZES = (

@@ -19,7 +19,12 @@ FAMILY = Family(
         "model.layers.{i}.mlp.gate_up_proj": "blk.{i}.ffn_up",
         "model.layers.{i}.mlp.down_proj": "blk.{i}.ffn_down",
     },
-    keys=(*GROUPED, RMS, Key("sliding_window", "attention.sliding_window")),
+    keys=(
+        *GROUPED,
+        RMS,
+        Key("sliding_window", "attention.sliding_window"),
+        Key("original_max_position_embeddings", "rope.scaling.original_context_length"),
+    ),
     scalings=("longrope",),
     partial=True,
     fixed={"hidden_act": SILU},

@@ -14,7 +14,7 @@ FAMILY = Family(
         *GROUPED,
         RMS,
         *HEAD,
-        Key("num_experts", "expert_count"),
+        Key("num_local_experts", "expert_count"),
         Key("num_experts_per_tok", "expert_used_count"),
         Key("moe_intermediate_size", "expert_feed_forward_length"),
     ),
