@@ -15,6 +15,7 @@ that there is, bound the time that a hostile file can take.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -206,7 +207,7 @@ class _Parser:
                 )
             placed[spec.name] = GgufTensor(spec.name, spec.type, spec.shape, self._path.name, start + offset)
         ordered = sorted(placed.values(), key=lambda tensor: tensor.begin)
-        for one, other in zip(ordered, ordered[1:], strict=False):
+        for one, other in itertools.pairwise(ordered):
             if one.begin + one.nbytes > other.begin:
                 raise CheckpointError(f"{self._path}: tensors {one.name} and {other.name} overlap", _STRANGE)
         return tuple(placed.values())
