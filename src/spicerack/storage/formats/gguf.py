@@ -28,7 +28,7 @@ from spicerack.numerics.scheme import Scheme, parse
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import Contents, Layout, MethodFormat, Reading, StoredTensor
 from spicerack.storage.gguf import blocks
-from spicerack.storage.gguf.types import TYPES, GgmlType
+from spicerack.storage.gguf.ggml import TYPES, GgmlType
 from spicerack.storage.reader import Checkpoint, TensorInfo
 
 _SCALED = "+scale"

@@ -23,7 +23,7 @@ from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scheme import Scheme
 from spicerack.storage.gguf import layouts
 from spicerack.storage.gguf.exact import InexactError, converted, row_of, scheme_obstacle, scheme_of
-from spicerack.storage.gguf.types import FLOATS, TYPES, GgmlType
+from spicerack.storage.gguf.ggml import FLOATS, TYPES, GgmlType
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NO_NUMBER = 255

@@ -25,7 +25,7 @@ import torch
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
 from spicerack.numerics.scheme import Scheme, parse
-from spicerack.storage.gguf.types import GgmlType
+from spicerack.storage.gguf.ggml import GgmlType
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +194,8 @@ def _spread(part: torch.Tensor, shape: tuple[int, ...], block: int) -> torch.Ten
 
 
 def in_float16(values: torch.Tensor, noun: str) -> torch.Tensor:
-    """float32 [.., N, blocks] in float16, which must hold each of them: raises InexactError for the first that it does not,
-    with its row."""
+    """float32 [.., N, blocks] in float16. Raises InexactError for the first number that it does not hold, with its
+    row."""
     stored = values.to(torch.float16)
     lost = (stored.float() != values) | ~torch.isfinite(stored)
     if bool(lost.any()):

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spicerack.errors import CheckpointError
+from spicerack.storage.gguf.ggml import BY_ID, TensorSpec
 from spicerack.storage.gguf.metadata import ARRAY_ID, KIND_BY_ID, KINDS, Array, Entry, Value, decoded_text
-from spicerack.storage.gguf.types import BY_ID, TensorSpec
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

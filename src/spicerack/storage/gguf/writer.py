@@ -23,10 +23,10 @@ import torch
 
 from spicerack.errors import OutputError
 from spicerack.storage.durable import LOCK, locked, sync
+from spicerack.storage.gguf.ggml import TensorSpec
 from spicerack.storage.gguf.header import ALIGNMENT, ALIGNMENT_KEY, MAGIC, MAX_ALIGNMENT, MAX_AXES
 from spicerack.storage.gguf.metadata import ARRAY_ID, KINDS, Array, Entry, Value, encoded
 from spicerack.storage.gguf.reader import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_names
-from spicerack.storage.gguf.types import TensorSpec
 from spicerack.storage.writer import check_disk, partial_folder
 
 VERSION = 3
