@@ -22,8 +22,8 @@ from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scheme import Scheme
 from spicerack.storage.gguf import layouts
-from spicerack.storage.gguf.exact import converted, row_of, scheme_obstacle, scheme_of
-from spicerack.storage.gguf.types import FLOATS, TYPES, GgmlType
+from spicerack.storage.gguf.exact import InexactError, converted, row_of, scheme_obstacle, scheme_of
+from spicerack.storage.gguf.ggml import FLOATS, TYPES, GgmlType
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NO_NUMBER = 255
@@ -33,11 +33,12 @@ _MAX_E4M3 = 0x7E
 _DAMAGED = "the file is damaged, or was written by a program that is not known"
 
 
-def decode(type_: GgmlType, raw: torch.Tensor, name: str = "tensor") -> QTensor:
+def decode(type_: GgmlType, raw: torch.Tensor, name: str = "tensor", *, transposed: bool = False) -> QTensor:
     """Rows of bytes, uint8 [.., N, row_bytes] on the CPU -> QTensor [.., N, K] in the scheme `type_.scheme`.
 
-    name: of the tensor, for errors. Raises CheckpointError, naming tensor, row and value, for scales that are not
-    finite and codes that are no level, and for a type that is not decoded.
+    name: of the tensor, for errors. transposed: what the QTensor says of a checkpoint's order of axes. Raises
+    CheckpointError, naming tensor, row and value, for scales that are not finite and codes that are no level, and for
+    a type that is not decoded.
     """
     if type_.scheme is None:
         raise CheckpointError(f"{name}: {type_} is not decoded", "take the model in another type, such as Q4_K")
@@ -58,7 +59,7 @@ def decode(type_: GgmlType, raw: torch.Tensor, name: str = "tensor") -> QTensor:
     else:
         scale = _quantized(own.scale, rows.get("s"), rows["d"])
     low = None if own.min is None else _quantized(own.min, rows.get("t"), -rows["m"] if "t" in rows else rows["m"])
-    return QTensor(own, _signed(rows["u"], own), scale, min=low)
+    return QTensor(own, _signed(rows["u"], own), scale, min=low, transposed=transposed)
 
 
 def encode(type_: GgmlType, q: QTensor, name: str = "tensor") -> torch.Tensor:
@@ -170,10 +171,11 @@ def _own(type_: GgmlType, q: QTensor) -> QTensor | torch.Tensor | str:
     reason = scheme_obstacle(type_, q.scheme, q.shape)
     if reason is not None:
         return reason
-    own = converted(type_, q)
-    if isinstance(own, QTensor) and type_.name == "NVFP4":
-        return _nvfp4_obstacle(own) or own
-    return own
+    try:
+        own = converted(type_, q)
+    except InexactError as error:
+        return str(error)
+    return (_nvfp4_obstacle(own) if type_.name == "NVFP4" else None) or own
 
 
 def _nvfp4_obstacle(q: QTensor) -> str | None:

@@ -7,6 +7,7 @@ repeated. What a scheme adds to integers is turned into such first:
     zero points    code - zero is an integer, of twice the range: w4g32z lies in Q5_0 whatever its scales, and in Q4_1,
                    which is smaller, where float16 holds -zero * scale
     halves         code + 1/2 is an odd integer, with half the scale: w2g32h lies in Q4_0
+    minima         those of floats are repeated like scales: w4g64m lies in Q4_1
     long groups    where a scale is that of 256 columns at least, a super-block has it, with scales of blocks that are
                    all 1: rows of w3 lie in Q3_K, of w6 in Q6_K, of w4 with zero points in Q4_K
 
@@ -17,15 +18,15 @@ scales (those of models in bfloat16 have three bits less and a far wider range).
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from spicerack.numerics.levels import IntLevels
-from spicerack.numerics.qtensor import QTensor, codes_dtype
+from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
 from spicerack.numerics.scheme import Scheme, parse
-from spicerack.storage.gguf.types import GgmlType
+from spicerack.storage.gguf.ggml import GgmlType
+
 
 @dataclass(frozen=True, slots=True)
 class Integers:
@@ -66,14 +67,24 @@ def scheme_obstacle(type_: GgmlType, scheme: Scheme, shape: tuple[int, ...]) -> 
     own = scheme_of(type_)
     if same_numbers(scheme, own):
         return None
-    if scheme.levels_obstacle or scheme.scale_obstacle or scheme.scale == "float8_e8m0fnu":
-        return scheme.levels_obstacle or scheme.scale_obstacle or "its scales are powers of two"
+    minimum = _has_minima(scheme)
+    reason = scheme.levels_obstacle or (None if minimum else scheme.scale_obstacle)
+    if reason or scheme.scale == "float8_e8m0fnu":
+        return reason or "its scales are powers of two"
     if own.levels.integers is None:
         return f"{type_} has no integers"
+    if minimum and own.min != "float16":
+        return f"its groups have minima, {type_} has none of their own"
     columns = scheme.group[1] or shape[-1]
     if columns % type_.block:
         return f"its groups of {columns} are no whole blocks of {type_.block}"
     return _range_obstacle(type_, scheme, own)
+
+
+def _has_minima(scheme: Scheme) -> bool:
+    """Whether groups are codes from 0 on times a float, plus a float."""
+    floats = not isinstance(scheme.scale, Scheme) and not isinstance(scheme.min, Scheme)
+    return scheme.min is not None and floats and scheme.levels.lo == 0
 
 
 def _range_obstacle(type_: GgmlType, scheme: Scheme, own: Scheme) -> str | None:
@@ -101,70 +112,71 @@ def _negated(levels: IntLevels, integers: Integers) -> bool:
     return not fits and levels.lo <= -integers.hi and -integers.lo <= levels.hi
 
 
-def converted(type_: GgmlType, q: QTensor) -> QTensor | str:
-    """The numbers of q, of a scheme without a `scheme_obstacle`, in the type's own scheme; or why its values do not
-    fit, naming the first row that does not."""
+class InexactError(Exception):
+    """A number that float16 does not hold; its text says which, and where."""
+
+
+def converted(type_: GgmlType, q: QTensor) -> QTensor:
+    """The numbers of q, of a scheme without a `scheme_obstacle`, in the type's own scheme.
+
+    Raises InexactError, naming the first row, where float16 does not hold its scales or minima.
+    """
     own = scheme_of(type_)
     if same_numbers(q.scheme, own):
         return _renamed(q, own)
-    shape, integers = q.shape, integers_of(q.scheme)
-    scale, zero = (None if part is None else _spread(part, shape, type_.block) for part in (q.plain_scale, q.zero))
-    assert scale is not None
+    scale = _spread(q.plain_scale, q.shape, type_.block).float()
+    zero = None if q.zero is None else _spread(q.zero, q.shape, type_.block)
+    if isinstance(q.min, torch.Tensor):
+        low = in_float16(_spread(q.min, q.shape, type_.block).float(), "minimum")
+        return QTensor(own, q.codes, in_float16(scale, "scale"), min=low)
     if own.min is not None:
         return _with_minimum(q, own, scale, zero)
-    codes, scale = q.codes, scale.float()
-    if integers.halves:
+    codes = q.codes
+    if q.scheme.integers.half:
         codes, scale = 2 * codes + 1, scale / 2
     elif zero is not None:
         codes = (codes.unflatten(-1, (-1, type_.block)).short() - zero[..., None]).flatten(-2).to(torch.int8)
-    if _negated(own.integers, integers):
+    if _negated(own.integers, integers_of(q.scheme)):
         codes, scale = -codes, -scale
-    stored = in_float16(scale, "scale")
-    if isinstance(stored, str):
-        return stored
-    return QTensor(own, codes.to(codes_dtype(own)), _of_blocks(own.scale, stored, 1))
+    return QTensor(own, codes.to(codes_dtype(own)), _of_blocks(own.scale, in_float16(scale, "scale"), 1))
 
 
-def _renamed(q: QTensor, own: Scheme) -> QTensor | str:
+def _renamed(q: QTensor, own: Scheme) -> QTensor:
     """q in the scheme `own`, which is its own but for the name and the types of floats."""
-    parts: dict[str, torch.Tensor | QTensor | None] = {}
-    for name, part, kind in (("scale", q.scale, own.scale), ("min", q.min, own.min)):
+
+    def part(part: Scale, kind: object, noun: str) -> Scale:
         if isinstance(part, QTensor):
             assert isinstance(kind, Scheme)
-            part = _renamed(part, kind)
-        elif part is not None and kind in ("source", "float16") and part.dtype != torch.float16:
-            part = in_float16(part.float(), "minimum" if name == "min" else "scale")
-        if isinstance(part, str):
-            return part
-        parts[name] = part
-    return dataclasses.replace(q, scheme=own, **parts, transposed=False, input_scale=None)
+            return _renamed(part, kind)
+        narrow = kind in ("source", "float16") and part.dtype != torch.float16
+        return in_float16(part.float(), noun) if narrow else part
+
+    low = None if q.min is None else part(q.min, own.min, "minimum")
+    return QTensor(own, q.codes, part(q.scale, own.scale, "scale"), q.zero, low)
 
 
-def _with_minimum(q: QTensor, own: Scheme, scale: torch.Tensor, zero: torch.Tensor | None) -> QTensor | str:
-    """Integers as codes from 0 on and a minimum: d u + min, where min = -scale * (zero - lowest code).
+def _with_minimum(q: QTensor, own: Scheme, scale: torch.Tensor, zero: torch.Tensor | None) -> QTensor:
+    """Integers as codes from 0 on and a minimum: scale * code + min, where min = -scale * (zero - lowest code).
 
-    Of halves and super-blocks the minimum is an integer times half the scale.
+    own: of floats, or of super-blocks, whose minimum is an integer times the scale or, of halves, half of it. scale,
+    zero: of each block, float32 and integers.
     """
     levels = q.scheme.integers
-    codes = (q.codes - levels.lo).view(torch.uint8)  # bits of int8: 8-bit codes do not come here
-    below = torch.tensor(-levels.lo, dtype=torch.float32) if zero is None else zero.float() - levels.lo
+    codes = (q.codes - levels.lo).view(torch.uint8)  # int8 has room: types with minima have at most 5 bits
+    below = torch.full_like(scale, -levels.lo) if zero is None else zero.float() - levels.lo
     if levels.half:
         below = below - 0.5
-    stored = in_float16(scale.float(), "scale")
-    if isinstance(stored, str):
-        return stored
+    stored = in_float16(scale, "scale")
     if not isinstance(own.min, Scheme):
-        low = in_float16(-scale.float() * below, "minimum, -zero * scale,")
-        return low if isinstance(low, str) else QTensor(own, codes, stored, min=low)
-    unit = in_float16(-scale.float() / 2 if levels.half else -scale.float(), "scale")
-    if isinstance(unit, str):
-        return unit
-    count = (below * 2 if levels.half else below).expand(scale.shape)
-    return QTensor(own, codes, _of_blocks(own.scale, stored, 1), min=_of_blocks(own.min, unit, count))
+        return QTensor(own, codes, stored, min=in_float16(-scale * below, "minimum, -zero * scale,"))
+    parts = 2 if levels.half else 1
+    unit = in_float16(-scale / parts, "scale")
+    return QTensor(own, codes, _of_blocks(own.scale, stored, 1), min=_of_blocks(own.min, unit, below * parts))
 
 
-def _of_blocks(kind: object, scale: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor | QTensor:
-    """Scales of super-blocks as a scheme has them: itself where it has floats, else `count` for each of its blocks."""
+def _of_blocks(kind: object, scale: torch.Tensor, count: torch.Tensor | int) -> Scale:
+    """Scales of super-blocks as a scheme has them: themselves where it has floats, else `count` for each of its
+    blocks."""
     if not isinstance(kind, Scheme):
         return scale
     size = kind.group[1]
@@ -181,20 +193,21 @@ def _spread(part: torch.Tensor, shape: tuple[int, ...], block: int) -> torch.Ten
     return part.repeat_interleave(blocks // part.shape[-1], -1) if part.shape[-1] != blocks else part
 
 
-def in_float16(values: torch.Tensor, noun: str) -> torch.Tensor | str:
-    """float32 [.., N, blocks] in float16, if that holds each of them; else the first that it does not, with its row."""
+def in_float16(values: torch.Tensor, noun: str) -> torch.Tensor:
+    """float32 [.., N, blocks] in float16. Raises InexactError for the first number that it does not hold, with its
+    row."""
     stored = values.to(torch.float16)
     lost = (stored.float() != values) | ~torch.isfinite(stored)
-    if not bool(lost.any()):
-        return stored
-    place = [int(i) for i in lost.nonzero()[0]]
-    value = float(values[tuple(place)])
-    return (
-        f"float16 does not hold the {noun} {value:.9g} of {row_of(place)}, block {place[-1]}, "
-        f"and {int(lost.sum()) - 1} others"
-    )
+    if bool(lost.any()):
+        place = [int(i) for i in lost.nonzero()[0]]
+        others = f" and of {count - 1} others" if (count := int(lost.sum())) > 1 else ""
+        raise InexactError(
+            f"float16 does not hold the {noun} {float(values[tuple(place)]):.9g} of {row_of(place)}, "
+            f"block {place[-1]}{others}"
+        )
+    return stored
 
 
 def row_of(place: list[int]) -> str:
-    """Words for the row of [.., row, block]: of stacks the matrix, too."""
+    """Words for the row of [.., row, block]; of stacks the matrix, too."""
     return f"row {place[-2]}" if len(place) == 2 else f"matrix {', '.join(map(str, place[:-2]))}, row {place[-2]}"

@@ -1,7 +1,7 @@
 """Where the bits of a block lie: parts of a block (codes, scales, minima) to its bytes and back. Nothing is judged.
 
-A block is fields, one behind the other. Nearly all are planes: codes lie `stride` to a run, and the bits of as many runs
-as fit share its bytes, the first run lowest:
+A block is fields, one behind the other. Nearly all are planes: codes lie `stride` to a run, and the bits of as many
+runs as fit share its bytes, the first run lowest:
 
     planes(4, 16)   byte j = u[j] | u[j + 16] << 4                          Q4_0
     planes(2, 32)   byte j = u[j] | u[j + 32] << 2 | u[j + 64] << 4 ...     Q2_K
@@ -70,7 +70,7 @@ class Planes:
             return codes
         codes = (codes >> self.shift) & (2**self.bits - 1)
         runs = codes.reshape(len(codes), -1, 8 // self.bits, self.stride)
-        packed = runs[:, :, 0].clone()
+        packed: torch.Tensor = runs[:, :, 0].clone()
         for place in range(1, 8 // self.bits):
             packed |= runs[:, :, place] << place * self.bits
         return packed.reshape(len(codes), self.nbytes)
@@ -157,7 +157,9 @@ class Trits:
 
     def pack(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See `Field.pack`."""
-        return torch.cat([self._bytes(run, size) for run, size in zip(parts["u"].split([160, 80, 16], 1), _RUNS, strict=True)], 1)
+        return torch.cat(
+            [self._bytes(run, size) for run, size in zip(parts["u"].split([160, 80, 16], 1), _RUNS, strict=True)], 1
+        )
 
     def unpack(self, raw: torch.Tensor, parts: Parts) -> None:
         """See `Field.unpack`."""

@@ -7,14 +7,14 @@ is not read at all. Here a name that is not known is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from spicerack.errors import CheckpointError
 from spicerack.storage.gguf.metadata import Metadata
-from spicerack.text.gguf.splitters import SPLITTERS, Splitter
+from spicerack.text.gguf.splitters import SPLITTERS, Splitter, unigram_steps
 from spicerack.text.gguf.strips import stripped
 from spicerack.text.gguf.templates import read_templates
 from spicerack.text.gguf.vocabulary import REMEDY, WHITESPACE_MARK, TokenType, Vocabulary, read_vocabulary
@@ -110,9 +110,7 @@ def _sentencepiece(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, **_by_character(vocabulary)))
     spaces = normalizers.Replace(" ", WHITESPACE_MARK)
     # a prefix after each special token, too, where other readers of SentencePiece differ: so does llama.cpp
-    tokenizer.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(WHITESPACE_MARK), spaces]) if prefixed else spaces
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(WHITESPACE_MARK), spaces]) if prefixed else spaces
     tokenizer.decoder = _spaces_back(prefixed)
     tokenizer.post_processor = _ends(
         vocabulary,
@@ -164,7 +162,15 @@ def _unigram(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
     pieces = list(zip(vocabulary.tokens, vocabulary.scores, strict=True))
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=vocabulary.specials["unk"], byte_fallback=False))
     prefixed = metadata.flag("tokenizer.ggml.add_space_prefix", True)
-    tokenizer.normalizer = normalizers.Sequence(list(_unigram_steps(metadata, prefixed)))
+    merged = metadata.flag("tokenizer.ggml.remove_extra_whitespaces", False)
+    try:
+        tokenizer.normalizer = normalizers.Sequence(unigram_steps(_table(metadata), prefixed, merged))
+    except Exception as error:  # tokenizers raises no other
+        if type(error) is not Exception and not isinstance(error, ValueError):
+            raise
+        raise CheckpointError(
+            f"{metadata.where}: tokenizer.ggml.precompiled_charsmap is damaged: {error}", REMEDY
+        ) from error
     # llama.cpp cuts nothing, and no token but those that a user defined goes on behind a space
     inner = any(WHITESPACE_MARK in token[1:].lstrip(WHITESPACE_MARK) for token in vocabulary.tokens)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(WHITESPACE_MARK, "never", split=not inner)
@@ -177,25 +183,11 @@ def _unigram(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
     return tokenizer
 
 
-def _unigram_steps(metadata: Metadata, prefixed: bool) -> Iterator[normalizers.Normalizer]:
-    """What SentencePiece does to a text before it looks for tokens, in order."""
-    if "tokenizer.ggml.precompiled_charsmap" in metadata:
-        table = bytes(metadata.array("tokenizer.ggml.precompiled_charsmap", "i8", "u8").raw)
-        try:
-            yield normalizers.Precompiled(table)
-        except Exception as error:  # tokenizers raises no other
-            if type(error) is not Exception and not isinstance(error, ValueError):
-                raise
-            raise CheckpointError(
-                f"{metadata.where}: tokenizer.ggml.precompiled_charsmap is damaged: {error}", REMEDY
-            ) from error
-    merged = metadata.flag("tokenizer.ggml.remove_extra_whitespaces", False)
-    if merged:
-        yield normalizers.Replace(Regex("^ +| +$"), "")
-        yield normalizers.Replace(Regex(" {2,}"), " ")
-    if prefixed or merged:
-        yield normalizers.Prepend(WHITESPACE_MARK)
-    yield normalizers.Replace(" ", WHITESPACE_MARK)
+def _table(metadata: Metadata) -> bytes:
+    """SentencePiece's map of characters, compiled; empty where the file has none."""
+    if "tokenizer.ggml.precompiled_charsmap" not in metadata:
+        return b""
+    return bytes(metadata.array("tokenizer.ggml.precompiled_charsmap", "i8", "u8").raw)
 
 
 def _wordpiece(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
@@ -206,7 +198,9 @@ def _wordpiece(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
         if kind not in marked:
             token = token[1:] if token.startswith(WHITESPACE_MARK) and token != WHITESPACE_MARK else f"##{token}"
         if ids.setdefault(token, index) != index:
-            raise CheckpointError(f"{vocabulary.where}: tokens {ids[token]} and {index} are both {token[:60]!r}", REMEDY)
+            raise CheckpointError(
+                f"{vocabulary.where}: tokens {ids[token]} and {index} are both {token[:60]!r}", REMEDY
+            )
     for name in ("cls", "sep", "unk"):
         if name not in vocabulary.specials:
             raise CheckpointError(f"{vocabulary.where}: {name} is missing among the special tokens", REMEDY)
@@ -232,7 +226,8 @@ def _ends(vocabulary: Vocabulary, bos: bool, eos: bool, pairs: bool = False) -> 
     for name in wanted:
         if name not in vocabulary.specials:
             raise CheckpointError(
-                f"{vocabulary.where}: {name} is to be added to texts, but tokenizer.ggml.{name}_token_id is missing", REMEDY
+                f"{vocabulary.where}: {name} is to be added to texts, but tokenizer.ggml.{name}_token_id is missing",
+                REMEDY,
             )
     before = [str(vocabulary.special("bos"))] if bos else []
     after = [str(vocabulary.special("eos"))] if eos else []
@@ -247,9 +242,7 @@ def _ends(vocabulary: Vocabulary, bos: bool, eos: bool, pairs: bool = False) -> 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, metadata: Metadata) -> None:
     """Tells the tokenizer which tokens are found in a text before all else, as they stand in it."""
     kinds = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
-    whole = [
-        (token, kind) for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in kinds
-    ]
+    whole = [(token, kind) for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in kinds]
     left, right = stripped(metadata, [token for token, _ in whole])
     tokenizer.add_tokens(
         [

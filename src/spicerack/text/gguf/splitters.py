@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from spicerack.text.gguf.vocabulary import WHITESPACE_MARK
+
 _SHORTENED = "'s|'t|'re|'ve|'m|'ll|'d"
 _FOLDED = f"(?i:{_SHORTENED})"
 _GPT2 = rf"{_SHORTENED}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)"
@@ -82,7 +84,7 @@ class Splitter:
     def normalizer(self) -> normalizers.Normalizer | None:
         """Of tokenizers: what is done to a text before it is cut."""
         if not self.bytes:
-            return normalizers.Replace(" ", "\u2581")
+            return normalizers.Replace(" ", WHITESPACE_MARK)
         return normalizers.NFC() if self.composed else None
 
 
@@ -193,3 +195,16 @@ _SAME = {
     "gemma4": "granite-embed-multi-311m",
 }
 SPLITTERS.update((name, SPLITTERS[first]) for first, names in _SAME.items() for name in names.split())
+
+
+def unigram_steps(table: bytes, prefixed: bool, merged: bool) -> list[normalizers.Normalizer]:
+    """What SentencePiece does to a text before it looks for tokens, in order.
+
+    table     its map of characters, compiled; empty for none
+    prefixed  whether a text begins with a space
+    merged    whether several spaces count as one, and those at the ends as none
+    """
+    first = [normalizers.Precompiled(table)] if table else []
+    spaces = [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")] if merged else []
+    prefix = [normalizers.Prepend(WHITESPACE_MARK)] if prefixed or merged else []
+    return [*first, *spaces, *prefix, normalizers.Replace(" ", WHITESPACE_MARK)]

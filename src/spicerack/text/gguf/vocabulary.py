@@ -94,7 +94,9 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
         scores = tuple(map(float, _as_many(metadata, "tokenizer.ggml.scores", ("f32", "i32"), len(tokens))))
         if not all(map(math.isfinite, scores)):
             raise CheckpointError(f"{metadata.where}: tokenizer.ggml.scores has numbers that are not finite", REMEDY)
-    return Vocabulary(metadata.where, model, tokens, types, scores, _merges(metadata), _specials(metadata, model, tokens))
+    return Vocabulary(
+        metadata.where, model, tokens, types, scores, _merges(metadata), _specials(metadata, model, tokens)
+    )
 
 
 def _tokens(metadata: Metadata) -> tuple[str, ...]:
