@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,10 @@ from spicerack.models.gguf import rope
 from spicerack.models.gguf.checkpoint import adds_one, row_order
 from spicerack.models.gguf.family import Family, of_type
 from spicerack.models.gguf.names import Names, Place
-from spicerack.numerics.qtensor import QTensor
 from spicerack.storage.format import Contents, StoredTensor
 from spicerack.storage.gguf import blocks
+from spicerack.storage.gguf.ggml import TYPES, GgmlType, TensorSpec
 from spicerack.storage.gguf.metadata import Array, Entry, Value
-from spicerack.storage.gguf.types import TYPES, GgmlType, TensorSpec
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import TensorInfo
 
@@ -48,6 +47,14 @@ class Planned:
 
     spec: TensorSpec
     parts: tuple[tuple[StoredTensor | TensorInfo, Place], ...]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The same, and of NVFP4 the tensor of its scales, one for each part, that lies beside it."""
+        if self.spec.type.name != "NVFP4":
+            return [self.spec]
+        name = self.spec.name.removesuffix(".weight") + ".scale"
+        return [self.spec, TensorSpec(name, TYPES["F32"], (len(self.parts),))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,8 @@ def packed_obstacles(names: Names, contents: Contents) -> list[str]:
         place = names.place(f"{module}.weight")
         if place is None:
             reasons.append(f"{module}: llama.cpp has no such layer in {names.family.architecture}")
+        elif place.module == "token_embd" and types_of(stored)[:1] == (TYPES["NVFP4"],):
+            reasons.append(f"{module}: llama.cpp has no place for the scale of an embedding in NVFP4")
         elif place.module in IN_F32:
             reasons.append(f"{module}: llama.cpp reads it in F32 alone")
         elif len(stored.shape) != 2:
@@ -104,7 +113,9 @@ def plan(model: Model, source: Source) -> list[Planned]:
             continue
         place = model.names.place(name)
         if place is None:
-            raise CheckpointError(f"{name}: llama.cpp has no such tensor in {model.family.architecture}", "leave it out")
+            raise CheckpointError(
+                f"{name}: llama.cpp has no such tensor in {model.family.architecture}", "leave it out"
+            )
         groups.setdefault(place.tensor, []).append((tensor, place))
     planned = [_planned(name, group) for name, group in groups.items()]
     return planned + _second_head(model.family, planned)
@@ -166,19 +177,24 @@ def _shape(tensor: StoredTensor | TensorInfo, place: Place) -> tuple[int, ...]:
     return tensor.shape[::-1] if turned else tensor.shape
 
 
-def raw(model: Model, source: Source, planned: Planned) -> torch.Tensor:
-    """The bytes of one tensor, uint8 of its `raw_shape`, made of what the folder has. Raises WeightError."""
+def raw(model: Model, source: Source, planned: Planned) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+    """One tensor, and its scales where there are any: specs, and bytes, uint8 of their `raw_shape`.
+
+    Raises WeightError and SchemeError for numbers that the type does not hold.
+    """
     made = [_raw_part(model, source, planned.spec.type, tensor, place) for tensor, place in planned.parts]
-    whole = made[0] if planned.parts[0][1].member is None else torch.stack(made)
-    return whole.reshape(planned.spec.raw_shape)
+    for number, spec in enumerate(planned.specs):
+        yield spec, torch.cat([part[number].reshape(-1) for part in made]).reshape(spec.raw_shape)
 
 
 def _raw_part(
     model: Model, source: Source, type_: GgmlType, tensor: StoredTensor | TensorInfo, place: Place
-) -> torch.Tensor:
-    """The bytes of one tensor of the folder, rows in the file's order."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes of one tensor of the folder, rows in the file's order; and its scale's, which only NVFP4 has."""
+    scale = torch.ones(1, dtype=torch.float32, device="cpu")
     if isinstance(tensor, StoredTensor):
-        q: QTensor = source.packed(tensor.module)
+        q, own = blocks.without_tensor_scale(source.packed(tensor.module))
+        scale = scale if own is None else own
         values = blocks.encode(type_, q, tensor.module)
     else:
         values = source.float(tensor.name)
@@ -186,13 +202,12 @@ def _raw_part(
             values = values.t()
         if adds_one(model.family, place):
             values = values.float() + 1
-        values = blocks.encode_floats(type_, values.reshape(-1, values.shape[-1]), tensor.name)
-        if len(tensor.shape) == 1:
-            values = values.reshape(tensor.shape[0], -1)  # an element is a row, of which biases may have another order
+        # of a bias an element is a row, of which the file may have another order
+        values = blocks.encode_floats(type_, values.reshape(len(values), -1), tensor.name)
     if place.rows is not None:
         values = values.index_select(0, row_order(place, len(values), model.config))
     source.release(tensor)
-    return values
+    return values, scale.view(torch.uint8)
 
 
 def metadata(model: Model, planned: list[Planned], tokens: Mapping[str, Entry], facts: Facts) -> dict[str, Entry]:

@@ -7,14 +7,13 @@ after quantization: bytes are moved and not made anew.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from spicerack.errors import CheckpointError, OutputError
+from spicerack.errors import CheckpointError
 from spicerack.evaluation.folder import pooling_of
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order
@@ -24,16 +23,14 @@ from spicerack.models.gguf import config as configs
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
 from spicerack.storage.format import Contents
 from spicerack.storage.gguf import blocks
-from spicerack.storage.gguf.metadata import Entry, Value
-from spicerack.storage.gguf.types import TYPES, TensorSpec
+from spicerack.storage.gguf.ggml import TYPES, TensorSpec
+from spicerack.storage.gguf.metadata import Entry
 from spicerack.storage.gguf.writer import GgufWriter
 from spicerack.text.gguf import gguf_of_tokenizer
 from spicerack.text.tokenizer import read_tokenizer
 
 _WORDS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 """Files of a tokenizer, one of which a folder has that has a tokenizer."""
-_WITHOUT: dict[str, Entry] = {"tokenizer.ggml.model": Value("string", "no_vocab")}
-"""What llama.cpp calls a model without words, which is then given numbers of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,9 @@ class Gguf:
         they are read."""
         try:
             model = Model.of(source.config)
-            reasons = configs.obstacles(model.family, model.config) + plans.packed_obstacles(model.names, source.contents)
+            reasons = configs.obstacles(model.family, model.config) + plans.packed_obstacles(
+                model.names, source.contents
+            )
             if not reasons:
                 plans.plan(model, source)
                 _tokens(source, model)
@@ -72,34 +71,22 @@ class Gguf:
         notes = configs.notes(model.family, model.config)
         if left_out:
             notes.append(f"{left_out[0]} and {len(left_out) - 1} more are left out: llama.cpp has no use for them")
-        if not _has_words(source):
-            notes.append("the folder has no tokenizer: the file takes and gives numbers of tokens")
         return notes
 
     def write(self, source: Source, order: Order, /) -> None:
-        """In a folder beside it, from where files are moved once they were read back."""
+        """As `GgufWriter` does: what is read back has its name only then."""
         model = Model.of(source.config)
         planned, numbers = plans.plan(model, source), plans.numbers(model)
         facts = Facts(order.output.stem, _pooling(source, model), source.ledger, order.facts)
         metadata = plans.metadata(model, planned, _tokens(source, model), facts)
         specs = [TensorSpec(name, TYPES["F32"], values.shape) for name, values in numbers.items()]
-        specs += [one.spec for one in planned]
-        workshop = order.output.with_name(order.output.name + ".partial")
-        workshop.mkdir(parents=True)
-        try:
-            place = workshop / order.output.name
-            with GgufWriter(place, metadata, specs, split_bytes=order.shard_bytes) as writer:
-                for name, values in numbers.items():
-                    writer.write(name, torch.from_numpy(values.astype(np.float32)).view(torch.uint8))
-                for one in planned:
-                    writer.write(one.spec.name, plans.raw(model, source, one))
-            order.check(writer.paths[0])
-            for path in reversed(writer.paths):  # the first of several last: without it nobody opens the others
-                if (final := order.output.with_name(path.name)).exists():
-                    raise OutputError(f"{final} exists already", "choose another output file")
-                path.replace(final)
-        finally:
-            shutil.rmtree(workshop, ignore_errors=True)
+        specs += [spec for one in planned for spec in one.specs]
+        with GgufWriter(order.output, metadata, specs, split_bytes=order.shard_bytes, check=order.check) as writer:
+            for name, values in numbers.items():
+                writer.write(name, torch.from_numpy(values.astype(np.float32)).view(torch.uint8))
+            for one in planned:
+                for spec, values in plans.raw(model, source, one):
+                    writer.write(spec.name, values)
 
 
 def _inexact(source: Source) -> list[str]:
@@ -110,7 +97,8 @@ def _inexact(source: Source) -> list[str]:
     reasons = []
     for module, stored in source.contents.items():
         if stored.source_dtype is torch.bfloat16 or stored.scheme.scale == "float32":
-            reason = blocks.obstacle(plans.types_of(stored)[0], source.packed(module))
+            inner, _ = blocks.without_tensor_scale(source.packed(module))
+            reason = blocks.obstacle(plans.types_of(stored)[0], inner)
             if reason is not None:
                 reasons.append(f"{module}: {reason}")
             source.release(stored)
@@ -129,7 +117,7 @@ def _tokens(source: Source, model: Model) -> dict[str, Entry]:
     if isinstance(checkpoint, GgufCheckpoint):
         return {key: value for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")}
     if not _has_words(source):
-        return _WITHOUT
+        raise CheckpointError("the folder has no tokenizer, without which llama.cpp runs no model", "add its files")
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[model.family.model_type].from_dict(dict(model.config))

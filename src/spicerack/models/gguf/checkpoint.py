@@ -20,10 +20,10 @@ from spicerack.models.gguf import config as configs
 from spicerack.models.gguf import rope
 from spicerack.models.gguf.family import Family, of_architecture
 from spicerack.models.gguf.names import Names, Place
+from spicerack.storage.gguf.ggml import FLOATS
 from spicerack.storage.gguf.header import GgufTensor
 from spicerack.storage.gguf.metadata import Metadata, Value
 from spicerack.storage.gguf.reader import GgufFile
-from spicerack.storage.gguf.types import FLOATS
 from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
@@ -101,15 +101,17 @@ class GgufCheckpoint(Checkpoint):
         import torch
 
         from spicerack.numerics.dtypes import BY_SAFETENSORS
+        from spicerack.storage.gguf.blocks import decode_floats
 
         info, place = self.tensors[name], self.places.get(name)
         if place is None:
             return torch.zeros(info.shape, dtype=BY_SAFETENSORS[info.dtype], device="cpu")
         stored = self.file.tensors[place.tensor]
-        raw = self.file.read(place.tensor)
+        values = self.file.read(place.tensor)
+        if stored.type.name in FLOATS:
+            values = decode_floats(stored.type, values)
         if place.member is not None:
-            raw = raw[place.member]
-        values = raw if stored.type.name not in FLOATS else _typed(raw, BY_SAFETENSORS[stored.type.name])
+            values = values[place.member]
         if place.part is not None:
             start, stop = _part(place, values.shape[-2 if values.ndim > 1 else -1], self.config)
             values = values[..., start:stop, :] if values.ndim > 1 else values[start:stop]
@@ -131,9 +133,9 @@ class GgufCheckpoint(Checkpoint):
         raw = self.file.read_rows(place.tensor, start, stop)
         if stored.type.name not in FLOATS:
             return raw
-        from spicerack.numerics.dtypes import BY_SAFETENSORS
+        from spicerack.storage.gguf.blocks import decode_floats
 
-        return _typed(raw, BY_SAFETENSORS[stored.type.name]).reshape(-1, *self.tensors[name].shape[1:])
+        return decode_floats(stored.type, raw).reshape(-1, *self.tensors[name].shape[1:])
 
     def same(self, a: str, b: str) -> bool:
         """See `Checkpoint.same`."""
@@ -240,7 +242,7 @@ def _info(name: str, place: Place, stored: GgufTensor, file: GgufFile, config: M
     begin, nbytes = stored.begin, stored.nbytes
     try:
         if place.member is not None:
-            shape, nbytes = shape[1:], nbytes // shape[0]
+            shape, nbytes = shape[1:] or (1,), nbytes // shape[0]
             begin += place.member * nbytes
         if place.part is not None:
             axis = -2 if len(shape) > 1 else -1
@@ -277,12 +279,6 @@ def _part(place: Place, rows: int, config: Mapping[str, Any]) -> tuple[int, int]
     else:
         bounds = (0, rows // 2, rows // 2 * 2, rows)
     return bounds[number], bounds[number + 1]
-
-
-def _typed(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Bytes [.., row_bytes] as floats [.., K]: the same memory, or a copy where it is not aligned."""
-    aligned = raw.data_ptr() % dtype.itemsize == 0
-    return (raw if aligned else raw.clone()).view(dtype)
 
 
 def _pooler(family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

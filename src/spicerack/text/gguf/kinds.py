@@ -66,7 +66,9 @@ def kind_of(tokenizer: Tokenizer, parts: Parts) -> Kind:
 
 def _merges(parts: Parts) -> list[tuple[str, str]]:
     """The merges of BPE, best first."""
-    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in parts["model"]["merges"]]
+    merges = [
+        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in parts["model"]["merges"]
+    ]
     if any(" " in token for pair in merges for token in pair):
         raise Unsupported("merges tokens that have a space in them")
     return merges
@@ -101,7 +103,9 @@ def _name_of_cut(tokenizer: Tokenizer, whole: bool, composed: bool, parts: Parts
         raise Unsupported("cuts texts into words in a way that is none of llama.cpp's (tokenizer.ggml.pre)")
     best = min(same, key=lambda name: (known[name].whole != whole, known[name].composed != composed))
     if known[best].whole != whole and not _merges_suffice(parts):
-        raise Unsupported("keeps words whole that its merges do not make (or does not), unlike all that cut texts alike")
+        raise Unsupported(
+            "keeps words whole that its merges do not make (or does not), unlike all that cut texts alike"
+        )
     return best
 
 
@@ -147,7 +151,9 @@ def _characters(tokenizer: Tokenizer, parts: Parts) -> Kind:
     if prefixed:
         raise Unsupported("begins texts with a space, and its merges do not follow from scores of tokens")
     if any("\n" in pair[0] + pair[1] and set(pair[0] + pair[1]) != {"\n"} for pair in merges):
-        raise Unsupported("merges line breaks with other characters, and its merges do not follow from scores of tokens")
+        raise Unsupported(
+            "merges line breaks with other characters, and its merges do not follow from scores of tokens"
+        )
     return Kind("gpt2", "sarvam-moe", merges=merges, flags=flags)
 
 
@@ -180,7 +186,9 @@ def _unigram(tokenizer: Tokenizer, parts: Parts) -> Kind:
     for prefixed, merged in itertools.product((True, False), repeat=2):
         twin = normalizers.Sequence(unigram_steps(table, prefixed, merged))
         if all(
-            "".join(_written(tokenizer, text)) == twin.normalize_str(text) for text in map(str.strip, short_texts()) if text
+            "".join(_written(tokenizer, text)) == twin.normalize_str(text)
+            for text in map(str.strip, short_texts())
+            if text
         ):
             scores = {token: float(score) for token, score in parts["model"]["vocab"]}
             flags = {"add_space_prefix": prefixed, "remove_extra_whitespaces": merged}

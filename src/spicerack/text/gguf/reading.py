@@ -7,8 +7,6 @@ is not read at all. Here a name that is not known is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
