@@ -91,9 +91,11 @@ def to_metadata(family: Family, config: Mapping[str, Any], pooling: str | None =
     config: whole. pooling: how an encoder's tokens become one vector, a key of `POOLINGS`; None where nothing says so.
     """
     at = family.architecture
-    values: dict[str, tuple[str, Any]] = {
-        key.metadata: (key.kind, config[key.config]) for key in family.keys if config[key.config] is not None
-    }
+    values: dict[str, tuple[str, Any]] = {}
+    for key in family.keys:
+        value = config.get(key.config) if key.optional else config[key.config]
+        if value is not None:
+            values[key.metadata] = key.kind, value
     values |= family.to_metadata(config)
     values["vocab_size"] = "u32", config["vocab_size"]
     written = rope.to_metadata(family, config)

@@ -28,11 +28,13 @@ class Key:
     config    its key there
     metadata  in the file, behind the architecture and a dot
     kind      of the value in the file
+    optional  transformers' class does without it, too
     """
 
     config: str
     metadata: str
     kind: Kind = "u32"
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ SIZES = (
 GROUPED = (*SIZES, Key("num_key_value_heads", "attention.head_count_kv"))
 """The same, where several heads of queries share one of keys."""
 RMS = Key("rms_norm_eps", "attention.layer_norm_rms_epsilon", "f32")
-HEAD = (Key("head_dim", "attention.key_length"), Key("head_dim", "attention.value_length"))
+HEAD = tuple(Key("head_dim", f"attention.{name}_length", optional=True) for name in ("key", "value"))
 """Where a config says the width of a head, that need not be that of the model by the number of heads."""
 SILU = ("silu", "swish")
 GELU_TANH = ("gelu_pytorch_tanh", "gelu_new")
