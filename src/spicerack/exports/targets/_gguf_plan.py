@@ -19,8 +19,9 @@ from spicerack.models.gguf.family import Family, of_type
 from spicerack.models.gguf.names import Names, Place
 from spicerack.storage.format import Contents, StoredTensor
 from spicerack.storage.gguf import blocks
+from spicerack.storage.gguf.exact import scheme_obstacle
 from spicerack.storage.gguf.ggml import TYPES, GgmlType, TensorSpec
-from spicerack.storage.gguf.metadata import Array, Entry, Value
+from spicerack.storage.gguf.metadata import Entry, Value
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import TensorInfo
 
@@ -33,8 +34,6 @@ _FILE_TYPES = {
     "Q2_0": 41,
 }  # fmt: skip
 """general.file_type of a file that is mostly of a type (llama.h, LLAMA_FTYPE_MOSTLY_*); llama.cpp only prints it."""
-_KINDS = {"<f4": "f32", "<i4": "i32", "|u1": "u8", "|i1": "i8", "<u4": "u32"}
-"""numpy's type -> that of an array's items in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,7 @@ def nearest(stored: StoredTensor) -> str:
     """Why no type holds a tensor: the reason of the one that holds most like it."""
     types = [type_ for type_ in TYPES.values() if type_.scheme is not None]
     near = min(types, key=lambda type_: abs(8 * type_.nbytes / type_.block - stored.scheme.bits))
-    return f"no type of GGUF holds {stored.scheme}; {near}: {blocks.scheme_obstacle(near, stored.scheme, stored.shape)}"
+    return f"no type of GGUF holds {stored.scheme}; {near}: {scheme_obstacle(near, stored.scheme, stored.shape)}"
 
 
 def plan(model: Model, source: Source) -> list[Planned]:
@@ -256,19 +255,3 @@ class Facts:
 def numbers(model: Model) -> dict[str, np.ndarray[Any, Any]]:
     """Tensors that are no weights: what rotary embeddings are scaled by."""
     return dict(rope.to_metadata(model.family, model.config).tensors)
-
-
-def entry(value: Any) -> Entry:
-    """A value of a tokenizer as a file has it: int is u32, a list strings, an array of numpy one of its type."""
-    if isinstance(value, Value | Array):
-        return value
-    if isinstance(value, bool):
-        return Value("bool", value)
-    if isinstance(value, int):
-        return Value("u32", value)
-    if isinstance(value, str):
-        return Value("string", value)
-    if isinstance(value, np.ndarray):
-        kind = _KINDS[value.dtype.newbyteorder("<").str if value.dtype.itemsize > 1 else value.dtype.str]
-        return Array(kind, memoryview(value.astype(value.dtype.newbyteorder("<")).tobytes()), len(value), None)
-    return Array.of("string", value)

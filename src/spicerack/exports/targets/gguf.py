@@ -78,12 +78,12 @@ class Gguf:
         model = Model.of(source.config)
         planned, numbers = plans.plan(model, source), plans.numbers(model)
         facts = Facts(order.output.stem, _pooling(source, model), source.ledger, order.facts)
-        metadata = plans.metadata(model, planned, _tokens(source, model), facts)
+        metadata = plans.metadata(model, planned, _tokens(source, model, facts.name), facts)
         specs = [TensorSpec(name, TYPES["F32"], values.shape) for name, values in numbers.items()]
         specs += [spec for one in planned for spec in one.specs]
         with GgufWriter(order.output, metadata, specs, split_bytes=order.shard_bytes, check=order.check) as writer:
-            for name, values in numbers.items():
-                writer.write(name, torch.from_numpy(values.astype(np.float32)).view(torch.uint8))
+            for name, factors in numbers.items():
+                writer.write(name, torch.from_numpy(factors.astype(np.float32)).view(torch.uint8))
             for one in planned:
                 for spec, values in plans.raw(model, source, one):
                     writer.write(spec.name, values)
@@ -111,8 +111,11 @@ def _has_words(source: Source) -> bool:
     return isinstance(checkpoint, GgufCheckpoint) or any(name in checkpoint.side_files for name in _WORDS)
 
 
-def _tokens(source: Source, model: Model) -> dict[str, Entry]:
-    """Keys of the tokenizer: a file's own as they are. Raises CheckpointError for one that llama.cpp has not."""
+def _tokens(source: Source, model: Model, name: str = "") -> dict[str, Entry]:
+    """Keys of the tokenizer: a file's own as they are. Raises CheckpointError for one that llama.cpp has not.
+
+    name: of the model, by which llama.cpp knows the white space of some.
+    """
     checkpoint = source.folder.checkpoint
     if isinstance(checkpoint, GgufCheckpoint):
         return {key: value for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")}
@@ -121,8 +124,8 @@ def _tokens(source: Source, model: Model) -> dict[str, Entry]:
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[model.family.model_type].from_dict(dict(model.config))
-    words = gguf_of_tokenizer(read_tokenizer(checkpoint.folder, config), int(model.config["vocab_size"]))
-    return {key: plans.entry(value) for key, value in words.items()}
+    words, rows = read_tokenizer(checkpoint.folder, config), int(model.config["vocab_size"])
+    return gguf_of_tokenizer(words, rows, architecture=model.family.architecture, name=name)
 
 
 def _pooling(source: Source, model: Model) -> str | None:

@@ -86,6 +86,20 @@ class GgufCheckpoint(Checkpoint):
         """Of the file: its tokenizer is in it, too."""
         return self.file.metadata
 
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """See `Checkpoint.weight_files`."""
+        return tuple(self.file.path.parent / name for name in self.shards)
+
+    def packed(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """See `Checkpoint.packed`."""
+        place, info = self.places.get(name), self.tensors[name]
+        if place is None or info.dtype != "U8":
+            return None
+        type_ = self.file.tensors[place.tensor].type
+        shape = (*info.shape[:-1], info.shape[-1] // type_.nbytes * type_.block)
+        return type_.name, shape[::-1] if place.turned else shape
+
     def held(self) -> GgufCheckpoint:
         """See `Checkpoint.held`."""
         return dataclasses.replace(self, file=self.file.held())
@@ -147,10 +161,9 @@ class GgufCheckpoint(Checkpoint):
     def fingerprint(self) -> str:
         """sha256 hex over each file's name and size, and 16 samples of 4 KiB spread over all of it."""
         digest = hashlib.sha256()
-        for name in self.shards:
-            path = self.file.path.parent / name
+        for path in self.weight_files:
             size = path.stat().st_size
-            digest.update(f"\n{name}\n{size}\n".encode())
+            digest.update(f"\n{path.name}\n{size}\n".encode())
             with path.open("rb") as file:
                 for i in range(_SAMPLES):
                     file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1))
