@@ -48,7 +48,7 @@ class GgufPy:
         schemes = {str(stored.scheme) for stored in source.contents.values()}
         return None if schemes.isdisjoint({"q1_0", "q2_0"}) else f"it does not decode {' and '.join(_UNREAD)}"
 
-    def opened(self, path: Path, source: Source, /) -> Weights:
+    def opened(self, path: Path, _to: str, source: Source, /) -> Weights:
         """All files of the model, mapped."""
         from gguf import GGUFReader
 
@@ -67,7 +67,7 @@ class GgufPy:
             if family.plus_one and place.module.endswith("norm"):
                 return _less_one(values, source.float(name))
             # what is packed is [N, K], whatever the checkpoint's order is
-            return torch.from_numpy(values.T if place.turned and name in source.floats else values)
+            return _tensor(values.T if place.turned and name in source.floats else values)
 
         return weights
 
@@ -105,10 +105,15 @@ def _rows_back(values: Array, place: Place, config: Mapping[str, Any]) -> Array:
     return values.reshape(heads, rows // heads // 2, 2, *rest).swapaxes(1, 2).reshape(values.shape)
 
 
+def _tensor(values: Array) -> torch.Tensor:
+    """The same as a tensor; what is mapped from a file is copied, as torch has no tensors that may not be written."""
+    return torch.from_numpy(np.require(values, requirements="W"))
+
+
 def _less_one(values: Array, wanted: torch.Tensor) -> torch.Tensor:
     """A norm without the 1 that was added: the very weight where 1 + w is what was read, which is all that both
     transformers and llama.cpp multiply by; float32 has not always another way back."""
-    read = torch.from_numpy(values)
+    read = _tensor(values)
     return wanted if torch.equal(read, wanted.float() + 1) else read - 1
 
 

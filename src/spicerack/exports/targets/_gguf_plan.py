@@ -25,7 +25,7 @@ from spicerack.storage.gguf.metadata import Entry, Value
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import TensorInfo
 
-IN_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "cls")
+IN_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
 """Modules, the last part of their names, that llama.cpp computes in F32 and reads in nothing else, beside norms, biases
 and whatever has one axis."""
 _FILE_TYPES = {

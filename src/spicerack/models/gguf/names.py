@@ -86,11 +86,11 @@ class Names:
         members: how many are stacked in it, where some are. Raises CheckpointError for a name that the family lacks.
         """
         module, _, suffix = tensor.rpartition(".")
-        blank, numbers = _numbered(module)
+        numbers = _numbered(module)[1]
         last = module.rpartition(".")[2]
-        parts: Sequence[str] = (module,)
-        if blank not in self._to_checkpoint and last in FUSED:
-            parts = [module.removesuffix(last) + part for part in FUSED[last]]
+        parts: Sequence[str] = [module.removesuffix(last) + part for part in FUSED.get(last, (last,))]
+        if _numbered(parts[0])[0] not in self._to_checkpoint:  # a family that has them in one matrix, too
+            parts = (module,)
         result: list[tuple[str, Place]] = []
         for number, part in enumerate(parts):
             hf = self._to_checkpoint.get(_numbered(part)[0])
