@@ -126,7 +126,7 @@ def test_a_file_runs_as_its_folder_does(family: str, tmp_path: Path) -> None:
 
 
 READ_BY_TRANSFORMERS = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen2_moe", "qwen3_moe", "gpt2", "falcon",
+    "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen2_moe", "qwen3_moe", "gpt2", "falcon",
     "starcoder2", "stablelm",
 )  # fmt: skip
 
