@@ -143,6 +143,7 @@ def test_what_the_codec_encodes_is_what_llama_cpp_reads(type_: GgmlType, shape: 
 
 # ---- schemes that are no type's own ----------------------------------------------------------------------------------
 
+# Types with a minimum hold zero points where float16 holds zero * scale: of 2 bits these numbers' happen to be so.
 EXACT = {
     "w4g32": "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0",
     "w4g128": "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0",
