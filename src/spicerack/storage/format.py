@@ -49,6 +49,7 @@ class StoredTensor:
     transposed    the float checkpoint stores [..., K, N]
     bias          the layer has one; told to those who write
     inverse_scale the folder stores 1 / scale; told by those who read
+    variant       which of its format's layouts the tensor has, in the format's own word; "" where there is one
     """
 
     module: str
@@ -59,6 +60,7 @@ class StoredTensor:
     transposed: bool = False
     bias: bool = False
     inverse_scale: bool = False
+    variant: str = ""
 
 
 Contents = Mapping[str, StoredTensor]

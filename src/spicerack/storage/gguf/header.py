@@ -15,6 +15,7 @@ that there is, bound the time that a hostile file can take.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -24,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spicerack.errors import CheckpointError
+from spicerack.storage.gguf.ggml import BY_ID, TensorSpec
 from spicerack.storage.gguf.metadata import ARRAY_ID, KIND_BY_ID, KINDS, Array, Entry, Value, decoded_text
-from spicerack.storage.gguf.types import BY_ID, TensorSpec
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -206,7 +207,7 @@ class _Parser:
                 )
             placed[spec.name] = GgufTensor(spec.name, spec.type, spec.shape, self._path.name, start + offset)
         ordered = sorted(placed.values(), key=lambda tensor: tensor.begin)
-        for one, other in zip(ordered, ordered[1:], strict=False):
+        for one, other in itertools.pairwise(ordered):
             if one.begin + one.nbytes > other.begin:
                 raise CheckpointError(f"{self._path}: tensors {one.name} and {other.name} overlap", _STRANGE)
         return tuple(placed.values())

@@ -1,9 +1,9 @@
 """Writes a GGUF file: the header first, then tensors in the order that it promised; whole or not at all.
 
 All shapes and types are known before a weight is read, so the header can be written first and tensors stream behind it,
-one in memory at a time. Files are written beside where they will be, brought to the disk, and renamed at the very end,
-the first of a split model last: without it nobody opens the others. If anything fails before that, nothing is left.
-A file is never overwritten.
+one in memory at a time. Files are written in a folder beside where they will be, brought to the disk, and renamed at
+the very end, the first of a split model last: without it nobody opens the others. If anything fails before that,
+nothing is left. A file is never overwritten.
 
 What is read with `reader` and written again has the same bytes, as long as tensors lay in the order of the table.
 """
@@ -11,10 +11,9 @@ What is read with `reader` and written again has the same bytes, as long as tens
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +22,12 @@ from typing import BinaryIO
 import torch
 
 from spicerack.errors import OutputError
-from spicerack.storage.durable import sync
+from spicerack.storage.durable import LOCK, locked, sync
+from spicerack.storage.gguf.ggml import TensorSpec
 from spicerack.storage.gguf.header import ALIGNMENT, ALIGNMENT_KEY, MAGIC, MAX_ALIGNMENT, MAX_AXES
 from spicerack.storage.gguf.metadata import ARRAY_ID, KINDS, Array, Entry, Value, encoded
 from spicerack.storage.gguf.reader import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_names
-from spicerack.storage.gguf.types import TensorSpec
-from spicerack.storage.writer import check_disk
+from spicerack.storage.writer import check_disk, partial_folder
 
 VERSION = 3
 MAX_TENSOR_NAME = 63
@@ -40,10 +39,9 @@ _ELSEWHERE = "choose another output file"
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One file in the making. path: its name at the end. temporary: until then. header: its bytes up to the data."""
+    """One file in the making. name: of it. header: its bytes up to the tensors. tensors: that follow."""
 
-    path: Path
-    temporary: Path
+    name: str
     header: bytes
     tensors: tuple[TensorSpec, ...]
 
@@ -56,9 +54,11 @@ class GgufWriter:
     tensors      every tensor that will be written, in that order
     split_bytes  bytes of tensors at which a file is closed (a single larger one gets a file of its own); None for one
                  file
+    check        called with the first file, in a folder where all have the names that they will have, before any has
+                 it; if it raises, nothing is left
 
-    Raises OutputError for files that exist, for keys, names and shapes that no reader takes, and for a disk that is too
-    small; AssertionError for tensors other than promised, which is a fault of ours.
+    Raises OutputError for files that exist, for keys, names and shapes that no reader takes, for a disk that is too
+    small, and while another process writes the same; AssertionError for tensors other than promised, a fault of ours.
     """
 
     def __init__(
@@ -68,39 +68,48 @@ class GgufWriter:
         tensors: Sequence[TensorSpec],
         *,
         split_bytes: int | None = None,
+        check: Callable[[Path], object] | None = None,
     ) -> None:
         _check(path, metadata, tensors)
         self._alignment = _alignment(metadata)
         self._parts = _parts(path, metadata, tensors, split_bytes, self._alignment)
-        for part in self._parts:
-            if part.path.exists():
-                raise OutputError(f"{part.path} exists already", _ELSEWHERE)
+        self._path, self._verify = path, check
+        self._refuse_existing()
         size = sum(_padded(spec.nbytes, self._alignment) for spec in tensors)
         check_disk(path.parent, size + sum(len(part.header) for part in self._parts))
         self._todo = [(part, spec) for part in self._parts for spec in part.tensors][::-1]
-        self._open: tuple[_Part, BinaryIO] | None = None
         self._begun: list[_Part] = []
+        self._file: BinaryIO | None = None
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files that will be there at the end, the first of a split model first."""
-        return tuple(part.path for part in self._parts)
+        return tuple(self._path.with_name(part.name) for part in self._parts)
 
     def __enter__(self) -> GgufWriter:
+        with _named(self._path):
+            self._partial.mkdir(parents=True, exist_ok=True)
+            self._lock = locked(self._partial)
+            for leftover in self._partial.glob("*.gguf"):  # of a run that was killed
+                leftover.unlink()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         try:
-            with _named(self._parts[0].path):
-                if kind is None:
+            if kind is None:
+                with _named(self._path):
                     self._finish()
         finally:
-            if self._open is not None:
-                self._open[1].close()
+            if self._file is not None:
+                self._file.close()
             for part in self._begun:
-                part.temporary.unlink(missing_ok=True)
+                (self._partial / part.name).unlink(missing_ok=True)
+            (self._partial / LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
+            with contextlib.suppress(OSError):  # of a file that is not ours
+                self._partial.rmdir()
 
     def write(self, name: str, raw: torch.Tensor) -> None:
         """Append one tensor, which must be the next one promised.
@@ -110,54 +119,59 @@ class GgufWriter:
         part, spec = self._todo.pop()
         if (name, raw.dtype, tuple(raw.shape)) != (spec.name, torch.uint8, spec.raw_shape):
             raise AssertionError(f"promised is {spec.name} {spec.raw_shape}, made {name} {raw.dtype} {[*raw.shape]}")
-        with _named(part.path):
-            file = self._file(part)
+        with _named(self._path):
+            file = self._of(part)
             file.write(raw.detach().contiguous().reshape(-1).numpy().data)
             file.write(bytes(-spec.nbytes % self._alignment))
 
-    def _file(self, part: _Part) -> BinaryIO:
-        """The file of `part`, with its header; the one before is closed."""
-        if self._open is None or self._open[0] is not part:
+    @property
+    def _partial(self) -> Path:
+        """The folder of files in the making."""
+        return partial_folder(self._path)
+
+    def _of(self, part: _Part) -> BinaryIO:
+        """The open file of `part`, begun with its header where it is not yet; the one before is closed."""
+        if self._file is None or self._begun[-1] is not part:
             self._close()
-            part.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.fdopen(os.open(part.temporary, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-            self._open = part, file
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"{part.path} is being written by another process", "wait for it") from None
             self._begun.append(part)
-            file.truncate(0)
-            file.write(part.header)
-        return self._open[1]
+            self._file = (self._partial / part.name).open("wb")
+            self._file.write(part.header)
+        return self._file
 
     def _close(self) -> None:
         """The open file is whole: bring it to the disk."""
-        if self._open is not None:
-            file = self._open[1]
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            self._open = None
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
 
     def _finish(self) -> None:
-        """Give all files their names, the first one last; if that fails, none keeps its name."""
+        """Have the files checked, and move them to where they belong, the first one last; all or none."""
         if self._todo:
             raise AssertionError(f"{len(self._todo)} promised tensors were not written, first {self._todo[-1][1].name}")
-        for part in self._parts:
-            if part not in self._begun:  # a file without tensors
-                self._file(part)
+        if not self._begun:  # metadata alone: a vocabulary
+            self._of(self._parts[0])
         self._close()
-        named: list[_Part] = []
+        if self._verify is not None:
+            self._verify(self._partial / self._parts[0].name)
+        self._refuse_existing()  # somebody may have written them since
+        moved: list[Path] = []
         try:
-            for part in reversed(self._parts):
-                named.append(part)
-                part.temporary.replace(part.path)
-            sync(self._parts[0].path.parent)
+            for path in reversed(self.paths):
+                (self._partial / path.name).replace(path)
+                moved.append(path)
+            sync(self._path.parent)
         except OSError:
-            for part in named:
-                part.path.unlink(missing_ok=True)
+            for path in moved:
+                path.unlink(missing_ok=True)
             raise
+
+    def _refuse_existing(self) -> None:
+        """Raise OutputError if one of the files is there already."""
+        for path in self.paths:
+            if path.exists() or path.is_symlink():
+                raise OutputError(f"{path} exists already", _ELSEWHERE)
 
 
 def header_bytes(metadata: Mapping[str, Entry], tensors: Sequence[TensorSpec], alignment: int = ALIGNMENT) -> bytes:
@@ -166,7 +180,7 @@ def header_bytes(metadata: Mapping[str, Entry], tensors: Sequence[TensorSpec], a
     for key, entry in metadata.items():
         parts.append(encoded("string", key))
         if isinstance(entry, Array):
-            parts += [struct.pack("<IIQ", ARRAY_ID, KINDS[entry.kind][0], len(entry)), entry.raw]
+            parts += [struct.pack("<IIQ", ARRAY_ID, KINDS[entry.kind][0], len(entry)), bytes(entry.raw)]
         else:
             parts += [struct.pack("<I", KINDS[entry.kind][0]), entry.raw]
     offset = 0
@@ -203,7 +217,7 @@ def _parts(
             header = header_bytes(own, group, alignment)
         except ValueError as error:
             raise OutputError(f"{path}: metadata that GGUF cannot hold: {error}", "correct it") from error
-        parts.append(_Part(path.with_name(name), path.with_name(name + ".partial"), header, tuple(group)))
+        parts.append(_Part(name, header, tuple(group)))
     return parts
 
 
@@ -250,6 +264,4 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"writing {path} failed: {error.strerror}", "nothing is left of it; free some space"
-        ) from error
+        raise OutputError(f"writing {path} failed: {error.strerror}", "nothing is left of it") from error
