@@ -1,8 +1,8 @@
 """A tokenizer of transformers from the metadata of a GGUF file: the same ids that the model's own tokenizer gives.
 
 transformers reads tokenizers from GGUF, too (integrations/gguf); what it does not know it takes for something that it
-knows: other names of `tokenizer.ggml.pre` than a dozen are cut as in GPT-2, a Unigram's normalizer is T5's, and WordPiece
-is not read at all. Here a name that is not known is refused.
+knows: names of `tokenizer.ggml.pre` other than two dozen are cut as in GPT-2, a Unigram's normalizer is T5's, and
+WordPiece is not read at all. Here a name that is not known is refused.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _MAX_LENGTH = "{}.context_length"
 def tokenizer_of_gguf(metadata: Metadata) -> PreTrainedTokenizerFast:
     """The tokenizer that a GGUF file's metadata describes; `save_pretrained` writes it.
 
-    Raises CheckpointError, naming the file and the key, where there is no tokenizer, where it is damaged, and where it is
-    of a kind that is not read.
+    Raises CheckpointError, naming the file and the key, where there is no tokenizer, where it is damaged, and where it
+    is of a kind that is not read.
     """
     vocabulary = read_vocabulary(metadata)
     build = _BUILDERS.get(vocabulary.model)
@@ -94,8 +94,8 @@ def _known_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     for index, (left, right) in enumerate(vocabulary.merges):
         if left not in known or right not in known or left + right not in known:
             raise CheckpointError(
-                f"{vocabulary.where}: merge {index}, of {left[:60]!r} and {right[:60]!r}, is of tokens that the vocabulary "
-                "does not have",
+                f"{vocabulary.where}: merge {index}, of {left[:60]!r} and {right[:60]!r}, is of tokens that there "
+                "are not",
                 REMEDY,
             )
     return list(vocabulary.merges)
@@ -121,8 +121,9 @@ def _sentencepiece(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
 def _scored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """Every pair of tokens that is one together, by that one's score, best first.
 
-    Several pairs may make the same token; SentencePiece then takes the one that comes first in the text, for which BPE has
-    no rank. The one with the longer left part is first: runs of one letter, where it matters, are merged from the left.
+    Several pairs may make the same token; SentencePiece then takes the one that comes first in the text, for which BPE
+    has no rank. Here that with the longer left part is first: runs of one letter, where it matters, are merged from the
+    left.
     """
     if vocabulary.scores is None:
         raise CheckpointError(f"{vocabulary.where}: tokenizer.ggml.scores is missing", REMEDY)
