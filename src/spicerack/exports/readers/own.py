@@ -97,7 +97,7 @@ def _bitnet(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> 
 def _compressed(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> Array:
     """[N, K] of a compressed-tensors module, packed or in bytes."""
     try:
-        n, k = read("weight_shape")
+        n, k = map(int, read("weight_shape"))
     except KeyError:
         return times_scales(read("weight"), 0, read("weight_scale"))
     words, scale = read("weight_packed"), read("weight_scale")
