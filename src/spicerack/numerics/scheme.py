@@ -205,8 +205,8 @@ _COMMON = (
 """Names of the grammar that are suggested for those that are nearly like them."""
 _OTHER_NAMES = {
     "int8": "w8", "8bit": "w8", "w8a16": "w8", "q8_0": "w8g32",
-    "int6": "w6", "6bit": "w6", "q5_0": "w5g32", "q5_1": "w5g32z",
-    "int4": "w4g128", "4bit": "w4g128", "w4a16": "w4g128", "q4_0": "w4g32", "q4_1": "w4g32z",
+    "int6": "w6", "6bit": "w6", "q5_0": "w5g32",
+    "int4": "w4g128", "4bit": "w4g128", "w4a16": "w4g128", "q4_0": "w4g32",
     "float8": "fp8", "fp8_e4m3": "fp8", "bitnet": "ternary", "1.58bit": "ternary",
 }  # fmt: skip
 """What other tools and papers call the numbers, in lower case and without hyphens -> our name. llama.cpp's types of one
