@@ -26,6 +26,8 @@ from spicerack.storage import ledger
 from spicerack.storage.format import StoredTensor
 
 MADE = Callable[[str], Path]
+READERS = ("mlx", "mlx_lm", "compressed_tensors", "gguf", "gptqmodel")
+"""Packages whose code reads back what was exported."""
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,7 @@ def quantized(floating: Path) -> MADE:
 def own_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where no engine's own reader is installed."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name in ("mlx", "mlx_lm") else find(name, *rest)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in READERS else find(name, *rest))
     yield
 
 
@@ -249,7 +249,7 @@ class Wrong:
     def obstacle(self, to: str, source: Source) -> str | None:
         return None
 
-    def opened(self, path: Path, to: str, source: Source) -> verify.Weights:
+    def opened(self, path: Path, source: Source) -> verify.Weights:
         def read(name: str) -> torch.Tensor:
             module = name.removesuffix(".weight")
             packed = module in source.contents
@@ -338,6 +338,12 @@ def test_a_stranger_s_folder_with_a_fault_is_refused_by_import(quantized: MADE, 
 
 
 # ---- others read it --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["w4g32", "w4g32z", "w3g64", "w8a8"])
+def test_compressed_tensors_decodes_what_we_do(quantized: MADE, tmp_path: Path, scheme: str) -> None:
+    written = spicerack.export(quantized(scheme), to="compressed-tensors", output=tmp_path / "out")
+    assert written.foreign and written.verified_by.startswith("compressed-tensors 0.")
 
 
 @pytest.mark.parametrize("scheme", ["w4g32", "w4g32z"])

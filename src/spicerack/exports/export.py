@@ -195,7 +195,7 @@ def _export(
     if reader is None:
         raise OutputError(f"nobody here reads {to}: what is written could not be verified", "install its reader")
     facts = {"to": to, "spicerack": __version__, **verify.facts(reader)}
-    check = partial(verify.verify, reader, to, source)
+    check = partial(verify.verify, reader, source)
     target.write(source, Order(to, place, check, facts, shard_bytes))
     return Written(
         place, to, _nbytes(place), len(source.contents), len(source.floats), round(time.time() - begin, 3),

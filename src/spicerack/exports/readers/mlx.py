@@ -44,7 +44,7 @@ class MLXReader:
         missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
         return f"{missing[0]} is not installed" if missing else None
 
-    def opened(self, path: Path, _to: str, source: Source, /) -> Weights:
+    def opened(self, path: Path, source: Source, /) -> Weights:
         """The model as mlx-lm loads it. Raises OutputError where it knows the family and does not load the folder."""
         checkpoint = Checkpoint.open(path)
         return partial(_weights, _arrays(path, checkpoint), checkpoint, source)
