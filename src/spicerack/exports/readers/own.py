@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from spicerack._version import __version__
+from spicerack.errors import OutputError
 from spicerack.exports.source import Source
 from spicerack.exports.verify import Weights
 from spicerack.storage.reader import Checkpoint
@@ -97,7 +98,7 @@ def _bitnet(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> 
 def _compressed(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> Array:
     """[N, K] of a compressed-tensors module, packed or in bytes."""
     try:
-        n, k = read("weight_shape")
+        n, k = map(int, read("weight_shape"))
     except KeyError:
         return times_scales(read("weight"), 0, read("weight_scale"))
     words, scale = read("weight_packed"), read("weight_scale")
@@ -129,10 +130,14 @@ class Own:
         """Formats that are not described here."""
         return None if to in _DECODERS else f"{to} is not decoded here"
 
-    def opened(self, path: Path, to: str, source: Source, /) -> Weights:
-        """From files and config.json alone."""
+    def opened(self, path: Path, source: Source, /) -> Weights:
+        """From files and config.json alone. Raises OutputError for a folder that nobody would know."""
         checkpoint = Checkpoint.open(path).held()
-        return partial(_weights, checkpoint, _DECODERS[to], source)
+        section = checkpoint.config.get("quantization_config", {})
+        method = section.get("quant_method", "mlx" if "quantization" in checkpoint.config else None)
+        if method not in _DECODERS:
+            raise OutputError(f"config.json says {method!r}, which is no format", "this is a fault of spicerack")
+        return partial(_weights, checkpoint, _DECODERS[method], source)
 
 
 def _weights(

@@ -93,10 +93,11 @@ class MLX:
         codes = native.unpack(words, scheme.bits, k, offset=-scheme.levels.lo).view(codes_dtype(scheme))
         scales = tensors[f"{module}.scales"]
         if scheme.name == "mxfp4":
-            return QTensor(scheme, codes, scales.view(torch.float8_e8m0fnu))
+            return QTensor(scheme, codes, _finite(module, scales.view(torch.float8_e8m0fnu)))
         if scheme.name == "nvfp4":
             assert isinstance(scheme.scale, Scheme)
             one = torch.ones((1, 1), dtype=torch.float32, device="cpu")
+            _finite(module, scales.view(torch.float8_e4m3fn))
             return QTensor(scheme, codes, QTensor(scheme.scale, scales, one))
         return _affine(stored, codes, scales, tensors[f"{module}.biases"])
 
@@ -162,6 +163,8 @@ def _obstacle(p: StoredTensor) -> str | None:
         return f"levels of {scheme.name}"
     if isinstance(scheme.scale, Scheme) or isinstance(scheme.min, Scheme) or scheme.group[0] != 1:
         return f"scales like those of {scheme.name}"
+    if scheme.scale == "float32" and scheme.min is None:
+        return f"float32 scales without minima ({scheme.name}): it would round products with them"
     if scheme.activations:
         return f"activations in integers ({scheme.name})"
     if scheme.bits not in _WIDTHS:
@@ -211,9 +214,14 @@ def _affine(stored: StoredTensor, codes: torch.Tensor, scales: torch.Tensor, bia
 
 def _stored_scale(stored: StoredTensor, scales: torch.Tensor) -> torch.Tensor:
     """Scales in the type that the scheme stores: whoever looked at the folder knows that it holds them."""
-    if not bool(torch.isfinite(scales).all()):
-        raise CheckpointError(f"{stored.module}.scales: one of them is not finite", _DAMAGED)
-    return scales.to(dtype_of(stored.scheme.scale, stored.source_dtype))
+    return _finite(stored.module, scales).to(dtype_of(stored.scheme.scale, stored.source_dtype))
+
+
+def _finite(module: str, scales: torch.Tensor) -> torch.Tensor:
+    """The scales or biases. Raises CheckpointError for NaN and infinities, which a file of a stranger may have."""
+    if not bool(torch.isfinite(scales.float()).all()):
+        raise CheckpointError(f"{module}.scales: one of them is not finite", _DAMAGED)
+    return scales
 
 
 def _settings(scheme: Scheme) -> dict[str, Any]:
@@ -301,14 +309,15 @@ def _kind(scales: torch.Tensor, biases: torch.Tensor, width: int) -> tuple[str, 
         kind = "h"
     elif exact and bool(((times == times.round()) & (times >= 0) & (times < 2 * middle)).all()):
         kind = "z"
-    values = [scales, biases] if kind == "m" else [scales]
     if scales.dtype != torch.float32:
         return kind, scales.dtype
+    values = [scales, biases] if kind == "m" else [scales]
     for source in (torch.float32, torch.bfloat16):
         stored = dtype_of("source", source)
         if all(torch.equal(value.to(stored).float(), value) for value in values):
             return kind, source
-    return kind, None
+    # with scales of 24 bits MLX rounds the product with a code before it adds: so does who has minima, and nobody else
+    return "m", None
 
 
 FORMAT = MLX()
