@@ -1,4 +1,4 @@
-"""GGUF out and in again, of every family: names, configs, floats, codes; read by gguf-py, transformers and llama.cpp."""
+"""GGUF out and in, of every family: names, configs, floats, codes; gguf-py, transformers and llama.cpp read it."""
 
 from __future__ import annotations
 

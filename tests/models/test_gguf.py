@@ -51,7 +51,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "llama3 of others": LLAMA3 | {"factor": 3.0, "low_freq_factor": 0.5, "original_max_position_embeddings": 64},
     "longrope": {
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
-        "attention_factor": 1.1875, "long_factor": [1.0 + i for i in range(8)], "short_factor": [1.0 + i / 8 for i in range(8)],
+        "attention_factor": 1.1875, "long_factor": [1.0 + i for i in range(8)],
+        "short_factor": [1.0 + i / 8 for i in range(8)],
     },
 }  # fmt: skip
 
@@ -59,7 +60,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
 def llama(parameters: Mapping[str, Any]) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=96,
-        max_position_embeddings=128, vocab_size=300, rope_parameters=dict(parameters), architectures=["LlamaForCausalLM"],
+        max_position_embeddings=128, vocab_size=300, rope_parameters=dict(parameters),
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def test_names_with_and_without_the_prefix_of_a_class() -> None:
     assert names.left_out("cls.predictions.bias") and not names.left_out("encoder.layer.3.output.dense.bias")
 
 
-# ---- files that make no sense ------------------------------------------------------------------------------------------
+# ---- files that make no sense ----------------------------------------------------------------------------------------
 
 
 def changed(
@@ -222,11 +224,11 @@ def test_tensors_that_no_model_of_the_family_has_are_refused(tmp_path: Path) -> 
     with GgufWriter(tmp_path / "other.gguf", GgufFile.open(file).metadata, specs) as writer:
         for spec in specs:
             writer.write(spec.name, torch.zeros(spec.raw_shape, dtype=torch.uint8))
-    with pytest.raises(CheckpointError, match="blk.0.other.weight is not one of llama's"):
+    with pytest.raises(CheckpointError, match=r"blk\.0\.other\.weight is not one of llama's"):
         open_model(tmp_path / "other.gguf")
 
 
-# ---- the door ----------------------------------------------------------------------------------------------------------
+# ---- the door --------------------------------------------------------------------------------------------------------
 
 
 def test_a_float_file_is_inspected_quantized_and_loaded(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """llama.cpp's own package for Python, gguf-py: it reads GGUF files and decodes their types, in numpy.
 
-What it reads are llama.cpp's names and order of rows; they are brought back here by llama.cpp's formulas, and not by the
-code that brought them there.
+What it reads are llama.cpp's names and order of rows; they are brought back here by llama.cpp's formulas, and not by
+the code that brought them there.
 """
 
 from __future__ import annotations
