@@ -250,7 +250,7 @@ class Wrong:
         return None
 
     def opened(self, path: Path, source: Source) -> verify.Weights:
-        def read(name: str) -> torch.Tensor:
+        def read(name: str) -> torch.Tensor | verify.Grid:
             module = name.removesuffix(".weight")
             packed = module in source.contents
             value = codec.decode(source.packed(module)) if packed else source.float(name).clone()

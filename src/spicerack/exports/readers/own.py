@@ -18,7 +18,7 @@ import torch
 from spicerack._version import __version__
 from spicerack.errors import OutputError
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Weights
+from spicerack.exports.verify import Grid, Weights
 from spicerack.storage.reader import Checkpoint
 
 Array = npt.NDArray[Any]
@@ -44,16 +44,18 @@ def stream(words: Array, bits: int) -> Array:
     return codes
 
 
-def times_scales(codes: Array, zeros: Array | int, scales: Array) -> Array:
-    """(codes - zeros) * scales, float32 [N, K]; codes uint8 [N, K], zeros and scales [N, G] of as many groups."""
-    n, groups = scales.shape
-    values = codes.reshape(n, groups, -1).astype(np.float32)
-    values -= np.broadcast_to(np.asarray(zeros, np.float32), scales.shape)[..., None]
-    values *= scales.astype(np.float32)[..., None]
-    return values.reshape(n, -1)
+def grid(codes: Array, zeros: Array | float, scales: Array, biases: Array | None = None) -> Grid:
+    """A matrix taken apart: codes [N, K], and zeros, scales and biases [N, G]."""
+
+    def tensor(values: Array) -> torch.Tensor:
+        return torch.from_numpy(values)
+
+    return Grid(
+        tensor(codes), tensor(scales), tensor(np.asarray(zeros, np.float32)), None if biases is None else tensor(biases)
+    )
 
 
-def _gptq(read: Read, section: Mapping[str, Any], _of: Mapping[str, Any]) -> Array:
+def _gptq(read: Read, section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of a GPTQ module."""
     bits = section["bits"]
     codes = stream(read("qweight").T, bits)
@@ -63,54 +65,55 @@ def _gptq(read: Read, section: Mapping[str, Any], _of: Mapping[str, Any]) -> Arr
     group, scales = read("g_idx"), read("scales")
     if not np.array_equal(group, np.arange(len(group)) // (len(group) // len(scales))):
         raise ValueError("g_idx is not in order")
-    return times_scales(codes, zeros.T, scales.T)
+    return grid(codes, zeros.T, scales.T)
 
 
-def _awq(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> Array:
+def _awq(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of an AWQ module."""
 
     def outputs(words: Array) -> Array:
-        return stream(words, 4).reshape(len(words), -1, 8)[:, :, _AWQ].reshape(len(words), -1)
+        halves, order = stream(words, 4).reshape(len(words), -1, 8), np.empty((words.shape[1], 8, len(words)), np.uint8)
+        for output, place in enumerate(_AWQ):
+            order[:, output] = halves[:, :, place].T
+        return order.reshape(-1, len(words))
 
-    return times_scales(outputs(read("qweight")).T, outputs(read("qzeros")).T, read("scales").T)
+    return grid(outputs(read("qweight")), outputs(read("qzeros")), read("scales").T)
 
 
-def _mlx(read: Read, _section: Mapping[str, Any], of: Mapping[str, Any]) -> Array:
+def _mlx(read: Read, _section: Mapping[str, Any], of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of an MLX module."""
     codes, scales = stream(read("weight"), of["bits"]), read("scales")
-    n, groups = scales.shape
     if of["mode"] == "mxfp4":
+        n, groups = scales.shape
         powers = np.exp2(scales.astype(np.float32) - 127)
-        return (_E2M1[codes].reshape(n, groups, -1) * powers[..., None]).reshape(n, -1)
-    values = times_scales(codes, 0, scales).reshape(n, groups, -1)
-    values += read("biases").astype(np.float32)[..., None]
-    return values.reshape(n, -1)
+        return torch.from_numpy((_E2M1[codes].reshape(n, groups, -1) * powers[..., None]).reshape(n, -1))
+    return grid(codes, 0, scales, read("biases"))
 
 
-def _bitnet(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> Array:
+def _bitnet(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of a bitnet module whose scale is not inverted."""
     packed = read("weight")
-    parts = [(packed >> 2 * place & 3).astype(np.float32) - 1 for place in range(4)]
-    whole: Array = np.concatenate(parts) * read("weight_scale").astype(np.float32)
-    return whole
+    parts = [packed >> 2 * place & 3 for place in range(4)]
+    return grid(np.concatenate(parts), 1, read("weight_scale").reshape(1, 1))
 
 
-def _compressed(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> Array:
+def _compressed(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of a compressed-tensors module, packed or in bytes."""
     try:
         n, k = map(int, read("weight_shape"))
     except KeyError:
-        return times_scales(read("weight"), 0, read("weight_scale"))
+        return grid(read("weight").view(np.uint8) ^ 128, 128, read("weight_scale").reshape(-1, 1))
     words, scale = read("weight_packed"), read("weight_scale")
     bits = words.shape[1] * 32 // k
     codes = stream(words, bits)[:, :k]
     try:
-        return times_scales(codes, stream(read("weight_zero_point").T, bits)[:, :n].T, scale)
+        return grid(codes, stream(read("weight_zero_point").T, bits)[:, :n].T, scale)
     except KeyError:
-        return times_scales(codes, 2 ** (bits - 1), scale)
+        return grid(codes, 2 ** (bits - 1), scale)
 
 
-_DECODERS: dict[str, Callable[[Read, Mapping[str, Any], Mapping[str, Any]], Array]] = {
+Decoder = Callable[[Read, Mapping[str, Any], Mapping[str, Any]], "torch.Tensor | Grid"]
+_DECODERS: dict[str, Decoder] = {
     "gptq": _gptq,
     "awq": _awq,
     "mlx": _mlx,
@@ -140,12 +143,7 @@ class Own:
         return partial(_weights, checkpoint, _DECODERS[method], source)
 
 
-def _weights(
-    checkpoint: Checkpoint,
-    decoder: Callable[[Read, Mapping[str, Any], Mapping[str, Any]], Array],
-    source: Source,
-    name: str,
-) -> torch.Tensor:
+def _weights(checkpoint: Checkpoint, decoder: Decoder, source: Source, name: str) -> torch.Tensor | Grid:
     """One tensor: decoded where the source has it packed, else as it lies there."""
     module = name.removesuffix(".weight")
     if module not in source.contents:
@@ -157,7 +155,7 @@ def _weights(
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
     of = {**section, **section.get(module, {})}
-    return torch.from_numpy(np.ascontiguousarray(decoder(read, section, of), dtype=np.float32))
+    return decoder(read, section, of)
 
 
 READER = Own()
