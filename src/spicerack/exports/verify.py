@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from spicerack import plugins
-from spicerack.errors import OutputError
+from spicerack.errors import OutputError, SpicerackError
 from spicerack.exports.holding import spread
 from spicerack.exports.source import Source
 from spicerack.numerics import codec
@@ -39,6 +39,14 @@ class Grid:
     scales: torch.Tensor
     zeros: torch.Tensor
     biases: torch.Tensor | None = None
+
+    def values(self) -> torch.Tensor:
+        """The weights, float32 [N, K]."""
+        n, k = self.codes.shape
+        grid = self.scales.shape
+        wide = [spread(part.float().expand(grid), (n, k)) for part in (self.zeros, self.scales)]
+        values = (self.codes.float() - wide[0]) * wide[1]
+        return values if self.biases is None else values + spread(self.biases.float(), (n, k))
 
 
 Weights = Callable[[str], torch.Tensor | Grid]
@@ -87,6 +95,10 @@ def verify(reader: Reader, source: Source, path: Path) -> None:
             read = weights(name)
         except KeyError as error:
             raise OutputError(f"{name} is not in what was written, as {reader.name} reads it", _FAULT) from error
+        except SpicerackError:
+            raise
+        except Exception as error:  # somebody else's code: whatever it raises, it does not read this
+            raise OutputError(f"{name}: {reader.name} does not read it: {error!r}", _FAULT) from error
         if isinstance(read, Grid):
             assert isinstance(value, QTensor), "floats are read as floats"
             if (different := _different(value, read)) is not None:

@@ -19,6 +19,8 @@ from spicerack._version import __version__
 from spicerack.errors import OutputError
 from spicerack.exports.source import Source
 from spicerack.exports.verify import Grid, Weights
+from spicerack.numerics.scheme import FloatType, Scheme
+from spicerack.storage.files import CONTAINER
 from spicerack.storage.reader import Checkpoint
 
 Array = npt.NDArray[Any]
@@ -72,10 +74,11 @@ def _awq(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> tor
     """[N, K] of an AWQ module."""
 
     def outputs(words: Array) -> Array:
-        halves, order = stream(words, 4).reshape(len(words), -1, 8), np.empty((words.shape[1], 8, len(words)), np.uint8)
-        for output, place in enumerate(_AWQ):
-            order[:, output] = halves[:, :, place].T
-        return order.reshape(-1, len(words))
+        octets = np.ascontiguousarray(words.T).view(np.uint8).reshape(words.shape[1], len(words), 4)
+        codes = np.empty((words.shape[1], 8, len(words)), np.uint8)
+        for output, half in enumerate(_AWQ):
+            codes[:, output] = octets[:, :, half // 2] >> 4 * (half % 2) & 15
+        return codes.reshape(-1, len(words))
 
     return grid(outputs(read("qweight")), outputs(read("qzeros")), read("scales").T)
 
@@ -112,6 +115,41 @@ def _compressed(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any])
         return grid(codes, 2 ** (bits - 1), scale)
 
 
+def _ours(read: Read, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor | Grid:
+    """[.., N, K] of a module in our own container; scales and minima may be such, too.
+
+    What a code stands for is asked of the scheme: that is its definition, and not how it is stored.
+    """
+    *leading, n, k = shape
+    rows, columns = scheme.group_shape(n, k)
+    grids = scheme.scale_shape(shape)
+    words = read("codes")
+    codes = stream(words.reshape(-1, words.shape[-1]), scheme.bits)[:, : scheme.codes_shape(shape)[-1]]
+
+    def part(name: str, kind: FloatType | Scheme) -> torch.Tensor:
+        if not isinstance(kind, Scheme):
+            return torch.from_numpy(read(name).astype(np.float32)).reshape(grids)
+        inner = _ours(lambda key: read(f"{name}.{key}"), kind, grids)
+        return (inner if isinstance(inner, torch.Tensor) else inner.values()).reshape(grids)
+
+    scale = part("scale", scheme.scale)
+    zero = torch.zeros(grids, dtype=torch.float32, device="cpu")
+    if scheme.zero:
+        zeros = read("zero")
+        zero = torch.from_numpy(stream(zeros.reshape(-1, zeros.shape[-1]), scheme.bits)[:, : grids[-1]].copy())
+        zero = zero.float().reshape(grids) + scheme.levels.lo
+    low = None if scheme.min is None else part("min", scheme.min)
+    if scheme.plain_obstacle is None and not leading:
+        return Grid(torch.from_numpy(codes), scale, zero - scheme.integers.lo - 0.5 * scheme.integers.half)
+
+    def wide(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+
+    numbers = torch.from_numpy(codes.astype(np.int64)).reshape(*leading, n, -1) + scheme.levels.lo
+    values = wide(scale) * (scheme.levels.decode(numbers, 0.0) - wide(zero))
+    return values if low is None else values + wide(low)
+
+
 Decoder = Callable[[Read, Mapping[str, Any], Mapping[str, Any]], "torch.Tensor | Grid"]
 _DECODERS: dict[str, Decoder] = {
     "gptq": _gptq,
@@ -131,11 +169,13 @@ class Own:
 
     def obstacle(self, to: str, _source: Source, /) -> str | None:
         """Formats that are not described here."""
-        return None if to in _DECODERS else f"{to} is not decoded here"
+        return None if to in (*_DECODERS, CONTAINER) else f"{to} is not decoded here"
 
     def opened(self, path: Path, source: Source, /) -> Weights:
         """From files and config.json alone. Raises OutputError for a folder that nobody would know."""
         checkpoint = Checkpoint.open(path).held()
+        if checkpoint.config.get("model_type") == CONTAINER:
+            return partial(_contained, checkpoint, source)
         section = checkpoint.config.get("quantization_config", {})
         method = section.get("quant_method", "mlx" if "quantization" in checkpoint.config else None)
         if method not in _DECODERS:
@@ -149,13 +189,25 @@ def _weights(checkpoint: Checkpoint, decoder: Decoder, source: Source, name: str
     if module not in source.contents:
         return checkpoint.read(name)
     section: Mapping[str, Any] = checkpoint.config.get("quantization_config", {})
-
-    def read(part: str) -> Array:
-        tensor = checkpoint.read(f"{module}.{part}")
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
+    read = partial(_array, checkpoint, module)
     of = {**section, **section.get(module, {})}
     return decoder(read, section, of)
+
+
+def _contained(checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor | Grid:
+    """One tensor of our own container."""
+    module = name.removesuffix(".weight")
+    stored = source.contents.get(module)
+    if stored is None:
+        return checkpoint.read(name)
+    return _ours(partial(_array, checkpoint, module), stored.scheme, stored.shape)
+
+
+def _array(checkpoint: Checkpoint, module: str, part: str) -> Array:
+    """A tensor of a module, as numpy has it; floats that it has not are float32."""
+    tensor = checkpoint.read(f"{module}.{part}")
+    strange = tensor.dtype in (torch.bfloat16, torch.float8_e8m0fnu)
+    return (tensor.float() if strange else tensor).numpy()
 
 
 READER = Own()
