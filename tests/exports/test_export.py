@@ -7,23 +7,28 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import spicerack
+from spicerack import plugins
 from spicerack.cli import _output, cli
 from spicerack.errors import CheckpointError, OutputError, SchemeError, UsageError, WeightError
 from spicerack.exports import holding, target, verify
+from spicerack.exports.readers import own
 from spicerack.exports.source import Source
 from spicerack.exports.targets import folders as folder_targets
-from spicerack.numerics import codec, rounding
+from spicerack.numerics import codec, packed, rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
 from spicerack.runtime.folder import Folder
+from spicerack.storage import format as formats
 from spicerack.storage import ledger
 from spicerack.storage.format import StoredTensor
+from spicerack.storage.reader import Checkpoint
 
 MADE = Callable[[str], Path]
 READERS = ("mlx", "mlx_lm", "compressed_tensors", "gguf", "gptqmodel")
@@ -80,8 +85,6 @@ def same(a: dict[str, QTensor], b: dict[str, QTensor]) -> bool:
 @pytest.mark.parametrize("scheme", ["w4g32", "w4g32z"])
 @pytest.mark.usefixtures("own_reader")
 def test_there_and_back_every_code_is_the_same(quantized: MADE, tmp_path: Path, to: str, scheme: str) -> None:
-    if to == "spicerack":
-        pytest.skip("our own container is not decoded a second time")
     source, out, back = quantized(scheme), tmp_path / "out", tmp_path / "back"
     written = spicerack.export(source, to=to, output=out)
     assert (written.to, written.packed, written.rounded, written.foreign) == (to, 7, (), False)
@@ -95,6 +98,32 @@ def test_there_and_back_every_code_is_the_same(quantized: MADE, tmp_path: Path, 
     spicerack.import_model(out, output=back)
     assert same(weights(back), weights(source))
     assert not [path for path in tmp_path.iterdir() if path.name not in ("out", "back")]
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "w2g32h", "w8t"])
+@pytest.mark.usefixtures("own_reader")
+def test_our_own_container_is_a_target_too(quantized: MADE, tmp_path: Path, scheme: str) -> None:
+    written = spicerack.export(quantized(scheme), to="spicerack", output=tmp_path / "out")
+    assert (written.foreign, written.rounded) == (False, ())
+    before, after = weights(quantized(scheme)), weights(tmp_path / "out")
+    assert all(torch.equal(codec.decode(after[module]), codec.decode(q)) for module, q in before.items())
+
+
+@pytest.mark.parametrize("scheme", [*plugins.names("numerics.schemes"), "w2g32h", "w4g32m", "w4g64z", "w5t", "w3g64f"])
+def test_every_scheme_is_decoded_a_second_time(scheme: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q = codec.encode(torch.randn(16, 512, generator=draw), parse(scheme))
+    tensors = packed.pack(q)
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        return (tensor.float() if tensor.dtype == torch.float8_e8m0fnu else tensor).numpy()
+
+    decoded = own._ours(read, q.scheme, q.shape)
+    values = decoded.values() if isinstance(decoded, verify.Grid) else decoded
+    assert torch.equal(values, codec.decode(q))
+    if isinstance(decoded, verify.Grid):
+        assert verify._different(q, decoded) is None
 
 
 @pytest.mark.parametrize("to", ["gptq", "awq", "mlx"])
@@ -225,6 +254,21 @@ def test_requantizing_says_what_it_costs(quantized: MADE, tmp_path: Path) -> Non
     assert written.as_dict()["exact"] is False
 
 
+@pytest.mark.usefixtures("own_reader")
+def test_requantizing_is_measured_on_a_text(llama_folder: Callable[..., Path], tmp_path: Path) -> None:
+    source = llama_folder(vocab_size=288)
+    spicerack.quantize(source, "w8g32", output=tmp_path / "q")
+    text = tmp_path / "text.txt"
+    text.write_text("what was lost is measured, not guessed. " * 40)
+    line = ["export", tmp_path / "q", "--to", "awq", "-o", tmp_path / "out", "--requantize", "--text", text]
+    assert _output.run(cli, list(map(str, line))) == 0
+    figures = spicerack.evaluate(tmp_path / "out", against=source, text=text)
+    (tmp_path / "q" / "heldout.txt").write_text(text.read_text())
+    written = spicerack.export(tmp_path / "q", to="awq", output=tmp_path / "again", requantize=True)
+    assert written.added_kl == pytest.approx(figures["kl_mean"], rel=0.2)  # eight bits are nearly the float model
+    assert _output.run(cli, [*map(str, line[:-3]), "--text", str(text)]) == 2
+
+
 def test_scales_that_float16_does_not_hold_are_named_before_a_byte_is_written(floating: Path, tmp_path: Path) -> None:
     tensors = load_file(floating / "model.safetensors")
     tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
@@ -250,7 +294,7 @@ class Wrong:
         return None
 
     def opened(self, path: Path, source: Source) -> verify.Weights:
-        def read(name: str) -> torch.Tensor:
+        def read(name: str) -> torch.Tensor | verify.Grid:
             module = name.removesuffix(".weight")
             packed = module in source.contents
             value = codec.decode(source.packed(module)) if packed else source.float(name).clone()
@@ -357,17 +401,58 @@ def test_mlx_lm_computes_what_the_decoded_weights_do(quantized: MADE, tmp_path: 
     model = spicerack.load(quantized(scheme), compute="float")
     with torch.no_grad():
         ours = model(ids).logits
-    theirs = torch.from_numpy(__import__("numpy").array(load_model(tmp_path / "out")[0](mx.array(ids.numpy()))))
+    theirs = torch.from_numpy(np.array(load_model(tmp_path / "out")[0](mx.array(ids.numpy()))))
     assert float((ours - theirs).abs().max()) < 3e-5  # they add in another order
+
+
+def test_what_mlx_lm_quantized_runs_here_and_is_imported(floating: Path, tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    import mlx.nn as mlx_nn
+    from mlx_lm.utils import load_model, save_config, save_model
+
+    old = {"rope_theta": 5000.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}  # names that mlx-lm looks for
+    model, config = load_model(floating, model_config=old)
+    mlx_nn.quantize(model, group_size=32, bits=4)  # the embedding and the head, too
+    save_model(tmp_path / "mlx", model)
+    config["quantization"] = config["quantization_config"] = {"group_size": 32, "bits": 4}
+    save_config(config, tmp_path / "mlx" / "config.json")
+    ids = torch.arange(16)[None]
+    theirs = torch.from_numpy(np.array(model(mx.array(ids.numpy()))))
+    spicerack.import_model(tmp_path / "mlx", output=tmp_path / "ours")
+    for folder in (tmp_path / "mlx", tmp_path / "ours"):
+        contents = Folder.open(folder).contents
+        assert {stored.scheme.name for stored in contents.values()} == {"w4g32mf"}  # the model is float32
+        with torch.no_grad():
+            assert float((spicerack.load(folder, compute="float")(ids).logits - theirs).abs().max()) < 3e-5
+    roles = {module: stored.role for module, stored in Folder.open(tmp_path / "ours").contents.items()}
+    assert (roles["model.embed_tokens"], roles["lm_head"]) == ("embedding", "head")
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("to", "scheme"), [("gptq", "w4g32"), ("gptq", "w4g32z"), ("gptq", "w8g32"), ("awq", "w4g32z")]
+)
+def test_transformers_runs_it_with_gptqmodel(
+    quantized: MADE, tmp_path: Path, to: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
+    from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
+
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # it compiles for a minute else
+    written = spicerack.export(quantized(scheme), to=to, output=tmp_path / "out")
+    assert written.foreign and written.verified_by.startswith("gptqmodel ")
+    chosen = GPTQConfig(bits=4, backend="gptq_torch") if to == "gptq" else AwqConfig(backend="torch_awq")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=chosen, dtype=torch.float16)
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        theirs, ours = model(ids).logits.float(), spicerack.load(quantized(scheme), compute="float")(ids).logits
+    assert float((theirs - ours).abs().max()) < 0.01 * float(ours.abs().max())  # it computes in float16
 
 
 def test_what_mlx_quantized_is_read_as_mlx_decodes_it(tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core")
-    import numpy as np
-
-    from spicerack.storage import format as formats
-    from spicerack.storage.reader import Checkpoint
-
     w = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)).numpy()
     cases = [("affine", 64, bits) for bits in (2, 3, 4, 5, 6, 8)] + [("mxfp4", 32, 4), ("nvfp4", 16, 4)]
     for mode, group, bits in cases:
