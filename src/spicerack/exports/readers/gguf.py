@@ -48,7 +48,7 @@ class GgufPy:
         schemes = {str(stored.scheme) for stored in source.contents.values()}
         return None if schemes.isdisjoint({"q1_0", "q2_0"}) else f"it does not decode {' and '.join(_UNREAD)}"
 
-    def opened(self, path: Path, _to: str, source: Source, /) -> Weights:
+    def opened(self, path: Path, source: Source, /) -> Weights:
         """All files of the model, mapped."""
         from gguf import GGUFReader
 
