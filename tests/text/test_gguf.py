@@ -301,7 +301,7 @@ HOSTILE: dict[str, tuple[dict[str, Entry], str]] = {
             "tokenizer.ggml.scores": Array.of("f32", [0.0] * 257),
             "tokenizer.ggml.precompiled_charsmap": Array.of("u8", [255] * 5),
         },
-        "precompiled_charsmap is damaged",
+        "precompiled_charsmap has 5 bytes and promises an array of 4294967295",
     ),
 }  # fmt: skip
 
@@ -313,6 +313,41 @@ def test_damaged_vocabularies_are_refused_by_name(case: str) -> None:
     with pytest.raises(CheckpointError, match=message.replace("(", r"\(")) as error:
         tokenizer_of_gguf(metadata({**sound, **entries}))
     assert "m.gguf" in str(error.value)
+
+
+def test_maps_of_characters_that_lead_outside_are_refused() -> None:
+    sound = gguf_of_tokenizer(unigram(), 700)
+
+    def read(units: dict[int, int], replacements: bytes = b"x\0") -> PreTrainedTokenizerFast:
+        array = np.zeros(256, np.uint32)
+        for place, unit in units.items():
+            array[place] = unit
+        table = Array.of("u8", (1024).to_bytes(4, "little") + array.tobytes() + replacements)
+        return tokenizer_of_gguf(metadata(sound, **{"tokenizer.ggml.precompiled_charsmap": table}))
+
+    # a map of "a" to "x": from the root (0) to the unit of "a", which has a replacement at 7, which is at 0 of the text
+    a = {0x61: 0x61 | 1 << 8 | (0x61 ^ 7) << 10, 7: 1 << 31}
+    assert read(a).backend_tokenizer.normalizer.normalize_str("banana") == "\u2581bxnxnx"
+    assert read({}).encode("banana") == unigram().encode("banana")
+    for units, replacements, reason in (
+        ({0: 1 << 20}, b"x\0", "leads outside of its array"),
+        ({**a, 7: 1 << 31 | 2}, b"x\0", "leads outside of its replacements"),
+        (a, b"x", "leads outside of its replacements"),
+        ({**a, 7: 1 << 31 | 1}, "\u00e9\0".encode(), "leads into the middle of a character"),
+        (a, b"\xff\0", "has replacements that are not text in UTF-8"),
+    ):
+        with pytest.raises(CheckpointError, match=f"precompiled_charsmap {reason}"):
+            read(units, replacements)
+
+
+def test_special_tokens_of_wordpiece_are_spelled_as_the_vocabulary_spells_them() -> None:
+    entries = gguf_of_tokenizer(wordpiece(), 600)
+    tokens = [str(token) for token in entries["tokenizer.ggml.tokens"]]  # type: ignore[union-attr]
+    normal = {**entries, **texts("tokens", tokens[0], "\u2581[UNK]", *tokens[2:])}
+    normal["tokenizer.ggml.token_type"] = Array.of("i32", [3, 1, *[3] * 3, *[1] * 595])
+    read = tokenizer_of_gguf(metadata(normal))
+    assert (read.unk_token, read.unk_token_id, len(read)) == ("[UNK]", 1, 600)
+    assert read.encode("\u4e00") == [2, 1, 3]
 
 
 def test_bos_without_an_id_and_files_without_a_tokenizer_are_refused() -> None:
