@@ -56,7 +56,7 @@ def choose(to: str, source: Source) -> Reader | None:
     return min(able, key=lambda reader: not reader.foreign, default=None)
 
 
-def verify(reader: Reader, path: Path, source: Source) -> None:
+def verify(reader: Reader, source: Source, path: Path) -> None:
     """Compare every tensor of `source` with what `reader` reads at `path`. Raises OutputError naming the first that
     differs, how much and where."""
     weights = reader.opened(path, source)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder or GGUF file, read without guessing and without running its code.
+"""The tokenizer of a model folder, read without guessing and without running its code.
 
 transformers finds a class by the config's `model_type`; a quantized folder of our own has another there, so that the
 float model's config is handed in.
@@ -21,12 +21,12 @@ _DAMAGED = (AttributeError, LookupError, OSError, TypeError, ValueError)
 def read_tokenizer(
     folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, which may be a GGUF file; nothing is fetched.
+    """The tokenizer in `folder`, or in a .gguf file; nothing is fetched.
 
     config: of the float model: transformers chooses the tokenizer's class by it, and need not know what our own folders
     say. Raises CheckpointError if there is no tokenizer, UntrustedCodeError if it is code that is not trusted.
     """
-    if folder.suffix == ".gguf" and folder.is_file():
+    if folder.is_file():  # a GGUF file, which has it inside
         return tokenizer_of_gguf(GgufFile.open(folder).metadata)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
