@@ -423,6 +423,7 @@ class Plain:
     name: str = "plain"
     rank: int = 5
     read_by_others: bool = True
+    on_request: bool = False
 
     def obstacles(self, contents):
         return [f"{p.module}: plain has only w6" for p in contents.values() if p.scheme.name != "w6"]

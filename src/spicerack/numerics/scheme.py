@@ -1,11 +1,12 @@
 """What the numbers are: `Scheme`, frozen data, and the grammar of its names. Imports no torch.
 
-    w<bits>[g<group>|t][z|h][a8[s]]
+    w<bits>[g<group>|t][z|h|m][f][a8[s]]
 
     w8        8-bit codes, one scale per output row          w4g128    4-bit, one scale per 128 inputs of a row
     w4g32z    the same with an integer zero point            w2g32h    half-integer levels: ±1/2, ±3/2
     w8t       one scale for the whole tensor                 w8a8      activations in int8 too, one scale per token
-                                                             w8a8s     the same, one stored scale per layer
+    w4g64m    codes from 0 and a float minimum per group     w8a8s     the same, one stored scale per layer
+    w4g64f    scales (and minima) in float32
 
 Other number systems (`ternary`, `nf4`, `fp8`, `mxfp4`, `nvfp4`, `q4_k`) are one file each in `schemes/`.
 
@@ -195,15 +196,17 @@ class Scheme:
         return dataclasses.replace(self, name=self.name.removesuffix("s"), activations="token")
 
 
-_NAME = re.compile(r"w(?P<bits>[2-8])(?:g(?P<group>[1-9]\d{0,5})|(?P<tensor>t))?(?P<kind>[zh])?(?P<act>a8s?)?")
+_NAME = re.compile(
+    r"w(?P<bits>[2-8])(?:g(?P<group>[1-9]\d{0,5})|(?P<tensor>t))?(?P<kind>[zhm])?(?P<wide>f)?(?P<act>a8s?)?"
+)
 _COMMON = (
     "w8", "w8a8", "w4g128", "w4g64", "w4g32", "w4g128z", "w4g32z", "w3g64", "w3g128", "w2g32z", "w2g32h", "w6", "w5g64",
 )  # fmt: skip
 """Names of the grammar that are suggested for those that are nearly like them."""
 _OTHER_NAMES = {
     "int8": "w8", "8bit": "w8", "w8a16": "w8", "q8_0": "w8g32",
-    "int6": "w6", "6bit": "w6", "q5_0": "w5g32", "q5_1": "w5g32z",
-    "int4": "w4g128", "4bit": "w4g128", "w4a16": "w4g128", "q4_0": "w4g32", "q4_1": "w4g32z",
+    "int6": "w6", "6bit": "w6", "q5_0": "w5g32",
+    "int4": "w4g128", "4bit": "w4g128", "w4a16": "w4g128", "q4_0": "w4g32",
     "float8": "fp8", "fp8_e4m3": "fp8", "bitnet": "ternary", "1.58bit": "ternary",
 }  # fmt: skip
 """What other tools and papers call the numbers, in lower case and without hyphens -> our name. llama.cpp's types of one
@@ -226,18 +229,22 @@ def parse(name: str) -> Scheme:
         scheme = plugins.get("numerics.schemes", usual, "SCHEME")
         return scheme
     match = _NAME.fullmatch(usual)
-    if match is None:
+    # what multiplies in integers has no minima, and scales of 16 bits
+    if match is None or (match["act"] and (match["wide"] or match["kind"] == "m")):
         raise SchemeError(f"unknown scheme {name!r}", _suggest(name))
-    half = 2 ** (int(match["bits"]) - 1)
+    half, minimum = 2 ** (int(match["bits"]) - 1), match["kind"] == "m"
+    floats: FloatType = "float32" if match["wide"] else "source"
     columns = int(match["group"]) if match["group"] else None
     activations: Literal["token", "static"] | None = None
     if match["act"]:
         activations = "static" if match["act"].endswith("s") else "token"
     return Scheme(
         name=usual,
-        levels=IntLevels(-half, half - 1, half=match["kind"] == "h"),
+        levels=IntLevels(0, 2 * half - 1) if minimum else IntLevels(-half, half - 1, half=match["kind"] == "h"),
         group=(None, None) if match["tensor"] else (1, columns),
+        scale=floats,
         zero=match["kind"] == "z",
+        min=floats if minimum else None,
         activations=activations,
     )
 
@@ -245,4 +252,8 @@ def parse(name: str) -> Scheme:
 def _suggest(name: str) -> str:
     """The hint for a name that is no scheme's: those that look like it, and the grammar."""
     near = difflib.get_close_matches(name.lower(), [*_COMMON, *plugins.names("numerics.schemes")], n=3, cutoff=0.4)
-    return "did you mean " + ", ".join(near or ["w8", "w4g128", "w4g32z"]) + "? Grammar: w<2-8>[g<group>|t][z|h][a8[s]]"
+    return (
+        "did you mean "
+        + ", ".join(near or ["w8", "w4g128", "w4g32z"])
+        + "? Grammar: w<2-8>[g<group>|t][z|h|m][f][a8[s]]"
+    )

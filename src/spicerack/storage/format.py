@@ -7,7 +7,8 @@ read it off the folder (`Format.contents`).
 
 Which format a folder gets is not asked for but follows from its contents: of the formats, in the order of their ranks,
 the first that holds every tensor exactly. Those that others read come first, and spicerack's own container, which holds
-every scheme, comes last; what that costs in portability is said before work starts.
+every scheme, comes last; what that costs in portability is said before work starts. Formats of one engine each (files
+of GGUF, say) are read like all others, and written by those who ask for them by name (`Format.on_request`).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class StoredTensor:
     transposed    the float checkpoint stores [..., K, N]
     bias          the layer has one; told to those who write
     inverse_scale the folder stores 1 / scale; told by those who read
+    variant       which of its format's layouts the tensor has, in the format's own word; "" where there is one
     """
 
     module: str
@@ -58,6 +60,7 @@ class StoredTensor:
     transposed: bool = False
     bias: bool = False
     inverse_scale: bool = False
+    variant: str = ""
 
 
 Contents = Mapping[str, StoredTensor]
@@ -116,6 +119,16 @@ class Format(Protocol):
     @property
     def read_by_others(self) -> bool:
         """Whether other programs read its folders: if not, a person is told why none of theirs was taken."""
+
+    @property
+    def on_request(self) -> bool:
+        """Whether it is written only where it is asked for by name: then it is read, and `choose` passes it over."""
+
+    def prepared(self, contents: Contents, /) -> Contents:
+        """The contents as they are laid out where the format is asked for: what it decides over all tensors at once.
+
+        Every tensor holds exactly what it held: other schemes are those that say the same in more bits.
+        """
 
     def obstacles(self, contents: Contents, /) -> list[str]:
         """Why this format cannot hold `contents` exactly, a sentence each beginning with the module; empty if it
@@ -187,6 +200,10 @@ class MethodFormat:
         section = config.get("quantization_config")
         return isinstance(section, dict) and section.get("quant_method") == self.method
 
+    def prepared(self, contents: Contents, /) -> Contents:
+        """See `Format.prepared`: every tensor is laid out on its own."""
+        return contents
+
     def reading(self, _config: Mapping[str, Any], _contents: Contents, host: Host, /) -> Reading:
         """See `Format.reading`: names alone."""
         return names_of(host)
@@ -214,7 +231,7 @@ def choose(contents: Contents) -> Format:
     The error is the last one's, which holds every scheme that can be found again by its name.
     """
     obstacles: list[str] = []
-    for fmt in ranked():
+    for fmt in (fmt for fmt in ranked() if not fmt.on_request):
         obstacles = fmt.obstacles(contents)
         if not obstacles:
             return fmt
@@ -252,7 +269,7 @@ def portability(contents: Contents, fused: Sequence[Sequence[str]], reading: Rea
     notes = chosen.notes(contents, fused, reading)
     if chosen.read_by_others:
         return notes
-    obstacles = [fmt.obstacles(contents) for fmt in ranked() if fmt.read_by_others]
+    obstacles = [fmt.obstacles(contents) for fmt in ranked() if fmt.read_by_others and not fmt.on_request]
     return [*notes, f"the reason: {min(obstacles, key=len)[0]}"]
 
 

@@ -46,6 +46,7 @@ class BitNet(MethodFormat):
     name: str = "bitnet"
     rank: int = 20
     read_by_others: bool = True
+    on_request: bool = False
 
     def obstacles(self, contents: Contents) -> list[str]:
         """What the format does not have, for each module that needs it."""

@@ -55,6 +55,7 @@ class CompressedTensors(MethodFormat):
     name: str = "compressed_tensors"
     rank: int = 10
     read_by_others: bool = True
+    on_request: bool = False
 
     def obstacles(self, contents: Contents) -> list[str]:
         """What compressed-tensors does not have, a sentence for each module that needs it.

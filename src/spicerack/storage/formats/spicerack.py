@@ -42,6 +42,11 @@ class SpicerackFormat:
     name: str = "spicerack"
     rank: int = 1000  # behind all others: it holds whatever they do not
     read_by_others: bool = False
+    on_request: bool = False
+
+    def prepared(self, contents: Contents) -> Contents:
+        """As they are."""
+        return contents
 
     def obstacles(self, contents: Contents) -> list[str]:
         """Schemes that are no file in `schemes/` and no name of the grammar: nobody could read them again."""

@@ -1,0 +1,213 @@
+"""Our own second opinion, in numpy, for formats whose engine is not installed: bit by bit, from their descriptions.
+
+It shares nothing with what writes: no packing, no QTensor, no scheme. Slow where that code is fast, and short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spicerack._version import __version__
+from spicerack.errors import OutputError
+from spicerack.exports.source import Source
+from spicerack.exports.verify import Grid, Weights
+from spicerack.numerics.scheme import FloatType, Scheme
+from spicerack.storage.files import CONTAINER
+from spicerack.storage.reader import Checkpoint
+
+Array = npt.NDArray[Any]
+Read = Callable[[str], Array]
+"""Suffix of a module's tensor -> its numbers."""
+_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Half byte of a word that holds each of eight outputs."""
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def stream(words: Array, bits: int) -> Array:
+    """Words [R, W] of 32 bits -> the codes uint8 [R, 32 W // bits] that lie in their stream, lowest bits first."""
+    octets = np.ascontiguousarray(words).view(np.uint8)
+    count = octets.shape[1] * 8 // bits
+    codes = np.empty((len(octets), count), np.uint8)
+    if 8 % bits == 0:  # no code lies in two bytes
+        for place in range(8 // bits):
+            np.bitwise_and(octets >> place * bits, 2**bits - 1, out=codes[:, place :: 8 // bits])
+        return codes
+    for row, line in zip(codes, octets, strict=True):
+        flags = np.unpackbits(line, bitorder="little")[: count * bits].reshape(count, bits)
+        row[:] = np.packbits(flags, axis=1, bitorder="little")[:, 0]
+    return codes
+
+
+def grid(codes: Array, zeros: Array | float, scales: Array, biases: Array | None = None) -> Grid:
+    """A matrix taken apart: codes [N, K], and zeros, scales and biases [N, G]."""
+
+    def tensor(values: Array) -> torch.Tensor:
+        return torch.from_numpy(values)
+
+    return Grid(
+        tensor(codes), tensor(scales), tensor(np.asarray(zeros, np.float32)), None if biases is None else tensor(biases)
+    )
+
+
+def _gptq(read: Read, section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
+    """[N, K] of a GPTQ module."""
+    bits = section["bits"]
+    codes = stream(read("qweight").T, bits)
+    zeros = stream(read("qzeros"), bits)[:, : len(codes)]
+    if section["checkpoint_format"] == "gptq":
+        zeros = (zeros + 1) % 2**bits
+    group, scales = read("g_idx"), read("scales")
+    if not np.array_equal(group, np.arange(len(group)) // (len(group) // len(scales))):
+        raise ValueError("g_idx is not in order")
+    return grid(codes, zeros.T, scales.T)
+
+
+def _awq(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
+    """[N, K] of an AWQ module."""
+
+    def outputs(words: Array) -> Array:
+        octets = np.ascontiguousarray(words.T).view(np.uint8).reshape(words.shape[1], len(words), 4)
+        codes = np.empty((words.shape[1], 8, len(words)), np.uint8)
+        for output, half in enumerate(_AWQ):
+            codes[:, output] = octets[:, :, half // 2] >> 4 * (half % 2) & 15
+        return codes.reshape(-1, len(words))
+
+    return grid(outputs(read("qweight")), outputs(read("qzeros")), read("scales").T)
+
+
+def _mlx(read: Read, _section: Mapping[str, Any], of: Mapping[str, Any]) -> torch.Tensor | Grid:
+    """[N, K] of an MLX module."""
+    codes, scales = stream(read("weight"), of["bits"]), read("scales")
+    if of["mode"] == "mxfp4":
+        n, groups = scales.shape
+        powers = np.exp2(scales.astype(np.float32) - 127)
+        return torch.from_numpy((_E2M1[codes].reshape(n, groups, -1) * powers[..., None]).reshape(n, -1))
+    return grid(codes, 0, scales, read("biases"))
+
+
+def _bitnet(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
+    """[N, K] of a bitnet module whose scale is not inverted."""
+    packed = read("weight")
+    parts = [packed >> 2 * place & 3 for place in range(4)]
+    return grid(np.concatenate(parts), 1, read("weight_scale").reshape(1, 1))
+
+
+def _compressed(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
+    """[N, K] of a compressed-tensors module, packed or in bytes."""
+    try:
+        n, k = map(int, read("weight_shape"))
+    except KeyError:
+        return grid(read("weight").view(np.uint8) ^ 128, 128, read("weight_scale").reshape(-1, 1))
+    words, scale = read("weight_packed"), read("weight_scale")
+    bits = words.shape[1] * 32 // k
+    codes = stream(words, bits)[:, :k]
+    try:
+        return grid(codes, stream(read("weight_zero_point").T, bits)[:, :n].T, scale)
+    except KeyError:
+        return grid(codes, 2 ** (bits - 1), scale)
+
+
+def _ours(read: Read, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor | Grid:
+    """[.., N, K] of a module in our own container; scales and minima may be such, too.
+
+    What a code stands for is asked of the scheme: that is its definition, and not how it is stored.
+    """
+    *leading, n, k = shape
+    rows, columns = scheme.group_shape(n, k)
+    grids = scheme.scale_shape(shape)
+    words = read("codes")
+    codes = stream(words.reshape(-1, words.shape[-1]), scheme.bits)[:, : scheme.codes_shape(shape)[-1]]
+
+    def part(name: str, kind: FloatType | Scheme) -> torch.Tensor:
+        if not isinstance(kind, Scheme):
+            return torch.from_numpy(read(name).astype(np.float32)).reshape(grids)
+        inner = _ours(lambda key: read(f"{name}.{key}"), kind, grids)
+        return (inner if isinstance(inner, torch.Tensor) else inner.values()).reshape(grids)
+
+    scale = part("scale", scheme.scale)
+    zero = torch.zeros(grids, dtype=torch.float32, device="cpu")
+    if scheme.zero:
+        zeros = read("zero")
+        zero = torch.from_numpy(stream(zeros.reshape(-1, zeros.shape[-1]), scheme.bits)[:, : grids[-1]].copy())
+        zero = zero.float().reshape(grids) + scheme.levels.lo
+    low = None if scheme.min is None else part("min", scheme.min)
+    if scheme.plain_obstacle is None and not leading:
+        return Grid(torch.from_numpy(codes), scale, zero - scheme.integers.lo - 0.5 * scheme.integers.half)
+
+    def wide(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+
+    numbers = torch.from_numpy(codes.astype(np.int64)).reshape(*leading, n, -1) + scheme.levels.lo
+    values = wide(scale) * (scheme.levels.decode(numbers, 0.0) - wide(zero))
+    return values if low is None else values + wide(low)
+
+
+Decoder = Callable[[Read, Mapping[str, Any], Mapping[str, Any]], "torch.Tensor | Grid"]
+_DECODERS: dict[str, Decoder] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "mlx": _mlx,
+    "bitnet": _bitnet,
+    "compressed-tensors": _compressed,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Methods: `exports.verify.Reader`."""
+
+    name: str = f"spicerack {__version__}'s second decoder"
+    foreign: bool = False
+
+    def obstacle(self, to: str, _source: Source, /) -> str | None:
+        """Formats that are not described here."""
+        return None if to in (*_DECODERS, CONTAINER) else f"{to} is not decoded here"
+
+    def opened(self, path: Path, source: Source, /) -> Weights:
+        """From files and config.json alone. Raises OutputError for a folder that nobody would know."""
+        checkpoint = Checkpoint.open(path).held()
+        if checkpoint.config.get("model_type") == CONTAINER:
+            return partial(_contained, checkpoint, source)
+        section = checkpoint.config.get("quantization_config", {})
+        method = section.get("quant_method", "mlx" if "quantization" in checkpoint.config else None)
+        if method not in _DECODERS:
+            raise OutputError(f"config.json says {method!r}, which is no format", "this is a fault of spicerack")
+        return partial(_weights, checkpoint, _DECODERS[method], source)
+
+
+def _weights(checkpoint: Checkpoint, decoder: Decoder, source: Source, name: str) -> torch.Tensor | Grid:
+    """One tensor: decoded where the source has it packed, else as it lies there."""
+    module = name.removesuffix(".weight")
+    if module not in source.contents:
+        return checkpoint.read(name)
+    section: Mapping[str, Any] = checkpoint.config.get("quantization_config", {})
+    read = partial(_array, checkpoint, module)
+    of = {**section, **section.get(module, {})}
+    return decoder(read, section, of)
+
+
+def _contained(checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor | Grid:
+    """One tensor of our own container."""
+    module = name.removesuffix(".weight")
+    stored = source.contents.get(module)
+    if stored is None:
+        return checkpoint.read(name)
+    return _ours(partial(_array, checkpoint, module), stored.scheme, stored.shape)
+
+
+def _array(checkpoint: Checkpoint, module: str, part: str) -> Array:
+    """A tensor of a module, as numpy has it; floats that it has not are float32."""
+    tensor = checkpoint.read(f"{module}.{part}")
+    strange = tensor.dtype in (torch.bfloat16, torch.float8_e8m0fnu)
+    return (tensor.float() if strange else tensor).numpy()
+
+
+READER = Own()

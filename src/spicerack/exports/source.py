@@ -1,0 +1,129 @@
+"""`Source`: what is exported, a tensor at a time. Targets see it and never a folder's format.
+
+A tensor is a QTensor in the scheme that the target holds it in, or a float as it lies in the folder. Memory is that of
+one tensor: whoever walks gives a tensor up when it asks for the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from spicerack.models import census
+from spicerack.models.census import ON_REQUEST
+from spicerack.numerics.dtypes import safetensors_dtype
+from spicerack.numerics.qtensor import QTensor
+from spicerack.runtime.folder import Folder
+from spicerack.storage import ledger
+from spicerack.storage.format import Contents, StoredTensor
+from spicerack.storage.ledger import Ledger
+from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
+
+Change = Callable[[QTensor], QTensor]
+"""What makes a tensor of the folder one in the scheme that the target holds it in."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder on its way out.
+
+    folder     as it was opened
+    contents   module -> what the target is given: another scheme than the folder's where `changes` has the module
+    changes    module -> what is done to its QTensor first
+    """
+
+    folder: Folder
+    contents: Contents
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, folder: Folder) -> Source:
+        """The folder as it is, with what its format may not tell: roles, by names, and which layers have a bias."""
+        source = cls(folder, folder.contents)
+        entries = census.take(source.described).entries
+        contents = {}
+        for module, stored in folder.contents.items():
+            role = entries[f"{module}.weight"].role if stored.role == "linear" else stored.role
+            role = role if role in ON_REQUEST else stored.role
+            contents[module] = replace(stored, role=role, bias=f"{module}.bias" in source.floats)
+        return cls(folder, contents)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The float model's config.json."""
+        return self.folder.config
+
+    @cached_property
+    def described(self) -> Checkpoint:
+        """The float model that the folder stands for, as headers: what transformers, names and shapes tell of it.
+
+        No tensor of it that is packed can be read.
+        """
+        base = self.folder.checkpoint
+        infos = dict(self.floats)
+        for stored in self.contents.values():
+            name, shape = f"{stored.module}.weight", stored.shape[::-1] if stored.transposed else stored.shape
+            dtype = safetensors_dtype(stored.source_dtype)
+            infos[name] = TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, "")
+        return replace(base, config=dict(self.config), tensors=infos, mapped=None)
+
+    @cached_property
+    def ledger(self) -> Ledger | None:
+        """What the folder says of its origin; None where it says nothing."""
+        return ledger.read(self.folder.checkpoint.folder)
+
+    @cached_property
+    def floats(self) -> dict[str, TensorInfo]:
+        """Name -> header of the tensors that are no part of a packed one, in the order of the disk."""
+        packed = {name for names in self._layouts().values() for name in names}
+        return {name: info for name, info in self.folder.checkpoint.tensors.items() if name not in packed}
+
+    def order(self) -> list[StoredTensor | TensorInfo]:
+        """All tensors, packed ones and floats, in the order of the disk: read so, files are read once, in sequence."""
+        owner = {name: module for module, names in self._layouts().items() for name in names}
+        order: dict[str, StoredTensor | TensorInfo] = {}
+        for name, info in self.folder.checkpoint.tensors.items():
+            if name in owner:
+                order.setdefault(f"{owner[name]}.", self.contents[owner[name]])
+            else:
+                order[name] = info
+        return list(order.values())
+
+    def packed(self, module: str) -> QTensor:
+        """A module of `contents`, in the scheme that stands there. Raises CheckpointError, and WeightError where a
+        scale does not fit the type that it has there."""
+        q = self.folder.packed(self.folder.contents[module])
+        change = self.changes.get(module)
+        return q if change is None else change(q)
+
+    def float(self, name: str) -> torch.Tensor:
+        """A tensor of `floats`, as it is stored. Raises CheckpointError."""
+        return self.folder.checkpoint.read(name)
+
+    def release(self, tensor: StoredTensor | TensorInfo) -> None:
+        """What was read of a tensor is not needed any more, and nobody keeps a view of it."""
+        if isinstance(tensor, StoredTensor):
+            self.folder.release(self.folder.contents[tensor.module])
+        else:
+            self.folder.checkpoint.release(tensor.name)
+
+    def walk(self) -> Iterator[tuple[StoredTensor, QTensor] | tuple[TensorInfo, torch.Tensor]]:
+        """Every tensor with its header, in `order`; its memory goes when the next one is asked for."""
+        for tensor in self.order():
+            if isinstance(tensor, StoredTensor):
+                yield tensor, self.packed(tensor.module)
+            else:
+                yield tensor, self.float(tensor.name)
+            self.release(tensor)
+
+    def _layouts(self) -> dict[str, list[str]]:
+        """Module -> names of its tensors in the folder."""
+        fmt = self.folder.format
+        if fmt is None:
+            return {}
+        return {module: list(fmt.layout(stored)) for module, stored in self.folder.contents.items()}

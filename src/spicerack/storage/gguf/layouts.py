@@ -1,0 +1,252 @@
+"""Where the bits of a block lie: parts of a block (codes, scales, minima) to its bytes and back. Nothing is judged.
+
+A block is fields, one behind the other. Nearly all are planes: codes lie `stride` to a run, and the bits of as many
+runs as fit share its bytes, the first run lowest:
+
+    planes(4, 16)   byte j = u[j] | u[j + 16] << 4                          Q4_0
+    planes(2, 32)   byte j = u[j] | u[j + 32] << 2 | u[j + 64] << 4 ...     Q2_K
+    planes(1, 1)    bit i % 8 of byte i // 8                                Q1_0
+
+Codes of more bits than a plane lie in two fields, the upper bits apart. Parts are unsigned bytes here, and float16:
+
+    u       codes            d       scale, float16            s       scales that are quantized themselves
+    e       power of two     m       minimum, float16          t       minima that are
+
+Sources: ggml-common.h and ggml-quants.c of llama.cpp (libggml 0.25.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Parts = dict[str, torch.Tensor]
+"""Part -> uint8 or float16 [M, how many a block has]."""
+
+
+class Field(Protocol):
+    """Some bytes of a block."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many."""
+
+    def pack(self, parts: Mapping[str, torch.Tensor], /) -> torch.Tensor:
+        """uint8 [M, nbytes]."""
+
+    def unpack(self, raw: torch.Tensor, parts: Parts, /) -> None:
+        """Inverse of `pack`: uint8 [M, nbytes], whose parts are set, or completed by the bits that are here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Bits shift..shift+bits-1 of a part of `count` codes, in planes; see the module.
+
+    part    whose bits they are
+    count   codes of a block
+    bits    a code has here: 1, 2, 4 or 8
+    stride  codes of a run
+    shift   of the lowest bit that is here
+    """
+
+    part: str
+    count: int
+    bits: int
+    stride: int = 1
+    shift: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """See `Field.nbytes`."""
+        return self.count * self.bits // 8
+
+    def pack(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `Field.pack`; codes of bits that lie elsewhere are cut off."""
+        codes = parts[self.part]
+        if self.bits == 8:
+            return codes
+        lanes, mask = self._lanes(codes)
+        runs = (lanes >> self.shift) & mask
+        runs = runs.reshape(len(codes), -1, 8 // self.bits, runs.shape[1] * self.stride // self.count)
+        packed: torch.Tensor = runs[:, :, 0]
+        for place in range(1, 8 // self.bits):
+            packed = packed | runs[:, :, place] << place * self.bits
+        return packed.reshape(len(codes), -1).view(torch.uint8)
+
+    def unpack(self, raw: torch.Tensor, parts: Parts) -> None:
+        """See `Field.unpack`."""
+        if self.bits == 8:
+            parts[self.part] = raw
+            return
+        lanes, mask = self._lanes(raw)
+        packed = lanes.reshape(len(raw), -1, lanes.shape[1] * self.stride // self.nbytes)
+        shape = (len(raw), packed.shape[1], 8 // self.bits, packed.shape[2])
+        runs = torch.empty(shape, dtype=lanes.dtype, device="cpu")
+        for place in range(8 // self.bits):
+            torch.bitwise_and(packed >> place * self.bits, mask, out=runs[:, :, place])
+        codes = runs.view(len(raw), -1)
+        if self.shift:
+            codes <<= self.shift
+        codes = codes.view(torch.uint8)
+        parts[self.part] = parts[self.part] | codes if self.part in parts else codes
+
+    def _lanes(self, data: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Bytes [M, B], and the mask of a code in each: eight of them in an int64 where runs are as long as that.
+
+        Bits that a shift brings into a byte from its neighbour are those that the mask takes away.
+        """
+        mask = 2**self.bits - 1
+        if self.stride % 8:
+            return data, mask
+        fresh = data.clone(memory_format=torch.contiguous_format)  # views of other types want aligned memory
+        return fresh.view(torch.int64), int.from_bytes(bytes([mask]) * 8, "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """A part of one float16."""
+
+    part: str
+    nbytes: int = 2
+
+    def pack(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `Field.pack`."""
+        return parts[self.part].contiguous().view(torch.uint8)
+
+    def unpack(self, raw: torch.Tensor, parts: Parts) -> None:
+        """See `Field.unpack`."""
+        parts[self.part] = raw.contiguous().view(torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class SixBits:
+    """Eight scales and eight minima of six bits each in twelve bytes, of Q4_K and Q5_K.
+
+    Bytes 0..3 are scales 0..3, 4..7 minima 0..3; their two upper bits are those of scales and minima 4..7, whose four
+    lower bits share bytes 8..11.
+    """
+
+    nbytes: int = 12
+
+    def pack(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `Field.pack`."""
+        s, t = parts["s"], parts["t"]
+        first = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (s, t)]
+        return torch.cat([*first, s[:, 4:] & 15 | t[:, 4:] << 4], 1)
+
+    def unpack(self, raw: torch.Tensor, parts: Parts) -> None:
+        """See `Field.unpack`."""
+        s, t, both = raw.split(4, 1)
+        parts["s"] = torch.cat([s & 63, both & 15 | s >> 6 << 4], 1)
+        parts["t"] = torch.cat([t & 63, both >> 4 | t >> 6 << 4], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleAndMinimum:
+    """Sixteen scales of four bits and as many minima, a byte for both, of Q2_K."""
+
+    nbytes: int = 16
+
+    def pack(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `Field.pack`."""
+        return parts["s"] | parts["t"] << 4
+
+    def unpack(self, raw: torch.Tensor, parts: Parts) -> None:
+        """See `Field.unpack`."""
+        parts["s"], parts["t"] = raw & 15, raw >> 4
+
+
+@dataclass(frozen=True, slots=True)
+class Trits:
+    """256 codes 0..2 of TQ1_0, as digits of base 3: five to each of 48 bytes, four to each of the last four.
+
+    A byte is ceil(v 256 / 243) of a number v of five digits: the byte times 3^n, as a fraction of 256, then begins with
+    digit n. Codes are those of runs of 32 (160 in all), of 16 (80), and of 4 (16), the first run the highest digit.
+    Thirteen of 256 bytes are no such v and stand for the digits of another: they are read, and never written.
+    """
+
+    nbytes: int = 52
+
+    def pack(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `Field.pack`."""
+        return torch.cat(
+            [self._bytes(run, size) for run, size in zip(parts["u"].split([160, 80, 16], 1), _RUNS, strict=True)], 1
+        )
+
+    def unpack(self, raw: torch.Tensor, parts: Parts) -> None:
+        """See `Field.unpack`."""
+        digits = []
+        for run, count in zip(raw.split(list(_RUNS), 1), (5, 5, 4), strict=True):
+            for place in range(count):
+                digits.append(((run * 3**place).to(torch.int16) * 3 >> 8).to(torch.uint8))  # bytes wrap at 256
+        parts["u"] = torch.cat(digits, 1)
+
+    @staticmethod
+    def _bytes(codes: torch.Tensor, size: int) -> torch.Tensor:
+        """Codes [M, digits of `size` bytes] -> uint8 [M, size]; what is missing of five digits are zeros."""
+        number = torch.zeros((len(codes), size), dtype=torch.int32, device="cpu")
+        for place, run in enumerate(codes.split(size, 1)):
+            number += run.to(torch.int32) * 3 ** (4 - place)
+        return ((number * 256 + 242) // 243).to(torch.uint8)
+
+
+_RUNS = (32, 16, 4)
+"""Bytes of TQ1_0 whose codes lie in runs of as many."""
+_D, _M = Half("d"), Half("m")
+LAYOUTS: dict[str, tuple[Field, ...]] = {
+    "Q4_0": (_D, Planes("u", 32, 4, 16)),
+    "Q4_1": (_D, _M, Planes("u", 32, 4, 16)),
+    "Q5_0": (_D, Planes("u", 32, 1, 1, shift=4), Planes("u", 32, 4, 16)),
+    "Q5_1": (_D, _M, Planes("u", 32, 1, 1, shift=4), Planes("u", 32, 4, 16)),
+    "Q8_0": (_D, Planes("u", 32, 8)),
+    "Q2_K": (ScaleAndMinimum(), Planes("u", 256, 2, 32), _D, _M),
+    "Q3_K": (
+        Planes("u", 256, 1, 32, shift=2), Planes("u", 256, 2, 32), Planes("s", 16, 4, 8),
+        Planes("s", 16, 2, 4, shift=4), _D,
+    ),
+    "Q4_K": (_D, _M, SixBits(), Planes("u", 256, 4, 32)),
+    "Q5_K": (_D, _M, SixBits(), Planes("u", 256, 1, 32, shift=4), Planes("u", 256, 4, 32)),
+    "Q6_K": (Planes("u", 256, 4, 64), Planes("u", 256, 2, 32, shift=4), Planes("s", 16, 8), _D),
+    "IQ4_NL": (_D, Planes("u", 32, 4, 16)),
+    "TQ1_0": (Trits(), _D),
+    "TQ2_0": (Planes("u", 256, 2, 32), _D),
+    "MXFP4": (Planes("e", 1, 8), Planes("u", 32, 4, 16)),
+    "NVFP4": (Planes("s", 4, 8), Planes("u", 64, 4, 8)),
+    "Q1_0": (_D, Planes("u", 128, 1)),
+    "Q2_0": (_D, Planes("u", 64, 2)),
+}  # fmt: skip
+"""ggml's name -> the fields of a block, in their order."""
+
+
+_PIECE = 1 << 20
+"""Bytes of blocks that are packed at once: what lies between is then small beside a tensor, and it is no slower."""
+
+
+def pack(name: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Parts of M blocks of the type called `name` -> their bytes, uint8 [M, bytes of a block]."""
+    fields, count = LAYOUTS[name], len(next(iter(parts.values())))
+    nbytes = sum(field.nbytes for field in fields)
+    raw = torch.empty((count, nbytes), dtype=torch.uint8, device="cpu")
+    step = max(_PIECE // nbytes, 1)
+    for start in range(0, count, step):
+        some = {key: part[start : start + step] for key, part in parts.items()}
+        torch.cat([field.pack(some) for field in fields], 1, out=raw[start : start + step])
+    return raw
+
+
+def unpack(name: str, raw: torch.Tensor) -> Parts:
+    """Inverse of `pack`: uint8 [M, bytes of a block] -> the parts."""
+    fields, parts, step = LAYOUTS[name], Parts(), max(_PIECE // raw.shape[1], 1)
+    for start in range(0, len(raw), step):
+        piece = Parts()
+        bytes_of = raw[start : start + step].split([field.nbytes for field in fields], 1)
+        for field, some in zip(fields, bytes_of, strict=True):
+            field.unpack(some, piece)
+        for key, part in piece.items():
+            if not start:
+                parts[key] = torch.empty((len(raw), part.shape[1]), dtype=part.dtype, device="cpu")
+            parts[key][start : start + step] = part
+    return parts
