@@ -158,6 +158,19 @@ def test_config_json_has_the_old_names_too(quantized: MADE, tmp_path: Path, floa
     assert (old["rope_theta"], old["rope_local_base_freq"]) == (1e6, 1e4)
 
 
+@pytest.mark.usefixtures("own_reader")
+@pytest.mark.parametrize(
+    ("scheme", "to", "said"),
+    [("ternary", "bitnet", "are rounded to int8 there"), ("w8a8", "gptq", "stay floats there")],
+)
+def test_inputs_that_are_treated_otherwise_are_told(
+    quantized: MADE, tmp_path: Path, scheme: str, to: str, said: str
+) -> None:
+    written = spicerack.export(quantized(scheme), to=to, output=tmp_path / "out")
+    assert written.rounded == ()
+    assert any(said in note for note in written.notes)
+
+
 # ---- in another scheme -----------------------------------------------------------------------------------------------
 
 EXACT = [
@@ -353,7 +366,7 @@ def test_what_is_asked_for_in_vain(quantized: MADE, floating: Path, tmp_path: Pa
     for model, options, message in cases:
         with pytest.raises(UsageError, match=message):
             spicerack.export(model, **options)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="is not quantized"):
+    with pytest.raises(UsageError, match="has nothing quantized"):
         spicerack.import_model(floating, output=tmp_path / "out")
     assert nothing_but(tmp_path, "there")
 

@@ -79,6 +79,7 @@ class Folders:
 
 
 def _format(to: str) -> Format:
+    """The format that `--to` calls so."""
     return formats.get(to.replace("-", "_"))
 
 
