@@ -155,11 +155,9 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
     """
     folder = Folder.open(model)
     if folder.format is None:
-        decoded = (
-            " that is kept: its codes are read as the floats that they stand for" if folder.checkpoint.notes else ""
-        )
         raise UsageError(
-            f"{folder.checkpoint.folder} has nothing quantized{decoded}", "quantize it, or use it as it is"
+            f"{folder.checkpoint.folder} has nothing quantized whose codes could be kept",
+            "quantize it, or use it as it is",
         )
     chosen = formats.choose(Source.of(folder).contents)
     return export(model, to=chosen.name.replace("_", "-"), output=output, shard_bytes=shard_bytes)
