@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import spicerack
 from spicerack import plugins
@@ -382,6 +382,17 @@ def test_from_float_and_by_the_command_line(floating: Path, tmp_path: Path, caps
     assert "every weight is what it was meant to be" in capsys.readouterr().out
     assert _output.run(cli, ["export", str(tmp_path / "back"), "--to", "x", "-o", str(tmp_path / "no")]) == 2
     assert _output.run(cli, ["import_", str(tmp_path / "out"), "-o", str(tmp_path / "no")]) == 2
+
+
+def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(llama_folder: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    source = llama_folder(vocab_size=288)
+    spicerack.quantize(source, "w4g32", output=tmp_path / "q")
+    spicerack.export(tmp_path / "q", to="gguf", output=tmp_path / "m.gguf")
+    spicerack.import_model(tmp_path / "m.gguf", output=tmp_path / "back")
+    assert same(weights(tmp_path / "back"), weights(tmp_path / "q"))
+    one, other = (AutoTokenizer.from_pretrained(path) for path in (source, tmp_path / "back"))
+    assert one("what, now?").input_ids == other("what, now?").input_ids
 
 
 def test_a_stranger_s_folder_with_a_fault_is_refused_by_import(quantized: MADE, tmp_path: Path) -> None:
