@@ -155,7 +155,10 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
     """
     folder = Folder.open(model)
     if folder.format is None:
-        raise UsageError(f"{folder.checkpoint.folder} is not quantized", "quantize it, or use it as it is")
+        raise UsageError(
+            f"{folder.checkpoint.folder} has nothing quantized whose codes could be kept",
+            "quantize it, or use it as it is",
+        )
     chosen = formats.choose(Source.of(folder).contents)
     return export(model, to=chosen.name.replace("_", "-"), output=output, shard_bytes=shard_bytes)
 
@@ -199,8 +202,21 @@ def _export(
     target.write(source, Order(to, place, check, facts, shard_bytes))
     return Written(
         place, to, _nbytes(place), len(source.contents), len(source.floats), round(time.time() - begin, 3),
-        peak_rss_bytes(), reader.name, reader.foreign, tuple(target.notes(to, source)), _rounded(given, source, held),
+        peak_rss_bytes(), reader.name, reader.foreign, (*target.notes(to, source), *_activations(given, source)),
+        _rounded(given, source, held),
     )  # fmt: skip
+
+
+def _activations(given: Source, source: Source) -> Iterator[str]:
+    """Notes on layers whose weights are what they were, and whose inputs are treated otherwise."""
+    pairs = {
+        (stored.scheme.activations, source.contents[module].scheme.activations)
+        for module, stored in given.contents.items()
+    }
+    if any(before is None and after is not None for before, after in pairs):
+        yield "inputs of layers are rounded to int8 there, which they are not in the source; weights are the same"
+    if any(before is not None and after is None for before, after in pairs):
+        yield "inputs of layers stay floats there, where the source rounds them to int8; weights are the same"
 
 
 def _refuse(held: Mapping[str, Held], given: Source) -> None:
