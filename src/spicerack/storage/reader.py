@@ -188,7 +188,7 @@ class Checkpoint:
             )
 
     def packed(self, name: str) -> tuple[str, tuple[int, ...]] | None:
-        """What is packed in a tensor of bytes, where the checkpoint knows: the type's name, and the shape of the weights.
+        """What is packed in a tensor of bytes, where the checkpoint knows: the type's name, and the weights' shape.
 
         None for what is no such tensor, and where a format says it (`storage.format`).
         """
