@@ -195,6 +195,11 @@ class Scheme:
         return dataclasses.replace(self, name=self.name.removesuffix("s"), activations="token")
 
 
+def word_count(columns: int, bits: int) -> int:
+    """32-bit words that hold a row of `columns` codes of `bits` bits, the last of them filled up with zeros."""
+    return -(-columns * bits // 32)
+
+
 _NAME = re.compile(r"w(?P<bits>[2-8])(?:g(?P<group>[1-9]\d{0,5})|(?P<tensor>t))?(?P<kind>[zh])?(?P<act>a8s?)?")
 _COMMON = (
     "w8", "w8a8", "w4g128", "w4g64", "w4g32", "w4g128z", "w4g32z", "w3g64", "w3g128", "w2g32z", "w2g32h", "w6", "w5g64",
