@@ -22,7 +22,7 @@ FLOORS = (
     ("nn", "text"),
     ("runtime",),
     ("quantization", "evaluation"),
-    ("training",),
+    ("training", "planning"),
     ("cli", "__init__", "__main__"),
 )
 PLUGINS = (
