@@ -123,9 +123,7 @@ class Model:
         skipped: tuple[Place, ...] = ("tower", "encoder", "extra") if self.tied else (
             "input", "tower", "encoder", "extra"
         )  # fmt: skip
-        return round(
-            sum(w.numel * (self.used if w.routed else 1) for w in self.weights if w.place not in skipped)
-        )
+        return round(sum(w.numel * (self.used if w.routed else 1) for w in self.weights if w.place not in skipped))
 
     @cached_property
     def active(self) -> int:

@@ -1,0 +1,51 @@
+"""spicerack's own runtime: packed weights on the processor, a cache in 16, 8 or 4 bits."""
+
+from __future__ import annotations
+
+from spicerack.machine.catalogue import GIB, Device
+from spicerack.planning import buffers, precisions
+from spicerack.planning.engine import Engine, Request
+from spicerack.planning.model import Model
+from spicerack.planning.places import Placement, Term
+from spicerack.planning.precisions import Precision
+
+_SCHEMES = ("w8", "w6", "w5g64", "w4g32z", "w4g128", "w3g64", "w2g32z")
+
+
+def _precisions(_model: Model) -> list[Precision]:
+    """Floats as they are stored, and ours."""
+    return [precisions.as_stored(), *map(precisions.ours, _SCHEMES)]
+
+
+def _terms(model: Model, request: Request) -> tuple[Term, ...]:
+    """A whole prompt runs at once, in the model's own type; torch and transformers take .4 GiB when imported."""
+    nbytes = buffers.forward(model, request.context * request.users, model.float_bytes)
+    checked = not model.experts and not model.recurrent
+    libraries = Term("Python, torch, transformers", round(0.4 * GIB), "estimate", GIB // 8)
+    return Term("activations of a full prompt", nbytes, "formula" if checked else "estimate"), libraries
+
+
+def _budget(device: Device, _request: Request) -> int:
+    return device.usable
+
+
+def _flags(_model: Model, _precision: Precision, request: Request, _placement: Placement) -> list[str]:
+    """Generating with what was planned."""
+    cache = "" if request.cache_bits == 16 else f" --cache {request.cache_bits}"
+    return [f"spicerack generate OUT PROMPT{cache}"]
+
+
+ENGINE = Engine(
+    name="spicerack",
+    summary="packed weights on a processor, from Python",
+    kinds=frozenset({"cpu"}),
+    precisions=_precisions,
+    rule="transformers",
+    # codes, and two float16 for the 32 tokens of a channel or the 32 channels of a token
+    cache_bytes={16: 2.0, 8: 1 + 4 / 32, 4: 0.5 + 4 / 32},
+    split="none",
+    terms=_terms,
+    budget=_budget,
+    flags=_flags,
+    speed_of="spicerack",
+)
