@@ -27,7 +27,7 @@ FLOORS = (
 )
 PLUGINS = (
     "numerics/schemes", "algorithms/solvers", "algorithms/transforms", "storage/formats", "kernels/table",
-    "quantization/calibration/observers",
+    "quantization/calibration/observers", "planning/engines",
 )  # fmt: skip
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = {path.relative_to(SOURCE).with_suffix("").as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,25 +37,6 @@ _LENGTH = 512
 def _names(folder: str) -> str:
     """Names of the plug-ins of a folder, for help."""
     return ", ".join(plugins.names(folder))
-
-
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-"""What may stand behind a number of bytes: decimal units, as `_output.size` prints them."""
-
-
-def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """What --shard-size and --memory mean in bytes: "1.5GB" -> 1,500,000,000; decimal units, or a plain number.
-
-    value: as typed, at most twelve digits before the point; None where it was not given, and stays None. Raises
-    BadParameter.
-    """
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([kmg]b)?", value.lower())
-    size = 0 if match is None else int(Decimal(match[1]) * _UNITS[match[2] or ""])
-    if not size:
-        raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", ctx, param)
-    return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +136,16 @@ class _Options:
 @click.option("--fit-groups", is_flag=True, help="Layers too narrow for the groups get the nearest scheme that fits.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: one per core.")
 @click.option(
-    "--shard-size", "shard_bytes", callback=_bytes, default="2GB", show_default=True, help="Largest output file."
+    "--shard-size",
+    "shard_bytes",
+    callback=_output.nbytes,
+    default="2GB",
+    show_default=True,
+    help="Largest output file.",
 )
-@click.option("--memory", callback=_bytes, metavar="SIZE", help="Most that may be used: 8GB ... Default: no limit.")
+@click.option(
+    "--memory", callback=_output.nbytes, metavar="SIZE", help="Most that may be used: 8GB ... Default: no limit."
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @_output.json_option
 @click.pass_context

@@ -148,15 +148,16 @@ def find(text: str) -> tuple[Device, ...]:
     Raises UsageError with the nearest names for what is not in the catalogue, and with all names where several fit.
     """
     devices = everything()
-    whole = _matching(text, devices)
+    dangling = re.match(r"\s*\+", text) or re.search(r"\s\+\s*$", text)
+    whole = [] if dangling else _matching(text, devices)
     if not whole and "+" in text:
         return tuple(device for part in text.split("+") for device in find(part.strip()))
     count, name = _count(text)
     matches = whole or _matching(name, devices)
-    if len(matches) == 1 and (count := 1 if whole else count) <= _MOST:
-        return (matches[0],) * count
-    if matches and count > _MOST:
-        raise UsageError(f"{text!r}: {count} devices are more than {_MOST}", "give fewer")
+    if matches and not whole and not 1 <= count <= _MOST:
+        raise UsageError(f"{text!r}: {count} devices", f"give 1 to {_MOST}")
+    if len(matches) == 1:
+        return (matches[0],) * (1 if whole else count)
     if matches:
         names = listed([device.name for device in matches], 6)
         raise UsageError(f"{name!r} fits several devices: {names}", "give more of the name")

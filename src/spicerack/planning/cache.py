@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spicerack.errors import CheckpointError
-from spicerack.planning.fields import Fields, text_of
-from spicerack.planning.kinds import Kind, kinds
+from spicerack.planning.anatomy.fields import Fields, text_of
+from spicerack.planning.anatomy.kinds import Kind, kinds
 
 Rule = Literal["transformers", "llama.cpp", "vllm", "mlx", "preallocated"]
 """transformers   grows with what is used; a window keeps one token less than it is long

@@ -1,6 +1,6 @@
 """A model as a planner sees it: its weights with their places, what each layer keeps, what config.json says.
 
-From a folder (headers alone), or from a config.json, whose tensors are told by `shapes`. Both go through the same
+From a folder (headers alone), or from a config.json, whose tensors are told by `anatomy`. Both go through the same
 census, so that what `inspect` and `quantize` call a linear layer is one here. Experts that are alike are one weight
 with their number.
 
@@ -23,8 +23,9 @@ from spicerack.errors import CheckpointError
 from spicerack.models import census
 from spicerack.models.census import Census, Entry
 from spicerack.models.overview import quantized_with
-from spicerack.planning import cache, shapes
-from spicerack.planning.fields import Fields, text_of
+from spicerack.planning import cache
+from spicerack.planning.anatomy import shapes
+from spicerack.planning.anatomy.fields import Fields, text_of
 from spicerack.storage import files, released
 from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
 

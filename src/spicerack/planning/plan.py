@@ -1,6 +1,7 @@
 """The plan: every precision of an engine on a set of devices, what is recommended, and what would make the rest fit.
 
-Recommended is the precision that loses least of those that fit whole on the devices; of equal losses the smaller. Where
+Recommended is the precision that loses least of those that fit whole on the devices; of equal losses the smaller, and
+losses below the noise of bfloat16 are equal. Where
 none fits, changes are tried in the order of what they cost the person, each planned anew, and those that work are
 named: a cache in fewer bits, a shorter context, another engine, more memory beside the cards, more cards.
 """
@@ -12,6 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from spicerack.errors import UsageError
 from spicerack.machine.catalogue import GIB, Device
@@ -30,6 +32,9 @@ _STEP = 256
 """Contexts are named in multiples of it."""
 _HIGHER = 0.95
 """Share of a card that vLLM can be given where .92 is too little, without a screen on it."""
+NOISE = 0.0003
+"""KL in nats below which a loss is that of computing in bfloat16 (.00018 on the same model, w8 .00027): of what loses
+no more than this the smallest is recommended."""
 LOSSES = ((2.5, 1.059), (3.59, 0.1296), (4.62, 0.0311), (5.66, 0.0061), (6.69, 0.0014), (8.5, 0.0001))
 """Bits of a weight -> KL in nats of plain rounding, measured on stdlib-lm (4.5 M parameters; w2g32h, w3g32z ... w8g32):
 a large model loses less, and calibration saves most of it. Between them its logarithm is linear in the bits."""
@@ -181,7 +186,7 @@ def row_of(model: Model, precision: Precision, goal: Goal) -> Row:
 
 def loss_of(precision: Precision, bits: float) -> float:
     """KL in nats of plain rounding to so many bits of a weight, scales counted, on our small model; 0 of floats."""
-    if precision.bits >= 16:
+    if precision.bits >= 16 or precision.released:
         return 0.0
     points = LOSSES
     for (low, worse), (high, better) in itertools.pairwise(points):
@@ -210,7 +215,7 @@ def _recommended(rows: Sequence[Row]) -> Row | None:
     fitting = [row for row in rows if row.placement.fits]
     whole = [row for row in fitting if row.placement.host is None or not row.placement.host.read]
     chosen = whole or fitting
-    return min(chosen, key=lambda row: (row.loss, row.weights.total), default=None)
+    return min(chosen, key=lambda row: (max(row.loss, NOISE), row.weights.total), default=None)
 
 
 def _longest(model: Model, precision: Precision, goal: Goal) -> int | None:
@@ -291,6 +296,6 @@ def _more_devices(model: Model, smallest: Row, goal: Goal) -> Iterator[Remedy]:
             return
 
 
-def _with(goal: Goal, **changes: float) -> Goal:
+def _with(goal: Goal, **changes: Any) -> Goal:
     """The goal with another request."""
     return dataclasses.replace(goal, request=dataclasses.replace(goal.request, **changes))

@@ -33,12 +33,14 @@ class Precision:
     bits     of a weight of a linear layer, scales left out: what the expected loss goes by
     weigh    bytes of each weight
     scheme   that `quantize` makes it with; None where it is made elsewhere
+    released the model is distributed in it: nothing is lost
     """
 
     name: str
     bits: float
     weigh: Weigher
     scheme: str | None = None
+    released: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ def experts_in_mxfp4(name: str = "mxfp4") -> Precision:
             return weight.numel // 32 * 17
         return 2 * weight.numel
 
-    return Precision(name, 4, lambda model: [one(weight) for weight in model.weights])
+    return Precision(name, 4, lambda model: [one(weight) for weight in model.weights], released=True)
 
 
 def bitsandbytes(name: str, bits: float, stored_bits: float) -> Precision:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from spicerack.errors import CheckpointError
-from spicerack.planning import towers
-from spicerack.planning.fields import Fields, text_of
-from spicerack.planning.kinds import kinds
-from spicerack.planning.parts import (
+from spicerack.planning.anatomy import towers
+from spicerack.planning.anatomy.fields import Fields, text_of
+from spicerack.planning.anatomy.kinds import kinds
+from spicerack.planning.anatomy.parts import (
     Attention,
     Block,
     DeltaNet,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from spicerack.planning.fields import Fields
+from spicerack.planning.anatomy.fields import Fields
 
 
 @dataclass(frozen=True, slots=True)

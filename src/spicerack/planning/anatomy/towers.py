@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spicerack.planning.fields import Fields
-from spicerack.planning.parts import Part, Tensor, linear, norm
+from spicerack.planning.anatomy.fields import Fields
+from spicerack.planning.anatomy.parts import Part, Tensor, linear, norm
 
 
 def siglip(config: Mapping[str, Any], hidden: int, prefix: str) -> Part:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from spicerack.errors import CheckpointError
-from spicerack.planning.fields import Fields
+from spicerack.planning.anatomy.fields import Fields
 
 Kind = Literal["full", "sliding", "chunked", "linear", "hybrid", "none"]
 """What a layer looks back at, and so keeps; hybrid ones have a cache and a state, none reads what others keep."""
@@ -28,7 +28,7 @@ _MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba"})
 
 
 def kinds(text: Mapping[str, Any]) -> list[Kind]:
-    """What each layer of a language model keeps. text: its config (`shapes.text_of`).
+    """What each layer of a language model keeps. text: its config (`fields.text_of`).
 
     Raises CheckpointError for a type of layer that is not known, and without a number of layers.
     """
