@@ -81,11 +81,13 @@ def place(
 
 def _load(model: Model, weights: Weighed, engine: Engine, request: Request, devices: Sequence[Device]) -> _Load:
     """Bytes to place, under the engine's rules."""
+    own = engine.rule == "spicerack"  # it computes, and keeps tokens, in the type of the files
+    floats = float(model.float_bytes) if own else 2.0
     room = cache.Room(
         tokens=request.context * (request.users if engine.rule == "llama.cpp" else 1),
         sequences=request.users,
-        bytes=engine.cache_bytes[request.cache_bits],
-        float_bytes=2.0 if engine.name != "spicerack" else model.float_bytes,
+        bytes=floats if own and request.cache_bits == 16 else engine.cache_bytes[request.cache_bits],
+        float_bytes=floats,
         batch=2048 if engine.rule == "vllm" else 512,
         source=model.source_tokens,
     )

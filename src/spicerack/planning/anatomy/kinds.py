@@ -60,6 +60,8 @@ def _by_rule(text: Mapping[str, Any], family: str, count: int) -> list[Kind]:
         return ["full" if i + 1 in full else "linear" for i in numbers]
     if marks := text.get("attn_type_list"):
         return ["full" if mark == 1 else "linear" for mark in marks]
+    if (chosen := text.get("attn_layer_indices")) is not None:  # Bamba
+        return ["full" if i in chosen else "linear" for i in numbers]
     if step := text.get("attn_layer_period"):
         return ["full" if i % step == text.get("attn_layer_offset", 0) else "linear" for i in numbers]
     if family in _MAMBA:

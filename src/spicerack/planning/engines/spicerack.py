@@ -40,9 +40,8 @@ ENGINE = Engine(
     summary="packed weights on a processor, from Python",
     kinds=frozenset({"cpu"}),
     precisions=_precisions,
-    rule="transformers",
-    # codes, and two float16 for the 32 tokens of a channel or the 32 channels of a token
-    cache_bytes={16: 2.0, 8: 1 + 4 / 32, 4: 0.5 + 4 / 32},
+    rule="spicerack",
+    cache_bytes={16: 2.0, 8: 1.0, 4: 0.5},  # of codes; scales and what stays in float are counted with them
     split="none",
     terms=_terms,
     budget=_budget,
