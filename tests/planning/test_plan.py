@@ -20,9 +20,10 @@ from spicerack.planning import engine as engines
 from spicerack.planning import plan as planning
 from spicerack.planning import speed
 from spicerack.planning.engine import Request
-from spicerack.planning.model import Model, of_config
+from spicerack.planning.model import Model, of_config, open_model
 from spicerack.planning.placement import Host, place
 from spicerack.planning.plan import Goal, Plan, row_of
+from spicerack.planning.precisions import mixture
 from spicerack.planning.speed import kind_of
 
 
@@ -283,6 +284,11 @@ def test_kinds_of_devices_are_all_known() -> None:
 # ---- refusals, and what people see ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _nobody_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+
+
 def run(*args: str | Path) -> int:
     return _output.run(cli, list(map(str, args)))
 
@@ -353,3 +359,33 @@ def test_this_machine_is_planned_for_when_nobody_says_another(capsys: pytest.Cap
     assert told["recommended"] and told["rows"][0]["tokens_per_s"] > 0
     with pytest.raises(UsageError):
         engines.get("nothing")
+
+
+def test_quantize_does_what_plan_recommends(
+    llama_folder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The least loss of those that fit; here memory is so little that 8 bits are too much."""
+    folder = llama_folder(hidden_size=256, intermediate_size=704, num_hidden_layers=2, vocab_size=64)
+    own = tmp_path / "mine.json"
+    large = goal("3090", "llama.cpp", 64)
+    eight = row_of(open_model(folder), mixture("Q8_0"), large).placement.total
+    thimble = {"name": "Thimble", "kind": "gpu", "memory_gib": 1, "usable_gib": (eight - 1) / GIB, "arch": "sm90"}
+    own.write_text(json.dumps(thimble))
+    words = ["quantize", folder, "-o", tmp_path / "out", "--context", "64", "--engine", "llama.cpp"]
+    words += ["--dry-run", "--json"]
+    assert run(*words, "--fit", "3090") == 0
+    assert json.loads(capsys.readouterr().out)["scheme"] == "w8g32"
+    assert run("devices", "--add", own) == 0
+    capsys.readouterr()
+    code = run(*words, "--fit", "thimble")
+    told = json.loads(capsys.readouterr().out)
+    assert (code, told.get("scheme")) == (0, "w4g32"), told
+    assert any("fits thimble with llama.cpp at 64 tokens" in note for note in told["notes"])
+    for more, message in (
+        (["--fit", "3090", "--scheme", "w8"], "chooses the scheme"),
+        (["--fit", "watch os"], "no device"),
+        ([], "--context is about --fit"),
+        (["--fit", "apple watch"], "does not compute on"),
+    ):
+        assert run(*words, *more) == 2
+        assert message in json.loads(capsys.readouterr().out)["message"]

@@ -171,6 +171,30 @@ def plan(model: Model, goal: Goal, *, scheme: str | None = None) -> Plan:
     return Plan(model, goal, rows, None, None, remedies, tuple(flags))
 
 
+def to_quantize(model: Model, goal: Goal) -> Row:
+    """The row that `quantize --fit` makes: of those in a scheme of ours, the one that loses least of what fits.
+
+    Raises UsageError as `check` does, where the engine reads no scheme of ours, and where none fits, with the smallest
+    change that helps.
+    """
+    check(model, goal)
+    rows = [row_of(model, precision, goal) for precision in goal.engine.precisions(model) if precision.scheme]
+    if not rows:
+        raise UsageError(
+            f"{goal.engine.name} computes with no numbers that quantize writes",
+            "its own tools make them: spicerack plan says which",
+        )
+    recommended = _recommended(rows)
+    if recommended is not None:
+        return recommended
+    smallest = min(rows, key=lambda row: row.weights.total)
+    remedy = next(_remedies(model, smallest, goal), None)
+    raise UsageError(
+        f"nothing fits: {smallest.precision.name} has the fewest bytes, and lacks {-smallest.placement.spare:,} bytes",
+        f"it fits with {remedy.change}" if remedy else "spicerack plan shows what each would take",
+    )
+
+
 def row_of(model: Model, precision: Precision, goal: Goal) -> Row:
     """One precision on the goal."""
     weights = weighed(model, precision)
