@@ -383,7 +383,7 @@ def test_quantize_does_what_plan_recommends(
     assert any("fits thimble with llama.cpp at 64 tokens" in note for note in told["notes"])
     for more, message in (
         (["--fit", "3090", "--scheme", "w8"], "chooses the scheme"),
-        (["--fit", "watch os"], "no device"),
+        (["--fit", "RTX 9999"], "no device"),
         ([], "--context is about --fit"),
         (["--fit", "apple watch"], "does not compute on"),
     ):

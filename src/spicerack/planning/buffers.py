@@ -23,6 +23,19 @@ def forward(model: Model, tokens: int, nbytes: int, *, all_logits: bool = False)
     return nbytes * (max(tokens * peak, tokens * head) if all_logits else max(tokens * peak, head))
 
 
+def ours(model: Model, tokens: int) -> int:
+    """Bytes that our runtime holds while a prompt of `tokens` runs, all of it at once.
+
+    Between kernels activations are float32 whatever the files are: four rows of hidden channels, and of an MLP's inner
+    ones five where gate and up are one product, four where experts take turns, two without a gate. Fitted to the
+    growth of resident memory of four models (`python -m benchmarks.planning.memory`).
+    """
+    names = {weight.entry.module.rpartition(".")[2] for weight in model.weights}
+    gated = bool(names & {"gate_proj", "gate_up_proj", "w3", "wi_1"})
+    rows = 4 if model.experts else 5 if gated else 2
+    return 4 * tokens * (4 * model.fields.hidden + rows * _inner(model) * model.chosen)
+
+
 def llama_cpp(model: Model, context: int, sequences: int, *, batch: int = 512, outputs: int | None = None) -> int:
     """Bytes of llama.cpp's compute buffer, one for each device, with flash attention.
 

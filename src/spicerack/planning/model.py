@@ -42,6 +42,8 @@ _TOWERS = frozenset({
     "multi_modal_projector", "embed_vision", "embed_audio", "mm_projector", "img_processor", "aligner",
 })  # fmt: skip
 """Components of names of what is for pictures and sound."""
+_GENERATES = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel|Seq2Seq")
+"""Classes that write text."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)\.")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -108,9 +110,17 @@ class Model:
         """model_type of the language model."""
         return str(self.text.get("model_type", self.config.get("model_type", "unknown")))
 
+    @property
+    def generates(self) -> bool:
+        """Whether it writes text, and so keeps tokens; an encoder keeps none."""
+        classes = self.config.get("architectures")
+        return not isinstance(classes, list) or any(_GENERATES.search(str(name)) for name in classes)
+
     @cached_property
     def layers(self) -> tuple[cache.Layer, ...]:
-        """What each layer of the decoder keeps."""
+        """What each layer of the decoder, or of an encoder without one, keeps."""
+        if not self.generates:
+            return (cache.Layer("none"),) * self.fields.layers
         return tuple(cache.layers(self.config))
 
     @cached_property

@@ -199,7 +199,7 @@ def row_of(model: Model, precision: Precision, goal: Goal) -> Row:
     """One precision on the goal."""
     weights = weighed(model, precision)
     placement = place(model, precision, goal.engine, goal.request, goal.devices, goal.host)
-    speechless = speed.obstacle(goal.engine, [share.device for share in placement.shares], placement)
+    speechless = speed.obstacle(model, goal.engine, placement)
     estimated = None
     if speechless is None:
         estimated = speed.estimate(model, precision, goal.engine, goal.request, placement, measured=goal.measured)

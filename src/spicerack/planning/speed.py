@@ -12,7 +12,7 @@ What is given up: draft models, and batches, whose users share the bytes of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spicerack.machine.catalogue import Device
@@ -74,9 +74,12 @@ way (median errors of 3 to 13 %, worst 43 %). Of older cards two are published, 
 said."""
 FLOATS: dict[str, tuple[str, float]] = {"cuda": ("fp16_tflops", 0.5)}
 """The same of floats in 16 bits, where another peak bounds them; the share is a guess."""
-MEASURED = Constants(0.85, 0.0, 0, 0, 0.0)
-"""Of our kernels on this machine, whose bandwidth was measured: they read weights at .8 to .95 of it, and launches cost
-nothing that shows below eight threads."""
+PROCESSOR = Constants(0.85, 0.0, 0, 0, 0.0)
+"""Of processors: our kernels read weights at .8 to .95 of the measured bandwidth, and launches cost nothing that shows
+below eight threads."""
+OURS = Constants(0.85, 550e-6, 0, 0, 0.0)
+"""Of our runtime there: modules in Python take half a millisecond a layer (stdlib-lm of four layers and 3 MB writes 449
+tokens a second in README's table)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +114,15 @@ def kind_of(device: Device) -> str:
     return "metal" if device.apple else "cpu" if device.kind == "cpu" else "memory"
 
 
-def obstacle(engine: Engine, devices: Sequence[Device], placement: Placement) -> str | None:
+def obstacle(model: Model, engine: Engine, placement: Placement) -> str | None:
     """Why no speed can be said; None where one can."""
+    if not model.generates:
+        return "it writes no text, token by token: spicerack bench measures it"
     if placement.missing:
         return "it does not fit"
     if placement.disk:
         return "weights are read from the disk for each token: a disk's own speed decides"
-    for device in devices:
+    for device in (share.device for share in placement.shares):
         if device.bandwidth_gb_s is None:
             return f"no bandwidth is known of {device.name}"
         if constants(engine, device) is None:
@@ -131,7 +136,7 @@ def constants(engine: Engine, device: Device) -> Constants | None:
         return None
     kind = kind_of(device)
     if kind == "cpu" and engine.speed_of in ("spicerack", "llama.cpp"):
-        return MEASURED
+        return OURS if engine.speed_of == "spicerack" else PROCESSOR
     return CONSTANTS.get((engine.speed_of, kind))
 
 
@@ -165,7 +170,7 @@ def _token(model: Model, engine: Engine, placement: Placement, filled: float, us
         total = sum(stages)
     if (host := placement.host) is not None and (host.read or host.cached):
         bandwidth = host.device.bandwidth_gb_s * 1e9 if host.device.bandwidth_gb_s else _HOST_BANDWIDTH
-        total += (_batch(model, host.read, users) + filled * host.cached) / (MEASURED.eta * bandwidth)
+        total += (_batch(model, host.read, users) + filled * host.cached) / (PROCESSOR.eta * bandwidth)
     return total
 
 
