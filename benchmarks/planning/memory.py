@@ -2,7 +2,8 @@
 
     python -m benchmarks.planning.memory [dense mixture ...]
 
-Models are random, of 60 to 150 M parameters in bfloat16, quantized to w8. Each is run in a process of its own, which
+Models are random, of 60 to 260 M parameters in bfloat16, quantized to w8; the planner's constants are fitted to all but
+those called other. Each is run in a process of its own, which
 imports everything, notes its resident memory, loads the folder, reads a prompt and writes two tokens. Growth is the
 peak of resident memory less what was noted; planned are weights, cache and activations, without the libraries.
 """
@@ -33,6 +34,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("llama", {}),
     "mixture": ("qwen3_moe", {"head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4,
                               "moe_intermediate_size": 512}),
+    "dense, deep": ("llama", {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 20,
+                              "num_key_value_heads": 16}),
     "sliding": ("mistral", {"sliding_window": 256}),
     "MLA": ("deepseek_v3", {"num_key_value_heads": 16, "q_lora_rank": 384, "kv_lora_rank": 256, "qk_rope_head_dim": 32,
                             "qk_nope_head_dim": 64, "v_head_dim": 64, "n_routed_experts": 8, "num_experts_per_tok": 2,
@@ -41,6 +44,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                               "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
                               "linear_num_key_heads": 8, "linear_num_value_heads": 16, "linear_key_head_dim": 64,
                               "linear_value_head_dim": 64}),
+    "dense, other": ("llama", {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
+                               "num_attention_heads": 12, "num_key_value_heads": 6}),
+    "mixture, other": ("qwen3_moe", {"hidden_size": 768, "head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2,
+                                     "moe_intermediate_size": 768, "num_hidden_layers": 6}),
+    "hybrid, other": ("qwen3_next", {"hidden_size": 768, "head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2,
+                                     "moe_intermediate_size": 768, "shared_expert_intermediate_size": 768,
+                                     "linear_num_key_heads": 6, "linear_num_value_heads": 12,
+                                     "linear_key_head_dim": 64, "linear_value_head_dim": 64}),
 }  # fmt: skip
 CONTEXTS = (512, 2048)
 _RUN = """
@@ -74,9 +85,10 @@ def make(kind: str, folder: Path) -> Path:
     config = CONFIG_MAPPING[family](**{**SIZES, **sizes})
     auto = AutoModel if kind == "encoder" else AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder / kind)
-    quantize(folder / kind, "w8", output=folder / f"{kind}-w8")
-    return folder / kind
+    source = folder / kind.replace(", ", "-")
+    model.save_pretrained(source)
+    quantize(source, "w8", output=f"{source}-w8")
+    return source
 
 
 def main(kinds: Sequence[str]) -> None:

@@ -26,14 +26,23 @@ def forward(model: Model, tokens: int, nbytes: int, *, all_logits: bool = False)
 def ours(model: Model, tokens: int) -> int:
     """Bytes that our runtime holds while a prompt of `tokens` runs, all of it at once.
 
-    Between kernels activations are float32 whatever the files are: four rows of hidden channels, and of an MLP's inner
-    ones five where gate and up are one product, four where experts take turns, two without a gate. Fitted to the
-    growth of resident memory of four models (`python -m benchmarks.planning.memory`).
+    Between kernels activations are float32 whatever the files are: four rows of hidden channels (three of an encoder)
+    and of an MLP's inner ones five where gate and up are one product, four where experts take turns, two without a
+    gate; under MLA queries, keys and values unfolded; fourteen rows of the values of linear attention, which
+    transformers computes in chunks. Fitted to the growth of resident memory of six models
+    (`python -m benchmarks.planning.memory`).
     """
+    fields = model.fields
     names = {weight.entry.module.rpartition(".")[2] for weight in model.weights}
     gated = bool(names & {"gate_proj", "gate_up_proj", "w3", "wi_1"})
-    rows = 4 if model.experts else 5 if gated else 2
-    return 4 * tokens * (4 * model.fields.hidden + rows * _inner(model) * model.chosen)
+    inner = (4 if model.experts else 5 if gated else 2) * _inner(model) * model.chosen
+    mixed = 0
+    if fields.get("kv_lora_rank"):
+        wide = fields.size("qk_nope_head_dim") + fields.size("qk_rope_head_dim")
+        mixed = fields.heads * (2 * wide + fields.size("v_head_dim"))
+    elif fields.get("linear_num_value_heads"):
+        mixed = 14 * fields.size("linear_num_value_heads") * fields.size("linear_value_head_dim")
+    return 4 * tokens * ((4 if gated or model.experts else 3) * fields.hidden + inner + mixed)
 
 
 def llama_cpp(model: Model, context: int, sequences: int, *, batch: int = 512, outputs: int | None = None) -> int:

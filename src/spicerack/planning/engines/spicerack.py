@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spicerack.machine.catalogue import GIB, Device
-from spicerack.planning import buffers, precisions
+from spicerack.planning import buffers, cache, precisions
 from spicerack.planning.engine import Engine, Request
 from spicerack.planning.model import Model
 from spicerack.planning.places import Placement, Term
@@ -18,11 +18,15 @@ def _precisions(_model: Model) -> list[Precision]:
 
 
 def _terms(model: Model, request: Request) -> tuple[Term, ...]:
-    """A whole prompt runs at once; 20 MB of workspaces, measured; torch and transformers take .4 GiB when imported."""
+    """A whole prompt runs at once. Measured are half the cache once more, whose layers are copied as they grow, and
+    28 MB of workspaces; torch and transformers take .4 GiB when imported."""
     nbytes = buffers.ours(model, request.context * request.users)
+    room = cache.Room(request.context, request.users, float(model.float_bytes), float(model.float_bytes))
+    kept = sum(cache.nbytes(layer, room, "transformers", model.family) for layer in model.layers)
     return (
         Term("activations of a full prompt", nbytes, "estimate", nbytes // 10),
-        Term("workspaces", 20_000_000, "estimate", 10_000_000),
+        Term("copies of the cache", round(kept / 2), "estimate", round(kept / 4)),
+        Term("workspaces", 28_000_000, "estimate", 10_000_000),
         Term("Python, torch, transformers", round(0.4 * GIB), "estimate", GIB // 8),
     )
 
@@ -33,8 +37,8 @@ def _budget(device: Device, _request: Request) -> int:
 
 def _flags(_model: Model, _precision: Precision, request: Request, _placement: Placement) -> list[str]:
     """Generating with what was planned."""
-    cache = "" if request.cache_bits == 16 else f" --cache {request.cache_bits}"
-    return [f"spicerack generate OUT PROMPT{cache}"]
+    kept = "" if request.cache_bits == 16 else f" --cache {request.cache_bits}"
+    return [f"spicerack generate OUT PROMPT{kept}"]
 
 
 ENGINE = Engine(
