@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from spicerack.planning.plan import Plan, Remedy, Row
     from spicerack.planning.speed import Speed
 
-ABOUT = About(place=15, summary="Will it fit, in which numbers, and how fast: before anything is quantized.")
+ABOUT = About(place=15, summary="Will it fit, in which numbers, and how fast.")
 _FEW = 0.0003
 """KL that is shown as none: of w8 on the model that losses were measured on, whose own noise in bfloat16 is .0002."""
 
@@ -150,6 +150,8 @@ def _seconds(speed: Speed | None) -> str:
     if speed is None or speed.first is None:
         return "-"
     low, high = speed.first
+    if high < 0.1:
+        return "< .1 s"
     return f"{low:.2g}-{high:.2g} s" if high < 100 else f"{low:.0f}-{high:.0f} s"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spicerack.errors import CheckpointError
-from spicerack.planning.anatomy.fields import Fields, text_of
+from spicerack.planning.anatomy.fields import MOST_LAYERS, Fields, text_of
 from spicerack.planning.anatomy.kinds import Kind, kinds
 
 Rule = Literal["transformers", "spicerack", "llama.cpp", "vllm", "mlx", "preallocated"]
@@ -171,7 +171,7 @@ def _crossing(c: Fields) -> list[Layer]:
     """Layers of a decoder that reads an encoder: its own keys and values, and those of the encoder's tokens."""
     heads = c.size("decoder_attention_heads", "num_heads", "num_attention_heads")
     width = heads * c.size("d_kv", default=c.hidden // heads)
-    count = c.size("decoder_layers", "num_decoder_layers", "num_layers")
+    count = c.size("decoder_layers", "num_decoder_layers", "num_layers", most=MOST_LAYERS)
     return [Layer("full", width, width, crossed=2 * width, heads=heads) for _ in range(count)]
 
 

@@ -16,21 +16,29 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((config[key] for key in _TEXT if isinstance(config.get(key), dict)), config)
 
 
+MOST_LAYERS = 4096
+"""Of a model: a config.json that asks for more is somebody's joke, or worse."""
+
+
 class Fields:
     """config.json of one model, asked for what is needed; what is missing is named."""
 
     def __init__(self, config: Mapping[str, Any], family: str) -> None:
         self._config, self._family = config, family
 
-    def size(self, *names: str, default: int | None = None) -> int:
-        """The whole number above 0 under the first of these names that is there. Raises CheckpointError for none."""
+    def size(self, *names: str, default: int | None = None, most: int = 1 << 32) -> int:
+        """The whole number from 1 to `most` under the first of these names that is there.
+
+        Raises CheckpointError for none, unless there is a default, and for anything else.
+        """
         for name in names:
             value = self._config.get(name)
             if value is None:
                 continue
-            if type(value) is not int or value < 1:
+            if type(value) is not int or not 1 <= value <= most:
                 raise CheckpointError(
-                    f"config.json: {name} is {value!r}, not a number above 0", "is it the model's own config.json?"
+                    f"config.json: {name} is {value!r}, not a number from 1 to {most:,}",
+                    "is it the model's own config.json?",
                 )
             return value
         if default is None:
@@ -57,7 +65,22 @@ class Fields:
     @property
     def layers(self) -> int:
         """Blocks."""
-        return self.size("num_hidden_layers", "n_layer", "num_layers")
+        return self.size("num_hidden_layers", "n_layer", "num_layers", most=MOST_LAYERS)
+
+    def marks(self, name: str) -> list[Any]:
+        """The list of words or numbers, one for each layer, that is there; empty where there is none.
+
+        Raises CheckpointError for anything else, and for more than a model has layers.
+        """
+        value = self._config.get(name) or []
+        value = list(value) if isinstance(value, str) else value
+        sound = isinstance(value, list) and all(type(mark) in (str, int) for mark in value)
+        if not sound or len(value) > MOST_LAYERS:
+            raise CheckpointError(
+                f"config.json: {name} is no list with a word or number for each layer",
+                "is it the model's own config.json?",
+            )
+        return value
 
     @property
     def heads(self) -> int:

@@ -33,52 +33,53 @@ def kinds(text: Mapping[str, Any]) -> list[Kind]:
     Raises CheckpointError for a type of layer that is not known, and without a number of layers.
     """
     family = str(text.get("model_type"))
-    named = text.get("layer_types") or text.get("layers_block_type")
-    if named:
-        unknown = sorted({str(kind) for kind in named} - _KINDS.keys())
-        if unknown:
-            raise CheckpointError(
-                f"config.json: layers of the type {', '.join(unknown)} are not known: what they keep cannot be told",
-                "update spicerack",
-            )
-        named_kinds = [_KINDS[kind] for kind in named]
-    elif pattern := text.get("hybrid_override_pattern"):
-        named_kinds = [_NEMOTRON[mark] for mark in pattern]
-    else:
-        named_kinds = _by_rule(text, family, Fields(text, family).layers)
-    shared = text.get("num_kv_shared_layers") or 0  # the last ones read what another layer keeps
+    fields = Fields(text, family)
+    named = fields.marks("layer_types") or fields.marks("layers_block_type")
+    pattern = fields.marks("hybrid_override_pattern")
+    table = _KINDS if named else _NEMOTRON
+    unknown = sorted({str(kind) for kind in (named or pattern)} - table.keys())
+    if unknown:
+        raise CheckpointError(
+            f"config.json: layers of the type {', '.join(map(repr, unknown))[:200]} are not known: what they keep cannot be told",
+            "update spicerack",
+        )
+    named_kinds = [table[kind] for kind in (named or pattern)] or _by_rule(fields, family, fields.layers)
+    shared = fields.size("num_kv_shared_layers", default=0) if fields.get("num_kv_shared_layers") else 0
+    # the last ones read what another layer keeps
     return [kind if i < len(named_kinds) - shared else "none" for i, kind in enumerate(named_kinds)]
 
 
-def _by_rule(text: Mapping[str, Any], family: str, count: int) -> list[Kind]:
+def _by_rule(c: Fields, family: str, count: int) -> list[Kind]:
     """Where config.json names no types: by its other fields, or the family's habit."""
     numbers = range(count)
-    if step := text.get("full_attention_interval"):
+    if c.get("full_attention_interval"):
+        step = c.size("full_attention_interval")
         return ["linear" if (i + 1) % step else "full" for i in numbers]
-    if isinstance(text.get("linear_attn_config"), dict):  # counted from 1
-        full = set(text["linear_attn_config"]["full_attn_layers"])
+    if isinstance(c.get("linear_attn_config"), dict):  # counted from 1
+        full = set(Fields(c.get("linear_attn_config"), family).marks("full_attn_layers"))
         return ["full" if i + 1 in full else "linear" for i in numbers]
-    if marks := text.get("attn_type_list"):
+    if marks := c.marks("attn_type_list"):
         return ["full" if mark == 1 else "linear" for mark in marks]
-    if (chosen := text.get("attn_layer_indices")) is not None:  # Bamba
+    if chosen := c.marks("attn_layer_indices"):  # Bamba
         return ["full" if i in chosen else "linear" for i in numbers]
-    if step := text.get("attn_layer_period"):
-        return ["full" if i % step == text.get("attn_layer_offset", 0) else "linear" for i in numbers]
+    if c.get("attn_layer_period"):
+        step = c.size("attn_layer_period")
+        return ["full" if i % step == (c.get("attn_layer_offset") or 0) else "linear" for i in numbers]
     if family in _MAMBA:
         return ["linear"] * count
     if family == "falcon_h1":
         return ["hybrid"] * count
     if family == "llama4_text":
-        return ["chunked" if rotated else "full" for rotated in _rotated(text, count)]
-    if family in _PATTERNS or text.get("sliding_window_pattern"):
-        step = text.get("sliding_window_pattern") or _PATTERNS[family]
+        return ["chunked" if rotated else "full" for rotated in _rotated(c, count)]
+    if family in _PATTERNS or c.get("sliding_window_pattern"):
+        step = c.size("sliding_window_pattern", default=_PATTERNS.get(family, 1))
         return ["sliding" if (i + 1) % step else "full" for i in numbers]
-    if text.get("sliding_window") is None or (family.startswith("qwen") and not text.get("use_sliding_window")):
+    if c.get("sliding_window") is None or (family.startswith("qwen") and not c.get("use_sliding_window")):
         return ["full"] * count
-    first = text.get("max_window_layers", count) if family.startswith("qwen") else 0
+    first = c.size("max_window_layers", default=count) if family.startswith("qwen") else 0
     return ["sliding" if i >= first else "full" for i in numbers]
 
 
-def _rotated(text: Mapping[str, Any], count: int) -> list[int]:
+def _rotated(c: Fields, count: int) -> list[int]:
     """Of Llama 4's layers: whether they turn positions, which those do that look at a chunk."""
-    return text.get("no_rope_layers") or [int((i + 1) % 4 != 0) for i in range(count)]
+    return c.marks("no_rope_layers") or [int((i + 1) % 4 != 0) for i in range(count)]

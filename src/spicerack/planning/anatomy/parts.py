@@ -128,7 +128,7 @@ def mixtral(c: Fields, _layer: int, prefix: str) -> Part:
 def qwen_mixture(c: Fields, layer: int, prefix: str) -> Part:
     """A mixture, some with an expert that all tokens use, behind a gate; dense in the layers that config.json names."""
     step = c.size("decoder_sparse_step", default=1)
-    if layer in (c.get("mlp_only_layers") or ()) or (layer + 1) % step:
+    if layer in c.marks("mlp_only_layers") or (layer + 1) % step:
         yield from gated_mlp(c, layer, prefix)
         return
     at, experts = f"{prefix}mlp", c.size("num_experts")
@@ -154,7 +154,7 @@ def deepseek_mixture(c: Fields, layer: int, prefix: str) -> Part:
 
     The router's correction bias is a buffer of the model and a tensor of the file.
     """
-    if layer < (c.get("first_k_dense_replace") or 0):
+    if c.get("first_k_dense_replace") and layer < c.size("first_k_dense_replace"):
         yield from gated_mlp(c, layer, prefix)
         return
     at, experts, inner = f"{prefix}mlp", c.size("n_routed_experts"), c.size("moe_intermediate_size")

@@ -15,7 +15,7 @@ from typing import Any
 
 from spicerack.errors import CheckpointError
 from spicerack.planning.anatomy import towers
-from spicerack.planning.anatomy.fields import Fields, text_of
+from spicerack.planning.anatomy.fields import MOST_LAYERS, Fields, text_of
 from spicerack.planning.anatomy.kinds import kinds
 from spicerack.planning.anatomy.parts import (
     Attention,
@@ -123,7 +123,10 @@ def _t5(config: Mapping[str, Any]) -> Part:
     heads, inner = c.heads, c.heads * c.size("d_kv")
     gated = str(c.get("feed_forward_proj") or "relu").startswith("gated")
     yield Tensor("shared.weight", (c.vocabulary, c.hidden))
-    for side, layers in (("encoder", c.layers), ("decoder", c.size("num_decoder_layers", default=c.layers))):
+    for side, layers in (
+        ("encoder", c.layers),
+        ("decoder", c.size("num_decoder_layers", default=c.layers, most=MOST_LAYERS)),
+    ):
         attentions = ("SelfAttention",) if side == "encoder" else ("SelfAttention", "EncDecAttention")
         for i in range(layers):
             block = f"{side}.block.{i}.layer."
@@ -158,7 +161,7 @@ def _whisper(config: Mapping[str, Any]) -> Part:
     yield Tensor("model.decoder.embed_positions.weight", (c.size("max_target_positions"), width))
     for side, attentions in (("encoder", ("self_attn",)), ("decoder", ("self_attn", "encoder_attn"))):
         inner = c.size(f"{side}_ffn_dim")
-        for i in range(c.size(f"{side}_layers")):
+        for i in range(c.size(f"{side}_layers", most=MOST_LAYERS)):
             block = f"model.{side}.layers.{i}."
             for name in attentions:
                 for part in ("k_proj", "v_proj", "q_proj", "out_proj"):

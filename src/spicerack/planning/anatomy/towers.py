@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spicerack.planning.anatomy.fields import Fields
+from spicerack.planning.anatomy.fields import MOST_LAYERS, Fields
 from spicerack.planning.anatomy.parts import Part, Tensor, linear, norm
 
 
@@ -40,7 +40,7 @@ def qwen(config: Mapping[str, Any], _hidden: int, prefix: str) -> Part:
     yield Tensor(f"{at}patch_embed.proj.weight", patches)
     yield Tensor(f"{at}patch_embed.proj.bias", (width,))
     yield Tensor(f"{at}pos_embed.weight", (c.size("num_position_embeddings"), width))
-    for i in range(c.size("depth")):
+    for i in range(c.size("depth", most=MOST_LAYERS)):
         block = f"{at}blocks.{i}."
         yield from norm(f"{block}norm1", width, bias=True)
         yield from norm(f"{block}norm2", width, bias=True)
