@@ -39,9 +39,9 @@ def kinds(text: Mapping[str, Any]) -> list[Kind]:
     table = _KINDS if named else _NEMOTRON
     unknown = sorted({str(kind) for kind in (named or pattern)} - table.keys())
     if unknown:
+        names = ", ".join(map(repr, unknown))[:200]
         raise CheckpointError(
-            f"config.json: layers of the type {', '.join(map(repr, unknown))[:200]} are not known: what they keep cannot be told",
-            "update spicerack",
+            f"config.json: layers of the type {names} are not known: what they keep cannot be told", "update spicerack"
         )
     named_kinds = [table[kind] for kind in (named or pattern)] or _by_rule(fields, family, fields.layers)
     shared = fields.size("num_kv_shared_layers", default=0) if fields.get("num_kv_shared_layers") else 0
