@@ -29,7 +29,7 @@ FLOORS = (
 PLUGINS = (
     "numerics/schemes", "algorithms/solvers", "algorithms/transforms", "storage/formats", "kernels/table",
     "quantization/calibration/observers", "exports/targets", "exports/readers", "models/gguf/families",
-    "planning/engines",
+    "planning/engines", "cli",
 )  # fmt: skip
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = {path.relative_to(SOURCE).with_suffix("").as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
