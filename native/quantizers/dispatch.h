@@ -1,4 +1,4 @@
-// The quantizers that this processor runs: search.h and fake.h, compiled once per instruction set. kernels/kernel.h has
+// The quantizers that this processor runs: search.h, superblocks.h and fake.h, compiled once per instruction set. kernels/kernel.h has
 // the kernels' engines.
 #pragma once
 
@@ -6,12 +6,14 @@
 
 #include "fake.h"
 #include "search.h"
+#include "superblocks.h"
 
 namespace spicerack {
 
 struct Quantizers {
     const char* isa;
     decltype(&baseline::search) search;
+    decltype(&baseline::superblocks) superblocks;
     decltype(&baseline::encode) encode;
     decltype(&baseline::judge) judge;
     decltype(&baseline::compare) compare;

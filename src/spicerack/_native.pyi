@@ -20,6 +20,25 @@ def search(
     codes: torch.Tensor,
     isa: str = "",
 ) -> tuple[bool, bool]: ...
+def superblocks(
+    w: torch.Tensor,
+    levels: tuple[int, int],
+    shape: tuple[int, int],
+    has_min: bool,
+    scale: tuple[bool, int, int, str],
+    min: tuple[bool, int, int, str],
+    steps: Sequence[float],
+    shares: Sequence[float],
+    refinements: int,
+    rounds: int,
+    importance: torch.Tensor | None,
+    d: torch.Tensor,
+    e: torch.Tensor,
+    p: torch.Tensor,
+    r: torch.Tensor,
+    codes: torch.Tensor,
+    isa: str = "",
+) -> tuple[bool, bool]: ...
 def encode(
     w: torch.Tensor,
     levels: Levels,

@@ -12,11 +12,12 @@ import math
 
 import torch
 
-from spicerack.numerics import codec, native
+from spicerack.numerics import codec, native, superblocks_native
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import PIECE, Range, search
+from spicerack.numerics.superblocks import Form, form_of
 
 
 def to_nearest(
@@ -41,6 +42,11 @@ def to_nearest(
     """
     shape = tuple(w.shape)
     scheme.check_shape(name, shape)
+    form = form_of(scheme, shape[-1], source or w.dtype)
+    if form is not None and _readable(w):
+        q = _superblocks(w, scheme, form, range_, importance, threads)
+        if q is not None:
+            return q
     if not _native_fits(w, scheme, importance):
         return codec.encode(w, scheme, range_=range_, importance=importance, name=name, source=source)
     size = math.prod(scheme.group_shape(*shape[-2:]))
@@ -91,6 +97,20 @@ def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
     return float(f"{math.sqrt(wrong / total):.4g}") if total else 0.0
 
 
+def _superblocks(
+    w: torch.Tensor, scheme: Scheme, form: Form, range_: Range, importance: torch.Tensor | None, threads: int
+) -> QTensor | None:
+    """`to_nearest` of super-blocks; None where something is to be refused or put right, which the codec does."""
+    shape, size = tuple(w.shape), form.groups * form.columns
+    blocks = w.detach().contiguous().reshape(-1, size)
+    repeating = _repeating(importance, shape, size)
+    searched = superblocks_native.fit(blocks, form, range_, repeating, threads=threads)
+    if searched is None or not searched[2]:
+        return None
+    fitted, codes, _ = searched
+    return codec.of_blocks(scheme, form, shape, fitted, codes.view(codec.codes_dtype(scheme)))
+
+
 def _search_long(
     groups: torch.Tensor, scheme: Scheme, dtype: torch.dtype, range_: Range, threads: int
 ) -> native.Quantized:
@@ -116,7 +136,12 @@ def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | Non
     short = math.prod(scheme.group_shape(*w.shape[-2:])) <= PIECE
     searched = not scheme.is_ternary if short else importance is None
     plain = scheme.plain_obstacle is None and scheme.integers.lo < 0
-    return plain and searched and w.dtype in native.TYPES and w.device.type == "cpu"
+    return plain and searched and _readable(w)
+
+
+def _readable(w: torch.Tensor) -> bool:
+    """Whether native code reads these weights."""
+    return w.dtype in native.TYPES and w.device.type == "cpu"
 
 
 def _repeating(importance: torch.Tensor | None, shape: tuple[int, ...], size: int) -> torch.Tensor | None:
