@@ -17,7 +17,7 @@ from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import PIECE, Range, search
-from spicerack.numerics.superblocks import Form, form_of
+from spicerack.numerics.superblocks import Blocks, Fitted, Form, fit, form_of
 
 
 def to_nearest(
@@ -95,6 +95,20 @@ def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
             wrong += float((decoded - exact).square().sum(dtype=torch.float64))
             total += float(exact.square().sum(dtype=torch.float64))
     return float(f"{math.sqrt(wrong / total):.4g}") if total else 0.0
+
+
+def fit_superblocks(x: torch.Tensor, form: Form, importance: torch.Tensor, *, threads: int = 1) -> Fitted | None:
+    """`superblocks.fit` of one super-block in each row of x, float32 [N, groups * columns]; None if one is not finite.
+
+    importance: of each column, float32. threads: how many share the rows.
+    """
+    if _readable(x):
+        searched = superblocks_native.fit(x, form, "opt", importance, threads=threads)
+        return None if searched is None else searched[0]
+    if not bool(torch.isfinite(x).all()):
+        return None
+    grid = (-1, form.groups, form.columns)
+    return fit(Blocks(x.reshape(grid), importance.expand(x.shape).reshape(grid), form))
 
 
 def _superblocks(
