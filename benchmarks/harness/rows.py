@@ -75,6 +75,7 @@ ENCODERS = (
     Row("openvino int8, calibrated", "openvino", "static", "8", "encoder"),
     Row("spicerack w8", OURS, "w8", "8", "encoder"),
     Row("spicerack w8a8", OURS, "w8a8", "8", "encoder"),
+    Row("spicerack w4g32", OURS, "w4g32", "4", "encoder"),
 )
 DECODERS = (
     Row("torch bfloat16", "torch", "bfloat16", "16", "decoder"),

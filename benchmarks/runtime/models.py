@@ -52,9 +52,13 @@ def with_cosines(facts: dict[Row, dict[str, Any]]) -> dict[Row, dict[str, Any]]:
 @click.option("--part", type=click.Choice(["encoder", "decoder"]), help="One of the two models only.")
 @click.option("--rounds", default=5, show_default=True, help="Turns of each row; medians are reported.")
 @click.option("--threads", default=2, show_default=True)
+@click.option("--engine", help="Of spicerack's encoder, as in load; others are held by variables (docs/kernels.md).")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keep the models here; default: a temporary folder.")
 @click.option("--output", default=report.RESULTS, show_default="results", type=click.Path(path_type=Path))
-def main(only: tuple[str, ...], part: str | None, rounds: int, threads: int, folder: Path | None, output: Path) -> None:
+def main(
+    only: tuple[str, ...], part: str | None, rounds: int, threads: int, engine: str | None, folder: Path | None,
+    output: Path,
+) -> None:  # fmt: skip
     notes: dict[str, str] = {}
     result: Result = {"machine": machine.describe(threads), "rounds": rounds, "notes": notes}
     seen: list[Sample] = []
@@ -62,7 +66,7 @@ def main(only: tuple[str, ...], part: str | None, rounds: int, threads: int, fol
         scratch = {name: Path(place) / name for name in ("encoder", "decoder") if part in (None, name)}
         for name, work in scratch.items():
             work.mkdir(parents=True, exist_ok=True)
-            what = Encoder(minilm(), work, threads) if name == "encoder" else Decoder(make(work), work, threads)
+            what = Encoder(minilm(), work, threads, engine) if name == "encoder" else Decoder(make(work), work, threads)
             rows = chosen(ENCODERS if name == "encoder" else DECODERS, only)
             result[name], samples = measure(rows, what, rounds, notes)
             seen += samples

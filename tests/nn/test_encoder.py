@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import math
 import os
 import pickle
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from types import MethodType
 from typing import Any
 from unittest import mock
 
@@ -592,6 +594,30 @@ def test_nobody_keeps_tensors_of_a_model_that_was_moved(move: Callable[[Any], No
         again = model(**batch).last_hidden_state
         seen = batch["attention_mask"].bool()
         assert (again - expected)[seen].abs().max() < 0.03 and len(runs) > 1 and again.dtype == model.dtype
+
+
+@torch.no_grad()
+def test_a_model_that_nobody_has_any_more_is_gone_at_once() -> None:
+    gc.collect()
+    gc.disable()  # which would find it later, in a circle with itself
+    try:
+        model = quantized("bert")
+        model(**sentences([9, 4]))
+        duplicate = copy.deepcopy(model)
+        duplicate(**sentences([9, 4]))
+        method, gone = model.forward, [weakref.ref(model), weakref.ref(duplicate)]
+        del model, duplicate
+        assert [reference() for reference in gone] == [None, None]
+        with pytest.raises(ReferenceError, match="forward"):
+            method()
+    finally:
+        gc.enable()
+
+
+def test_the_method_of_a_model_tells_the_arguments_of_its_class() -> None:
+    model = quantized("bert")
+    expected = inspect.signature(MethodType(type(model).forward, model))
+    assert inspect.signature(model.forward) == expected and model.forward.__name__ == "forward"
 
 
 @torch.no_grad()

@@ -281,7 +281,7 @@ def test_a_scale_that_would_be_zero_is_refused_unless_the_group_is_negligible() 
 
 
 def test_zeros_stay_zeros() -> None:
-    for name in ("w8", "w4g32z", "w2g32", "ternary", "nf4", "mxfp4", "nvfp4", "q4_k", "fp8"):
+    for name in ("w8", "w4g32z", "w2g32", "ternary", "nf4", "mxfp4", "nvfp4", "q4_k", "q2_k", "q6_k", "q4_1", "fp8"):
         w = torch.zeros(2, 256)
         assert torch.equal(codec.decode(codec.encode(w, parse(name))), w)
 

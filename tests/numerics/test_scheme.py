@@ -67,7 +67,8 @@ def test_unknown_names_get_the_nearest(name: str, near: str) -> None:
     ("typed", "name"),
     [
         ("INT8", "w8"), ("int4", "w4g128"), ("8-bit", "w8"), ("W4A16", "w4g128"), ("W8A8", "w8a8"),
-        ("w8a16", "w8"), ("Q8_0", "w8g32"), ("Q4_0", "w4g32"), ("q4_1", "w4g32z"), ("Q4_K", "q4_k"), ("NF4", "nf4"),
+        ("w8a16", "w8"), ("Q8_0", "w8g32"), ("Q4_0", "w4g32"), ("Q4_1", "q4_1"),
+        ("Q5_1", "q5_1"), ("Q6_K", "q6_k"), ("IQ4_NL", "iq4_nl"), ("Q4_K", "q4_k"), ("NF4", "nf4"),
         ("W4G32Z", "w4g32z"), ("FP8", "fp8"), ("MXFP4", "mxfp4"), ("BitNet", "ternary"), ("1.58-bit", "ternary"),
     ],
 )  # fmt: skip
@@ -112,7 +113,8 @@ def test_contradictions_are_refused() -> None:
         ("ternary", 2 + 16 / (64 * 1024)),
         ("mxfp4", 4.25),
         ("nvfp4", 4.5 + 32 / (64 * 1024)),
-        ("q4_k", 4.5),
+        *zip(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"), (2.625, 3.4375, 4.5, 5.5, 6.5625), strict=True),
+        *zip(("q4_1", "q5_1", "iq4_nl", "ternaryg256", "q1_0", "q2_0"), (5, 6, 4.5, 2.0625, 1.125, 2.25), strict=True),
         ("fp8", 8 + 16 / 1024),
         ("nf4", 4.25),
     ],

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import LlamaFolder
 from dropped import dropped
-from gguf import GGMLQuantizationType, dequantize
 
 import spicerack
 from spicerack import plugins
@@ -30,7 +29,30 @@ def gaussian(*shape: int) -> torch.Tensor:
 
 
 def test_the_shelf() -> None:
-    assert set(NAMES) >= {"ternary", "nf4", "fp8", "mxfp4", "nvfp4", "q4_k"}
+    assert set(NAMES) >= {"ternary", "nf4", "fp8", "mxfp4", "nvfp4"}
+    assert set(NAMES) >= {
+        "q2_k",
+        "q3_k",
+        "q4_k",
+        "q5_k",
+        "q6_k",
+        "q4_1",
+        "q5_1",
+        "iq4_nl",
+        "ternaryg256",
+        "q1_0",
+        "q2_0",
+    }
+
+
+# Mean squared error of normal weights, absmax and opt; others 0.02. With the search q2_k to q6_k are near to what
+# llama.cpp's own quantizers leave (root mean squares .301, .151, .0725, .0365, .0179).
+ERRORS = {
+    "ternary": (0.95, 0.2), "ternarya8": (0.95, 0.2), "fp8": (0.001, 0.001), "ternaryg256": (0.7, 0.2),
+    "q1_0": (5.5, 0.37), "q2_0": (0.17, 0.13), "q2_k": (0.11, 0.091), "q3_k": (0.025, 0.0225),
+    "q4_k": (0.0065, 0.0056), "q5_k": (0.0016, 0.0014), "q6_k": (0.0004, 0.00032),
+    "q4_1": (0.0065, 0.0056), "q5_1": (0.0016, 0.0013), "iq4_nl": (0.0067, 0.006),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("range_", ["absmax", "opt"])
@@ -40,7 +62,7 @@ def test_every_scheme_encodes_and_decodes(name: str, range_: codec.Range) -> Non
     scheme = parse(name)
     q = codec.encode(w, scheme, range_=range_)
     error = float((codec.decode(q) - w).square().mean())
-    assert error < {"ternary": 0.95 if range_ == "absmax" else 0.2, "fp8": 0.001}.get(name.removesuffix("a8"), 0.02)
+    assert error < ERRORS.get(name, (0.02, 0.02))[range_ == "opt"]
     assert int(q.codes.max()) <= 2**scheme.bits - 1
     solved = rounding.to_nearest(w, scheme, range_=range_, threads=2)
     assert torch.equal(solved.codes, q.codes)
@@ -119,26 +141,6 @@ def test_nvfp4_has_scales_that_are_quantized_themselves() -> None:
     assert q.scale.codes.shape == (8, 4)
     assert q.scale.scale.shape == (1, 1)
     assert q.stored_bits == 8 * 64 * 4 + 8 * 4 * 8 + 32
-
-
-def test_q4_k_decodes_as_llama_cpp_does() -> None:
-    q = codec.encode(gaussian(4, 512), parse("q4_k"))
-    theirs = np.stack([dequantize(row, GGMLQuantizationType.Q4_K) for row in q4_k_bytes(q)])
-    assert np.array_equal(theirs.reshape(4, 512), codec.decode(q).numpy())
-
-
-def q4_k_bytes(q: QTensor) -> np.ndarray:
-    """[N, K/256 * 144]: f16 d, f16 dmin, 12 bytes of six-bit scales and minima, 128 bytes of codes, per super-block."""
-    assert isinstance(q.scale, QTensor) and isinstance(q.min, QTensor)
-    codes = q.codes.reshape(-1, 4, 2, 32).numpy()
-    s, m = (part.codes.reshape(-1, 8).numpy() for part in (q.scale, q.min))
-    d, dmin = q.scale.scale.reshape(-1, 1).numpy(), -q.min.scale.reshape(-1, 1).numpy()
-    packed = np.concatenate(
-        [s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4], axis=1
-    )
-    nibbles = (codes[:, :, 0] | codes[:, :, 1] << 4).reshape(-1, 128)
-    groups = np.concatenate([d.view(np.uint8), dmin.view(np.uint8), packed, nibbles], axis=1)
-    return groups.reshape(q.shape[0], -1)
 
 
 NEW_SCHEME = '''

@@ -28,11 +28,12 @@ BATCHES = ((1, 16), (1, 128), (32, 128))
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """folder: the float model. scratch: for what is made from it."""
+    """folder: the float model. scratch: for what is made from it. engine: of spicerack, as in load."""
 
     folder: Path
     scratch: Path
     threads: int
+    engine: str | None = None
 
     @property
     def figures(self) -> tuple[str, ...]:

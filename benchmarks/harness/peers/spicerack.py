@@ -70,7 +70,9 @@ def _rolled(q: QTensor, i: int) -> QTensor:
 def encoder(variant: str, what: encoders.Encoder) -> Prepared:
     """variant: a scheme's name."""
     torch.set_num_threads(what.threads)
-    return what.prepared(encoders.in_torch(spicerack.load(_folder(variant, what.folder, what.scratch))))
+    return what.prepared(
+        encoders.in_torch(spicerack.load(_folder(variant, what.folder, what.scratch), engine=what.engine))
+    )
 
 
 def decoder(variant: str, what: decoders.Decoder) -> Prepared:

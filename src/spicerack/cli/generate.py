@@ -38,9 +38,9 @@ def command(model: str, prompt: str, as_json: bool, **given: Any) -> None:
     \b
     spicerack generate out "def read_csv(path):"
     """
-    from spicerack.storage.reader import Checkpoint
+    from spicerack.models.opening import open_stored
 
-    Checkpoint.open(model)  # what headers refuse is said before torch is there
+    open_stored(model)  # what headers refuse is said before torch is there
     from spicerack.runtime.generate import GenerateOptions, generate
 
     def write(piece: str) -> None:

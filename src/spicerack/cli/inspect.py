@@ -108,11 +108,10 @@ def _measure(report: Report) -> list[Spread]:
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from spicerack.models.opening import open_model
     from spicerack.models.outliers import measure
-    from spicerack.storage.reader import Checkpoint
-    from spicerack.storage.released import decoded
 
-    checkpoint = decoded(Checkpoint.open(report.folder))
+    checkpoint = open_model(report.folder)
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_output.console(as_json=True), transient=True) as bar:
@@ -163,11 +162,11 @@ def _promised(report: Report) -> Report:
     if report.by_names or not report.estimates:
         return report
     from spicerack.models import census
+    from spicerack.models.opening import open_stored
     from spicerack.models.overview import estimates
     from spicerack.quantization.door import promised
-    from spicerack.storage.reader import Checkpoint
 
-    checkpoint = Checkpoint.open(report.folder)
+    checkpoint = open_stored(report.folder)
     kept, refused = promised(checkpoint)
     sizes = () if refused is not None else estimates(census.take(checkpoint), kept)
     return replace(report, estimates=sizes, refused=refused)

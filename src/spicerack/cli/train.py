@@ -144,13 +144,13 @@ def _refuse_early(source: str, given: dict[str, Any], rules: list[Rule]) -> None
     source: of `_source`. given: click's parameters by name, the recipe under that of its scheme. rules: of --set and
     --skip.
     """
+    from spicerack.models.opening import open_stored
     from spicerack.models.overview import quantized_with
     from spicerack.quantization import early
-    from spicerack.storage.reader import Checkpoint
 
     for model in (source, given["teacher"]):
         if model is not None and not model.endswith(".json"):
-            checkpoint = Checkpoint.open(model)
+            checkpoint = open_stored(model)
             if model == source and given["scheme"] is not None and quantized_with(checkpoint.config) is None:
                 early.refuse_shapes(checkpoint, given["scheme"].then(rules))
 

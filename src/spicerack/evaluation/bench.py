@@ -34,6 +34,7 @@ from spicerack.machine import devices
 from spicerack.models.config import architecture
 from spicerack.models.inputs import limits
 from spicerack.models.kind import Kind, kind_of
+from spicerack.models.opening import open_stored
 from spicerack.runtime.load import load
 from spicerack.storage import files
 
@@ -92,7 +93,7 @@ def bench(
     All models are in memory at once. Raises UsageError, CheckpointError, LoadError.
     """
     out, source = files.locate(folder), files.locate(against)
-    config = files.read_json(source / files.CONFIG, files.MAX_CONFIG_BYTES)
+    config = open_stored(source).config
     kind = kind_of(config, source)
     kernel.check_engine(options.engine, options.device)  # before headers and weights are read
     devices.find(options.device, torch.float32)
@@ -126,7 +127,7 @@ def bench(
 
 def bytes_on_disk(folder: Path) -> int:
     """Bytes of the weight files of a model folder, all shards together; tokenizer and config are left out."""
-    return sum((folder / shard).stat().st_size for shard in files.find(folder).shards)
+    return sum(path.stat().st_size for path in open_stored(folder).weight_files)
 
 
 def resident_bytes(model: torch.nn.Module) -> int:

@@ -32,11 +32,12 @@ from spicerack.kernels import kernel
 from spicerack.machine import devices
 from spicerack.models.inputs import check_text, limits
 from spicerack.models.kind import Kind, kind_of
+from spicerack.models.opening import open_stored
 from spicerack.nn.cache_segments import CacheScheme
 from spicerack.nn.weight import PackedLayer, PackedWeight
 from spicerack.runtime.load import load
 from spicerack.storage import ledger
-from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, locate, read_json
+from spicerack.storage.files import locate
 from spicerack.text.windows import sentences, text_hash, windows
 
 Progress = Callable[[str, float], None]
@@ -159,7 +160,7 @@ def measure(
     folder, against: folders or hub ids. Raises TextError, UsageError, CheckpointError, LoadError.
     """
     out, source = locate(folder), locate(against)
-    kind = kind_of(read_json(source / CONFIG, MAX_CONFIG_BYTES), source)
+    kind = kind_of(open_stored(source).config, source)
     _check(options, kind, source)  # what is wrong is said before the long part
     check_sides(out, source, "eval")
     tokenizer = common_tokenizer(out, source, options.trust_remote_code)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path, PurePosixPath
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from spicerack.errors import CheckpointError, UsageError
 from spicerack.evaluation.encoder import Pooling, check_pooling
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.models.inputs import Limits
 from spicerack.models.kind import MODULES, POOLING
+from spicerack.models.opening import open_model, told_pooling
 from spicerack.models.overview import refuse_sides
+from spicerack.runtime import hf
 from spicerack.storage import format as formats
-from spicerack.storage import released
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
-from spicerack.storage.reader import Checkpoint
 from spicerack.text.tokenizer import read_tokenizer
 
 DEFAULT_WINDOW = 512
@@ -38,6 +38,8 @@ def pooling_of(folder: Path) -> Pooling:
 
     Raises UsageError for a pooling that is not computed here, CheckpointError for files that are damaged.
     """
+    if folder.is_file():
+        return check_pooling(told_pooling(folder) or "mean")
     path = folder / _pooling_folder(folder) / CONFIG
     if not path.is_file():
         return "mean"
@@ -99,7 +101,7 @@ def check_sides(out: Path, source: Path, command: str) -> None:
 
 def _is_quantized(folder: Path) -> bool:
     """Whether there is a float model that it was made from; a release in FP8 or MXFP4 is the finest that there is."""
-    return formats.of_folder(released.decoded(Checkpoint.open(folder))) is not None
+    return formats.of_folder(open_model(folder)) is not None
 
 
 def common_tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -108,17 +110,14 @@ def common_tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTra
     The same are two that have one vocabulary and make the same tokens of the built-in sentences. Raises UsageError if
     they differ, CheckpointError if there is none, UntrustedCodeError if it is code.
     """
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: config.json cannot be read: {error}", "is it a model's folder?") from error
+    config = _config(source, trust_remote_code)
     ours = read_tokenizer(source, config, trust_remote_code=trust_remote_code)
-    if out == source or not any(out.glob("tokenizer*")):
+    if out == source or not (out.is_file() or any(out.glob("tokenizer*"))):
         return ours
     theirs = read_tokenizer(out, config, trust_remote_code=trust_remote_code)
     probe = " ".join(SENTENCES)
     if (
-        ours.get_vocab() != theirs.get_vocab()
+        (not out.is_file() and ours.get_vocab() != theirs.get_vocab())  # a file has names for unused tokens, too
         or ours(probe, verbose=False).input_ids != theirs(probe, verbose=False).input_ids
     ):
         raise UsageError(
@@ -126,3 +125,14 @@ def common_tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTra
             "compare a quantized folder with the model that it was made from",
         )
     return ours
+
+
+def _config(source: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """transformers' config of a float model. Raises CheckpointError."""
+    if source.is_file():
+        return hf.config_and_class(open_model(source).config, source)[0]
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: config.json cannot be read: {error}", "is it a model's folder?") from error
+    return config

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spicerack.models.inputs import check_text, limits
-from spicerack.storage import files
+from spicerack.models.opening import open_stored
 
 TOKENS, ROUNDS = 16, 3
 """Of a first result; rounds that count."""
@@ -89,8 +89,8 @@ def _drop(folder: Path) -> bool:
     """Drop a folder's weights from the page cache; False where the system has no such call."""
     if not hasattr(os, "posix_fadvise"):
         return False
-    for shard in files.find(folder).shards:
-        with (folder / shard).open("rb") as file:
+    for path in open_stored(folder).weight_files:
+        with path.open("rb") as file:
             os.fsync(file.fileno())  # what is not on the disk yet cannot be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True

@@ -1,26 +1,60 @@
-"""`spicerack.export`: a quantized folder -> the file or folder that another engine reads, with the same codes.
+"""`spicerack.export`: a model folder -> the file or folder that another engine reads, with the same codes.
 
-    Folder.open -> holding (every tensor exactly, or refused) -> target.write -> verify -> the name
+    open -> hold (every tensor exactly, or refused) -> look at the scales -> target.write -> verify -> the name
 
-All that can be refused is refused before a byte is written.
+All that can be refused is refused before a byte is written: by headers what the target has no scheme for, by a look at
+the scales what its type of scales does not hold. A float model is quantized on the way, into a folder that goes again.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spicerack._version import __version__
-from spicerack.errors import OutputError, SchemeError, listed
+from spicerack.errors import OutputError, SchemeError, UsageError, listed
+from spicerack.exports import holding, verify
 from spicerack.exports import target as targets
-from spicerack.exports import verify
-from spicerack.exports.source import Source
-from spicerack.exports.target import Order
+from spicerack.exports.source import Change, Source
+from spicerack.exports.target import Held, Order, Target
 from spicerack.machine.memory import peak_rss_bytes
+from spicerack.numerics import codec, rounding
+from spicerack.numerics.qtensor import QTensor
+from spicerack.quantization.run import quantize
 from spicerack.runtime.folder import Folder
+from spicerack.storage import format as formats
 from spicerack.storage.files import local
+from spicerack.storage.format import StoredTensor
+from spicerack.storage.writer import refuse_place
+
+_LISTED = 3
+"""Layers that a refusal names before it counts the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Layers that were rounded again because the target does not hold their scheme.
+
+    rule    why, of the first
+    given   the scheme that they had
+    scheme  the nearest that the target has
+    count   how many
+    error   ||after - before|| / ||before|| over all of their weights
+    """
+
+    rule: str
+    given: str
+    scheme: str
+    count: int
+    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +70,7 @@ class Written:
     verified_by     who read every tensor back and found it equal
     foreign         whether that was the engine's own code
     notes           what a person should know
+    rounded         what was rounded again; empty where every weight is what it was
     """
 
     output: Path
@@ -48,6 +83,7 @@ class Written:
     verified_by: str
     foreign: bool
     notes: tuple[str, ...] = ()
+    rounded: tuple[Rounded, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """By the names of the command line's contract."""
@@ -61,42 +97,175 @@ class Written:
             "peak_rss_bytes": self.peak_rss_bytes,
             "verified_by": self.verified_by,
             "foreign": self.foreign,
+            "exact": not self.rounded,
+            "rounded": [
+                {"given": r.given, "scheme": r.scheme, "layers": r.count, "error": r.error, "rule": r.rule}
+                for r in self.rounded
+            ],
             "notes": list(self.notes),
         }
 
 
-def export(model: str | Path, *, to: str, output: str | Path, shard_bytes: int | None = None) -> Written:
-    """Write a quantized folder for another engine, with the codes that it has.
+def export(
+    model: str | Path,
+    *,
+    to: str,
+    output: str | Path,
+    scheme: str | None = None,
+    requantize: bool = False,
+    shard_bytes: int | None = None,
+) -> Written:
+    """Write a model for another engine, with the codes that it has.
 
-    model        a folder or hub id, quantized
+    model        a folder or hub id, quantized; or float, with `scheme`
     to           what for: one of `exports.target.names()`
     output       the file or folder to write, which must not exist
+    scheme       what a float model is quantized in first, rounded to nearest
+    requantize   layers that the target has no scheme for are rounded again, to the nearest that it has
     shard_bytes  the largest file, where there are several; None: the target's own
 
-    Raises UsageError of all kinds before a byte is written: what the target cannot hold is named by layer and rule.
-    Raises OutputError where what was written is not read back as it was meant; then nothing is left.
+    Raises UsageError of all kinds before a byte is written: what the target cannot hold is named by layer and rule,
+    with the nearest scheme; and WeightError for a scale that its type of scales does not hold. Raises OutputError where
+    what was written is not read back as it was meant; then nothing is left.
     """
-    begin, place, target = time.time(), local(output), targets.find(to)
+    target, place = targets.find(to), local(output)
+    refuse_place(place)
     if place.exists():
         raise OutputError(f"{place} exists", "choose another name, or remove it")
+    with _opened(model, scheme, place) as folder:
+        return _export(folder, target, to, place, requantize=requantize, shard_bytes=shard_bytes)
+
+
+def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | None = None) -> Written:
+    """Write a model that another tool quantized as a folder of ours, with the codes that it has.
+
+    model        a file or folder of any format that is read, or a hub id
+    output       the folder to write, which must not exist
+    shard_bytes  its largest file; None: 2 GB
+
+    The format is the one that `quantize` would choose for such a model. Raises as `export` does.
+    """
     folder = Folder.open(model)
-    source = Source(folder, target.prepared(to, folder.contents))
-    refused = target.obstacles(to, source.contents) + target.refusals(to, source)
-    if refused:
-        raise SchemeError(listed(refused, 3, "reasons", between="; "), "export it in another scheme")
+    if folder.format is None:
+        raise UsageError(f"{folder.checkpoint.folder} is not quantized", "quantize it, or use it as it is")
+    chosen = formats.choose(Source.of(folder).contents)
+    return export(model, to=chosen.name.replace("_", "-"), output=output, shard_bytes=shard_bytes)
+
+
+@contextmanager
+def _opened(model: str | Path, scheme: str | None, place: Path) -> Iterator[Folder]:
+    """The quantized folder, within; of a float model one that is made beside `place`, and goes at the end."""
+    folder = Folder.open(model)
+    if scheme is None:
+        if folder.format is None:
+            raise UsageError(f"{folder.checkpoint.folder} is not quantized", "give --scheme, such as w4g32")
+        yield folder
+        return
+    if folder.format is not None:
+        raise UsageError(
+            f"{folder.checkpoint.folder} is quantized already", "leave --scheme out, or start from the float model"
+        )
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
+        quantize(model, scheme, output=Path(beside) / "quantized", fit_groups=True)
+        yield Folder.open(Path(beside) / "quantized")
+
+
+def _export(
+    folder: Folder, target: Target, to: str, place: Path, *, requantize: bool, shard_bytes: int | None
+) -> Written:
+    """The same for a folder that is open."""
+    begin, given = time.time(), Source.of(folder)
+    held = holding.hold(target, to, given.contents)
+    if not requantize:
+        _refuse(held, given)
+    source = _changed(given, held, target, to)
+    if refused := target.obstacles(to, source.contents) + target.refusals(to, source):
+        raise SchemeError(listed(refused, _LISTED, "reasons", between="; "), "export it to something else")
+    _look_at_scales(source, held)
     reader = verify.choose(to, source)
     if reader is None:
         raise OutputError(f"nobody here reads {to}: what is written could not be verified", "install its reader")
     facts = {"to": to, "spicerack": __version__, **verify.facts(reader)}
-
-    def check(written: Path) -> None:
-        verify.verify(reader, written, source)
-
+    check = partial(verify.verify, reader, to, source)
     target.write(source, Order(to, place, check, facts, shard_bytes))
     return Written(
-        place, to, _nbytes(place), len(source.contents), len(source.floats()), round(time.time() - begin, 3),
-        peak_rss_bytes(), reader.name, reader.foreign, tuple(target.notes(to, source)),
+        place, to, _nbytes(place), len(source.contents), len(source.floats), round(time.time() - begin, 3),
+        peak_rss_bytes(), reader.name, reader.foreign, tuple(target.notes(to, source)), _rounded(given, source, held),
     )  # fmt: skip
+
+
+def _refuse(held: Mapping[str, Held], given: Source) -> None:
+    """Raise SchemeError for tensors that cannot be held exactly: layer, rule, and the nearest scheme that fits."""
+    reasons = []
+    for module, one in held.items():
+        if not one.exact:
+            nearest = one.stored.scheme
+            fits = nearest != given.contents[module].scheme
+            reasons.append(f"{one.rule}" + (f" (nearest: {nearest})" if fits else ""))
+    if reasons:
+        raise SchemeError(
+            listed(reasons, _LISTED, "layers", between="; "),
+            "--requantize rounds to the nearest scheme again, and says what that costs",
+        )
+
+
+def _changed(given: Source, held: Mapping[str, Held], target: Target, to: str) -> Source:
+    """The source as the target gets it: each tensor in the scheme that it is held in, or rounded to it."""
+    contents = target.prepared(to, {module: one.stored for module, one in held.items()})
+    changes: dict[str, Change] = {}
+    for module, wanted in contents.items():
+        stored = given.contents[module]
+        if (wanted.scheme, wanted.source_dtype) != (stored.scheme, stored.source_dtype):
+            exact = held[module].exact
+            changes[module] = partial(holding.convert if exact else round_again, wanted=wanted)
+    return Source(given.folder, contents, changes)
+
+
+def round_again(q: QTensor, wanted: StoredTensor) -> QTensor:
+    """q decoded and rounded to nearest in the scheme of `wanted`. Raises WeightError."""
+    w = codec.decode(replace(q, transposed=False))
+    rounded = rounding.to_nearest(w, wanted.scheme, name=wanted.module, source=wanted.source_dtype)
+    return replace(rounded, transposed=q.transposed)
+
+
+def _look_at_scales(source: Source, held: Mapping[str, Held]) -> None:
+    """Raise WeightError for a scale that the target's type of scales does not hold: before a byte is written.
+
+    Only scales are read where codes may lie as they are; tensors that are rounded again find new ones.
+    """
+    for module, wanted in source.contents.items():
+        if module not in source.changes or not held[module].exact:
+            continue
+        stored = source.folder.contents[module]
+        undecoded = source.folder.undecoded(stored)
+        if undecoded is None:
+            source.packed(module)
+        else:
+            holding.stored_scale(undecoded.scale, stored.scheme, wanted)
+        source.release(stored)
+
+
+def _rounded(given: Source, source: Source, held: Mapping[str, Held]) -> tuple[Rounded, ...]:
+    """What was rounded again, layers of one pair of schemes together, with what it changed; read once more."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    rules: dict[tuple[str, str], str] = {}
+    for module, one in held.items():
+        if one.exact:
+            continue
+        before, after = given.packed(module), source.packed(module)
+        w = codec.decode(replace(before, transposed=False))
+        size = float(w.square().sum(dtype=torch.float64))
+        error = rounding.relative_error(w, after) ** 2 * size
+        key = before.scheme.name, after.scheme.name
+        total = sums.setdefault(key, [0.0, 0.0, 0.0])
+        total[0], total[1], total[2] = total[0] + error, total[1] + size, total[2] + 1
+        rules.setdefault(key, str(one.rule))
+        source.release(source.contents[module])
+    return tuple(
+        Rounded(rules[key], *key, int(count), (error / size) ** 0.5 if size else 0.0)
+        for key, (error, size, count) in sums.items()
+    )
 
 
 def _nbytes(place: Path) -> int:

@@ -6,24 +6,29 @@ one tensor: whoever walks gives a tensor up when it asks for the next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from spicerack.models import census
+from spicerack.models.census import ON_REQUEST
+from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.runtime.folder import Folder
 from spicerack.storage import ledger
 from spicerack.storage.format import Contents, StoredTensor
 from spicerack.storage.ledger import Ledger
-from spicerack.storage.reader import TensorInfo
+from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
 
 Change = Callable[[QTensor], QTensor]
 """What makes a tensor of the folder one in the scheme that the target holds it in."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """A model folder on its way out.
 
@@ -38,19 +43,41 @@ class Source:
 
     @classmethod
     def of(cls, folder: Folder) -> Source:
-        """The folder as it is."""
-        return cls(folder, folder.contents)
+        """The folder as it is, with what its format may not tell: roles, by names, and which layers have a bias."""
+        source = cls(folder, folder.contents)
+        entries = census.take(source.described).entries
+        contents = {}
+        for module, stored in folder.contents.items():
+            role = entries[f"{module}.weight"].role if stored.role == "linear" else stored.role
+            role = role if role in ON_REQUEST else stored.role
+            contents[module] = replace(stored, role=role, bias=f"{module}.bias" in source.floats)
+        return cls(folder, contents)
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The float model's config.json."""
         return self.folder.config
 
-    @property
+    @cached_property
+    def described(self) -> Checkpoint:
+        """The float model that the folder stands for, as headers: what transformers, names and shapes tell of it.
+
+        No tensor of it that is packed can be read.
+        """
+        base = self.folder.checkpoint
+        infos = dict(self.floats)
+        for stored in self.contents.values():
+            name, shape = f"{stored.module}.weight", stored.shape[::-1] if stored.transposed else stored.shape
+            dtype = safetensors_dtype(stored.source_dtype)
+            infos[name] = TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, "")
+        return replace(base, config=dict(self.config), tensors=infos, mapped=None)
+
+    @cached_property
     def ledger(self) -> Ledger | None:
         """What the folder says of its origin; None where it says nothing."""
         return ledger.read(self.folder.checkpoint.folder)
 
+    @cached_property
     def floats(self) -> dict[str, TensorInfo]:
         """Name -> header of the tensors that are no part of a packed one, in the order of the disk."""
         packed = {name for names in self._layouts().values() for name in names}

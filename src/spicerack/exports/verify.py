@@ -43,8 +43,8 @@ class Reader(Protocol):
         """Why it cannot read what is written of this model under the name `to`: another format, or what it needs is not
         installed. None if it can."""
 
-    def opened(self, path: Path, source: Source, /) -> Weights:
-        """What was written at `path`, for one tensor at a time."""
+    def opened(self, path: Path, to: str, source: Source, /) -> Weights:
+        """What was written at `path` under the name `to`, for one tensor at a time."""
 
 
 def choose(to: str, source: Source) -> Reader | None:
@@ -56,10 +56,10 @@ def choose(to: str, source: Source) -> Reader | None:
     return min(able, key=lambda reader: not reader.foreign, default=None)
 
 
-def verify(reader: Reader, path: Path, source: Source) -> None:
+def verify(reader: Reader, to: str, source: Source, path: Path) -> None:
     """Compare every tensor of `source` with what `reader` reads at `path`. Raises OutputError naming the first that
     differs, how much and where."""
-    weights = reader.opened(path, source)
+    weights = reader.opened(path, to, source)
     for tensor, value in source.walk():
         if isinstance(tensor, StoredTensor):
             assert isinstance(value, QTensor)

@@ -7,6 +7,7 @@ unnoticed. Whether it has other memory is `Plan.is_current`'s question.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,18 +26,18 @@ class Guard:
 
     modules    what is watched; children that are none of them are not
     top        the one of them that something takes the place of: hooks of its own run around that, and what its
-               attributes decide is for its caller to know
+               attributes decide is for its caller to know; it is not kept alive, because the guard is among its own
     """
 
     def __init__(self, modules: Iterable[nn.Module], top: nn.Module) -> None:
         watched: list[Any] = []  # for `unchanged`, three at a time
         self._hooks: list[dict[int, Any]] = []
         members = {id(m): m for m in modules}
+        self._top, self._kind = weakref.ref(top), type(top)
         for m in members.values():
-            watched += (m, None, type(m))
             if m is not top:
                 own, children = vars(m), m._modules
-                watched += (own, "forward", None, children, None, len(children))
+                watched += (m, None, type(m), own, "forward", None, children, None, len(children))
                 self._hooks += (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
                 # Packed layers are made in training mode, which means nothing to them, and stay so until eval().
                 ignored = {"training"} if m.training else set()
@@ -52,7 +53,8 @@ class Guard:
     def holds(self) -> bool:
         """Whether nothing has changed, nobody watches by hooks, and no module has got a forward of its own."""
         return (
-            _native.unchanged(self._watched)
+            type(self._top()) is self._kind
+            and _native.unchanged(self._watched)
             and not torch_module._has_any_global_hook()
             and (not any(self._hooks) or all(map(_are_idle, self._hooks)))
         )

@@ -15,12 +15,12 @@ import torch
 from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Choice, Compute, Shape
 from spicerack.models.config import architecture
+from spicerack.models.opening import open_stored
 from spicerack.models.overview import pattern_of
 from spicerack.numerics import dtypes
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage import format
 from spicerack.storage.format import StoredTensor
-from spicerack.storage.reader import Checkpoint
 
 _CPU = torch.device("cpu")
 _PROBES = ("w8", "w8a8", "ternary")
@@ -75,7 +75,7 @@ def layers(folder: str | Path, compute: Compute | None = None, engine: str | Non
     [] for a float model. folder: local, or a hub id. Raises CheckpointError, SchemeError and UsageError.
     """
     kernel.check_engine(engine)  # also where nothing is quantized
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_stored(folder)
     fmt = format.of_folder(checkpoint)
     if fmt is None:
         return []

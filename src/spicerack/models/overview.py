@@ -20,8 +20,9 @@ from spicerack.models.census import BY_DEFAULT, Census, Entry, take
 from spicerack.models.config import Architecture, nested
 from spicerack.models.families import names
 from spicerack.models.narrow import nearest
+from spicerack.models.opening import open_model, open_stored
 from spicerack.numerics.scheme import Scheme, parse
-from spicerack.storage import files, ledger, released
+from spicerack.storage import files, ledger
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import Checkpoint, TensorInfo
 
@@ -138,12 +139,15 @@ def look(model: str | Path) -> Report:
     A folder of spicerack's own is described by its ledger: under the names that the float model had, with what became
     of each tensor. Estimates are made of float models only. Raises CheckpointError.
     """
-    checkpoint = released.decoded(Checkpoint.open(model))
+    checkpoint = open_model(model)
     quantized = quantized_with(checkpoint.config)
     stored: dict[str, Stored] = {}
     written = ledger.read(checkpoint.folder) if quantized else None
     if written is not None:
         checkpoint, stored, quantized = _source(checkpoint, written), _stored(written), written.recipe or quantized
+    elif packed := {name: told for name in checkpoint.tensors if (told := checkpoint.packed(name)) is not None}:
+        stored = {name: Stored(type_, checkpoint.tensors[name].nbytes, None) for name, (type_, _) in packed.items()}
+        checkpoint = _unpacked(checkpoint, {name: shape for name, (_, shape) in packed.items()})
     census = take(checkpoint)
     rows = _rows(census, stored)
     return Report(
@@ -199,7 +203,7 @@ def check_sides(out: str | Path, source: str | Path, command: str) -> None:
     Of a source without our ledger nothing is said here: what others wrote may be read as floats. Raises CheckpointError
     and UsageError.
     """
-    quantized, original = Checkpoint.open(out), Checkpoint.open(source)
+    quantized, original = open_stored(out), open_stored(source)
     ours = quantized_with(original.config) is not None and (original.folder / files.LEDGER).is_file()
     if ours:
         swapped = quantized_with(quantized.config) is None
@@ -213,6 +217,18 @@ def _source(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
     nested = config.get("config", {}) if config.get("model_type") == files.CONTAINER else config
     tensors = {e.tensor: TensorInfo(e.tensor, e.dtype, e.shape, e.bytes_before, "") for e in written.entries}
     return replace(checkpoint, config=nested, tensors=tensors)
+
+
+def _unpacked(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+    """A checkpoint whose tensors of bytes have the shapes of the weights that are packed in them. It cannot be read
+    from, and who asks whether two of its tensors are the same is told so of those without a file."""
+    tensors = {
+        name: replace(info, dtype="F32", shape=shapes[name], file="") if name in shapes else info
+        for name, info in checkpoint.tensors.items()
+    }
+    return Checkpoint(
+        checkpoint.folder, checkpoint.config, tensors, checkpoint.shards, checkpoint.side_files, checkpoint.notes
+    )
 
 
 def _stored(written: Ledger) -> dict[str, Stored]:

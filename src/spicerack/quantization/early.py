@@ -12,15 +12,15 @@ from pathlib import Path
 from spicerack.errors import RecipeError
 from spicerack.models import census, overview
 from spicerack.models.census import BY_DEFAULT
+from spicerack.models.opening import open_model
 from spicerack.quantization import fitting, recipe
 from spicerack.quantization.recipe import Recipe
-from spicerack.storage import released
 from spicerack.storage.reader import Checkpoint
 
 
 def open_float(model: str | Path) -> Checkpoint:
-    """The folder or hub id of a float model, opened. Raises CheckpointError for what is none."""
-    checkpoint = released.decoded(Checkpoint.open(model))
+    """The float model in a folder, at a hub id or in a GGUF file, opened. Raises CheckpointError for what is none."""
+    checkpoint = open_model(model)
     overview.refuse_quantized(checkpoint)
     return checkpoint
 

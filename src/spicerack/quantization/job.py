@@ -20,6 +20,7 @@ from spicerack._version import __version__
 from spicerack.errors import RecipeError, listed
 from spicerack.models.architecture import host_of
 from spicerack.models.fit import relying_on_ties
+from spicerack.models.opening import open_stored
 from spicerack.models.overview import refuse_quantized
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.scheme import Scheme
@@ -157,7 +158,7 @@ def prepare(model: str | Path, asked: Recipe, *, with_text: bool = False, shard_
     SchemeError (an embedding with int8 activations), ShapeError (all tensors that no whole groups tile, at once),
     UsageError (static activations in a model without blocks to calibrate).
     """
-    return decide(Checkpoint.open(model), asked, with_text=with_text, shard_bytes=shard_bytes)
+    return decide(open_stored(model), asked, with_text=with_text, shard_bytes=shard_bytes)
 
 
 def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, shard_bytes: int = SHARD_BYTES) -> Job:

@@ -15,11 +15,11 @@ import torch
 
 from spicerack.errors import CheckpointError
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST
+from spicerack.models.opening import open_model
 from spicerack.nn import kinds
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage import format as formats
-from spicerack.storage import released
 from spicerack.storage.format import Format, StoredTensor
 from spicerack.storage.reader import Checkpoint
 
@@ -39,11 +39,11 @@ class Folder:
 
     @classmethod
     def open(cls, folder: str | Path) -> Folder:
-        """The folder at a path or hub id; a release in FP8 or MXFP4 as the floats that it stands for.
+        """The folder or GGUF file at a path or hub id; a release in FP8 or MXFP4 as the floats that it stands for.
 
         Raises CheckpointError, also where a packed tensor has an unknown role.
         """
-        checkpoint = released.decoded(Checkpoint.open(folder)).held()
+        checkpoint = open_model(folder).held()
         fmt = formats.of_folder(checkpoint)
         contents = fmt.contents(checkpoint) if fmt is not None else {}
         known = {kind.name for kind in kinds.KINDS} | BY_DEFAULT | ON_REQUEST

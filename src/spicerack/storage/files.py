@@ -105,6 +105,10 @@ def find(folder: Path) -> Files:
     GGUF weights alone, an adapter (beside a model, too), an unfinished output, names that lead out of the folder,
     links to elsewhere.
     """
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder} is a GGUF file, where a model folder is wanted", "give the folder it came from"
+        )
     index: dict[str, str] | None = None
     index_name = _index_name(folder)
     if (folder / SINGLE).is_file():  # transformers prefers it to an index, too
@@ -124,20 +128,18 @@ def find(folder: Path) -> Files:
 
 
 def locate(model: str | Path) -> Path:
-    """A model's folder, absolute: the local one, or a snapshot of a hub id such as `org/name`.
+    """Where a model lies, absolute: the local folder, or a snapshot of a hub id such as `org/name`.
 
     A folder comes before a hub id of the same name. A hub id is fetched into the hub's own cache, without pickled
-    weights (`HUB_ALLOW`), or found there. Raises CheckpointError for files (GGUF is named), paths that do not exist,
-    and what the hub does not give.
+    weights (`HUB_ALLOW`), or found there. A .gguf file is a model, too, and its own place. Raises CheckpointError for
+    other files, paths that do not exist, and what the hub does not give.
     """
     path = local(model)
     if path.is_dir():
         return path.resolve()
     if path.is_file():
         if path.suffix == ".gguf":
-            raise CheckpointError(
-                f"{path} is a GGUF file, already quantized for llama.cpp", "give the safetensors folder it came from"
-            )
+            return path.resolve()
         raise CheckpointError(f"{path} is a file, not a model folder", f"give the folder that holds it: {path.parent}")
     if isinstance(model, str) and _HUB_ID.fullmatch(model):
         return _download(model)
@@ -285,10 +287,8 @@ def _only_weight_file(folder: Path) -> str:
             f"{folder / pickled[0]}: pickled weights are not read, because pickled files can execute code",
             "load them with transformers in a sandbox, and save_pretrained writes *.safetensors",
         )
-    if any(name.endswith(".gguf") for name in names):
-        raise CheckpointError(
-            f"{folder} is a GGUF folder, already quantized for llama.cpp", "give the safetensors folder it came from"
-        )
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        raise CheckpointError(f"{folder} is a GGUF folder: its files are models", f"give one: {folder / ggufs[0]}")
     if any(folder.glob("*.safetensors.tmp")) or "progress.json" in names:
         raise CheckpointError(f"{folder} is an unfinished output", "run the same quantize command again to finish it")
     parts = sorted(path.parent.name for path in folder.glob("*/*.safetensors") if not path.parent.name.startswith("."))

@@ -124,6 +124,12 @@ class Format(Protocol):
     def on_request(self) -> bool:
         """Whether it is written only where it is asked for by name: then it is read, and `choose` passes it over."""
 
+    def prepared(self, contents: Contents, /) -> Contents:
+        """The contents as they are laid out where the format is asked for: what it decides over all tensors at once.
+
+        Every tensor holds exactly what it held: other schemes are those that say the same in more bits.
+        """
+
     def obstacles(self, contents: Contents, /) -> list[str]:
         """Why this format cannot hold `contents` exactly, a sentence each beginning with the module; empty if it
         can."""
@@ -193,6 +199,10 @@ class MethodFormat:
         """See `Format.recognizes`."""
         section = config.get("quantization_config")
         return isinstance(section, dict) and section.get("quant_method") == self.method
+
+    def prepared(self, contents: Contents, /) -> Contents:
+        """See `Format.prepared`: every tensor is laid out on its own."""
+        return contents
 
     def reading(self, _config: Mapping[str, Any], _contents: Contents, host: Host, /) -> Reading:
         """See `Format.reading`: names alone."""

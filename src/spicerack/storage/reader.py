@@ -113,6 +113,11 @@ class Checkpoint:
             notes += _check_index(own.folder, own.index, tensors)
         return cls(own.folder, config, tensors, own.shards, own.side_files, tuple(notes))
 
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Paths of the files that hold the tensors."""
+        return tuple(self.folder / shard for shard in self.shards)
+
     def held(self) -> Checkpoint:
         """The same, for a pass over many tensors: each shard is mapped once, and what `read` gives are views of that.
 
@@ -176,6 +181,13 @@ class Checkpoint:
                 one.read(size) == other.read(size)
                 for size in (min(_COMPARED, first.nbytes - at) for at in range(0, first.nbytes, _COMPARED))
             )
+
+    def packed(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """What is packed in a tensor of bytes, where the checkpoint knows: the type's name, and the shape of the weights.
+
+        None for what is no such tensor, and where a format says it (`storage.format`).
+        """
+        return None
 
     def told(self, name: str) -> tuple[str, ...]:
         """What the ledger says of how a tensor was read: nothing, where it was read as it lies in the file."""

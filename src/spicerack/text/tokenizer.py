@@ -11,6 +11,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from spicerack.errors import CheckpointError, UntrustedCodeError
+from spicerack.storage.gguf.reader import GgufFile
+from spicerack.text.gguf import tokenizer_of_gguf
 
 _DAMAGED = (AttributeError, LookupError, OSError, TypeError, ValueError)
 """What is raised where files have not what they should have."""
@@ -19,11 +21,13 @@ _DAMAGED = (AttributeError, LookupError, OSError, TypeError, ValueError)
 def read_tokenizer(
     folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; nothing is fetched.
+    """The tokenizer in `folder`, or in a .gguf file; nothing is fetched.
 
     config: of the float model: transformers chooses the tokenizer's class by it, and need not know what our own folders
     say. Raises CheckpointError if there is no tokenizer, UntrustedCodeError if it is code that is not trusted.
     """
+    if folder.is_file():  # a GGUF file, which has it inside
+        return tokenizer_of_gguf(GgufFile.open(folder).metadata)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True

@@ -18,6 +18,7 @@ import transformers
 
 from spicerack._version import __version__
 from spicerack.errors import UsageError
+from spicerack.models.opening import open_stored
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Recipe, Rule
@@ -153,7 +154,7 @@ def prepare(model: str | Path, output: Path, options: TrainOptions) -> Job:
         settings=options.settings,
         config=options.config,
         start=find_start(model, tokenizer=options.tokenizer, twin=options.twin),
-        teacher=None if teacher is None else Checkpoint.open(teacher),
+        teacher=None if teacher is None else open_stored(teacher),
         scales_only=options.scales_only,
         data=options.data,
         held_out=options.held_out,

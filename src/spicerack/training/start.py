@@ -21,11 +21,11 @@ from transformers import (
 from spicerack.errors import UsageError
 from spicerack.models.inputs import limits_of
 from spicerack.models.kind import kind_of
+from spicerack.models.opening import open_stored
 from spicerack.runtime import hf
 from spicerack.runtime.load import load
 from spicerack.storage import format
 from spicerack.storage.files import MAX_CONFIG_BYTES, local, read_json
-from spicerack.storage.reader import Checkpoint
 from spicerack.text.tokenizer import read_tokenizer
 from spicerack.training.qat import bitnet
 from spicerack.training.qat.start import Stored
@@ -134,7 +134,7 @@ def _from_folder(model: str | Path, twin: Twin | None) -> _Source:
 
     Raises UsageError for a twin of a quantized model, CheckpointError for a folder that is not read.
     """
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_stored(model)
     fmt, folder = format.of_folder(checkpoint), checkpoint.folder
     config = checkpoint.config if fmt is None else fmt.float_config(checkpoint.config)
     if fmt is not None and twin is not None:

@@ -23,8 +23,8 @@ import copy
 import functools
 import inspect
 import math
+import weakref
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +52,36 @@ class _Ready(NamedTuple):
 
     def is_current(self, model: PreTrainedModel) -> bool:
         return self.guard.holds() and self.built.plan.is_current() and vars(model.config) == self.config
+
+
+class _Method:
+    """A function bound to a model that has it among its attributes, and that it does not keep.
+
+    A method of Python's would: the model would be in a circle with itself, and its memory stay until somebody looks for
+    those. function: named as the attribute. Whoever calls it after the model is gone is told by a ReferenceError.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: PreTrainedModel) -> None:
+        self._function, self._model = function, weakref.ref(model)
+        functools.update_wrapper(self, function)
+        self.__code__ = function.__code__  # torch.export names its inputs by the place of that
+        signature = inspect.signature(function)
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **others: Any) -> Any:
+        return self._function(self._owner(), *args, **others)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
+        return _Method(self._function, copy.deepcopy(self._owner(), memo))
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[PreTrainedModel, str]]:
+        return getattr, (self._owner(), self._function.__name__)  # as methods are pickled: what the class has
+
+    def _owner(self) -> PreTrainedModel:
+        model = self._model()
+        if model is None:
+            raise ReferenceError(f"the model whose {self._function.__name__} this is is gone")
+        return model
 
 
 class NativeEncoder:
@@ -170,8 +200,8 @@ def use_native_encoders(model: nn.Module, engine: str | None = None) -> None:
         vars(part)[_PLACE] = native = NativeEncoder(family, engine)
         native.prepare(part)
         if native.obstacle is None:
-            vars(part)["forward"] = MethodType(_forward(type(part)), part)
-            vars(part)["_apply"] = MethodType(_apply(type(part)), part)
+            vars(part)["forward"] = _Method(_forward(type(part)), part)
+            vars(part)["_apply"] = _Method(_apply(type(part)), part)
 
 
 def obstacles(model: nn.Module) -> dict[str, str | None]:

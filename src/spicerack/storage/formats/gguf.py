@@ -66,7 +66,8 @@ class Gguf(MethodFormat):
         tensors = {f"{stored.module}.weight": blocks.encode(type_, inner, stored.module)}
         if scaled:
             shape = self.layout(stored)[f"{stored.module}.scale"][1]
-            tensors[f"{stored.module}.scale"] = torch.ones(shape) if scale is None else scale.reshape(shape)
+            ones = torch.ones(shape, dtype=torch.float32, device="cpu")
+            tensors[f"{stored.module}.scale"] = ones if scale is None else scale.reshape(shape)
         return tensors
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:

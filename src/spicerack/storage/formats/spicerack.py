@@ -44,6 +44,10 @@ class SpicerackFormat:
     read_by_others: bool = False
     on_request: bool = False
 
+    def prepared(self, contents: Contents) -> Contents:
+        """As they are."""
+        return contents
+
     def obstacles(self, contents: Contents) -> list[str]:
         """Schemes that are no file in `schemes/` and no name of the grammar: nobody could read them again."""
         return [

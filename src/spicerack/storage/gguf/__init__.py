@@ -1,6 +1,6 @@
 """GGUF, the file of llama.cpp, Ollama and LM Studio: metadata, a table of tensors, and their bytes.
 
-    ggml       its's types, and a tensor of one
+    ggml       its types, and a tensor of one
     metadata   typed keys and values
     reader     a file (or a split one) in: the header checked whole, then tensors as they lie
     writer     a file out: streaming, atomic, split where asked

@@ -68,26 +68,41 @@ class Planes:
         codes = parts[self.part]
         if self.bits == 8:
             return codes
-        codes = (codes >> self.shift) & (2**self.bits - 1)
-        runs = codes.reshape(len(codes), -1, 8 // self.bits, self.stride)
-        packed: torch.Tensor = runs[:, :, 0].clone()
+        lanes, mask = self._lanes(codes)
+        runs = (lanes >> self.shift) & mask
+        runs = runs.reshape(len(codes), -1, 8 // self.bits, runs.shape[1] * self.stride // self.count)
+        packed: torch.Tensor = runs[:, :, 0]
         for place in range(1, 8 // self.bits):
-            packed |= runs[:, :, place] << place * self.bits
-        return packed.reshape(len(codes), self.nbytes)
+            packed = packed | runs[:, :, place] << place * self.bits
+        return packed.reshape(len(codes), -1).view(torch.uint8)
 
     def unpack(self, raw: torch.Tensor, parts: Parts) -> None:
         """See `Field.unpack`."""
         if self.bits == 8:
             parts[self.part] = raw
             return
-        packed = raw.reshape(len(raw), -1, self.stride)
-        runs = torch.empty((len(raw), packed.shape[1], 8 // self.bits, self.stride), dtype=torch.uint8, device="cpu")
+        lanes, mask = self._lanes(raw)
+        packed = lanes.reshape(len(raw), -1, lanes.shape[1] * self.stride // self.nbytes)
+        shape = (len(raw), packed.shape[1], 8 // self.bits, packed.shape[2])
+        runs = torch.empty(shape, dtype=lanes.dtype, device="cpu")
         for place in range(8 // self.bits):
-            torch.bitwise_and(packed >> place * self.bits, 2**self.bits - 1, out=runs[:, :, place])
-        codes = runs.reshape(len(raw), self.count)
+            torch.bitwise_and(packed >> place * self.bits, mask, out=runs[:, :, place])
+        codes = runs.view(len(raw), -1)
         if self.shift:
             codes <<= self.shift
+        codes = codes.view(torch.uint8)
         parts[self.part] = parts[self.part] | codes if self.part in parts else codes
+
+    def _lanes(self, data: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Bytes [M, B], and the mask of a code in each: eight of them in an int64 where runs are as long as that.
+
+        Bits that a shift brings into a byte from its neighbour are those that the mask takes away.
+        """
+        mask = 2**self.bits - 1
+        if self.stride % 8:
+            return data, mask
+        fresh = data.clone(memory_format=torch.contiguous_format)  # views of other types want aligned memory
+        return fresh.view(torch.int64), int.from_bytes(bytes([mask]) * 8, "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +221,32 @@ LAYOUTS: dict[str, tuple[Field, ...]] = {
 """ggml's name -> the fields of a block, in their order."""
 
 
+_PIECE = 1 << 20
+"""Bytes of blocks that are packed at once: what lies between is then small beside a tensor, and it is no slower."""
+
+
 def pack(name: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Parts of M blocks of the type called `name` -> their bytes, uint8 [M, bytes of a block]."""
-    return torch.cat([field.pack(parts) for field in LAYOUTS[name]], 1)
+    fields, count = LAYOUTS[name], len(next(iter(parts.values())))
+    nbytes = sum(field.nbytes for field in fields)
+    raw = torch.empty((count, nbytes), dtype=torch.uint8, device="cpu")
+    step = max(_PIECE // nbytes, 1)
+    for start in range(0, count, step):
+        some = {key: part[start : start + step] for key, part in parts.items()}
+        torch.cat([field.pack(some) for field in fields], 1, out=raw[start : start + step])
+    return raw
 
 
 def unpack(name: str, raw: torch.Tensor) -> Parts:
-    """Inverse of `pack`: uint8 [M, bytes of a block] -> the parts, of which some may share its memory."""
-    fields, parts = LAYOUTS[name], Parts()
-    for field, some in zip(fields, raw.split([field.nbytes for field in fields], 1), strict=True):
-        field.unpack(some, parts)
+    """Inverse of `pack`: uint8 [M, bytes of a block] -> the parts."""
+    fields, parts, step = LAYOUTS[name], Parts(), max(_PIECE // raw.shape[1], 1)
+    for start in range(0, len(raw), step):
+        piece = Parts()
+        bytes_of = raw[start : start + step].split([field.nbytes for field in fields], 1)
+        for field, some in zip(fields, bytes_of, strict=True):
+            field.unpack(some, piece)
+        for key, part in piece.items():
+            if not start:
+                parts[key] = torch.empty((len(raw), part.shape[1]), dtype=part.dtype, device="cpu")
+            parts[key][start : start + step] = part
     return parts

@@ -89,14 +89,17 @@ class GgufFile:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop-1 of a tensor's first axis, uint8; no other page of the file is touched.
 
-        stop may be beyond the last, as in a slice.
+        stop may be beyond the last, as in a slice. Of a tensor of one axis these are the bytes of its elements. Raises
+        ShapeError for elements that are no whole blocks.
         """
         tensor = self.tensors[name]
-        rows = range(tensor.shape[0])[start:stop]
+        chosen = range(tensor.shape[0])[start:stop]
+        if len(tensor.shape) == 1:
+            first, last = (tensor.type.row_bytes(place) for place in (chosen.start, chosen.stop))
+            return self._view(tensor, tensor.begin + first, last - first)
         size = tensor.nbytes // tensor.shape[0]
-        return self._view(tensor, tensor.begin + rows.start * size, len(rows) * size).reshape(
-            len(rows), *tensor.raw_shape[1:]
-        )
+        raw = self._view(tensor, tensor.begin + chosen.start * size, len(chosen) * size)
+        return raw.reshape(len(chosen), *tensor.raw_shape[1:])
 
     def release(self, name: str) -> None:
         """A tensor that was read is not needed any more: where files are held, its pages go. Nobody may keep it."""

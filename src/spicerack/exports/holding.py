@@ -1,0 +1,181 @@
+"""In which scheme a target holds each tensor: its own, another that says the same in more bits, or none.
+
+    hold       every tensor of a folder -> `Held`: from headers alone
+    convert    a QTensor into the scheme in which it is held, with not a weight changed
+
+The same is said in more bits where codes are integers: three bits are four of which some are not used, a scale that a
+row shares is repeated for its groups, a scheme without zero points has zero points of 0, half-integer levels are odd
+integers with half of the scale, ternary codes are codes of two bits. What cannot be had so is rounded again, or refused
+with the nearest scheme that the target holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from spicerack import plugins
+from spicerack.errors import ShapeError, WeightError
+from spicerack.exports.target import Held, Target
+from spicerack.models.overview import pattern_of
+from spicerack.numerics.qtensor import QTensor, codes_dtype
+from spicerack.numerics.scales import dtype_of
+from spicerack.numerics.scheme import Scheme, parse
+from spicerack.storage.format import Contents, StoredTensor
+
+_GROUPS = ("", "g256", "g128", "g64", "g32", "g16")
+"""Groups that are tried: what engines have."""
+_FEWER = 1.5
+"""How much nearer a scheme of more bits is than one of as many fewer: who rounds again wants to lose little."""
+_KIND = 0.25
+"""What another kind of zero point counts for among as many bits."""
+
+
+@lru_cache(maxsize=1)
+def _candidates() -> tuple[Scheme, ...]:
+    """Schemes that are tried, those of the grammar and those with a file of their own."""
+    grammar = [f"w{bits}{group}{kind}" for bits in range(2, 9) for group in _GROUPS for kind in ("", "z", "h", "m")]
+    return tuple(map(parse, [*grammar, *plugins.names("numerics.schemes")]))
+
+
+def hold(target: Target, to: str, contents: Contents) -> dict[str, Held]:
+    """Module -> in which scheme `target` holds it under the name `to`.
+
+    Of schemes that say the same the smallest is taken; where none does, the nearest that the target has, or, where it
+    has none for the tensor at all, the tensor as it was, which the target then refuses.
+    """
+    known: dict[tuple[object, ...], Held] = {}
+    held = {}
+    for module, stored in contents.items():
+        # layers of a kind are alike, and a model has hundreds
+        key = (pattern_of(module), stored.scheme, stored.shape, stored.role, stored.source_dtype, stored.transposed,
+               stored.bias)  # fmt: skip
+        if key not in known:
+            known[key] = _hold(target, to, stored)
+        held[module] = replace(known[key], stored=replace(known[key].stored, module=module, variant=stored.variant))
+    return held
+
+
+def _hold(target: Target, to: str, stored: StoredTensor) -> Held:
+    """The same for one tensor."""
+    rule = _rule(target, to, stored)
+    if rule is None:
+        return Held(stored, exact=True)
+    able = [scheme for scheme in _fitting(stored) if _rule(target, to, replace(stored, scheme=scheme)) is None]
+    same = [scheme for scheme in able if obstacle(stored.scheme, scheme, stored.shape) is None]
+    if same:
+        smallest = min(same, key=lambda scheme: scheme.stored_bits(stored.shape))
+        return Held(replace(stored, scheme=smallest), exact=True, rule=rule)
+    if able:
+        nearest = min(able, key=lambda scheme: _distance(stored, scheme))
+        return Held(replace(stored, scheme=nearest), exact=False, rule=rule)
+    return Held(stored, exact=False, rule=rule)
+
+
+def _rule(target: Target, to: str, stored: StoredTensor) -> str | None:
+    """Why the target does not hold the tensor, as a sentence; None if it does."""
+    prepared = target.prepared(to, {stored.module: stored})
+    return next(iter(target.obstacles(to, prepared)), None)
+
+
+def _fitting(stored: StoredTensor) -> Iterator[Scheme]:
+    """Schemes whose groups tile the tensor."""
+    for scheme in _candidates():
+        try:
+            scheme.check_shape(stored.module, stored.shape)
+        except ShapeError:
+            continue
+        yield scheme
+
+
+def _distance(stored: StoredTensor, scheme: Scheme) -> tuple[float, float, str]:
+    """How far another scheme is from the tensor's: by bits of a weight, then by how zero is had."""
+    count = math.prod(stored.shape)
+    more = (scheme.stored_bits(stored.shape) - stored.scheme.stored_bits(stored.shape)) / count
+    kind = (scheme.zero, scheme.min is None) != (stored.scheme.zero, stored.scheme.min is None)
+    return (more if more >= 0 else -_FEWER * more) + _KIND * kind, scheme.bits, scheme.name
+
+
+def obstacle(given: Scheme, wanted: Scheme, shape: tuple[int, ...]) -> str | None:
+    """Why a tensor in the scheme `given` cannot be said in `wanted` without a weight changing; None if it can."""
+    if replace(given, name="", activations=None) == replace(wanted, name="", activations=None):
+        return None
+    a, b = given.levels.integers, wanted.levels.integers
+    if a is None or b is None or isinstance(given.scale, Scheme) or isinstance(wanted.scale, Scheme):
+        return "other numbers"
+    if (given.min is None) != (wanted.min is None) or isinstance(given.min, Scheme) or isinstance(wanted.min, Scheme):
+        return "minima"
+    if given.zero and not wanted.zero:
+        return "no zero points"
+    rows, columns = given.group_shape(*shape[-2:])
+    smaller_rows, smaller_columns = wanted.group_shape(*shape[-2:])
+    if rows % smaller_rows or columns % smaller_columns:
+        return "larger groups"
+    if b.half and not a.half:
+        return "half-integer levels"
+    lo, hi = (2 * a.lo + 1, 2 * a.hi + 1) if a.half and not b.half else (a.lo, a.hi)
+    return None if b.lo <= lo and hi <= b.hi else "fewer levels"
+
+
+def convert(q: QTensor, wanted: StoredTensor) -> QTensor:
+    """q in the scheme and with the type of scales that `wanted` has, of which `obstacle` has none.
+
+    Raises WeightError, naming module and scale, where that type does not hold a scale.
+    """
+    given, scheme = q.scheme, wanted.scheme
+    if isinstance(q.scale, QTensor) or given.levels.integers is None:
+        return replace(q, scheme=scheme)  # scales of their own: the same scheme but for activations
+    scale, grid, codes = stored_scale(q.scale, given, wanted), scheme.scale_shape(q.shape), q.codes
+    if _halved(given, scheme):
+        codes = 2 * codes + 1
+    zero = None
+    if scheme.zero:
+        zero = torch.zeros(grid, dtype=torch.int8, device="cpu") if q.zero is None else spread(q.zero, grid)
+    low = None
+    if q.min is not None:
+        assert isinstance(q.min, torch.Tensor), "quantized minima were refused"
+        low = spread(_cast(q.min, dtype_of(scheme.scale, wanted.source_dtype), wanted.module), grid)
+    return QTensor(
+        scheme, codes.to(codes_dtype(scheme)), spread(scale, grid), zero, low,
+        transposed=q.transposed, input_scale=q.input_scale if scheme.activations == "static" else None,
+    )  # fmt: skip
+
+
+def stored_scale(scale: torch.Tensor, given: Scheme, wanted: StoredTensor) -> torch.Tensor:
+    """Scales of a tensor in the scheme `given` as they are stored in that of `wanted`, one for each group as before.
+
+    Raises WeightError, naming module and scale, for one that the type there does not hold.
+    """
+    value = scale.float() / 2 if _halved(given, wanted.scheme) else scale
+    return _cast(value, dtype_of(wanted.scheme.scale, wanted.source_dtype), wanted.module)
+
+
+def _halved(given: Scheme, wanted: Scheme) -> bool:
+    """Whether half-integer levels become odd integers."""
+    return given.integers.half and not wanted.integers.half
+
+
+def spread(values: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+    """Scales [.., rows, columns] of groups -> those of the smaller groups of `grid`: each repeated."""
+    for axis in (-2, -1):
+        times = grid[axis] // values.shape[axis]
+        values = values if times == 1 else values.repeat_interleave(times, dim=axis)
+    return values
+
+
+def _cast(values: torch.Tensor, dtype: torch.dtype, module: str) -> torch.Tensor:
+    """Scales or minima in another type. Raises WeightError for one that it does not hold."""
+    cast = values.to(dtype)
+    lost = cast.float() != values.float()
+    if bool(lost.any()):
+        place = [int(i) for i in lost.nonzero()[0]]
+        raise WeightError(
+            f"{module}: scale {place} is {float(values[tuple(place)]):.9g}, which "
+            f"{str(dtype).removeprefix('torch.')} does not hold",
+            "export to what has scales of that type (mlx, compressed-tensors), or --requantize",
+        )
+    return cast

@@ -1,0 +1,257 @@
+"""Which tensors a GGUF file will have, of which type, and from which tensors of a folder: known from headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spicerack.errors import CheckpointError
+from spicerack.exports.source import Source
+from spicerack.models.gguf import config as configs
+from spicerack.models.gguf import rope
+from spicerack.models.gguf.checkpoint import adds_one, row_order
+from spicerack.models.gguf.family import Family, of_type
+from spicerack.models.gguf.names import Names, Place
+from spicerack.storage.format import Contents, StoredTensor
+from spicerack.storage.gguf import blocks
+from spicerack.storage.gguf.exact import scheme_obstacle
+from spicerack.storage.gguf.ggml import TYPES, GgmlType, TensorSpec
+from spicerack.storage.gguf.metadata import Entry, Value
+from spicerack.storage.ledger import Ledger
+from spicerack.storage.reader import TensorInfo
+
+IN_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
+"""Modules, the last part of their names, that llama.cpp computes in F32 and reads in nothing else, beside norms, biases
+and whatever has one axis."""
+_FILE_TYPES = {
+    "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12,
+    "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40,
+    "Q2_0": 41,
+}  # fmt: skip
+"""general.file_type of a file that is mostly of a type (llama.h, LLAMA_FTYPE_MOSTLY_*); llama.cpp only prints it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One tensor of the file.
+
+    spec    its name, type and shape
+    parts   what it is made of, in order: one tensor of the folder, or those that are stacked in it
+    """
+
+    spec: TensorSpec
+    parts: tuple[tuple[StoredTensor | TensorInfo, Place], ...]
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The same, and of NVFP4 the tensor of its scales, one for each part, that lies beside it."""
+        if self.spec.type.name != "NVFP4":
+            return [self.spec]
+        name = self.spec.name.removesuffix(".weight") + ".scale"
+        return [self.spec, TensorSpec(name, TYPES["F32"], (len(self.parts),))]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is known of a model before its tensors are asked for: its family, its whole config, and names."""
+
+    family: Family
+    config: Mapping[str, Any]
+    names: Names
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Model:
+        """Of a float model's config.json. Raises CheckpointError for a family that has no names in GGUF."""
+        family = of_type(config.get("model_type"))
+        return cls(family, configs.whole(config), Names(family))
+
+
+def types_of(stored: StoredTensor) -> tuple[GgmlType, ...]:
+    """The types that hold a packed tensor, the smallest first, by its scheme and shape."""
+    return blocks.types_for(stored.scheme, stored.shape)
+
+
+def packed_obstacles(names: Names, contents: Contents) -> list[str]:
+    """Why packed tensors cannot go into a file as they are, a sentence each beginning with the module."""
+    reasons = []
+    for module, stored in contents.items():
+        place = names.place(f"{module}.weight")
+        if place is None:
+            reasons.append(f"{module}: llama.cpp has no such layer in {names.family.architecture}")
+        elif place.module == "token_embd" and types_of(stored)[:1] == (TYPES["NVFP4"],):
+            reasons.append(f"{module}: llama.cpp has no place for the scale of an embedding in NVFP4")
+        elif place.module in IN_F32:
+            reasons.append(f"{module}: llama.cpp reads it in F32 alone")
+        elif len(stored.shape) != 2:
+            reasons.append(f"{module}: experts in one tensor are not written to GGUF; one by one they are")
+        elif stored.scheme.activations == "static":
+            reasons.append(f"{module}: {stored.scheme} has a scale of activations, for which GGUF has no place")
+        elif not types_of(stored):
+            reasons.append(f"{module}: {nearest(stored)}")
+    return reasons
+
+
+def nearest(stored: StoredTensor) -> str:
+    """Why no type holds a tensor: the reason of the one that holds most like it."""
+    types = [type_ for type_ in TYPES.values() if type_.scheme is not None]
+    near = min(types, key=lambda type_: abs(8 * type_.nbytes / type_.block - stored.scheme.bits))
+    return f"no type of GGUF holds {stored.scheme}; {near}: {scheme_obstacle(near, stored.scheme, stored.shape)}"
+
+
+def plan(model: Model, source: Source) -> list[Planned]:
+    """The tensors of the file, in the order of the folder. Raises CheckpointError for those that have no place."""
+    groups: dict[str, list[tuple[StoredTensor | TensorInfo, Place]]] = {}
+    for tensor in source.order():
+        name = f"{tensor.module}.weight" if isinstance(tensor, StoredTensor) else tensor.name
+        if model.names.left_out(name):
+            continue
+        place = model.names.place(name)
+        if place is None:
+            raise CheckpointError(
+                f"{name}: llama.cpp has no such tensor in {model.family.architecture}", "leave it out"
+            )
+        groups.setdefault(place.tensor, []).append((tensor, place))
+    planned = [_planned(name, group) for name, group in groups.items()]
+    return planned + _second_head(model.family, planned)
+
+
+def _second_head(family: Family, planned: Iterable[Planned]) -> list[Planned]:
+    """The embedding once more, as a head, where llama.cpp wants one of its own."""
+    by_name = {one.spec.name: one for one in planned}
+    if not family.own_head or "output.weight" in by_name:
+        return []
+    table = by_name["token_embd.weight"]
+    return [Planned(TensorSpec("output.weight", table.spec.type, table.spec.shape), table.parts)]
+
+
+def _planned(name: str, group: list[tuple[StoredTensor | TensorInfo, Place]]) -> Planned:
+    """One tensor of the file. Raises CheckpointError for parts that do not make one."""
+    parts = tuple(sorted(group, key=lambda part: part[1].member or 0))
+    members = [place.member for _, place in parts]
+    if members != ([None] if len(parts) == 1 and members[0] is None else list(range(len(parts)))):
+        raise CheckpointError(f"{name}: made of {_label(parts[0][0])} and {len(parts) - 1} more, which are not all", "")
+    shapes = {_shape(tensor, place) for tensor, place in parts}
+    if len(shapes) > 1:
+        raise CheckpointError(f"{name}: experts of different shapes, {sorted(shapes)}", "llama.cpp wants them alike")
+    shape = shapes.pop()
+    if parts[0][1].module == "ffn_gate_inp_shexp":
+        shape = shape[-1:]
+    elif members[0] is not None:
+        shape = (len(parts), *shape)
+    return Planned(TensorSpec(name, _type(name, parts, len(shape)), shape), parts)
+
+
+def _type(name: str, parts: tuple[tuple[StoredTensor | TensorInfo, Place], ...], axes: int) -> GgmlType:
+    """The type of a tensor: what holds all its parts as they are. Raises CheckpointError where none does."""
+    packed = [tensor for tensor, _ in parts if isinstance(tensor, StoredTensor)]
+    if len(packed) == len(parts):
+        common = [type_ for type_ in types_of(packed[0]) if all(type_ in types_of(other) for other in packed[1:])]
+        if common:
+            return common[0]
+    elif not packed:
+        place, types = parts[0][1], {tensor.dtype for tensor, _ in parts if isinstance(tensor, TensorInfo)}
+        if axes < 2 or place.module.endswith("norm") or place.module in IN_F32 or not name.endswith(".weight"):
+            return TYPES["F32"]
+        if len(types) == 1 and (only := types.pop()) in ("F32", "F16", "BF16"):
+            return TYPES[only]
+    kinds = sorted({str(t.scheme) if isinstance(t, StoredTensor) else t.dtype for t, _ in parts})
+    raise CheckpointError(
+        f"{_label(parts[0][0])}: {name} would have parts in {', '.join(kinds)}, and a tensor of GGUF has one type",
+        "give all of them one scheme",
+    )
+
+
+def _label(tensor: StoredTensor | TensorInfo) -> str:
+    return tensor.module if isinstance(tensor, StoredTensor) else tensor.name
+
+
+def _shape(tensor: StoredTensor | TensorInfo, place: Place) -> tuple[int, ...]:
+    """Of one part, output rows first."""
+    turned = place.turned and isinstance(tensor, TensorInfo)
+    return tensor.shape[::-1] if turned else tensor.shape
+
+
+def raw(model: Model, source: Source, planned: Planned) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+    """One tensor, and its scales where there are any: specs, and bytes, uint8 of their `raw_shape`.
+
+    Raises WeightError and SchemeError for numbers that the type does not hold.
+    """
+    made = [_raw_part(model, source, planned.spec.type, tensor, place) for tensor, place in planned.parts]
+    for number, spec in enumerate(planned.specs):
+        yield spec, torch.cat([part[number].reshape(-1) for part in made]).reshape(spec.raw_shape)
+
+
+def _raw_part(
+    model: Model, source: Source, type_: GgmlType, tensor: StoredTensor | TensorInfo, place: Place
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes of one tensor of the folder, rows in the file's order; and its scale's, which only NVFP4 has."""
+    scale = torch.ones(1, dtype=torch.float32, device="cpu")
+    if isinstance(tensor, StoredTensor):
+        q, own = blocks.without_tensor_scale(source.packed(tensor.module))
+        scale = scale if own is None else own
+        values = blocks.encode(type_, q, tensor.module)
+    else:
+        values = source.float(tensor.name)
+        if place.turned:
+            values = values.t()
+        if adds_one(model.family, place):
+            values = values.float() + 1
+        # of a bias an element is a row, of which the file may have another order
+        values = blocks.encode_floats(type_, values.reshape(len(values), -1), tensor.name)
+    if place.rows is not None:
+        values = values.index_select(0, row_order(place, len(values), model.config))
+    source.release(tensor)
+    return values, scale.view(torch.uint8)
+
+
+def metadata(model: Model, planned: list[Planned], tokens: Mapping[str, Entry], facts: Facts) -> dict[str, Entry]:
+    """All keys of the file, those of its tokenizer among them."""
+    sizes: dict[str, int] = {}
+    for one in planned:
+        sizes[one.spec.type.name] = sizes.get(one.spec.type.name, 0) + one.spec.nbytes
+    keys: dict[str, Entry] = {
+        "general.architecture": Value("string", model.family.architecture),
+        "general.type": Value("string", "model"),
+        "general.name": Value("string", facts.name),
+        "general.file_type": Value("u32", _FILE_TYPES[max(sizes, key=lambda name: sizes[name])]),
+        "general.quantization_version": Value("u32", 2),
+    }
+    return keys | configs.to_metadata(model.family, model.config, facts.pooling) | dict(tokens) | facts.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What travels with the file beside the model.
+
+    name     of the model, for people
+    pooling  of a sentence encoder
+    ledger   of the folder; None without one
+    order    what the caller wants to be known, of JSON's values
+    """
+
+    name: str
+    pooling: str | None
+    ledger: Ledger | None
+    order: Mapping[str, Any]
+
+    def keys(self) -> dict[str, Entry]:
+        """Under keys that begin with `spicerack.`: text as it is, what is not text as JSON."""
+        told: dict[str, Any] = dict(self.order)
+        if self.ledger is not None:
+            told |= {"recipe": self.ledger.recipe, "ledger": dict(self.ledger.identity)}
+            told |= {"calibration": self.ledger.calibration_text}
+        return {
+            f"spicerack.{key}": Value("string", value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+            for key, value in told.items()
+            if value is not None
+        }
+
+
+def numbers(model: Model) -> dict[str, np.ndarray[Any, Any]]:
+    """Tensors that are no weights: what rotary embeddings are scaled by."""
+    return dict(rope.to_metadata(model.family, model.config).tensors)

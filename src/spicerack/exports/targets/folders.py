@@ -1,0 +1,164 @@
+"""Folders of safetensors, in every format that there is one for: GPTQ, AWQ, MLX, bitnet, compressed-tensors and ours.
+
+What a format lays out and says in config.json is the format's; here it is written, a tensor at a time. Readers of other
+tools look for what transformers called things before version 5, so that config.json has both names.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from spicerack import plugins
+from spicerack._version import __version__
+from spicerack.exports.source import Source
+from spicerack.exports.target import Order
+from spicerack.models.architecture import host_of
+from spicerack.numerics.qtensor import QTensor
+from spicerack.quantization import decisions
+from spicerack.storage import format as formats
+from spicerack.storage.durable import json_bytes
+from spicerack.storage.files import CONFIG, LEDGER
+from spicerack.storage.format import Contents, Format, Reading, StoredTensor
+from spicerack.storage.ledger import Entry, Ledger
+from spicerack.storage.writer import SHARD_BYTES, OutputTensor, ShardWriter, Unit, Writer, partial_folder, shards_of
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Every format that is a folder and has no target of its own. Methods: `exports.target.Target`."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Those of the formats, as their projects write them."""
+        own = plugins.names("exports.targets")
+        return [fmt.name.replace("_", "-") for fmt in formats.ranked() if fmt.name not in own]
+
+    def prepared(self, to: str, contents: Contents) -> Contents:
+        """As the format lays them out."""
+        return _format(to).prepared(contents)
+
+    def obstacles(self, to: str, contents: Contents) -> list[str]:
+        """Those of the format."""
+        return _format(to).obstacles(contents)
+
+    def refusals(self, to: str, source: Source) -> list[str]:
+        """None: what transformers reads, others read by the same names."""
+        return []
+
+    def notes(self, to: str, source: Source) -> list[str]:
+        """Those of the format."""
+        fmt = _format(to)
+        return fmt.notes(source.contents, (), _reading(fmt, source))
+
+    def write(self, source: Source, order: Order) -> None:
+        """Shards, config.json and ledger in `OUT.partial`, which is read back and becomes OUT by one rename."""
+        fmt, checkpoint = _format(order.to), source.folder.checkpoint
+        reading = _reading(fmt, source)
+        config = fmt.config(source.config, source.contents, reading)
+        config = with_old_names(config) if fmt.read_by_others else config
+        identity = _identity(source, fmt, order)
+        units = list(_units(source, fmt))
+        side = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.side_files)
+        writer = Writer(order.output, shards_of(units, order.shard_bytes or SHARD_BYTES), identity, side)
+        entries = {entry.tensor: entry for entry in source.ledger.entries} if source.ledger else {}
+        try:
+            for shard in writer.pending():
+                with writer.shard(shard) as out:
+                    for unit in shard.units:
+                        out.entries.append(_write(source, fmt, unit, out, entries))
+            files = {LEDGER: Ledger(identity, writer.entries()).content(), CONFIG: json_bytes(config)}
+            writer.finish(files, checkpoint.folder, checkpoint.side_files)
+            order.check(writer.partial)
+            writer.seal()
+        except BaseException:  # whatever ended it, the next run begins anew: to write is cheap, and to continue is not
+            shutil.rmtree(partial_folder(order.output), ignore_errors=True)
+            raise
+
+
+def _format(to: str) -> Format:
+    return formats.get(to.replace("-", "_"))
+
+
+def _reading(fmt: Format, source: Source) -> Reading:
+    """What readers of the folder are told: above all the linear layers that stay float."""
+    described = source.described
+    if not described.config:
+        return Reading()
+    known = decisions.Source.of(described)
+    contents, tied = source.contents, known.tied
+    floats = [name for name in known.linears() if name not in contents and tied.get(name) not in contents]
+    headers = {name: (info.dtype, info.shape) for name, info in described.tensors.items()}
+    return fmt.reading(source.config, contents, host_of(source.config, headers, contents, floats))
+
+
+def _identity(source: Source, fmt: Format, order: Order) -> dict[str, Any]:
+    """What the ledger says of the folder's origin: what the source's says, and that it was exported."""
+    origin = dict(source.ledger.identity) if source.ledger else {"source": source.folder.checkpoint.fingerprint()}
+    return {**origin, "format": fmt.name, "exported": {**order.facts, "spicerack": __version__}}
+
+
+def _units(source: Source, fmt: Format) -> Iterator[Unit]:
+    """What is written at a time, in the order of the disk that it is read from."""
+    for tensor in source.order():
+        if isinstance(tensor, StoredTensor):
+            layout = fmt.layout(tensor)
+            yield Unit(tensor.module, tuple(OutputTensor(name, *header) for name, header in layout.items()))
+        else:
+            yield Unit(tensor.name, (OutputTensor(tensor.name, tensor.dtype, tensor.shape),))
+
+
+def _write(source: Source, fmt: Format, unit: Unit, out: ShardWriter, entries: Mapping[str, Entry]) -> Entry:
+    """One tensor, packed or float -> its entry in the ledger."""
+    stored = source.contents.get(unit.source)
+    if stored is None:
+        info = source.floats[unit.source]
+        out.write(info.name, source.float(info.name))
+        source.release(info)
+        fresh = Entry(info.name, "copy", "as it was in the source", info.name, None, info.dtype, info.shape,
+                      info.nbytes, info.nbytes)  # fmt: skip
+        return replace(entries.get(info.name, fresh), bytes_after=info.nbytes)
+    q: QTensor = source.packed(stored.module)
+    for name, tensor in fmt.encode(stored, q).items():
+        out.write(name, tensor)
+    source.release(stored)
+    return _entry(source, stored, unit, entries.get(f"{stored.module}.weight"))
+
+
+def _entry(source: Source, stored: StoredTensor, unit: Unit, before: Entry | None) -> Entry:
+    """The ledger's line of a packed tensor: what was told of it, and what the export made of it."""
+    given = source.folder.contents[stored.module]
+    events = () if given.scheme == stored.scheme else (f"{given.scheme} in the source, said in {stored.scheme}",)
+    if before is not None:
+        return replace(before, scheme=stored.scheme.name, bytes_after=unit.nbytes, events=(*before.events, *events))
+    info = source.described.tensors[f"{stored.module}.weight"]
+    return Entry(info.name, "quantize", "as it was in the source", stored.module, stored.scheme.name, info.dtype,
+                 info.shape, info.nbytes, unit.nbytes, events=events)  # fmt: skip
+
+
+def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with what transformers 5 calls otherwise under the old names, too; configs in it as well.
+
+    `dtype` is `torch_dtype`; `rope_parameters` are `rope_theta`, `partial_rotary_factor` and, where frequencies are
+    scaled, `rope_scaling`; of families with two kinds of attention, the sliding one's base is `rope_local_base_freq`.
+    """
+    new = {key: with_old_names(value) if key.endswith("_config") and isinstance(value, dict) and key
+           != "quantization_config" else value for key, value in config.items()}  # fmt: skip
+    old: dict[str, Any] = {}
+    if isinstance(new.get("dtype"), str):
+        old["torch_dtype"] = new["dtype"]
+    rope = new.get("rope_parameters")
+    if isinstance(rope, dict):
+        full, sliding = rope.get("full_attention"), rope.get("sliding_attention")
+        if isinstance(full, dict) and isinstance(sliding, dict):
+            old["rope_local_base_freq"] = sliding.get("rope_theta")
+            rope = full
+        old |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        if rope.get("rope_type", "default") != "default":
+            old["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {**{key: value for key, value in old.items() if value is not None}, **new}
+
+
+TARGET = Folders()

@@ -1,0 +1,303 @@
+"""`GgufCheckpoint`: a GGUF file as a checkpoint of transformers: its names, its order of rows, its config.json.
+
+Nothing is converted when a file is opened. A tensor is read when it is asked for: floats as floats, quantized ones as
+the bytes that the file has, U8 [.., N, row_bytes], which `storage.formats.gguf` knows to decode. Where rows have another
+order here (llama's queries and keys), rows of bytes are moved: quantized numbers are never touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spicerack.errors import CheckpointError
+from spicerack.models.gguf import config as configs
+from spicerack.models.gguf import rope
+from spicerack.models.gguf.family import Family, of_architecture
+from spicerack.models.gguf.names import Names, Place
+from spicerack.storage.gguf.ggml import FLOATS
+from spicerack.storage.gguf.header import GgufTensor
+from spicerack.storage.gguf.metadata import Metadata, Value
+from spicerack.storage.gguf.reader import GgufFile
+from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+METHOD = "gguf"
+"""What config.json says under `quant_method`."""
+_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+"""Of each file in a fingerprint: how many samples, and how long."""
+_NEWER = "the file is damaged, or newer than this spicerack"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufCheckpoint(Checkpoint):
+    """A GGUF file under transformers' names. `folder` is the file itself, in which no side files lie.
+
+    file    as it is
+    family  whose names these are
+    places  tensor -> what it is in the file; those that have none are zeros, which transformers' class wants and nobody
+            uses
+    """
+
+    file: GgufFile
+    family: Family
+    places: Mapping[str, Place]
+
+    @classmethod
+    def open(cls, model: str | Path) -> GgufCheckpoint:
+        """The model in a .gguf file, or of all files of a split one, by the first; no weight is read.
+
+        Raises CheckpointError as `GgufFile.open` does, and for architectures, tensors and types that are not known.
+        """
+        return cls.of(GgufFile.open(model))
+
+    @classmethod
+    def of(cls, file: GgufFile) -> GgufCheckpoint:
+        """The same of a file that is open."""
+        family = _family(file.metadata)
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        numbers = {name: _numbers(file, name) for name in rope.TENSORS if name in file.tensors}
+        config = configs.to_config(family, file.metadata, shapes, _floats(file), numbers)
+        places, tensors = _tensors(file, family, config)
+        types = {
+            name.removesuffix(".weight"): file.tensors[place.tensor].type.name
+            for name, place in places.items()
+            if file.tensors[place.tensor].type.name not in FLOATS
+        }
+        if types:
+            config["quantization_config"] = {"quant_method": METHOD, "types": types}
+            if turned := [name.removesuffix(".weight") for name, place in places.items() if place.turned]:
+                config["quantization_config"]["transposed"] = [module for module in turned if module in types]
+        missing = _pooler(family, config, tensors)
+        notes = tuple(f"{name} is not in the file: zeros, which no embedding of a text depends on" for name in missing)
+        return cls(file.path, config, tensors | missing, file.files, (), notes, file=file, family=family, places=places)
+
+    @property
+    def metadata(self) -> Metadata:
+        """Of the file: its tokenizer is in it, too."""
+        return self.file.metadata
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """See `Checkpoint.weight_files`."""
+        return tuple(self.file.path.parent / name for name in self.shards)
+
+    def packed(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """See `Checkpoint.packed`."""
+        place, info = self.places.get(name), self.tensors[name]
+        if place is None or info.dtype != "U8":
+            return None
+        type_ = self.file.tensors[place.tensor].type
+        shape = (*info.shape[:-1], info.shape[-1] // type_.nbytes * type_.block)
+        return type_.name, shape[::-1] if place.turned else shape
+
+    def held(self) -> GgufCheckpoint:
+        """See `Checkpoint.held`."""
+        return dataclasses.replace(self, file=self.file.held())
+
+    def release(self, name: str) -> None:
+        """See `Checkpoint.release`. Of what is stacked or fused with others the pages stay: those may be in use."""
+        place = self.places.get(name)
+        if place is not None and place.member is None and place.part is None:
+            self.file.release(place.tensor)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU: floats in their type, quantized ones as bytes [.., N, row_bytes]."""
+        import torch
+
+        from spicerack.numerics.dtypes import BY_SAFETENSORS
+        from spicerack.storage.gguf.blocks import decode_floats
+
+        info, place = self.tensors[name], self.places.get(name)
+        if place is None:
+            return torch.zeros(info.shape, dtype=BY_SAFETENSORS[info.dtype], device="cpu")
+        stored = self.file.tensors[place.tensor]
+        values = self.file.read(place.tensor)
+        if stored.type.name in FLOATS:
+            values = decode_floats(stored.type, values)
+        if place.member is not None:
+            values = values[place.member]
+        if place.part is not None:
+            start, stop = _part(place, values.shape[-2 if values.ndim > 1 else -1], self.config)
+            values = values[..., start:stop, :] if values.ndim > 1 else values[start:stop]
+        if place.rows is not None:
+            order = torch.argsort(row_order(place, len(values), self.config))
+            values = values.index_select(0, order)
+        if adds_one(self.family, place):
+            values = values - 1
+        if place.turned and stored.type.name in FLOATS:
+            values = values.t().contiguous()
+        return values.reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See `Checkpoint.read_rows`; of tensors whose rows lie in another order all are read."""
+        place = self.places.get(name)
+        if place is None or place != Place(place.tensor) or adds_one(self.family, place):
+            return self.read(name)[start:stop]
+        stored = self.file.tensors[place.tensor]
+        raw = self.file.read_rows(place.tensor, start, stop)
+        if stored.type.name not in FLOATS:
+            return raw
+        from spicerack.storage.gguf.blocks import decode_floats
+
+        return decode_floats(stored.type, raw).reshape(-1, *self.tensors[name].shape[1:])
+
+    def same(self, a: str, b: str) -> bool:
+        """See `Checkpoint.same`."""
+        first, second = self.tensors[a], self.tensors[b]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        return bool((self.read(a) == self.read(b)).all())
+
+    def fingerprint(self) -> str:
+        """sha256 hex over each file's name and size, and 16 samples of 4 KiB spread over all of it."""
+        digest = hashlib.sha256()
+        for path in self.weight_files:
+            size = path.stat().st_size
+            digest.update(f"\n{path.name}\n{size}\n".encode())
+            with path.open("rb") as file:
+                for i in range(_SAMPLES):
+                    file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def row_order(place: Place, rows: int, config: Mapping[str, Any]) -> torch.Tensor:
+    """Which of a checkpoint's rows is each row in a file, int64 [rows]. config: transformers' full one, or a file's."""
+    import torch
+
+    one = torch.arange(rows, device="cpu")
+    heads = int(config["num_attention_heads"])
+    if place.rows == "groups":
+        queries = int(config.get("hidden_size", rows)) // heads
+        keys = int(config["num_kv_heads"]) if config.get("new_decoder_architecture") else 1
+        groups = one.reshape(keys, heads // keys + 2, queries)
+        return torch.cat([groups[:, :-2].reshape(-1), groups[:, -2].reshape(-1), groups[:, -1].reshape(-1)])
+    if place.rows == "keys":
+        heads = int(config.get("num_key_value_heads") or heads)
+    # transformers turns the first half of a head with the second, llama.cpp each even row with the one behind it
+    return one.reshape(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
+
+
+def adds_one(family: Family, place: Place) -> bool:
+    """Whether a tensor is stored with 1 added: norms, of families that multiply by 1 + w."""
+    return family.plus_one and place.module.endswith("norm")
+
+
+def _family(metadata: Metadata) -> Family:
+    """The family of a file. Raises CheckpointError."""
+    architecture = metadata.text("general.architecture")
+    if metadata.text("general.type", "model") != "model":
+        raise CheckpointError(
+            f"{metadata.where} holds {metadata.text('general.type')!r}, not a model", "give the file of the model"
+        )
+    keys = {
+        key.removeprefix(f"{architecture}.")
+        for key, entry in metadata.items()
+        if not (isinstance(entry, Value) and entry.value == 0)  # no experts, no window
+    }
+    told = metadata.text(configs.MODEL_TYPE, "") or None
+    try:
+        return of_architecture(architecture, keys, told)
+    except CheckpointError as error:
+        raise CheckpointError(f"{metadata.where}: {error.message}", error.hint) from error
+
+
+def _floats(file: GgufFile) -> str:
+    """The float type of the model, as config.json calls it: the narrowest that one of its matrices has."""
+    types = {tensor.type.name for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    return _WORDS[next((name for name in ("BF16", "F16") if name in types), "F32")]
+
+
+def _numbers(file: GgufFile, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The numbers of a small tensor that belongs to the config. Raises CheckpointError if it is none."""
+    import numpy as np
+
+    tensor = file.tensors[name]
+    if tensor.type.name != "F32" or len(tensor.shape) != 1:
+        raise CheckpointError(f"{file.path}: {name} is {tensor.type} {list(tensor.shape)}, not a row of F32", _NEWER)
+    numbers = np.frombuffer(file.read(name).numpy().tobytes(), dtype="<f4")
+    if not np.isfinite(numbers).all() or (numbers <= 0).any():
+        raise CheckpointError(f"{file.path}: {name} has numbers that are not positive", _NEWER)
+    return numbers
+
+
+def _tensors(
+    file: GgufFile, family: Family, config: Mapping[str, Any]
+) -> tuple[dict[str, Place], dict[str, TensorInfo]]:
+    """Names of a checkpoint, in the order of the file -> what each is there, and what a header would say of it."""
+    names, places, infos = Names(family), dict[str, Place](), dict[str, TensorInfo]()
+    for name, stored in file.tensors.items():
+        if name in rope.TENSORS:
+            continue
+        if stored.type.name not in FLOATS and stored.type.scheme is None:
+            raise CheckpointError(f"{file.path}: {name} is {stored.type}, which is not read", _NEWER)
+        for own, place in names.modules(name, stored.shape[0]):
+            if own in infos:
+                raise CheckpointError(f"{file.path}: {own} is in both {places[own].tensor} and {name}", _NEWER)
+            places[own], infos[own] = place, _info(own, place, stored, file, config)
+    return places, infos
+
+
+def _info(name: str, place: Place, stored: GgufTensor, file: GgufFile, config: Mapping[str, Any]) -> TensorInfo:
+    """What a header would say of a tensor. Raises CheckpointError for shapes that the place cannot have."""
+    packed = stored.type.name not in FLOATS
+    shape = stored.raw_shape if packed else stored.shape
+    begin, nbytes = stored.begin, stored.nbytes
+    try:
+        if place.member is not None:
+            shape, nbytes = shape[1:] or (1,), nbytes // shape[0]
+            begin += place.member * nbytes
+        if place.part is not None:
+            axis = -2 if len(shape) > 1 else -1
+            start, stop = _part(place, shape[axis], config)
+            row = nbytes // math.prod(shape[: len(shape) + axis + 1])
+            if len(shape) > 2 or not 0 <= start < stop <= shape[axis]:
+                raise ValueError(f"rows {start} to {stop} of {list(shape)}")
+            shape = (stop - start, *shape[1:])
+            begin, nbytes = begin + start * row, (stop - start) * row
+        if place.rows is not None:
+            row_order(place, shape[0], config)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{file.path}: {place.tensor} is {stored.type} {list(stored.shape)}, which its heads do not fit: {error}",
+            _NEWER,
+        ) from error
+    if place.turned and not packed:
+        shape = shape[::-1]
+    if place.module == "ffn_gate_inp_shexp" and len(shape) == 1:
+        shape = (1, *shape)  # a matrix of one row, which files have as a row
+    dtype = "U8" if packed else stored.type.name
+    return TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, stored.file, begin)
+
+
+def _part(place: Place, rows: int, config: Mapping[str, Any]) -> tuple[int, int]:
+    """First row, and the one behind the last, of one of those fused in a tensor of `rows`."""
+    assert place.part is not None
+    number, count = place.part
+    if count == 3:  # queries, keys, values: these two are alike
+        heads = int(config["num_attention_heads"])
+        keys = int(config.get("num_key_value_heads") or heads)
+        head = rows // (heads + 2 * keys)
+        bounds = (0, heads * head, (heads + keys) * head, (heads + 2 * keys) * head)
+    else:
+        bounds = (0, rows // 2, rows // 2 * 2, rows)
+    return bounds[number], bounds[number + 1]
+
+
+def _pooler(family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Tensors of the pooler that transformers' class has, where the file has none: nothing is stored for them."""
+    if family.pooler is None or f"{family.pooler}.weight" in tensors:
+        return {}
+    width = int(config["hidden_size"])
+    shapes = {f"{family.pooler}.weight": (width, width), f"{family.pooler}.bias": (width,)}
+    return {name: TensorInfo(name, "F32", shape, 0, "") for name, shape in shapes.items()}

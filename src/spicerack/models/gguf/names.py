@@ -1,0 +1,127 @@
+"""Names of tensors, both ways: a checkpoint's and those of a GGUF file.
+
+What a file has in one tensor may be several in a checkpoint: experts, stacked along a first axis, and queries, keys and
+values (or gate and up), of which some files have the rows behind each other. A `Place` says which part of a file's
+tensor a checkpoint's tensor is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from spicerack.errors import CheckpointError
+from spicerack.models.gguf.family import Family, Rows
+
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
+"""Module of a file, the last part -> those whose rows it has behind each other, where a family has them apart."""
+_SUFFIXES = ("weight", "bias", "scale")
+"""What a module of a file may have: `scale` is NVFP4's, of the whole tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a checkpoint's tensor is in a file.
+
+    tensor  the file's
+    member  which of those stacked in it; None: it is not stacked
+    part    which of the modules that are fused in it, and how many these are; None: it is the only one
+    rows    the order that its rows have there
+    turned  the checkpoint stores the weight [K, N]
+    """
+
+    tensor: str
+    member: int | None = None
+    part: tuple[int, int] | None = None
+    rows: Rows | None = None
+    turned: bool = False
+
+    @property
+    def module(self) -> str:
+        """The file's module, its last part: "attn_q"."""
+        return self.tensor.split(".")[-2]
+
+
+class Names:
+    """The names of one family, and of one file or checkpoint, with its numbers put in."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self._to_file = {_blank(hf): (hf, gguf) for hf, gguf in family.modules.items()}
+        self._to_checkpoint: dict[str, str] = {}
+        for hf, gguf in family.modules.items():
+            self._to_checkpoint.setdefault(gguf.replace("{i}", "{}"), hf)
+        self._left_out = [re.compile(pattern) for pattern in family.left_out]
+
+    def left_out(self, name: str) -> bool:
+        """Whether a checkpoint's tensor has no place in a file and none is needed."""
+        return any(pattern.fullmatch(name) for pattern in self._left_out)
+
+    def place(self, name: str) -> Place | None:
+        """Where the tensor `name` of a checkpoint goes; None where the family has no name for it."""
+        module, _, suffix = name.rpartition(".")
+        if suffix not in _SUFFIXES:
+            return None
+        prefix = f"{self.family.prefix}."
+        for known in (module, module.removeprefix(prefix), prefix + module):
+            entry = self._to_file.get(_numbered(known)[0])
+            if entry is None:
+                continue
+            hf, gguf = entry
+            numbers = dict(zip(re.findall(r"\{(\w)\}", hf), _numbered(known)[1], strict=True))
+            last = gguf.rpartition(".")[2]
+            member = int(numbers["e"]) if "e" in numbers else None
+            turned = last in self.family.transposed and suffix == "weight"
+            tensor = f"{gguf.replace('{i}', numbers.get('i', ''))}.{suffix}"
+            return Place(tensor, member, None, self.family.rows.get(last), turned)
+        return None
+
+    def modules(self, tensor: str, members: int) -> list[tuple[str, Place]]:
+        """What the tensor of a file is in a checkpoint: names, in its order, and which part each is.
+
+        members: how many are stacked in it, where some are. Raises CheckpointError for a name that the family lacks.
+        """
+        module, _, suffix = tensor.rpartition(".")
+        numbers = _numbered(module)[1]
+        last = module.rpartition(".")[2]
+        parts: Sequence[str] = [module.removesuffix(last) + part for part in FUSED.get(last, (last,))]
+        if _numbered(parts[0])[0] not in self._to_checkpoint:  # a family that has them in one matrix, too
+            parts = (module,)
+        result: list[tuple[str, Place]] = []
+        for number, part in enumerate(parts):
+            hf = self._to_checkpoint.get(_numbered(part)[0])
+            if hf is None or suffix not in _SUFFIXES:
+                raise CheckpointError(
+                    f"tensor {tensor} is not one of {self.family.model_type}'s, as {self.family.architecture} has them",
+                    "the file is of another model, or newer than this spicerack",
+                )
+            own = part.rpartition(".")[2]
+            place = Place(tensor, rows=self.family.rows.get(own), turned=own in self.family.transposed)
+            if len(parts) > 1:
+                place = replace(place, part=(number, len(parts)))
+            if suffix != "weight":
+                place = replace(place, turned=False)
+            named = hf.replace("{i}", numbers[0] if numbers else "")
+            if "{e}" in hf:
+                result += [
+                    (f"{named.replace('{e}', str(e))}.{suffix}", replace(place, member=e)) for e in range(members)
+                ]
+            else:
+                result.append((f"{named}.{suffix}", place))
+        return result
+
+
+def _blank(template: str) -> str:
+    """A name with all its numbers left out."""
+    return re.sub(r"\{\w\}", "{}", template)
+
+
+def _numbered(name: str) -> tuple[str, list[str]]:
+    """A name with all its numbers left out, and these."""
+    parts = name.split(".")
+    blank = ".".join("{}" if part.isdecimal() else part for part in parts)
+    return blank, [part for part in parts if part.isdecimal()]
