@@ -180,7 +180,7 @@ struct Search {
     vf share(const vf* parts, const Share& share, bool search, const Weights& weights, vf* codes) const {
         if (!share.coded) {
             codes[0] = splat(1);
-            return parts[0] == vf{} ? splat(1) : stored(parts[0], share.type);
+            return stored(parts[0], share.type);
         }
         const float last = share.hi >= -share.lo ? share.hi : share.lo;
         vf top = parts[0], bottom = parts[0];
@@ -221,6 +221,7 @@ struct Search {
             return select(Wide() < curve, curve, Wide());
         };
         out.d = share(real.s.data, f.scale, search, stiff, out.codes.s.data);
+        if (!f.scale.coded) out.d = real.s.data[0] == vf{} ? splat(1) : out.d;  // of one number, which is the minimum
         if (!MIN) {
             out.e = vf{};
             for (int64_t g = 0; g < f.groups; g++) out.codes.m.data[g] = vf{};
@@ -311,9 +312,9 @@ struct Search {
     // ---- all ----
 
     vi usable(const Fitted& one) const {
-        vi none{};
-        for (int64_t g = 0; g < f.groups; g++) none |= (vi)(one.codes.m.data[g] != vf{});
-        return finite(one.d) & (vi)(one.d != vf{}) & finite(one.e) & ((vi)(one.e != vf{}) | ~none);
+        vi some{};  // minima of more than 0
+        for (int64_t g = 0; f.min.coded && g < f.groups; g++) some |= (vi)(one.codes.m.data[g] != vf{});
+        return finite(one.d) & (vi)(one.d != vf{}) & finite(one.e) & ((vi)(one.e != vf{}) | ~some);
     }
 
     // -> whether every float is usable

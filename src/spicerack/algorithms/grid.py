@@ -13,7 +13,7 @@ import torch
 
 from spicerack.algorithms.columns import minima, scales, zeros
 from spicerack.numerics import rounding
-from spicerack.numerics.qtensor import QTensor, codes_dtype
+from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.superblocks import form_of, usable, values
 
@@ -54,7 +54,7 @@ class Grid:
         fitted = rounding.fit_superblocks(x, self.form, a, threads=torch.get_num_threads())
         if fitted is None:
             return
-        good = usable(fitted)
+        good = usable(fitted, self.form)
         groups = slice(block * self.form.groups, (block + 1) * self.form.groups)
         s, m = values(fitted)
         self.scale[groups] = torch.where(good, s.t(), self.scale[groups])

@@ -116,7 +116,7 @@ def _encode_blocks(
     x = w.float().reshape(grid)
     blocks = Blocks(x, None if importance is None else importance.float().expand(w.shape).reshape(grid), form)
     fitted = fit(blocks, range_)
-    if not bool(usable(fitted).all()):
+    if not bool(usable(fitted, form).all()):
         fitted = _raised(blocks, fitted, (*w.shape[:-1], -1), name)
     return of_blocks(scheme, form, tuple(w.shape), fitted, blocks.levels(*values(fitted)))
 

@@ -180,13 +180,13 @@ def fit(blocks: Blocks, range_: Range = "opt") -> Fitted:
     s, m = _lines(blocks, low, raw)
     best = _rounds(blocks, _shared(blocks, s, m, search=True))
     better = _total(_error(blocks, best)) < _total(_error(blocks, plain)) * _BETTER
-    return _chosen(better & usable(plain) & usable(best), best, plain)
+    return _chosen(better & usable(plain, blocks.form) & usable(best, blocks.form), best, plain)
 
 
-def usable(fitted: Fitted) -> torch.Tensor:
-    """Which super-blocks [S] have floats that are neither 0 nor infinite; without minima theirs do not matter."""
+def usable(fitted: Fitted, form: Form) -> torch.Tensor:
+    """Which super-blocks [S] have no float that is infinite or that rounded to 0, so that codes mean something."""
     floats = torch.isfinite(fitted.scale) & (fitted.scale != 0) & torch.isfinite(fitted.min)
-    return floats & ((fitted.min != 0) | (fitted.min_codes == 0).all(1))
+    return floats if form.min is None else floats & ((fitted.min != 0) | (fitted.min_codes == 0).all(1))
 
 
 def _chosen(take: torch.Tensor, new: Fitted, old: Fitted) -> Fitted:
@@ -270,6 +270,8 @@ def _shared(blocks: Blocks, s: torch.Tensor, m: torch.Tensor, *, search: bool) -
     if form.has_min:
         stiff = sums.vv - sums.v * sums.v / blocks.weight
     d, p = _share(s, torch.where(stiff > 0, stiff, 0.0), form.scale, form.scale_dtype, search=search)
+    if form.scale is None:  # of a group of one number, which is its minimum
+        d = torch.where(s[:, 0] == 0, 1.0, d)
     if not form.has_min:
         return Fitted(d, p, torch.zeros_like(d), torch.zeros_like(p))
     if search:
@@ -285,10 +287,10 @@ def _share(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A float [S] as stored and codes [S, G] whose products are near `part`, float32 [S, G], by `weight`, float64.
 
-    Without levels: part itself, as stored, and ones. Of zeros the float is 1.
+    Without levels: part itself, as stored, and ones. Else the float of zeros is 1.
     """
     if levels is None:
-        return torch.where(part[:, 0] == 0, 1.0, store(part[:, 0], dtype)), torch.ones_like(part)
+        return store(part[:, 0], dtype), torch.ones_like(part)
     last = levels.hi if levels.hi >= -levels.lo else levels.lo
     top, bottom = part.amax(1), part.amin(1)
     largest = torch.where(top > -bottom, top, bottom)
@@ -381,9 +383,7 @@ def _solved(blocks: Blocks, now: Fitted, sums: _Sums) -> Fitted:
     e = torch.where(both, (rx * pp - px * pr) / spread, now.min.double())
     if form.min is None:
         return now._replace(scale=_usable(d, now.scale, form.scale_dtype), min=_finite(e, now.min, form.min_dtype))
-    return now._replace(
-        scale=_usable(d, now.scale, form.scale_dtype), min=_usable(e, now.min, form.min_dtype)
-    )
+    return now._replace(scale=_usable(d, now.scale, form.scale_dtype), min=_usable(e, now.min, form.min_dtype))
 
 
 def _usable(solved: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
