@@ -6,6 +6,7 @@ Only three files of ggml are compiled, which takes seconds; what else they menti
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import tarfile
@@ -33,7 +34,7 @@ class Ggml:
         if not library.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             _build(_unpacked(sdist or _download(folder), folder), library)
-        self._quantize: Callable[..., int] = ctypes.CDLL(str(library), mode=ctypes.RTLD_LOCAL).ggml_quantize_chunk
+        self._quantize: Callable[..., int] = ctypes.CDLL(str(library), mode=os.RTLD_LAZY).ggml_quantize_chunk
         function: Any = self._quantize
         function.argtypes = [ctypes.c_int, _Floats, ctypes.c_void_p, *[ctypes.c_int64] * 3, _Floats]
         function.restype = ctypes.c_size_t

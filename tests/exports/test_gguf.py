@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from ggufs import ENCODERS, FAMILIES, folder, written
-from safetensors.torch import save_file
+from ggufs import ENCODERS, FAMILIES, OVERRIDES, byte_pieces, folder, written
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import spicerack
+from spicerack.errors import CheckpointError, SchemeError
 from spicerack.exports.export import export
+from spicerack.exports.source import Source
+from spicerack.exports.target import find
 from spicerack.models.gguf import config as configs
+from spicerack.models.gguf import rope
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
 from spicerack.models.gguf.family import of_type
 from spicerack.models.gguf.names import Names
+from spicerack.models.opening import open_model
 from spicerack.numerics import codec
 from spicerack.runtime.folder import Folder
+from spicerack.storage.gguf.metadata import Metadata
 from spicerack.storage.reader import Checkpoint
 
 IDS = [5, 60, 77, 8, 99, 110, 211, 122, 33, 44, 155, 66, 77, 188, 29, 210, 3, 41, 52, 63]
@@ -30,9 +38,7 @@ def named(checkpoint: GgufCheckpoint, name: str) -> str:
     """What a tensor of a folder is called in the checkpoint of a file."""
     place = Names(checkpoint.family).place(name)
     assert place is not None, name
-    return next(
-        own for own, other in checkpoint.places.items() if (other.tensor, other.member) == (place.tensor, place.member)
-    )
+    return next(own for own, other in checkpoint.places.items() if (other.tensor, other.member) == (place.tensor, place.member))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def file(family: str) -> Path:
         if family not in made:
-            made[family] = written(
-                folder(family), tmp_path_factory.mktemp("gguf") / f"tiny{FAMILIES.index(family)}.gguf"
-            )
+            made[family] = written(folder(family), tmp_path_factory.mktemp("gguf") / f"tiny{FAMILIES.index(family)}.gguf")
         return made[family]
 
     return file
@@ -84,11 +88,7 @@ def test_names_are_those_of_llama_cpp(family: str) -> None:
         place = names.place(name)
         assert place is not None
         merged = name.replace("block_sparse_moe.experts", "feed_forward.experts").removeprefix("model.")
-        single = (
-            name
-            if place.member is None
-            else ".".join(p for i, p in enumerate(merged.split(".")) if not p.isdecimal() or i == 1)
-        )
+        single = name if place.member is None else ".".join(p for i, p in enumerate(merged.split(".")) if not p.isdecimal() or i == 1)
         single = single if place.member is None or family == "mixtral" else f"model.{single}"
         known = theirs.get_name(single, try_suffixes=(".weight", ".bias"))
         if name.startswith("pooler"):
