@@ -1,8 +1,8 @@
 """llama.cpp's types, rounded by llama.cpp and by us, at equal bytes: KL, errors of weights, and speed.
 
-Prints the tables of docs/quantization/quality.md. KL is of the project's language model on text held out, in float32, with
-what codes decode to in place of its layers; `imatrix` is the mean square of each layer's inputs in the float model, the
-same for both. `gptq` is `spicerack quantize --method gptq` with the same text. The model's layers have 256 and 768
+Prints the tables of docs/quantization/quality.md. KL is of the project's language model on text held out, in float32,
+with what codes decode to in place of its layers; `imatrix` is the mean square of each layer's inputs in the float model,
+the same for both. `gptq` is `spicerack quantize --method gptq` with the same text. The model's layers have 256 and 768
 inputs: no type falls back to another.
 """
 
@@ -21,7 +21,7 @@ import spicerack
 from benchmarks.harness import texts
 from benchmarks.harness.ggml import Ggml
 from spicerack.algorithms.stats import Accumulator
-from spicerack.evaluation.language import compare
+from spicerack.evaluation.language import Comparison, compare
 from spicerack.models.bundled import language_model
 from spicerack.numerics import codec, rounding
 from spicerack.numerics.scheme import parse
@@ -110,22 +110,28 @@ def main(folder: Path, sdist: Path | None, only: Sequence[str], max_tokens: int,
         known = importances(model, text, names)
         read = list(windows(heldout, tokenizer, _WINDOW, max_tokens))
 
-        def kl(rounded: Rounding, name: str, *, weighed: bool) -> str:
+        def judged(rounded: Rounding, name: str) -> Comparison:
             for path in names:
                 w = reference.get_parameter(path).data
-                model.get_parameter(path).data = rounded(name, w, known[path] if weighed else None)
-            figures = compare(reference, model, read)
-            return f"{figures.kl_interval.mean:.5f}"
+                model.get_parameter(path).data = rounded(name, w, known[path])
+            return compare(reference, model, read)
 
-        titles = ("llama.cpp", "ours", "llama.cpp, imatrix", "ours, imatrix", "ours, gptq", "same top token, gptq")
-        click.echo("\n| type | bits | " + " | ".join(f"KL {title}" for title in titles) + " |")
+        titles = (
+            "KL llama.cpp, imatrix",
+            "KL imatrix",
+            "KL gptq",
+            "same top token, llama.cpp",
+            "same top token, gptq",
+        )
+        click.echo("\n| type | bits | " + " | ".join(titles) + " |")
         click.echo("|---" * (len(titles) + 2) + "|")
         for name in only:
             output = Path(temporary) / name
             spicerack.quantize(source, name, output=output, calibration=text, method="gptq")
-            best = compare(reference, load(output, dtype=torch.float32), read)
-            cells = [kl(r, name, weighed=weighed) for weighed in (False, True) for r in (theirs(ggml), ours)]
-            cells += [f"{best.kl_interval.mean:.5f}", f"{best.top1_agreement:.1%}"]
+            last = compare(reference, load(output, dtype=torch.float32), read)
+            all_ = [judged(theirs(ggml), name), judged(ours, name), last]
+            cells = [f"{one.kl_interval.mean:.5f}" for one in all_]
+            cells += [f"{one.top1_agreement:.1%}" for one in (all_[0], last)]
             click.echo(f"| {name} | {TYPES[name].nbytes * 8 / TYPES[name].block:.2f} | {' | '.join(cells)} |")
 
 

@@ -4,6 +4,7 @@
 #include "../quantizers/pack.h"
 #include "arrays.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -35,6 +36,16 @@ const Quantizers& quantizers_for(const std::string& isa) {
         if (isa.empty() || isa == q.isa) return q;
     }
     throw std::invalid_argument("this processor has no " + isa);
+}
+
+// Levels that are listed, in rising order, with the bounds between each two.
+Levels table(const std::vector<float>& values, const std::vector<float>& bounds) {
+    require(values.size() > 1 && values.size() <= 16 && bounds.size() + 1 == values.size(), "2 to 16 levels");
+    Levels levels{0, int(values.size()) - 1, false, false};
+    levels.count = int(values.size());
+    std::copy(values.begin(), values.end(), levels.values);
+    std::copy(bounds.begin(), bounds.end(), levels.bounds);
+    return levels;
 }
 
 // Scales [count], zeros [count] and codes [count, size] of groups w [count, size], as search.h tells -> every weight is
@@ -118,6 +129,7 @@ void encode(const Floats& w, Levels levels, Vector<const float> scale, std::opti
 void judge(const Floats& pieces, Levels levels, float scale, float zero, Matrix<double> out, const std::string& isa) {
     const Groups groups = groups_of(pieces);
     require(out.shape(0) == size_t(groups.count) && out.shape(1) == 5, "five sums for each piece");
+    require(!levels.count, "levels are integers");
     const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;
     q.judge(groups, levels, scale, zero, (Sums*)out.data());
@@ -130,6 +142,7 @@ std::pair<double, double> compare(const Floats& w, Levels levels, Vector<const f
     const size_t count = groups.count, size = groups.size;
     require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each group");
     require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
+    require(!levels.count, "levels are integers");
     const Quantizers& q = quantizers_for("");
     nb::gil_scoped_release unlocked;
     Misfit misfit;
@@ -226,7 +239,9 @@ void fake_gradients(uintptr_t grad, int grad_type, uintptr_t w, int type,
 }  // namespace
 
 void bind_numbers(nb::module_& m) {
-    nb::class_<Levels>(m, "Levels").def(nb::init<int, int, bool, bool>(), "lo"_a, "hi"_a, "half"_a, "zero"_a);
+    nb::class_<Levels>(m, "Levels")
+        .def(nb::init<int, int, bool, bool>(), "lo"_a, "hi"_a, "half"_a, "zero"_a)
+        .def_static("table", &table, "values"_a, "bounds"_a);
     m.def("search", &search, "w"_a, "levels"_a, "scale_type"_a, "coarse"_a, "shifts"_a, "fine"_a, "refinements"_a, "empty"_a,
           "importance"_a.none(), "scale"_a.noconvert(), "zero"_a.noconvert(), "codes"_a.noconvert(), "isa"_a = "");
     m.def("superblocks", &superblocks, "w"_a, "levels"_a, "shape"_a, "has_min"_a, "scale"_a, "min"_a, "steps"_a,

@@ -1,5 +1,5 @@
-// The quantizers that this processor runs: search.h, superblocks.h and fake.h, compiled once per instruction set. kernels/kernel.h has
-// the kernels' engines.
+// The quantizers that this processor runs: search.h, superblocks.h and fake.h, compiled once per instruction set.
+// kernels/kernel.h has the kernels' engines.
 #pragma once
 
 #include <vector>

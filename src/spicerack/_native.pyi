@@ -4,6 +4,8 @@ import torch
 
 class Levels:
     def __init__(self, lo: int, hi: int, half: bool, zero: bool) -> None: ...
+    @staticmethod
+    def table(values: Sequence[float], bounds: Sequence[float]) -> Levels: ...
 
 def search(
     w: torch.Tensor,

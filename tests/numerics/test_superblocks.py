@@ -105,6 +105,24 @@ def test_native_code_has_the_specification_s_bits(
             assert same(codec.of_blocks(scheme, form, (n, k), fitted[0], codes), exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["iq4_nl", "nf4"])
+def test_tables_are_searched_natively(name: str, dtype: torch.dtype) -> None:
+    """Not super-blocks, but what llama.cpp has beside them: the search of single groups, levels in a table."""
+    scheme = parse(name)
+    columns = scheme.group_columns
+    assert columns is not None
+    w = torch.cat([weights(kind, 3, 512) for kind in KINDS]).to(dtype)
+    for a in (None, torch.rand(512, generator=torch.Generator().manual_seed(3)) ** 3):
+        exact = codec.encode(w, scheme, importance=a)
+        assert same(rounding.to_nearest(w, scheme, importance=a, threads=3), exact)
+        for isa in native.ISAS:
+            stored = exact.plain_scale.dtype
+            groups = native.quantize(w.reshape(-1, columns), scheme, stored, "opt", a, isa=isa)
+            assert groups is not None and torch.equal(groups.codes.view(torch.uint8).reshape(w.shape), exact.codes)
+            assert torch.equal(groups.scale.to(stored).reshape(exact.scale.shape), exact.plain_scale)
+
+
 def test_a_line_is_near_the_best_of_all_codes() -> None:
     """Two bits and a float minimum for eight weights: all 4^8 codes, each with its least-squares line."""
     w = torch.randn((40, 8), generator=torch.Generator().manual_seed(1))
@@ -132,7 +150,7 @@ def test_scales_that_float16_cannot_hold_are_refused_by_name(name: str) -> None:
     w[2, 700] = 1e9
     with pytest.raises(WeightError, match=r"layer: block \[2, \d+\] with weights up to 1e\+09 needs a scale above"):
         rounding.to_nearest(w, parse(name), name="layer")
-    with pytest.raises(WeightError, match="layer: block .* needs a scale below"):
+    with pytest.raises(WeightError, match=r"layer: block .* needs a scale below"):
         rounding.to_nearest(weights("gauss", 4, 1024) * 1e-9, parse(name), name="layer")
 
 

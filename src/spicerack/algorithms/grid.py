@@ -1,4 +1,4 @@
-"""`Grid`: the scales and minima that columns are rounded with one after the other, chosen anew as the walk reaches them.
+"""`Grid`: the scales and minima that columns are rounded with one after the other, chosen as the walk reaches them.
 
 Scales of whole super-blocks (q4_k, w4g64m) are searched once more for what the walk has made of their weights by then:
 errors of columns before are in them, and how much an error in each column will matter is known, because those behind

@@ -4,8 +4,8 @@
 
     (D H D^T) s = D H w^T
 
-Scales and minima that are quantized themselves are integers times floats of super-blocks: there s are those floats, and D
-has what each is multiplied with, levels times integers of scales, and integers of minima.
+Scales and minima that are quantized themselves are integers times floats of super-blocks: there s are those floats, and
+D has what each is multiplied with, levels times integers of scales, and integers of minima.
 
 Codes were chosen for scales that rounding to nearest found before; with other codes other scales are best. Every row
 (or the tensor, where there is one scale for all rows) has a system of its own, of as many unknowns as it has groups.
@@ -140,7 +140,7 @@ def _joined(pieces: list[QTensor]) -> QTensor:
 
 
 def _floats(q: QTensor) -> torch.Tensor:
-    """What is fitted, as stored: scales, or floats of super-blocks, and those of minima behind them, [N or 1, floats]."""
+    """What is fitted, as stored: scales, or floats of super-blocks, and behind them minima, [N or 1, floats]."""
     parts = [part for part in (q.scale, q.min) if part is not None]
     return torch.cat([part.plain_scale if isinstance(part, QTensor) else part for part in parts], 1)
 
@@ -150,8 +150,7 @@ def _with_floats(q: QTensor, floats: torch.Tensor) -> QTensor:
     parts = {name: part for name, part in (("scale", q.scale), ("min", q.min)) if part is not None}
     changed: dict[str, Any] = {}
     for (name, part), values in zip(parts.items(), floats.chunk(len(parts), 1), strict=True):
-        nested = isinstance(part, QTensor)
-        changed[name] = dataclasses.replace(part, scale=values) if nested else values
+        changed[name] = dataclasses.replace(part, scale=values) if isinstance(part, QTensor) else values
     return dataclasses.replace(q, **changed)
 
 
@@ -162,8 +161,8 @@ def _units(q: QTensor) -> list[torch.Tensor]:
     if isinstance(q.scale, QTensor):
         units[0] = units[0] * by_column(level_of_each(q.scale), *shape)
     if q.min is not None:
-        nested = isinstance(q.min, QTensor)
-        units.append(by_column(level_of_each(q.min), *shape) if nested else torch.ones_like(units[0]))
+        coded = by_column(level_of_each(q.min), *shape) if isinstance(q.min, QTensor) else torch.ones_like(units[0])
+        units.append(coded)
     return units
 
 

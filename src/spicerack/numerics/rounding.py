@@ -13,11 +13,15 @@ import math
 import torch
 
 from spicerack.numerics import codec, native, superblocks_native
-from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.levels import in_order
+from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import PIECE, Range, search
 from spicerack.numerics.superblocks import Blocks, Fitted, Form, fit, form_of
+
+_TABLE = 16
+"""Levels of a table that native code has room for."""
 
 
 def to_nearest(
@@ -47,7 +51,7 @@ def to_nearest(
         q = _superblocks(w, scheme, form, range_, importance, threads)
         if q is not None:
             return q
-    if not _native_fits(w, scheme, importance):
+    if not (_native_fits(w, scheme, importance) or _table_fits(w, scheme)):
         return codec.encode(w, scheme, range_=range_, importance=importance, name=name, source=source)
     size = math.prod(scheme.group_shape(*shape[-2:]))
     groups, dtype = w.detach().contiguous().reshape(-1, size), dtype_of(scheme.scale, source or w.dtype)
@@ -68,7 +72,7 @@ def to_nearest(
         codes = native.encode(groups, scheme, scale, best.zero, threads=threads)
     return QTensor(
         scheme=scheme,
-        codes=codes.reshape(shape),
+        codes=codes.view(codes_dtype(scheme)).reshape(shape),
         scale=scale.to(dtype).reshape(grid),
         zero=best.zero.reshape(grid) if scheme.zero else None,
     )
@@ -122,7 +126,7 @@ def _superblocks(
     if searched is None or not searched[2]:
         return None
     fitted, codes, _ = searched
-    return codec.of_blocks(scheme, form, shape, fitted, codes.view(codec.codes_dtype(scheme)))
+    return codec.of_blocks(scheme, form, shape, fitted, codes.view(codes_dtype(scheme)))
 
 
 def _search_long(
@@ -151,6 +155,13 @@ def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | Non
     searched = not scheme.is_ternary if short else importance is None
     plain = scheme.plain_obstacle is None and scheme.integers.lo < 0
     return plain and searched and _readable(w)
+
+
+def _table_fits(w: torch.Tensor, scheme: Scheme) -> bool:
+    """Whether the search is written in C++ for these: few levels in a table, times a float of a short group."""
+    few = in_order(scheme.levels) and scheme.levels.hi < _TABLE
+    floats = few and scheme.scale_obstacle is None and scheme.scale != "float8_e8m0fnu"
+    return floats and scheme.group[0] == 1 and scheme.group_shape(*w.shape[-2:])[1] <= PIECE and _readable(w)
 
 
 def _readable(w: torch.Tensor) -> bool:

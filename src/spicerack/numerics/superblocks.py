@@ -1,6 +1,8 @@
-"""The specification of the search where groups have minima, or scales that are quantized themselves (llama.cpp's types).
+"""The specification of the search where groups have minima, or scales that are quantized themselves.
 
-    w = s * v + m,     s = d * p,     m = -e * r        v, p, r integers; d and e floats of a super-block of groups
+    w = s * v + m,     s = d * p,     m = e * r         v, p, r integers; d and e floats of a super-block of groups
+
+as llama.cpp's types have them.
 
 A super-block is fitted to its weights x with importances a in three steps; each looks at sums of a row's own only.
 
@@ -12,9 +14,9 @@ A super-block is fitted to its weights x with importances a in three steps; each
 3. Rounds. With all codes as they are d and e are solved for together; then p and r of each group move by one where that
    makes the error smaller. Whatever is judged has been rounded as it is stored, and its codes are chosen anew.
 
-Where a super-block is no better then than plainly rounded ("absmax": s and m from the range, d and e from the largest of
-them), it stays so. Scales and minima that are floats of each group, without anything above them, go through 1, and through
-3 with p = r = 1.
+Where a super-block is no better then than plainly rounded ("absmax": s and m from the range, d and e from the largest
+of them), it stays so. Scales and minima that are floats of each group, without anything above them, go through 1, and
+through 3 with p = r = 1.
 
 Arithmetic of weights is float32, unfused, and sums are those of `search.piece_sum`; what is done with sums is float64.
 Native code (native/quantizers/superblocks.cpp) follows it bit for bit.
@@ -43,9 +45,9 @@ SHARES, SHARE_STEP = 16, 0.25
 ROUNDS = 2
 """How often d and e, and then the codes of scales and minima, are chosen anew."""
 _FLAT = 1e-5
-"""Share of the product of sums below which their determinant is the rounding of float32 sums, and no line is defined."""
+"""Share of the product of sums below which their determinant is float32's rounding, and no line is defined."""
 _BETTER = 1 - 1e-9
-"""A tie, as in `search.Fit.better`: equal candidates, reached on different ways, must not differ by their sums' rounding."""
+"""A tie, as in `search.Fit.better`: equal candidates must not differ by the rounding of their sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,8 @@ class Form:
 def form_of(scheme: Scheme, columns: int, source: torch.dtype) -> Form | None:
     """How `scheme` is searched here for rows of `columns` weights that were of type `source`; None if it is not.
 
-    It is where all levels are integers, groups lie in rows and are no longer than a piece, and scales are quantized over
-    neighbours in the row or minima are there.
+    It is where all levels are integers, groups lie in rows and are no longer than a piece, and scales are quantized
+    over neighbours in the row or minima are there.
     """
     integers, (rows, group) = scheme.levels.integers, scheme.group
     if integers is None or integers.half or rows != 1 or (scheme.min is None and not isinstance(scheme.scale, Scheme)):
@@ -104,8 +106,9 @@ def _part(kind: FloatType | Scheme, source: torch.dtype) -> tuple[int, IntLevels
 class Fitted(NamedTuple):
     """Super-blocks as they are stored.
 
-    scale, min           d and e, float32 [S] as stored: min = e * r, so e is not positive; e is 0 without minima
-    scale_codes, min_codes   p and r, float32 [S, G]; ones where scales are floats
+    scale, min               d and e as they are stored, float32 [S]; minima are e * r, so e is not positive (or 1,
+                             where all r are 0); 0 without minima
+    scale_codes, min_codes   p and r, integers [S, G] of any type; ones where scales are floats
     """
 
     scale: torch.Tensor
@@ -339,13 +342,15 @@ def _rounds(blocks: Blocks, now: Fitted) -> Fitted:
         take = _total(new_error) < _total(error) * _BETTER
         now = _chosen(take, new, now)
         error = torch.where(take[:, None], new_error, error)
-        for move in (1.0, -1.0) if form.scale is not None else ():
-            p = (now.scale_codes + move).clamp(form.scale.lo, form.scale.hi)
-            r = _best_minimum(blocks, now, p, sums) if form.min is not None else now.min_codes
-            now, error = _moved(blocks, now, error, p, r)
-        for move in (1.0, -1.0) if form.min is not None else ():
-            r = (now.min_codes + move).clamp(form.min.lo, form.min.hi)
-            now, error = _moved(blocks, now, error, now.scale_codes, r)
+        for move in (1.0, -1.0):
+            if form.scale is not None:
+                p = (now.scale_codes + move).clamp(form.scale.lo, form.scale.hi)
+                r = _best_minimum(blocks, now, p, sums) if form.min is not None else now.min_codes
+                now, error = _moved(blocks, now, error, p, r)
+        for move in (1.0, -1.0):
+            if form.min is not None:
+                r = (now.min_codes + move).clamp(form.min.lo, form.min.hi)
+                now, error = _moved(blocks, now, error, now.scale_codes, r)
     return now
 
 
