@@ -1,8 +1,8 @@
 """llama.cpp's types, rounded by llama.cpp and by us, at equal bytes: KL, errors of weights, and speed.
 
 Prints the tables of docs/quantization/quality.md. KL is of the project's language model on text held out, in float32,
-with what codes decode to in place of its layers; `imatrix` is the mean square of each layer's inputs in the float model,
-the same for both. `gptq` is `spicerack quantize --method gptq` with the same text. The model's layers have 256 and 768
+with what codes decode to in place of its layers; `imatrix` is the mean square of each layer's inputs in the float
+model, the same for both. `gptq` is `spicerack quantize --method gptq` with the same text. The layers have 256 and 768
 inputs: no type falls back to another.
 """
 

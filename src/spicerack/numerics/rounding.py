@@ -177,4 +177,5 @@ def _repeating(importance: torch.Tensor | None, shape: tuple[int, ...], size: in
     if importance is None:
         return None
     row = importance.numel() == shape[-1] and shape[-1] % size == 0
-    return importance.float().expand(shape[-1:] if row else shape).reshape(-1).contiguous()
+    every = importance.float()
+    return (every.reshape(-1) if row else every.expand(shape).reshape(-1)).contiguous()
