@@ -16,6 +16,7 @@ SOURCE = ROOT / "src" / "spicerack"
 # Lowest first. A room sees those below it, and not those beside it.
 FLOORS = (
     ("errors", "plugins", "_version"),
+    ("arguments",),
     ("numerics", "machine"),
     ("algorithms", "storage", "kernels"),
     ("models",),
@@ -27,7 +28,7 @@ FLOORS = (
 )
 PLUGINS = (
     "numerics/schemes", "algorithms/solvers", "algorithms/transforms", "storage/formats", "kernels/table",
-    "quantization/calibration/observers", "exports/targets", "exports/readers",
+    "quantization/calibration/observers", "exports/targets", "exports/readers", "models/gguf/families",
 )  # fmt: skip
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = {path.relative_to(SOURCE).with_suffix("").as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}

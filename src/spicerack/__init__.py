@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spicerack.evaluation.bench import BenchOptions, bench
     from spicerack.evaluation.evaluate import EvaluationOptions, evaluate, measure
     from spicerack.evaluation.language import paired_difference
+    from spicerack.exports.export import export, import_model
     from spicerack.kernels.pool import release_memory
     from spicerack.nn.cache import QuantizedCache
     from spicerack.quantization.run import quantize
@@ -45,8 +46,10 @@ __all__ = [
     "__version__",
     "bench",
     "evaluate",
+    "export",
     "fold_batchnorm",
     "freeze",
+    "import_model",
     "load",
     "measure",
     "paired_difference",
@@ -69,8 +72,10 @@ _HOMES = {
     "Settings": "training.settings.Settings",
     "bench": "evaluation.bench.bench",
     "evaluate": "evaluation.evaluate.evaluate",
+    "export": "exports.export.export",
     "fold_batchnorm": "training.qat.batchnorm.fold_batchnorm",
     "freeze": "training.qat.prepare.freeze",
+    "import_model": "exports.export.import_model",
     "load": "runtime.load.load",
     "measure": "evaluation.evaluate.measure",
     "paired_difference": "evaluation.language.paired_difference",

@@ -76,6 +76,8 @@ def _rotations(names: tuple[str, ...]) -> list[str]:
 Effort = Literal["normal", "high"]
 """What may be spent on codes where no method is named: what `gptq` takes, or what it takes to learn them."""
 
+LEARNING = (10, 16)
+"""Times that learning codes takes beside `gptq`, at least and at most, as measured (docs/quantization/quality.md)."""
 _MANY = 8
 """Levels' steps from which on GPTQ's codes are as good as those that are learned, in a fifth of the time."""
 _GAIN = "ten to sixteen times as long, for .65 to .96 of the KL that gptq leaves on the models measured"

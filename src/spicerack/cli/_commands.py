@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ def about(name: str) -> About:
     return About(**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})
 
 
+def _file(name: str) -> str:
+    """The file of a command, without `.py`: a command that is a word of Python's has an underscore behind it."""
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
 class Commands(click.Group):
     """The group of all commands: it lists them by what their files say, and imports the one that is called.
 
@@ -70,9 +76,9 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name, its file imported now; None if there is none, which click turns into a usage
         error."""
-        if cmd_name not in plugins.names("cli"):
+        if cmd_name not in self._abouts():
             return None
-        command = plugins.get("cli", cmd_name, "command")
+        command = plugins.get("cli", _file(cmd_name), "command")
         assert isinstance(command, click.Command)
         return command
 
@@ -99,10 +105,10 @@ class Commands(click.Group):
 
         args: as in sys.argv, without the program. It decides what the hint behind Ctrl+C promises.
         """
-        return args[0] in plugins.names("cli") and about(args[0]).resumes if args else False
+        return bool(args) and _file(args[0]) in plugins.names("cli") and about(_file(args[0])).resumes
 
     @staticmethod
     def _abouts() -> dict[str, About]:
         """Name -> what its file says, in the order of their places. Asked anew each time: it is called once a run."""
-        abouts = {name: about(name) for name in plugins.names("cli")}
+        abouts = {name.removesuffix("_"): about(name) for name in plugins.names("cli")}
         return dict(sorted(abouts.items(), key=lambda item: (item[1].place, item[0])))

@@ -21,7 +21,7 @@ import torch
 
 from spicerack._version import __version__
 from spicerack.errors import OutputError, SchemeError, UsageError, listed
-from spicerack.exports import holding, verify
+from spicerack.exports import holding, loss, verify
 from spicerack.exports import target as targets
 from spicerack.exports.source import Change, Source
 from spicerack.exports.target import Held, Order, Target
@@ -71,6 +71,7 @@ class Written:
     foreign         whether that was the engine's own code
     notes           what a person should know
     rounded         what was rounded again; empty where every weight is what it was
+    added_kl        what that cost, in nats per token; None where nothing was rounded, or there is no text
     """
 
     output: Path
@@ -84,6 +85,7 @@ class Written:
     foreign: bool
     notes: tuple[str, ...] = ()
     rounded: tuple[Rounded, ...] = ()
+    added_kl: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """By the names of the command line's contract."""
@@ -102,6 +104,7 @@ class Written:
                 {"given": r.given, "scheme": r.scheme, "layers": r.count, "error": r.error, "rule": r.rule}
                 for r in self.rounded
             ],
+            "added_kl": self.added_kl,
             "notes": list(self.notes),
         }
 
@@ -113,6 +116,7 @@ def export(
     output: str | Path,
     scheme: str | None = None,
     requantize: bool = False,
+    text: str | Path | None = None,
     shard_bytes: int | None = None,
 ) -> Written:
     """Write a model for another engine, with the codes that it has.
@@ -122,6 +126,7 @@ def export(
     output       the file or folder to write, which must not exist
     scheme       what a float model is quantized in first, rounded to nearest
     requantize   layers that the target has no scheme for are rounded again, to the nearest that it has
+    text         what that cost is measured on, as for `evaluate`; None: `heldout.txt` in the folder, if there is one
     shard_bytes  the largest file, where there are several; None: the target's own
 
     Raises UsageError of all kinds before a byte is written: what the target cannot hold is named by layer and rule,
@@ -133,7 +138,10 @@ def export(
     if place.exists():
         raise OutputError(f"{place} exists", "choose another name, or remove it")
     with _opened(model, scheme, place) as folder:
-        return _export(folder, target, to, place, requantize=requantize, shard_bytes=shard_bytes)
+        written = _export(folder, target, to, place, requantize=requantize, shard_bytes=shard_bytes)
+        if not written.rounded:
+            return written
+        return replace(written, added_kl=loss.measured(folder, place, text))
 
 
 def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | None = None) -> Written:
@@ -147,7 +155,10 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
     """
     folder = Folder.open(model)
     if folder.format is None:
-        raise UsageError(f"{folder.checkpoint.folder} is not quantized", "quantize it, or use it as it is")
+        raise UsageError(
+            f"{folder.checkpoint.folder} has nothing quantized whose codes could be kept",
+            "quantize it, or use it as it is",
+        )
     chosen = formats.choose(Source.of(folder).contents)
     return export(model, to=chosen.name.replace("_", "-"), output=output, shard_bytes=shard_bytes)
 
@@ -187,12 +198,25 @@ def _export(
     if reader is None:
         raise OutputError(f"nobody here reads {to}: what is written could not be verified", "install its reader")
     facts = {"to": to, "spicerack": __version__, **verify.facts(reader)}
-    check = partial(verify.verify, reader, to, source)
+    check = partial(verify.verify, reader, source)
     target.write(source, Order(to, place, check, facts, shard_bytes))
     return Written(
         place, to, _nbytes(place), len(source.contents), len(source.floats), round(time.time() - begin, 3),
-        peak_rss_bytes(), reader.name, reader.foreign, tuple(target.notes(to, source)), _rounded(given, source, held),
+        peak_rss_bytes(), reader.name, reader.foreign, (*target.notes(to, source), *_activations(given, source)),
+        _rounded(given, source, held),
     )  # fmt: skip
+
+
+def _activations(given: Source, source: Source) -> Iterator[str]:
+    """Notes on layers whose weights are what they were, and whose inputs are treated otherwise."""
+    pairs = {
+        (stored.scheme.activations, source.contents[module].scheme.activations)
+        for module, stored in given.contents.items()
+    }
+    if any(before is None and after is not None for before, after in pairs):
+        yield "inputs of layers are rounded to int8 there, which they are not in the source; weights are the same"
+    if any(before is not None and after is None for before, after in pairs):
+        yield "inputs of layers stay floats there, where the source rounds them to int8; weights are the same"
 
 
 def _refuse(held: Mapping[str, Held], given: Source) -> None:

@@ -92,12 +92,13 @@ def _fitting(stored: StoredTensor) -> Iterator[Scheme]:
         yield scheme
 
 
-def _distance(stored: StoredTensor, scheme: Scheme) -> tuple[float, float, str]:
-    """How far another scheme is from the tensor's: by bits of a weight, then by how zero is had."""
+def _distance(stored: StoredTensor, scheme: Scheme) -> tuple[float, int]:
+    """How far another scheme is from the tensor's: by bits of a weight, then by how zero is had. Of equals one of the
+    grammar comes before one with a file of its own."""
     count = math.prod(stored.shape)
     more = (scheme.stored_bits(stored.shape) - stored.scheme.stored_bits(stored.shape)) / count
     kind = (scheme.zero, scheme.min is None) != (stored.scheme.zero, stored.scheme.min is None)
-    return (more if more >= 0 else -_FEWER * more) + _KIND * kind, scheme.bits, scheme.name
+    return (more if more >= 0 else -_FEWER * more) + _KIND * kind, scheme.bits
 
 
 def obstacle(given: Scheme, wanted: Scheme, shape: tuple[int, ...]) -> str | None:

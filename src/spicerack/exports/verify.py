@@ -8,21 +8,50 @@ the output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from spicerack import plugins
-from spicerack.errors import OutputError
+from spicerack.errors import OutputError, SpicerackError
+from spicerack.exports.holding import spread
 from spicerack.exports.source import Source
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
 from spicerack.storage.format import StoredTensor
 
-Weights = Callable[[str], torch.Tensor]
-"""Name of a tensor in the source (`X.weight` of what is packed) -> its values, [.., N, K] in a float type; a float
-tensor as it is stored. Raises KeyError for one that is not there."""
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A matrix [N, K] as a reader takes it apart: w = (codes - zeros) * scales, or codes * scales + biases.
+
+    To compare integers takes a fourth of the memory that the weights do, and an eighth of the time.
+
+    codes    uint8 [N, K], from 0
+    scales   float [N, G] of as many groups of a row, or [1, 1]
+    zeros    float, like scales, or one for all
+    biases   float like scales; None for none
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    biases: torch.Tensor | None = None
+
+    def values(self) -> torch.Tensor:
+        """The weights, float32 [N, K]."""
+        n, k = self.codes.shape
+        grid = self.scales.shape
+        wide = [spread(part.float().expand(grid), (n, k)) for part in (self.zeros, self.scales)]
+        values = (self.codes.float() - wide[0]) * wide[1]
+        return values if self.biases is None else values + spread(self.biases.float(), (n, k))
+
+
+Weights = Callable[[str], torch.Tensor | Grid]
+"""Name of a tensor in the source (`X.weight` of what is packed) -> its values, [.., N, K] in a float type, or what they
+are computed from; a float tensor as it is stored. Raises KeyError for one that is not there."""
 _ROWS = 1 << 22
 """Weights that are compared at a time: 16 MB of float32 beside the tensor itself."""
 _FAULT = "this is a fault of spicerack or of the reader: please report it"
@@ -43,8 +72,8 @@ class Reader(Protocol):
         """Why it cannot read what is written of this model under the name `to`: another format, or what it needs is not
         installed. None if it can."""
 
-    def opened(self, path: Path, to: str, source: Source, /) -> Weights:
-        """What was written at `path` under the name `to`, for one tensor at a time."""
+    def opened(self, path: Path, source: Source, /) -> Weights:
+        """What was written at `path`, for one tensor at a time."""
 
 
 def choose(to: str, source: Source) -> Reader | None:
@@ -56,22 +85,57 @@ def choose(to: str, source: Source) -> Reader | None:
     return min(able, key=lambda reader: not reader.foreign, default=None)
 
 
-def verify(reader: Reader, to: str, source: Source, path: Path) -> None:
+def verify(reader: Reader, source: Source, path: Path) -> None:
     """Compare every tensor of `source` with what `reader` reads at `path`. Raises OutputError naming the first that
     differs, how much and where."""
-    weights = reader.opened(path, to, source)
+    weights = reader.opened(path, source)
     for tensor, value in source.walk():
-        if isinstance(tensor, StoredTensor):
-            assert isinstance(value, QTensor)
-            name, pieces = f"{tensor.module}.weight", _pieces(value)
-        else:
-            assert isinstance(value, torch.Tensor)
-            name, pieces = tensor.name, iter((value,))
+        name = f"{tensor.module}.weight" if isinstance(tensor, StoredTensor) else tensor.name
         try:
             read = weights(name)
         except KeyError as error:
             raise OutputError(f"{name} is not in what was written, as {reader.name} reads it", _FAULT) from error
-        _compare(name, pieces, read, reader.name)
+        except SpicerackError:
+            raise
+        except Exception as error:  # somebody else's code: whatever it raises, it does not read this
+            raise OutputError(f"{name}: {reader.name} does not read it: {error!r}", _FAULT) from error
+        if isinstance(read, Grid):
+            assert isinstance(value, QTensor), "floats are read as floats"
+            if (different := _different(value, read)) is not None:
+                raise OutputError(f"{name}: {reader.name} reads other {different}", _FAULT)
+        else:
+            pieces = _pieces(value) if isinstance(value, QTensor) else iter((value,))
+            _compare(name, pieces, read, reader.name)
+
+
+def _different(q: QTensor, read: Grid) -> str | None:
+    """Which part of a matrix of integers is not what was read; None if all are. Raises SchemeError for other levels."""
+    lo, half = q.scheme.integers.lo, 0.5 * q.scheme.integers.half
+    grid = tuple(read.scales.shape)
+    # wraps around: a code of int8 less the lowest, in bytes
+    if not torch.equal(q.codes.view(torch.uint8) + -lo if lo else q.codes, read.codes):
+        return "codes"
+    n, groups = q.plain_scale.shape
+    if (n, groups) != grid and (grid[0] % n or grid[1] % groups):
+        return "groups"
+    scales = spread(q.plain_scale, grid).double()
+    if not torch.equal(scales, read.scales.double()):
+        return "scales"
+    zeros = (
+        -lo
+        - half
+        + (torch.zeros((), dtype=torch.float64, device="cpu") if q.zero is None else spread(q.zero, grid).double())
+    )
+    if read.biases is None:
+        return None if bool((zeros == read.zeros.double()).all()) and q.min is None else "zero points"
+    wanted = -zeros * scales if q.min is None else _spread_minimum(q, grid)
+    return None if torch.equal(wanted, read.biases.double()) else "biases"
+
+
+def _spread_minimum(q: QTensor, grid: tuple[int, ...]) -> torch.Tensor:
+    """Minima of groups, float64."""
+    assert isinstance(q.min, torch.Tensor), "quantized minima were refused"
+    return spread(q.min, grid).double()
 
 
 def _pieces(q: QTensor) -> Iterator[torch.Tensor]:

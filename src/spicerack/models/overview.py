@@ -17,7 +17,7 @@ from typing import Any
 
 from spicerack.errors import CheckpointError, ShapeError, UsageError
 from spicerack.models.census import BY_DEFAULT, Census, Entry, take
-from spicerack.models.config import Architecture, nested
+from spicerack.models.config import Architecture, difference, nested
 from spicerack.models.families import names
 from spicerack.models.narrow import nearest
 from spicerack.models.opening import open_model, open_stored
@@ -197,8 +197,25 @@ def refuse_sides(out: Path, source: Path, command: str, *, swapped: bool) -> Non
     )
 
 
+def refuse_strangers(out: Checkpoint, source: Checkpoint) -> None:
+    """Raise UsageError where config.json says that the folder `out` was not made from the model `source`."""
+    configs = [_float_config(checkpoint.config) for checkpoint in (out, source)]
+    if (reason := difference(*configs)) is not None:
+        raise UsageError(
+            f"{out.folder} {reason.format(other=source.folder)}",
+            "compare it with the model that it was made from",
+        )
+
+
+def _float_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config that a model had before it was quantized, as far as sizes and classes go."""
+    inner = config.get("config") if config.get("model_type") == files.CONTAINER else None
+    return inner if isinstance(inner, dict) else config
+
+
 def check_sides(out: str | Path, source: str | Path, command: str) -> None:
-    """Open both folders, and refuse what headers tell: what is no model, and a `source` that is quantized itself.
+    """Open both folders, and refuse what headers tell: what is no model, a `source` that is quantized itself, and
+    models of two architectures.
 
     Of a source without our ledger nothing is said here: what others wrote may be read as floats. Raises CheckpointError
     and UsageError.
@@ -208,15 +225,14 @@ def check_sides(out: str | Path, source: str | Path, command: str) -> None:
     if ours:
         swapped = quantized_with(quantized.config) is None
         refuse_sides(quantized.folder, original.folder, command, swapped=swapped)
+    refuse_strangers(quantized, original)
 
 
 def _source(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
     """The float checkpoint that a quantized folder came from, as its ledger describes it: names, types and shapes of
     tensors that are no longer there, and the config from before. It cannot be read from."""
-    config = checkpoint.config
-    nested = config.get("config", {}) if config.get("model_type") == files.CONTAINER else config
     tensors = {e.tensor: TensorInfo(e.tensor, e.dtype, e.shape, e.bytes_before, "") for e in written.entries}
-    return replace(checkpoint, config=nested, tensors=tensors)
+    return replace(checkpoint, config=dict(_float_config(checkpoint.config)), tensors=tensors)
 
 
 def _unpacked(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
@@ -298,7 +314,7 @@ def is_quantized(entry: Entry) -> bool:
     Of experts in one tensor those are that have an axis for them, whatever the family's code does.
     """
     whole = entry.role == "experts" and len(entry.info.shape) != 3
-    return entry.role in BY_DEFAULT and not whole and entry.info.dtype in FLOATS
+    return entry.role in BY_DEFAULT and not whole and entry.info.dtype in FLOATS and 0 not in entry.info.shape
 
 
 def pattern_of(module: str) -> str:

@@ -16,8 +16,11 @@ import numpy.typing as npt
 import torch
 
 from spicerack._version import __version__
+from spicerack.errors import OutputError
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Weights
+from spicerack.exports.verify import Grid, Weights
+from spicerack.numerics.scheme import FloatType, Scheme
+from spicerack.storage.files import CONTAINER
 from spicerack.storage.reader import Checkpoint
 
 Array = npt.NDArray[Any]
@@ -43,73 +46,113 @@ def stream(words: Array, bits: int) -> Array:
     return codes
 
 
-def times_scales(codes: Array, zeros: Array | int, scales: Array) -> Array:
-    """(codes - zeros) * scales, float32 [N, K]; codes uint8 [N, K], zeros and scales [N, G] of as many groups."""
-    n, groups = scales.shape
-    values = codes.reshape(n, groups, -1).astype(np.float32)
-    values -= np.broadcast_to(np.asarray(zeros, np.float32), scales.shape)[..., None]
-    values *= scales.astype(np.float32)[..., None]
-    return values.reshape(n, -1)
+def grid(codes: Array, zeros: Array | float, scales: Array, biases: Array | None = None) -> Grid:
+    """A matrix taken apart: codes [N, K], and zeros, scales and biases [N, G]."""
+
+    tensor = torch.from_numpy
+    return Grid(
+        tensor(codes), tensor(scales), tensor(np.asarray(zeros, np.float32)), None if biases is None else tensor(biases)
+    )
 
 
-def _gptq(read: Read, section: Mapping[str, Any], _of: Mapping[str, Any]) -> Array:
+def _gptq(read: Read, section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of a GPTQ module."""
     bits = section["bits"]
     codes = stream(read("qweight").T, bits)
     zeros = stream(read("qzeros"), bits)[:, : len(codes)]
     if section["checkpoint_format"] == "gptq":
-        zeros = (zeros + 1) % 2**bits
+        zeros = (zeros.astype(np.int32) + 1) % 2**bits
     group, scales = read("g_idx"), read("scales")
     if not np.array_equal(group, np.arange(len(group)) // (len(group) // len(scales))):
         raise ValueError("g_idx is not in order")
-    return times_scales(codes, zeros.T, scales.T)
+    return grid(codes, zeros.T, scales.T)
 
 
-def _awq(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> Array:
+def _awq(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of an AWQ module."""
 
     def outputs(words: Array) -> Array:
-        return stream(words, 4).reshape(len(words), -1, 8)[:, :, _AWQ].reshape(len(words), -1)
+        """Words [C, N / 8] -> codes [N, C]."""
+        octets = np.ascontiguousarray(words.T).view(np.uint8).reshape(words.shape[1], len(words), 4)
+        codes = np.empty((words.shape[1], 8, len(words)), np.uint8)
+        for output, half in enumerate(_AWQ):
+            codes[:, output] = octets[:, :, half // 2] >> 4 * (half % 2) & 15
+        return codes.reshape(-1, len(words))
 
-    return times_scales(outputs(read("qweight")).T, outputs(read("qzeros")).T, read("scales").T)
+    return grid(outputs(read("qweight")), outputs(read("qzeros")), read("scales").T)
 
 
-def _mlx(read: Read, _section: Mapping[str, Any], of: Mapping[str, Any]) -> Array:
+def _mlx(read: Read, _section: Mapping[str, Any], of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of an MLX module."""
     codes, scales = stream(read("weight"), of["bits"]), read("scales")
-    n, groups = scales.shape
     if of["mode"] == "mxfp4":
+        n, groups = scales.shape
         powers = np.exp2(scales.astype(np.float32) - 127)
-        return (_E2M1[codes].reshape(n, groups, -1) * powers[..., None]).reshape(n, -1)
-    values = times_scales(codes, 0, scales).reshape(n, groups, -1)
-    values += read("biases").astype(np.float32)[..., None]
-    return values.reshape(n, -1)
+        return torch.from_numpy((_E2M1[codes].reshape(n, groups, -1) * powers[..., None]).reshape(n, -1))
+    return grid(codes, 0, scales, read("biases"))
 
 
-def _bitnet(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> Array:
+def _bitnet(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of a bitnet module whose scale is not inverted."""
     packed = read("weight")
-    parts = [(packed >> 2 * place & 3).astype(np.float32) - 1 for place in range(4)]
-    whole: Array = np.concatenate(parts) * read("weight_scale").astype(np.float32)
-    return whole
+    parts = [packed >> 2 * place & 3 for place in range(4)]
+    return grid(np.concatenate(parts), 1, read("weight_scale").reshape(1, 1))
 
 
-def _compressed(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> Array:
+def _compressed(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of a compressed-tensors module, packed or in bytes."""
     try:
-        n, k = read("weight_shape")
+        n, k = map(int, read("weight_shape"))
     except KeyError:
-        return times_scales(read("weight"), 0, read("weight_scale"))
+        return grid(read("weight").view(np.uint8) ^ 128, 128, read("weight_scale").reshape(-1, 1))
     words, scale = read("weight_packed"), read("weight_scale")
     bits = words.shape[1] * 32 // k
     codes = stream(words, bits)[:, :k]
     try:
-        return times_scales(codes, stream(read("weight_zero_point").T, bits)[:, :n].T, scale)
+        return grid(codes, stream(read("weight_zero_point").T, bits)[:, :n].T, scale)
     except KeyError:
-        return times_scales(codes, 2 ** (bits - 1), scale)
+        return grid(codes, 2 ** (bits - 1), scale)
 
 
-_DECODERS: dict[str, Callable[[Read, Mapping[str, Any], Mapping[str, Any]], Array]] = {
+def _ours(read: Read, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor | Grid:
+    """[.., N, K] of a module in our own container; scales and minima may be such, too.
+
+    What a code stands for is asked of the scheme: that is its definition, and not how it is stored.
+    """
+    *leading, n, k = shape
+    rows, columns = scheme.group_shape(n, k)
+    grids = scheme.scale_shape(shape)
+    words = read("codes")
+    codes = stream(words.reshape(-1, words.shape[-1]), scheme.bits)[:, : scheme.codes_shape(shape)[-1]]
+
+    def part(name: str, kind: FloatType | Scheme) -> torch.Tensor:
+        """Scales or minima of groups, float32."""
+        if not isinstance(kind, Scheme):
+            return torch.from_numpy(read(name).astype(np.float32)).reshape(grids)
+        inner = _ours(lambda key: read(f"{name}.{key}"), kind, grids)
+        return (inner if isinstance(inner, torch.Tensor) else inner.values()).reshape(grids)
+
+    scale = part("scale", scheme.scale)
+    zero = torch.zeros(grids, dtype=torch.float32, device="cpu")
+    if scheme.zero:
+        zeros = read("zero")
+        zero = torch.from_numpy(stream(zeros.reshape(-1, zeros.shape[-1]), scheme.bits)[:, : grids[-1]].copy())
+        zero = zero.float().reshape(grids) + scheme.levels.lo
+    low = None if scheme.min is None else part("min", scheme.min)
+    if scheme.plain_obstacle is None and not leading:
+        return Grid(torch.from_numpy(codes), scale, zero - scheme.integers.lo - 0.5 * scheme.integers.half)
+
+    def wide(values: torch.Tensor) -> torch.Tensor:
+        """One of each group for each of its weights."""
+        return values.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+
+    numbers = torch.from_numpy(codes.astype(np.int64)).reshape(*leading, n, -1) + scheme.levels.lo
+    values = wide(scale) * (scheme.levels.decode(numbers, 0.0) - wide(zero))
+    return values if low is None else values + wide(low)
+
+
+Decoder = Callable[[Read, Mapping[str, Any], Mapping[str, Any]], "torch.Tensor | Grid"]
+_DECODERS: dict[str, Decoder] = {
     "gptq": _gptq,
     "awq": _awq,
     "mlx": _mlx,
@@ -127,32 +170,45 @@ class Own:
 
     def obstacle(self, to: str, _source: Source, /) -> str | None:
         """Formats that are not described here."""
-        return None if to in _DECODERS else f"{to} is not decoded here"
+        return None if to in (*_DECODERS, CONTAINER) else f"{to} is not decoded here"
 
-    def opened(self, path: Path, to: str, source: Source, /) -> Weights:
-        """From files and config.json alone."""
+    def opened(self, path: Path, source: Source, /) -> Weights:
+        """From files and config.json alone. Raises OutputError for a folder that nobody would know."""
         checkpoint = Checkpoint.open(path).held()
-        return partial(_weights, checkpoint, _DECODERS[to], source)
+        if checkpoint.config.get("model_type") == CONTAINER:
+            return partial(_contained, checkpoint, source)
+        section = checkpoint.config.get("quantization_config", {})
+        method = section.get("quant_method", "mlx" if "quantization" in checkpoint.config else None)
+        if method not in _DECODERS:
+            raise OutputError(f"config.json says {method!r}, which is no format", "this is a fault of spicerack")
+        return partial(_weights, checkpoint, _DECODERS[method], source)
 
 
-def _weights(
-    checkpoint: Checkpoint,
-    decoder: Callable[[Read, Mapping[str, Any], Mapping[str, Any]], Array],
-    source: Source,
-    name: str,
-) -> torch.Tensor:
+def _weights(checkpoint: Checkpoint, decoder: Decoder, source: Source, name: str) -> torch.Tensor | Grid:
     """One tensor: decoded where the source has it packed, else as it lies there."""
     module = name.removesuffix(".weight")
     if module not in source.contents:
         return checkpoint.read(name)
     section: Mapping[str, Any] = checkpoint.config.get("quantization_config", {})
-
-    def read(part: str) -> Array:
-        tensor = checkpoint.read(f"{module}.{part}")
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
+    read = partial(_array, checkpoint, module)
     of = {**section, **section.get(module, {})}
-    return torch.from_numpy(np.ascontiguousarray(decoder(read, section, of), dtype=np.float32))
+    return decoder(read, section, of)
+
+
+def _contained(checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor | Grid:
+    """One tensor of our own container."""
+    module = name.removesuffix(".weight")
+    stored = source.contents.get(module)
+    if stored is None:
+        return checkpoint.read(name)
+    return _ours(partial(_array, checkpoint, module), stored.scheme, stored.shape)
+
+
+def _array(checkpoint: Checkpoint, module: str, part: str) -> Array:
+    """A tensor of a module, as numpy has it; floats that it has not are float32."""
+    tensor = checkpoint.read(f"{module}.{part}")
+    strange = tensor.dtype in (torch.bfloat16, torch.float8_e8m0fnu)
+    return (tensor.float() if strange else tensor).numpy()
 
 
 READER = Own()

@@ -28,6 +28,8 @@ from spicerack.storage.reader import TensorInfo
 IN_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
 """Modules, the last part of their names, that llama.cpp computes in F32 and reads in nothing else, beside norms, biases
 and whatever has one axis."""
+_NEWEST = ("Q1_0", "Q2_0")
+"""Types of 2026, which gguf-py 0.19, Ollama and older builds of llama.cpp do not read."""
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12,
     "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40,
@@ -72,8 +74,12 @@ class Model:
 
 
 def types_of(stored: StoredTensor) -> tuple[GgmlType, ...]:
-    """The types that hold a packed tensor, the smallest first, by its scheme and shape."""
-    return blocks.types_for(stored.scheme, stored.shape)
+    """The types that hold a packed tensor, the smallest first, by its scheme and shape.
+
+    Types that only the newest readers know come last, but for tensors whose very scheme they are.
+    """
+    types = blocks.types_for(stored.scheme, stored.shape)
+    return tuple(sorted(types, key=lambda type_: type_.name in _NEWEST and type_.scheme != stored.scheme.name))
 
 
 def packed_obstacles(names: Names, contents: Contents) -> list[str]:
@@ -99,7 +105,8 @@ def packed_obstacles(names: Names, contents: Contents) -> list[str]:
 def nearest(stored: StoredTensor) -> str:
     """Why no type holds a tensor: the reason of the one that holds most like it."""
     types = [type_ for type_ in TYPES.values() if type_.scheme is not None]
-    near = min(types, key=lambda type_: abs(8 * type_.nbytes / type_.block - stored.scheme.bits))
+    bits = stored.scheme.bits
+    near = min(types, key=lambda t: (t.scheme != stored.scheme.name, abs(8 * t.nbytes / t.block - bits)))
     return f"no type of GGUF holds {stored.scheme}; {near}: {scheme_obstacle(near, stored.scheme, stored.shape)}"
 
 

@@ -7,8 +7,11 @@ tools look for what transformers called things before version 5, so that config.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from spicerack import plugins
@@ -16,6 +19,7 @@ from spicerack._version import __version__
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order
 from spicerack.models.architecture import host_of
+from spicerack.models.gguf.checkpoint import GgufCheckpoint
 from spicerack.numerics.qtensor import QTensor
 from spicerack.quantization import decisions
 from spicerack.storage import format as formats
@@ -23,7 +27,12 @@ from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
 from spicerack.storage.format import Contents, Format, Reading, StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
+from spicerack.storage.reader import Checkpoint
 from spicerack.storage.writer import SHARD_BYTES, OutputTensor, ShardWriter, Unit, Writer, partial_folder, shards_of
+from spicerack.text.gguf import tokenizer_of_gguf
+
+_TOKENS = "tokenizer."
+"""How keys of a GGUF file begin that describe its tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +70,42 @@ class Folders:
         config = with_old_names(config) if fmt.read_by_others else config
         identity = _identity(source, fmt, order)
         units = list(_units(source, fmt))
-        side = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.side_files)
-        writer = Writer(order.output, shards_of(units, order.shard_bytes or SHARD_BYTES), identity, side)
         entries = {entry.tensor: entry for entry in source.ledger.entries} if source.ledger else {}
-        try:
-            for shard in writer.pending():
-                with writer.shard(shard) as out:
-                    for unit in shard.units:
-                        out.entries.append(_write(source, fmt, unit, out, entries))
-            files = {LEDGER: Ledger(identity, writer.entries()).content(), CONFIG: json_bytes(config)}
-            writer.finish(files, checkpoint.folder, checkpoint.side_files)
-            order.check(writer.partial)
-            writer.seal()
-        except BaseException:  # whatever ended it, the next run begins anew: to write is cheap, and to continue is not
-            shutil.rmtree(partial_folder(order.output), ignore_errors=True)
-            raise
+        with _beside(checkpoint) as (folder, names):
+            side = sum((folder / name).stat().st_size for name in names)
+            writer = Writer(order.output, shards_of(units, order.shard_bytes or SHARD_BYTES), identity, side)
+            try:
+                for shard in writer.pending():
+                    with writer.shard(shard) as out:
+                        for unit in shard.units:
+                            out.entries.append(_write(source, fmt, unit, out, entries))
+                files = {LEDGER: Ledger(identity, writer.entries()).content(), CONFIG: json_bytes(config)}
+                writer.finish(files, folder, names)
+                order.check(writer.partial)
+                writer.seal()
+            except BaseException:  # whatever ended it, the next run begins anew: writing is cheap, continuing is not
+                shutil.rmtree(partial_folder(order.output), ignore_errors=True)
+                raise
+
+
+@contextmanager
+def _beside(checkpoint: Checkpoint) -> Iterator[tuple[Path, Sequence[str]]]:
+    """What lies beside the weights: a folder, and the names of files in it; of a GGUF file its tokenizer, as a folder
+    has it.
+
+    Raises CheckpointError for a tokenizer that cannot be had so.
+    """
+    if not isinstance(checkpoint, GgufCheckpoint) or not any(key.startswith(_TOKENS) for key in checkpoint.metadata):
+        yield checkpoint.folder, checkpoint.side_files
+        return
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer_of_gguf(checkpoint.metadata).save_pretrained(place)
+        files = (path for path in Path(place).rglob("*") if path.is_file())
+        yield Path(place), sorted(path.relative_to(place).as_posix() for path in files)
 
 
 def _format(to: str) -> Format:
+    """The format that `--to` calls so."""
     return formats.get(to.replace("-", "_"))
 
 

@@ -1,8 +1,8 @@
 """GGUF: one file (or several, where asked) for llama.cpp, Ollama and LM Studio, with tokenizer and ledger inside.
 
-Every packed tensor goes into the smallest of ggml's types that holds its numbers exactly; floats stay what they are, but
-for those that llama.cpp reads in F32 alone, which loses nothing. Rows of llama's queries and keys get llama.cpp's order,
-after quantization: bytes are moved and not made anew.
+Every packed tensor goes into the smallest of ggml's types that holds its numbers exactly; floats stay what they are,
+but for those that llama.cpp reads in F32 alone, which loses nothing. Rows of llama's queries and keys get llama.cpp's
+order, after quantization: bytes are moved and not made anew.
 """
 
 from __future__ import annotations

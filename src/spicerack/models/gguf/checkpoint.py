@@ -1,8 +1,8 @@
 """`GgufCheckpoint`: a GGUF file as a checkpoint of transformers: its names, its order of rows, its config.json.
 
 Nothing is converted when a file is opened. A tensor is read when it is asked for: floats as floats, quantized ones as
-the bytes that the file has, U8 [.., N, row_bytes], which `storage.formats.gguf` knows to decode. Where rows have another
-order here (llama's queries and keys), rows of bytes are moved: quantized numbers are never touched.
+the bytes that the file has, U8 [.., N, row_bytes], which `storage.formats.gguf` knows to decode. Where rows have
+another order here (llama's queries and keys), rows of bytes are moved: quantized numbers are never touched.
 """
 
 from __future__ import annotations

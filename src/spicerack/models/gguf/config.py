@@ -26,7 +26,7 @@ POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}
 """How a sentence encoder makes one vector of many, and llama.cpp's number for it."""
 _WINDOW = "attention.sliding_window"
 _PATTERN = "attention.sliding_window_pattern"
-_TOKEN_TYPES = "tokenizer.ggml.token_type_count"
+_KINDS_OF_TOKENS = "tokenizer.ggml.token_type_count"
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 _MOST = 1 << 31
 """Of a size that is read: more than any model has, and what transformers' classes take."""
@@ -109,7 +109,7 @@ def to_metadata(family: Family, config: Mapping[str, Any], pooling: str | None =
         entries[f"{at}.attention.causal"] = Value("bool", False)
         if pooling is not None:
             entries[f"{at}.pooling_type"] = Value("u32", POOLINGS[pooling])
-        entries[_TOKEN_TYPES] = Value("u32", config["type_vocab_size"])
+        entries[_KINDS_OF_TOKENS] = Value("u32", config["type_vocab_size"])
     entries |= _token_keys(config)
     entries |= {key: Value("string", value) for key, value in written.own.items()}
     entries[MODEL_TYPE] = Value("string", family.model_type)
@@ -149,7 +149,7 @@ def to_config(
     if not family.encoder and "tie_word_embeddings" not in family.settings:
         config["tie_word_embeddings"] = "output.weight" not in shapes
     if family.encoder:
-        config["type_vocab_size"] = metadata.integer(_TOKEN_TYPES, shapes.get("token_types.weight", (2,))[0])
+        config["type_vocab_size"] = metadata.integer(_KINDS_OF_TOKENS, shapes.get("token_types.weight", (2,))[0])
     keys = {key.removeprefix(at): entry.value for key, entry in metadata.items() if isinstance(entry, Value)}
     try:
         config |= family.to_config(keys, shapes)

@@ -1,8 +1,8 @@
 """`Family`: what a family of transformers is called in GGUF files, as data, one file each in `families/`.
 
-GGUF has names of its own for modules (`blk.3.attn_q`) and for what config.json says (`llama.block_count`), and llama.cpp
-computes each architecture in one way: what a config could ask for beside that is refused by name. Facts are those of
-llama.cpp's converter and loaders (llama-cpp-python 0.3.36: `conversion/`, `src/models/`) and of gguf-py 0.19.
+GGUF has names of its own for modules (`blk.3.attn_q`) and for what config.json says (`llama.block_count`), and
+llama.cpp computes each architecture in one way: what a config could ask for beside that is refused by name. Facts are
+those of llama.cpp's converter and loaders (llama-cpp-python 0.3.36: `conversion/`, `src/models/`) and of gguf-py 0.19.
 """
 
 from __future__ import annotations

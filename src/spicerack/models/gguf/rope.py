@@ -8,8 +8,8 @@
     llama3     the tensor rope_freqs.weight, by which llama.cpp divides frequencies
     longrope   the tensors rope_factors_long.weight and rope_factors_short.weight, and rope.scaling.attn_factor
 
-llama.cpp chooses LongRoPE's factors by the context that it was started with, transformers by the length of a text: where
-a short text is read in a large context, the two differ.
+llama.cpp chooses LongRoPE's factors by the context that it was started with, transformers by the length of a text:
+where a short text is read in a large context, the two differ.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def decimal(value: float) -> float:
 
 
 def _parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of blocks that look back all the way, and of those that do not; the latter empty where they are the same."""
+    """Those of blocks that look back all the way, and of those that do not; the latter empty where all are alike."""
     both = dict(config.get("rope_parameters") or {})
     if "full_attention" in both:
         return dict(both["full_attention"]), dict(both.get("sliding_attention") or {})
@@ -185,7 +185,7 @@ def _yarn_scale(factor: float) -> float:
 
 
 def _longrope_scale(full: Mapping[str, Any], config: Mapping[str, Any], original: int) -> float:
-    """What transformers multiplies scores by: what the config says, else a function of how far contexts are stretched."""
+    """What transformers multiplies scores by: what the config says, else by how far contexts are stretched."""
     if full.get("attention_factor") is not None:
         return float(full["attention_factor"])
     factor = float(full.get("factor") or config["max_position_embeddings"] / original)

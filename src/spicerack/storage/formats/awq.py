@@ -124,7 +124,7 @@ def _pack(values: torch.Tensor) -> torch.Tensor:
 def _unpack(words: torch.Tensor) -> torch.Tensor:
     """Inverse of `_pack`."""
     c, count = words.shape
-    octets = words.t().contiguous().view(torch.uint8).reshape(count, c, 4)
+    octets = words.t().reshape(-1).view(torch.uint8).reshape(count, c, 4)
     values = torch.empty((count, 8, c), dtype=torch.uint8, device="cpu")
     for place in range(4):
         octet = octets[..., place]

@@ -1,6 +1,6 @@
-"""What llama.cpp has to be told of a tokenizer's algorithm, found by what that does; or the reason why it cannot be told.
+"""What llama.cpp has to be told of a tokenizer's algorithm, found by what that does; or why it cannot be told.
 
-Each function takes a tokenizer of the library tokenizers and the JSON of it, and returns a `Kind`, or raises Unsupported.
+Each takes a tokenizer of the library tokenizers and the JSON of it, and returns a `Kind`, or raises UnsupportedError.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ Parts = Mapping[str, Any]
 """A tokenizer.json."""
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """llama.cpp cannot do what the tokenizer does; the message says what that is."""
 
 
@@ -30,12 +31,12 @@ class Unsupported(Exception):
 class Kind:
     """An algorithm, in llama.cpp's terms.
 
-    model   `tokenizer.ggml.model`
-    pre     `tokenizer.ggml.pre`
-    scores  token -> score, for those that need one; None for algorithms without
-    merges  pairs, best first; None for algorithms without
-    flags   further keys, without `tokenizer.ggml.`
-    table   `tokenizer.ggml.precompiled_charsmap`; empty for none
+    model     `tokenizer.ggml.model`
+    pre       `tokenizer.ggml.pre`
+    scores    token -> score, for those that need one; None for algorithms without
+    merges    pairs, best first; None for algorithms without
+    flags     further keys, without `tokenizer.ggml.`
+    table     `tokenizer.ggml.precompiled_charsmap`; empty for none
     composed  whether texts are composed (NFC) first, which llama.cpp leaves out
     """
 
@@ -49,28 +50,26 @@ class Kind:
 
 
 def kind_of(tokenizer: Tokenizer, parts: Parts) -> Kind:
-    """How llama.cpp can do what this tokenizer does. Raises Unsupported, saying what it cannot."""
+    """How llama.cpp can do what this tokenizer does. Raises UnsupportedError, saying what it cannot."""
     model = parts["model"]
     if model["type"] == "BPE":
         if model.get("dropout"):
-            raise Unsupported("merges at random (dropout)")
+            raise UnsupportedError("merges at random (dropout)")
         if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-            raise Unsupported("marks parts of words with a prefix or suffix")
+            raise UnsupportedError("marks parts of words with a prefix or suffix")
         return _characters(tokenizer, parts) if model.get("byte_fallback") else _bytes(tokenizer, parts)
     if model["type"] == "Unigram":
         return _unigram(tokenizer, parts)
     if model["type"] == "WordPiece":
         return _wordpiece(parts)
-    raise Unsupported(f"is of the algorithm {model['type']}")
+    raise UnsupportedError(f"is of the algorithm {model['type']}")
 
 
 def _merges(parts: Parts) -> list[tuple[str, str]]:
     """The merges of BPE, best first."""
-    merges = [
-        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in parts["model"]["merges"]
-    ]
+    merges: list[tuple[str, str]] = [(left, right) for left, right in parts["model"]["merges"]]
     if any(" " in token for pair in merges for token in pair):
-        raise Unsupported("merges tokens that have a space in them")
+        raise UnsupportedError("merges tokens that have a space in them")
     return merges
 
 
@@ -88,22 +87,22 @@ def _bytes(tokenizer: Tokenizer, parts: Parts) -> Kind:
     """BPE over bytes: which of llama.cpp's ways to cut a text is this tokenizer's?"""
     before = [step["type"] for step in steps(parts["normalizer"])]
     if before not in ([], ["NFC"]):
-        raise Unsupported(f"normalizes texts by {', '.join(before)}")
+        raise UnsupportedError(f"normalizes texts by {', '.join(before)}")
     name = _name_of_cut(tokenizer, bool(parts["model"].get("ignore_merges")), bool(before), parts)
     return Kind("gpt2", name, merges=_merges(parts), composed=bool(before))
 
 
 def _name_of_cut(tokenizer: Tokenizer, whole: bool, composed: bool, parts: Parts) -> str:
-    """The `tokenizer.ggml.pre` that cuts texts as a tokenizer does, and means the same for whole words where that matters."""
+    """The `tokenizer.ggml.pre` that cuts texts as a tokenizer does, and keeps words whole where that matters."""
     if tokenizer.pre_tokenizer is None:
-        raise Unsupported("does not cut texts into words before it merges")
+        raise UnsupportedError("does not cut texts into words before it merges")
     known = {name: splitter for name, splitter in SPLITTERS.items() if splitter.bytes and not splitter.pairs}
     same = _cut_alike(tokenizer.pre_tokenizer, known)
     if not same:
-        raise Unsupported("cuts texts into words in a way that is none of llama.cpp's (tokenizer.ggml.pre)")
+        raise UnsupportedError("cuts texts into words in a way that is none of llama.cpp's (tokenizer.ggml.pre)")
     best = min(same, key=lambda name: (known[name].whole != whole, known[name].composed != composed))
     if known[best].whole != whole and not _merges_suffice(parts):
-        raise Unsupported(
+        raise UnsupportedError(
             "keeps words whole that its merges do not make (or does not), unlike all that cut texts alike"
         )
     return best
@@ -137,51 +136,61 @@ def _written(tokenizer: Tokenizer, text: str) -> list[str]:
 def _characters(tokenizer: Tokenizer, parts: Parts) -> Kind:
     """BPE over characters, with bytes for those that are no token: SentencePiece's, by scores or by merges."""
     prefixed = _written(tokenizer, "a") == [f"{WHITESPACE_MARK}a"]
+    by_line = len(_written(tokenizer, "a\na")) > 1
     for text in short_texts():
         text = text.lstrip()  # readers of SentencePiece differ in what they put before a space
         spelled = (WHITESPACE_MARK if prefixed else "") + text.replace(" ", WHITESPACE_MARK)
-        if text and _written(tokenizer, text) != [spelled]:
-            raise Unsupported(f"does not leave a text whole, with spaces marked, as SentencePiece does: {text[:20]!r}")
+        words = re.findall(r"[^\n]+|\n+", spelled) if by_line else [spelled]
+        if text and _written(tokenizer, text) != words:
+            raise UnsupportedError(f"does not leave texts whole, spaces marked, as SentencePiece does: {text[:20]!r}")
     merges = _merges(parts)
     flags = {"add_space_prefix": prefixed}
     added = {token["content"] for token in parts["added_tokens"]}
     scores = _scores(merges, set(parts["model"]["vocab"]) - added)
-    if scores is not None:
+    if scores is not None and not by_line:
         return Kind("llama", scores=scores, flags=flags)
     if prefixed:
-        raise Unsupported("begins texts with a space, and its merges do not follow from scores of tokens")
-    if any("\n" in pair[0] + pair[1] and set(pair[0] + pair[1]) != {"\n"} for pair in merges):
-        raise Unsupported(
+        raise UnsupportedError("begins texts with a space, and its merges do not follow from scores of tokens")
+    if not by_line and any("\n" in pair[0] + pair[1] and set(pair[0] + pair[1]) != {"\n"} for pair in merges):
+        raise UnsupportedError(
             "merges line breaks with other characters, and its merges do not follow from scores of tokens"
         )
-    return Kind("gpt2", "sarvam-moe", merges=merges, flags=flags)
+    adds_bos = len(tokenizer.encode("a").ids) > len(tokenizer.encode("a", add_special_tokens=False).ids)
+    return Kind("gpt2", "gemma4" if adds_bos else "sarvam-moe", merges=merges, flags=flags)
 
 
 def _scores(merges: Sequence[tuple[str, str]], tokens: set[str]) -> dict[str, float] | None:
     """Scores of tokens by which SentencePiece merges as these merges do; None if there are none.
 
-    SentencePiece merges any two neighbours that are a token together, the best token first: so all pairs that make a token
-    must be merges, one behind the other.
+    SentencePiece merges any two neighbours that are a token together, the best token first: so all pairs that make a
+    token must be merges. Where merges of several tokens are mixed, these have the same score; then they must stand by
+    the length of their left part, as those have it who make merges of scores.
     """
-    groups = [token for token, _ in itertools.groupby(left + right for left, right in merges)]
-    if len(set(groups)) < len(groups):
-        return None
-    pairs = set(merges)
     possible = sum(token[:at] in tokens and token[at:] in tokens for token in tokens for at in range(1, len(token)))
-    if possible != len(pairs) or not all(left in tokens and right in tokens for left, right in pairs):
+    if possible != len(set(merges)) or any(left not in tokens or right not in tokens for left, right in merges):
         return None
-    ranks = {token: -float(rank) for rank, token in enumerate(groups)}
-    return {token: ranks.get(token, -float(len(groups))) for token in tokens}
+    last = {left + right: rank for rank, (left, right) in enumerate(merges)}
+    ranks: dict[str, float] = {}
+    start, end = 0, -1
+    for rank, (left, right) in enumerate(merges):
+        if rank > end:  # no merge before this one is of a token that has others behind it
+            start = rank
+        end = max(end, last[left + right])
+        ranks[left + right] = -float(start)
+        mixed = rank > start and left + right != "".join(merges[rank - 1])
+        if mixed and len(left) > len(merges[rank - 1][0]):
+            return None
+    return {token: ranks.get(token, -float(len(merges))) for token in tokens}
 
 
 def _unigram(tokenizer: Tokenizer, parts: Parts) -> Kind:
     """Unigram: SentencePiece's table of characters, and what is done with spaces."""
     if parts["model"].get("byte_fallback"):
-        raise Unsupported("is a Unigram that spells unknown characters in bytes")
+        raise UnsupportedError("is a Unigram that spells unknown characters in bytes")
     tables = [step for step in steps(parts["normalizer"]) if step["type"] == "Precompiled"]
     others = {step["type"] for step in steps(parts["normalizer"])} - {"Precompiled", "Strip", "Replace", "Prepend"}
     if others or len(tables) > 1:
-        raise Unsupported(f"normalizes texts by {', '.join(sorted(others)) or 'two tables'}")
+        raise UnsupportedError(f"normalizes texts by {', '.join(sorted(others)) or 'two tables'}")
     table = base64.b64decode(tables[0]["precompiled_charsmap"]) if tables else b""
     for prefixed, merged in itertools.product((True, False), repeat=2):
         twin = normalizers.Sequence(unigram_steps(table, prefixed, merged))
@@ -193,17 +202,17 @@ def _unigram(tokenizer: Tokenizer, parts: Parts) -> Kind:
             scores = {token: float(score) for token, score in parts["model"]["vocab"]}
             flags = {"add_space_prefix": prefixed, "remove_extra_whitespaces": merged}
             return Kind("t5", scores=scores, flags=flags, table=table)
-    raise Unsupported("does something to spaces that SentencePiece does not")
+    raise UnsupportedError("does something to spaces that SentencePiece does not")
 
 
 def _wordpiece(parts: Parts) -> Kind:
     """WordPiece of BERT."""
     if parts["model"]["continuing_subword_prefix"] != "##":
-        raise Unsupported(f"marks parts of words with {parts['model']['continuing_subword_prefix']!r}")
+        raise UnsupportedError(f"marks parts of words with {parts['model']['continuing_subword_prefix']!r}")
     normal = parts["normalizer"] or {}
     if normal.get("type") != "BertNormalizer" or not normal["clean_text"] or not normal["handle_chinese_chars"]:
-        raise Unsupported("does not normalize texts as BERT does")
+        raise UnsupportedError("does not normalize texts as BERT does")
     if (parts["pre_tokenizer"] or {}).get("type") != "BertPreTokenizer":
-        raise Unsupported("does not cut texts into words as BERT does")
+        raise UnsupportedError("does not cut texts into words as BERT does")
     accents = normal["lowercase"] if normal["strip_accents"] is None else normal["strip_accents"]
     return Kind("bert", flags={"normalizer.lowercase": normal["lowercase"], "normalizer.strip_accents": accents})

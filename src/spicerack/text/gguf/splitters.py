@@ -1,8 +1,9 @@
 """How each `tokenizer.ggml.pre` of llama.cpp cuts a text into words, of which the merges of BPE never join two.
 
-A file names only the name; what it means stands in llama.cpp's source (src/llama-vocab.cpp, its table `regex_exprs`). Where
-a comment there keeps the expression of the model's own tokenizer.json, that one is here: std::regex has no case folding and
-no classes of letters by case, and what llama.cpp uses instead differs for letters outside of ASCII.
+A file has only the name; what it means stands in llama.cpp's source (src/llama-vocab.cpp, its table `regex_exprs`).
+Where a comment there keeps the expression of the model's own tokenizer.json, that one is here: std::regex has no case
+folding and no classes of letters by case, and what llama.cpp uses instead differs for letters outside of ASCII.
+`otherwise` says so; all else was compared with llama.cpp (xllamacpp 2026.10) on the texts of `probe`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ def _by_case(end: str, numbers: str, without: str = "") -> str:
     return rf"{before}{capital}*{small}+{end}|{before}{capital}+{small}*{end}|{numbers}"
 
 
-_TEKKEN = rf"{_by_case('', chr(92) + 'p{N}')}|{_MARKS}[\r\n/]*|{_REST}"
-_O200K = rf"{_by_case(_FOLDED + '?', chr(92) + 'p{N}{1,3}')}|{_MARKS}[\r\n/]*|{_REST}"
-_YOUTU = rf"{_by_case(_FOLDED + '?', chr(92) + 'p{N}')}|{_MARKS}[\r\n/]*|{_REST}"
-_KIMI = rf"\p{{Han}}+|{_by_case(_FOLDED + '?', chr(92) + 'p{N}{1,3}', '&&[^' + chr(92) + 'p{Han}]')}|{_MARKS}[\r\n]*|{_REST}"
+_NUMBER, _NUMBERS = r"\p{N}", r"\p{N}{1,3}"
+_TEKKEN = rf"{_by_case('', _NUMBER)}|{_MARKS}[\r\n/]*|{_REST}"
+_O200K = rf"{_by_case(_FOLDED + '?', _NUMBERS)}|{_MARKS}[\r\n/]*|{_REST}"
+_YOUTU = rf"{_by_case(_FOLDED + '?', _NUMBER)}|{_MARKS}[\r\n/]*|{_REST}"
+_NO_HAN = r"&&[^\p{Han}]"
+_KIMI = rf"\p{{Han}}+|{_by_case(_FOLDED + '?', _NUMBERS, _NO_HAN)}|{_MARKS}[\r\n]*|{_REST}"
 _CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _DEEPSEEK3 = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
 _WIDE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
@@ -63,9 +66,10 @@ class Splitter:
     patterns   regular expressions of Oniguruma: each cuts what the ones before it left, where it matches and between
     whole      whether a word that is a token stays one, though no merges make it (`ignore_merges`)
     adds_bos   whether a text begins with bos where the file does not say
-    composed   whether the tokenizer of the models that carry this name composes Unicode (NFC) first, which llama.cpp does not
-    bytes      whether words are spelled in the alphabet of bytes; otherwise spaces are U+2581, and bytes are tokens <0x0A>
+    composed   whether the models' own tokenizer composes Unicode (NFC) first, which llama.cpp does not
+    bytes      whether words are spelled in the alphabet of bytes; else spaces are U+2581, and bytes tokens as <0x0A>
     pairs      whether between two texts stands one more sep, as in RoBERTa
+    otherwise  which texts llama.cpp cuts otherwise than the models' own tokenizer; "" for none
     """
 
     patterns: tuple[str, ...]
@@ -74,6 +78,7 @@ class Splitter:
     composed: bool = False
     bytes: bool = True
     pairs: bool = False
+    otherwise: str = ""
 
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
         """Of tokenizers: what cuts a text, and spells the words as the vocabulary does."""
@@ -88,6 +93,9 @@ class Splitter:
         return normalizers.NFC() if self.composed else None
 
 
+_BY_CASE = "words with capitals outside of ASCII, and marks behind letters"
+_NO_CASE = "words with a capital inside"
+_IDEOGRAPHIC = "letters behind an ideographic space (U+3000)"
 _STARCODER = (r"\p{N}", _GPT2)
 _BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _LINES = (r"[^\n]+|[\n]+",)
@@ -97,8 +105,8 @@ SPLITTERS: dict[str, Splitter] = {
     "gpt-2": Splitter((_GPT2,)),
     "llama-bpe": Splitter((_LLAMA3,), whole=True, adds_bos=True),
     "qwen2": Splitter((_QWEN2,), composed=True),
-    "tekken": Splitter((_TEKKEN,), whole=True, adds_bos=True),
-    "gpt-4o": Splitter((_O200K,)),
+    "tekken": Splitter((_TEKKEN,), whole=True, adds_bos=True, otherwise=_BY_CASE),
+    "gpt-4o": Splitter((_O200K,), otherwise=_BY_CASE),
     "starcoder": Splitter(_STARCODER),
     "smaug-bpe": Splitter((_LLAMA3,)),
     "deepseek-r1-qwen": Splitter((_QWEN2,)),
@@ -114,9 +122,10 @@ SPLITTERS: dict[str, Splitter] = {
             r"\s+$",
             _WIDE,
             r"\p{N}+",
-        )
+        ),
+        otherwise=_IDEOGRAPHIC,
     ),
-    "deepseek-coder": Splitter(("[\\r\\n]", r"\s?\p{L}+", r"\s?\p{P}+", _WIDE, r"\p{N}")),
+    "deepseek-coder": Splitter(("[\\r\\n]", r"\s?\p{L}+", r"\s?\p{P}+", _WIDE, r"\p{N}"), otherwise=_IDEOGRAPHIC),
     "deepseek-v3": Splitter(_DEEPSEEK3_PATTERNS),
     "bloom": Splitter((_BLOOM,)),
     "viking": Splitter((_BLOOM, r"\p{N}")),
@@ -125,11 +134,13 @@ SPLITTERS: dict[str, Splitter] = {
     "spark2_5": Splitter((r"\p{N}{1,3}", _CJK, rf"{_DEEPSEEK3}|[\r\n]|\s+(?!\S)|\s+", r"\p{N}")),
     "youtu": Splitter(
         (
-            "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+            "[\uac00-\ud7a3\u3131-\u318e]+"
+            "|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
             f"|[\u3105-\u312f]+|{_CJK}",
             _YOUTU,
         ),
         whole=True,
+        otherwise=_NO_CASE,
     ),
     "jais-2": Splitter(
         (
@@ -138,19 +149,23 @@ SPLITTERS: dict[str, Splitter] = {
             + r"|\s{1}",
         )
     ),
-    "granite-embed-multi-97m": Splitter((_O200K,), whole=True),
-    "tiny_aya": Splitter((r"\d{1,3}(?=(?:\d{3})*\b)", _O200K)),
-    "kimi-k2": Splitter((_KIMI,)),
+    "granite-embed-multi-97m": Splitter((_O200K,), whole=True, otherwise=_BY_CASE),
+    "tiny_aya": Splitter(
+        (r"\d{1,3}(?=(?:\d{3})*\b)", _O200K),
+        otherwise="digits before a letter, and letters of more than ASCII with capitals",
+    ),
+    "kimi-k2": Splitter((_KIMI,), otherwise=_NO_CASE),
     "bailingmoe": Splitter((rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}|\p{{N}}|{_MARKS}[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",)),
     "seed-coder": Splitter((rf"{_FOLDED}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_REST}",)),
     "ufakzeka": Splitter((rf"{_WORD}|\p{{N}}|{_MARKS}[\r\n]*|{_REST}",)),
     "afmoe": Splitter(
         (
             r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",
-            "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e00-\u0e7f\u0e80-\u0eff"
+            "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f\u0e80-\u0eff"
             "\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+",
             rf"{_DEEPSEEK3}[\r\n]*|{_REST}",
-        )
+        ),
+        otherwise="characters of no kind, and white space, beside digits",
     ),
     "laguna": Splitter((*_LINES, _QWEN2)),
     "exaone-moe": Splitter(
@@ -169,7 +184,7 @@ SPLITTERS: dict[str, Splitter] = {
             _GPT2,
         ),
         adds_bos=True,
-    ),  # fmt: skip
+    ),
     "roberta-bpe": Splitter((_GPT2,), pairs=True),
     "gemma4": Splitter(_LINES, adds_bos=True, bytes=False),
     "sarvam-moe": Splitter(_LINES, bytes=False),
@@ -178,7 +193,9 @@ SPLITTERS: dict[str, Splitter] = {
 """By name. What is written for a tokenizer is the first that does as it does; names that mean the same are below."""
 
 _SAME = {
-    "gpt-2": "phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum jais trillion granite-docling exaone4",
+    "gpt-2": (
+        "phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum jais trillion granite-docling exaone4"
+    ),
     "olmo": "mpt modern-bert",
     "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
     "smaug-bpe": "dbrx chatglm-bpe",

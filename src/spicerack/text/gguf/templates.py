@@ -1,7 +1,7 @@
 """Chat templates in the metadata of GGUF files: one without a name, and others with names.
 
-Nothing is run here. A template is a program of a stranger, which transformers runs in a sandbox when a chat is rendered;
-its name becomes a file's name when a tokenizer is saved, and is looked at for that.
+Nothing is run here. A template is a program of a stranger, which transformers runs in a sandbox when a chat is
+rendered; its name becomes a file's name when a tokenizer is saved, and is looked at for that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read_templates(metadata: Metadata) -> str | dict[str, str] | None:
 
 
 def templates_of(template: str | Mapping[str, str] | None) -> dict[str, Entry]:
-    """The keys of a tokenizer's chat template or templates. Raises CheckpointError for a name that no key could have."""
+    """The keys of a tokenizer's chat template, or of several. Raises CheckpointError for a name that is not read."""
     templates = {} if template is None else {_DEFAULT: template} if isinstance(template, str) else dict(template)
     entries: dict[str, Entry] = {}
     if _DEFAULT in templates:

@@ -1,7 +1,7 @@
 """The vocabulary that a GGUF file's metadata holds, checked: llama.cpp's keys, types of tokens and defaults.
 
-What is missing is what llama.cpp takes for it. What is damaged llama.cpp aborts on or passes over; here it is refused by
-name, because a tokenizer that is nearly right is worse than none.
+What is missing is what llama.cpp takes for it. What is damaged llama.cpp aborts on or passes over; here it is refused
+by name, because a tokenizer that is nearly right is worse than none.
 """
 
 from __future__ import annotations
@@ -130,7 +130,10 @@ def _token_type(number: float) -> TokenType:
 
 
 def _merges(metadata: Metadata) -> tuple[tuple[str, str], ...] | None:
-    """Pairs, cut at the first space that is not the first letter, as llama.cpp cuts them; the first of equal ones counts."""
+    """Pairs of tokens, cut where llama.cpp cuts them: at the first space that is not the first letter.
+
+    Of equal ones the first counts.
+    """
     if "tokenizer.ggml.merges" not in metadata:
         return None
     pairs: dict[tuple[str, str], None] = {}

@@ -1,0 +1,95 @@
+"""MLX's own reader: mlx-lm builds and fills the model as it does for its users, and mlx decodes what it then holds.
+
+Nothing is evaluated but the tensor that is asked for. Of families that mlx-lm has no class for, files are read by mlx.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spicerack.errors import OutputError
+from spicerack.exports.source import Source
+from spicerack.exports.verify import Weights
+from spicerack.numerics.dtypes import BY_SAFETENSORS
+from spicerack.storage.reader import Checkpoint
+
+_PACKAGES = ("mlx", "mlx_lm")
+
+
+@dataclass(frozen=True, slots=True)
+class MLXReader:
+    """Methods: `exports.verify.Reader`."""
+
+    foreign: bool = True
+
+    @property
+    def name(self) -> str:
+        """Both packages, with their versions."""
+        return f"mlx {importlib.metadata.version('mlx')}, mlx-lm {importlib.metadata.version('mlx-lm')}"
+
+    def obstacle(self, to: str, _source: Source, /) -> str | None:
+        """Other formats, or packages that are not there."""
+        if to != "mlx":
+            return f"{to} is not MLX's"
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        return f"{missing[0]} is not installed" if missing else None
+
+    def opened(self, path: Path, source: Source, /) -> Weights:
+        """The model as mlx-lm loads it. Raises OutputError where it knows the family and does not load the folder."""
+        checkpoint = Checkpoint.open(path)
+        return partial(_weights, _arrays(path, checkpoint), checkpoint, source)
+
+
+def _arrays(path: Path, checkpoint: Checkpoint) -> Callable[[str], Any]:
+    """Name of a parameter -> what mlx has there, which is not evaluated yet."""
+    mx, mlx_lm = import_module("mlx.core"), import_module("mlx_lm.utils")
+    files: dict[str, Any] = {}
+    for shard in checkpoint.shards:
+        files |= mx.load(str(path / shard))
+    try:
+        mlx_lm._get_classes(dict(checkpoint.config))
+    except ValueError:  # mlx-lm has no class of that family: nobody loads it, and the files are what there is
+        return files.__getitem__
+    try:
+        model, _ = mlx_lm.load_model(path, lazy=True)
+    except Exception as error:  # whatever somebody else's code raises: the folder does not load there
+        raise OutputError(f"mlx-lm does not load what was written: {error}", "export it to something else") from error
+    loaded = dict(import_module("mlx.utils").tree_flatten(model.parameters()))
+    # what it stacks or renames while loading is looked up in the files
+    return lambda name: loaded[name] if name in loaded else files[name]
+
+
+def _weights(arrays: Callable[[str], Any], checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor:
+    """One tensor: decoded by mlx where the source has it packed, else as it lies there."""
+    mx, module = import_module("mlx.core"), name.removesuffix(".weight")
+    if module not in source.contents:
+        return _float(arrays(name), checkpoint.tensors[name].dtype)
+    section: Mapping[str, Any] = checkpoint.config["quantization"]
+    of = {**section, **section.get(module, {})}
+    scales = arrays(f"{module}.scales")
+    biases = arrays(f"{module}.biases").astype(mx.float32) if of["mode"] == "affine" else None
+    # in float32: what mlx would round products and sums to is not what is asked here
+    scales = scales.astype(mx.float32) if of["mode"] == "affine" else scales
+    decoded = mx.dequantize(
+        arrays(name), scales, biases, group_size=of["group_size"], bits=of["bits"], mode=of["mode"], dtype=mx.float32
+    )
+    return torch.from_numpy(np.array(decoded))
+
+
+def _float(array: Any, dtype: str) -> torch.Tensor:
+    """A float as torch has it, bit for bit; dtype: as safetensors calls it."""
+    raw = np.array(array.reshape(-1).view(import_module("mlx.core").uint8))
+    return torch.from_numpy(raw).view(BY_SAFETENSORS[dtype]).reshape(tuple(array.shape))
+
+
+READER = MLXReader()
