@@ -1,6 +1,6 @@
 // Groups with minima, or with scales that are quantized themselves: w = s v + m, s = d p, m = e r.
 //
-// src/spicerack/numerics/superblocks.py is the specification: d, e, p, r and codes equal its bit for bit, on every
+// src/spicerack/numerics/superblocks/search.py is the specification: d, e, p, r and codes equal its bit for bit, on every
 // instruction set. What is given up: as in search.h, and d, e and their codes lie in rows.
 #pragma once
 

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spicerack.errors import WeightError
-from spicerack.numerics import codec, native, rounding, superblocks_native
+from spicerack.numerics import codec, native, rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
-from spicerack.numerics.superblocks import form_of
+from spicerack.numerics.superblocks.native import fit as fit_natively
+from spicerack.numerics.superblocks.search import form_of
 
 KQUANTS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 SCHEMES = [*KQUANTS, "w4g64m", "w2g8mf", "w3g20m", "w8m"]
@@ -99,7 +100,7 @@ def test_native_code_has_the_specification_s_bits(
     size = form.groups * form.columns
     for isa in native.ISAS:
         repeating = None if a is None else a.reshape(-1).contiguous()
-        fitted = superblocks_native.fit(w.reshape(-1, size), form, range_, repeating, isa=isa)
+        fitted = fit_natively(w.reshape(-1, size), form, range_, repeating, isa=isa)
         if fitted is not None and fitted[2]:
             codes = fitted[1].view(codec.codes_dtype(scheme))
             assert same(codec.of_blocks(scheme, form, (n, k), fitted[0], codes), exact)

@@ -15,7 +15,7 @@ from spicerack.algorithms.columns import minima, scales, zeros
 from spicerack.numerics import rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
-from spicerack.numerics.superblocks import form_of, usable, values
+from spicerack.numerics.superblocks.search import form_of, usable, values
 
 WIDEST = 512
 """Columns of a super-block up to which it is searched again: errors inside it are made good column by column."""
@@ -84,7 +84,7 @@ def _parts(part: torch.Tensor | QTensor | None) -> tuple[torch.Tensor, torch.Ten
     """Copies of floats [N, blocks], as stored, and of their integers [N, groups]; None for floats of each group."""
     if isinstance(part, QTensor):
         return part.plain_scale.clone(), part.codes.clone()
-    return torch.empty(0) if part is None else part.clone(), None
+    return torch.empty(0, dtype=torch.float32, device="cpu") if part is None else part.clone(), None
 
 
 def _part(kind: object, floats: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor | QTensor:

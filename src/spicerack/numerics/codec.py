@@ -1,6 +1,6 @@
 """The specification: how numbers become codes and back. Slow, exact, in torch; fast paths must equal it bit for bit.
 
-    encode: the search (search.py; superblocks.py where groups have minima or scales are quantized themselves) finds
+    encode: the search (search.py; superblocks/ where groups have minima or scales are quantized themselves) finds
             scale s and zero z, or minimum, of every group; then q = nearest code to (x - min) / s
     decode: w = s * (level[q] - z) + min
 
@@ -22,7 +22,7 @@ from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
 from spicerack.numerics.scales import dtype_of, smallest_scale
 from spicerack.numerics.scheme import FloatType, Scheme
 from spicerack.numerics.search import Range, TensorGroups, search
-from spicerack.numerics.superblocks import Blocks, Fitted, Form, codes_of, fit, form_of, usable, values
+from spicerack.numerics.superblocks.search import Blocks, Fitted, Form, codes_of, fit, form_of, usable, values
 
 FLUSH = 1e-4
 """A group this much smaller than the tensor's largest weight may be rounded up to the smallest stored scale."""

@@ -12,13 +12,14 @@ import math
 
 import torch
 
-from spicerack.numerics import codec, native, superblocks_native
+from spicerack.numerics import codec, native
 from spicerack.numerics.levels import in_order
 from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import PIECE, Range, search
-from spicerack.numerics.superblocks import Blocks, Fitted, Form, fit, form_of
+from spicerack.numerics.superblocks.native import fit as fit_natively
+from spicerack.numerics.superblocks.search import Blocks, Fitted, Form, fit, form_of
 
 _TABLE = 16
 """Levels of a table that native code has room for."""
@@ -107,7 +108,7 @@ def fit_superblocks(x: torch.Tensor, form: Form, importance: torch.Tensor, *, th
     importance: of each column, float32. threads: how many share the rows.
     """
     if _readable(x):
-        searched = superblocks_native.fit(x, form, "opt", importance, threads=threads)
+        searched = fit_natively(x, form, "opt", importance, threads=threads)
         return None if searched is None else searched[0]
     if not bool(torch.isfinite(x).all()):
         return None
@@ -122,7 +123,7 @@ def _superblocks(
     shape, size = tuple(w.shape), form.groups * form.columns
     blocks = w.detach().contiguous().reshape(-1, size)
     repeating = _repeating(importance, shape, size)
-    searched = superblocks_native.fit(blocks, form, range_, repeating, threads=threads)
+    searched = fit_natively(blocks, form, range_, repeating, threads=threads)
     if searched is None or not searched[2]:
         return None
     fitted, codes, _ = searched

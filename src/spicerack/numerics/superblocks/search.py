@@ -243,7 +243,7 @@ def _lines(blocks: Blocks, low: torch.Tensor, raw: torch.Tensor) -> tuple[torch.
     inverse = _inverse(raw)
     u = blocks.x - low[..., None] if blocks.form.has_min else blocks.x
     for step in steps(blocks.form):
-        factor = inverse * torch.tensor(step, dtype=torch.float32)
+        factor = inverse * torch.tensor(step, dtype=torch.float32, device="cpu")
         v = (u * factor[..., None]).round().clamp(blocks.form.levels.lo, blocks.form.levels.hi)
         s, m, gain = _better_line(blocks, v, s, m, gain)
     for _ in range(REFINEMENTS):
@@ -303,7 +303,7 @@ def _share(
         d = d.clone()
         for i in range(SHARES + REFINEMENTS):
             step = last + (1.0 - i * SHARE_STEP) * (1 if last > 0 else -1)
-            start = largest / torch.tensor(step, dtype=torch.float32) if i < SHARES else d
+            start = largest / torch.tensor(step, dtype=torch.float32, device="cpu") if i < SHARES else d
             p = _codes(part, start, levels).double()
             solved = store((_total(weight * part * p) / _total(weight * p * p)).float(), dtype)
             apart = part.double() - solved.double()[:, None] * p

@@ -8,7 +8,7 @@ from spicerack import _native
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.native import team
 from spicerack.numerics.search import Range
-from spicerack.numerics.superblocks import REFINEMENTS, ROUNDS, SHARE_STEP, SHARES, Fitted, Form, steps
+from spicerack.numerics.superblocks.search import REFINEMENTS, ROUNDS, SHARE_STEP, SHARES, Fitted, Form, steps
 
 _ALIGNED = 16
 """Super-blocks that the widest instruction set fits at once: pieces of threads are multiples."""
