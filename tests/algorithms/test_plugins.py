@@ -76,6 +76,14 @@ def test_what_each_solver_cannot_do(scheme: str, reasons: dict[str, str]) -> Non
     assert {name: reason for name, reason in obstacles.items() if reason is not None} == reasons
 
 
+@pytest.mark.parametrize("learner", ["signround", "blockap"])
+def test_a_learner_that_cannot_do_a_scheme_says_who_did(learner: str) -> None:
+    w, x = torch.randn(8, 256), torch.randn(64, 256)
+    solved = solver.solve_weight(learner, w, rounding.to_nearest(w, parse("q4_k")), x.T @ x)
+    assert solved.events[0] == f"{learner} cannot do q4_k ({QUANTIZED}): gptq did"
+    assert not solver.solve_weight(learner, w, rounding.to_nearest(w, parse("w4g32")), x.T @ x).events
+
+
 def test_codes_of_several_weights_are_not_walked() -> None:
     """As a codebook's: a column has no code of its own."""
 
