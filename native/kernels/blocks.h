@@ -31,57 +31,70 @@ INLINE vf outer_at(const Panels& w, int panel, int64_t block, int kind, int row)
     return widen(w.outer[panel] + ((block * (1 + w.minima) + kind) * PANEL + row) * size_of(w.outer_type), w.outer_type);
 }
 
-// Calls body(tile, group, block) for the tiles of a chunk, all counted from its beginning; of half a tile: its first
-// group. new_block(block) comes before the first tile of each.
-template <int HALVES, class New, class Body>
-INLINE void for_each_tile(const Panels& w, const New& new_block, const Body& body) {
+// Calls new_block(block), new_group(group) and body(tile) where these begin, all counted from the chunk's beginning. Half
+// tiles: each has two groups, of which new_group gets the first.
+template <class Block, class Group, class Body>
+INLINE void for_each_tile(const Panels& w, int halves, const Block& new_block, const Group& new_group, const Body& body) {
     const int64_t block_tiles = w.block_tiles ? w.block_tiles : w.tiles;
-    const int64_t group_tiles = HALVES == 2 ? 1 : w.group_tiles ? w.group_tiles : w.tiles;
+    const int64_t group_tiles = halves == 2 ? 1 : w.group_tiles ? w.group_tiles : w.tiles;
     for (int64_t tile = 0, group = 0, block = 0; tile < w.tiles; block++) {
         new_block(block);
         const int64_t end = tile + block_tiles < w.tiles ? tile + block_tiles : w.tiles;
-        for (; tile < end; group += HALVES) {
-            for (int64_t i = 0; i < group_tiles; i++, tile++) body(tile, group);
+        for (; tile < end; group += halves) {
+            new_group(group);
+            for (int64_t i = 0; i < group_tiles; i++, tile++) body(tile);
         }
     }
 }
 
-// A tile's first or second half, or all of it, added to the sums t of one pass.
-template <int BITS, int M, int P, int HALVES, int HALF>
-struct Piece {
+// Scales and minima of a tile, for all vectors.
+template <int BITS, int P, int HALVES>
+struct Steps {
     using S = Vectors<BITS, P>;
     static constexpr int V = S::count;
 
-    const Panels& w;
-    const Strip& x;
-    int64_t tile, group;
-    int pass;
-    const vf* outer;  // [2, V]
+    vf outer[2 * V]{}, steps[HALVES * 2 * V]{};
 
-    INLINE vf step(int v, int kind) const {
-        return step_at(w, S::panel(v), group + HALF, kind, S::row(v, pass)) * outer[kind * V + v];
-    }
-    // add(m, v, a, b): t += a b.
-    template <class Add>
-    INLINE void operator()(const Add& add) const {
-        const int8_t* a = x.codes + tile * SPAN_BYTES<BITS> * M;
-        const int32_t* start = x.start + (tile * HALVES + HALF) * M;
-        const float* s_a = x.scale + tile * M;
-        vi i[M][V];
-        const auto begin = [&](int m, int) FLAT { return four_bytes(start + m); };
-        sum_tile<BITS, M, P, HALVES, HALF>(w, tile * w.step, pass, a, begin, i);
-        for (int v = 0; v < V; v++) {
-            const vf s_w = step(v, 0);
-            for (int m = 0; m < M; m++) add(m, v, to_float(i[m][v]) * splat(s_a[m]), s_w);
-        }
-        if (!w.minima) return;
-        const float* sum = x.sum + (tile * HALVES + HALF) * M;
-        for (int v = 0; v < V; v++) {
-            const vf m_w = step(v, 1);
-            for (int m = 0; m < M; m++) add(m, v, splat(sum[m]), m_w);
+    INLINE void new_block(const Panels& w, int pass, int64_t block) {
+        const int count = w.minima ? 2 * V : V;
+#pragma GCC unroll 1
+        for (int i = 0; i < count; i++) {
+            outer[i] = outer_at(w, S::panel(i % V), block, i / V, S::row(i % V, pass));
         }
     }
+    INLINE void new_group(const Panels& w, int pass, int64_t group) {
+#pragma GCC unroll STEPS_UNROLLED
+        for (int i = 0; i < HALVES * 2 * V; i++) {
+            const int kind = i / V % 2;
+            if (kind && !w.minima) continue;
+            const vf stored = step_at(w, S::panel(i % V), group + i / (2 * V), kind, S::row(i % V, pass));
+            steps[i] = stored * outer[kind * V + i % V];
+        }
+    }
+    INLINE vf at(int half, int kind, int v) const { return steps[(half * 2 + kind) * V + v]; }
 };
+
+// A tile's first or second half, or all of it, added to the sums t of one pass by add(m, v, a, b): t += a b.
+template <int BITS, int M, int P, int HALVES, int HALF, class Add>
+INLINE void add_piece(const Panels& w, const Strip& x, int64_t tile, int pass, const Steps<BITS, P, HALVES>& steps,
+                      const Add& add) {
+    constexpr int V = Vectors<BITS, P>::count;
+    const int64_t first = (tile * HALVES + HALF) * M;
+    const int8_t* a = x.codes + tile * SPAN_BYTES<BITS> * M;
+    const int32_t* start = x.start + first;
+    const float* s_a = x.scale + tile * M;
+    const auto begin = [&](int m, int) FLAT { return four_bytes(start + m); };
+    vi i[M][V];
+    sum_tile<BITS, M, P, HALVES, HALF>(w, tile * w.step, pass, a, begin, i);
+    for (int v = 0; v < V; v++) {
+        for (int m = 0; m < M; m++) add(m, v, to_float(i[m][v]) * splat(s_a[m]), steps.at(HALF, 0, v));
+    }
+    if (!w.minima) return;
+    const float* sum = x.sum + first;
+    for (int v = 0; v < V; v++) {
+        for (int m = 0; m < M; m++) add(m, v, splat(sum[m]), steps.at(HALF, 1, v));
+    }
+}
 
 // Sums [M, rows of P panels], in float32, of the rows that one pass has vectors for.
 template <int BITS, int M, int P, int HALVES>
@@ -90,22 +103,19 @@ INLINE void blocks_pass(const Panels& w, const Strip& x, float* sums, int pass) 
     constexpr int V = S::count;
     constexpr bool near = M * V < SUMS_IN_REGISTERS;  // as in scaled_pass
     const auto sum = [&](int m, int v) FLAT { return sums + m * S::rows + S::place(v, pass); };
-    vf t[M][V] = {}, outer[2 * V];
+    vf t[M][V] = {};
+    Steps<BITS, P, HALVES> steps;
     if constexpr (near) for_each<M, V>([&](int m, int v) FLAT { t[m][v] = load<vf>(sum(m, v)); });
     const auto add = [&](int m, int v, vf a, vf b) FLAT {
         if constexpr (near) t[m][v] = fused(a, b, t[m][v]);
         if constexpr (!near) store(sum(m, v), fused(a, b, load<vf>(sum(m, v))));
     };
-    const auto new_block = [&](int64_t block) FLAT {
-        for (int v = 0; v < V; v++) {
-            outer[v] = outer_at(w, S::panel(v), block, 0, S::row(v, pass));
-            if (w.minima) outer[V + v] = outer_at(w, S::panel(v), block, 1, S::row(v, pass));
-        }
-    };
-    for_each_tile<HALVES>(w, new_block, [&](int64_t tile, int64_t group) FLAT {
+    const auto new_block = [&](int64_t block) FLAT { steps.new_block(w, pass, block); };
+    const auto new_group = [&](int64_t group) FLAT { steps.new_group(w, pass, group); };
+    for_each_tile(w, HALVES, new_block, new_group, [&](int64_t tile) FLAT {
         if constexpr (prefetches<BITS, M, P>(READ_ONCE.panels_scaled)) prefetch<BITS, P>(w, tile * w.step);
-        Piece<BITS, M, P, HALVES, 0>{w, x, tile, group, pass, outer}(add);
-        if constexpr (HALVES == 2) Piece<BITS, M, P, HALVES, 1>{w, x, tile, group, pass, outer}(add);
+        add_piece<BITS, M, P, HALVES, 0>(w, x, tile, pass, steps, add);
+        if constexpr (HALVES == 2) add_piece<BITS, M, P, HALVES, 1>(w, x, tile, pass, steps, add);
         if constexpr (!near) forget_registers();
     });
     if constexpr (near) for_each<M, V>([&](int m, int v) FLAT { store(sum(m, v), t[m][v]); });
@@ -120,29 +130,30 @@ void blocks(const Panels& w, const Strip& x, float* sums) {
 // each tile, so that it makes no difference where chunks end.
 template <int BITS, int M>
 void floating_blocks(const Panels& w, const Strip& x, float* sums) {
-    const bool halves = w.halves;
+    const vf z = splat(float(w.offset));
     for (int part = 0; part < PARTS; part++) {
         const int row = part * LANES;
-        const float* a = x.floats;
-        const vf z = splat(float(w.offset));
-        vf outer[2]{};
+        vf outer[2]{}, scale[2]{}, least[2]{};  // of each half; without minima the least stay 0
         const auto new_block = [&](int64_t block) FLAT {
-            outer[0] = outer_at(w, 0, block, 0, row);
-            if (w.minima) outer[1] = outer_at(w, 0, block, 1, row);
+            for (int kind = 0; kind < 1 + w.minima; kind++) outer[kind] = outer_at(w, 0, block, kind, row);
         };
-        const auto tile = [&](int64_t number, int64_t group) FLAT {
-            vf t[M][4] = {}, s_w{}, m_w{};
+        const auto new_group = [&](int64_t group) FLAT {
+#pragma GCC unroll 1
+            for (int half = 0; half < 2; half++) {
+                scale[half] = step_at(w, 0, group + half * w.halves, 0, row) * outer[0];
+                if (w.minima) least[half] = step_at(w, 0, group + half * w.halves, 1, row) * outer[1];
+            }
+        };
+        for_each_tile(w, 1 + w.halves, new_block, new_group, [&](int64_t tile) FLAT {
+            const float* a = x.floats + tile * TILE * M;
+            vf t[M][4] = {};
 #pragma GCC unroll QUADS_UNROLLED
             for (int quad = 0; quad < QUADS; quad++) {
-                if (quad % (QUADS / 2) == 0 && (quad == 0 || halves)) {
-                    s_w = step_at(w, 0, group + (quad != 0), 0, row) * outer[0];
-                    if (w.minima) m_w = step_at(w, 0, group + (quad != 0), 1, row) * outer[1];
-                }
-                const vi u = codes<BITS>(w.codes[0] + number * w.step, quad, part, w.table);
+                const vi u = codes<BITS>(w.codes[0] + tile * w.step, quad, part, w.table);
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) {
-                    vf value = (to_float((vi)((vu)u >> 8 * j) & 0xff) - z) * s_w;
-                    if (w.minima) value = value + m_w;
+                    const vf level = to_float((vi)((vu)u >> 8 * j) & 0xff) - z;
+                    const vf value = level * scale[quad / (QUADS / 2)] + least[quad / (QUADS / 2)];
                     for (int m = 0; m < M; m++) t[m][j] = fused(splat(a[m * TILE + quad * 4 + j]), value, t[m][j]);
                 }
             }
@@ -150,9 +161,7 @@ void floating_blocks(const Panels& w, const Strip& x, float* sums) {
                 float* sum = sums + m * PANEL + row;
                 store(sum, load<vf>(sum) + ((t[m][0] + t[m][1]) + (t[m][2] + t[m][3])));
             }
-            a += TILE * M;
-        };
-        halves ? for_each_tile<2>(w, new_block, tile) : for_each_tile<1>(w, new_block, tile);
+        });
     }
 }
 

@@ -23,7 +23,7 @@ from spicerack.numerics.scheme import parse
 
 pytestmark = pytest.mark.slow
 
-SCHEMES = ["w8", "w4g32z", "w3g64", "w2g32h", "w8a8", "w4g32za8s", "w4g32m", "nvfp4"]
+SCHEMES = ["w8", "w4g32z", "w3g64", "w2g32h", "w8a8", "w4g32za8s", "w4g32m", "q2_k"]
 N, K = 24, 64
 
 
@@ -74,9 +74,10 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("compute", ["int8", "float"])
 def test_schema_shapes_and_gradients_are_what_torch_expects(scheme: str, compute: Compute, dtype: torch.dtype) -> None:
-    matrix = layer(scheme, compute=compute).packed.prepared()
+    k = 256 if scheme == "q2_k" else K
+    matrix = layer(scheme, k=k, compute=compute).packed.prepared()
     for grad, bias in ((False, None), (True, values(N).to(dtype).requires_grad_())):
-        x = values(2, 3, K).to(dtype).requires_grad_(grad)
+        x = values(2, 3, k).to(dtype).requires_grad_(grad)
         tensors = (*parts(matrix), bias, matrix.input_scale)
         arguments = (x, *tensors, *matrix.spec, 0, matrix.activations)
         torch.library.opcheck(torch_op.OPERATOR, arguments)
@@ -154,7 +155,7 @@ def test_an_exported_program_equals_eager(dtype: torch.dtype, bias: bool) -> Non
             assert torch.equal(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("scheme", ["w4g32z", "w8a8"])
+@pytest.mark.parametrize("scheme", ["w4g32z", "w8a8", "iq4_nl", "nvfp4"])
 def test_gradients_through_a_compiled_layer_are_the_dense_ones(scheme: str) -> None:
     small = layer(scheme)
     compiled = torch.compile(small, fullgraph=True, backend="aot_eager")

@@ -13,13 +13,12 @@ All of it is exact, and `from_steps` gives back what `steps` was given.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from spicerack.errors import SchemeError
-from spicerack.numerics.levels import FloatLevels
+from spicerack.numerics.levels import FloatLevels, Levels, TableLevels
 from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
 from spicerack.numerics.scheme import Scheme
 
@@ -48,33 +47,34 @@ class Laid(NamedTuple):
 
 def laid(scheme: Scheme) -> Laid:
     """How the levels of a scheme lie. Raises SchemeError for a scheme with an `obstacle` in its levels."""
-    levels = _laid(scheme)
+    levels = _laid(scheme.levels)
     if levels is None:
         raise SchemeError(f"{scheme}: {scheme.levels_obstacle}", "use integer levels, such as w4g32")
     return levels
 
 
-@lru_cache
-def _laid(scheme: Scheme) -> Laid | None:
-    """How a scheme's levels lie, or None; remembered, because every weight asks."""
-    levels = scheme.levels
-    if levels.integers is not None:
-        return Laid(levels.bits, -levels.integers.lo, levels.integers.half) if levels.bits > 1 else None
-    if levels.weights != 1 or levels.hi > 15:
+def _laid(levels: Levels) -> Laid | None:
+    """How levels lie, or None. It is plain Python on numbers, which torch.compile traces; a cache it does not."""
+    integers = levels.integers
+    if integers is not None:
+        return Laid(levels.bits, -integers.lo, integers.half) if levels.bits > 1 else None
+    if not isinstance(levels, TableLevels | FloatLevels) or len(levels.values) not in (2, 16):
         return None
-    values = levels.decode(torch.arange(levels.hi + 1, device="cpu")).tolist()
-    factor = next((f for f in (1, 2) if all(v * f == int(v * f) and -128 <= v * f <= 127 for v in values)), None)
-    if factor is None:
+    for factor in (1, 2):
+        scaled = [value * factor for value in levels.values]
+        if all(-128 <= value <= 127 and value == int(value) for value in scaled):
+            break
+    else:
         return None
-    u = [int(v * factor) for v in values]
-    if len(u) == 2 and u[0] <= 0 < u[1] <= u[0] + 3:
-        return Laid(2, -u[0], step=u[1] - u[0], factor=factor)
-    return Laid(4, 128, factor=factor, table=tuple(v + 128 for v in u)) if len(u) == 16 else None
+    u = [int(value) for value in scaled]
+    if len(u) == 16:
+        return Laid(4, 128, factor=factor, table=tuple(whole + 128 for whole in u))
+    return Laid(2, -u[0], step=u[1] - u[0], factor=factor) if u[0] <= 0 < u[1] <= u[0] + 3 else None
 
 
 def obstacle(scheme: Scheme) -> str | None:
     """Why a scheme's numbers cannot lie in panels, as the end of a sentence; None if they can."""
-    levels = _laid(scheme)
+    levels = _laid(scheme.levels)
     if levels is None:
         return scheme.levels_obstacle or "codes have 2 to 8 bits"
     if scheme.rows_obstacle is not None:
