@@ -93,13 +93,18 @@ class Matrix:
         codes: int,
         scale: int,
         zero: int,
+        outer: int,
         scale_type: int,
+        outer_type: int,
         n: int,
         k: int,
         group: int,
         bits: int,
         offset: int,
         half: bool,
+        minima: bool,
+        block: int,
+        table: Sequence[int],
     ) -> None: ...
 
 def engines() -> list[str]: ...

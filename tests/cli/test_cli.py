@@ -149,7 +149,7 @@ def test_quantize_prints_one_json_object(llama_folder, tmp_path: Path) -> None:
     assert keys <= result.keys() and result["bits_per_weight"] == 4.5
 
 
-@pytest.mark.parametrize(("scheme", "row"), [("nf4", "reference"), ("w4g16", "reference"), ("w4g32", "float_scalar")])
+@pytest.mark.parametrize(("scheme", "row"), [("nf4", "reference"), ("w4g8", "reference"), ("w4g32", "float_scalar")])
 def test_what_will_be_slower_than_float_is_told_before(
     llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str, row: str
 ) -> None:

@@ -46,10 +46,7 @@ def pack(q: QTensor) -> dict[str, torch.Tensor]:
 
 def unpack(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed: bool = False) -> QTensor:
     """Inverse of `pack`, for a tensor of shape [..., N, K]. Raises KeyError for a missing tensor, and ShapeError."""
-    groups = scheme.scale_shape(shape)
-    parts: dict[str, Scale] = {}
-    for name, kind in _parts(scheme):
-        parts[name] = unpack(kind, groups, part(tensors, name)) if isinstance(kind, Scheme) else tensors[name]
+    groups, parts = scheme.scale_shape(shape), _unpacked_parts(scheme, shape, tensors)
     return QTensor(
         scheme=scheme,
         codes=_unpack_codes(tensors["codes"], scheme, scheme.codes_shape(shape)[-1]),
@@ -62,12 +59,29 @@ def unpack(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed:
 
 
 def undecoded(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed: bool = False) -> Undecoded:
-    """What `unpack` gives of a matrix [N, K] in a plain scheme, with its codes as they lie in the words."""
-    n, k = shape
+    """What `unpack` gives of a matrix [N, K] whose codes are one weight's each, with them as they lie in the words."""
+    (n, k), parts = shape, _unpacked_parts(scheme, shape, tensors)
     zero = _unpack_codes(tensors["zero"], scheme, scheme.scale_shape(shape)[-1]) if scheme.zero else None
     return Undecoded(
-        scheme, (n, k), "stream", tensors["codes"], tensors["scale"], zero, tensors.get("input_scale"), transposed
+        scheme=scheme,
+        shape=(n, k),
+        order="stream",
+        data=tensors["codes"],
+        scale=parts["scale"],
+        zero=zero,
+        input_scale=tensors.get("input_scale"),
+        transposed=transposed,
+        min=parts.get("min"),
     )
+
+
+def _unpacked_parts(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors) -> dict[str, Scale]:
+    """Scales, and minima if any, of a packed tensor [..., N, K], by name."""
+    groups = scheme.scale_shape(shape)
+    return {
+        name: unpack(kind, groups, part(tensors, name)) if isinstance(kind, Scheme) else tensors[name]
+        for name, kind in _parts(scheme)
+    }
 
 
 def decode_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: Rows) -> torch.Tensor:

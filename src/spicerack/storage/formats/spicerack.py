@@ -78,8 +78,8 @@ class SpicerackFormat:
         return q
 
     def undecoded(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> Undecoded | None:
-        """Of matrices in plain schemes."""
-        if stored.scheme.plain_obstacle is not None or len(stored.shape) != 2:
+        """Of matrices whose codes are one weight's each."""
+        if stored.scheme.codes_obstacle is not None or len(stored.shape) != 2:
             return None
         q = packed.undecoded(stored.scheme, stored.shape, packed.part(tensors, stored.module), stored.transposed)
         if q.input_scale is not None:
