@@ -1,6 +1,7 @@
 """From files, chats and data sets to tokens: whatever reads text for calibration, training or evaluation.
 
     tokenizer     the model's own, without running its code
+    gguf          tokenizers and chat templates in the metadata of GGUF files, both ways
     pieces        a text file of any size, in pieces or as sentences
     chats         messages to text, by the template that came with a tokenizer
     documents     files, JSON lines, folders, chats and datasets, as passages

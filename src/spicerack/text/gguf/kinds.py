@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,26 +136,27 @@ def _written(tokenizer: Tokenizer, text: str) -> list[str]:
 def _characters(tokenizer: Tokenizer, parts: Parts) -> Kind:
     """BPE over characters, with bytes for those that are no token: SentencePiece's, by scores or by merges."""
     prefixed = _written(tokenizer, "a") == [f"{WHITESPACE_MARK}a"]
+    by_line = len(_written(tokenizer, "a\na")) > 1
     for text in short_texts():
         text = text.lstrip()  # readers of SentencePiece differ in what they put before a space
         spelled = (WHITESPACE_MARK if prefixed else "") + text.replace(" ", WHITESPACE_MARK)
-        if text and _written(tokenizer, text) != [spelled]:
-            raise UnsupportedError(
-                f"does not leave a text whole, with spaces marked, as SentencePiece does: {text[:20]!r}"
-            )
+        words = re.findall(r"[^\n]+|\n+", spelled) if by_line else [spelled]
+        if text and _written(tokenizer, text) != words:
+            raise UnsupportedError(f"does not leave texts whole, spaces marked, as SentencePiece does: {text[:20]!r}")
     merges = _merges(parts)
     flags = {"add_space_prefix": prefixed}
     added = {token["content"] for token in parts["added_tokens"]}
     scores = _scores(merges, set(parts["model"]["vocab"]) - added)
-    if scores is not None:
+    if scores is not None and not by_line:
         return Kind("llama", scores=scores, flags=flags)
     if prefixed:
         raise UnsupportedError("begins texts with a space, and its merges do not follow from scores of tokens")
-    if any("\n" in pair[0] + pair[1] and set(pair[0] + pair[1]) != {"\n"} for pair in merges):
+    if not by_line and any("\n" in pair[0] + pair[1] and set(pair[0] + pair[1]) != {"\n"} for pair in merges):
         raise UnsupportedError(
             "merges line breaks with other characters, and its merges do not follow from scores of tokens"
         )
-    return Kind("gpt2", "sarvam-moe", merges=merges, flags=flags)
+    adds_bos = len(tokenizer.encode("a").ids) > len(tokenizer.encode("a", add_special_tokens=False).ids)
+    return Kind("gpt2", "gemma4" if adds_bos else "sarvam-moe", merges=merges, flags=flags)
 
 
 def _scores(merges: Sequence[tuple[str, str]], tokens: set[str]) -> dict[str, float] | None:

@@ -40,8 +40,15 @@ def short_texts() -> tuple[str, ...]:
 
 @cache
 def long_texts() -> tuple[str, ...]:
-    """All strings of three kinds, those that begin with the same one in a text of theirs."""
-    return tuple("".join(first + "".join(pair) for pair in _pairs()) for first in _KINDS)
+    """All strings of three kinds, each once: de Bruijn's sequence (Fredricksen and Maiorana), a text for each kind.
+
+    Each text goes on with two characters of the next, so that no string is lost between them.
+    """
+    parts = [
+        first + "".join(first + second + third for second in _KINDS[at:] for third in _KINDS[at + 1 :])
+        for at, first in enumerate(_KINDS)
+    ]
+    return tuple(part + "".join([*parts[at + 1 :], *parts])[:2] for at, part in enumerate(parts))
 
 
 def _pairs() -> itertools.product[tuple[str, ...]]:

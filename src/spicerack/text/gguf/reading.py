@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spicerack.errors import CheckpointError
 from spicerack.storage.gguf.metadata import Metadata
+from spicerack.text.gguf import charsmap
 from spicerack.text.gguf.splitters import SPLITTERS, Splitter, unigram_steps
 from spicerack.text.gguf.strips import stripped
 from spicerack.text.gguf.templates import read_templates
@@ -36,7 +37,8 @@ def tokenizer_of_gguf(metadata: Metadata) -> PreTrainedTokenizerFast:
         )
     tokenizer = build(vocabulary, metadata)
     _add_tokens(tokenizer, vocabulary, metadata)
-    names = {f"{name}_token": vocabulary.tokens[number] for name, number in vocabulary.specials.items()}
+    # as the tokenizer spells them: WordPiece has its own spelling
+    names = {f"{name}_token": str(tokenizer.id_to_token(number)) for name, number in vocabulary.specials.items()}
     length = metadata.integer(_MAX_LENGTH.format(metadata.text("general.architecture", "")), 0)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -162,14 +164,7 @@ def _unigram(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=vocabulary.specials["unk"], byte_fallback=False))
     prefixed = metadata.flag("tokenizer.ggml.add_space_prefix", True)
     merged = metadata.flag("tokenizer.ggml.remove_extra_whitespaces", False)
-    try:
-        tokenizer.normalizer = normalizers.Sequence(unigram_steps(_table(metadata), prefixed, merged))
-    except Exception as error:  # tokenizers raises no other
-        if type(error) is not Exception and not isinstance(error, ValueError):
-            raise
-        raise CheckpointError(
-            f"{metadata.where}: tokenizer.ggml.precompiled_charsmap is damaged: {error}", REMEDY
-        ) from error
+    tokenizer.normalizer = normalizers.Sequence(unigram_steps(_table(metadata), prefixed, merged))
     # llama.cpp cuts nothing, and no token but those that a user defined goes on behind a space
     inner = any(WHITESPACE_MARK in token[1:].lstrip(WHITESPACE_MARK) for token in vocabulary.tokens)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(WHITESPACE_MARK, "never", split=not inner)
@@ -186,7 +181,10 @@ def _table(metadata: Metadata) -> bytes:
     """SentencePiece's map of characters, compiled; empty where the file has none."""
     if "tokenizer.ggml.precompiled_charsmap" not in metadata:
         return b""
-    return bytes(metadata.array("tokenizer.ggml.precompiled_charsmap", "i8", "u8").raw)
+    table = bytes(metadata.array("tokenizer.ggml.precompiled_charsmap", "i8", "u8").raw)
+    if (reason := charsmap.obstacle(table)) is not None:
+        raise CheckpointError(f"{metadata.where}: tokenizer.ggml.precompiled_charsmap {reason}", REMEDY)
+    return table
 
 
 def _wordpiece(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
@@ -203,14 +201,15 @@ def _wordpiece(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
     for name in ("cls", "sep", "unk"):
         if name not in vocabulary.specials:
             raise CheckpointError(f"{vocabulary.where}: {name} is missing among the special tokens", REMEDY)
-    tokenizer = Tokenizer(models.WordPiece(ids, unk_token=str(vocabulary.special("unk"))))
+    spelled = {index: token for token, index in ids.items()}
+    first, last, unknown = (spelled[vocabulary.specials[name]] for name in ("cls", "sep", "unk"))
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token=unknown))
     lowercase = metadata.flag("tokenizer.ggml.normalizer.lowercase", True)
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=lowercase, strip_accents=metadata.flag("tokenizer.ggml.normalizer.strip_accents", lowercase)
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    first, last = (str(vocabulary.special(name)) for name in ("cls", "sep"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[first, "$A", last],
         pair=[first, "$A", last, "$B:1", f"{last}:1"],

@@ -164,7 +164,8 @@ SPLITTERS: dict[str, Splitter] = {
             "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f\u0e80-\u0eff"
             "\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+",
             rf"{_DEEPSEEK3}[\r\n]*|{_REST}",
-        )
+        ),
+        otherwise="characters of no kind, and white space, beside digits",
     ),
     "laguna": Splitter((*_LINES, _QWEN2)),
     "exaone-moe": Splitter(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -61,7 +62,7 @@ def gguf_of_tokenizer(
             entries[f"{_GGML}precompiled_charsmap"] = Array.of("u8", kind.table)
         told = {"general.architecture": Value("string", architecture), "general.name": Value("string", name)}
         again = tokenizer_of_gguf(Metadata({**entries, **told}, "what was written")).backend_tokenizer
-        _compare(plain, again, parts, kind.composed)
+        _compare(plain, again, parts, kind.composed, tokenizer.mask_token)
     except UnsupportedError as reason:
         raise _refused(str(reason)) from None
     return {**entries, **templates_of(tokenizer.chat_template)}
@@ -190,19 +191,24 @@ def _ends(plain: Tokenizer) -> tuple[list[int], list[int]]:
     raise UnsupportedError("changes the tokens of a text when it adds special ones")
 
 
-def _compare(ours: Tokenizer, again: Tokenizer, parts: Parts, composed: bool) -> None:
+def _compare(ours: Tokenizer, again: Tokenizer, parts: Parts, composed: bool, mask: str | None) -> None:
     """Raises UnsupportedError where what was written gives other ids: for the probe's texts, around added tokens."""
     for text in (*short_texts(), *long_texts()):
         # `differences` tells of a space at the start, and of texts that are not composed
         text = unicodedata.normalize("NFC", text.lstrip()) if composed else text.lstrip()
         if _ids(ours, text, ends=True) != _ids(again, text, ends=True):
             raise UnsupportedError(f"gives ids for {text[:20]!r} that llama.cpp would not give")
+    again_parts: Parts = json.loads(again.to_str())
+    sides = {token["content"]: _sides(token) for token in again_parts["added_tokens"]}
     for token in parts["added_tokens"]:
-        _compare_around(ours, again, token["content"])
+        content = token["content"]
+        if sides.get(content) != _sides(token) and content != mask:  # texts of models have no masks
+            raise UnsupportedError(f"finds its token {content!r} by the white space or words beside it")
+        for text in (f"a{content}", f"a{content}{content}"):
+            if _ids(ours, text) != _ids(again, text):
+                raise UnsupportedError(f"finds its token {content!r} in a text otherwise than llama.cpp does")
 
 
-def _compare_around(ours: Tokenizer, again: Tokenizer, token: str) -> None:
-    """The same for texts with an added token in them."""
-    for text in (f"a{token}", f"a {token} ", f"a{token}{token}\n"):
-        if _ids(ours, text) != _ids(again, text):
-            raise UnsupportedError(f"finds its token {token!r} in a text otherwise than llama.cpp does")
+def _sides(token: Mapping[str, Any]) -> tuple[bool, ...]:
+    """What an added token does to the text beside it."""
+    return token["lstrip"], token["rstrip"], token["single_word"]
