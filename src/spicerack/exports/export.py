@@ -21,18 +21,20 @@ import torch
 
 from spicerack._version import __version__
 from spicerack.errors import OutputError, SchemeError, UsageError, listed
-from spicerack.exports import holding, loss, verify
+from spicerack.exports import loss, verify
 from spicerack.exports import target as targets
 from spicerack.exports.source import Change, Source
-from spicerack.exports.target import Held, Order, Target
+from spicerack.exports.target import Asked, Order, Target
 from spicerack.machine.memory import peak_rss_bytes
 from spicerack.numerics import codec, rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.quantization.run import quantize
 from spicerack.runtime.folder import Folder
 from spicerack.storage import format as formats
+from spicerack.storage import holding
 from spicerack.storage.files import local
 from spicerack.storage.format import StoredTensor
+from spicerack.storage.holding import Held
 from spicerack.storage.writer import refuse_place
 
 _LISTED = 3
@@ -184,7 +186,7 @@ def _export(
 ) -> Written:
     """The same for a folder that is open."""
     begin, given = time.time(), Source.of(folder)
-    held = holding.hold(target, to, given.contents)
+    held = holding.hold(Asked(target, to), given.contents)
     if not requantize:
         _refuse(held, given)
     source = _changed(given, held, target, to)

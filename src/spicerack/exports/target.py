@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from spicerack import plugins
 from spicerack.errors import UsageError
 from spicerack.exports.source import Source
-from spicerack.storage.format import Contents, StoredTensor
+from spicerack.storage.format import Contents
 
 Check = Callable[[Path], None]
 """Reads back what lies there, still under another name. Raises where it is not what was to be written."""
@@ -48,7 +48,7 @@ class Target(Protocol):
         """Why tensors cannot be held exactly in their schemes, a sentence each beginning with `MODULE: `; empty if all
         can.
 
-        From headers alone: no weight is read. `exports.holding` asks it about schemes that would do, one tensor at a
+        From headers alone: no weight is read. `storage.holding` asks it about schemes that would do, one tensor at a
         time. A rule about a tensor must not depend on the others, but for those that no scheme would help.
         """
 
@@ -68,17 +68,19 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """In which scheme a target holds a tensor of the source.
+class Asked:
+    """A target under one of its names: what `storage.holding` asks."""
 
-    stored   as the target gets it
-    exact    every weight stays what it is; else it is rounded again
-    rule     why the target does not hold the scheme that it had, where it does not
-    """
+    target: Target
+    to: str
 
-    stored: StoredTensor
-    exact: bool
-    rule: str | None = None
+    def prepared(self, contents: Contents, /) -> Contents:
+        """See `Target.prepared`."""
+        return self.target.prepared(self.to, contents)
+
+    def obstacles(self, contents: Contents, /) -> list[str]:
+        """See `Target.obstacles`."""
+        return self.target.obstacles(self.to, contents)
 
 
 def names() -> list[str]:

@@ -16,11 +16,11 @@ import torch
 
 from spicerack import plugins
 from spicerack.errors import OutputError, SpicerackError
-from spicerack.exports.holding import spread
 from spicerack.exports.source import Source
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
 from spicerack.storage.format import StoredTensor
+from spicerack.storage.holding import spread
 
 
 @dataclass(frozen=True, slots=True)
