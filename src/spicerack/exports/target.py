@@ -59,6 +59,9 @@ class Target(Protocol):
     def notes(self, to: str, source: Source, /) -> list[str]:
         """What a person should know of what will be written, in plain sentences."""
 
+    def nbytes(self, source: Source, order: Order, /) -> int:
+        """Bytes that `write` will put on the disk with the same order, to the byte; no tensor is read."""
+
     def write(self, source: Source, order: Order, /) -> None:
         """Write all of it, streaming, under another name; then `order.check`; then give it its name.
 

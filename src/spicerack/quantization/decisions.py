@@ -116,10 +116,15 @@ def decide(source: Source, asked: Recipe, *, with_text: bool = False) -> dict[st
         if name in towers and decision.scheme is not None and not _is_named(decision, towers[name]):
             decision = decision.kept(_TOWER)
         final[name] = _dynamic(_permitted(source, entry, decision), name in calibrated)
-    recipe.refuse_vain(asked, _owned(source, final))
-    if all(decision.scheme is None for decision in final.values()):
-        raise _nothing(source, final)
+    check(source, asked, final)
     return final
+
+
+def check(source: Source, asked: Recipe, decisions: Mapping[str, Decision]) -> None:
+    """Raise RecipeError for a rule that asks for what no tensor can have, and where nothing would be quantized."""
+    recipe.refuse_vain(asked, _owned(source, decisions))
+    if all(decision.scheme is None for decision in decisions.values()):
+        raise _nothing(source, decisions)
 
 
 def _owned(source: Source, decisions: Mapping[str, Decision]) -> dict[str, Decision]:

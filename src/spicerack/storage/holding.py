@@ -1,6 +1,7 @@
 """In which scheme a file of others holds each tensor: its own, another that says the same in more bits, or none.
 
     hold       every tensor of a folder -> `Held`: from headers alone
+    nearest    the scheme that a tensor could have
     convert    a QTensor into the scheme in which it is held, with not a weight changed
 
 The same is said in more bits where codes are integers: three bits are four of which some are not used, a scale that a
@@ -95,8 +96,14 @@ def hold(holder: Holder, contents: Contents) -> dict[str, Held]:
     return held
 
 
+def nearest(holder: Holder, stored: StoredTensor) -> Scheme | None:
+    """The scheme that is held and nearest to a tensor's, whatever stands against its own; None where none is held."""
+    able = (scheme for scheme in _fitting(stored) if _rule(holder, replace(stored, scheme=scheme)) is None)
+    return min(able, key=lambda scheme: _distance(stored, scheme), default=None)
+
+
 def _hold(holder: Holder, stored: StoredTensor) -> Held:
-    """The same for one tensor."""
+    """`hold` for one tensor."""
     rule = _rule(holder, stored)
     if rule is None:
         return Held(stored, exact=True)
@@ -106,8 +113,8 @@ def _hold(holder: Holder, stored: StoredTensor) -> Held:
         smallest = min(same, key=lambda scheme: scheme.stored_bits(stored.shape))
         return Held(replace(stored, scheme=smallest), exact=True, rule=rule)
     if able:
-        nearest = min(able, key=lambda scheme: _distance(stored, scheme))
-        return Held(replace(stored, scheme=nearest), exact=False, rule=rule)
+        near = min(able, key=lambda scheme: _distance(stored, scheme))
+        return Held(replace(stored, scheme=near), exact=False, rule=rule)
     return Held(stored, exact=False, rule=rule)
 
 
