@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import OutputError, SchemeError, UsageError, listed
+from spicerack.errors import OutputError, SchemeError, UsageError, WeightError, listed
 from spicerack.exports import loss, verify
 from spicerack.exports import target as targets
 from spicerack.exports.source import Change, Source
@@ -230,16 +230,26 @@ def plan(given: Source, target: Target, to: str, *, requantize: bool = False, en
     )
     if not requantize:
         _refuse(held, given)
-    source = _changed(given, held, target, to)
+    source = changed(given, held, target, to)
     if engine is not None and way is not None:
         _refuse_together(engine, way, given, source)
-    if refused := target.obstacles(to, source.contents) + target.refusals(to, source):
+    refused = target.obstacles(to, source.contents) + target.refusals(to, source)
+    if refused:
         raise SchemeError(listed(refused, _LISTED, "reasons", between="; "), "export it to something else")
+    if inexact := target.inexact(to, source):
+        raise WeightError(
+            listed(inexact, _LISTED, "tensors", between="; "), "quantize the float model in another scheme"
+        )
     _look_at_scales(source, held)
     reader = verify.choose(to, source)
     if reader is None:
         raise OutputError(f"nobody here reads {to}: what is written could not be verified", "install its reader")
-    return Planned(source, held, reader, {"to": to, "spicerack": __version__, **verify.facts(reader)})
+    return Planned(source, held, reader, facts_of(to, reader))
+
+
+def facts_of(to: str, reader: verify.Reader | None) -> dict[str, Any]:
+    """What the ledger that travels says of the export."""
+    return {"to": to, "spicerack": __version__, **verify.facts(reader)}
 
 
 def _refuse_together(engine: Engine, way: Reads, given: Source, source: Source) -> None:
@@ -267,7 +277,7 @@ def _refuse(held: Mapping[str, Held], given: Source) -> None:
         )
 
 
-def _changed(given: Source, held: Mapping[str, Held], target: Target, to: str) -> Source:
+def changed(given: Source, held: Mapping[str, Held], target: Target, to: str) -> Source:
     """The source as the target gets it: each tensor in the scheme that it is held in, or rounded to it."""
     contents = target.prepared(to, {module: one.stored for module, one in held.items()})
     changes: dict[str, Change] = {}

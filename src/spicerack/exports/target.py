@@ -54,7 +54,11 @@ class Target(Protocol):
 
     def refusals(self, to: str, source: Source, /) -> list[str]:
         """What else stands against the model, whatever its schemes: a family that the engine has not, a tokenizer that
-        cannot be said there. Sentences; empty if nothing does."""
+        cannot be said there. Sentences; empty if nothing does. No packed tensor is read."""
+
+    def inexact(self, to: str, source: Source, /) -> list[str]:
+        """Tensors whose scales the target does not hold although it holds their schemes, a sentence each: those are
+        read, where `prepared` has not given their types away."""
 
     def notes(self, to: str, source: Source, /) -> list[str]:
         """What a person should know of what will be written, in plain sentences."""

@@ -23,9 +23,11 @@ from spicerack.models.census import BY_DEFAULT, ON_REQUEST, Census, Entry
 from spicerack.models.towers import language_model_of
 from spicerack.nn import kinds
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
+from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import recipe, staying
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.staying import Staying
+from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -90,6 +92,13 @@ class Source:
         else:
             named = [module for module, kind in self.modules.items() if kind == "Linear"]
         return named + [alias for alias in self.tied if alias not in named]
+
+    def stored(self, name: str, scheme: Scheme) -> StoredTensor:
+        """What the tensor `name` would be stored as in this scheme: module, shape with output rows first, source type,
+        bias."""
+        entry = self.census.entries[name]
+        dtype, bias = SOURCE_BY_NAME[entry.info.dtype], f"{entry.module}.bias" in self.checkpoint.tensors
+        return StoredTensor(entry.module, scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
     def runs_packed(self, entry: Entry) -> bool:
         """Whether a tensor of all experts is multiplied by one expert at a time."""

@@ -14,6 +14,7 @@ from spicerack.errors import CheckpointError, SchemeError, ShapeError, UsageErro
 from spicerack.models.gguf import config as gguf_configs
 from spicerack.models.gguf.family import PACKAGE, of_type
 from spicerack.models.gguf.names import Names
+from spicerack.models.overview import pattern_of
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import fitting
 from spicerack.quantization.fitting import Misfit
@@ -94,7 +95,7 @@ def computed(name: str, asked: Asked) -> Computed:
     outcomes: list[Computed] = []
     for way in engine.reads:
         try:
-            outcomes.append(Computed(engine, way, _one_way(engine, way, asked)))
+            outcomes.append(Computed(engine, way, of_way(engine, way, asked)))
         except ShapeError:
             if not outcomes:  # the recipe is to be mended, and not another kind of files to be taken
                 raise
@@ -106,18 +107,23 @@ def computed(name: str, asked: Asked) -> Computed:
     return min(outcomes, key=lambda one: sum(decision.scheme is None for decision in one.decisions.values()))
 
 
-def _one_way(engine: Engine, way: Reads, asked: Asked) -> dict[str, Decision]:
-    """The decisions for files of one kind. Raises UsageError."""
+def of_way(engine: Engine, way: Reads, asked: Asked) -> dict[str, Decision]:
+    """The decisions for files of one kind, some of them float now. Raises as `computed` does, and ShapeError for layers
+    that whole groups do not tile."""
     _refuse_model(engine, way, asked.checkpoint)
     decisions, misfits = dict(asked.decisions), []
+    known: dict[tuple[object, ...], tuple[str | None, Scheme | None]] = {}
     for name, decision in asked.decisions.items():
         if decision.scheme is None:
             continue
         stored = asked.stored(name, decision.scheme)
-        reason = _no_place(way, asked.checkpoint, stored.module) or exactness.obstacle(engine, way, stored)
+        # layers of a kind are alike, and a model has hundreds
+        key = (pattern_of(stored.module), stored.scheme, stored.shape, stored.role, stored.source_dtype)
+        if key not in known:
+            known[key] = _judged(engine, way, asked.checkpoint, stored)
+        reason, near = known[key]
         if reason is None:
             continue
-        near = None if _no_place(way, asked.checkpoint, stored.module) else exactness.nearest(engine, way, stored)
         if near is None:
             named = reason.startswith(engine.name)
             decisions[name] = decision.kept(reason if named else f"for {engine.name}: {reason}")
@@ -126,14 +132,28 @@ def _one_way(engine: Engine, way: Reads, asked: Asked) -> dict[str, Decision]:
         else:
             misfits.append(Misfit(stored.module, ShapeError(f"{stored.module}: {reason}"), decision.scheme, near))
     _refuse(engine, misfits, asked)
-    contents = [asked.stored(name, one.scheme) for name, one in decisions.items() if one.scheme is not None]
-    _refuse_uniform(engine, way, {stored.module: stored for stored in contents})
-    reasons = exactness.obstacles(engine, way, {stored.module: stored for stored in contents}, asked.shared)
-    tied = [Misfit(one.module, ShapeError(one.rule), one.nearest, one.nearest) for one in reasons if one.nearest]
-    _refuse(engine, tied, asked)
+    chosen = [asked.stored(name, one.scheme) for name, one in decisions.items() if one.scheme is not None]
+    _refuse_together(engine, way, {stored.module: stored for stored in chosen}, asked)
+    return decisions
+
+
+def _judged(
+    engine: Engine, way: Reads, checkpoint: Checkpoint, stored: StoredTensor
+) -> tuple[str | None, Scheme | None]:
+    """Why a layer is not computed exactly in its scheme, None if it is; and what is nearest, None for float."""
+    if (reason := _no_place(way, checkpoint, stored.module)) is not None:
+        return reason, None
+    reason = exactness.obstacle(engine, way, stored)
+    return reason, None if reason is None else exactness.nearest(engine, way, stored)
+
+
+def _refuse_together(engine: Engine, way: Reads, contents: Mapping[str, StoredTensor], asked: Asked) -> None:
+    """Raise SchemeError for what is not computed exactly because of other layers."""
+    _refuse_uniform(engine, way, contents)
+    reasons = exactness.obstacles(engine, way, contents, asked.shared)
+    _refuse(engine, [Misfit(r.module, ShapeError(r.rule), r.nearest, r.nearest) for r in reasons if r.nearest], asked)
     if reasons:
         raise SchemeError(listed([one.rule for one in reasons], _LISTED, "layers"), "give all layers one scheme")
-    return decisions
 
 
 def _refuse_uniform(engine: Engine, way: Reads, contents: Mapping[str, StoredTensor]) -> None:

@@ -22,7 +22,6 @@ from spicerack.models.architecture import host_of
 from spicerack.models.fit import relying_on_ties
 from spicerack.models.opening import open_stored
 from spicerack.models.overview import refuse_quantized
-from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import decisions, door, engines, fitting
 from spicerack.quantization.decisions import Source
@@ -177,7 +176,7 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
     decided = decisions.decide(source, asked, with_text=with_text)
     asked_for, engine = decided, _computed(source, decided, asked)
     decided = _fitted(source, decided if engine is None else engine.decisions, asked)
-    stored_tensors = {name: _stored(source, name, choice.scheme) for name, choice in decided.items() if choice.scheme}
+    stored_tensors = {name: source.stored(name, choice.scheme) for name, choice in decided.items() if choice.scheme}
     contents = {stored.module: stored for stored in stored_tensors.values()}
     fmt = format.choose(contents)
     tied = source.tied
@@ -211,13 +210,9 @@ def _computed(source: Source, decided: Mapping[str, Decision], asked: Recipe) ->
     """
     if asked.for_ is None:
         return None
-
-    def stored(name: str, scheme: Scheme) -> StoredTensor:
-        return _stored(source, name, scheme)
-
     shared = source.census.shared_inputs
     computed = engines.computed(
-        asked.for_, engines.Asked(source.checkpoint, decided, stored, shared, fit_groups=asked.fit_groups)
+        asked.for_, engines.Asked(source.checkpoint, decided, source.stored, shared, fit_groups=asked.fit_groups)
     )
     decisions.check(source, asked, computed.decisions)
     return computed
@@ -277,14 +272,6 @@ def _notes(
     for note, modules in decisions.notes(source, decided, asked):
         yield f"{listed(modules, _LISTED)}: {note}" if modules else note
     yield from format.portability(contents, source.census.shared_inputs, reading)
-
-
-def _stored(source: Source, name: str, scheme: Scheme) -> StoredTensor:
-    """What the tensor `name` would be stored as in this scheme: module, shape with output rows first, source type,
-    bias."""
-    entry = source.census.entries[name]
-    dtype, bias = SOURCE_BY_NAME[entry.info.dtype], f"{entry.module}.bias" in source.checkpoint.tensors
-    return StoredTensor(entry.module, scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
 
 def _fitted(source: Source, decided: Mapping[str, Decision], asked: Recipe) -> dict[str, Decision]:

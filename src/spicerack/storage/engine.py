@@ -12,8 +12,8 @@ What follows from the rules for a model is told by `storage.exactness`; here is 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from spicerack import plugins
@@ -174,7 +174,7 @@ class Reads:
         """Why models of a family are not read, as a sentence; None if they are, or nobody says which."""
         if self.known is None or model_type in self.known:
             return None
-        return f"{engine} reads {self.to} of many families, and not of {model_type!r}"
+        return f"{engine} does not read the family {model_type!r} as {self.to}"
 
     @property
     def format(self) -> str:
@@ -209,7 +209,7 @@ class Engine:
     version    that was looked at
     reads      the kinds of files, that which is recommended first
     ties       layers that need one scheme
-    fallbacks  scheme -> what the engine's own quantizer takes where rows are no whole blocks of it
+    fallbacks  a scheme, and what the engine's own quantizer takes where rows are no whole blocks of it
     usual      schemes that people have there
     """
 
@@ -217,8 +217,13 @@ class Engine:
     version: str
     reads: tuple[Reads, ...]
     ties: tuple[Tie, ...] = ()
-    fallbacks: Mapping[str, str] = field(default_factory=dict)
+    fallbacks: tuple[tuple[str, str], ...] = ()
     usual: tuple[str, ...] = ()
+
+    def fallback(self, scheme: Scheme) -> str | None:
+        """What the engine's own quantizer takes where rows are no whole blocks of a scheme; None where that is not
+        known."""
+        return dict(self.fallbacks).get(scheme.name)
 
     def reading(self, to: str, model_type: object) -> Reads:
         """Files that are called `to`, for models of a family. Raises UsageError for what the engine does not read."""

@@ -35,7 +35,8 @@ def obstacle(engine: Engine, way: Reads, stored: StoredTensor) -> str | None:
     try:
         stored.scheme.check_shape(stored.module, stored.shape)
     except ShapeError as error:
-        return error.message.partition(": ")[2]
+        rule = next(iter(holder(engine, way).obstacles({stored.module: stored})), error.message)
+        return rule.partition(": ")[2]
     one = held(engine, way, {stored.module: stored})[stored.module]
     return None if one.exact else str(one.rule).partition(": ")[2]
 
@@ -65,8 +66,8 @@ def nearest(engine: Engine, way: Reads, stored: StoredTensor) -> Scheme | None:
     no whole blocks, else what is nearest; None where it stays float whatever the scheme is."""
     if obstacle(engine, way, stored) is None:
         return stored.scheme
-    if stored.scheme.name in engine.fallbacks:
-        fallback = replace(stored, scheme=parse(engine.fallbacks[stored.scheme.name]))
+    if (usual := engine.fallback(stored.scheme)) is not None:
+        fallback = replace(stored, scheme=parse(usual))
         if fits(fallback) and not holder(engine, way).obstacles({stored.module: fallback}):
             return fallback.scheme
     return holding.nearest(holder(engine, way), stored)
@@ -147,7 +148,7 @@ class _Way:
     way: Reads
 
     @property
-    def _files(self) -> Holder:
+    def _files(self) -> formats.Format | _Types | _Nothing:
         if not self.way.written:
             return _Nothing()
         return _Types() if self.way.format == "gguf" else formats.get(self.way.format)

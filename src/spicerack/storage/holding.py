@@ -37,7 +37,10 @@ _KIND = 0.25
 
 
 class Holder(Protocol):
-    """Whoever can be asked what it holds exactly."""
+    """Whoever can be asked what it holds exactly; equal ones answer the same."""
+
+    def __hash__(self) -> int:
+        """Of what answers depend on: they are remembered."""
 
     def prepared(self, contents: Contents, /) -> Contents:
         """The contents as they are laid out there: what is decided over all tensors at once."""
@@ -98,8 +101,7 @@ def hold(holder: Holder, contents: Contents) -> dict[str, Held]:
 
 def nearest(holder: Holder, stored: StoredTensor) -> Scheme | None:
     """The scheme that is held and nearest to a tensor's, whatever stands against its own; None where none is held."""
-    able = (scheme for scheme in _fitting(stored) if _rule(holder, replace(stored, scheme=scheme)) is None)
-    return min(able, key=lambda scheme: _distance(stored, scheme), default=None)
+    return min(_able(holder, _blank(stored)), key=lambda scheme: _distance(stored, scheme), default=None)
 
 
 def _hold(holder: Holder, stored: StoredTensor) -> Held:
@@ -107,15 +109,24 @@ def _hold(holder: Holder, stored: StoredTensor) -> Held:
     rule = _rule(holder, stored)
     if rule is None:
         return Held(stored, exact=True)
-    able = [scheme for scheme in _fitting(stored) if _rule(holder, replace(stored, scheme=scheme)) is None]
+    able = _able(holder, _blank(stored))
     same = [scheme for scheme in able if obstacle(stored.scheme, scheme, stored.shape) is None]
     if same:
         smallest = min(same, key=lambda scheme: scheme.stored_bits(stored.shape))
         return Held(replace(stored, scheme=smallest), exact=True, rule=rule)
-    if able:
-        near = min(able, key=lambda scheme: _distance(stored, scheme))
-        return Held(replace(stored, scheme=near), exact=False, rule=rule)
-    return Held(stored, exact=False, rule=rule)
+    near = nearest(holder, stored)
+    return Held(stored if near is None else replace(stored, scheme=near), exact=False, rule=rule)
+
+
+def _blank(stored: StoredTensor) -> StoredTensor:
+    """A layer of the same kind, whatever its scheme is."""
+    return replace(stored, module=re.sub(r"[0-9]+", "0", stored.module), scheme=_candidates()[0], variant="")
+
+
+@lru_cache(maxsize=1024)
+def _able(holder: Holder, stored: StoredTensor) -> tuple[Scheme, ...]:
+    """The schemes that a tensor could have. Remembered: two hundred are asked about, for each layer and scheme."""
+    return tuple(s for s in _fitting(stored) if _rule(holder, replace(stored, scheme=s)) is None)
 
 
 def _rule(holder: Holder, stored: StoredTensor) -> str | None:

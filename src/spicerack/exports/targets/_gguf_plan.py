@@ -18,7 +18,7 @@ from spicerack.models.gguf.checkpoint import adds_one, row_order
 from spicerack.models.gguf.family import Family, of_type
 from spicerack.models.gguf.names import Names, Place
 from spicerack.storage.format import Contents, StoredTensor
-from spicerack.storage.gguf import blocks
+from spicerack.storage.gguf import blocks, exact
 from spicerack.storage.gguf.ggml import TYPES, GgmlType, TensorSpec
 from spicerack.storage.gguf.metadata import Entry, Value
 from spicerack.storage.ledger import Ledger
@@ -33,6 +33,10 @@ _FILE_TYPES = {
     "Q2_0": 41,
 }  # fmt: skip
 """general.file_type of a file that is mostly of a type (llama.h, LLAMA_FTYPE_MOSTLY_*); llama.cpp only prints it."""
+
+
+Parts = tuple[tuple[StoredTensor | TensorInfo, Place], ...]
+"""What a tensor is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,7 @@ def plan(model: Model, source: Source) -> list[Planned]:
                 f"{name}: llama.cpp has no such tensor in {model.family.architecture}", "leave it out"
             )
         groups.setdefault(place.tensor, []).append((tensor, place))
-    planned = [_planned(name, group) for name, group in groups.items()]
+    planned = [_planned(source, name, group) for name, group in groups.items()]
     return planned + _second_head(model.family, planned)
 
 
@@ -121,7 +125,7 @@ def _second_head(family: Family, planned: Iterable[Planned]) -> list[Planned]:
     return [Planned(TensorSpec("output.weight", table.spec.type, table.spec.shape), table.parts)]
 
 
-def _planned(name: str, group: list[tuple[StoredTensor | TensorInfo, Place]]) -> Planned:
+def _planned(source: Source, name: str, group: list[tuple[StoredTensor | TensorInfo, Place]]) -> Planned:
     """One tensor of the file. Raises CheckpointError for parts that do not make one."""
     parts = tuple(sorted(group, key=lambda part: part[1].member or 0))
     members = [place.member for _, place in parts]
@@ -135,16 +139,20 @@ def _planned(name: str, group: list[tuple[StoredTensor | TensorInfo, Place]]) ->
         shape = shape[-1:]
     elif members[0] is not None:
         shape = (len(parts), *shape)
-    return Planned(TensorSpec(name, _type(name, parts, len(shape)), shape), parts)
+    return Planned(TensorSpec(name, _type(source, name, parts, len(shape)), shape), parts)
 
 
-def _type(name: str, parts: tuple[tuple[StoredTensor | TensorInfo, Place], ...], axes: int) -> GgmlType:
-    """The type of a tensor: what holds all its parts as they are. Raises CheckpointError where none does."""
+def _type(source: Source, name: str, parts: Parts, axes: int) -> GgmlType:
+    """The type of a tensor: the smallest that holds all its parts as they are. Raises CheckpointError where none does.
+
+    Where zero points could lie in minima (Q4_1) or in integers of more bits (Q5_0), numbers decide: they are read.
+    """
     packed = [tensor for tensor, _ in parts if isinstance(tensor, StoredTensor)]
     if len(packed) == len(parts):
         common = [type_ for type_ in types_of(packed[0]) if all(type_ in types_of(other) for other in packed[1:])]
         if common:
-            return common[0]
+            held = (t for t in common if all(_holds(source, part, t) for part in packed))
+            return next(held, common[0])
     elif not packed:
         place, types = parts[0][1], {tensor.dtype for tensor, _ in parts if isinstance(tensor, TensorInfo)}
         if axes < 2 or place.module.endswith("norm") or place.module in IN_F32 or not name.endswith(".weight"):
@@ -156,6 +164,22 @@ def _type(name: str, parts: tuple[tuple[StoredTensor | TensorInfo, Place], ...],
         f"{_label(parts[0][0])}: {name} would have parts in {', '.join(kinds)}, and a tensor of GGUF has one type",
         "give all of them one scheme",
     )
+
+
+def _holds(source: Source, stored: StoredTensor, type_: GgmlType) -> bool:
+    """Whether a type that holds the scheme holds the numbers, as far as types differ in that."""
+    own = exact.scheme_of(type_)
+    return not stored.scheme.zero or own.min is None or value_obstacle(source, stored, type_) is None
+
+
+def value_obstacle(source: Source, stored: StoredTensor, type_: GgmlType) -> str | None:
+    """Why a type that holds the scheme of a tensor does not hold its numbers; None if it does. Read once."""
+    key = f"{stored.module} in {type_}"
+    if key not in source.remembered:
+        inner, _ = blocks.without_tensor_scale(source.packed(stored.module))
+        source.remembered[key] = blocks.obstacle(type_, inner)
+        source.release(stored)
+    return source.remembered[key]
 
 
 def _label(tensor: StoredTensor | TensorInfo) -> str:

@@ -57,6 +57,10 @@ class Folders:
         """None: what transformers reads, others read by the same names."""
         return []
 
+    def inexact(self, to: str, source: Source) -> list[str]:
+        """None: types of scales are in the contents, and looked at there."""
+        return []
+
     def notes(self, to: str, source: Source) -> list[str]:
         """Those of the format."""
         fmt = _format(to)

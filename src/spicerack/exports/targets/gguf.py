@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spicerack.errors import CheckpointError
+from spicerack.errors import CheckpointError, listed
 from spicerack.evaluation.folder import pooling_of
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order
@@ -22,7 +22,7 @@ from spicerack.exports.targets import _gguf_plan as plans
 from spicerack.exports.targets._gguf_plan import Facts, Model
 from spicerack.models.gguf import config as configs
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
-from spicerack.storage.format import Contents
+from spicerack.storage.format import Contents, StoredTensor
 from spicerack.storage.gguf import blocks
 from spicerack.storage.gguf.ggml import TYPES, TensorSpec
 from spicerack.storage.gguf.metadata import Entry
@@ -46,8 +46,7 @@ class Gguf:
         return [f"{module}: {reason}" for module, reason in reasons if reason is not None]
 
     def refusals(self, _to: str, source: Source, /) -> list[str]:
-        """Families, configs, layers and tokenizers that llama.cpp has not; scales that float16 does not hold, for which
-        they are read."""
+        """Families, configs, layers and tokenizers that llama.cpp has not."""
         try:
             model = Model.of(source.config)
             reasons = configs.obstacles(model.family, model.config) + plans.packed_obstacles(
@@ -58,7 +57,11 @@ class Gguf:
                 _words(source, model)
         except CheckpointError as error:
             return [error.message]
-        return reasons or _inexact(source)
+        return reasons
+
+    def inexact(self, _to: str, source: Source, /) -> list[str]:
+        """Scales that float16 does not hold."""
+        return _inexact(source)
 
     def notes(self, _to: str, source: Source, /) -> list[str]:
         """What llama.cpp computes otherwise, and what of the model is left out."""
@@ -66,7 +69,7 @@ class Gguf:
         left_out = [name for name in source.folder.checkpoint.tensors if model.names.left_out(name)]
         notes = configs.notes(model.family, model.config)
         if left_out:
-            notes.append(f"{left_out[0]} and {len(left_out) - 1} more are left out: llama.cpp has no use for them")
+            notes.append(f"left out, because llama.cpp has no use for it: {listed(left_out, 1, 'tensors')}")
         return notes + [f"tokenizer: {line}" for line in _words(source, model).differences]
 
     def nbytes(self, source: Source, order: Order, /) -> int:
@@ -113,13 +116,13 @@ def _inexact(source: Source) -> list[str]:
     Scales in float16 fit without a look.
     """
     reasons = []
-    for module, stored in source.contents.items():
-        if stored.source_dtype is torch.bfloat16 or stored.scheme.scale == "float32":
-            inner, _ = blocks.without_tensor_scale(source.packed(module))
-            reason = blocks.obstacle(plans.types_of(stored)[0], inner)
+    for one in plans.plan(Model.of(source.config), source):
+        packed = [tensor for tensor, _ in one.parts if isinstance(tensor, StoredTensor)]
+        for stored in packed:
+            floats = stored.source_dtype is torch.bfloat16 or stored.scheme.scale == "float32" or stored.scheme.zero
+            reason = plans.value_obstacle(source, stored, one.spec.type) if floats else None
             if reason is not None:
-                reasons.append(f"{module}: {reason}")
-            source.release(stored)
+                reasons.append(f"{stored.module}: {reason}")
     return reasons
 
 

@@ -30,8 +30,9 @@ ENGINE = Engine(
     ),
     ties=(Tie("projections", f"{_SOURCE}: experts are one tensor for each of gate, up and down"),),
     # Q4_K to Q5_0, Q5_K to Q5_1, Q6_K to Q8_0, all others to Q4_0: src/llama-quant.cpp, tensor_type_fallback
-    fallbacks={
-        "q2_k": "w4g32", "q3_k": "w4g32", "ternaryg256": "w4g32", "q4_k": "w5g32", "q5_k": "q5_1", "q6_k": "w8g32",
-    },
+    fallbacks=(
+        ("q2_k", "w4g32"), ("q3_k", "w4g32"), ("ternaryg256", "w4g32"), ("q4_k", "w5g32"), ("q5_k", "q5_1"),
+        ("q6_k", "w8g32"),
+    ),
     usual=("q4_k", "q6_k", "w8g32", "w4g32"),
 )  # fmt: skip
