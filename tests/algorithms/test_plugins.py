@@ -66,7 +66,8 @@ QUANTIZED = "its scales are quantized themselves"
     [
         *((scheme, {}) for scheme in ("w4g32", "w4g32z", "w2g32h", "w8t", "ternary", "w8a8s")),
         *((scheme, dict.fromkeys(("hqq", "signround", "blockap"), TABLE)) for scheme in ("nf4", "fp8", "mxfp4")),
-        *((scheme, dict.fromkeys(("hqq", "gptq", "signround", "blockap"), QUANTIZED)) for scheme in ("q4_k", "nvfp4")),
+        *((scheme, dict.fromkeys(("hqq", "signround", "blockap"), QUANTIZED)) for scheme in ("q4_k", "nvfp4")),
+        ("w4g64m", dict.fromkeys(("hqq", "signround", "blockap"), "its blocks have minima")),
     ],
 )
 def test_what_each_solver_cannot_do(scheme: str, reasons: dict[str, str]) -> None:

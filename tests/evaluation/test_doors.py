@@ -278,3 +278,43 @@ def test_a_cache_of_another_kind_is_not_quantized(tmp_path: Path) -> None:
     folder = saved(transformers.xLSTMForCausalLM(config), tmp_path / "xlstm")
     with pytest.raises(UsageError, match="keeps a xLSTMCache, not keys and values alone"):
         spicerack.load(folder, cache=8)
+
+
+# ---- two folders of one model ----------------------------------------------------------------------------------------
+
+OTHERS: list[tuple[dict[str, Any], str | None]] = [
+    ({"hidden_size": 32}, "has hidden states of 32, and .* 64"),
+    ({"vocab_size": 300}, "has a vocabulary of 300, and .* 257"),
+    ({"num_hidden_layers": 3}, "has 3 blocks, and .* 2"),
+    ({"model_type": "mistral"}, "is a mistral, and .* a llama"),
+    ({"num_local_experts": 4}, None),
+]
+"""What another model says in its config.json -> what is said of it; None: nothing, as only one of them says it."""
+
+
+@pytest.mark.parametrize(("other", "said"), OTHERS)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_models_of_two_architectures_are_not_compared(
+    llama_folder: LlamaFolder, text: Path, tmp_path: Path, other: dict[str, Any], said: str | None, quantized: bool
+) -> None:
+    """By all ways in, before a weight is read: the folder has no other weights than those of its own model."""
+    source, out = llama_folder(**LARGE), tmp_path / "out"
+    if quantized:
+        spicerack.quantize(source, "nf4", output=out)  # in the container, whose config is nested
+    else:
+        shutil.copytree(source, out)
+    config = json.loads((out / "config.json").read_text())
+    inner = config.get("config", config)
+    inner.update(other)
+    (out / "config.json").write_text(json.dumps(config))
+    commands = [["eval", "--text", str(text)], ["bench", "--decode", "1", "--repeats", "1"]]
+    if said is None:
+        assert CliRunner().invoke(cli, [*commands[0], str(out), "--against", str(source)]).exit_code == 0
+        return
+    for command in commands:
+        with pytest.raises(UsageError, match=said):
+            CliRunner().invoke(cli, [*command, str(out), "--against", str(source)], catch_exceptions=False)
+    with pytest.raises(UsageError, match=said):
+        measure(out, against=source, options=EvaluationOptions(text=text))
+    with pytest.raises(UsageError, match=said):
+        bench(out, against=source)

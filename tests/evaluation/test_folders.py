@@ -187,7 +187,7 @@ def test_the_text_beside_the_model_is_the_default(llama_folder, text: Path) -> N
 
 def test_what_cannot_be_compared_is_refused(llama_folder, bert_folder: Path, text: Path, tmp_path: Path) -> None:
     model = llama_folder()
-    with pytest.raises(UsageError, match=r"the tokenizers of .* differ"):
+    with pytest.raises(UsageError, match=r"is a bert, and .* a llama"):
         evaluate(bert_folder, against=model, text=text)
     with pytest.raises(UsageError, match="--window 129: the model has 128 positions"):
         evaluate(model, against=model, text=text, window=129)

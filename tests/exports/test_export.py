@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import spicerack
 from spicerack import plugins
@@ -156,6 +156,19 @@ def test_config_json_has_the_old_names_too(quantized: MADE, tmp_path: Path, floa
     two_kinds = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}}
     old = folder_targets.with_old_names({"text_config": two_kinds})["text_config"]
     assert (old["rope_theta"], old["rope_local_base_freq"]) == (1e6, 1e4)
+
+
+@pytest.mark.usefixtures("own_reader")
+@pytest.mark.parametrize(
+    ("scheme", "to", "said"),
+    [("ternary", "bitnet", "are rounded to int8 there"), ("w8a8", "gptq", "stay floats there")],
+)
+def test_inputs_that_are_treated_otherwise_are_told(
+    quantized: MADE, tmp_path: Path, scheme: str, to: str, said: str
+) -> None:
+    written = spicerack.export(quantized(scheme), to=to, output=tmp_path / "out")
+    assert written.rounded == ()
+    assert any(said in note for note in written.notes)
 
 
 # ---- in another scheme -----------------------------------------------------------------------------------------------
@@ -353,7 +366,7 @@ def test_what_is_asked_for_in_vain(quantized: MADE, floating: Path, tmp_path: Pa
     for model, options, message in cases:
         with pytest.raises(UsageError, match=message):
             spicerack.export(model, **options)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="is not quantized"):
+    with pytest.raises(UsageError, match="has nothing quantized"):
         spicerack.import_model(floating, output=tmp_path / "out")
     assert nothing_but(tmp_path, "there")
 
@@ -369,6 +382,17 @@ def test_from_float_and_by_the_command_line(floating: Path, tmp_path: Path, caps
     assert "every weight is what it was meant to be" in capsys.readouterr().out
     assert _output.run(cli, ["export", str(tmp_path / "back"), "--to", "x", "-o", str(tmp_path / "no")]) == 2
     assert _output.run(cli, ["import_", str(tmp_path / "out"), "-o", str(tmp_path / "no")]) == 2
+
+
+def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(llama_folder: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    source = llama_folder(vocab_size=288)
+    spicerack.quantize(source, "w4g32", output=tmp_path / "q")
+    spicerack.export(tmp_path / "q", to="gguf", output=tmp_path / "m.gguf")
+    spicerack.import_model(tmp_path / "m.gguf", output=tmp_path / "back")
+    assert same(weights(tmp_path / "back"), weights(tmp_path / "q"))
+    one, other = (AutoTokenizer.from_pretrained(path) for path in (source, tmp_path / "back"))
+    assert one("what, now?").input_ids == other("what, now?").input_ids
 
 
 def test_a_stranger_s_folder_with_a_fault_is_refused_by_import(quantized: MADE, tmp_path: Path) -> None:

@@ -207,18 +207,21 @@ def llama_cpp(file: Path, *, embedding: bool = False) -> Any:
     return xllamacpp.Server(params)
 
 
+TIE = 1e-3
+"""Of logits that are nearly alike, either engine may take either token."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stdlib_lm", "stories"])
-def test_llama_cpp_writes_the_same_text(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """40 tokens, the likeliest each, of a model in w4g32: from its GGUF file in llama.cpp, and here without rounding
-    activations."""
-    # rows of 172, which no block of GGUF tiles
-    rules, prompt = (["**.down_proj=skip"], "Once upon a time") if name == "stories" else ([], "def read(path):")
-    spicerack.quantize(request.getfixturevalue(name), "w4g32", rules=rules, output=tmp_path / "q")
-    file = tmp_path / "model.gguf"
-    export(tmp_path / "q", to="gguf", output=file)
+@pytest.mark.parametrize(("name", "prompt"), [("stdlib_lm", "def read(path):"), ("stories", "Once upon a time")])
+def test_llama_cpp_writes_the_same_text(name: str, prompt: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """40 tokens, the likeliest each, from one file in llama.cpp and here, up to ties. In float: to layers in w4g32
+    llama.cpp gives inputs in eight bits, and here they are floats."""
+    file = written(request.getfixturevalue(name), tmp_path / "model.gguf")
     told = llama_cpp(file).handle_completions({"prompt": prompt, "n_predict": 40, "temperature": 0, "n_probs": 1})
-    loaded = spicerack.load(file, compute="float")
-    inputs = read_tokenizer(file, loaded.config)(prompt, return_tensors="pt", return_token_type_ids=False)
-    ours = loaded.generate(**inputs, max_new_tokens=40, do_sample=False)[0][inputs["input_ids"].shape[1] :].tolist()
-    assert [one["id"] for one in told["choices"][0]["logprobs"]["content"]] == ours
+    theirs = [one["id"] for one in told["choices"][0]["logprobs"]["content"]]
+    loaded = spicerack.load(file)
+    ids = read_tokenizer(file, loaded.config)(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = loaded(input_ids=torch.cat([ids, torch.tensor([theirs])], 1)).logits[0, ids.shape[1] - 1 : -1].float()
+    assert len(theirs) == 40
+    assert float((logits.amax(-1) - logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]).max()) < TIE

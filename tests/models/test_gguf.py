@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ggufs import folder, written
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import spicerack
@@ -296,3 +296,28 @@ def test_what_cannot_be_written_is_told_before(tmp_path: Path) -> None:
         if not file.name.startswith("tokenizer"):
             (place / file.name).write_bytes(file.read_bytes())
     assert "no tokenizer" in target.refusals("gguf", Source.of(Folder.open(place)))[0]
+
+
+def test_scales_that_float16_does_not_hold_are_told_before(tmp_path: Path) -> None:
+    """Of a model in bfloat16, whose scales are as wide as float32's: most fit, and the layer that does not is named."""
+    model = AutoModelForCausalLM.from_pretrained(folder("llama"), dtype=torch.bfloat16)
+    save(model, tmp_path / "fits")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.mul_(1e-9)
+    save(model, tmp_path / "small")
+    target = find("gguf")
+    told = {}
+    for name in ("fits", "small"):
+        spicerack.quantize(tmp_path / name, "w4g32", output=tmp_path / f"{name}-q")
+        told[name] = target.refusals("gguf", Source.of(Folder.open(tmp_path / f"{name}-q")))
+    assert told["fits"] == []
+    assert len(told["small"]) == 1 and told["small"][0].startswith("model.layers.1.self_attn.q_proj: ")
+    file = written(tmp_path / "fits-q", tmp_path / "model.gguf")
+    loaded = spicerack.load(file)
+    assert loaded.dtype == torch.bfloat16 and open_model(file).tensors["model.embed_tokens.weight"].dtype == "BF16"
+
+
+def save(model: Any, place: Path) -> None:
+    model.save_pretrained(place)
+    for file in folder("llama").glob("tokenizer*"):
+        (place / file.name).write_bytes(file.read_bytes())

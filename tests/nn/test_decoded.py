@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -99,6 +100,19 @@ def test_other_libraries_get_its_numbers(layer: Any) -> None:
     assert torch.equal(shared, layer.decode())
     shared.zero_()
     assert layer.decode().count_nonzero()
+
+
+@pytest.mark.parametrize("see", [lambda w: w, torch.Tensor.detach, lambda w: w.mT, lambda w: w[0], lambda w: w.data])
+def test_it_has_no_address(layer: Any, see: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A capsule, or a comparison, of an address that is 0 would end the process, or call all weights one."""
+    weight = see(layer.weight)
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(weight)
+    with pytest.raises(UsageError, match="has no address"):
+        weight.data_ptr()
+    if weight.is_contiguous():
+        with pytest.raises(UsageError, match="has no address"):
+            safetensors.torch.save({"weight": weight})
 
 
 def test_gradients_pass_through_products_with_it() -> None:

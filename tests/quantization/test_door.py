@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,16 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spicerack
+from spicerack.algorithms.method import Method
 from spicerack.errors import CheckpointError, LoadError, RecipeError, UsageError
 from spicerack.models.architecture import stranger
 from spicerack.models.overview import look
 from spicerack.numerics.scheme import parse
 from spicerack.quantization.door import promised
 from spicerack.quantization.job import Job, prepare
-from spicerack.quantization.recipe import Recipe, rule
+from spicerack.quantization.recipe import Recipe, decided, rule
 from spicerack.storage.reader import Checkpoint
 
 Tensors = dict[str, torch.Tensor]
+IDS = torch.arange(3, 11)[None]
 
 
 def changed(folder: Path, change: Callable[[Tensors], Tensors]) -> Path:
@@ -160,6 +163,54 @@ def test_families_that_use_the_classes_of_others_are_themselves() -> None:
     model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     assert not issubclass(type(config), model_class.config_class) and stranger(model_class, config) is None
     assert stranger(transformers.GPT2LMHeadModel, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8, torch.int64, torch.float64])
+def test_vectors_of_another_type_are_no_codes(llama_folder, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Norms of ones that were stored as whole numbers or as a mask: copied as they are, and computed with."""
+    folder = llama_folder()
+    ones = {"norm": lambda t: {n: torch.ones_like(v).to(dtype) if "norm" in n else v for n, v in t.items()}}
+    changed(folder, ones["norm"])
+    expected = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
+    spicerack.quantize(folder, "w8", output=tmp_path / "out")
+    kept = load_file(tmp_path / "out" / "model.safetensors")
+    assert kept["model.norm.weight"].dtype == dtype
+    computed = spicerack.load(tmp_path / "out")(IDS).logits
+    assert (computed - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("rules", [["**.dense=w8"], ["cls.predictions.dense=w8"], ["**=w4g32"]])
+def test_a_tensor_without_numbers_is_copied_whatever_is_asked_for_it(rules: list[str], tmp_path: Path) -> None:
+    """MobileBERT as wide as its embeddings has one, [0, 300]; a rule that names it has all that there is."""
+    sizes = {"hidden_size": 64, "embedding_size": 64, "intra_bottleneck_size": 64, "true_hidden_size": 64}
+    config = transformers.MobileBertConfig(vocab_size=300, num_hidden_layers=1, intermediate_size=128, **sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there is nothing to initialize
+        model = transformers.MobileBertForMaskedLM(config).eval()
+        model.save_pretrained(tmp_path / "model")
+        spicerack.quantize(tmp_path / "model", "w4g32", rules=rules, output=tmp_path / "out")
+        folder, module = spicerack.load(tmp_path / "out"), spicerack.quantize(model, "w4g32", rules=rules)
+    assert folder.cls.predictions.dense.weight.shape == module.cls.predictions.dense.weight.shape == (0, 300)
+    expected = model(IDS).logits
+    for small in (folder, module):
+        assert (small(IDS).logits - expected).norm() < 0.2 * expected.norm()
+
+
+def test_layers_in_front_of_blocks_are_told_where_text_chooses_codes(tmp_path: Path) -> None:
+    """Gemma 4 has one that makes an embedding for each block: it is in none, and rounded to nearest."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Gemma4TextConfig(
+        vocab_size=99, vocab_size_per_layer_input=99, num_hidden_layers=2, head_dim=16, global_head_dim=16,
+        hidden_size_per_layer_input=32, **sizes,
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    transformers.Gemma4ForCausalLM(config).save_pretrained(folder)
+    said = "outside of the blocks that text is run through: rounded to nearest"
+    calibrated = prepare(folder, decided(Recipe(parse("w8"), method=Method((), "gptq")), True), with_text=True)
+    (note,) = (note for note in calibrated.notes if said in note)
+    assert "per_layer_model_projection" in note and "layers." not in note
+    for plain in [prepare(folder, decided(Recipe(parse("w8")), False))]:
+        assert not any(said in note for note in plain.notes)
 
 
 def test_codes_are_told_by_names_where_nobody_knows_the_class(llama_folder) -> None:

@@ -575,9 +575,11 @@ def test_what_cannot_be_copied_is_named() -> None:
 @pytest.mark.parametrize(
     "change", [lambda net: spicerack.quantize(net, "w8"), lambda net: spicerack.prepare_qat(net, "w8")]
 )
-def test_what_has_no_shape_or_no_numbers_is_refused_by_name(change: Callable[[nn.Module], nn.Module]) -> None:
+def test_what_has_no_shape_is_refused_and_what_has_no_numbers_stays(
+    change: Callable[[nn.Module], nn.Module],
+) -> None:
     with pytest.raises(RecipeError, match=r"^1\.weight has no shape yet"):
         change(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8)))
     for empty in (nn.Linear(8, 0), nn.Linear(0, 8)):
-        with pytest.raises(ShapeError, match=r"^1\.weight: shape .* is not a matrix .*1=skip"):
-            change(nn.Sequential(nn.Linear(8, 8), empty))
+        changed = change(nn.Sequential(nn.Linear(8, 8), empty))
+        assert type(changed[0]) is not nn.Linear and type(changed[1]) is nn.Linear

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import pytest
 import torch
 import transformers
 from calibrations import Watching, text
+from click.testing import CliRunner
+from conftest import LlamaFolder
 from safetensors.torch import load_file
 
 import spicerack
+from spicerack.algorithms.method import Method
 from spicerack.algorithms.method import parse as parse_method
+from spicerack.cli import cli
 from spicerack.errors import LoadError
 from spicerack.numerics import rounding
 from spicerack.numerics.scheme import parse
@@ -62,7 +67,30 @@ def test_what_is_written_computes_what_was_computed(family: str, scheme: str, ch
     source = deep(family, tmp_path / "float")
     (trial,) = run(source, tmp_path / "out", scheme, chain, padded=family == "bert")
     assert (trial.blocks, trial.count) == (2, 8)
+    assert trial.solver == chain.split("+")[-1].replace("awq", "rtn")
+    assert trial.expected is not None and trial.expected > 0 and trial.rounded > 0
     assert trial.difference < (preflight.SAME if "a8" in scheme else 1e-4) and 0 < trial.error < 1
+
+
+def test_what_a_run_will_take_grows_with_the_text_and_the_blocks() -> None:
+    """A block takes 3 s and 1 s a sequence: so many blocks and sequences take exactly that."""
+    assert preflight.expect(32, 128, (2, 6), (5.0, 9.0)) == 32 * (3 + 128)
+    assert preflight.expect(32, 128, (2, 6), (5.0, 4.9)) == 32 * 4.9  # text costs nothing: within what clocks tell
+
+
+@pytest.mark.slow
+def test_it_is_said_before_the_first_block_and_what_would_be_quicker(llama_folder: LlamaFolder, tmp_path: Path) -> None:
+    source, words = llama_folder(num_hidden_layers=8), tmp_path / "text.txt"
+    words.write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    common = ["quantize", str(source), "--scheme", "w3g32", "--calib", str(words), "--length", "16", "--samples", "12"]
+    for effort, said in (
+        ("normal", r"expected: about \S+ \w+ for 8 blocks; about \S+ \w+ rounded without --calib"),
+        ("high", r"expected: .* to .* for 8 blocks; gptq takes about .* rounded without --calib"),
+    ):
+        words_ = [*common, "-o", str(tmp_path / effort), "--effort", effort]
+        told = CliRunner().invoke(cli, words_, catch_exceptions=False).output
+        place = re.search(said, told)
+        assert place and told.index("preflight:") < place.start() < told.index("model.layers.0:"), told
 
 
 def test_small_models_and_runs_that_continue_are_not_tried(tmp_path: Path) -> None:
@@ -101,7 +129,7 @@ def test_a_folder_that_computes_something_else_stops_the_run(tmp_path: Path, mon
 
 def test_the_cut_model_is_the_first_blocks(tmp_path: Path) -> None:
     source = deep("qwen3", tmp_path / "float")
-    cut = preflight._first_blocks(prepare(source, decided(Recipe(parse("w4g8")), True)))
+    cut = preflight._first_blocks(prepare(source, decided(Recipe(parse("w4g8")), True)), 2, Method())
     assert cut is not None
     part, path, count = cut
     assert (path, count) == ("model.layers", 8) and part.config["num_hidden_layers"] == 2

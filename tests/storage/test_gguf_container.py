@@ -274,6 +274,24 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert left(tmp_path) == []
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
+def test_of_a_split_model_all_files_appear_or_none(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed: list[Path] = []
+
+    def replace(path: Path, target: Path, rename: Callable[[Path, Path], Path] = Path.replace) -> Path:
+        if renamed:
+            raise error
+        renamed.append(target)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
+        written(tmp_path / "m.gguf", split_bytes=1200)
+    assert renamed == [tmp_path / "m-00002-of-00002.gguf"] and left(tmp_path) == []
+
+
 # ---- hostile files ---------------------------------------------------------------------------------------------------
 
 

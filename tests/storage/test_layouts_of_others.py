@@ -241,6 +241,18 @@ def test_entries_of_modules_count_more_than_the_section() -> None:
     assert {module: one.scheme.name for module, one in read_off.items()} == {"a": "w4g32", "b": "w8g64"}
 
 
+def test_layers_that_stay_float_within_a_block_are_excepted_by_name() -> None:
+    """By a negative pattern for gptqmodel and vLLM, by a list of the others for optimum, and in full for AWQ."""
+    stored = {f"m.{i}.mlp.up": StoredTensor(f"m.{i}.mlp.up", parse("w4g32"), (32, 64)) for i in range(2)}
+    reading = Reading(["lm_head", "m.0.mlp.gate"])
+    section = GPTQ.config({}, GPTQ.prepared(stored), reading)["quantization_config"]
+    assert section["dynamic"] == {r"-:^m\.0\.mlp\.gate$": {}}
+    assert section["modules_in_block_to_quantize"] == [["mlp.up"]]
+    assert "dynamic" not in GPTQ.config({}, GPTQ.prepared(stored), Reading(["lm_head"]))["quantization_config"]
+    awq = AWQ.config({}, AWQ.prepared(stored), reading)["quantization_config"]
+    assert awq["modules_to_not_convert"] == ["lm_head", "m.0.mlp.gate"]
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

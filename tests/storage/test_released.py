@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import LlamaFolder
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -16,8 +20,10 @@ from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import spicerack
+from spicerack.cli import cli
 from spicerack.errors import CheckpointError, UsageError
 from spicerack.evaluation import folder as folder_module
+from spicerack.machine import memory
 from spicerack.models import overview
 from spicerack.storage import released
 from spicerack.storage.reader import Checkpoint
@@ -221,3 +227,70 @@ def test_block_sizes_are_two_positive_numbers(size: Any, llama_folder: LlamaFold
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="weight_block_size"):
         released.decoded(Checkpoint.open(folder))
+
+
+_DECODES = """
+import sys, threading, time
+from spicerack.machine.memory import anonymous_bytes
+from spicerack.storage import released
+from spicerack.storage.reader import Checkpoint
+
+checkpoint = released.decoded(Checkpoint.open(sys.argv[1]))
+largest = max(info.numel for info in checkpoint.tensors.values())
+checkpoint.read(list(checkpoint.tensors)[0])  # torch is there, and its threads
+begin, most, done = anonymous_bytes(), 0, False
+
+def look():
+    global most
+    while not done:
+        most = max(most, anonymous_bytes() - begin)
+        time.sleep(0.0005)
+
+watching = threading.Thread(target=look)
+watching.start()
+total = 0
+for name, info in checkpoint.tensors.items():
+    total += info.nbytes
+    checkpoint.read(name)
+    checkpoint.read_rows(name, 0, 64)
+    checkpoint.release(name)
+done = True
+watching.join()
+print(most, largest, total)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(memory.anonymous_bytes() is None, reason="Linux alone tells")
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_decoding_takes_the_memory_of_one_tensor(tmp_path: Path, kind: str) -> None:
+    """Of thirty: result, one piece in float32 and its product: below four times the largest tensor in float32."""
+    tensors: Tensors = {}
+    for number in range(30):
+        if kind == "fp8":
+            tensors[f"layers.{number}.up_proj.weight"] = torch.zeros(1024, 2048).to(FP8)
+            tensors[f"layers.{number}.up_proj.weight_scale_inv"] = torch.ones(8, 16)
+        else:
+            blocks = torch.zeros(8, 512, 16, 16, dtype=torch.uint8)
+            tensors[f"layers.{number}.experts.down_proj_blocks"] = blocks
+            tensors[f"layers.{number}.experts.down_proj_scales"] = torch.full(blocks.shape[:-1], 127, dtype=torch.uint8)
+    section = {"quant_method": "mxfp4"} if kind == "mxfp4" else {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text("{}")
+    folder = written(tmp_path, tensors, section)
+    run = subprocess.run([sys.executable, "-c", _DECODES, folder], capture_output=True, text=True, check=True)
+    most, largest, total = map(int, run.stdout.split())
+    assert total > 14 * largest * 4
+    assert most < 4 * largest * 4
+
+
+def test_sizes_are_told_as_stored_and_as_decoded(llama_folder: LlamaFolder, tmp_path: Path) -> None:
+    folder, _ = blocks_of(llama_folder())
+    held = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
+    result = spicerack.quantize(folder, "w4g32", output=tmp_path / "out")
+    assert result["bytes_stored"] == held < result["bytes_before"]
+    assert any("the files hold" in note and "decoded" in note for note in result["notes"])
+    words = ["quantize", str(folder), "-o", str(tmp_path / "dry"), "--scheme", "w4g32", "--dry-run"]
+    told = CliRunner().invoke(cli, words, catch_exceptions=False).output
+    assert re.search(r"smaller \(as stored .* times\); ", told)
+    plain = spicerack.quantize(llama_folder("float"), "w4g32", output=tmp_path / "plain")
+    assert plain["bytes_stored"] == plain["bytes_before"]

@@ -76,6 +76,8 @@ def _rotations(names: tuple[str, ...]) -> list[str]:
 Effort = Literal["normal", "high"]
 """What may be spent on codes where no method is named: what `gptq` takes, or what it takes to learn them."""
 
+LEARNING = (10, 16)
+"""Times that learning codes takes beside `gptq`, at least and at most, as measured (docs/quantization/quality.md)."""
 _MANY = 8
 """Levels' steps from which on GPTQ's codes are as good as those that are learned, in a fifth of the time."""
 _GAIN = "ten to sixteen times as long, for .65 to .96 of the KL that gptq leaves on the models measured"
@@ -113,9 +115,9 @@ def gain_of_effort(scheme: Scheme) -> str | None:
 
 
 def _learner(scheme: Scheme) -> str | None:
-    """The solver that learns codes of so few levels best; None where GPTQ's are as good."""
+    """The solver that learns codes of so few levels best; None where GPTQ's are as good, or none learns them."""
     integers = scheme.levels.integers
     steps = _MANY if integers is None else integers.hi - integers.lo
-    if steps >= _MANY:
+    if steps >= _MANY or scheme.scale_obstacle is not None:
         return None
     return "blockap" if steps == _TWO_BITS and scheme.group[0] is not None else "signround"

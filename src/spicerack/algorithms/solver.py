@@ -94,10 +94,16 @@ def get(name: str) -> Solver:
 
 def opening(name: str) -> WeightSolver | GramSolver:
     """What solves single weights where the method's solver is `name`: that one, or the one that it starts from."""
-    solver = get(name)
-    while solver.needs == "block":
-        solver = get(solver.starts_from)
+    solver = get(opening_name(name))
+    assert solver.needs != "block"
     return solver
+
+
+def opening_name(name: str) -> str:
+    """The name of that one."""
+    while (solver := get(name)).needs == "block":
+        name = solver.starts_from
+    return name
 
 
 def solve_weight(

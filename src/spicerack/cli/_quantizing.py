@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from spicerack.algorithms.method import Method
     from spicerack.machine.ranks import Ranks
     from spicerack.quantization.job import Job, Sizes
     from spicerack.quantization.memory import MemoryPlan
@@ -42,7 +43,10 @@ def watching(place: Progress, job: Job, stopping: Callable[[], bool], ranks: Ran
 
     class Lines(Bar):
         def tried(self, trial: Trial) -> None:
+            super().tried(trial)
             self.bar.console.print(_trial(trial), soft_wrap=True, highlight=False)
+            if (expected := _expected(trial, job.recipe.method)) is not None:
+                self.bar.console.print(expected, soft_wrap=True, highlight=False)
 
         def finished(self, block: Finished) -> None:
             super().finished(block)
@@ -62,6 +66,21 @@ def _trial(trial: Trial) -> str:
         f"preflight: {trial.blocks} of {trial.count} blocks rounded, saved and loaded again: as computed within "
         f"{trial.difference:.2%} (off the float model's by {trial.error:.2%}), {trial.seconds:.1f} s"
     )
+
+
+def _expected(trial: Trial, method: Method | None) -> str | None:
+    """One line on how long the run will take, and what a quicker method would; None where nobody knows."""
+    from spicerack.algorithms.method import LEARNING
+    from spicerack.quantization.bar import duration
+
+    if trial.expected is None or method is None:
+        return None
+    seconds, alone = trial.expected, f"about {duration(trial.rounded)} rounded without --calib"
+    if method.solver == trial.solver:
+        return f"expected: about {duration(seconds)} for {trial.count} blocks; {alone}"
+    least, most = (duration(factor * seconds) for factor in LEARNING)
+    quicker = f"{trial.solver} takes about {duration(seconds)}"
+    return f"expected: {least} to {most} for {trial.count} blocks; {quicker}, {alone}"
 
 
 def _line(block: Finished, until: str) -> str:
@@ -110,7 +129,7 @@ def announce(
         size = _output.size(planned.block_bytes)
         console.print(f"[bold]device[/bold] {device}, {size} of its memory at most", soft_wrap=True)
     if calibration is not None:
-        told = "told within the first block; without --calib weights are rounded as fast as the disk has them"
+        told = "told before the first block, or within it; without --calib weights are rounded at the speed of the disk"
         console.print(f"[bold]time  [/bold] {told}", soft_wrap=True)
     for note in notes:
         console.print(f"[yellow]note[/yellow]   {escape(note)}", soft_wrap=True)
@@ -179,9 +198,10 @@ def _table(entries: Iterable[Entry], console: Console) -> None:
 
 def _totals(total: Sizes) -> str:
     """Sizes before and after, and bits of a weight, in a line."""
-    before, after = total.bytes_before, total.bytes_after
+    before, after, stored = total.bytes_before, total.bytes_after, total.bytes_stored
+    coded = f" (as stored {_output.size(stored)}, {stored / after:.2f} times)" if stored != before else ""
     return (
-        f"[bold]{_output.size(before)} -> {_output.size(after)}[/bold], {before / after:.2f} times smaller; "
+        f"[bold]{_output.size(before)} -> {_output.size(after)}[/bold], {before / after:.2f} times smaller{coded}; "
         f"{total.bits_per_weight:.2f} bits a quantized weight, {total.bits_per_weight_total:.2f} in all"
     )
 

@@ -34,7 +34,7 @@ ABOUT = About(place=30, summary="Train a model in few bits, or from scratch.", r
 
 @click.command(cls=_rules.OrderedCommand)
 @click.argument("model", metavar="MODEL", required=False)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write; must not exist.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--scheme", help="Numbers of all linear layers: w4g32, w2g32h, ternary ... Default: as MODEL is.")
 @click.option("--data", required=True, metavar="TEXT", help="Text to train on: file, JSON lines, folder, dataset.")
 @click.option("--eval", "held_out", metavar="TEXT", help="Text to measure on. Default: 1 % of the data is held out.")
@@ -201,8 +201,8 @@ def _bar(first: bool) -> Iterator[Progress]:
     )
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     place = _output.console(as_json=True)
     with Progress(*columns, console=place, transient=True, disable=not first or not place.is_terminal) as bar:
@@ -213,7 +213,7 @@ def _watch(bar: Progress, steps: int, stopping: Callable[[], bool], first: bool)
     """Who looks on: the bar, of `steps` steps, and above it lines; those of a step are printed by the first process."""
     from spicerack.training.callbacks import Watch
 
-    task = bar.add_task("training", total=steps)
+    task = bar.add_task("reading and measuring", total=steps)  # the text is packed, and the float model measured
     return Watch(
         notify=lambda note: bar.console.print(note, soft_wrap=True, markup=False),
         stopping=stopping,
@@ -232,8 +232,14 @@ def _lines(bar: Progress, task: TaskID) -> TrainerCallback:
 
         # the Trainer calls these by keyword, with more than they need
 
+        def on_train_begin(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+            bar.update(task, description="training", completed=state.global_step)
+
         def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
             bar.update(task, completed=state.global_step)
+
+        def on_train_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+            bar.update(task, description="writing and measuring")
 
         def on_log(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
             logs = kwargs["logs"]
@@ -278,9 +284,12 @@ def _report(trained: Trained, source: str, console: Console) -> None:
         if value is not None:
             table.add_row(name, f"{value:.4f}")
     console.print(table)
+    out = trained.output
+    if trained.already_there:
+        console.print(f"\n{out} is already there, from the same command", soft_wrap=True, markup=False)
+        return
     resumed = f", continued at step {trained.resumed_at}" if trained.resumed_at else ""
     console.print(f"\n{trained.tokens:,} tokens, {trained.seconds:.1f} s{resumed}", highlight=False)
-    out = trained.output
     console.print(f"{out} is ready; {out}.training has checkpoints and curves, and may go", soft_wrap=True)
     if not source.endswith(".json"):  # there is no float model to compare one with that began at random
         console.print(f"next: spicerack eval {out} --against {source} --text FILE", soft_wrap=True, markup=False)

@@ -23,6 +23,7 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
+from spicerack.arguments import at_least, check_fields, checked
 from spicerack.errors import UsageError
 from spicerack.evaluation.evaluate import compute
 from spicerack.evaluation.folder import check_sides
@@ -73,10 +74,17 @@ class BenchOptions:
     cache: int | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        at_least(
+            1, prefill=self.prefill, decode=self.decode, batch=self.batch, repeats=self.repeats, threads=self.threads
+        )
+
 
 _DEFAULTS = BenchOptions()
 
 
+@checked
 def bench(
     folder: str | Path,
     *,

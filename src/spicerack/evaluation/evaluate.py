@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spicerack.arguments import at_least, check_fields, checked
 from spicerack.errors import SpicerackError, UsageError, listed
 from spicerack.evaluation import encoder, language
 from spicerack.evaluation.encoder import EncoderComparison
@@ -78,6 +79,10 @@ class EvaluationOptions:
     cache: int | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        at_least(1, window=self.window, max_tokens=self.max_tokens)
+
 
 _DEFAULTS = EvaluationOptions()
 
@@ -110,6 +115,7 @@ class Evaluation:
         return {"compute": self.compute, **cache, "text": self.text, **figures, floor: self.noise_floor}
 
 
+@checked
 def evaluate(
     folder: str | Path,
     *,
@@ -148,6 +154,7 @@ def evaluate(
     return measure(folder, against=against, options=options, progress=progress).as_dict()
 
 
+@checked
 def measure(
     folder: str | Path,
     *,

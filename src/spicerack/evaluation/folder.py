@@ -13,10 +13,11 @@ from spicerack.evaluation.sentences import SENTENCES
 from spicerack.models.inputs import Limits
 from spicerack.models.kind import MODULES, POOLING
 from spicerack.models.opening import open_model, told_pooling
-from spicerack.models.overview import refuse_sides
+from spicerack.models.overview import refuse_sides, refuse_strangers
 from spicerack.runtime import hf
 from spicerack.storage import format as formats
 from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
+from spicerack.storage.reader import Checkpoint
 from spicerack.text.tokenizer import read_tokenizer
 
 DEFAULT_WINDOW = 512
@@ -90,18 +91,19 @@ def window_of(asked: int | None, limits: Limits, folder: Path) -> int:
 
 
 def check_sides(out: Path, source: Path, command: str) -> None:
-    """Raises UsageError where `source`, which is to be the float model, is quantized itself.
+    """Raises UsageError where `source`, which is to be the float model, is quantized itself, or is another model's.
 
     out: the folder that is compared with it. command: which of ours does it, for the line that would be right.
     """
-    if not _is_quantized(source):
-        return
-    refuse_sides(out, source, command, swapped=not _is_quantized(out))
+    quantized, original = open_model(out), open_model(source)
+    if _is_quantized(original):
+        refuse_sides(out, source, command, swapped=not _is_quantized(quantized))
+    refuse_strangers(quantized, original)
 
 
-def _is_quantized(folder: Path) -> bool:
+def _is_quantized(checkpoint: Checkpoint) -> bool:
     """Whether there is a float model that it was made from; a release in FP8 or MXFP4 is the finest that there is."""
-    return formats.of_folder(open_model(folder)) is not None
+    return formats.of_folder(checkpoint) is not None
 
 
 def common_tokenizer(out: Path, source: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

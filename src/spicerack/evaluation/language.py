@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from spicerack.arguments import checked
 from spicerack.errors import SpicerackError, TextError, UsageError
 from spicerack.evaluation.intervals import Interval, mean_interval
 from spicerack.evaluation.logits import chunk_positions, logits, logits_through_cache
@@ -181,6 +182,7 @@ def _summed(rows: list[_Positions], window: int, unknown: int, text: str) -> Com
     )
 
 
+@checked
 def paired_difference(a: Comparison, b: Comparison) -> Interval:
     """Mean KL of `a` minus that of `b`, in nats per token, with the 95 % interval over windows, paired.
 

@@ -165,7 +165,10 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
     """
     folder = Folder.open(model)
     if folder.format is None:
-        raise UsageError(f"{folder.checkpoint.folder} is not quantized", "quantize it, or use it as it is")
+        raise UsageError(
+            f"{folder.checkpoint.folder} has nothing quantized whose codes could be kept",
+            "quantize it, or use it as it is",
+        )
     chosen = formats.choose(Source.of(folder).contents)
     return export(model, to=chosen.name.replace("_", "-"), output=output, shard_bytes=shard_bytes)
 
@@ -197,8 +200,8 @@ def _export(folder: Folder, target: Target, engine: Engine | None, order: Order,
     target.write(source, replace(order, check=partial(verify.verify, planned.reader, source), facts=planned.facts))
     return Written(
         place, to, _nbytes(place), len(source.contents), len(source.floats), round(time.time() - begin, 3),
-        peak_rss_bytes(), planned.reader.name, planned.reader.foreign, tuple(target.notes(to, source)),
-        _rounded(given, source, planned.held),
+        peak_rss_bytes(), planned.reader.name, planned.reader.foreign,
+        (*target.notes(to, source), *_activations(given, source)), _rounded(given, source, planned.held),
     )  # fmt: skip
 
 
@@ -260,6 +263,18 @@ def _refuse_together(engine: Engine, way: Reads, given: Source, source: Source) 
     reading = source.reading(formats.get(way.format)) if way.rehearsed else None
     if reading is not None and reading.obstacle is not None:
         raise SchemeError(f"{engine.name} does not load it: {reading.obstacle}", "export it to something else")
+
+
+def _activations(given: Source, source: Source) -> Iterator[str]:
+    """Notes on layers whose weights are what they were, and whose inputs are treated otherwise."""
+    pairs = {
+        (stored.scheme.activations, source.contents[module].scheme.activations)
+        for module, stored in given.contents.items()
+    }
+    if any(before is None and after is not None for before, after in pairs):
+        yield "inputs of layers are rounded to int8 there, which they are not in the source; weights are the same"
+    if any(before is not None and after is None for before, after in pairs):
+        yield "inputs of layers stay floats there, where the source rounds them to int8; weights are the same"
 
 
 def _refuse(held: Mapping[str, Held], given: Source) -> None:

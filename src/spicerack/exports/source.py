@@ -37,13 +37,11 @@ class Source:
     folder     as it was opened
     contents   module -> what the target is given: another scheme than the folder's where `changes` has the module
     changes    module -> what is done to its QTensor first
-    remembered what was found out about tensors by reading them, in the words of who did
     """
 
     folder: Folder
     contents: Contents
     changes: Mapping[str, Change] = field(default_factory=dict)
-    remembered: dict[str, str | None] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, folder: Folder) -> Source:

@@ -104,4 +104,5 @@ def find(name: str) -> Target:
 
 
 def _targets() -> list[Target]:
+    """Every plug-in of `targets/`."""
     return [plugins.get("exports.targets", name, "TARGET") for name in plugins.names("exports.targets")]

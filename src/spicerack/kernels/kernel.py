@@ -80,10 +80,14 @@ class Choice:
 
     kernel        the one that will run
     passed_over   the faster ones, fastest first: name -> the reason, as the end of a sentence
+    compute       as it was asked for, and asked again where the weight is moved to
+    engine        the same of the instruction set
     """
 
     kernel: Kernel
     passed_over: dict[str, str]
+    compute: Compute | None = None
+    engine: str | None = None
 
 
 def get(name: str) -> Kernel:
@@ -151,7 +155,7 @@ def pick(
             elif compute is None and not kernel.vector:
                 reason = "int8 is the default only with vector instructions for it"
         if reason is None:
-            return Choice(kernel, passed_over)
+            return Choice(kernel, passed_over, compute, engine)
         passed_over[kernel.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise SchemeError(f"no kernel runs {scheme} here: {reasons}", "use another scheme, or skip the layer")

@@ -7,7 +7,7 @@ here is asked of all names, and the text model's word counts first.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
@@ -67,6 +67,29 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         experts=_first(merged, *EXPERTS),
         vocabulary=_first(merged, "vocab_size", "n_vocab"),
     )
+
+
+_TWINS = frozenset({"llama", "bitnet"})
+"""Families whose models become each other's (`train --twin`): more norms, and the same sizes."""
+_COMPARED = {"layers": "blocks", "hidden": "hidden states", "vocabulary": "a vocabulary", "experts": "experts"}
+"""Numbers of an architecture by which models are told apart, and what people call them."""
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Why the second model cannot be what the first one was made from, by their float config.json: what follows the
+    first one's name in a sentence ("has 2 blocks, and {other} 4"); None if nothing says so. What one of them does not
+    say counts as the same.
+    """
+    a, b = architecture(one), architecture(other)
+    if a.model_type != b.model_type and {a.model_type, b.model_type} != _TWINS:
+        return f"is a {a.model_type}, and {{other}} a {b.model_type}"
+    numbers_a, numbers_b = asdict(a), asdict(b)
+    for name, word in _COMPARED.items():
+        x, y = numbers_a[name], numbers_b[name]
+        if x is not None and y is not None and x != y:
+            counted = f"{word} of {{}}" if name in ("hidden", "vocabulary") else f"{{}} {word}"
+            return f"has {counted.format(x)}, and {{other}} {y}"
+    return None
 
 
 def nested(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:

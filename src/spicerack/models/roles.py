@@ -44,6 +44,7 @@ class Facts:
     hidden: frozenset[int]
     experts: frozenset[int]
     fused_attention: frozenset[str]
+    classifiers: frozenset[str] = frozenset()
 
 
 def facts_of(config: Mapping[str, Any], tensors: Iterable[str]) -> Facts:
@@ -56,7 +57,15 @@ def facts_of(config: Mapping[str, Any], tensors: Iterable[str]) -> Facts:
         hidden=sizes(inside, *HIDDEN),
         experts=sizes(inside, *EXPERTS),
         fused_attention=frozenset(n.removesuffix("in_proj_weight") for n in tensors if n.endswith("in_proj_weight")),
+        classifiers=classifiers_of(config.get("pretrained_cfg")),
     )
+
+
+def classifiers_of(settings: object) -> frozenset[str]:
+    """The layers that timm's settings of a model (`pretrained_cfg`) call its classifiers, by path: heads, whatever
+    their names."""
+    named = settings.get("classifier") if isinstance(settings, Mapping) else None
+    return frozenset(name for name in (named if isinstance(named, list | tuple) else [named]) if isinstance(name, str))
 
 
 def role_of(name: str, shape: tuple[int, ...], facts: Facts) -> Role:
@@ -126,7 +135,11 @@ def _matrix_role(module: list[str], shape: tuple[int, ...], facts: Facts) -> Rol
         return "conv1d"
     if _is_embedding(last):
         return "embedding"
-    if any(part in names.HEADS for part in module) or (last in names.HEADS_BY_SHAPE and vocabulary):
+    if (
+        ".".join(module) in facts.classifiers
+        or any(part in names.HEADS for part in module)
+        or (last in names.HEADS_BY_SHAPE and vocabulary)
+    ):
         return "head"
     if last in names.LINEAR:
         return "linear"

@@ -21,6 +21,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from spicerack.arguments import checked
 from spicerack.errors import ShapeError, UsageError
 from spicerack.nn.cache_segments import TOKENS, CacheScheme, Segments, encode
 
@@ -248,6 +249,7 @@ class QuantizedCache(Cache):
     something else than keys and values.
     """
 
+    @checked
     def __init__(self, config: PreTrainedConfig, bits: int = 8, *, scheme: CacheScheme | None = None) -> None:
         self.scheme = scheme or CacheScheme(bits)
         super().__init__(layers=layers_for(config, self.scheme))

@@ -9,6 +9,9 @@ one.
 torch's encoder layers have fast paths that take weights from their layers and compute with them; they leave alone what
 has a `__torch_function__`, and call the layers.
 
+It has no memory, and so no address: two of them are never "the same by their address", and code in C that asks for
+one (`torch.utils.dlpack.to_dlpack`) gets torch's own error in its place; `torch.from_dlpack` gets the numbers.
+
 What is given up. Each function that reads numbers decodes them anew; whoever reads often takes a `clone` first. A
 gradient for the weight there is not.
 """
@@ -68,6 +71,7 @@ class DecodedWeight(torch.Tensor):
         weight: DecodedWeight = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), strides=tuple(strides), dtype=dtype, device=device, requires_grad=False
         )
+        torch._C._set_throw_on_mutable_data_ptr(weight)  # to whoever takes an address past torch's functions
         weight.decode = decode
         return weight
 
@@ -76,6 +80,11 @@ class DecodedWeight(torch.Tensor):
         cls, function: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function is torch.Tensor.data_ptr:
+            raise UsageError(
+                "the weight of a packed layer has no address: it is decoded for whoever reads it",
+                "take a copy (layer.weight.clone()); layers that are tied have the same layer.packed",
+            )
         if function in _SETTERS and isinstance(args[0], cls):
             if args[1:] not in _HAS_ALREADY.get(function, ()):
                 raise refusal()

@@ -115,5 +115,7 @@ class QEmbedding(PackedLayer, nn.Embedding):
         """Rows [..., K] for ids [...] of any integer type; a row that is asked for twice is decoded once."""
         if ids.dtype not in _INDICES:
             raise ShapeError(f"ids are {ids.dtype}, and a table takes integers", "check the layer's input")
+        if ids.is_meta:  # there are none that differ
+            return self.lookup.scaled(self.packed.rows(slice(0, 1)).expand(*ids.shape, -1))
         different, place = torch.unique(ids, return_inverse=True)
         return self.lookup.scaled(self.packed.rows(different))[place]

@@ -38,8 +38,9 @@ class PackedWeight(nn.Module):
     compute   "int8", "float" or None, as in `kernel.pick`
     engine    an instruction set or None, as in `kernel.pick`
 
-    The kernel is picked once: moved to another kind of device the weight keeps its layout, which may not run there;
-    load it there instead. Raises SchemeError if no kernel runs the scheme, UsageError for an engine that is not here.
+    Moved to another kind of device it is laid out anew, for the kernel that runs it there, from the same codes and
+    scales; on meta, where there is nothing to lay out, it stays as it is, and computes shapes. Raises SchemeError if no
+    kernel runs the scheme, UsageError for an engine that is not here.
     """
 
     def __init__(
@@ -82,8 +83,14 @@ class PackedWeight(nn.Module):
     ) -> None:
         """Become the module of these tensors: buffers, under names without dots, which scales of scales have."""
         super().__init__()
-        self.scheme, self.shape, self.choice, self.transposed, self.dtype = scheme, shape, choice, transposed, dtype
+        self.scheme, self.shape, self.transposed, self.dtype = scheme, shape, transposed, dtype
+        self._lie(choice, tensors)
+
+    def _lie(self, choice: Choice, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Hold these tensors, which are laid out for the chosen kernel, and no others."""
+        self.choice = choice
         self._names = {name: name.replace(".", "_") for name in tensors}
+        self._buffers.clear()
         for name, tensor in tensors.items():
             self.register_buffer(self._names[name], tensor)
         self._prepared: Any = None
@@ -141,6 +148,8 @@ class PackedWeight(nn.Module):
         """The chosen rows, decoded: [R, K] in `dtype`. which: indices int64 [R], or a slice."""
         if not torch.compiler.is_compiling():
             _refuse_transforms()
+        if self.device.type == "meta":
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")[which]
         return self.choice.kernel.rows(self.scheme, self.shape, self.tensors, which).to(self.dtype)
 
     def decode(self) -> torch.Tensor:
@@ -160,7 +169,10 @@ class PackedWeight(nn.Module):
         fn casts floats only, so it is shown integers of the same bits, whatever the buffers are; one that casts those
         as well (`model.type`) moves nothing. What it casts floats to is the type of rows from then on.
         """
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        asked = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        self.dtype = asked.dtype
+        if asked.device.type not in (self.device.type, "meta"):
+            self._lie_for(asked.device)
 
         def moved(bits: torch.Tensor) -> torch.Tensor:
             result = fn(bits)
@@ -177,6 +189,26 @@ class PackedWeight(nn.Module):
         if any(self._buffers[name] is not buffer for name, buffer in before.items()):
             self._prepared, self._prepared_of = None, ()  # nobody else keeps what was moved away
         return self
+
+    def _lie_for(self, device: torch.device) -> None:
+        """Be laid out for the kernel that runs the weight on `device`, still where it is now.
+
+        An instruction set that was asked for is one of CPUs: it means nothing elsewhere, and holds again on the way
+        back. Raises UsageError on meta, where there are no codes to lay out, if the present layout does not run there.
+        """
+        asked = self.choice
+        engine = asked.engine if device.type == "cpu" else None
+        choice = kernel.pick(self.scheme, self.shape, self.dtype, device, asked.compute, engine)
+        choice = dataclasses.replace(choice, engine=asked.engine)
+        if choice.kernel is asked.kernel:
+            self.choice = choice
+        elif self.device.type != "meta":
+            self._lie(choice, choice.kernel.pack(self.qtensor()))
+        elif (reason := asked.kernel.obstacle(self.scheme, self.shape, self.dtype, device)) is not None:
+            raise UsageError(
+                f"packed weights on meta have no codes to lay out for {device.type}: {asked.kernel.name} {reason}",
+                "load the folder there (device=...), or move the model before it goes to meta",
+            )
 
 
 def _refuse_transforms() -> None:

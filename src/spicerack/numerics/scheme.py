@@ -196,6 +196,11 @@ class Scheme:
         return dataclasses.replace(self, name=self.name.removesuffix("s"), activations="token")
 
 
+def word_count(columns: int, bits: int) -> int:
+    """32-bit words that hold a row of `columns` codes of `bits` bits, the last of them filled up with zeros."""
+    return -(-columns * bits // 32)
+
+
 _NAME = re.compile(
     r"w(?P<bits>[2-8])(?:g(?P<group>[1-9]\d{0,5})|(?P<tensor>t))?(?P<kind>[zhm])?(?P<wide>f)?(?P<act>a8s?)?"
 )

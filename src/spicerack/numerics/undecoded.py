@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 
 from spicerack.errors import ShapeError
-from spicerack.numerics import bits, native
+from spicerack.numerics import native
 from spicerack.numerics.qtensor import QTensor, codes_dtype
-from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.scheme import Scheme, word_count
 
 Order = Literal["stream", "bytes", "quarters"]
 """How codes [N, K] lie: as the words of `bits`, each code less the lowest; as they are, one to a byte; or four rows
@@ -51,7 +51,7 @@ class Undecoded:
         n, k = self.shape
         self.scheme.check_shape(f"codes of {self.scheme}", self.shape)
         wanted = {
-            "stream": (torch.int32, (n, bits.word_count(k, self.scheme.bits))),
+            "stream": (torch.int32, (n, word_count(k, self.scheme.bits))),
             "bytes": (torch.int8, (n, k)),
             "quarters": (torch.uint8, (n // 4, k)),
         }[self.order]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from spicerack.quantization.watch import Finished, Watch, Working
+from spicerack.quantization.watch import Finished, Trial, Watch, Working
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +77,11 @@ class Bar(Watch):
         self._writing = not calibrated
         first = "trying the first blocks" if calibrated else "quantizing"
         self._task = progress.add_task(first, total=None if calibrated else nbytes, left="")
+
+    def tried(self, trial: Trial) -> None:
+        """See `Watch.tried`."""
+        if trial.expected is not None:
+            self.bar.update(self._task, left=f"about {duration(trial.expected)} with {trial.solver}")
 
     def working(self, at: Working) -> None:
         """See `Watch.working`."""

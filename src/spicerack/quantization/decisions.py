@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from spicerack.errors import RecipeError, SchemeError, listed
+from spicerack.errors import RecipeError, SchemeError, UsageError, listed
 from spicerack.models import census
 from spicerack.models.architecture import classes_of, destinations, on_meta, transposed_stacks
 from spicerack.models.blocks.find import repeated
@@ -150,6 +150,8 @@ def notes(source: Source, decisions: Mapping[str, Decision], asked: Recipe) -> I
     yield from ((note, []) for note in recipe.partly_vain(asked, _owned(source, decisions)))
     if source.modules is None:
         yield "transformers does not know this architecture: what each tensor is was told from names alone", []
+    if beside := _beside_blocks(source, decisions, asked):
+        yield "outside of the blocks that text is run through: rounded to nearest", beside
     if towers := _untouched_towers(decisions):
         roots = sorted({root for name, root in _towers(source).items() if name in towers})
         paste = " ".join(f"--set '{root}.**=SCHEME'" for root in roots)
@@ -180,6 +182,8 @@ def _permitted(source: Source, entry: Entry, decision: Decision) -> Decision:
         return Decision(None, "tied")
     if decision.scheme is None:
         return decision
+    if 0 in entry.info.shape:  # whatever a rule asks for, it has it
+        return Decision(None, "it has no numbers: copied as it is", decision.rule)
     if (reason := _obstacle(source, entry)) is not None:
         return decision.kept(reason)
     if decision.scheme.activations is not None and entry.role == "embedding":
@@ -218,6 +222,22 @@ def _calibrated(source: Source) -> frozenset[str]:
     inside = {f"{path}.{i}.{layer}.weight" for i, block in enumerate(stack) for layer in kinds.linear_layers(block)}
     places = destinations(source.model, source.checkpoint.tensors).items()
     return frozenset(name for name, place in places if place.parameter in inside and not place.operations)
+
+
+def _beside_blocks(source: Source, decisions: Mapping[str, Decision], asked: Recipe) -> list[str]:
+    """Modules that are quantized and lie in no block, where the method chooses codes by what flows through blocks."""
+    if source.model is None or asked.method is None or not asked.method.needs_text:
+        return []
+    try:
+        path, _ = repeated(source.model)
+    except UsageError:  # which is refused where the text is known
+        return []
+    places = destinations(source.model, source.checkpoint.tensors)
+    return [
+        module_of(name)
+        for name, decision in decisions.items()
+        if decision.scheme is not None and name in places and not places[name].parameter.startswith(f"{path}.")
+    ]
 
 
 # ---- towers: what is for pictures and sound in a model that is calibrated with text ---------------------------------

@@ -14,7 +14,7 @@ from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.models.fit import Fit, fit, renamed
 from spicerack.quantization import decisions
 from spicerack.quantization.decisions import Source
-from spicerack.storage.reader import Checkpoint
+from spicerack.storage.reader import Checkpoint, TensorInfo
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _LISTED = 3
@@ -98,12 +98,18 @@ def _weights(source: Source) -> Iterator[tuple[str, str]]:
     state = {} if source.model is None else source.model.state_dict()
     for name, info in tensors.items():
         if name in places:
-            if state[places[name].parameter].is_floating_point():
+            if _may_be_codes(info) and state[places[name].parameter].is_floating_point():
                 yield name, f"{type(source.model).__name__} has floats there"
         elif len(info.shape) > 1 and source.model is None and entries[name].role in BY_DEFAULT | ON_REQUEST:
             yield name, "by its name it is a layer's weight"
         elif any(name.endswith(ending) and _without_weight(name, ending, tensors) for ending in _TRACES):
             yield name, "there is no weight beside it"
+
+
+def _may_be_codes(info: TensorInfo) -> bool:
+    """Whether a tensor can hold a layer's codes: masks are not, nor are vectors, which nobody quantizes: norms of ones
+    that were stored as integers are numbers like any others."""
+    return len(info.shape) > 1 and info.dtype != "BOOL"
 
 
 def _without_weight(name: str, ending: str, tensors: Mapping[str, object]) -> bool:

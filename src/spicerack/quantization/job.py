@@ -27,12 +27,12 @@ from spicerack.quantization import decisions, door, engines, fitting
 from spicerack.quantization.decisions import Source
 from spicerack.quantization.engines import Computed
 from spicerack.quantization.recipe import Decision, Recipe
-from spicerack.quantization.rotation import rotate
+from spicerack.quantization.rotation import original, rotate
 from spicerack.storage import format, released
 from spicerack.storage.format import Format, Layout, Reading, StoredTensor
 from spicerack.storage.ledger import Entry, Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
-from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, shards_of
+from spicerack.storage.writer import SHARD_BYTES, OutputTensor, Shard, Unit, shards_of, stem_of
 
 _LISTED = 8
 """Tensors that a message names before it counts the rest."""
@@ -73,7 +73,9 @@ class Sizes:
     """What a folder weighs, before and after.
 
     scheme                  the recipe's
-    bytes_before, bytes_after   of all tensors
+    bytes_before, bytes_after   of all tensors; before as floats, whatever the files hold
+    bytes_stored            of the source's tensors as its files hold them, which a release in FP8 or MXFP4 decodes to
+                            more
     bits_per_weight         of a quantized weight, with its share of scales and zero points; 0 if none is
     bits_per_weight_total   of a parameter, over all of them
     """
@@ -83,6 +85,7 @@ class Sizes:
     bytes_after: int
     bits_per_weight: float
     bits_per_weight_total: float
+    bytes_stored: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,8 @@ class Job:
     @property
     def shards(self) -> tuple[Shard, ...]:
         """Files of the output. Units keep the source's order, so that both sides stream."""
-        return shards_of([Unit(a.info.name, a.tensors) for a in self.actions if a.tensors], self.shard_bytes)
+        units = [Unit(a.info.name, a.tensors) for a in self.actions if a.tensors]
+        return shards_of(units, self.shard_bytes, stem_of(self.source.shards))
 
     @property
     def bytes_before(self) -> int:
@@ -144,6 +148,7 @@ class Job:
             bytes_after=self.bytes_after,
             bits_per_weight=bits / weights if weights else 0.0,
             bits_per_weight_total=8 * self.bytes_after / self.parameters,
+            bytes_stored=original(self.source).stored_bytes,
         )
 
 

@@ -1,6 +1,7 @@
 """Which tensor gets which scheme: ordered rules, glob -> scheme, later rules win.
 
-A glob matches the checkpoint's name without `.weight`. `*` stays within one component, `**` crosses:
+A glob matches the checkpoint's name without `.weight`. `*` stays within one component, `**` crosses, and `**.` may be
+nothing at all:
 
     model.layers.*.mlp.down_proj=w8        every down projection
     model.layers.{0,31}.**=w8              everything in the first and the last of 32 blocks
@@ -194,9 +195,9 @@ class Decision:
 
 def _compile(pattern: str) -> re.Pattern[str]:
     """The regular expression of a glob: `*` and `?` stay within a component, `**` crosses dots, `{a,b}` is either;
-    everything else stands for itself."""
-    pieces = re.split(r"(\*\*|\*|\?|\{[^{}]*\})", pattern)
-    translated = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    everything else stands for itself. Components in front of something (`**.`) may be none at all."""
+    pieces = re.split(r"((?:(?<=^)|(?<=\.))\*\*\.|\*\*|\*|\?|\{[^{}]*\})", pattern)
+    translated = {"**.": r"(?:.*\.)?", "**": ".*", "*": "[^.]*", "?": "[^.]"}
     parts = [
         f"(?:{'|'.join(map(re.escape, piece[1:-1].split(',')))})" if piece.startswith("{") and piece.endswith("}")
         else translated.get(piece, re.escape(piece))

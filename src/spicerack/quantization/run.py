@@ -22,7 +22,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -31,6 +31,7 @@ import torch
 
 from spicerack.algorithms import method as methods
 from spicerack.algorithms.method import Method
+from spicerack.arguments import at_least, checked
 from spicerack.errors import UsageError
 from spicerack.kernels.kernel import Compute
 from spicerack.machine import devices
@@ -39,10 +40,11 @@ from spicerack.models import choices
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import bar, preflight, recipe
 from spicerack.quantization.job import Job, Sizes, prepare
+from spicerack.quantization.memory import MemoryPlan
 from spicerack.quantization.modules.quantize import quantize_module
 from spicerack.quantization.recipe import Range, Recipe, Rule, decided
 from spicerack.quantization.stream import Means, Stream, calibrate, identity, is_done, plan
-from spicerack.quantization.watch import Watch
+from spicerack.quantization.watch import Finished, Watch
 from spicerack.storage.files import local
 from spicerack.storage.writer import SHARD_BYTES
 from spicerack.text.calibration import Calibration
@@ -129,6 +131,7 @@ def quantize(
     shard_bytes: int | None = ...,
     progress: Progress | bool | None = ...,
 ) -> dict[str, Any]: ...
+@checked
 @torch.inference_mode(False)  # solvers take gradients, and what is packed may be trained later
 def quantize(
     model: torch.nn.Module | str | Path,
@@ -178,6 +181,7 @@ def quantize(
 
     Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
     """
+    at_least(1, threads=threads, memory=memory, shard_bytes=shard_bytes)
     chosen = recipe.of(scheme, rules).with_choices(range_, method, observer, fit_groups, for_)
     options = _FolderOptions(output, calibration, effort, device, threads, memory, shard_bytes, progress)
     if isinstance(model, torch.nn.Module):
@@ -301,20 +305,12 @@ def execute(
     facts = identity(job, calibration, planned, means)
     done = ranks.first and is_done(job, output, facts)
     stream = Stream(job, output, facts) if ranks.first and not done else None
-    needed = stream is not None and calibration is not None and stream.is_pending
-    if stream is not None and calibration is not None and needed and not stream.resumed:
-        trial = preflight.run(job, calibration, stream.workshop, means)
-        if trial is not None:
-            watch.tried(trial)
-    last = None
-    # the first rank knows, and all must go into the loop, or none
-    if bool(ranks.largest(torch.tensor(needed, dtype=torch.bool, device="cpu"))):
-        assert calibration is not None, "a rank needs it"
-        last = calibrate(job, calibration, planned, output, means, watch)
+    with nullcontext() if stream is None else stream.discarding():
+        last = _solved(job, calibration, planned, output, means, watch, stream)
+        if stream is not None:
+            stream.write(means.workers, watch)
     if not ranks.first:
         return None
-    if stream is not None:
-        stream.write(means.workers, watch)
     summary = Summary(
         output=output,
         sizes=job.sizes(),
@@ -334,3 +330,28 @@ def execute(
     source = str(job.source.folder)
     stream.finish({**summary.as_dict(), "command": sys.argv, "source": source, "machine": machine})
     return summary
+
+
+def _solved(
+    job: Job,
+    calibration: Calibration | None,
+    planned: MemoryPlan,
+    output: Path,
+    means: Means,
+    watch: Watch,
+    stream: Stream | None,
+) -> Finished | None:
+    """Try the first blocks of a run that begins, then solve all: the last one, or None where none had to be solved.
+
+    stream: of the first rank; None of the others, and where all is done. The others are those of `calibrate`.
+    """
+    needed = stream is not None and calibration is not None and stream.is_pending
+    if stream is not None and calibration is not None and needed and not stream.resumed:
+        trial = preflight.run(job, calibration, stream.workshop, means)
+        if trial is not None:
+            watch.tried(trial)
+    # the first rank knows, and all must go into the loop, or none
+    if not bool(means.ranks.largest(torch.tensor(needed, dtype=torch.bool, device="cpu"))):
+        return None
+    assert calibration is not None, "a rank needs it"
+    return calibrate(job, calibration, planned, output, means, watch)

@@ -14,6 +14,8 @@ shards cannot be balanced by what their tensors become; and an error is known on
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 
 from spicerack.algorithms import solver as solvers
-from spicerack.errors import UsageError
+from spicerack.errors import SpicerackError, UsageError
 from spicerack.machine.devices import CPU
 from spicerack.machine.memory import steady
 from spicerack.machine.ranks import ALONE, Ranks
@@ -149,6 +151,17 @@ class Stream:
     def workshop(self) -> Path:
         """A folder for what is tried on the way; it goes when the output appears."""
         return self._writer.partial / "preflight"
+
+    @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """Within, a refusal leaves no folder behind, unless something in it is finished: a block, or a shard."""
+        try:
+            yield
+        except SpicerackError:
+            begun = any((self._writer.partial / shard.file).exists() for shard in self.job.shards)
+            if not (self.resumed or begun or Solutions(blocks_folder(self.output))):
+                self._writer.discard()
+            raise
 
     def write(self, threads: int, watch: Watch) -> None:
         """All shards that are missing. Raises WeightError (tensor, place, value) and OutputError."""

@@ -28,6 +28,9 @@ class Trial:
                 quantized: 0 but for roundings of activations that fall the other way
     error       the same of the computed output and the float model's
     seconds     what the trial took
+    solver      that the first block was timed with: the method's, or the one that it starts from
+    expected    seconds that the whole run takes with this solver; None where that could not be timed
+    rounded     the same, were layers only rounded to nearest, without text
     """
 
     blocks: int
@@ -35,6 +38,9 @@ class Trial:
     difference: float
     error: float
     seconds: float
+    solver: str
+    expected: float | None
+    rounded: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from spicerack.arguments import checked
 from spicerack.errors import CheckpointError, LoadError, UsageError, listed
 from spicerack.kernels import kernel
 from spicerack.kernels.kernel import Compute
@@ -74,6 +75,7 @@ def load(
     compute: Compute | None = ...,
     engine: str | None = ...,
 ) -> _Module: ...
+@checked
 def load(
     folder: str | Path,
     *,
@@ -161,7 +163,7 @@ def _with_slots(
         model_class, config, tensors, where, dtype=dtype, prepare=prepare if folder.contents or apart else None
     )
     if unused:
-        warnings.warn(f"{where}: {model_class.__name__} has no use for {listed(unused, 3, 'tensors')}", stacklevel=2)
+        warnings.warn(f"{where}: {model_class.__name__} has no use for {listed(unused, 3, 'tensors')}", stacklevel=4)
     return model, withheld
 
 

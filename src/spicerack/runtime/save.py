@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spicerack._version import __version__
+from spicerack.arguments import checked
 from spicerack.errors import OutputError
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.runtime.parts import parts_of
@@ -22,6 +23,7 @@ from spicerack.storage.ledger import Entry, Ledger
 from spicerack.storage.writer import OutputTensor, Unit, Writer, refuse_place, shards_of
 
 
+@checked
 def save(module: nn.Module, folder: str | Path) -> Path:
     """Write a module with quantized layers; codes and scales are stored as they are, never rounded again -> the folder.
 

@@ -88,6 +88,11 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     mapped: MappedShards | None = None
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as the files hold them, which a release in few bits decodes to more."""
+        return sum(info.nbytes for info in self.tensors.values())
+
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
         """Open a local folder or a hub id: every header is read, no weight is.
@@ -183,7 +188,7 @@ class Checkpoint:
             )
 
     def packed(self, name: str) -> tuple[str, tuple[int, ...]] | None:
-        """What is packed in a tensor of bytes, where the checkpoint knows: the type's name, and the shape of the weights.
+        """What is packed in a tensor of bytes, where the checkpoint knows: the type's name, and the weights' shape.
 
         None for what is no such tensor, and where a format says it (`storage.format`).
         """

@@ -103,6 +103,11 @@ class Released(Checkpoint):
         """See `Checkpoint.told`."""
         return (self.coded[name].told,) if name in self.coded else ()
 
+    @property
+    def stored_bytes(self) -> int:
+        """See `Checkpoint.stored_bytes`."""
+        return self.base.stored_bytes
+
     def fingerprint(self) -> str:
         """That of the folder."""
         return self.base.fingerprint()
@@ -140,7 +145,11 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
             _refuse_codes(checkpoint, info)
             tensors[name] = info
     kind = "MXFP4" if section.get("quant_method") == "mxfp4" else "FP8"
-    note = f"{len(coded)} tensors are {kind} and are decoded as they are read: what was lost there stays lost"
+    stored, whole = (sum(info.nbytes for info in infos.values()) for infos in (checkpoint.tensors, tensors))
+    note = (
+        f"{len(coded)} tensors are {kind} and are decoded as they are read: what was lost there stays lost; the files "
+        f"hold {stored / 1e9:.3g} GB, sizes before are {whole / 1e9:.3g} GB, decoded"
+    )
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return Released(
         checkpoint.folder, config, tensors, checkpoint.shards, checkpoint.side_files, (*checkpoint.notes, note),

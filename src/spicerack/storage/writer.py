@@ -22,7 +22,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,7 +42,7 @@ from spicerack.storage.durable import (
     sync,
     write_atomically,
 )
-from spicerack.storage.files import CONFIG, INDEX, LEDGER
+from spicerack.storage.files import CONFIG, LEDGER
 from spicerack.storage.ledger import Entry
 from spicerack.storage.reader import BITS, Checkpoint
 
@@ -98,11 +98,16 @@ class Shard:
     units: tuple[Unit, ...]
 
 
-def shards_of(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
+_DIFFUSERS = "diffusion_pytorch_model"
+"""How the names of diffusers' weight files begin."""
+
+
+def shards_of(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES, stem: str = "model") -> tuple[Shard, ...]:
     """Units dealt to shards, in order; one is called `model.safetensors`, several are numbered as transformers does.
 
     units: what source tensors become, in the source's order. shard_bytes: no shard's tensors are larger together, but
-    for one that holds a single unit. The deal depends on these two alone, so that a resumed run makes the same files.
+    for one that holds a single unit. stem: in place of `model`, see `stem_of`. The deal depends on these alone, so that
+    a resumed run makes the same files.
     """
     groups: list[list[Unit]] = [[]]
     size = 0
@@ -113,8 +118,14 @@ def shards_of(units: Sequence[Unit], shard_bytes: int = SHARD_BYTES) -> tuple[Sh
         groups[-1].append(unit)
         size += unit.nbytes
     if len(groups) == 1:
-        return (Shard("model.safetensors", tuple(groups[0])),)
-    return tuple(Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1))
+        return (Shard(f"{stem}.safetensors", tuple(groups[0])),)
+    return tuple(Shard(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, 1))
+
+
+def stem_of(shards: Iterable[str]) -> str:
+    """What the files of a model's shards are called in its output: as diffusers' classes look for them where the source
+    has its names, else as transformers does."""
+    return _DIFFUSERS if any(name.startswith(_DIFFUSERS) for name in shards) else "model"
 
 
 class Writer:
@@ -155,6 +166,7 @@ class Writer:
         self.resumed = self.complete or any((self.partial / shard.file).exists() for shard in self.shards)
         missing = sum(u.nbytes for s in self.shards for u in s.units if not (self.partial / s.file).exists())
         check_disk(self.output.parent, missing + side_bytes)
+        self._made = [p for p in (self.partial, *self.partial.parents) if not p.exists()]
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -164,6 +176,16 @@ class Writer:
             leftover.unlink()
         if not self.complete:
             write_atomically(record, json_bytes(identity))
+
+    def discard(self) -> None:
+        """Take back that the folder was begun, with parents that were made for it: for runs that are refused before
+        anything in it is worth to be kept. A folder that was there before stays."""
+        self._unlock()
+        if self.partial in self._made:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            for folder in self._made[1:]:
+                with suppress(OSError):  # somebody else's files are in it by now
+                    folder.rmdir()
 
     def pending(self) -> Iterator[Shard]:
         """Shards that are not on disk yet, in order; asked anew each time, so that it shrinks as shards are written."""
@@ -217,7 +239,8 @@ class Writer:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, target)
             if len(self.shards) > 1:
-                write_atomically(self.partial / INDEX, json_bytes(index_of(self.shards)))
+                name = f"{stem_of(shard.file for shard in self.shards)}.safetensors.index.json"
+                write_atomically(self.partial / name, json_bytes(index_of(self.shards)))
             for name, content in files.items():
                 write_atomically(self.partial / name, content)
         except OSError as error:

@@ -19,12 +19,13 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from spicerack.errors import TextError
+from spicerack import arguments
+from spicerack.errors import TextError, UsageError
 from spicerack.models.kind import Kind
 from spicerack.text import documents
 from spicerack.text.documents import Passage
@@ -62,6 +63,9 @@ class Calibration:
     source: str
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        arguments.check_fields(self)
+
     @property
     def fingerprint(self) -> str:
         """sha256 of ids and mask: what must be the same for a run to continue, whatever text they are from."""
@@ -71,6 +75,7 @@ class Calibration:
         return digest.hexdigest()
 
 
+@arguments.checked
 def read(
     source: str | Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,6 +99,8 @@ def read(
     Raises TextError for text that is missing, broken, too short, of hardly any different tokens, or mostly unknown to
     the tokenizer.
     """
+    if kind not in get_args(Kind):
+        raise UsageError(f"kind is {kind!r}", f"one of {', '.join(get_args(Kind))}")
     if samples < 1 or length < 2:
         raise TextError(f"{samples} sequences of {length} tokens are no calibration", "ask for at least 1 of 2 tokens")
     origin = documents.find(source)

@@ -19,12 +19,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from spicerack.errors import OutputError
+from spicerack.errors import OutputError, UsageError
 from spicerack.storage.durable import json_bytes, locked, read_json, refuse_other, write_atomically
+from spicerack.storage.files import CONFIG
 from spicerack.storage.writer import refuse_place
 
 COMPLETE = "complete"
@@ -34,6 +35,8 @@ BEFORE = "before.json"
 again."""
 SHIPPED = "shipped"
 """The folder that becomes the output by one rename."""
+REPORT = "training.json"
+"""In the folder that comes out: losses, and what they depend on."""
 _IDENTITY = "run.json"
 """What the run depends on, by which the same one is known again."""
 _FILES = (".json", ".bin")
@@ -44,6 +47,13 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 def folder_of(output: Path) -> Path:
     """Where the run that will make `output` lives: beside it, so that the last rename crosses no file system."""
     return output.with_name(output.name + ".training")
+
+
+def report_of(output: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the run with this identity reported of the folder `output`, which it finished; None where that is not so."""
+    report = read_json(output / REPORT)
+    same = report is not None and report.get("identity") == json.loads(json_bytes(dict(identity)))
+    return report if same and (output / CONFIG).is_file() else None
 
 
 @contextmanager
@@ -65,11 +75,19 @@ def entered(output: Path, identity: Mapping[str, Any], *, first: bool) -> Iterat
         return
     if not (folder / _IDENTITY).exists() and any(folder.glob("checkpoint-*")):
         raise OutputError(f"{folder} exists and is not a run of training", "choose another output folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = locked(folder)
     try:
         _take_over(folder, identity)
         yield folder
+    except UsageError:  # refused before it began: nothing in it is worth to be kept
+        if folder in made and last_checkpoint(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in made[1:]:
+                with suppress(OSError):  # somebody else's files are in it by now
+                    parent.rmdir()
+        raise
     finally:
         os.close(lock)
 

@@ -93,7 +93,7 @@ class Job:
             )
         longest, length = self.start.longest, self.settings.length
         if longest is not None and length > longest:
-            raise UsageError(f"--length {length}: the model has {longest} positions", f"use {longest} or less")
+            raise UsageError(f"length {length}: the model has {longest} positions", f"use {longest} or less")
         if self.teacher is None and self.predictions is not None:
             raise UsageError("there is no teacher whose predictions are kept", "name one")
 

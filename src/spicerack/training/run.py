@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+from spicerack.arguments import checked
 from spicerack.errors import UsageError
 from spicerack.machine.ranks import launched
 from spicerack.numerics.scheme import Scheme
@@ -56,8 +57,8 @@ _OBSERVED = 4
 """Rows that ranges of static activations begin with: they learn from there, or follow as moving averages."""
 _CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 """What versions of transformers call it, the newest first."""
-REPORT = "training.json"
-"""In the folder that comes out: losses, and what they depend on."""
+_FIGURES = frozenset({"loss_trained", "loss_float", "loss_rounded", "loss_shipped", "kl"})
+"""Fields of `Trained` that the report in the folder has, where they were measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Trained:
     loss_rounded   with its weights rounded, before training
     loss_shipped   of the folder, read back, by the kernels that it will run on
     kl             the trained model's divergence from the teacher
+    already_there  whether an earlier call of the same had finished it, so that nothing was left to do
     """
 
     output: Path
@@ -85,8 +87,10 @@ class Trained:
     loss_rounded: float | None = None
     loss_shipped: float | None = None
     kl: float | None = None
+    already_there: bool = False
 
 
+@checked
 def train(
     model: str | Path,
     output: str | Path,
@@ -109,7 +113,7 @@ def train(
     """Train a model on text in few bits, and write it, frozen, to the folder `output`.
 
     model        a folder or hub id; or a config.json, for random weights. A quantized folder goes on in its own scheme
-    output       the folder to write; it must not exist
+    output       the folder to write; if it is there, by the same call before, nothing is left to do
     data         text to learn from, as for calibration: a file, JSON lines, a folder, a dataset
     scheme, rules, config   as for `prepare_qat`; without a scheme a float model trains in float, to compare with
     settings     steps, rates, batch ...; None: the defaults of `Settings`
@@ -137,14 +141,17 @@ def train(
 def execute(model: str | Path, output: str | Path, options: TrainOptions, watch: Watch) -> Trained:
     """As `train`, with what is asked for, and who looks on, as one object each.
 
-    model: a folder or hub id, or a config.json. output: the folder to write, which must not exist. Raises what `train`
-    raises, and KeyboardInterrupt, behind a checkpoint, where the watch asked for an end.
+    model: a folder or hub id, or a config.json. output: the folder to write. Raises what `train` raises, and
+    KeyboardInterrupt, behind a checkpoint, where the watch asked for an end.
     """
     began = time.time()
     _require_packages()
     job = prepare(model, local(output), options)
     args = arguments(job.settings, files.folder_of(job.output), launched().count)
     identity = job.identity(args.world_size)
+    if (report := files.report_of(job.output, identity)) is not None:
+        losses = {name: value for name, value in report.items() if name in _FIGURES}
+        return Trained(job.output, report["tokens"], time.time() - began, 0, already_there=True, **losses)
     with files.entered(job.output, identity, first=args.process_index == 0) as folder:
         run = _with_text(job, args, folder, watch.notify)
         trainer = _begin(run, watch)
@@ -306,7 +313,7 @@ def _finish(run: _Run, trainer: FewBitsTrainer, began: float) -> Trained:
         shipped = run.folder / files.SHIPPED
         losses |= {"loss_shipped": run.loss_of(ship(small, job.start.tokenizer, shipped))}
         report = {**losses, "tokens": tokens, "identity": job.identity(run.args.world_size)}
-        write_atomically(shipped / REPORT, json_bytes(report))
+        write_atomically(shipped / files.REPORT, json_bytes(report))
         shipped.replace(job.output)  # OUT is there now, and whole
         sync(job.output.parent)
     resumed_at = files.step_of(run.checkpoint)

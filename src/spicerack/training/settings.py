@@ -14,6 +14,7 @@ from typing import get_args
 import torch
 from transformers import TrainingArguments
 
+from spicerack.arguments import at_least, check_fields
 from spicerack.errors import UsageError
 from spicerack.training.qat.start import Stored
 from spicerack.training.schedule import Schedule
@@ -69,12 +70,12 @@ class Settings:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        least = {"length": 2} | dict.fromkeys(("steps", "batch", "eval_every", "save_every", "log_every"), 1)
-        if self.micro_batch is not None:
-            least["micro_batch"] = 1
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UsageError(f"{name} is {getattr(self, name)}", f"use {low} or more")
+        check_fields(self)
+        at_least(2, length=self.length)
+        at_least(
+            1, steps=self.steps, batch=self.batch, micro_batch=self.micro_batch, eval_every=self.eval_every,
+            save_every=self.save_every, log_every=self.log_every,
+        )  # fmt: skip
         for name in ("warmup", "kl"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}", "it is a share, from 0 to 1")
@@ -110,7 +111,7 @@ class Settings:
         if self.batch % (micro * processes):
             raise UsageError(
                 f"a batch of {self.batch} rows is not {processes} processes times {micro} rows, or a multiple of it",
-                "change --batch or --micro-batch",
+                "change the batch, or how much of it a process computes at once (micro_batch)",
             )
         return micro
 
@@ -123,7 +124,7 @@ def arguments(settings: Settings, folder: Path, processes: int) -> TrainingArgum
     """
     cpu = settings.cpu or not torch.accelerator.is_available()
     if settings.fsdp and processes == 1:
-        raise UsageError("--fsdp shards over several processes, and this is one", "start it by torchrun")
+        raise UsageError("fsdp shards over several processes, and this is one", "start it by torchrun")
     micro = settings.micro(processes)
     return TrainingArguments(
         output_dir=str(folder),

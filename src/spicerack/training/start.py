@@ -89,7 +89,7 @@ def find_start(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | 
     if path.suffix == ".json":
         source = _from_config(path, twin)
     elif tokenizer is not None:
-        raise UsageError("a model folder has its own tokenizer", "leave --tokenizer out")
+        raise UsageError("a model folder has its own tokenizer", "leave the tokenizer out")
     else:
         source = _from_folder(model, twin)
     if kind_of(source.config, source.folder) != "decoder":

@@ -22,6 +22,9 @@ from spicerack.exports.verify import Weights
 from spicerack.models.gguf import config as configs
 from spicerack.models.gguf.family import of_type
 from spicerack.models.gguf.names import Names, Place
+from spicerack.numerics import codec
+from spicerack.numerics.qtensor import QTensor
+from spicerack.storage.gguf import blocks
 
 Array = npt.NDArray[Any]
 _UNREAD = ("Q1_0", "Q2_0")
@@ -63,7 +66,11 @@ class GgufPy:
                 return source.float(name)
             place = names.place(name)
             assert place is not None, "what has no place is refused"
-            values = _rows_back(_decoded(tensors, place), place, config)
+            values = _rows_back(_decoded(tensors, place.tensor, place), place, config)
+            scale = place.tensor.removesuffix(".weight") + ".scale"
+            if scale in tensors and scale != place.tensor:
+                factor = _tensor(_decoded(tensors, scale, place)).reshape(-1)
+                return _times(_tensor(values), factor, source.packed(name.removesuffix(".weight")))
             if family.plus_one and place.module.endswith("norm"):
                 return _less_one(values, source.float(name))
             # what is packed is [N, K], whatever the checkpoint's order is
@@ -72,20 +79,26 @@ class GgufPy:
         return weights
 
 
-def _decoded(tensors: Mapping[str, Any], place: Place) -> Array:
-    """One tensor of the file, or the one of a stack, as its numbers, times the scale that NVFP4 has beside it."""
+def _decoded(tensors: Mapping[str, Any], name: str, place: Place) -> Array:
+    """A tensor of the file, or the one of a stack, as its numbers."""
     from gguf import GGMLQuantizationType, dequantize
 
-    def numbers(name: str) -> Array:
-        tensor = tensors[name]
-        stack = tensor.data if place.member is None else tensor.data[place.member]
-        if tensor.tensor_type == GGMLQuantizationType.F16:
-            return np.asarray(stack)
-        return np.asarray(dequantize(stack, tensor.tensor_type))
+    tensor = tensors[name]
+    stack = tensor.data if place.member is None else tensor.data[place.member]
+    if tensor.tensor_type == GGMLQuantizationType.F16:
+        return np.asarray(stack)
+    return np.asarray(dequantize(np.atleast_1d(stack), tensor.tensor_type))
 
-    scale = place.tensor.removesuffix(".weight") + ".scale"
-    values = numbers(place.tensor)
-    return values * numbers(scale) if scale in tensors and scale != place.tensor else values
+
+def _times(values: torch.Tensor, factor: torch.Tensor, q: QTensor) -> torch.Tensor:
+    """NVFP4 times the scale of the tensor: the very weights where both are what they should be.
+
+    llama.cpp multiplies by it last and we first, of which float32 rounds one otherwise than the other.
+    """
+    inner, own = blocks.without_tensor_scale(q)
+    wanted = torch.ones_like(factor) if own is None else own
+    same = torch.equal(values, codec.decode(inner)) and torch.equal(factor, wanted)
+    return codec.decode(q) if same else values * factor
 
 
 def _rows_back(values: Array, place: Place, config: Mapping[str, Any]) -> Array:

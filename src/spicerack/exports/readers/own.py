@@ -49,9 +49,7 @@ def stream(words: Array, bits: int) -> Array:
 def grid(codes: Array, zeros: Array | float, scales: Array, biases: Array | None = None) -> Grid:
     """A matrix taken apart: codes [N, K], and zeros, scales and biases [N, G]."""
 
-    def tensor(values: Array) -> torch.Tensor:
-        return torch.from_numpy(values)
-
+    tensor = torch.from_numpy
     return Grid(
         tensor(codes), tensor(scales), tensor(np.asarray(zeros, np.float32)), None if biases is None else tensor(biases)
     )
@@ -63,7 +61,7 @@ def _gptq(read: Read, section: Mapping[str, Any], _of: Mapping[str, Any]) -> tor
     codes = stream(read("qweight").T, bits)
     zeros = stream(read("qzeros"), bits)[:, : len(codes)]
     if section["checkpoint_format"] == "gptq":
-        zeros = (zeros + 1) % 2**bits
+        zeros = (zeros.astype(np.int32) + 1) % 2**bits
     group, scales = read("g_idx"), read("scales")
     if not np.array_equal(group, np.arange(len(group)) // (len(group) // len(scales))):
         raise ValueError("g_idx is not in order")
@@ -74,6 +72,7 @@ def _awq(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> tor
     """[N, K] of an AWQ module."""
 
     def outputs(words: Array) -> Array:
+        """Words [C, N / 8] -> codes [N, C]."""
         octets = np.ascontiguousarray(words.T).view(np.uint8).reshape(words.shape[1], len(words), 4)
         codes = np.empty((words.shape[1], 8, len(words)), np.uint8)
         for output, half in enumerate(_AWQ):
@@ -127,6 +126,7 @@ def _ours(read: Read, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor | 
     codes = stream(words.reshape(-1, words.shape[-1]), scheme.bits)[:, : scheme.codes_shape(shape)[-1]]
 
     def part(name: str, kind: FloatType | Scheme) -> torch.Tensor:
+        """Scales or minima of groups, float32."""
         if not isinstance(kind, Scheme):
             return torch.from_numpy(read(name).astype(np.float32)).reshape(grids)
         inner = _ours(lambda key: read(f"{name}.{key}"), kind, grids)
@@ -143,6 +143,7 @@ def _ours(read: Read, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor | 
         return Grid(torch.from_numpy(codes), scale, zero - scheme.integers.lo - 0.5 * scheme.integers.half)
 
     def wide(values: torch.Tensor) -> torch.Tensor:
+        """One of each group for each of its weights."""
         return values.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
 
     numbers = torch.from_numpy(codes.astype(np.int64)).reshape(*leading, n, -1) + scheme.levels.lo

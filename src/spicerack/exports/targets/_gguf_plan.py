@@ -18,7 +18,7 @@ from spicerack.models.gguf.checkpoint import adds_one, row_order
 from spicerack.models.gguf.family import Family, of_type
 from spicerack.models.gguf.names import Names, Place
 from spicerack.storage.format import Contents, StoredTensor
-from spicerack.storage.gguf import blocks, exact
+from spicerack.storage.gguf import blocks
 from spicerack.storage.gguf.ggml import TYPES, GgmlType, TensorSpec
 from spicerack.storage.gguf.metadata import Entry, Value
 from spicerack.storage.ledger import Ledger
@@ -27,16 +27,14 @@ from spicerack.storage.reader import TensorInfo
 IN_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
 """Modules, the last part of their names, that llama.cpp computes in F32 and reads in nothing else, beside norms, biases
 and whatever has one axis."""
+_NEWEST = ("Q1_0", "Q2_0")
+"""Types of 2026, which gguf-py 0.19, Ollama and older builds of llama.cpp do not read."""
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12,
     "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40,
     "Q2_0": 41,
 }  # fmt: skip
 """general.file_type of a file that is mostly of a type (llama.h, LLAMA_FTYPE_MOSTLY_*); llama.cpp only prints it."""
-
-
-Parts = tuple[tuple[StoredTensor | TensorInfo, Place], ...]
-"""What a tensor is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +73,12 @@ class Model:
 
 
 def types_of(stored: StoredTensor) -> tuple[GgmlType, ...]:
-    """The types that hold a packed tensor, the smallest first, by its scheme and shape."""
-    return blocks.types_for(stored.scheme, stored.shape)
+    """The types that hold a packed tensor, the smallest first, by its scheme and shape.
+
+    Types that only the newest readers know come last, but for tensors whose very scheme they are.
+    """
+    types = blocks.types_for(stored.scheme, stored.shape)
+    return tuple(sorted(types, key=lambda type_: type_.name in _NEWEST and type_.scheme != stored.scheme.name))
 
 
 def packed_obstacles(names: Names, contents: Contents) -> list[str]:
@@ -112,7 +114,7 @@ def plan(model: Model, source: Source) -> list[Planned]:
                 f"{name}: llama.cpp has no such tensor in {model.family.architecture}", "leave it out"
             )
         groups.setdefault(place.tensor, []).append((tensor, place))
-    planned = [_planned(source, name, group) for name, group in groups.items()]
+    planned = [_planned(name, group) for name, group in groups.items()]
     return planned + _second_head(model.family, planned)
 
 
@@ -125,7 +127,7 @@ def _second_head(family: Family, planned: Iterable[Planned]) -> list[Planned]:
     return [Planned(TensorSpec("output.weight", table.spec.type, table.spec.shape), table.parts)]
 
 
-def _planned(source: Source, name: str, group: list[tuple[StoredTensor | TensorInfo, Place]]) -> Planned:
+def _planned(name: str, group: list[tuple[StoredTensor | TensorInfo, Place]]) -> Planned:
     """One tensor of the file. Raises CheckpointError for parts that do not make one."""
     parts = tuple(sorted(group, key=lambda part: part[1].member or 0))
     members = [place.member for _, place in parts]
@@ -139,20 +141,16 @@ def _planned(source: Source, name: str, group: list[tuple[StoredTensor | TensorI
         shape = shape[-1:]
     elif members[0] is not None:
         shape = (len(parts), *shape)
-    return Planned(TensorSpec(name, _type(source, name, parts, len(shape)), shape), parts)
+    return Planned(TensorSpec(name, _type(name, parts, len(shape)), shape), parts)
 
 
-def _type(source: Source, name: str, parts: Parts, axes: int) -> GgmlType:
-    """The type of a tensor: the smallest that holds all its parts as they are. Raises CheckpointError where none does.
-
-    Where zero points could lie in minima (Q4_1) or in integers of more bits (Q5_0), numbers decide: they are read.
-    """
+def _type(name: str, parts: tuple[tuple[StoredTensor | TensorInfo, Place], ...], axes: int) -> GgmlType:
+    """The type of a tensor: what holds all its parts as they are. Raises CheckpointError where none does."""
     packed = [tensor for tensor, _ in parts if isinstance(tensor, StoredTensor)]
     if len(packed) == len(parts):
         common = [type_ for type_ in types_of(packed[0]) if all(type_ in types_of(other) for other in packed[1:])]
         if common:
-            held = (t for t in common if all(_holds(source, part, t) for part in packed))
-            return next(held, common[0])
+            return common[0]
     elif not packed:
         place, types = parts[0][1], {tensor.dtype for tensor, _ in parts if isinstance(tensor, TensorInfo)}
         if axes < 2 or place.module.endswith("norm") or place.module in IN_F32 or not name.endswith(".weight"):
@@ -164,22 +162,6 @@ def _type(source: Source, name: str, parts: Parts, axes: int) -> GgmlType:
         f"{_label(parts[0][0])}: {name} would have parts in {', '.join(kinds)}, and a tensor of GGUF has one type",
         "give all of them one scheme",
     )
-
-
-def _holds(source: Source, stored: StoredTensor, type_: GgmlType) -> bool:
-    """Whether a type that holds the scheme holds the numbers, as far as types differ in that."""
-    own = exact.scheme_of(type_)
-    return not stored.scheme.zero or own.min is None or value_obstacle(source, stored, type_) is None
-
-
-def value_obstacle(source: Source, stored: StoredTensor, type_: GgmlType) -> str | None:
-    """Why a type that holds the scheme of a tensor does not hold its numbers; None if it does. Read once."""
-    key = f"{stored.module} in {type_}"
-    if key not in source.remembered:
-        inner, _ = blocks.without_tensor_scale(source.packed(stored.module))
-        source.remembered[key] = blocks.obstacle(type_, inner)
-        source.release(stored)
-    return source.remembered[key]
 
 
 def _label(tensor: StoredTensor | TensorInfo) -> str:

@@ -7,20 +7,25 @@ tools look for what transformers called things before version 5, so that config.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from spicerack import plugins
 from spicerack._version import __version__
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order
+from spicerack.models.gguf.checkpoint import GgufCheckpoint
 from spicerack.numerics.qtensor import QTensor
 from spicerack.storage import format as formats
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
 from spicerack.storage.format import Contents, Format, StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
+from spicerack.storage.reader import Checkpoint
 from spicerack.storage.writer import (
     SHARD_BYTES,
     OutputTensor,
@@ -33,6 +38,10 @@ from spicerack.storage.writer import (
     partial_folder,
     shards_of,
 )
+from spicerack.text.gguf import tokenizer_of_gguf
+
+_TOKENS = "tokenizer."
+"""How keys of a GGUF file begin that describe its tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +82,46 @@ class Folders:
         texts = [json_bytes(out.config), Ledger(out.identity, tuple(entries)).content()]
         if len(out.shards) > 1:
             texts.append(json_bytes(index_of(out.shards)))
+        with _beside(source.folder.checkpoint) as (folder, names):
+            side = sum((folder / name).stat().st_size for name in names)
         tensors = sum(len(header_bytes(shard)) + sum(unit.nbytes for unit in shard.units) for shard in out.shards)
-        return tensors + sum(map(len, texts)) + out.side
+        return tensors + sum(map(len, texts)) + side
 
     def write(self, source: Source, order: Order) -> None:
         """Shards, config.json and ledger in `OUT.partial`, which is read back and becomes OUT by one rename."""
-        out, checkpoint = _Out.of(source, order), source.folder.checkpoint
-        writer = Writer(order.output, out.shards, out.identity, out.side)
-        try:
-            for shard in writer.pending():
-                with writer.shard(shard) as file:
-                    for unit in shard.units:
-                        _write(source, _format(order.to), unit, file)
-                        file.entries.append(_told(source, unit, out.before))
-            files = {LEDGER: Ledger(out.identity, writer.entries()).content(), CONFIG: json_bytes(out.config)}
-            writer.finish(files, checkpoint.folder, checkpoint.side_files)
-            order.check(writer.partial)
-            writer.seal()
-        except BaseException:  # whatever ended it, the next run begins anew: to write is cheap, and to continue is not
-            shutil.rmtree(partial_folder(order.output), ignore_errors=True)
-            raise
+        out = _Out.of(source, order)
+        with _beside(source.folder.checkpoint) as (folder, names):
+            side = sum((folder / name).stat().st_size for name in names)
+            writer = Writer(order.output, out.shards, out.identity, side)
+            try:
+                for shard in writer.pending():
+                    with writer.shard(shard) as file:
+                        for unit in shard.units:
+                            _write(source, _format(order.to), unit, file)
+                            file.entries.append(_told(source, unit, out.before))
+                files = {LEDGER: Ledger(out.identity, writer.entries()).content(), CONFIG: json_bytes(out.config)}
+                writer.finish(files, folder, names)
+                order.check(writer.partial)
+                writer.seal()
+            except BaseException:  # whatever ended it, the next run begins anew: writing is cheap, continuing is not
+                shutil.rmtree(partial_folder(order.output), ignore_errors=True)
+                raise
+
+
+@contextmanager
+def _beside(checkpoint: Checkpoint) -> Iterator[tuple[Path, Sequence[str]]]:
+    """What lies beside the weights: a folder, and the names of files in it; of a GGUF file its tokenizer, as a folder
+    has it.
+
+    Raises CheckpointError for a tokenizer that cannot be had so.
+    """
+    if not isinstance(checkpoint, GgufCheckpoint) or not any(key.startswith(_TOKENS) for key in checkpoint.metadata):
+        yield checkpoint.folder, checkpoint.side_files
+        return
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer_of_gguf(checkpoint.metadata).save_pretrained(place)
+        files = (path for path in Path(place).rglob("*") if path.is_file())
+        yield Path(place), sorted(path.relative_to(place).as_posix() for path in files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,30 +132,28 @@ class _Out:
     identity  of the ledger
     shards    its files
     before    tensor -> what the source's ledger says of it
-    side      bytes of the files that are copied
     """
 
     config: Mapping[str, Any]
     identity: dict[str, Any]
     shards: tuple[Shard, ...]
     before: Mapping[str, Entry]
-    side: int
 
     @classmethod
     def of(cls, source: Source, order: Order) -> _Out:
         """Of a source that the format has no obstacles to."""
-        fmt, checkpoint = _format(order.to), source.folder.checkpoint
+        fmt = _format(order.to)
         config = fmt.config(source.config, source.contents, source.reading(fmt))
         return cls(
             with_old_names(config) if fmt.read_by_others else config,
             _identity(source, fmt, order),
             shards_of(list(_units(source, fmt)), order.shard_bytes or SHARD_BYTES),
             {entry.tensor: entry for entry in source.ledger.entries} if source.ledger else {},
-            sum((checkpoint.folder / name).stat().st_size for name in checkpoint.side_files),
         )
 
 
 def _format(to: str) -> Format:
+    """The format that `--to` calls so."""
     return formats.get(to.replace("-", "_"))
 
 

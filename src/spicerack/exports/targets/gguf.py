@@ -22,7 +22,7 @@ from spicerack.exports.targets import _gguf_plan as plans
 from spicerack.exports.targets._gguf_plan import Facts, Model
 from spicerack.models.gguf import config as configs
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
-from spicerack.storage.format import Contents, StoredTensor
+from spicerack.storage.format import Contents
 from spicerack.storage.gguf import blocks
 from spicerack.storage.gguf.ggml import TYPES, TensorSpec
 from spicerack.storage.gguf.metadata import Entry
@@ -116,13 +116,13 @@ def _inexact(source: Source) -> list[str]:
     Scales in float16 fit without a look.
     """
     reasons = []
-    for one in plans.plan(Model.of(source.config), source):
-        packed = [tensor for tensor, _ in one.parts if isinstance(tensor, StoredTensor)]
-        for stored in packed:
-            floats = stored.source_dtype is torch.bfloat16 or stored.scheme.scale == "float32" or stored.scheme.zero
-            reason = plans.value_obstacle(source, stored, one.spec.type) if floats else None
+    for module, stored in source.contents.items():
+        if stored.source_dtype is torch.bfloat16 or stored.scheme.scale == "float32":
+            inner, _ = blocks.without_tensor_scale(source.packed(module))
+            reason = blocks.obstacle(plans.types_of(stored)[0], inner)
             if reason is not None:
-                reasons.append(f"{stored.module}: {reason}")
+                reasons.append(f"{module}: {reason}")
+            source.release(stored)
     return reasons
 
 

@@ -105,6 +105,8 @@ class Names:
                 place = replace(place, part=(number, len(parts)))
             if suffix != "weight":
                 place = replace(place, turned=False)
+            if suffix == "scale":  # one number, whatever the rows are
+                place = Place(tensor)
             named = hf.replace("{i}", numbers[0] if numbers else "")
             if "{e}" in hf:
                 result += [

@@ -42,7 +42,7 @@ def quantize_module(module: nn.Module, recipe: Recipe, compute: Compute | None =
     layers = {name: layers[name] for name in schemes}
     check(layers, schemes)
     check_owners(module, layers)
-    warn_of_staying(module, stacklevel=5)
+    warn_of_staying(module, stacklevel=7)
     weights: dict[tuple[int, bool], PackedWeight] = {}
     for name in sorted(layers, key=tied.__contains__):  # errors name the owner
         if (key := key_of(layers[name])) not in weights:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from spicerack.errors import RecipeError, listed
 from spicerack.models import census
 from spicerack.models.families import names
+from spicerack.models.roles import classifiers_of
 from spicerack.nn import kinds
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.scheme import Scheme
@@ -41,7 +42,11 @@ def schemes_of(
     roles = _roles(module, layers)
     tied = _ties(layers, roles)
     decisions = resolve(recipe, {name: role for name, role in roles.items() if name not in tied}, tied)
-    schemes = {name: scheme for name in layers if (scheme := decisions[name].scheme) is not None}
+    schemes = {
+        name: scheme
+        for name, layer in layers.items()
+        if (scheme := decisions[name].scheme) is not None and not _is_empty(layer)
+    }  # a layer without numbers has nothing to pack, and stays as it is
     if recipe.fit_groups:
         schemes |= _fitted(schemes, layers)
     if not schemes:
@@ -53,13 +58,19 @@ def schemes_of(
     return schemes, tied
 
 
+def _is_empty(layer: nn.Module) -> bool:
+    """Whether a layer's weight has no numbers; one whose shape is not known yet has none that could be told."""
+    weight = kinds.weight_of(layer)
+    return not nn.parameter.is_lazy(weight) and not weight.numel()
+
+
 def _fitted(schemes: Mapping[str, Scheme], layers: Mapping[str, nn.Module]) -> dict[str, Scheme]:
     """Path -> the nearest scheme that fits, for layers that no whole groups of theirs tile; warned of."""
     fitted = fitting.fitted(schemes, {name: shape_of(layers[name]) for name in schemes})
     if fitted:
         kinds_of_layers = list(dict.fromkeys(f"{schemes[name]} -> {new}" for name, new in fitted.items()))
         names = listed(list(fitted), _LISTED, "layers")
-        warnings.warn(f"groups do not tile {names}: {', '.join(kinds_of_layers)}", stacklevel=6)
+        warnings.warn(f"groups do not tile {names}: {', '.join(kinds_of_layers)}", stacklevel=8)
     return fitted
 
 
@@ -79,6 +90,8 @@ def _roles(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]
     That is, `census` goes by names and shapes alone: it is asked with a folder that has no files.
     """
     roles = {name: _role(name, layer) for name, layer in layers.items()}
+    classifiers = classifiers_of(vars(module).get("pretrained_cfg"))
+    roles |= {name: "head" for name in classifiers if roles.get(name) == "linear"}
     covered: set[str] = set()
     for path, model in module.named_modules(remove_duplicate=False):
         if not isinstance(model, PreTrainedModel):

@@ -47,6 +47,7 @@ def common(contents: Contents) -> dict[str, StoredTensor]:
 
 
 def _in_float16(stored: StoredTensor) -> StoredTensor:
+    """The tensor with scales in float16, whatever its model's type is."""
     return replace(stored, source_dtype=torch.float16)
 
 

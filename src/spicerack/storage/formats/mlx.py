@@ -13,7 +13,7 @@ config.json says so in a section `quantization`, with an entry for every module 
 A bias is -zero * scale, of the zero point in the codes from 0. Of symmetric schemes that is a power of two times the
 scale, which 16 bits hold; of others it is not, and 32 bits are written, so that nothing is rounded. What others
 quantized has biases that are no multiples of scales: such tensors become schemes with minima (`w4g64m`). Which of both
-a tensor is, is told by looking: at one row, and at all others where that row's biases are multiples.
+a tensor is, is told by looking at them (`_mlx_biases`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import Contents, Host, Layout, Reading, StoredTensor, names_of
+from spicerack.storage.formats._mlx_biases import multiples, told
 from spicerack.storage.reader import Checkpoint, TensorInfo
 
 Mode = Literal["affine", "mxfp4", "nvfp4"]
@@ -195,13 +196,7 @@ def _biases(q: QTensor) -> torch.Tensor:
 
 def _zeros(scheme: Scheme, scales: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
     """Zero points int8 [N, G] of biases that are multiples of their scales, around 0."""
-    return _multiples(scales, biases).sub_(2 ** (scheme.bits - 1)).to(torch.int8)
-
-
-def _multiples(scales: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
-    """-bias / scale, float32, rounded to halves; 0 where the scale is."""
-    quotient = torch.where(scales == 0, 0.0, -biases.float() / scales.float())
-    return (quotient * 2).round() / 2
+    return multiples(scales, biases).sub_(2 ** (scheme.bits - 1)).to(torch.int8)
 
 
 def _affine(stored: StoredTensor, codes: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor) -> QTensor:
@@ -265,7 +260,7 @@ def _stored(module: str, section: Mapping[str, Any], checkpoint: Checkpoint) -> 
         raise CheckpointError(f"{checkpoint.folder}: {module}.biases is not like its scales", _DAMAGED)
     if scales.dtype not in SOURCE_BY_NAME:
         raise CheckpointError(f"{checkpoint.folder}: {scales.name} is {scales.dtype}, not a float", _DAMAGED)
-    name, dtype = _told(checkpoint, scales, biases, f"w{width}g{size}", width)
+    name, dtype = told(checkpoint, scales, biases, f"w{width}g{size}", width)
     return StoredTensor(module, parse(name), (n, k), source_dtype=dtype)
 
 
@@ -280,44 +275,6 @@ def _small_floats(
             _DAMAGED,
         )
     return StoredTensor(module, scheme, shape)
-
-
-def _told(
-    checkpoint: Checkpoint, scales: TensorInfo, biases: TensorInfo, stem: str, width: int
-) -> tuple[str, torch.dtype]:
-    """The scheme's name, beginning with `stem`, and the source whose scales are of the type that is needed.
-
-    One row is looked at, and all of them where that is of a scheme without minima.
-    """
-    kind, dtype = _kind(checkpoint.read_rows(scales.name, 0, 1), checkpoint.read_rows(biases.name, 0, 1), width)
-    if kind != "m" or dtype is not None:
-        kind, dtype = _kind(checkpoint.read(scales.name), checkpoint.read(biases.name), width)
-    return (f"{stem}{kind}f", torch.float32) if dtype is None else (f"{stem}{kind}", dtype)
-
-
-def _kind(scales: torch.Tensor, biases: torch.Tensor, width: int) -> tuple[str, torch.dtype | None]:
-    """ "" (symmetric), "h", "z" or "m", and the source of scales (and minima) that are so; None: only float32 has them.
-
-    Multiples are compared in float64, in which products are exact.
-    """
-    middle, times = 2 ** (width - 1), _multiples(scales, biases)
-    exact = bool((times.double() * scales.double() == -biases.double()).all())
-    kind = "m"
-    if exact and bool((times == middle).all()):
-        kind = ""
-    elif exact and bool((times == middle - 0.5).all()):
-        kind = "h"
-    elif exact and bool(((times == times.round()) & (times >= 0) & (times < 2 * middle)).all()):
-        kind = "z"
-    if scales.dtype != torch.float32:
-        return kind, scales.dtype
-    values = [scales, biases] if kind == "m" else [scales]
-    for source in (torch.float32, torch.bfloat16):
-        stored = dtype_of("source", source)
-        if all(torch.equal(value.to(stored).float(), value) for value in values):
-            return kind, source
-    # with scales of 24 bits MLX rounds the product with a code before it adds: so does who has minima, and nobody else
-    return "m", None
 
 
 FORMAT = MLX()

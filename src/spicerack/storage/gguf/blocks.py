@@ -5,6 +5,7 @@
     obstacle(type, q)     why it does not, naming the rule, the row and the value; None if it does
     types_for(scheme)     the types that may hold a scheme, smallest first, known before a weight is read
     no_type(scheme)       why there is none
+    fitting(q)            the smallest type that does hold a tensor
 
 Decoded are the numbers that llama.cpp has in float32, bit for bit: `codec.decode` multiplies and adds in its order.
 What bytes say is kept, too: decoding and encoding again gives the same bytes, but for those of TQ1_0 that no writer
@@ -23,7 +24,7 @@ from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scheme import Scheme
 from spicerack.storage.gguf import layouts
-from spicerack.storage.gguf.exact import InexactError, converted, row_of, scheme_obstacle, scheme_of
+from spicerack.storage.gguf.exact import InexactError, converted, is_rare, row_of, scheme_obstacle, scheme_of
 from spicerack.storage.gguf.ggml import FLOATS, TYPES, GgmlType
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -102,11 +103,12 @@ def obstacle(type_: GgmlType, q: QTensor) -> str | None:
 def types_for(scheme: Scheme, shape: tuple[int, ...]) -> tuple[GgmlType, ...]:
     """The types that may hold tensors [.., N, K] of `scheme` exactly, those of fewest bytes first.
 
-    Whether one does is for `obstacle` to say, of values; floats are not among them. Of types of equal size the one
-    whose scheme it is comes first, and then the simpler one.
+    Whether one does is for `obstacle` to say, of values; floats are not among them. Last come types that hold only what
+    is rare (`exact.is_rare`), so that the first one can be promised before a weight is read, as long as float16 holds
+    the scales. Of types of equal size the one whose scheme it is comes first, and then the simpler one.
     """
     fit = [type_ for type_ in TYPES.values() if scheme_obstacle(type_, scheme, shape) is None]
-    return tuple(sorted(fit, key=lambda type_: (type_.nbytes / type_.block, type_.scheme != scheme.name, type_.block)))
+    return tuple(sorted(fit, key=lambda type_: (is_rare(type_, scheme), *_size(type_, scheme))))
 
 
 def no_type(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
@@ -121,8 +123,14 @@ def no_type(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
 
 
 def fitting(q: QTensor) -> GgmlType | None:
-    """The first of `types_for` that holds q exactly; None if none does."""
-    return next((type_ for type_ in types_for(q.scheme, q.shape) if obstacle(type_, q) is None), None)
+    """The type of fewest bytes that holds q exactly; None if none does."""
+    fit = [type_ for type_ in types_for(q.scheme, q.shape) if obstacle(type_, q) is None]
+    return min(fit, key=lambda type_: _size(type_, q.scheme), default=None)
+
+
+def _size(type_: GgmlType, scheme: Scheme) -> tuple[float, bool, int]:
+    """What types are ordered by: bytes of a weight, whose scheme it is, and how simple they are."""
+    return type_.nbytes / type_.block, type_.scheme != scheme.name, type_.block
 
 
 # ---- floats ----------------------------------------------------------------------------------------------------------

@@ -112,6 +112,13 @@ def _negated(levels: IntLevels, integers: Integers) -> bool:
     return not fits and levels.lo <= -integers.hi and -integers.lo <= levels.hi
 
 
+def is_rare(type_: GgmlType, scheme: Scheme) -> bool:
+    """Whether a type without a `scheme_obstacle` holds a tensor of `scheme` only by chance: where float16 has room for
+    the product of every scale with its zero point, of which most have more bits than that."""
+    own, levels = scheme_of(type_), scheme.levels.integers
+    return own.min == "float16" and scheme.min is None and (scheme.zero or (levels is not None and levels.half))
+
+
 class InexactError(Exception):
     """A number that float16 does not hold; its text says which, and where."""
 

@@ -166,7 +166,8 @@ class _Parser:
         entry = entries.get(ALIGNMENT_KEY, Value("u32", ALIGNMENT))
         value = entry.value if isinstance(entry, Value) and entry.kind == "u32" else 0
         if not isinstance(value, int) or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
-            raise CheckpointError(f"{self._path}: {ALIGNMENT_KEY} is {entry}, not a power of two in a u32", _STRANGE)
+            given = str(entry)[:80]  # a string may be as long as the file
+            raise CheckpointError(f"{self._path}: {ALIGNMENT_KEY} is {given}, not a power of two in a u32", _STRANGE)
         return value
 
     # ---- tensors -----------------------------------------------------------------------------------------------------

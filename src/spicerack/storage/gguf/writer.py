@@ -162,10 +162,10 @@ class GgufWriter:
                 (self._partial / path.name).replace(path)
                 moved.append(path)
             sync(self._path.parent)
-        except OSError:
+            moved.clear()
+        finally:  # whatever stopped it, Ctrl+C too
             for path in moved:
                 path.unlink(missing_ok=True)
-            raise
 
     def _refuse_existing(self) -> None:
         """Raise OutputError if one of the files is there already."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
+from spicerack.arguments import checked
 from spicerack.errors import RecipeError, WeightError
 from spicerack.nn import kinds
 from spicerack.nn.weight import PackedLayer, PackedWeight
@@ -28,6 +29,7 @@ _Float = nn.Linear | nn.Conv2d
 """Float layers that a factor for each row can go into."""
 
 
+@checked
 def fold_batchnorm(model: nn.Module) -> nn.Module:
     """`model`, changed in place: each BatchNorm behind one nn.Conv2d, nn.Linear, or packed layer becomes an Identity.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from transformers import BitNetConfig, LlamaConfig
 
+from spicerack.arguments import checked
 from spicerack.errors import UsageError
 
 _SAME = (
@@ -22,6 +23,7 @@ _SAME = (
 """What a twin takes over from the Llama's config, under the same names."""
 
 
+@checked
 def twin_config(config: LlamaConfig, *, squared_relu: bool = True) -> BitNetConfig:
     """The config for transformers' BitNet classes, with SubLN; their parameters have a Llama's names and more norms.
 

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spicerack.algorithms.method import Method
+from spicerack.arguments import checked
 from spicerack.errors import SchemeError, UsageError, listed
 from spicerack.kernels.kernel import Compute
 from spicerack.nn import kinds
@@ -56,6 +57,7 @@ _LISTED = 8
 """Layers that a message names before it counts the rest."""
 
 
+@checked
 def prepare_qat(
     model: nn.Module,
     scheme: str | Scheme | Recipe | None = None,
@@ -103,6 +105,7 @@ def prepare_qat(
     return _rounded(model, recipe, config, inputs)
 
 
+@checked
 def scales(model: nn.Module) -> list[nn.Parameter]:
     """The learned scales and zero points of a prepared model, each once, static scales of activations among them.
 
@@ -116,6 +119,7 @@ def scales(model: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(part for part in parameters if part is not None))
 
 
+@checked
 def freeze(model: nn.Module, *, compute: Compute | None = None) -> nn.Module:
     """A copy of a prepared model with packed layers, whose codes are those that it computes with; `save` writes it.
 
@@ -244,7 +248,7 @@ def _converted(model: nn.Module, starts: Mapping[str, Start]) -> nn.Module:
             trained[id(start.layer)] = fake_twin(name, start)
     if frozen := [name for name, start in starts.items() if not kinds.weight_of(start.layer).requires_grad]:
         warnings.warn(
-            f"{listed(frozen, _LISTED, 'layers')}: rounded, but not trained (requires_grad is False)", stacklevel=4
+            f"{listed(frozen, _LISTED, 'layers')}: rounded, but not trained (requires_grad is False)", stacklevel=5
         )
     return _replaced(model, {name: trained[id(start.layer)] for name, start in starts.items()})
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from spicerack.arguments import check_fields
 from spicerack.errors import SchemeError, UsageError
 from spicerack.nn import kinds
 from spicerack.numerics import rounding
@@ -66,6 +67,7 @@ class QATConfig:
     stored: Stored | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for given, known in (
             (self.quantizer, get_args(Quantizer)),
             (self.init, get_args(Init)),
@@ -95,7 +97,7 @@ def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, nn.Module], dict
         twins.of(name, kinds.of(layer))
     check(layers, {name: _of_weights(layers[name], scheme) for name, scheme in schemes.items()})
     check_owners(model, layers)
-    warn_of_staying(model, stacklevel=5)
+    warn_of_staying(model, stacklevel=6)
     return layers, schemes
 
 
