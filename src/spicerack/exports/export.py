@@ -127,7 +127,7 @@ def export(
 ) -> Written:
     """Write a model for another engine, with the codes that it has.
 
-    model        a folder or hub id, quantized; or float, with `scheme`
+    model        a folder or hub id, quantized; or float, with `scheme`, or to what holds floats as they are stored
     to           what for: one of `exports.target.names()`
     output       the file or folder to write, which must not exist
     scheme       what a float model is quantized in first, rounded to nearest
@@ -146,7 +146,7 @@ def export(
     refuse_place(place)
     if place.exists():
         raise OutputError(f"{place} exists", "choose another name, or remove it")
-    with _opened(model, scheme, for_, place) as folder:
+    with _opened(model, scheme, for_, target, place) as folder:
         order = Order(to, place, lambda _path: None, {}, shard_bytes)
         written = _export(folder, target, engine, order, requantize=requantize)
         if not written.rounded:
@@ -174,11 +174,12 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
 
 
 @contextmanager
-def _opened(model: str | Path, scheme: str | None, for_: str | None, place: Path) -> Iterator[Folder]:
-    """The quantized folder, within; of a float model one that is made beside `place`, and goes at the end."""
+def _opened(model: str | Path, scheme: str | None, for_: str | None, target: Target, place: Path) -> Iterator[Folder]:
+    """The folder, within; of a float model that is quantized on the way one that is made beside `place`, and goes at
+    the end."""
     folder = Folder.open(model)
     if scheme is None:
-        if folder.format is None:
+        if folder.format is None and not target.floats:
             raise UsageError(f"{folder.checkpoint.folder} is not quantized", "give --scheme, such as w4g32")
         yield folder
         return

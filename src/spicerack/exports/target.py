@@ -41,6 +41,10 @@ class Target(Protocol):
     def names(self) -> Sequence[str]:
         """What `--to` calls it: one name for each thing that it writes."""
 
+    @property
+    def floats(self) -> bool:
+        """Whether it is also what models are exported to in which nothing is quantized."""
+
     def prepared(self, to: str, contents: Contents, /) -> Contents:
         """The contents as this target lays them out: what it decides over all tensors at once."""
 

@@ -48,6 +48,8 @@ _TOKENS = "tokenizer."
 class Folders:
     """Every format that is a folder and has no target of its own. Methods: `exports.target.Target`."""
 
+    floats: bool = False
+
     @property
     def names(self) -> Sequence[str]:
         """Those of the formats, as their projects write them."""

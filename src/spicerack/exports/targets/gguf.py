@@ -35,6 +35,7 @@ class Gguf:
     """See the module. Methods: `exports.target.Target`."""
 
     names: Sequence[str] = ("gguf",)
+    floats: bool = True
 
     def prepared(self, _to: str, contents: Contents, /) -> Contents:
         """As they are: tensors are looked at one by one."""
