@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
+from spicerack.arguments import checked
 from spicerack.errors import OutputError, SchemeError, UsageError, WeightError, listed
 from spicerack.exports import loss, verify
 from spicerack.exports import target as targets
@@ -114,6 +115,7 @@ class Written:
         }
 
 
+@checked
 def export(
     model: str | Path,
     *,
@@ -154,6 +156,7 @@ def export(
         return replace(written, added_kl=loss.measured(folder, place, text))
 
 
+@checked
 def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | None = None) -> Written:
     """Write a model that another tool quantized as a folder of ours, with the codes that it has.
 

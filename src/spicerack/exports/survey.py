@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spicerack import plugins
+from spicerack.arguments import checked
 from spicerack.errors import SchemeError, ShapeError, SpicerackError, UsageError, listed
 from spicerack.exports import target as targets
 from spicerack.exports import verify
@@ -105,6 +106,7 @@ class Survey:
         return {"model": str(self.model), "quantized": bool(self.lines), **what}
 
 
+@checked
 def formats(model: str | Path) -> Survey:
     """What each engine makes of a model: a folder, GGUF file or hub id, quantized or float.
 
