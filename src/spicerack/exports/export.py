@@ -242,7 +242,8 @@ def _changed(given: Source, held: Mapping[str, Held], target: Target, to: str) -
         stored = given.contents[module]
         if (wanted.scheme, wanted.source_dtype) != (stored.scheme, stored.source_dtype):
             exact = held[module].exact
-            changes[module] = partial(holding.convert if exact else round_again, wanted=wanted)
+            whole = partial(holding.convert if exact else round_again, wanted=wanted)
+            changes[module] = Change(whole, partial(holding.relabeled, wanted=wanted) if exact else None)
     return Source(given.folder, contents, changes)
 
 
