@@ -190,10 +190,12 @@ def spread(values: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
 
 def _cast(values: torch.Tensor, dtype: torch.dtype, module: str) -> torch.Tensor:
     """Scales or minima in another type. Raises WeightError for one that it does not hold."""
+    if values.dtype == dtype:
+        return values
     cast = values.to(dtype)
-    lost = cast.float() != values.float()
-    if bool(lost.any()):
-        place = [int(i) for i in lost.nonzero()[0]]
+    back = cast.to(values.dtype)  # what is lost does not come back: of two types one has more bits wherever both reach
+    if not torch.equal(back, values):
+        place = [int(i) for i in (back != values).nonzero()[0]]
         raise WeightError(
             f"{module}: scale {place} is {float(values[tuple(place)]):.9g}, which "
             f"{str(dtype).removeprefix('torch.')} does not hold",

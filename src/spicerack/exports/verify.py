@@ -169,19 +169,24 @@ def _different(q: QTensor | Undecoded, read: Grid) -> str | None:
     n, groups = scale.shape
     if (n, groups) != grid and (grid[0] % n or grid[1] % groups):
         return "groups"
-    scales = spread(scale, grid).double()
-    if not torch.equal(scales, read.scales.double()):
+    scales = spread(scale, grid)
+    if not _equal(scales, read.scales):
         return "scales"
     zeros = (
         -lo
         - half
-        + (torch.zeros((), dtype=torch.float64, device="cpu") if q.zero is None else spread(q.zero, grid).double())
+        + (torch.zeros((), dtype=torch.float32, device="cpu") if q.zero is None else spread(q.zero, grid).float())
     )
     if read.biases is None:
-        return None if bool((zeros == read.zeros.double()).all()) and low is None else "zero points"
+        return None if bool((zeros == read.zeros).all()) and low is None else "zero points"
     assert not isinstance(low, QTensor), "quantized minima were refused"
-    wanted = -zeros * scales if low is None else spread(low, grid).double()
-    return None if torch.equal(wanted, read.biases.double()) else "biases"
+    wanted = -zeros * (scales.double() if scales.dtype == torch.float32 else scales.float()) if low is None else low
+    return None if _equal(spread(wanted, grid), read.biases) else "biases"
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same numbers, whatever their float types."""
+    return torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.double(), b.double())
 
 
 def _same_codes(q: QTensor | Undecoded, read: torch.Tensor | Words) -> bool:
