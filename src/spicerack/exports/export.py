@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +42,10 @@ from spicerack.storage.holding import Held
 from spicerack.storage.writer import refuse_place
 
 _LISTED = 3
-"""Layers that a refusal names before it counts the rest."""
+"""Layers, and rules, that a refusal names before it counts the rest."""
+
+
+_ELSEWHERE = "export it to something else"
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,13 +243,13 @@ def plan(given: Source, target: Target, to: str, *, requantize: bool = False, en
     source = changed(given, held, target, to)
     if engine is not None and way is not None:
         _refuse_together(engine, way, given, source)
-    refused = target.obstacles(to, source.contents) + target.refusals(to, source)
-    if refused:
-        raise SchemeError(listed(refused, _LISTED, "reasons", between="; "), "export it to something else")
+    if lacking := target.obstacles(to, source.contents):
+        raise SchemeError(_by_rule(lacking), _ELSEWHERE)
+    if refused := target.refusals(to, source):
+        raise SchemeError(listed(refused, _LISTED, "reasons", between="; "), _ELSEWHERE)
     if inexact := target.inexact(to, source):
-        raise WeightError(
-            listed(inexact, _LISTED, "tensors", between="; "), "quantize the float model in another scheme"
-        )
+        hint = "quantize the float model in another scheme"
+        raise WeightError(listed(inexact, _LISTED, "tensors", between="; "), hint)
     _look_at_scales(source, held)
     reader = verify.choose(to, source)
     if reader is None:
@@ -282,18 +285,34 @@ def _activations(given: Source, source: Source) -> Iterator[str]:
 
 
 def _refuse(held: Mapping[str, Held], given: Source) -> None:
-    """Raise SchemeError for tensors that cannot be held exactly: layer, rule, and the nearest scheme that fits."""
-    reasons = []
-    for module, one in held.items():
-        if not one.exact:
-            nearest = one.stored.scheme
-            fits = nearest != given.contents[module].scheme
-            reasons.append(f"{one.rule}" + (f" (nearest: {nearest})" if fits else ""))
-    if reasons:
-        raise SchemeError(
-            listed(reasons, _LISTED, "layers", between="; "),
-            "--requantize rounds to the nearest scheme again, and says what that costs",
-        )
+    """Raise SchemeError for tensors that cannot be held exactly: layers, their rule, and the nearest scheme that fits.
+
+    A rule stands there once, however many layers it speaks against.
+    """
+    inexact = {module: one for module, one in held.items() if not one.exact}
+    if not inexact:
+        return
+    nearest = {
+        module: one.stored.scheme
+        for module, one in inexact.items()
+        if one.stored.scheme != given.contents[module].scheme
+    }
+    reasons = [
+        f"{one.rule}" + (f" (nearest: {nearest[module]})" if module in nearest else "")
+        for module, one in inexact.items()
+    ]
+    again = "--requantize rounds to the nearest scheme again, and says what that costs"
+    raise SchemeError(_by_rule(reasons), again if len(nearest) == len(inexact) else _ELSEWHERE)
+
+
+def _by_rule(reasons: Sequence[str]) -> str:
+    """Sentences that begin with `MODULE: `, as one message in which each rule stands once, behind its layers."""
+    layers: dict[str, list[str]] = {}
+    for reason in reasons:
+        module, _, rule = reason.partition(": ")
+        layers.setdefault(rule, []).append(module)
+    rules = [f"{listed(modules, _LISTED, 'layers')}: {rule}" for rule, modules in layers.items()]
+    return listed(rules, _LISTED, "reasons", between="; ")
 
 
 def changed(given: Source, held: Mapping[str, Held], target: Target, to: str) -> Source:
@@ -304,7 +323,8 @@ def changed(given: Source, held: Mapping[str, Held], target: Target, to: str) ->
         stored = given.contents[module]
         if (wanted.scheme, wanted.source_dtype) != (stored.scheme, stored.source_dtype):
             exact = held[module].exact
-            changes[module] = partial(holding.convert if exact else round_again, wanted=wanted)
+            whole = partial(holding.convert if exact else round_again, wanted=wanted)
+            changes[module] = Change(whole, partial(holding.relabeled, wanted=wanted) if exact else None)
     return Source(given.folder, contents, changes)
 
 

@@ -26,6 +26,7 @@ from spicerack.errors import ShapeError, WeightError
 from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme, parse
+from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import Contents, StoredTensor
 
 _GROUPS = ("", "g256", "g128", "g64", "g32", "g16")
@@ -185,9 +186,7 @@ def convert(q: QTensor, wanted: StoredTensor) -> QTensor:
     scale, grid, codes = stored_scale(q.scale, given, wanted), scheme.scale_shape(q.shape), q.codes
     if _halved(given, scheme):
         codes = 2 * codes + 1
-    zero = None
-    if scheme.zero:
-        zero = torch.zeros(grid, dtype=torch.int8, device="cpu") if q.zero is None else spread(q.zero, grid)
+    zero = _zeros(q.zero, grid) if scheme.zero else None
     low = None
     if q.min is not None:
         assert isinstance(q.min, torch.Tensor), "quantized minima were refused"
@@ -196,6 +195,27 @@ def convert(q: QTensor, wanted: StoredTensor) -> QTensor:
         scheme, codes.to(codes_dtype(scheme)), spread(scale, grid), zero, low,
         transposed=q.transposed, input_scale=q.input_scale if scheme.activations == "static" else None,
     )  # fmt: skip
+
+
+def relabeled(u: Undecoded, wanted: StoredTensor) -> Undecoded | None:
+    """The same as `convert`, of a tensor whose codes stay what they are; None where they become others.
+
+    Raises WeightError as `convert` does.
+    """
+    scheme = wanted.scheme
+    if scheme.levels != u.scheme.levels or scheme.plain_obstacle is not None:
+        return None
+    grid = scheme.scale_shape(u.shape)
+    return replace(
+        u, scheme=scheme, scale=spread(stored_scale(u.scale, u.scheme, wanted), grid),
+        zero=_zeros(u.zero, grid) if scheme.zero else None,
+        input_scale=u.input_scale if scheme.activations == "static" else None,
+    )  # fmt: skip
+
+
+def _zeros(zero: torch.Tensor | None, grid: tuple[int, ...]) -> torch.Tensor:
+    """Zero points of groups: 0 where there were none."""
+    return torch.zeros(grid, dtype=torch.int8, device="cpu") if zero is None else spread(zero, grid)
 
 
 def stored_scale(scale: torch.Tensor, given: Scheme, wanted: StoredTensor) -> torch.Tensor:
@@ -222,10 +242,12 @@ def spread(values: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
 
 def _cast(values: torch.Tensor, dtype: torch.dtype, module: str) -> torch.Tensor:
     """Scales or minima in another type. Raises WeightError for one that it does not hold."""
+    if values.dtype == dtype:
+        return values
     cast = values.to(dtype)
-    lost = cast.float() != values.float()
-    if bool(lost.any()):
-        place = [int(i) for i in lost.nonzero()[0]]
+    back = cast.to(values.dtype)  # what is lost does not come back: of two types one has more bits wherever both reach
+    if not torch.equal(back, values):
+        place = [int(i) for i in (back != values).nonzero()[0]]
         raise WeightError(
             f"{module}: scale {place} is {float(values[tuple(place)]):.9g}, which "
             f"{str(dtype).removeprefix('torch.')} does not hold",

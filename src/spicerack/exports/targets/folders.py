@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spicerack import plugins
 from spicerack._version import __version__
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
-from spicerack.numerics.qtensor import QTensor
 from spicerack.storage import format as formats
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
@@ -183,8 +184,7 @@ def _write(source: Source, fmt: Format, unit: Unit, out: ShardWriter) -> None:
         out.write(info.name, source.float(info.name))
         source.release(info)
         return
-    q: QTensor = source.packed(stored.module)
-    for name, tensor in fmt.encode(stored, q).items():
+    for name, tensor in _encoded(source, fmt, stored).items():
         out.write(name, tensor)
     source.release(stored)
 
@@ -198,6 +198,15 @@ def _told(source: Source, unit: Unit, before: Mapping[str, Entry]) -> Entry:
     fresh = Entry(info.name, "copy", "as it was in the source", info.name, None, info.dtype, info.shape, info.nbytes,
                   info.nbytes)  # fmt: skip
     return replace(before.get(info.name, fresh), bytes_after=info.nbytes)
+
+
+def _encoded(source: Source, fmt: Format, stored: StoredTensor) -> Mapping[str, torch.Tensor]:
+    """The tensors of a packed one, of words as they lie in the source where the format has such."""
+    u = source.undecoded(stored.module)
+    if u is None:
+        return fmt.encode(stored, source.packed(stored.module))
+    relaid = fmt.relaid(stored, u)
+    return fmt.encode(stored, u.qtensor()) if relaid is None else relaid
 
 
 def _entry(source: Source, stored: StoredTensor, unit: Unit, before: Entry | None) -> Entry:
