@@ -122,7 +122,7 @@ def _beside(checkpoint: Checkpoint) -> Iterator[tuple[Path, Sequence[str]]]:
         yield checkpoint.folder, checkpoint.side_files
         return
     with tempfile.TemporaryDirectory() as place:
-        tokenizer_of_gguf(checkpoint.metadata).save_pretrained(place)
+        tokenizer_of_gguf(checkpoint.metadata).save_pretrained(place, save_jinja_files=False)
         files = (path for path in Path(place).rglob("*") if path.is_file())
         yield Path(place), sorted(path.relative_to(place).as_posix() for path in files)
 
