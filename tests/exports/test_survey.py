@@ -89,6 +89,8 @@ def test_verdicts_of_four_bits(quantized: Make) -> None:
         ("transformers", "gguf"), ("vllm", "compressed-tensors"), ("vllm", "gptq"), ("vllm", "awq"),
     }  # fmt: skip
     assert one["transformers", "bitnet"] == "another scheme"
+    as_is = {(line.engine, line.to) for line in spicerack.formats(quantized("w4g32")).lines if line.as_is}
+    assert as_is == {("transformers", "compressed-tensors"), ("vllm", "compressed-tensors")}
 
 
 def test_ties_are_told(quantized: Make) -> None:

@@ -77,8 +77,9 @@ def _alike(lines: Sequence[Line]) -> dict[tuple[str, ...], list[str]]:
     for line in lines:
         told = line.reasons
         if line.verdict == "exact":
+            how = "as it is, without an export" if line.as_is else line.command
             needs = f"; it needs {line.needs}" if line.needs else ""
-            told = (line.command, f"{line.engine} {line.version}: {line.checked}{needs}", *told)
+            told = (how, f"{line.checked}: {line.version}{needs}", *told)
         groups.setdefault(told, []).append(f"{line.engine} ({line.to})")
     return groups
 

@@ -8,7 +8,7 @@ which `quantize --for ENGINE` would take it. Both are what the commands decide b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,8 @@ class Line:
     schemes          what layers would have to be in, where another scheme would do
     checked          how it is known what the engine does
     needs            what must be installed beside the engine
-    command          what writes it; "" where nothing does
+    command          what writes it; "" where nothing does, and where nothing has to
+    as_is            the engine reads the model as it lies there
     """
 
     engine: str
@@ -62,6 +63,7 @@ class Line:
     checked: str
     needs: str
     command: str
+    as_is: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,11 @@ def _exact(given: Source, engine: Engine, way: Reads, line: Callable[..., Line])
         return line("another scheme", [error.message])
     nbytes = target.nbytes(planned.source, _order(way, planned.facts))
     notes = target.notes(way.to, planned.source)
-    return line("exact", [*notes, *([way.remark] if way.remark else [])], nbytes)
+    exact = line("exact", [*notes, *([way.remark] if way.remark else [])], nbytes)
+    own = given.folder.format
+    if own is None or own.name != way.format or planned.source.changes:
+        return exact
+    return replace(exact, command="", as_is=True)
 
 
 def _rounded_bytes(given: Source, engine: Engine, way: Reads) -> int | None:
