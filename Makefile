@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := $(VENV)/.peers
+GPTQ   := $(VENV)/gptq
 
 .PHONY: demo test fast interop check bench clean
 
@@ -17,9 +18,11 @@ test: $(STAMP)
 fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not interop"
 
-# Other projects read our folders and compute what we do.
-interop: $(STAMP)
+# Other projects read our folders and compute what we do. gptqmodel compiles its first forward pass for a minute if torch
+# lets it.
+interop: $(STAMP) $(GPTQ)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m interop
+	TORCHDYNAMO_DISABLE=1 $(GPTQ)/bin/python -m pytest -m interop -k gptqmodel tests/exports
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -37,6 +40,15 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/* nati
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+# gptqmodel has no wheels, fifteen packages behind it, and a numpy of its own: they stand in an environment in front of
+# the other, which they do not change.
+$(GPTQ)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(GPTQ)
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  > "$$($(GPTQ)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth"
+	$(GPTQ)/bin/python -m pip install --quiet -c constraints.txt gptqmodel optimum
 	touch $@
 
 # The runtimes that the benchmarks compare with; without them they run, too, and say who is missing.

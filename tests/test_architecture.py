@@ -27,7 +27,8 @@ FLOORS = (
     ("cli", "__init__", "__main__"),
 )
 PLUGINS = (
-    "numerics/schemes", "algorithms/solvers", "algorithms/transforms", "storage/formats", "kernels/table",
+    "numerics/schemes", "algorithms/solvers", "algorithms/transforms", "storage/formats", "storage/engines",
+    "kernels/table",
     "quantization/calibration/observers", "exports/targets", "exports/readers", "models/gguf/families",
     "planning/engines", "cli",
 )  # fmt: skip

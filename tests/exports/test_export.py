@@ -17,16 +17,17 @@ import spicerack
 from spicerack import plugins
 from spicerack.cli import _output, cli
 from spicerack.errors import CheckpointError, OutputError, SchemeError, UsageError, WeightError
-from spicerack.exports import holding, target, verify
+from spicerack.exports import target, verify
 from spicerack.exports.readers import own
 from spicerack.exports.source import Source
 from spicerack.exports.targets import folders as folder_targets
 from spicerack.numerics import codec, packed, rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
+from spicerack.numerics.undecoded import Undecoded
 from spicerack.runtime.folder import Folder
 from spicerack.storage import format as formats
-from spicerack.storage import ledger
+from spicerack.storage import holding, ledger
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
 
@@ -126,6 +127,27 @@ def test_every_scheme_is_decoded_a_second_time(scheme: str) -> None:
         assert verify._different(q, decoded) is None
 
 
+@pytest.mark.parametrize(
+    ("to", "scheme"),
+    [
+        ("gptq", "w3g32"),
+        ("gptq", "w8z"),
+        ("awq", "w4g32z"),
+        ("mlx", "w6g32z"),
+        ("mlx", "w4g32"),
+        ("compressed-tensors", "w5g32z"),
+    ],
+)
+def test_words_are_laid_out_anew_as_codes_are_packed(to: str, scheme: str) -> None:
+    fmt, draw = folder_targets._format(to), torch.Generator().manual_seed(0)
+    q = codec.encode(torch.randn(64, 96, generator=draw).half(), parse(scheme))
+    [stored] = fmt.prepared({"a": StoredTensor("a", q.scheme, (64, 96), source_dtype=torch.float16)}).values()
+    u = packed.undecoded(q.scheme, (64, 96), packed.pack(q))
+    encoded, relaid = fmt.encode(stored, q), fmt.relaid(stored, u)
+    assert relaid is not None and list(relaid) == list(encoded)
+    assert all(torch.equal(relaid[name], tensor) for name, tensor in encoded.items())
+
+
 @pytest.mark.parametrize("to", ["gptq", "awq", "mlx"])
 @pytest.mark.usefixtures("own_reader")
 def test_what_was_exported_runs_here_as_its_source_does(quantized: MADE, tmp_path: Path, to: str) -> None:
@@ -217,7 +239,7 @@ def test_what_says_less(given: str, wanted: str) -> None:
 )
 def test_the_smallest_scheme_that_says_the_same_or_the_nearest(to: str, given: str, scheme: str, exact: bool) -> None:
     contents = {"a.0.b": StoredTensor("a.0.b", parse(given), (64, 64))}
-    held = holding.hold(target.find(to), to, contents)["a.0.b"]
+    held = holding.hold(target.Asked(target.find(to), to), contents)["a.0.b"]
     assert (held.stored.scheme.name, held.exact) == (scheme, exact)
     assert (held.rule is None) == (scheme == given)
 
@@ -246,8 +268,8 @@ def nothing_but(folder: Path, *names: str) -> bool:
 def test_what_is_not_held_is_refused_by_layer_rule_and_nearest_scheme(quantized: MADE, tmp_path: Path) -> None:
     with pytest.raises(
         SchemeError,
-        match=r"model\.layers\.0\.mlp\.down_proj: awq has no 8 bits \(w8g32\), only 4 \(nearest: w4g\d+z?\); .*"
-        r"and 4 more layers.*--requantize",
+        match=r"^model\.layers\.0\.mlp\.down_proj, \S+, \S+ and 4 more layers: awq has no 8 bits \(w8g32\), only 4 "
+        r"\(nearest: w4g\d+z?\) \(--requantize",
     ):
         spicerack.export(quantized("w8g32"), to="awq", output=tmp_path / "out")
     assert nothing_but(tmp_path)
@@ -338,20 +360,36 @@ def test_what_is_not_read_back_is_not_there(
     assert nothing_but(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("to", "part", "differs"),
+    [
+        ("gptq", "qweight", "codes"),
+        ("gptq", "qzeros", "zero points"),
+        ("gptq", "scales", "scales"),
+        ("awq", "qweight", "codes"),
+        ("awq", "qzeros", "zero points"),
+        ("mlx", "weight", "codes"),
+        ("mlx", "biases", "biases"),
+        ("compressed-tensors", "weight_packed", "codes"),
+    ],
+)
+@pytest.mark.usefixtures("own_reader")
 def test_the_second_decoder_sees_a_wrong_writer(
-    quantized: MADE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantized: MADE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, part: str, differs: str
 ) -> None:
-    gptq = type(folder_targets._format("gptq"))
-    encode = gptq.encode
+    kind = type(folder_targets._format(to))
+    relaid = kind.relaid
 
-    def shifted(self: object, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
-        tensors = encode(self, stored, q)
-        tensors[f"{stored.module}.qzeros"] = tensors[f"{stored.module}.qzeros"] + 1
-        return tensors
+    def shifted(self: object, stored: StoredTensor, u: Undecoded) -> dict[str, torch.Tensor]:
+        tensors = relaid(self, stored, u)
+        name = f"{stored.module}.{part}"
+        raw = tensors[name].contiguous().view(torch.int8).clone()
+        raw.view(-1)[5 * raw.numel() // 8] ^= 1
+        return {**tensors, name: raw.view(tensors[name].dtype)}
 
-    monkeypatch.setattr(gptq, "encode", shifted)
-    with pytest.raises(OutputError, match="second decoder reads"):
-        spicerack.export(quantized("w4g32"), to="gptq", output=tmp_path / "out")
+    monkeypatch.setattr(kind, "relaid", shifted)
+    with pytest.raises(OutputError, match=f"second decoder reads other {differs}"):
+        spicerack.export(quantized("w4g32"), to=to, output=tmp_path / "out")
     assert nothing_but(tmp_path)
 
 

@@ -401,8 +401,8 @@ def test_a_table_that_does_not_fit_its_tensors_is_refused(tmp_path: Path, old: s
 
 def test_other_tools_folders_are_refused_and_float_ones_are_not(tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    with pytest.raises(CheckpointError, match="'gptq'"):
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "quip"}}')
+    with pytest.raises(CheckpointError, match="'quip'"):
         format.of_folder(Checkpoint.open(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert format.of_folder(Checkpoint.open(tmp_path)) is None

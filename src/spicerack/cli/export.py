@@ -18,6 +18,7 @@ ABOUT = About(place=62, summary="Write a quantized model for another engine, wit
 @click.option("--to", required=True, metavar="FORMAT", help="gptq, awq, mlx, gguf ...: what the engine reads.")
 @click.option("-o", "--output", required=True, metavar="PATH", help="The file or folder to write.")
 @click.option("--scheme", metavar="NAME", help="For a float model: what it is quantized in first, rounded to nearest.")
+@click.option("--for", "for_", metavar="ENGINE", help="Only what it computes exactly: vllm, transformers ...")
 @click.option("--requantize", is_flag=True, help="Round again what the format cannot hold, and say what that costs.")
 @click.option("--text", metavar="FILE", help="With --requantize: what that cost is measured on.")
 @click.option("--shard-gb", type=click.FloatRange(min=0.001), metavar="GB", help="The largest file. Default: 2 GB.")
@@ -27,6 +28,7 @@ def command(
     to: str,
     output: str,
     scheme: str | None,
+    for_: str | None,
     requantize: bool,
     text: str | None,
     shard_gb: float | None,
@@ -45,7 +47,7 @@ def command(
     from spicerack.exports.export import export
 
     written = export(
-        model, to=to, output=output, scheme=scheme, requantize=requantize, text=text,
+        model, to=to, output=output, scheme=scheme, for_=for_, requantize=requantize, text=text,
         shard_bytes=None if shard_gb is None else int(shard_gb * 1e9),
     )  # fmt: skip
     if as_json:

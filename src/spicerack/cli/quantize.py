@@ -39,6 +39,11 @@ def _names(folder: str) -> str:
     return ", ".join(plugins.names(folder))
 
 
+def _engines() -> str:
+    """Names of engines, for help: those of files, of which none is imported."""
+    return ", ".join(name.replace("llama_cpp", "llama.cpp") for name in plugins.names("storage.engines"))
+
+
 @dataclass(frozen=True, slots=True)
 class _Options:
     """What was typed, option by option, under the names of click's parameters.
@@ -52,6 +57,7 @@ class _Options:
     device                  where blocks compute while they are calibrated
     recipe_file             YAML with a scheme and rules
     fit_groups              narrow layers get what fits them, and are not refused
+    for_                    engine that must compute all of it exactly
     set_, skip              rules, each option's own; their order is in the context
     threads                 of the CPU; None: one per core
     shard_bytes             the largest file to write
@@ -76,6 +82,7 @@ class _Options:
     set_: tuple[str, ...]
     skip: tuple[str, ...]
     fit_groups: bool
+    for_: str | None
     threads: int | None
     shard_bytes: int
     memory: int | None
@@ -94,6 +101,7 @@ class _Options:
         """
         from spicerack.numerics.scheme import parse
         from spicerack.quantization import recipe
+        from spicerack.storage import engine as engines
 
         if self.recipe_file is not None:
             chosen = recipe.read(self.recipe_file)
@@ -101,11 +109,13 @@ class _Options:
         elif self.scheme is not None:
             chosen = recipe.Recipe(parse(self.scheme))
         else:
-            raise RecipeError("neither --scheme nor --recipe is given", "for example --scheme w4g128")
+            usual = () if self.for_ is None else engines.find(self.for_).usual
+            hint = f"usual for {self.for_}: --scheme {', '.join(usual)}" if usual else "for example --scheme w4g128"
+            raise RecipeError("neither --scheme nor --recipe is given", hint)
         if self.method == "auto":
             chosen = dataclasses.replace(chosen, method=None)
         method = None if self.method == "auto" else self.method
-        return chosen.with_choices(self.range_, method, self.observer, self.fit_groups or None).then(rules)
+        return chosen.with_choices(self.range_, method, self.observer, self.fit_groups or None, self.for_).then(rules)
 
 
 @click.command(cls=_rules.OrderedCommand)
@@ -138,6 +148,7 @@ class _Options:
 @_rules.set_option
 @_rules.skip_option
 @click.option("--fit-groups", is_flag=True, help="Layers too narrow for the groups get the nearest scheme that fits.")
+@click.option("--for", "for_", metavar="ENGINE", help=f"Only what it computes exactly: {_engines()}.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: one per core.")
 @click.option(
     "--shard-size",
@@ -181,7 +192,8 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     source = early.open_float(options.model)
     recipe = options.recipe(rules)
     with_text = options.calib is not None
-    early.refuse_shapes(source, recipe)
+    if recipe.for_ is None:  # an engine has its own fallbacks
+        early.refuse_shapes(source, recipe)
     whole = decided(recipe, with_text, options.effort)
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.cli import _quantizing

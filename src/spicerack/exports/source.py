@@ -15,17 +15,29 @@ from typing import Any
 import torch
 
 from spicerack.models import census
+from spicerack.models.architecture import host_of
 from spicerack.models.census import ON_REQUEST
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.undecoded import Undecoded
+from spicerack.quantization import decisions
 from spicerack.runtime.folder import Folder
 from spicerack.storage import ledger
-from spicerack.storage.format import Contents, StoredTensor
+from spicerack.storage.format import Contents, Format, Reading, StoredTensor
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
 
-Change = Callable[[QTensor], QTensor]
-"""What makes a tensor of the folder one in the scheme that the target holds it in."""
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What makes a tensor of the folder one in the scheme that the target holds it in.
+
+    decoded     of its QTensor
+    undecoded   the same of codes as they lie in the folder, which stay so; None from it, or none of it: they do not
+    """
+
+    decoded: Callable[[QTensor], QTensor]
+    undecoded: Callable[[Undecoded], Undecoded | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,17 @@ class Source:
         packed = {name for names in self._layouts().values() for name in names}
         return {name: info for name, info in self.folder.checkpoint.tensors.items() if name not in packed}
 
+    def reading(self, fmt: Format) -> Reading:
+        """What readers of a folder in that format are told: above all the linear layers that stay float."""
+        described = self.described
+        if not described.config:
+            return Reading()
+        known = decisions.Source.of(described)
+        contents, tied = self.contents, known.tied
+        floats = [name for name in known.linears() if name not in contents and tied.get(name) not in contents]
+        headers = {name: (info.dtype, info.shape) for name, info in described.tensors.items()}
+        return fmt.reading(self.config, contents, host_of(self.config, headers, contents, floats))
+
     def order(self) -> list[StoredTensor | TensorInfo]:
         """All tensors, packed ones and floats, in the order of the disk: read so, files are read once, in sequence."""
         owner = {name: module for module, names in self._layouts().items() for name in names}
@@ -99,7 +122,19 @@ class Source:
         scale does not fit the type that it has there."""
         q = self.folder.packed(self.folder.contents[module])
         change = self.changes.get(module)
-        return q if change is None else change(q)
+        return q if change is None else change.decoded(q)
+
+    def undecoded(self, module: str) -> Undecoded | None:
+        """The same with codes as they lie in the folder; None where there is no such form, or a code may be no level.
+
+        Raises as `packed` does.
+        """
+        stored, change = self.folder.contents[module], self.changes.get(module)
+        levels = stored.scheme.levels
+        if levels.hi - levels.lo + 1 < 1 << levels.bits or (change is not None and change.undecoded is None):
+            return None
+        u = self.folder.undecoded(stored)
+        return u if u is None or change is None or change.undecoded is None else change.undecoded(u)
 
     def float(self, name: str) -> torch.Tensor:
         """A tensor of `floats`, as it is stored. Raises CheckpointError."""
@@ -112,11 +147,13 @@ class Source:
         else:
             self.folder.checkpoint.release(tensor.name)
 
-    def walk(self) -> Iterator[tuple[StoredTensor, QTensor] | tuple[TensorInfo, torch.Tensor]]:
-        """Every tensor with its header, in `order`; its memory goes when the next one is asked for."""
+    def walk(self) -> Iterator[tuple[StoredTensor, QTensor | Undecoded] | tuple[TensorInfo, torch.Tensor]]:
+        """Every tensor with its header, in `order`, undecoded where it can be; its memory goes when the next one is
+        asked for."""
         for tensor in self.order():
             if isinstance(tensor, StoredTensor):
-                yield tensor, self.packed(tensor.module)
+                u = self.undecoded(tensor.module)
+                yield tensor, self.packed(tensor.module) if u is None else u
             else:
                 yield tensor, self.float(tensor.name)
             self.release(tensor)

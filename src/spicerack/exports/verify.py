@@ -12,15 +12,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from spicerack import plugins
 from spicerack.errors import OutputError, SpicerackError
-from spicerack.exports.holding import spread
 from spicerack.exports.source import Source
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import StoredTensor
+from spicerack.storage.holding import spread
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Codes [N, K] in rows of words, the lowest bits first: what most formats say that they have.
+
+    data     int32 [N, words]
+    bits     of a code
+    columns  K
+    """
+
+    data: torch.Tensor
+    bits: int
+    columns: int
+
+    def codes(self) -> torch.Tensor:
+        """uint8 [N, K]."""
+        return torch.from_numpy(stream(self.data.numpy(), self.bits)[:, : self.columns])
+
+
+def stream(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+    """Words [R, W] of 32 bits -> the codes uint8 [R, 32 W // bits] that lie in their stream, lowest bits first.
+
+    It shares nothing with what packs.
+    """
+    octets = np.ascontiguousarray(words).view(np.uint8)
+    count = octets.shape[1] * 8 // bits
+    codes = np.empty((len(octets), count), np.uint8)
+    if 8 % bits == 0:  # no code lies in two bytes
+        for place in range(8 // bits):
+            np.bitwise_and(octets >> place * bits, 2**bits - 1, out=codes[:, place :: 8 // bits])
+        return codes
+    for row, line in zip(codes, octets, strict=True):
+        flags = np.unpackbits(line, bitorder="little")[: count * bits].reshape(count, bits)
+        row[:] = np.packbits(flags, axis=1, bitorder="little")[:, 0]
+    return codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +68,42 @@ class Grid:
 
     To compare integers takes a fourth of the memory that the weights do, and an eighth of the time.
 
-    codes    uint8 [N, K], from 0
+    codes    uint8 [N, K], from 0, or the words of a stream that hold them
     scales   float [N, G] of as many groups of a row, or [1, 1]
     zeros    float, like scales, or one for all
     biases   float like scales; None for none
+    decoded  float [R, K]: the first rows, as the reader's own code computes them from these; None where it has none
     """
 
-    codes: torch.Tensor
+    codes: torch.Tensor | Words
     scales: torch.Tensor
     zeros: torch.Tensor
     biases: torch.Tensor | None = None
+    decoded: torch.Tensor | None = None
 
     def values(self) -> torch.Tensor:
         """The weights, float32 [N, K]."""
-        n, k = self.codes.shape
+        codes = self.codes.codes() if isinstance(self.codes, Words) else self.codes
+        n, k = codes.shape
         grid = self.scales.shape
         wide = [spread(part.float().expand(grid), (n, k)) for part in (self.zeros, self.scales)]
-        values = (self.codes.float() - wide[0]) * wide[1]
+        values = (codes.float() - wide[0]) * wide[1]
         return values if self.biases is None else values + spread(self.biases.float(), (n, k))
 
 
-Weights = Callable[[str], torch.Tensor | Grid]
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A matrix, or a stack of them below each other, that a reader decodes some rows at a time.
+
+    count    rows
+    decoded  first row, and the one behind the last -> these, float [.., K]
+    """
+
+    count: int
+    decoded: Callable[[int, int], torch.Tensor]
+
+
+Weights = Callable[[str], torch.Tensor | Grid | Rows]
 """Name of a tensor in the source (`X.weight` of what is packed) -> its values, [.., N, K] in a float type, or what they
 are computed from; a float tensor as it is stored. Raises KeyError for one that is not there."""
 _ROWS = 1 << 22
@@ -100,42 +154,62 @@ def verify(reader: Reader, source: Source, path: Path) -> None:
         except Exception as error:  # somebody else's code: whatever it raises, it does not read this
             raise OutputError(f"{name}: {reader.name} does not read it: {error!r}", _FAULT) from error
         if isinstance(read, Grid):
-            assert isinstance(value, QTensor), "floats are read as floats"
+            assert not isinstance(value, torch.Tensor), "floats are read as floats"
             if (different := _different(value, read)) is not None:
                 raise OutputError(f"{name}: {reader.name} reads other {different}", _FAULT)
+            if read.decoded is not None:
+                first = next(codec.decode_rows(_decoded(value), len(read.decoded)))
+                _compare(name, iter((first,)), read.decoded, reader.name)
         else:
-            pieces = _pieces(value) if isinstance(value, QTensor) else iter((value,))
+            pieces = iter((value,)) if isinstance(value, torch.Tensor) else _pieces(_decoded(value))
             _compare(name, pieces, read, reader.name)
 
 
-def _different(q: QTensor, read: Grid) -> str | None:
+def _decoded(q: QTensor | Undecoded) -> QTensor:
+    """With codes one to a byte."""
+    return q.qtensor() if isinstance(q, Undecoded) else q
+
+
+def _different(q: QTensor | Undecoded, read: Grid) -> str | None:
     """Which part of a matrix of integers is not what was read; None if all are. Raises SchemeError for other levels."""
+    if not _same_codes(q, read.codes):
+        return "codes"
     lo, half = q.scheme.integers.lo, 0.5 * q.scheme.integers.half
     grid = tuple(read.scales.shape)
-    # wraps around: a code of int8 less the lowest, in bytes
-    if not torch.equal(q.codes.view(torch.uint8) + -lo if lo else q.codes, read.codes):
-        return "codes"
-    n, groups = q.plain_scale.shape
+    scale = q.scale if isinstance(q, Undecoded) else q.plain_scale
+    low = None if isinstance(q, Undecoded) else q.min
+    n, groups = scale.shape
     if (n, groups) != grid and (grid[0] % n or grid[1] % groups):
         return "groups"
-    scales = spread(q.plain_scale, grid).double()
-    if not torch.equal(scales, read.scales.double()):
+    scales = spread(scale, grid)
+    if not _equal(scales, read.scales):
         return "scales"
     zeros = (
         -lo
         - half
-        + (torch.zeros((), dtype=torch.float64, device="cpu") if q.zero is None else spread(q.zero, grid).double())
+        + (torch.zeros((), dtype=torch.float32, device="cpu") if q.zero is None else spread(q.zero, grid).float())
     )
     if read.biases is None:
-        return None if bool((zeros == read.zeros.double()).all()) and q.min is None else "zero points"
-    wanted = -zeros * scales if q.min is None else _spread_minimum(q, grid)
-    return None if torch.equal(wanted, read.biases.double()) else "biases"
+        return None if bool((zeros == read.zeros).all()) and low is None else "zero points"
+    assert not isinstance(low, QTensor), "quantized minima were refused"
+    wanted = -zeros * (scales.double() if scales.dtype == torch.float32 else scales.float()) if low is None else low
+    return None if _equal(spread(wanted, grid), read.biases) else "biases"
 
 
-def _spread_minimum(q: QTensor, grid: tuple[int, ...]) -> torch.Tensor:
-    """Minima of groups, float64."""
-    assert isinstance(q.min, torch.Tensor), "quantized minima were refused"
-    return spread(q.min, grid).double()
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same numbers, whatever their float types."""
+    return torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.double(), b.double())
+
+
+def _same_codes(q: QTensor | Undecoded, read: torch.Tensor | Words) -> bool:
+    """Whether the codes are those that were read: words with words, where both have such of as many bits."""
+    if isinstance(read, Words):
+        if isinstance(q, Undecoded) and q.order == "stream" and read.bits == q.scheme.bits:
+            return read.columns == q.shape[1] and torch.equal(q.data, read.data)
+        read = read.codes()
+    codes, lo = _decoded(q).codes, q.scheme.integers.lo
+    # wraps around: a code of int8 less the lowest, in bytes
+    return torch.equal(codes.view(torch.uint8) + -lo if lo else codes, read)
 
 
 def _pieces(q: QTensor) -> Iterator[torch.Tensor]:
@@ -145,23 +219,26 @@ def _pieces(q: QTensor) -> Iterator[torch.Tensor]:
     return codec.decode_rows(q, max(_ROWS // k // rows, 1) * rows)
 
 
-def _compare(name: str, pieces: Iterator[torch.Tensor], read: torch.Tensor, who: str) -> None:
+def _compare(name: str, pieces: Iterator[torch.Tensor], read: torch.Tensor | Rows, who: str) -> None:
     """Raise OutputError unless the pieces, in the type that was read, are what was read, in order."""
-    start = 0
+    start = rows = 0
     for piece in pieces:
-        wanted = piece.reshape(-1).to(read.dtype)
-        part = read.reshape(-1)[start : start + wanted.numel()]
+        if isinstance(read, Rows):
+            part = read.decoded(rows, rows + len(piece)).reshape(-1)
+        else:
+            part = read.reshape(-1)[start : start + piece.numel()]
+        wanted = piece.reshape(-1).to(part.dtype)
         if part.shape != wanted.shape or not torch.equal(part, wanted):
-            raise OutputError(f"{name}: {who} reads {_difference(part, wanted, start, read)}", _FAULT)
-        start += wanted.numel()
-    if start != read.numel():
-        raise OutputError(f"{name}: {who} reads {read.numel()} numbers of {start}", _FAULT)
+            raise OutputError(f"{name}: {who} reads {_difference(part, wanted, start)}", _FAULT)
+        start, rows = start + wanted.numel(), rows + len(piece)
+    if (rows != read.count) if isinstance(read, Rows) else (start != read.numel()):
+        raise OutputError(f"{name}: {who} reads more than the {start} numbers that were to be written", _FAULT)
 
 
-def _difference(part: torch.Tensor, wanted: torch.Tensor, start: int, read: torch.Tensor) -> str:
+def _difference(part: torch.Tensor, wanted: torch.Tensor, start: int) -> str:
     """What differs first, for an error."""
     if part.shape != wanted.shape:
-        return f"{read.numel()} numbers, and too few"
+        return f"{start + part.numel()} numbers, and too few"
     at = int((part != wanted).nonzero()[0])
     return f"{float(part[at])} at {start + at}, where {float(wanted[at])} was to be written"
 

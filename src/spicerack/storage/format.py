@@ -155,6 +155,10 @@ class Format(Protocol):
     def encode(self, stored: StoredTensor, q: QTensor, /) -> dict[str, torch.Tensor]:
         """The tensors that `layout` promised, in that order."""
 
+    def relaid(self, stored: StoredTensor, u: Undecoded, /) -> dict[str, torch.Tensor] | None:
+        """What `encode` makes of the same tensor, from codes as they lie in another folder: words that both formats
+        have are moved and not taken apart. None where they have to be decoded."""
+
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor], /) -> QTensor:
         """Inverse of `encode`, from a stranger's folder too.
 
@@ -217,6 +221,10 @@ class MethodFormat:
     def prepared(self, contents: Contents, /) -> Contents:
         """See `Format.prepared`: every tensor is laid out on its own."""
         return contents
+
+    def relaid(self, _stored: StoredTensor, _u: Undecoded, /) -> dict[str, torch.Tensor] | None:
+        """See `Format.relaid`: there is no such way."""
+        return None
 
     def reading(self, _config: Mapping[str, Any], _contents: Contents, host: Host, /) -> Reading:
         """See `Format.reading`: names alone."""

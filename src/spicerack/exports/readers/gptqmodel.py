@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,12 +18,17 @@ from typing import Any
 
 import torch
 
+from spicerack.exports.readers import own
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Weights
+from spicerack.exports.verify import Grid, Weights
 from spicerack.storage.reader import Checkpoint
 
 _PACKAGE = "gptqmodel"
 _FORMATS = ("gptq", "awq")
+_MULTIPLE = 32
+"""Rows that its layers have in multiples."""
+_DECODED = 1 << 20
+"""Weights of a tensor that it decodes, in whole rows; integers and scales are compared of all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +70,27 @@ def _elsewhere() -> contextlib.AbstractContextManager[Any]:
     return contextlib.redirect_stdout(sys.stderr)
 
 
-def _weights(checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor:
-    """One tensor: decoded where the source has it packed, else as it lies there."""
+def _weights(checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor | Grid:
+    """One tensor: taken apart where the source has it packed, with rows that gptqmodel decodes; else as it lies
+    there."""
     module = name.removesuffix(".weight")
     if module not in source.contents:
         return checkpoint.read(name)
     section = checkpoint.config["quantization_config"]
     n, k = source.contents[module].shape
     size = k if section["group_size"] == -1 else section["group_size"]
+    rows = min(max(_DECODED // k // _MULTIPLE, 1) * _MULTIPLE, n)
     parts = {part: checkpoint.read(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")}
+    # outputs are columns there, in whole words
+    parts = {part: tensor[:, : tensor.shape[1] * rows // n].contiguous() for part, tensor in parts.items()}
     if section["quant_method"] == "awq":
         unpack = _module(".quantization.awq.utils.packing_utils").dequantize_gemm
         decoded: torch.Tensor = unpack(**parts, bits=section["bits"], group_size=size)
     else:
-        decoded = _gptq({**parts, "g_idx": checkpoint.read(f"{module}.g_idx")}, section, (n, k), size)
-    return decoded.t()
+        decoded = _gptq({**parts, "g_idx": checkpoint.read(f"{module}.g_idx")}, section, (rows, k), size)
+    grid = own.matrix(checkpoint, module)
+    assert isinstance(grid, Grid), "both formats are integers"
+    return replace(grid, decoded=decoded.t())
 
 
 def _gptq(parts: Mapping[str, torch.Tensor], section: Mapping[str, Any], shape: tuple[int, int], size: int) -> Any:

@@ -19,11 +19,14 @@ import torch
 
 from spicerack.errors import OutputError
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Weights
+from spicerack.exports.verify import Grid, Weights, Words
 from spicerack.numerics.dtypes import BY_SAFETENSORS
 from spicerack.storage.reader import Checkpoint
 
 _PACKAGES = ("mlx", "mlx_lm")
+_DECODED = 1 << 20
+"""Weights of a tensor that mlx decodes, in whole rows: of all of them integers, scales and biases are compared, as its
+model holds them, and to decode a row is to decode any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +72,31 @@ def _arrays(path: Path, checkpoint: Checkpoint) -> Callable[[str], Any]:
     return lambda name: loaded[name] if name in loaded else files[name]
 
 
-def _weights(arrays: Callable[[str], Any], checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor:
-    """One tensor: decoded by mlx where the source has it packed, else as it lies there."""
+def _weights(arrays: Callable[[str], Any], checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor | Grid:
+    """One tensor: as the model has it where the source has it packed, with rows that mlx decodes; else as it lies
+    there."""
     mx, module = import_module("mlx.core"), name.removesuffix(".weight")
     if module not in source.contents:
         return _float(arrays(name), checkpoint.tensors[name].dtype)
     section: Mapping[str, Any] = checkpoint.config["quantization"]
     of = {**section, **section.get(module, {})}
-    scales = arrays(f"{module}.scales")
-    biases = arrays(f"{module}.biases").astype(mx.float32) if of["mode"] == "affine" else None
+    words, scales, bits = arrays(name), arrays(f"{module}.scales"), of["bits"]
+    affine = of["mode"] == "affine"
+    biases = arrays(f"{module}.biases").astype(mx.float32) if affine else None
     # in float32: what mlx would round products and sums to is not what is asked here
-    scales = scales.astype(mx.float32) if of["mode"] == "affine" else scales
-    decoded = mx.dequantize(
-        arrays(name), scales, biases, group_size=of["group_size"], bits=of["bits"], mode=of["mode"], dtype=mx.float32
-    )
-    return torch.from_numpy(np.array(decoded))
+    scales = scales.astype(mx.float32) if affine else scales
+    columns = words.shape[1] * 32 // bits
+    rows = max(_DECODED // columns, 1) if affine else words.shape[0]
+    decoded = torch.from_numpy(np.array(mx.dequantize(
+        words[:rows], scales[:rows], None if biases is None else biases[:rows], group_size=of["group_size"], bits=bits,
+        mode=of["mode"], dtype=mx.float32,
+    )))  # fmt: skip
+    if not affine:
+        return decoded
+    tensor = torch.from_numpy
+    codes = Words(tensor(np.array(words).view(np.int32)), bits, columns)
+    zero = torch.zeros((), dtype=torch.float32, device="cpu")
+    return Grid(codes, tensor(np.array(scales)), zero, tensor(np.array(biases)), decoded)
 
 
 def _float(array: Any, dtype: str) -> torch.Tensor:

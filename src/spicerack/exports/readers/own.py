@@ -18,7 +18,7 @@ import torch
 from spicerack._version import __version__
 from spicerack.errors import OutputError
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Grid, Weights
+from spicerack.exports.verify import Grid, Weights, Words, stream
 from spicerack.numerics.scheme import FloatType, Scheme
 from spicerack.storage.files import CONTAINER
 from spicerack.storage.reader import Checkpoint
@@ -31,38 +31,30 @@ _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
-def stream(words: Array, bits: int) -> Array:
-    """Words [R, W] of 32 bits -> the codes uint8 [R, 32 W // bits] that lie in their stream, lowest bits first."""
-    octets = np.ascontiguousarray(words).view(np.uint8)
-    count = octets.shape[1] * 8 // bits
-    codes = np.empty((len(octets), count), np.uint8)
-    if 8 % bits == 0:  # no code lies in two bytes
-        for place in range(8 // bits):
-            np.bitwise_and(octets >> place * bits, 2**bits - 1, out=codes[:, place :: 8 // bits])
-        return codes
-    for row, line in zip(codes, octets, strict=True):
-        flags = np.unpackbits(line, bitorder="little")[: count * bits].reshape(count, bits)
-        row[:] = np.packbits(flags, axis=1, bitorder="little")[:, 0]
-    return codes
+def words(rows: Array, bits: int, columns: int) -> Words:
+    """Words [N, W] of 32 bits, of whatever type."""
+    return Words(torch.from_numpy(np.ascontiguousarray(rows).view(np.int32)), bits, columns)
 
 
-def grid(codes: Array, zeros: Array | float, scales: Array, biases: Array | None = None) -> Grid:
+def grid(codes: Array | Words, zeros: Array | float, scales: Array, biases: Array | None = None) -> Grid:
     """A matrix taken apart: codes [N, K], and zeros, scales and biases [N, G]."""
 
     tensor = torch.from_numpy
     return Grid(
-        tensor(codes), tensor(scales), tensor(np.asarray(zeros, np.float32)), None if biases is None else tensor(biases)
+        codes if isinstance(codes, Words) else tensor(codes),
+        tensor(scales),
+        tensor(np.asarray(zeros, np.float32)),
+        None if biases is None else tensor(biases),
     )
 
 
 def _gptq(read: Read, section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of a GPTQ module."""
-    bits = section["bits"]
-    codes = stream(read("qweight").T, bits)
-    zeros = stream(read("qzeros"), bits)[:, : len(codes)]
+    bits, group, scales = section["bits"], read("g_idx"), read("scales")
+    codes = words(read("qweight").T, bits, len(group))
+    zeros = stream(read("qzeros"), bits)[:, : scales.shape[1]]
     if section["checkpoint_format"] == "gptq":
         zeros = (zeros.astype(np.int32) + 1) % 2**bits
-    group, scales = read("g_idx"), read("scales")
     if not np.array_equal(group, np.arange(len(group)) // (len(group) // len(scales))):
         raise ValueError("g_idx is not in order")
     return grid(codes, zeros.T, scales.T)
@@ -73,23 +65,25 @@ def _awq(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> tor
 
     def outputs(words: Array) -> Array:
         """Words [C, N / 8] -> codes [N, C]."""
-        octets = np.ascontiguousarray(words.T).view(np.uint8).reshape(words.shape[1], len(words), 4)
-        codes = np.empty((words.shape[1], 8, len(words)), np.uint8)
+        words = np.ascontiguousarray(words.T)
+        codes = np.empty((len(words), 8, words.shape[1]), np.uint8)
         for output, half in enumerate(_AWQ):
-            codes[:, output] = octets[:, :, half // 2] >> 4 * (half % 2) & 15
-        return codes.reshape(-1, len(words))
+            codes[:, output] = (words >> 4 * half & 15).astype(np.uint8)
+        return codes.reshape(-1, words.shape[1])
 
     return grid(outputs(read("qweight")), outputs(read("qzeros")), read("scales").T)
 
 
 def _mlx(read: Read, _section: Mapping[str, Any], of: Mapping[str, Any]) -> torch.Tensor | Grid:
     """[N, K] of an MLX module."""
-    codes, scales = stream(read("weight"), of["bits"]), read("scales")
+    scales, bits = read("scales"), of["bits"]
     if of["mode"] == "mxfp4":
+        codes = stream(read("weight"), bits)
         n, groups = scales.shape
         powers = np.exp2(scales.astype(np.float32) - 127)
         return torch.from_numpy((_E2M1[codes].reshape(n, groups, -1) * powers[..., None]).reshape(n, -1))
-    return grid(codes, 0, scales, read("biases"))
+    rows = read("weight")
+    return grid(words(rows, bits, rows.shape[1] * 32 // bits), 0, scales, read("biases"))
 
 
 def _bitnet(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any]) -> torch.Tensor | Grid:
@@ -105,9 +99,9 @@ def _compressed(read: Read, _section: Mapping[str, Any], _of: Mapping[str, Any])
         n, k = map(int, read("weight_shape"))
     except KeyError:
         return grid(read("weight").view(np.uint8) ^ 128, 128, read("weight_scale").reshape(-1, 1))
-    words, scale = read("weight_packed"), read("weight_scale")
-    bits = words.shape[1] * 32 // k
-    codes = stream(words, bits)[:, :k]
+    rows, scale = read("weight_packed"), read("weight_scale")
+    bits = rows.shape[1] * 32 // k
+    codes = words(rows, bits, k)
     try:
         return grid(codes, stream(read("weight_zero_point").T, bits)[:, :n].T, scale)
     except KeyError:
@@ -122,8 +116,8 @@ def _ours(read: Read, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor | 
     *leading, n, k = shape
     rows, columns = scheme.group_shape(n, k)
     grids = scheme.scale_shape(shape)
-    words = read("codes")
-    codes = stream(words.reshape(-1, words.shape[-1]), scheme.bits)[:, : scheme.codes_shape(shape)[-1]]
+    rows_ = read("codes")
+    inside = words(rows_.reshape(-1, rows_.shape[-1]), scheme.bits, scheme.codes_shape(shape)[-1])
 
     def part(name: str, kind: FloatType | Scheme) -> torch.Tensor:
         """Scales or minima of groups, float32."""
@@ -140,13 +134,13 @@ def _ours(read: Read, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor | 
         zero = zero.float().reshape(grids) + scheme.levels.lo
     low = None if scheme.min is None else part("min", scheme.min)
     if scheme.plain_obstacle is None and not leading:
-        return Grid(torch.from_numpy(codes), scale, zero - scheme.integers.lo - 0.5 * scheme.integers.half)
+        return Grid(inside, scale, zero - scheme.integers.lo - 0.5 * scheme.integers.half)
 
     def wide(values: torch.Tensor) -> torch.Tensor:
         """One of each group for each of its weights."""
         return values.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
 
-    numbers = torch.from_numpy(codes.astype(np.int64)).reshape(*leading, n, -1) + scheme.levels.lo
+    numbers = inside.codes().long().reshape(*leading, n, -1) + scheme.levels.lo
     values = wide(scale) * (scheme.levels.decode(numbers, 0.0) - wide(zero))
     return values if low is None else values + wide(low)
 
@@ -181,18 +175,22 @@ class Own:
         method = section.get("quant_method", "mlx" if "quantization" in checkpoint.config else None)
         if method not in _DECODERS:
             raise OutputError(f"config.json says {method!r}, which is no format", "this is a fault of spicerack")
-        return partial(_weights, checkpoint, _DECODERS[method], source)
+        return partial(_weights, checkpoint, source)
 
 
-def _weights(checkpoint: Checkpoint, decoder: Decoder, source: Source, name: str) -> torch.Tensor | Grid:
+def _weights(checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor | Grid:
     """One tensor: decoded where the source has it packed, else as it lies there."""
     module = name.removesuffix(".weight")
     if module not in source.contents:
         return checkpoint.read(name)
+    return matrix(checkpoint, module)
+
+
+def matrix(checkpoint: Checkpoint, module: str) -> torch.Tensor | Grid:
+    """A packed module of a folder in one of the formats that are described here."""
     section: Mapping[str, Any] = checkpoint.config.get("quantization_config", {})
-    read = partial(_array, checkpoint, module)
-    of = {**section, **section.get(module, {})}
-    return decoder(read, section, of)
+    decoder = _DECODERS[section.get("quant_method", "mlx")]
+    return decoder(partial(_array, checkpoint, module), section, {**section, **section.get(module, {})})
 
 
 def _contained(checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor | Grid:

@@ -14,9 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from spicerack.errors import CheckpointError
+from spicerack.numerics import native
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import Contents, Layout, MethodFormat, Reading, StoredTensor
@@ -28,6 +31,9 @@ WIDTHS = (4,)
 """Bits of a code."""
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs lies in each half byte of a word, the lowest first."""
+_STRIP = 64
+"""Rows of words that are turned at a time: half a megabyte of a layer of 4096 inputs stays in the cache."""
+Words = npt.NDArray[np.uint32]
 _MIDDLE = 8
 """What is added to codes and zero points, so that none is negative."""
 
@@ -64,24 +70,38 @@ class AWQ(MethodFormat):
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
         """Codes and zero points moved by 8; zero points of none are that itself."""
-        module, scale = stored.module, q.plain_scale
-        zero = torch.zeros(scale.shape, dtype=torch.int8, device="cpu") if q.zero is None else q.zero
+        words = native.pack(q.codes, stored.scheme.bits, offset=_MIDDLE)
+        return self._tensors(stored, words, q.plain_scale, q.zero)
+
+    def relaid(self, stored: StoredTensor, u: Undecoded) -> dict[str, torch.Tensor] | None:
+        """Words of streams, eight rows of which become eight columns."""
+        return self._tensors(stored, u.data, u.scale, u.zero) if u.order == "stream" else None
+
+    def _tensors(
+        self, stored: StoredTensor, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Of codes as words of a stream [N, K / 8], scales and zero points [N, G]."""
+        module = stored.module
+        zeros = torch.zeros(scale.shape, dtype=torch.int8, device="cpu") if zero is None else zero
         return {
-            f"{module}.qweight": _pack(q.codes),
-            f"{module}.qzeros": _pack(zero),
+            f"{module}.qweight": _interleaved(words),
+            f"{module}.qzeros": _pack(zeros),
             f"{module}.scales": scale.t().contiguous(),
         }
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         """Every code is a level here; shapes were checked with the folder's contents."""
-        module, scheme = stored.module, stored.scheme
-        scale = _uniform.finite(module, tensors[f"{module}.scales"]).t().contiguous()
-        zero = _unpack(tensors[f"{module}.qzeros"]) if scheme.zero else None
-        return QTensor(scheme, _unpack(tensors[f"{module}.qweight"]), scale, zero)
+        if (u := self.undecoded(stored, tensors)) is not None:
+            return u.qtensor()
+        codes = _unpack(tensors[f"{stored.module}.qweight"])
+        return QTensor(stored.scheme, codes, *_scales(stored, tensors))
 
     def undecoded(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> Undecoded | None:
-        """None: eight outputs share a word, which no kernel lays out as it is."""
-        return None
+        """Words of a stream, of as many inputs as fill them."""
+        (n, k), words = stored.shape, tensors[f"{stored.module}.qweight"]
+        if k % 8:
+            return None
+        return Undecoded(stored.scheme, (n, k), "stream", _streams(words), *_scales(stored, tensors))
 
     def config(self, config: Mapping[str, Any], contents: Contents, reading: Reading) -> dict[str, Any]:
         """`modules_to_not_convert`: the linear layers that stay float."""
@@ -111,6 +131,51 @@ class AWQ(MethodFormat):
     def notes(self, contents: Contents, _fused: Sequence[Sequence[str]], _reading: Reading, /) -> list[str]:
         """Who reads it."""
         return ["transformers reads it with gptqmodel"]
+
+
+def _scales(stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zero points [N, G] of a module. Raises CheckpointError."""
+    scale = _uniform.finite(stored.module, tensors[f"{stored.module}.scales"]).t().contiguous()
+    return scale, _unpack(tensors[f"{stored.module}.qzeros"]) if stored.scheme.zero else None
+
+
+def _interleaved(words: torch.Tensor) -> torch.Tensor:
+    """Words of streams int32 [N, K / 8] -> int32 [K, N / 8] in the kernel's order: no code is taken out of its word."""
+    n, count = words.shape
+    eights = words.numpy().view(np.uint32).reshape(n // 8, 8, count)
+    out = np.empty((n // 8, count, 8), np.uint32)
+    for start in range(0, n // 8, _STRIP):
+        part = eights[start : start + _STRIP]
+        for place, row in enumerate(_turned([part[:, output] for output in _ORDER])):
+            out[start : start + _STRIP, :, place] = row
+    return torch.from_numpy(out.reshape(n // 8, 8 * count).view(np.int32)).t().contiguous()
+
+
+def _streams(words: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_interleaved`."""
+    k, eighth = words.shape
+    eights = words.t().contiguous().numpy().view(np.uint32).reshape(eighth, k // 8, 8)
+    out = np.empty((eighth, 8, k // 8), np.uint32)
+    for start in range(0, eighth, _STRIP):
+        part = eights[start : start + _STRIP]
+        for output, row in zip(_ORDER, _turned([part[..., place] for place in range(8)]), strict=True):
+            out[start : start + _STRIP, output] = row
+    return torch.from_numpy(out.reshape(8 * eighth, k // 8).view(np.int32))
+
+
+def _turned(rows: list[Words]) -> list[Words]:
+    """Eight words of eight half bytes each: half byte j of word i becomes half byte i of word j.
+
+    Squares of 1, 2 and 4 half bytes change places: three steps of a few operations for 64 codes.
+    """
+    turned = list(rows)
+    for step, mask in ((1, 0x0F0F0F0F), (2, 0x00FF00FF), (4, 0x0000FFFF)):
+        shift = np.uint32(4 * step)
+        for low in (i for i in range(8) if not i & step):
+            swap = ((turned[low] >> shift) ^ turned[low + step]) & np.uint32(mask)
+            turned[low + step] = turned[low + step] ^ swap
+            turned[low] = turned[low] ^ swap << shift
+    return turned
 
 
 def _pack(values: torch.Tensor) -> torch.Tensor:

@@ -80,11 +80,12 @@ class CompressedTensors(MethodFormat):
         if scheme.activations:
             integers = {f"{module}.weight": q.codes, f"{module}.weight_scale": scale}
             return integers if q.input_scale is None else {**integers, f"{module}.input_scale": q.input_scale}
-        tensors = {f"{module}.weight_packed": _pack(q.codes, scheme.bits), f"{module}.weight_scale": scale}
-        if q.zero is not None:
-            tensors[f"{module}.weight_zero_point"] = _pack(q.zero.t(), scheme.bits).t().contiguous()
-        tensors[f"{module}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64, device="cpu")
-        return tensors
+        return _streams(stored, _pack(q.codes, scheme.bits), scale, q.zero)
+
+    def relaid(self, stored: StoredTensor, u: Undecoded) -> dict[str, torch.Tensor] | None:
+        """Words of streams are ours."""
+        packed = u.order == "stream" and stored.scheme.activations is None
+        return _streams(stored, u.data, u.scale, u.zero) if packed else None
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         """Every code is a level here; shapes were checked with the folder's contents."""
@@ -201,6 +202,18 @@ class CompressedTensors(MethodFormat):
                 notes.append(f"{', '.join(group)} are {' and '.join(sorted(kinds))}: vLLM fuses them and refuses")
                 break
         return notes
+
+
+def _streams(
+    stored: StoredTensor, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a module whose codes are packed, in the layout's order."""
+    module = stored.module
+    tensors = {f"{module}.weight_packed": words, f"{module}.weight_scale": scale}
+    if zero is not None:
+        tensors[f"{module}.weight_zero_point"] = _pack(zero.t(), stored.scheme.bits).t().contiguous()
+    tensors[f"{module}.weight_shape"] = torch.tensor(stored.shape, dtype=torch.int64, device="cpu")
+    return tensors
 
 
 def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:

@@ -83,14 +83,24 @@ class GPTQ(MethodFormat):
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
         """Codes and zero points moved by 2^(b-1); zero points of none are that itself."""
+        width = stored.scheme.bits
+        return self._tensors(stored, native.pack(q.codes, width, offset=2 ** (width - 1)), q.plain_scale, q.zero)
+
+    def relaid(self, stored: StoredTensor, u: Undecoded) -> dict[str, torch.Tensor] | None:
+        """Words of streams are ours, turned."""
+        return self._tensors(stored, u.data, u.scale, u.zero) if u.order == "stream" else None
+
+    def _tensors(
+        self, stored: StoredTensor, words: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Of codes as words [N, ..], scales and zero points [N, G]."""
         module, width, columns = stored.module, stored.scheme.bits, stored.shape[1]
         middle = 2 ** (width - 1)
-        scale = q.plain_scale
-        zero = torch.zeros(scale.shape, dtype=torch.int8, device="cpu") if q.zero is None else q.zero
+        zero = torch.zeros(scale.shape, dtype=torch.int8, device="cpu") if zeros is None else zeros
         shift = middle - 1 if stored.variant == _V1 else middle
         size = stored.scheme.group_columns or columns
         return {
-            f"{module}.qweight": native.pack(q.codes, width, offset=middle).t().contiguous(),
+            f"{module}.qweight": words.t().contiguous(),
             f"{module}.qzeros": native.pack(zero.t().contiguous(), width, offset=shift),
             f"{module}.scales": scale.t().contiguous(),
             f"{module}.g_idx": torch.arange(columns, dtype=torch.int32, device="cpu") // size,

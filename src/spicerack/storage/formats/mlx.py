@@ -79,13 +79,24 @@ class MLX:
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
         """Codes from 0 and what a code of 0 stands for."""
         module, scheme = stored.module, stored.scheme
-        words = native.pack(q.codes, scheme.bits, offset=-scheme.levels.lo).view(torch.uint32)
-        tensors = {f"{module}.weight": words}
+        words = native.pack(q.codes, scheme.bits, offset=-scheme.levels.lo)
+        tensors = {f"{module}.weight": words.view(torch.uint32)}
         if scheme.name in _FLOATS:
             scale = q.scale.codes if isinstance(q.scale, QTensor) else q.scale
             return {**tensors, f"{module}.scales": scale.contiguous().view(torch.uint8)}
-        dtype = _floats(stored)
-        return {**tensors, f"{module}.scales": q.plain_scale.to(dtype), f"{module}.biases": _biases(q).to(dtype)}
+        dtype, biases = _floats(stored), _biases(q.plain_scale, q.zero, q.min, scheme)
+        return {**tensors, f"{module}.scales": q.plain_scale.to(dtype), f"{module}.biases": biases.to(dtype)}
+
+    def relaid(self, stored: StoredTensor, u: Undecoded) -> dict[str, torch.Tensor] | None:
+        """Words of streams are ours."""
+        if u.order != "stream":
+            return None
+        module, dtype = stored.module, _floats(stored)
+        return {
+            f"{module}.weight": u.data.view(torch.uint32),
+            f"{module}.scales": u.scale.to(dtype),
+            f"{module}.biases": _biases(u.scale, u.zero, None, stored.scheme).to(dtype),
+        }
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         """With scales in the type that the scheme stores them in."""
@@ -185,13 +196,15 @@ def _floats(stored: StoredTensor) -> torch.dtype:
     return dtype_of(stored.scheme.scale, stored.source_dtype)
 
 
-def _biases(q: QTensor) -> torch.Tensor:
-    """What a code of 0 stands for, float32 [N, G]."""
-    if q.min is not None:
-        assert isinstance(q.min, torch.Tensor), "quantized minima were refused"
-        return q.min
-    lowest = torch.full(q.plain_scale.shape, q.scheme.integers.lowest, dtype=torch.float32, device="cpu")
-    return (lowest if q.zero is None else lowest - q.zero) * q.plain_scale.float()
+def _biases(
+    scale: torch.Tensor, zero: torch.Tensor | None, low: torch.Tensor | QTensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """What a code of 0 stands for, float32 [N, G]: the minimum of the group, or that of levels around the zero."""
+    if low is not None:
+        assert isinstance(low, torch.Tensor), "quantized minima were refused"
+        return low
+    lowest = torch.full(scale.shape, scheme.integers.lowest, dtype=torch.float32, device="cpu")
+    return (lowest if zero is None else lowest - zero) * scale.float()
 
 
 def _zeros(scheme: Scheme, scales: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,10 @@ class SpicerackFormat:
         tensors = {f"{stored.module}.{key}": tensor for key, tensor in packed.pack(q).items()}
         return {name: tensors[name] for name in self.layout(stored)}
 
+    def relaid(self, _stored: StoredTensor, _u: Undecoded, /) -> dict[str, torch.Tensor] | None:
+        """None: there are schemes enough that others do not have."""
+        return None
+
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         """`packed.unpack`, with codes that mean nothing refused: a stream of bits holds more than three levels, say."""
         parts = packed.part(tensors, stored.module)
