@@ -32,6 +32,9 @@ from spicerack.storage.reader import Checkpoint
 from spicerack.storage.writer import SHARD_BYTES, OutputTensor, ShardWriter, Unit, Writer, partial_folder, shards_of
 from spicerack.text.gguf import tokenizer_of_gguf
 
+_OF_OTHERS = ("quantize_config.json", "quant_config.json")
+"""What GPTQ's and AWQ's first tools wrote beside config.json: it says how the source was packed, and not what is
+written."""
 _TOKENS = "tokenizer."
 """How keys of a GGUF file begin that describe its tokenizer."""
 
@@ -80,7 +83,8 @@ class Folders:
                     with writer.shard(shard) as out:
                         for unit in shard.units:
                             out.entries.append(_write(source, fmt, unit, out, entries))
-                files = {LEDGER: Ledger(identity, writer.entries()).content(), CONFIG: json_bytes(config)}
+                beside = {name: json_bytes(value) for name, value in fmt.beside(config).items()}
+                files = {LEDGER: Ledger(identity, writer.entries()).content(), **beside, CONFIG: json_bytes(config)}
                 writer.finish(files, folder, names)
                 order.check(writer.partial)
                 writer.seal()
@@ -97,7 +101,7 @@ def _beside(checkpoint: Checkpoint) -> Iterator[tuple[Path, Sequence[str]]]:
     Raises CheckpointError for a tokenizer that cannot be had so.
     """
     if not isinstance(checkpoint, GgufCheckpoint) or not any(key.startswith(_TOKENS) for key in checkpoint.metadata):
-        yield checkpoint.folder, checkpoint.side_files
+        yield checkpoint.folder, [name for name in checkpoint.side_files if name not in _OF_OTHERS]
         return
     with tempfile.TemporaryDirectory() as place:
         tokenizer_of_gguf(checkpoint.metadata).save_pretrained(place)
