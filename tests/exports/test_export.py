@@ -148,13 +148,15 @@ def test_words_are_laid_out_anew_as_codes_are_packed(to: str, scheme: str) -> No
     assert all(torch.equal(relaid[name], tensor) for name, tensor in encoded.items())
 
 
-@pytest.mark.parametrize("to", ["gptq", "awq", "mlx"])
+@pytest.mark.parametrize(
+    ("to", "scheme"), [("gptq", "w4g32"), ("awq", "w4g32"), ("mlx", "w4g32"), ("gptq", "w4z"), ("awq", "w4z")]
+)
 @pytest.mark.usefixtures("own_reader")
-def test_what_was_exported_runs_here_as_its_source_does(quantized: MADE, tmp_path: Path, to: str) -> None:
-    spicerack.export(quantized("w4g32"), to=to, output=tmp_path / "out")
+def test_what_was_exported_runs_here_as_its_source_does(quantized: MADE, tmp_path: Path, to: str, scheme: str) -> None:
+    spicerack.export(quantized(scheme), to=to, output=tmp_path / "out")
     ids = torch.arange(16)[None]
     with torch.no_grad():
-        one, other = (spicerack.load(path)(ids).logits for path in (quantized("w4g32"), tmp_path / "out"))
+        one, other = (spicerack.load(path)(ids).logits for path in (quantized(scheme), tmp_path / "out"))
     assert torch.equal(one, other)
 
 
@@ -256,6 +258,15 @@ def test_layers_of_several_schemes_become_the_one_that_holds_all(floating: Path,
         assert torch.equal(codec.decode(after[module]), codec.decode(q))
     events = [entry.events for entry in ledger.read(tmp_path / "out").entries if "down_proj" in entry.tensor]  # type: ignore[union-attr]
     assert events == [("w3g32z in the source, said in w4g32z",)]
+
+
+@pytest.mark.usefixtures("own_reader")
+def test_what_old_tools_look_for_lies_beside_and_does_not_go_on(quantized: MADE, tmp_path: Path) -> None:
+    spicerack.export(quantized("w4g32"), to="gptq", output=tmp_path / "gptq")
+    section = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert json.loads((tmp_path / "gptq" / "quantize_config.json").read_text()) == section
+    spicerack.export(tmp_path / "gptq", to="mlx", output=tmp_path / "mlx")
+    assert not (tmp_path / "mlx" / "quantize_config.json").exists()
 
 
 # ---- refused, and rounded again --------------------------------------------------------------------------------------

@@ -179,7 +179,12 @@ def build(
     _check(info, folder, model_class)
     model.name_or_path = model.config._name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, RuntimeError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise LoadError(
+                f"{folder}: generation_config.json is not understood: {error}", "fetch the file again, or remove it"
+            ) from error
     return model, sorted(info["unexpected_keys"])
 
 

@@ -185,6 +185,9 @@ class Format(Protocol):
         contents: what is quantized. reading: as `reading` has it for them.
         """
 
+    def beside(self, config: Mapping[str, Any], /) -> Mapping[str, Mapping[str, Any]]:
+        """Files that some readers look for beside the config.json that `config` made: name -> what JSON has there."""
+
     def recognizes(self, config: Mapping[str, Any], /) -> bool:
         """Whether `config` is of a folder in this format."""
 
@@ -229,6 +232,10 @@ class MethodFormat:
     def reading(self, _config: Mapping[str, Any], _contents: Contents, host: Host, /) -> Reading:
         """See `Format.reading`: names alone."""
         return names_of(host)
+
+    def beside(self, _config: Mapping[str, Any], /) -> Mapping[str, Mapping[str, Any]]:
+        """See `Format.beside`: none."""
+        return {}
 
     def float_config(self, config: Mapping[str, Any], /) -> dict[str, Any]:
         """See `Format.float_config`."""

@@ -41,6 +41,9 @@ from spicerack.storage.writer import (
 )
 from spicerack.text.gguf import tokenizer_of_gguf
 
+_OF_OTHERS = ("quantize_config.json", "quant_config.json")
+"""What GPTQ's and AWQ's first tools wrote beside config.json: it says how the source was packed, and not what is
+written."""
 _TOKENS = "tokenizer."
 """How keys of a GGUF file begin that describe its tokenizer."""
 
@@ -83,6 +86,7 @@ class Folders:
         out = _Out.of(source, order)
         entries = [_told(source, unit, out.before) for shard in out.shards for unit in shard.units]
         texts = [json_bytes(out.config), Ledger(out.identity, tuple(entries)).content()]
+        texts += map(json_bytes, _format(order.to).beside(out.config).values())
         if len(out.shards) > 1:
             texts.append(json_bytes(index_of(out.shards)))
         with _beside(source.folder.checkpoint) as (folder, names):
@@ -102,7 +106,9 @@ class Folders:
                         for unit in shard.units:
                             _write(source, _format(order.to), unit, file)
                             file.entries.append(_told(source, unit, out.before))
-                files = {LEDGER: Ledger(out.identity, writer.entries()).content(), CONFIG: json_bytes(out.config)}
+                beside = {name: json_bytes(value) for name, value in _format(order.to).beside(out.config).items()}
+                files = {LEDGER: Ledger(out.identity, writer.entries()).content(), **beside}
+                files[CONFIG] = json_bytes(out.config)
                 writer.finish(files, folder, names)
                 order.check(writer.partial)
                 writer.seal()
@@ -119,7 +125,7 @@ def _beside(checkpoint: Checkpoint) -> Iterator[tuple[Path, Sequence[str]]]:
     Raises CheckpointError for a tokenizer that cannot be had so.
     """
     if not isinstance(checkpoint, GgufCheckpoint) or not any(key.startswith(_TOKENS) for key in checkpoint.metadata):
-        yield checkpoint.folder, checkpoint.side_files
+        yield checkpoint.folder, [name for name in checkpoint.side_files if name not in _OF_OTHERS]
         return
     with tempfile.TemporaryDirectory() as place:
         tokenizer_of_gguf(checkpoint.metadata).save_pretrained(place, save_jinja_files=False)

@@ -2,6 +2,7 @@
 
 common     the scheme that holds every layer exactly: the most bits, the largest group that divides all others
 obstacle   what neither has
+turned     [G, N] as [N, G]
 """
 
 from __future__ import annotations
@@ -90,6 +91,11 @@ def mixture(name: str, contents: Contents) -> list[str]:
         for module, stored in contents.items()
         if stored.scheme != most
     ]
+
+
+def turned(values: torch.Tensor) -> torch.Tensor:
+    """[G, N] -> [N, G], copied: of one group `contiguous` would leave the strides as they are, which are no row's."""
+    return values.t().clone(memory_format=torch.contiguous_format)
 
 
 def part(checkpoint: Checkpoint, module: str, name: str, dtypes: tuple[str, ...]) -> TensorInfo:

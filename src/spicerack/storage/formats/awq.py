@@ -135,7 +135,7 @@ class AWQ(MethodFormat):
 
 def _scales(stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales and zero points [N, G] of a module. Raises CheckpointError."""
-    scale = _uniform.finite(stored.module, tensors[f"{stored.module}.scales"]).t().contiguous()
+    scale = _uniform.turned(_uniform.finite(stored.module, tensors[f"{stored.module}.scales"]))
     return scale, _unpack(tensors[f"{stored.module}.qzeros"]) if stored.scheme.zero else None
 
 

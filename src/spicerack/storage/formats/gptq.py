@@ -113,8 +113,9 @@ class GPTQ(MethodFormat):
     def undecoded(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> Undecoded:
         """The words, outputs first; scales and zero points of an act-order layer in the order of its inputs."""
         module, (n, k), scheme = stored.module, stored.shape, stored.scheme
-        scale = _uniform.finite(module, tensors[f"{module}.scales"]).t()
-        zero = _zeros(tensors[f"{module}.qzeros"], scheme.bits, n, stored.variant).t() if scheme.zero else None
+        scale = _uniform.turned(_uniform.finite(module, tensors[f"{module}.scales"]))
+        zero = _zeros(tensors[f"{module}.qzeros"], scheme.bits, n, stored.variant) if scheme.zero else None
+        zero = None if zero is None else _uniform.turned(zero)
         index = tensors.get(f"{module}.g_idx")
         if index is not None:
             order = index[:: scheme.group_columns or k].long()
@@ -144,6 +145,10 @@ class GPTQ(MethodFormat):
             section["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in blocks}
             section["modules_in_block_to_quantize"] = [sorted({_within_block(module) for module in contents})]
         return {**config, "quantization_config": section}
+
+    def beside(self, config: Mapping[str, Any], /) -> Mapping[str, Mapping[str, Any]]:
+        """The section once more, where AutoGPTQ and its time look for it."""
+        return {"quantize_config.json": config["quantization_config"]}
 
     def contents(self, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
         """Modules by the names of their tensors. Widths and groups are told by shapes, zero points by looking."""

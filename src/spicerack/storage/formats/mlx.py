@@ -136,6 +136,10 @@ class MLX:
         section = {**most, **{module: one for module, one in settings.items() if one != most}}
         return {**config, "quantization": section, "quantization_config": section}
 
+    def beside(self, _config: Mapping[str, Any], /) -> Mapping[str, Mapping[str, Any]]:
+        """See `Format.beside`: none."""
+        return {}
+
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """By a section that has a group and a width and does not say by which method."""
         section = _section(config)
@@ -251,7 +255,11 @@ def _stored(module: str, section: Mapping[str, Any], checkpoint: Checkpoint) -> 
     weight, scales = (checkpoint.tensors.get(f"{module}.{part}") for part in ("weight", "scales"))
     if weight is None or scales is None or weight.dtype != "U32" or len(weight.shape) != 2 or 0 in weight.shape:
         given = "missing" if weight is None else f"{weight.dtype} {list(weight.shape)}"
-        raise CheckpointError(f"{checkpoint.folder}: {module}.weight is {given}, not U32 [N, words]", _DAMAGED)
+        stacked = weight is not None and weight.dtype == "U32" and len(weight.shape) == 3
+        raise CheckpointError(
+            f"{checkpoint.folder}: {module}.weight is {given}, not U32 [N, words]",
+            "experts in one stack (switch_mlp) are not read: start from the float model" if stacked else _DAMAGED,
+        )
     override = section.get(module)
     settings = {**section, **override} if isinstance(override, dict) else section
     (n, words), size, mode = weight.shape, settings["group_size"], settings.get("mode", "affine")

@@ -111,6 +111,10 @@ class SpicerackFormat:
         written = {"model_type": CONTAINER, "quantized": {"version": VERSION, "tensors": list(groups.values())}}
         return {**written, "config": dict(config)} if config else written
 
+    def beside(self, _config: Mapping[str, Any], /) -> Mapping[str, Mapping[str, Any]]:
+        """See `Format.beside`: none."""
+        return {}
+
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """By `model_type`."""
         return config.get("model_type") == CONTAINER
