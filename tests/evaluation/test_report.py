@@ -295,3 +295,16 @@ def test_damaged_records(measured: Path) -> None:
     (measured / "eval.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no record of spicerack eval"):
         collect(measured)
+
+
+def test_an_encoder_has_a_page(measured: Path) -> None:
+    result = {
+        "compute": "int4/float32", "text": "built-in sentences", "tokens": 2210, "sentences": 100,
+        "cosine_mean": 0.997189,
+        "cosine_min": 0.9912, "spearman": None, "unknown_tokens": 0.0, "cosine_noise_floor": 0.99998,
+    }  # fmt: skip
+    records.keep(measured, "eval", result, against="float", row=None)
+    text = page(collect(measured))
+    assert "<b>0.99718</b>" in text and "0.99998" in text and 'class="dots"' not in text
+    records.keep(measured, "eval", {**result, "cosine_noise_floor": None}, against="float", row=None)
+    assert "0.99998" not in page(collect(measured))

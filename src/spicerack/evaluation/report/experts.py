@@ -62,12 +62,13 @@ def _loss(result: dict[str, Any]) -> Markup:
             [say("same top token, of 100", "首选一致(每 100)"), hundred(result["top1_agreement"]), missing, how],
         ]  # fmt: skip
     else:
+        floor = result["cosine_noise_floor"]
         over = say("{n} sentences", "{n} 句", n=result["sentences"])
         rows = [
             [say("cosine, mean", "平均余弦"), f"{result['cosine_mean']:.5f}", missing, over],
             [say("cosine, least", "最低余弦"), f"{result['cosine_min']:.5f}", missing, over],
-            [say("cosine of a cast to bfloat16", "bfloat16 转换的余弦"), short(result["cosine_noise_floor"]), missing,
-             over],
+            [say("cosine of a cast to bfloat16", "bfloat16 转换的余弦"), "-" if floor is None else f"{floor:.5f}",
+             missing, over],
             [say("Spearman", "Spearman"), short(result["spearman"]), missing, say("of all pairs", "所有句对")],
         ]  # fmt: skip
     return table(

@@ -55,7 +55,8 @@ def table(caption: Markup, head: list[Markup], rows: list[list[Any]]) -> Markup:
     lines = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     heads = [tag("th", cell, scope="col") for cell in head]
     whole = tag("table", tag("caption", caption), tag("thead", tag("tr", *heads)), tag("tbody", *lines))
-    return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label="table")
+    wide = " wide" if len(head) > 3 else ""
+    return tag("div", whole, class_=f"scroll{wide}", tabindex=0, role="region", aria_label="table / 表")
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
