@@ -142,7 +142,7 @@ def look(model: str | Path) -> Report:
     stored: dict[str, Stored] = {}
     written = ledger.read(checkpoint.folder) if quantized else None
     if written is not None:
-        checkpoint, stored, quantized = _source(checkpoint, written), _stored(written), written.recipe or quantized
+        checkpoint, stored, quantized = source_of(checkpoint, written), _stored(written), written.recipe or quantized
     elif packed := {name: told for name in checkpoint.tensors if (told := checkpoint.packed(name)) is not None}:
         stored = {name: Stored(type_, checkpoint.tensors[name].nbytes, None) for name, (type_, _) in packed.items()}
         checkpoint = _unpacked(checkpoint, {name: shape for name, (_, shape) in packed.items()})
@@ -226,7 +226,7 @@ def check_sides(out: str | Path, source: str | Path, command: str) -> None:
     refuse_strangers(quantized, original)
 
 
-def _source(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
+def source_of(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
     """The float checkpoint that a quantized folder came from, as its ledger describes it: names, types and shapes of
     tensors that are no longer there, and the config from before. It cannot be read from."""
     tensors = {e.tensor: TensorInfo(e.tensor, e.dtype, e.shape, e.bytes_before, "") for e in written.entries}

@@ -205,6 +205,11 @@ def open_model(source: str | Path) -> Model:
     return _model(str(source), checkpoint, stored, method)
 
 
+def of_checkpoint(name: str, checkpoint: Checkpoint) -> Model:
+    """The same from headers, or from what a ledger says that headers were; nothing is read of the tensors."""
+    return _model(name, checkpoint, None, None)
+
+
 def of_config(config: Mapping[str, Any], name: str = "config.json") -> Model:
     """The same from what a config.json holds. A section about quantization tells how the model is distributed."""
     dtype = _dtype(config)
