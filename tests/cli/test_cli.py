@@ -83,9 +83,8 @@ def test_what_is_piped_is_not_wrapped(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_commands_come_in_the_order_of_a_model_s_way() -> None:
     names = cli.list_commands(click.Context(cli))
     assert names == [
-        "inspect", "plan", "devices", "quantize", "train", "eval", "bench", "generate", "formats", "export", "import",
-        "kernels",
-        "demo",
+        "inspect", "plan", "devices", "quantize", "train", "eval", "bench", "energy", "report", "generate", "formats",
+        "export", "import", "kernels", "demo",
     ]  # fmt: skip
     files = {path.stem.removesuffix("_") for path in Path(spicerack.cli.__file__).parent.glob("[!_]*.py")}
     assert set(names) == files
