@@ -33,7 +33,7 @@ set(kernels ${CMAKE_CURRENT_LIST_DIR}/kernels)
 set(quantizers ${CMAKE_CURRENT_LIST_DIR}/quantizers)
 set(engine ${kernels}/linear.cpp ${kernels}/attention.cpp ${kernels}/dense.cpp ${kernels}/norm.cpp ${kernels}/rows.cpp
            ${kernels}/limits.cpp)
-set(quantizer ${quantizers}/search.cpp ${quantizers}/judge.cpp ${quantizers}/fake.cpp)
+set(quantizer ${quantizers}/search.cpp ${quantizers}/superblocks.cpp ${quantizers}/judge.cpp ${quantizers}/fake.cpp)
 find_package(Threads REQUIRED)
 add_library(kernels STATIC ${kernels}/engines.cpp ${kernels}/layout.cpp ${kernels}/stored.cpp ${kernels}/arena.cpp
             ${kernels}/packed.cpp ${kernels}/plan.cpp ${kernels}/pool.cpp ${kernels}/team.cpp)

@@ -23,12 +23,14 @@ FLOORS = (
     ("nn", "text"),
     ("runtime",),
     ("quantization", "evaluation"),
-    ("training", "exports"),
+    ("training", "exports", "planning"),
     ("cli", "__init__", "__main__"),
 )
 PLUGINS = (
-    "numerics/schemes", "algorithms/solvers", "algorithms/transforms", "storage/formats", "kernels/table",
+    "numerics/schemes", "algorithms/solvers", "algorithms/transforms", "storage/formats", "storage/engines",
+    "kernels/table",
     "quantization/calibration/observers", "exports/targets", "exports/readers", "models/gguf/families",
+    "planning/engines", "cli",
 )  # fmt: skip
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 FILES = {path.relative_to(SOURCE).with_suffix("").as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}

@@ -82,3 +82,23 @@ def test_loading(folder: Path) -> None:
     cache, ids = scope["cache"], scope["ids"]
     assert isinstance(cache, QuantizedCache) and cache.layers[0].packed is not None
     assert isinstance(ids, torch.Tensor) and ids.shape[1] > 80
+
+
+def test_what_is_exact_names_tests_that_are_there() -> None:
+    """docs/exports.md: a row that says so has a test of the engine's own reader behind it; and engines and files are
+    those that `formats` knows."""
+    from spicerack.storage import engine
+
+    page = (ROOT / "docs" / "exports.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    exact = [row for row in rows if row[3] == "exact"]
+    assert len(exact) >= 6
+    for row in exact:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row[4])
+        assert named, row
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / file).read_text(), (file, test)
+    files = {file.strip() for row in rows[1:] for file in row[1].split(",")}
+    assert files == {way.to for one in engine.every() for way in one.reads}

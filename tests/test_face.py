@@ -58,9 +58,13 @@ GOOD: dict[str, Any] = {
     "module": nn.Linear(64, 64), "scheme": "w8", "folder": "x", "against": "x", "output": "x", "data": "x",
     "source": "x", "tokenizer": PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast), "samples": 2, "length": 8,
     "seed": 0, "a": object.__new__(Comparison), "b": object.__new__(Comparison), "ids": torch.zeros(1, 2), "mask": None,
-    "sha256": "", "unknown": 0.0,
+    "sha256": "", "unknown": 0.0, "to": "gguf",
 }  # fmt: skip
 """An argument that is right, for parameters that must be given; `model` and `config` are several things."""
+
+
+FILES = ("train", "export", "import_model", "formats")
+"""What takes a model as a path, and not in memory."""
 
 
 def arguments_of(name: str) -> list[str]:
@@ -69,7 +73,7 @@ def arguments_of(name: str) -> list[str]:
 
 def good(name: str) -> dict[str, Any]:
     function = getattr(spicerack, name)
-    more = {"model": "x" if name == "train" else nn.Linear(64, 64), "config": LlamaConfig()}
+    more = {"model": "x" if name in FILES else nn.Linear(64, 64), "config": LlamaConfig()}
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     return {p.name: {**GOOD, **more}[p.name] for p in needed}
 

@@ -37,6 +37,7 @@ struct Slab {
     int16_t* words;  // the codes once more, or null: of every four the even ones, then the odd ones
     float* scale;    // one for each span, or 1 where rows have their own
     int32_t* sums;   // of the codes of each span
+    int32_t* low;    // of the first half of them, or null
     float* token;    // [rows], or null: the row's scale
     int32_t* total;  // [rows]: of all codes of a row
     float* floats;
@@ -93,10 +94,12 @@ struct Step {
 
 // -> the sum of the codes. Divided, a given scale has the codes that any other reader of it finds; a scale of our own
 // costs a product, and needs no limits: 127 (1 + 2^-22) rounds to 127.
+// low: where the sum of the first half goes, or null.
 template <bool GIVEN>
-INLINE int32_t round_span(const vf* x, const Step& step, int8_t* codes) {
+INLINE int32_t round_span(const vf* x, const Step& step, int8_t* codes, int32_t* low) {
     if (!GIVEN && step.inverse == 0) {  // nothing, or NaN and infinities: what of them became would be no code
         std::memset(codes, 0, TILE);
+        if (low) *low = 0;
         return 0;
     }
     vi q[VECTORS_A_SPAN], sum{};
@@ -109,6 +112,11 @@ INLINE int32_t round_span(const vf* x, const Step& step, int8_t* codes) {
         sum += q[i];
     }
     to_bytes(q, codes);
+    if (low) {
+        vi first = q[0];
+        for (int i = 1; i < VECTORS_A_SPAN / 2; i++) first += q[i];
+        *low = sum_across(first);
+    }
     return sum_across(sum);
 }
 
@@ -117,7 +125,7 @@ void quantize_row(const Slab& s, Activations how, float fixed_scale, const SlabR
     const int64_t row = place.row();
     int8_t* codes = s.codes + place.at_column(s);
     float* scale = s.scale + place.at(s);
-    int32_t* sums = s.sums + place.at(s);
+    int32_t *sums = s.sums + place.at(s), *low = s.low ? s.low + place.at(s) : nullptr;
     const bool given = how == Activations::fixed;
     int32_t worst = 0, total = 0;
     vf x[VECTORS_A_SPAN];
@@ -141,8 +149,9 @@ void quantize_row(const Slab& s, Activations how, float fixed_scale, const SlabR
             step = Step(largest);
         }
         *scale = how == Activations::spans ? step.scale : 1.0f;
-        *sums = given ? round_span<true>(x, step, codes) : round_span<false>(x, step, codes);
+        *sums = given ? round_span<true>(x, step, codes, low) : round_span<false>(x, step, codes, low);
         total += *sums;
+        if (low) low += place.height;
         codes += TILE * place.height, scale += place.height, sums += place.height;
     }
     s.total[row] = total;

@@ -18,6 +18,9 @@ enum Scaling {
     scale_of_group,  // float32: t s_w, with a scale for several tiles of W
     unscaled,        // int32: u a, where x has one scale a row and W has, too
     of_floats,       // float32: (u - z) x, or s_w (u - z) x where groups of W have scales
+    of_blocks,       // float32: t s_w + m x, of tiles (blocks.h)
+    of_half_blocks,  // the same of half tiles
+    of_block_floats, // float32: (s_w (u - z) + m) x
     SCALINGS
 };
 
@@ -28,23 +31,31 @@ static_assert(COLUMNS % (FOLD_TILES * TILE) == 0, "a chunk of float sums ends wh
 struct Panels {
     const uint8_t* codes[PANELS_MOST];  // step: bytes from tile to tile; trits in bundles: all in the first
     const uint8_t* scale[PANELS_MOST];  // of the chunk's first group, in `type`
+    const uint8_t* outer[PANELS_MOST];  // of its first block, in `outer_type`; null: none
     const uint8_t* zero[PANELS_MOST];   // null: none
     int64_t step;
     int64_t left, jump;    // bytes to a panel's end, and from there to the panel that its thread reads next
     int64_t tiles;         // of the chunk, in each panel
     int which;             // panel of a bundle of trits, where they are multiplied by floats
-    int64_t group_tiles;   // 0: one scale a row, applied in the end
-    Float type;
+    int64_t group_tiles;   // 0: one scale a row, applied in the end, or groups of half a tile
+    bool halves;           // these
+    int64_t block_tiles;   // of an outer scale; 0: all
+    ScaleType type;
+    Float outer_type;
     int offset;
-    bool half;
+    bool half, minima;
+    const uint8_t* table;  // of codes that are looked up
 };
 
 // A strip of x: for every span of the chunk its M rows one after the other.
+//
+// Of groups of half a tile each span has two of `start` and `sum`: [spans, 2, M].
 struct Strip {
     const int8_t* codes;   // [spans, M, 32], or for products of words their bytes, [spans, M, 64]
     const float* scale;    // [spans, M]
     const int32_t* start;  // [spans, M]: -offset * sum of the codes; with zeros the sum itself, negated
     const float* half;     // [spans, M]: half the sum of the codes, or null
+    const float* sum;      // [spans, M]: the sum of the codes times their scale, or null
     const float* floats;   // [spans, M, 32], or null
 };
 
@@ -81,14 +92,16 @@ INLINE void take(const Panels& w, int64_t at, int quad, int pass, vi* u) {
     if constexpr (BITS == TRITS) {
         split_trits(load<vi>(w.codes[0] + at + quad * TILE_UNIT + pass * VECTOR_BYTES), u);
     } else {
-        for (int v = 0; v < S::count; v++) u[v] = codes<BITS>(w.codes[S::panel(v)] + at, quad, v % S::parts + pass);
+        for (int v = 0; v < S::count; v++) {
+            u[v] = codes<BITS>(w.codes[S::panel(v)] + at, quad, v % S::parts + pass, w.table);
+        }
     }
 }
 
 // Into the second-level cache: the first has too few lines on their way at once, which cost a fifth of the bandwidth.
 template <int BITS, int P>
 INLINE void prefetch(const Panels& w, int64_t at) {
-    constexpr int streams = BITS == TRITS ? 1 : P, lines = BITS == TRITS ? QUADS : BITS;
+    constexpr int streams = BITS == TRITS ? 1 : P, lines = BITS == TRITS ? QUADS : BITS == LOOKED_UP ? 4 : BITS;
     at += at + PREFETCH_BYTES < w.left ? PREFETCH_BYTES : PREFETCH_BYTES + w.jump;
     for (int p = 0; p < streams; p++) {
         for (int line = 0; line < lines; line++) __builtin_prefetch(w.codes[p] + at + line * TILE_UNIT, 0, 2);
@@ -102,7 +115,7 @@ constexpr bool prefetches(int panels_read_once) {
 }
 
 INLINE vf scale_at(const Panels& w, int panel, int64_t group, int row) {
-    return widen(w.scale[panel] + (group * PANEL + row) * size_of(w.type), w.type);
+    return widen(w.scale[panel] + (group * PANEL + row) * size_of(w.type), Float(w.type));
 }
 
 INLINE vi zero_at(const Panels& w, int panel, int64_t group, int row) {
@@ -117,15 +130,16 @@ INLINE void for_each(const Body& body) {
     }
 }
 
-// i = begin(m, v) + u a of one span, in int32. `at`: bytes to its tile in each panel; a [M, 32].
-template <int BITS, int M, int P, class Begin>
+// i = begin(m, v) + u a of one span, in int32, or of one piece of CUT. `at`: bytes to its tile in each panel; a [M, 32].
+template <int BITS, int M, int P, int CUT = 1, int PIECE = 0, class Begin>
 INLINE void sum_tile(const Panels& w, int64_t at, int pass, const int8_t* a, const Begin& begin,
                      vi (&i)[M][Vectors<BITS, P>::count]) {
-    constexpr int V = Vectors<BITS, P>::count, SHORT = SHORT_STEPS<BITS>;
-    if constexpr (SHORT < QUADS) for_each<M, V>([&](int m, int v) FLAT { i[m][v] = begin(m, v); });
+    constexpr int V = Vectors<BITS, P>::count, COUNT = STEPS<BITS> / CUT, FIRST = PIECE * COUNT;
+    constexpr int SHORT = SHORT_STEPS<BITS> < COUNT ? SHORT_STEPS<BITS> : COUNT;
+    if constexpr (SHORT < COUNT) for_each<M, V>([&](int m, int v) FLAT { i[m][v] = begin(m, v); });
     if constexpr (SHORT == 1) {
 #pragma GCC unroll QUADS_UNROLLED
-        for (int step = 0; step < STEPS<BITS>; step++) {
+        for (int step = FIRST; step < FIRST + COUNT; step++) {
             vi u[V];
             take<BITS, P>(w, at, step, pass, u);
             for (int m = 0; m < M; m++) {
@@ -136,7 +150,7 @@ INLINE void sum_tile(const Panels& w, int64_t at, int pass, const int8_t* a, con
     } else {
         vi h[M][V];
 #pragma GCC unroll 8
-        for (int step = 0; step < QUADS; step++) {
+        for (int step = FIRST; step < FIRST + COUNT; step++) {
             vi u[V];
             take<BITS, P>(w, at, step, pass, u);
             for (int m = 0; m < M; m++) {
@@ -148,7 +162,7 @@ INLINE void sum_tile(const Panels& w, int64_t at, int pass, const int8_t* a, con
             }
             if (step % SHORT == SHORT - 1) {
                 for_each<M, V>([&](int m, int v) FLAT {
-                    i[m][v] = add_widened(SHORT < QUADS ? i[m][v] : begin(m, v), h[m][v]);
+                    i[m][v] = add_widened(SHORT < COUNT ? i[m][v] : begin(m, v), h[m][v]);
                 });
             }
         }
@@ -273,7 +287,7 @@ void floating(const Panels& w, const Strip& x, float* sums) {
                         take<BITS, BUNDLE>(w, at, quad, part, all);
                         u = all[w.which];
                     } else {
-                        u = codes<BITS>(w.codes[0] + at, quad, part);
+                        u = codes<BITS>(w.codes[0] + at, quad, part, w.table);
                     }
 #pragma GCC unroll 4
                     for (int j = 0; j < 4; j++) {

@@ -12,9 +12,10 @@ namespace {
 INLINE vi shift(vi x, int by) { return by >= 0 ? (vi)((vu)x >> by) : x << -by; }
 
 // One vector of a tile: quad 0..7 of 4 columns, rows LANES * part and on, one byte a code. Of a tile of words: half a
-// quad, 0..15.
+// quad, 0..15. table: of those that are looked up.
 template <int BITS>
-INLINE vi codes(const uint8_t* tile, int quad, int part) {
+INLINE vi codes(const uint8_t* tile, int quad, int part, const uint8_t* table) {
+    if constexpr (BITS == LOOKED_UP) return look_up(codes<4>(tile, quad, part, nullptr), table);
     tile += part * VECTOR_BYTES;
     if constexpr (BITS == 8 || BITS >= UNPACKED) return load<vi>(tile + quad * TILE_UNIT);
     vi u{};
@@ -75,10 +76,11 @@ INLINE void split_trits(vi packed, vi* u) {
 constexpr int WORD_TILE = 2 * BYTE_TILE;  // bytes of a tile with one word a code
 
 // A tile of 8 bits to words, of every quad the even columns and then the odd ones.
-INLINE void unpack_words(const uint8_t* tile, uint8_t* words) {
+template <int BITS>
+void unpack_words(const uint8_t* tile, uint8_t* words, const uint8_t* table) {
     for (int quad = 0; quad < QUADS; quad++, words += 2 * TILE_UNIT) {
         for (int part = 0; part < PARTS; part++) {
-            const vu bytes = (vu)codes<8>(tile, quad, part);
+            const vu bytes = (vu)codes<BITS>(tile, quad, part, table);
             store(words + part * VECTOR_BYTES, bytes & 0x00ff00ff);
             store(words + TILE_UNIT + part * VECTOR_BYTES, bytes >> 8 & 0x00ff00ff);
         }
@@ -87,7 +89,7 @@ INLINE void unpack_words(const uint8_t* tile, uint8_t* words) {
 
 // A tile to one byte a code: BYTE_TILE bytes for each of its panels, a quad of 16 rows after the other.
 template <int BITS>
-void unpack_tile(const uint8_t* tile, uint8_t* bytes) {
+void unpack_tile(const uint8_t* tile, uint8_t* bytes, const uint8_t* table) {
 #pragma GCC unroll 8
     for (int quad = 0; quad < QUADS; quad++) {
 #pragma GCC unroll 4
@@ -98,7 +100,7 @@ void unpack_tile(const uint8_t* tile, uint8_t* bytes) {
                 split_trits(load<vi>(tile + at), u);
                 for (int p = 0; p < BUNDLE; p++) store(bytes + p * BYTE_TILE + at, u[p]);
             } else {
-                store(bytes + at, codes<BITS>(tile, quad, part));
+                store(bytes + at, codes<BITS>(tile, quad, part, table));
             }
         }
     }

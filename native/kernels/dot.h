@@ -31,6 +31,22 @@ constexpr bool SCALAR = false;
 
 INLINE vi splat_int(int32_t x) { return vi{} + x; }
 
+// The bytes of a table [16] at the places 0..15 that are the bytes of x.
+INLINE vi look_up(vi x, const uint8_t* table) {
+#if LANES == 16
+    return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), raw(x));
+#elif LANES == 8
+    return (vi)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), raw(x));
+#elif defined(__aarch64__)
+    return (vi)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)x);
+#else
+    uint8_t bytes[VECTOR_BYTES];
+    store(bytes, x);
+    for (int i = 0; i < VECTOR_BYTES; i++) bytes[i] = table[bytes[i]];
+    return load<vi>(bytes);
+#endif
+}
+
 // Four bytes from memory, a quad of activations or an int32, for every row.
 INLINE vi four_bytes(const void* p) {
     int32_t four;
@@ -40,7 +56,9 @@ INLINE vi four_bytes(const void* p) {
 
 // How codes come to a product, as a template argument: the bits of packed planes (2 to 8), TRITS, or one of these.
 constexpr int UNPACKED = 16;  // and so many bits: unpacked before, to a byte a code; of 8 bits to a word
-constexpr int bits_of(int codes) { return codes == TRITS ? 2 : codes % UNPACKED; }
+constexpr int bits_of(int codes) { return codes == TRITS ? 2 : codes == LOOKED_UP ? 8 : codes % UNPACKED; }
+// Bytes of 8 bits, as they are or looked up.
+constexpr bool in_bytes(int codes) { return codes == 8 || codes == LOOKED_UP; }
 // Codes and activations are multiplied as 16-bit words, two columns at a time. AVX2's product of bytes saturates above 15
 // bits, and what takes 8-bit codes apart into magnitudes and signs for it costs more than to unpack words once.
 constexpr bool in_words(int codes) { return codes == UNPACKED + 8; }
@@ -68,7 +86,7 @@ INLINE vi dot(vi acc, vi u, vi a) {
 constexpr bool PAIRS = true;  // products of bytes come as 16-bit sums of two columns
 
 template <int CODES>
-constexpr int SHIFT = CODES == 8 ? 128 : 0;
+constexpr int SHIFT = in_bytes(CODES) ? 128 : 0;
 
 // A sum, and a wall behind it: GCC 12 else moves the products of a tile away from their sums, and keeps more of them
 // than there are registers. 4 bits, 512 columns: 150 without, 239 GOP/s with it; Clang does not need it.
@@ -89,7 +107,7 @@ INLINE vi dot_of_4_bits(vi sum, vi u, vi a) { return add_pairs(sum, pairs(u, a))
 template <int CODES>
 INLINE vi dot(vi acc, vi u, vi a) {
     if constexpr (in_words(CODES)) return walled(acc + (vi)_mm256_madd_epi16(raw(u), raw(a)));
-    if constexpr (CODES != 8) return add_widened(acc, pairs(u, a));
+    if constexpr (!in_bytes(CODES)) return add_widened(acc, pairs(u, a));
     const __m256i w = _mm256_xor_si256(raw(u), _mm256_set1_epi8(-128));  // |sum of two| <= 128 * 127 * 2 < 2^15
     return add_widened(acc, (vi)_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(raw(a), w)));
 }
@@ -97,12 +115,12 @@ INLINE vi dot(vi acc, vi u, vi a) {
 constexpr bool PAIRS = false;
 
 template <int CODES>
-constexpr int SHIFT = CODES == 8 ? 128 : CODES == TRITS && SCALAR ? 1 : 0;
+constexpr int SHIFT = in_bytes(CODES) ? 128 : CODES == TRITS && SCALAR ? 1 : 0;
 
 template <int CODES>
 INLINE vi dot(vi acc, vi u, vi a) {
 #if defined(__ARM_FEATURE_DOTPROD)
-    const int8x16_t w = (int8x16_t)(CODES == 8 ? u ^ (int32_t)0x80808080 : u);
+    const int8x16_t w = (int8x16_t)(in_bytes(CODES) ? u ^ (int32_t)0x80808080 : u);
     return (vi)vdotq_s32((int32x4_t)acc, w, (int8x16_t)a);
 #else
     if constexpr (CODES == TRITS) {  // additions and subtractions alone
@@ -188,6 +206,18 @@ INLINE vi from_bytes(const uint8_t* p) {
     return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
     typedef uint8_t small __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(load<small>(p), vi);
+#endif
+}
+
+// The same of signed bytes.
+INLINE vi from_signed_bytes(const uint8_t* p) {
+#if LANES == 16
+    return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif LANES == 8
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    typedef int8_t small __attribute__((vector_size(LANES)));
     return __builtin_convertvector(load<small>(p), vi);
 #endif
 }

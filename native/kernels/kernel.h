@@ -10,6 +10,8 @@
 // Trits, the codes 0, 1, 2 of ternary weights, may instead lie in bundles of 5 panels, N filled up to 80: a tile of 32
 // columns has 512 bytes, vector q is quad q, and each byte the sum of code * 3^p over the panels p = 0..4: 1.6 bits a
 // code.
+//
+// Four bits may also be places in a table of 16 bytes, whose u are then looked up.
 #pragma once
 
 #include <cstdint>
@@ -24,25 +26,46 @@ constexpr int QUADS = 8;                 // groups of 4 columns in a tile
 constexpr int TILE_UNIT = 64;            // bytes of a tile, for each bit of a code
 constexpr int BYTE_TILE = PANEL * TILE;  // bytes of a tile with one byte a code
 constexpr int TRITS = 1;                 // instead of a number of bits
+constexpr int LOOKED_UP = 9;             // instead of a number of bits: 4, which are places in a table
+constexpr int TABLE = 16;                // bytes of a table
 constexpr int BUNDLE = 5;                // panels of trits in a byte
 
+// What scales are stored as: floats, or what an outer scale is multiplied by.
+enum class ScaleType : int { f32, f16, bf16, int8, e4m3 };
+
+ALWAYS_INLINE int size_of(ScaleType type) { return type == ScaleType::f32 ? 4 : type >= ScaleType::int8 ? 1 : 2; }
+
 // w[n, k] = scale[n, k / group] * (u[n, k] - z), z = zero[n, k / group], or offset without zeros; and 1/2 more if half.
+//
+// Groups in blocks (`in_blocks`): there are minima, which are added; or scales and minima are products of what is stored
+// and outer scales, one for each block of groups, rounded to float32; or groups have 16 columns. They have no zeros and
+// no halves.
 struct Weights {
     const uint8_t* codes;  // [ceil(N/16), ceil(K/32), 64 * bits]; trits: [ceil(N/80), ceil(K/32), 512]
-    const void* scale;     // [ceil(N/16), groups, 16]
+    const void* scale;     // [ceil(N/16), groups, 16]; with minima [ceil(N/16), groups, 2, 16]: scales, then minima
     const uint8_t* zero;   // like scale, or null
     int64_t n, k;
-    int64_t group;  // columns that share a scale, a multiple of 32; 0: the whole row
-    Float scale_type;
-    int bits, offset;      // bits: 2 to 8, or TRITS
+    int64_t group;  // columns that share a scale, 16 or a multiple of 32; 0: the whole row
+    ScaleType scale_type;
+    int bits, offset;      // bits: 2 to 8, TRITS, or LOOKED_UP
     bool half;
+    bool minima = false;
+    const void* outer = nullptr;  // like scale, of blocks; or null
+    int64_t block = 0;            // columns that share an outer scale, a multiple of group and of 32; 0: the whole row
+    Float outer_type = Float::f32;
+    uint8_t table[TABLE] = {};  // u by place, where they are looked up
 
     ALWAYS_INLINE int64_t panels() const { return (n + PANEL - 1) / PANEL; }
     ALWAYS_INLINE int64_t tiles() const { return (k + TILE - 1) / TILE; }
     ALWAYS_INLINE int64_t groups() const { return group == 0 ? 1 : k / group; }
+    ALWAYS_INLINE int64_t blocks() const { return block == 0 ? 1 : k / block; }
+    ALWAYS_INLINE int kinds() const { return minima ? 2 : 1; }  // of what a group has: a scale, a minimum
+    ALWAYS_INLINE bool in_blocks() const { return minima || outer || group == TILE / 2; }
     // Panels whose codes lie together.
     ALWAYS_INLINE int64_t bundles() const { return bits == TRITS ? (panels() + BUNDLE - 1) / BUNDLE : panels(); }
-    ALWAYS_INLINE int64_t tile_bytes() const { return int64_t(bits == TRITS ? QUADS : bits) * TILE_UNIT; }
+    ALWAYS_INLINE int64_t tile_bytes() const {
+        return int64_t(bits == TRITS ? QUADS : bits == LOOKED_UP ? 4 : bits) * TILE_UNIT;
+    }
     ALWAYS_INLINE const uint8_t* tile(int64_t bundle, int64_t number) const {
         return codes + (bundle * tiles() + number) * tile_bytes();
     }

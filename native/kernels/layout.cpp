@@ -1,5 +1,6 @@
 #include "layout.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace spicerack {
@@ -114,23 +115,40 @@ float as_float(const void* p, int64_t i, Float type) {
     return value;
 }
 
+float as_float(const void* p, int64_t i, ScaleType type) {
+    if (type == ScaleType::int8) return ((const int8_t*)p)[i];
+    if (type != ScaleType::e4m3) return as_float(p, i, Float(type));
+    const int code = ((const uint8_t*)p)[i], magnitude = code % 128 > 0x7e ? 0x7e : code % 128;
+    const int exponent = magnitude >> 3, fraction = magnitude & 7;
+    const float value = exponent ? std::ldexp(8.0f + float(fraction), exponent - 10) : std::ldexp(float(fraction), -9);
+    return code >= 128 ? -value : value;
+}
+
+// The scale (kind 0) or the minimum (1) of a row of a panel at a column.
+float step_of(const Weights& w, int64_t panel, int64_t r, int64_t column, int kind) {
+    const int64_t group = w.group == 0 ? 0 : column / w.group, block = w.block == 0 ? 0 : column / w.block;
+    const float step = as_float(w.scale, ((panel * w.groups() + group) * w.kinds() + kind) * PANEL + r, w.scale_type);
+    if (!w.outer) return step;
+    return step * as_float(w.outer, ((panel * w.blocks() + block) * w.kinds() + kind) * PANEL + r, w.outer_type);
+}
+
 }  // namespace
 
 void decode_rows(const Weights& w, const int64_t* rows, int64_t count, float* out) {
-    const int64_t group = w.group == 0 ? w.k : w.group;
+    const int64_t group = w.group == 0 ? w.k : w.group, piece = group < TILE ? group : int64_t(TILE);
+    const int bits = w.bits == LOOKED_UP ? 4 : w.bits;
     for (int64_t i = 0; i < count; i++) {
         const int64_t panel = rows[i] / PANEL, r = rows[i] % PANEL;
         const uint8_t* tile = w.tile(w.bits == TRITS ? panel / BUNDLE : panel, 0);
         for (int64_t column = 0; column < w.k; column += TILE, tile += w.tile_bytes()) {
             const int64_t at = (panel * w.groups() + column / group) * PANEL + r;
-            const float scale = as_float(w.scale, at, w.scale_type);
             const float zero = float(w.zero ? w.zero[at] : w.offset) - (w.half ? 0.5f : 0.0f);
             uint8_t codes[TILE] = {};
             const uint8_t* plane = tile;
             if (w.bits == TRITS) {
                 for (int64_t c = 0; c < TILE; c++) codes[c] = tile[place(r, c)] / POWERS_OF_3[panel % BUNDLE] % 3;
             } else {
-                planes(w.bits, [&](int width, int low) {
+                planes(bits, [&](int width, int low) {
                     const int per = 8 / width, mask = (1 << width) - 1;
                     for (int quad = 0; quad < QUADS; quad++) {
                         const uint8_t* four = plane + quad / per * VECTOR + r * 4;
@@ -139,7 +157,15 @@ void decode_rows(const Weights& w, const int64_t* rows, int64_t count, float* ou
                     plane += width * TILE_UNIT;
                 });
             }
-            for (int64_t c = 0; c < TILE && column + c < w.k; c++) *out++ = scale * (float(codes[c]) - zero);
+            float scale = 0, least = 0;
+            for (int64_t c = 0; c < TILE && column + c < w.k; c++) {
+                if (c % piece == 0) {
+                    scale = step_of(w, panel, r, column + c, 0);
+                    least = w.minima ? step_of(w, panel, r, column + c, 1) : 0.0f;
+                }
+                const float value = scale * (float(w.bits == LOOKED_UP ? w.table[codes[c]] : codes[c]) - zero);
+                *out++ = w.minima ? value + least : value;
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ void squeeze_tile(const uint8_t* bytes, int bits, uint8_t* tile);
 // to 8, or TRITS. stored.h has the way there.
 void unpack_panels(const uint8_t* tiles, int64_t n, int64_t k, int bits, int offset, uint8_t* codes);
 
-// out [count, K] = rows [count] of w, each in 0..N-1: scale * (u - z) in float32, rounded once, which is what
+// out [count, K] = rows [count] of w, each in 0..N-1: scale * (u - z) in float32, plus the minimum, which is what
 // numerics/codec.py's decode gives.
 void decode_rows(const Weights& w, const int64_t* rows, int64_t count, float* out);
 

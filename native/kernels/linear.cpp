@@ -6,12 +6,13 @@
 //     t += float(sum over the span of (u - z) a) * s_a        one fused multiply-add for each span
 //     y += t * s_w                                             another for each group, or one for the row
 //
-// With one scale for a token and one for a row nothing is scaled before the end. Float activations: the same with codes
-// turned to floats, four running sums for a group. Spans, groups and sums come in the same order wherever they are
+// With one scale for a token and one for a row nothing is scaled before the end. Groups in blocks: each tile, or half of
+// one, is scaled by s_a and then s_w, and s_a times the sum of the codes by the minimum. Float activations: the same with
+// codes turned to floats, four running sums for a group. Spans, groups and sums come in the same order wherever they are
 // computed, so results do not depend on M, on threads, or on the instruction set.
 //
 // The rows of x are cut into slabs and these into strips, the panels of W into units, and a unit's columns into chunks.
-// From the inside out: codes.h unpacks, bodies.h multiplies a strip by a few panels, methods.h chooses the body,
+// From the inside out: codes.h unpacks, bodies.h and blocks.h multiply a strip by a few panels, methods.h chooses the body,
 // activations.h quantizes x, job.h makes a slab ready, results.h makes y of sums, units.h walks over a unit; sizes.h
 // has what was tuned. Here the units are shared among threads. All of it is one unit of compilation, with nothing that
 // others could link to.
@@ -32,8 +33,8 @@ struct alignas(64) Share {
 struct Arena {
     Buffer<int8_t> codes;
     Buffer<int16_t> words;
-    Buffer<float> scale, token, floats, halves;
-    Buffer<int32_t> sums, total, starts;
+    Buffer<float> scale, token, floats, halves, spans, half_spans;
+    Buffer<int32_t> sums, low, total, starts;
     Buffer<uint8_t> wild;
     Buffer<ProductWork> work;
     Buffer<Share> shares;
@@ -49,14 +50,14 @@ Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Aren
     const Weights& w0 = call.products[0].weights;
     const Strips strips = strips_for(rows, how, call.products, call.count);
     ProductWork* work = arena.work.need(call.count + 1);
-    Job job{&call, how, row0, strips.reading, EvenParts(rows, strips.rows), {}, work, nullptr};
+    Job job{&call, how, row0, strips.reading, EvenParts(rows, strips.rows), {}, work, nullptr, {}};
     Slab& s = job.slab;
     s.rows = rows;
     s.k = w0.k;
     s.spans = w0.tiles();
     s.x = (const char*)call.x + row0 * s.k * size_of(call.type);
     s.type = call.type;
-    bool half = false, words = false;
+    bool half = false, words = false, low = false, sums = false, half_sums = false;
     work[0].first_unit = 0;
     for (int i = 0; i < call.count; i++) {
         const Weights& w = call.products[i].weights;
@@ -65,6 +66,10 @@ Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Aren
         work[i + 1].first_unit = work[i].first_unit + (w.panels() + panels - 1) / panels;
         half |= w.half;
         words |= work[i].method.words;
+        const bool halves = work[i].method.scaling == of_half_blocks;
+        low |= halves;
+        sums |= w.minima && !halves;
+        half_sums |= w.minima && halves;
     }
     const int64_t count = rows * s.spans;
     if (how == Activations::floats) {
@@ -75,12 +80,16 @@ Job make_job(const Call& call, Activations how, int64_t row0, int64_t rows, Aren
     if (words) s.words = arena.words.need(count * TILE);
     s.scale = arena.scale.need(count);
     s.sums = arena.sums.need(count);
+    if (low) s.low = arena.low.need(count);
+    if (sums) job.spans[0] = arena.spans.need(count);
+    if (half_sums) job.spans[1] = arena.half_spans.need(2 * count);
     s.total = arena.total.need(rows);
     s.wild = arena.wild.need(rows);
     if (how != Activations::spans) s.token = arena.token.need(rows);
     if (half) job.halves = arena.halves.need(count);
-    int32_t* starts = arena.starts.need(count * call.count);
-    for (int i = 0; i < call.count; i++) work[i].starts = starts + i * count;
+    const int64_t each = low ? 2 * count : count;
+    int32_t* starts = arena.starts.need(each * call.count);
+    for (int i = 0; i < call.count; i++) work[i].starts = starts + i * each;
     return job;
 }
 

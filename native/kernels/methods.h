@@ -3,13 +3,13 @@
 // A table has the bodies there are; two functions choose. What is chosen changes how fast a result comes, not its bits.
 #pragma once
 
-#include "bodies.h"
+#include "blocks.h"
 
 namespace spicerack::SPICERACK_ISA {
 namespace {
 
 typedef void (*Body)(const Panels&, const Strip&, float*);
-typedef void (*Unpack)(const uint8_t*, uint8_t*);
+typedef void (*Unpack)(const uint8_t* tile, uint8_t* bytes, const uint8_t* table);
 
 // Bodies that read codes in one way: of each scaling, for strips of 1, 2, ... rows (null: of no use), and their panels.
 struct Bodies {
@@ -26,6 +26,11 @@ constexpr void add_scaled(Bodies& bodies) {
     bodies.of[scale_of_tile][M - 1] = scaled<BITS, M, P, scale_of_tile>;
     bodies.of[scale_of_group][M - 1] = scaled<BITS, M, P, scale_of_group>;
     bodies.panels[scale_of_row] = bodies.panels[scale_of_tile] = bodies.panels[scale_of_group] = P;
+    if constexpr (BITS != TRITS) {
+        bodies.of[of_blocks][M - 1] = blocks<BITS, M, P, 1>;
+        bodies.of[of_half_blocks][M - 1] = blocks<BITS, M, P, 2>;
+        bodies.panels[of_blocks] = bodies.panels[of_half_blocks] = P;
+    }
     if constexpr (M > LEAST) add_scaled<BITS, M - 1, LEAST, P>(bodies);
 }
 
@@ -39,7 +44,8 @@ constexpr void add_summed(Bodies& bodies) {
 template <int BITS, int M, int LEAST>
 constexpr void add_floating(Bodies& bodies) {
     bodies.of[of_floats][M - 1] = floating<BITS, M>;
-    bodies.panels[of_floats] = 1;
+    if constexpr (BITS != TRITS) bodies.of[of_block_floats][M - 1] = floating_blocks<BITS, M>;
+    bodies.panels[of_floats] = bodies.panels[of_block_floats] = 1;
     if constexpr (M > LEAST) add_floating<BITS, M - 1, LEAST>(bodies);
 }
 
@@ -105,9 +111,10 @@ constexpr Bodies reading_bytes_of_trits() {
     return bodies;
 }
 
-// By bits, TRITS among them. 8 bits are read as they are for any number of rows, if products of words are not faster.
+// By bits, TRITS and LOOKED_UP among them. 8 bits are read as they are for any number of rows, if products of words are
+// not faster; what was looked up is, too.
 constexpr int FEW_FLOATS = IN_REGISTERS.rows < FLOAT_ROWS ? IN_REGISTERS.rows : FLOAT_ROWS;
-constexpr Bodies BODIES_IN_REGISTERS[9] = {
+constexpr Bodies BODIES_IN_REGISTERS[10] = {
     {},
     reading_trits(),
     reading_planes<2, IN_REGISTERS.rows, FEW_FLOATS>(),
@@ -116,16 +123,17 @@ constexpr Bodies BODIES_IN_REGISTERS[9] = {
     reading_planes<5, IN_REGISTERS.rows, FEW_FLOATS>(),
     reading_planes<6, IN_REGISTERS.rows, FEW_FLOATS>(),
     reading_planes<7, IN_REGISTERS.rows, FEW_FLOATS>(),
-    reading_planes<8, (PAIRS ? IN_REGISTERS.rows : FROM_BYTES.rows), FLOAT_ROWS>()};
-constexpr Bodies BODIES_READ_ONCE[9] = {
+    reading_planes<8, (PAIRS ? IN_REGISTERS.rows : FROM_BYTES.rows), FLOAT_ROWS>(),
+    reading_planes<LOOKED_UP, IN_REGISTERS.rows, FEW_FLOATS>()};
+constexpr Bodies BODIES_READ_ONCE[10] = {
     {}, {}, reading_once<2>(), reading_once<3>(), reading_once<4>(),
-    reading_once<5>(), reading_once<6>(), reading_once<7>(), reading_once<8>()};
+    reading_once<5>(), reading_once<6>(), reading_once<7>(), reading_once<8>(), reading_once<LOOKED_UP>()};
 constexpr Bodies BODIES_FROM_BYTES[9] = {
     {}, reading_bytes<TRITS>(), reading_bytes<2>(), reading_bytes<3>(), reading_bytes<4>(),
     reading_bytes<5>(), reading_bytes<6>(), reading_bytes<7>(), reading_bytes<8>()};
 constexpr Bodies BODIES_FROM_BYTES_OF_TRITS = reading_bytes_of_trits();
 constexpr Unpack UNPACK[9] = {nullptr,        unpack_tile<TRITS>, unpack_tile<2>, unpack_tile<3>, unpack_tile<4>,
-                              unpack_tile<5>, unpack_tile<6>,     unpack_tile<7>, unpack_words};
+                              unpack_tile<5>, unpack_tile<6>,     unpack_tile<7>, unpack_words<8>};
 
 // ---- the choice -----------------------------------------------------------------------------------------------------
 
@@ -136,8 +144,14 @@ enum class Reading {
     from_bytes,    // unpacked before, once for all rows; 8 bits need not be
 };
 
+INLINE bool takes_floats(Scaling scaling) { return scaling == of_floats || scaling == of_block_floats; }
+INLINE bool in_blocks(Scaling scaling) {
+    return scaling == of_blocks || scaling == of_half_blocks || scaling == of_block_floats;
+}
+
 INLINE Scaling scaling_of(Activations how, const Weights& w) {
-    if (how == Activations::floats) return of_floats;
+    if (how == Activations::floats) return w.in_blocks() ? of_block_floats : of_floats;
+    if (w.in_blocks()) return w.group == TILE / 2 ? of_half_blocks : of_blocks;
     if (w.group == TILE) return scale_of_tile;
     if (w.group != 0) return scale_of_group;
     return how == Activations::spans ? scale_of_row : unscaled;
@@ -186,18 +200,19 @@ struct Method {
 INLINE Method method_of(Activations how, const Weights& w, Reading reading) {
     const Scaling scaling = scaling_of(how, w);
     const bool trits = w.bits == TRITS;
-    const int shift = trits ? SHIFT<TRITS> : w.bits == 8 ? SHIFT<8> : 0;
+    const int shift = trits ? SHIFT<TRITS> : in_bytes(w.bits) ? SHIFT<8> : 0;
     const auto with = [&](const Bodies& bodies, Unpack unpack) FLAT {
         return Method{scaling, bodies.of[scaling], bodies.panels[scaling], bodies.panels[scaling], unpack, false, shift};
     };
-    if (PAIRS && w.bits == 8 && reading == Reading::from_bytes && scaling != of_floats) {
-        Method method = with(BODIES_FROM_BYTES[8], UNPACK[8]);
+    if (PAIRS && in_bytes(w.bits) && reading == Reading::from_bytes && !takes_floats(scaling)) {
+        Method method = with(BODIES_FROM_BYTES[8], w.bits == 8 ? UNPACK[8] : unpack_words<LOOKED_UP>);
         method.words = true;
         method.shift = 0;
         return method;
     }
     if (reading == Reading::once) return with(BODIES_READ_ONCE[w.bits], nullptr);
     if (reading == Reading::in_registers || w.bits == 8) return with(BODIES_IN_REGISTERS[w.bits], nullptr);
+    if (w.bits == LOOKED_UP) return with(BODIES_IN_REGISTERS[8], unpack_tile<LOOKED_UP>);
     if (!trits) return with(BODIES_FROM_BYTES[w.bits], UNPACK[w.bits]);
     if (scaling == unscaled) return with(BODIES_FROM_BYTES_OF_TRITS, UNPACK[TRITS]);
     Method method = with(BODIES_FROM_BYTES[TRITS], UNPACK[TRITS]);

@@ -30,6 +30,7 @@ INLINE void finish(const Job& job, const Product& product, const Patch& p, const
     const Slab& s = job.slab;
     const Float type = job.call->type;
     const bool integers = method.scaling == unscaled;  // what is not scaled yet
+    const bool scaled_here = w.group == 0 && !in_blocks(method.scaling);
     const int64_t last = least(p.panel + p.panels, w.panels());
     for (int64_t panel = p.panel; panel < last; panel++) {
         for (int part = 0; part < PARTS; part++) {
@@ -37,7 +38,7 @@ INLINE void finish(const Job& job, const Product& product, const Patch& p, const
             if (count <= 0) break;
             vf s_w = splat(1.0f), bias{};
             vi zero = splat_int(w.offset);
-            if (w.group == 0) s_w = widen((const char*)w.scale + n * size_of(w.scale_type), w.scale_type);
+            if (scaled_here) s_w = widen((const char*)w.scale + n * size_of(w.scale_type), Float(w.scale_type));
             if (w.group == 0 && w.zero) zero = from_bytes(w.zero + n);
             if (product.bias) bias = widen_some((const char*)product.bias + n * size_of(type), type, count);
             char* y = (char*)product.y + ((job.row0 + p.first) * w.n + n) * size_of(type);

@@ -4,6 +4,7 @@
 #include "../quantizers/pack.h"
 #include "arrays.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -37,6 +38,16 @@ const Quantizers& quantizers_for(const std::string& isa) {
     throw std::invalid_argument("this processor has no " + isa);
 }
 
+// Levels that are listed, in rising order, with the bounds between each two.
+Levels table(const std::vector<float>& values, const std::vector<float>& bounds) {
+    require(values.size() > 1 && values.size() <= 16 && bounds.size() + 1 == values.size(), "2 to 16 levels");
+    Levels levels{0, int(values.size()) - 1, false, false};
+    levels.count = int(values.size());
+    std::copy(values.begin(), values.end(), levels.values);
+    std::copy(bounds.begin(), bounds.end(), levels.bounds);
+    return levels;
+}
+
 // Scales [count], zeros [count] and codes [count, size] of groups w [count, size], as search.h tells -> every weight is
 // finite, every scale is usable. importance: one value for each weight, or a length that repeats.
 std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& scale_type,
@@ -62,6 +73,46 @@ std::pair<bool, bool> search(const Floats& w, Levels levels, const std::string& 
     return {outcome.finite, outcome.fits};
 }
 
+using ShareTuple = std::tuple<bool, int, int, std::string>;
+
+Share share_of(const ShareTuple& given) {
+    const auto& [coded, lo, hi, type] = given;
+    require(!coded || (lo >= -128 && lo <= 0 && hi > 0 && hi <= 127), "integers of scales fit in a byte");
+    return {coded, lo, hi, float_type(type)};
+}
+
+// Super-blocks w [count, groups * columns], as superblocks.h tells, with codes lo..hi -> every weight is finite, every
+// float is usable. shape: groups, columns. scale, min: coded, lo, hi and type; without minima `has_min` is false.
+std::pair<bool, bool> superblocks(const Floats& w, std::pair<int, int> levels, std::pair<int64_t, int64_t> shape,
+                                  bool has_min, const ShareTuple& scale, const ShareTuple& min,
+                                  const std::vector<float>& steps, const std::vector<float>& shares, int refinements,
+                                  int rounds, std::optional<Vector<const float>> importance, Vector<float> d,
+                                  Vector<float> e, Matrix<int8_t> p, Matrix<int8_t> r, Matrix<int8_t> codes,
+                                  const std::string& isa) {
+    const Groups blocks = groups_of(w);
+    const auto [groups, columns] = shape;
+    const size_t count = blocks.count, size = blocks.size;
+    require(groups > 0 && columns > 0 && groups * columns == blocks.size, "a super-block is whole groups");
+    require(levels.first <= 0 && levels.second > 0 && levels.second - levels.first <= 255, "codes fit in a byte");
+    require(d.shape(0) == count && e.shape(0) == count, "two floats for each super-block");
+    require(p.shape(0) == count && p.shape(1) == size_t(groups), "a scale for each group");
+    require(r.shape(0) == count && r.shape(1) == size_t(groups), "a minimum for each group");
+    require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
+    require(!importance || (importance->shape(0) > 0 && importance->shape(0) % size == 0 &&
+                            count * size % importance->shape(0) == 0),
+            "importance must repeat over whole super-blocks");
+    const SuperSettings settings{levels.first, levels.second, groups, columns, has_min, !steps.empty(),
+                                 share_of(scale), share_of(min), steps.data(), int(steps.size()), shares.data(),
+                                 int(shares.size()), refinements, rounds};
+    require((settings.scale.coded && (!has_min || settings.min.coded)) || groups == 1, "a float for each group");
+    const Quantizers& q = quantizers_for(isa);
+    nb::gil_scoped_release unlocked;
+    const Outcome outcome = q.superblocks(blocks, settings, importance ? importance->data() : nullptr,
+                                          importance ? int64_t(importance->shape(0)) : 1,
+                                          {d.data(), e.data(), p.data(), r.data(), codes.data()});
+    return {outcome.finite, outcome.fits};
+}
+
 // Codes [count, size] of groups w [count, size] against scale [count] and zero [count].
 void encode(const Floats& w, Levels levels, Vector<const float> scale, std::optional<Vector<const int8_t>> zero,
             Matrix<int8_t> codes, const std::string& isa) {
@@ -78,6 +129,7 @@ void encode(const Floats& w, Levels levels, Vector<const float> scale, std::opti
 void judge(const Floats& pieces, Levels levels, float scale, float zero, Matrix<double> out, const std::string& isa) {
     const Groups groups = groups_of(pieces);
     require(out.shape(0) == size_t(groups.count) && out.shape(1) == 5, "five sums for each piece");
+    require(!levels.count, "levels are integers");
     const Quantizers& q = quantizers_for(isa);
     nb::gil_scoped_release unlocked;
     q.judge(groups, levels, scale, zero, (Sums*)out.data());
@@ -90,6 +142,7 @@ std::pair<double, double> compare(const Floats& w, Levels levels, Vector<const f
     const size_t count = groups.count, size = groups.size;
     require(scale.shape(0) == count && (!zero || zero->shape(0) == count), "one scale and zero for each group");
     require(codes.shape(0) == count && codes.shape(1) == size, "codes are shaped like weights");
+    require(!levels.count, "levels are integers");
     const Quantizers& q = quantizers_for("");
     nb::gil_scoped_release unlocked;
     Misfit misfit;
@@ -186,9 +239,14 @@ void fake_gradients(uintptr_t grad, int grad_type, uintptr_t w, int type,
 }  // namespace
 
 void bind_numbers(nb::module_& m) {
-    nb::class_<Levels>(m, "Levels").def(nb::init<int, int, bool, bool>(), "lo"_a, "hi"_a, "half"_a, "zero"_a);
+    nb::class_<Levels>(m, "Levels")
+        .def(nb::init<int, int, bool, bool>(), "lo"_a, "hi"_a, "half"_a, "zero"_a)
+        .def_static("table", &table, "values"_a, "bounds"_a);
     m.def("search", &search, "w"_a, "levels"_a, "scale_type"_a, "coarse"_a, "shifts"_a, "fine"_a, "refinements"_a, "empty"_a,
           "importance"_a.none(), "scale"_a.noconvert(), "zero"_a.noconvert(), "codes"_a.noconvert(), "isa"_a = "");
+    m.def("superblocks", &superblocks, "w"_a, "levels"_a, "shape"_a, "has_min"_a, "scale"_a, "min"_a, "steps"_a,
+          "shares"_a, "refinements"_a, "rounds"_a, "importance"_a.none(), "d"_a.noconvert(), "e"_a.noconvert(),
+          "p"_a.noconvert(), "r"_a.noconvert(), "codes"_a.noconvert(), "isa"_a = "");
     m.def("encode", &encode, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a.noconvert(), "isa"_a = "");
     m.def("judge", &judge, "pieces"_a, "levels"_a, "scale"_a, "zero"_a, "out"_a.noconvert(), "isa"_a = "");
     m.def("compare", &compare, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a);

@@ -14,14 +14,27 @@ namespace {
 void* address(nb::handle h) { return (void*)nb::cast<uintptr_t>(h); }
 
 // Addresses of packed tensors, and what they hold: kernels/multiply.py has checked them.
-void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, int scale_type, int64_t n, int64_t k,
-          int64_t group, int bits, int offset, bool half) {
+// scale_type: of ScaleType; outer_type: of Float, where `outer` is not 0. table: empty, or 16 bytes that codes are places
+// in.
+void bind(Bound* self, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t outer, int scale_type, int outer_type,
+          int64_t n, int64_t k, int64_t group, int bits, int offset, bool half, bool minima, int64_t block,
+          const std::vector<int>& table) {
     require(codes && scale && n > 0 && k > 0 && bits >= TRITS && bits <= 8, "not a matrix of 2 to 8 bits, or trits");
+    require(group >= 0 && (group % TILE == 0 || group == TILE / 2) && (group == 0 || k % group == 0),
+            "groups have 16 columns, or a multiple of 32");
+    require(group % TILE == 0 || k % TILE == 0, "groups of 16 make whole tiles");
+    require(scale_type >= 0 && scale_type <= int(ScaleType::e4m3) && outer_type >= 0 && outer_type <= 2, "no such type");
+    require((scale_type >= int(ScaleType::int8)) == (outer != 0), "bytes have outer scales, and floats have none");
+    require(block >= 0 && (block == 0 || (outer && group && block % group == 0 && block % TILE == 0 && k % block == 0)),
+            "blocks are whole groups, and multiples of 32");
+    require(table.empty() || (table.size() == TABLE && bits == 4), "a table has 16 bytes, and codes of 4 bits");
+    Weights w{(const uint8_t*)codes, (const void*)scale, (const uint8_t*)zero, n, k, group, ScaleType(scale_type), bits,
+              offset, half, minima, (const void*)outer, block, Float(outer_type)};
+    require(!w.in_blocks() || (bits != TRITS && !zero && !half), "blocks have neither trits, zeros nor half levels");
     require(bits != TRITS || (!zero && !half), "trits have neither zeros nor half levels");
-    require(group >= 0 && group % TILE == 0 && (group == 0 || k % group == 0), "groups are multiples of 32");
-    require(scale_type >= 0 && scale_type <= 2, "no such type");
-    new (self) Bound{{(const uint8_t*)codes, (const void*)scale, (const uint8_t*)zero, n, k, group, Float(scale_type),
-                      bits, offset, half}};
+    for (size_t i = 0; i < table.size(); i++) w.table[i] = uint8_t(table[i]);
+    if (!table.empty()) w.bits = LOOKED_UP;
+    new (self) Bound{w};
 }
 
 constexpr int MOST_PRODUCTS = 16;
@@ -262,8 +275,8 @@ void bind_products(nb::module_& m) {
         return names;
     });
     nb::class_<Bound>(m, "Matrix")
-        .def("__init__", &bind, "codes"_a, "scale"_a, "zero"_a, "scale_type"_a, "n"_a, "k"_a, "group"_a, "bits"_a,
-             "offset"_a, "half"_a);
+        .def("__init__", &bind, "codes"_a, "scale"_a, "zero"_a, "outer"_a, "scale_type"_a, "outer_type"_a, "n"_a, "k"_a,
+             "group"_a, "bits"_a, "offset"_a, "half"_a, "minima"_a, "block"_a, "table"_a);
     m.def("linear", &linear, "engine"_a, "x"_a, "type"_a, "m"_a, "activations"_a, "scale"_a,
           "products"_a);
     m.def("attention", &attention, "engine"_a, "type"_a, "q"_a, "k"_a, "v"_a, "mask"_a, "y"_a, "sizes"_a,

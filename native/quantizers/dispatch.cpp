@@ -6,7 +6,7 @@ namespace spicerack {
 namespace {
 
 #define QUANTIZERS(isa) \
-    { #isa, isa::search, isa::encode, isa::judge, isa::compare, isa::fake, isa::fake_gradients }
+    { #isa, isa::search, isa::superblocks, isa::encode, isa::judge, isa::compare, isa::fake, isa::fake_gradients }
 
 std::vector<Quantizers> usable() {
     std::vector<Quantizers> all;

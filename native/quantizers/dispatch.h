@@ -1,17 +1,19 @@
-// The quantizers that this processor runs: search.h and fake.h, compiled once per instruction set. kernels/kernel.h has
-// the kernels' engines.
+// The quantizers that this processor runs: search.h, superblocks.h and fake.h, compiled once per instruction set.
+// kernels/kernel.h has the kernels' engines.
 #pragma once
 
 #include <vector>
 
 #include "fake.h"
 #include "search.h"
+#include "superblocks.h"
 
 namespace spicerack {
 
 struct Quantizers {
     const char* isa;
     decltype(&baseline::search) search;
+    decltype(&baseline::superblocks) superblocks;
     decltype(&baseline::encode) encode;
     decltype(&baseline::judge) judge;
     decltype(&baseline::compare) compare;

@@ -4,7 +4,7 @@
 namespace spicerack::SPICERACK_ISA {
 namespace {
 
-template <class T, bool OFFSET>
+template <class T, int KIND>
 void judge_pieces(const Groups& pieces, const Candidate& c, Sums* out) {
     constexpr int64_t CHUNK = 64 * RUN;
     const auto* data = (const typename T::value*)pieces.data;
@@ -20,8 +20,8 @@ void judge_pieces(const Groups& pieces, const Candidate& c, Sums* out) {
                 rows[lane] = data + (first + (lane < count ? lane : count - 1)) * pieces.size + start;
             }
             fill<T>(lanes.data, rows, t.size);
-            error = errors<OFFSET, false>(t, c, Wide(INF), error);
-            s = sums<OFFSET, false>(t, c, s);
+            error = errors<KIND, false>(t, c, Wide(INF), error);
+            s = sums<KIND, false>(t, c, s);
         }
         for (int lane = 0; lane < count; lane++) {
             out[first + lane] = {error[lane], s.xv[lane], s.vv[lane], s.x[lane], s.v[lane]};
@@ -32,12 +32,12 @@ void judge_pieces(const Groups& pieces, const Candidate& c, Sums* out) {
 template <class T>
 void judge_typed(const Groups& pieces, const Levels& levels, float scale, float zero, Sums* out) {
     const Candidate c(splat(scale), splat(zero), levels);
-    const auto judge_all = levels.half || levels.zero ? judge_pieces<T, true> : judge_pieces<T, false>;
+    const auto judge_all = levels.half || levels.zero ? judge_pieces<T, OFFSET> : judge_pieces<T, INTEGER>;
     judge_all(pieces, c, out);
 }
 
 // Squares of code values' errors and of weights, float32 within a group's chunk, float64 beyond.
-template <class T, bool OFFSET>
+template <class T, bool BESIDE>
 void compare_groups(const Groups& groups, const Levels& levels, const float* scale, const int8_t* zero,
                     const int8_t* codes, Misfit& out) {
     constexpr int64_t CHUNK = 1024;
@@ -54,7 +54,7 @@ void compare_groups(const Groups& groups, const Levels& levels, const float* sca
             int64_t j = start;
             for (; j + LANES <= stop; j += LANES) {
                 vf v = __builtin_convertvector(load<vi8>(c + j), vf);
-                if (OFFSET) v = v - offset;
+                if (BESIDE) v = v - offset;
                 const vf w = T::widen(x + j), e = scale[b] * v - w;
                 wrong_here += e * e;
                 total_here += w * w;

@@ -17,7 +17,8 @@ struct Start {
     vf raw, centre;  // the unrounded absmax scale; the middle of the range that it spans
 
     INLINE Start(vf top, vf bottom, const Levels& levels) {
-        const float lowest = levels.lo + 0.5f * levels.half, highest = levels.hi + 0.5f * levels.half;
+        const float lowest = levels.count ? levels.values[0] : levels.lo + 0.5f * levels.half;
+        const float highest = levels.count ? levels.values[levels.count - 1] : levels.hi + 0.5f * levels.half;
         centre = vf{};
         if (levels.zero) {
             const vf low = vmin(bottom, vf{}), high = vmax(top, vf{});
@@ -34,7 +35,7 @@ struct Start {
     }
 };
 
-template <bool OFFSET, bool WEIGHTED>
+template <int KIND, bool WEIGHTED>
 struct BatchSearch {
     const SearchSettings& settings;
     const Lanes lanes;
@@ -44,7 +45,7 @@ struct BatchSearch {
 
     void run(const Start& start) {
         const Levels& levels = settings.levels;
-        error = errors<OFFSET, WEIGHTED>(lanes, Candidate(scale, zero, levels), Wide(INF));
+        error = errors<KIND, WEIGHTED>(lanes, Candidate(scale, zero, levels), Wide(INF));
         for (int i = 0; i < settings.coarse_count; i++) {
             const vf candidate = stored(start.raw * settings.coarse[i], settings.scale_type);
             const vf base = start.zero_for(candidate, levels);
@@ -64,7 +65,7 @@ struct BatchSearch {
 
     // -> false if it changed nothing, and so never will
     bool refine() {
-        const LaneSums s = sums<OFFSET, WEIGHTED>(lanes, Candidate(scale, zero, settings.levels));
+        const LaneSums s = sums<KIND, WEIGHTED>(lanes, Candidate(scale, zero, settings.levels));
         if (!settings.levels.zero) return attempt(stored((s.xv / s.vv).narrow(), settings.scale_type), zero);
         const Wide n = weight(), slope = (n * s.xv - s.v * s.x) / (n * s.vv - s.v * s.v);
         const Wide intercept = (s.x - slope * s.v) / n;
@@ -86,7 +87,7 @@ struct BatchSearch {
         const Candidate c(new_scale, new_zero, settings.levels);
         const Wide limit = error * Wide(BETTER);
         if (!WEIGHTED && hopeless(c, limit)) return false;
-        const Wide candidate_error = errors<OFFSET, WEIGHTED>(lanes, c, limit);
+        const Wide candidate_error = errors<KIND, WEIGHTED>(lanes, c, limit);
         const WideMask better = candidate_error < limit;
         const vi take = better.narrow();
         error = select(better, candidate_error, error);
@@ -97,20 +98,27 @@ struct BatchSearch {
 
     // In every lane the largest or smallest element alone costs more than the best candidate does altogether.
     bool hopeless(const Candidate& c, const Wide& limit) const {
-        const vf above = error_term<OFFSET, false>(lanes, c, top, 0);
-        const vf below = error_term<OFFSET, false>(lanes, c, bottom, 0);
+        const vf above = error_term<KIND, false>(lanes, c, top, 0);
+        const vf below = error_term<KIND, false>(lanes, c, bottom, 0);
         return !any((c.or_infinite(Wide(vmax(above, below))) < limit).narrow());
     }
 };
 
-template <bool OFFSET, bool WEIGHTED>
+template <int KIND, bool WEIGHTED>
 void optimize(const SearchSettings& settings, const Lanes& lanes, vf top, vf bottom, const Start& start, vf& scale,
               vf& zero) {
-    BatchSearch<OFFSET, WEIGHTED> batch{settings, lanes, top, bottom, scale, zero, {}};
+    BatchSearch<KIND, WEIGHTED> batch{settings, lanes, top, bottom, scale, zero, {}};
     batch.run(start);
     const vi final = (start.raw == vf{}) | ((vi)vabs(scale) == INFINITE);  // nothing to search, or to be refused
     scale = final ? scale : batch.scale;
     zero = final ? zero : batch.zero;
+}
+
+template <bool WEIGHTED>
+auto chosen(int kind) {
+    return kind == TABLE    ? optimize<TABLE, WEIGHTED>
+           : kind == OFFSET ? optimize<OFFSET, WEIGHTED>
+                            : optimize<INTEGER, WEIGHTED>;
 }
 
 // ---- all groups -----------------------------------------------------------------------------------------------------
@@ -145,6 +153,7 @@ Outcome search_rows(const Groups& groups, const SearchSettings& settings, const 
     const Levels& levels = settings.levels;
     const int64_t size = groups.size, room = settings.optimize ? round_up(size, LANES) : 1;
     const Aligned<vf> lanes(room), weights(importance ? room : 1);
+    const auto find = importance ? chosen<true>(kind_of(levels)) : chosen<false>(kind_of(levels));
     for (int64_t first = 0; first < groups.count; first += LANES) {
         const int64_t count = groups.count - first < LANES ? groups.count - first : LANES;
         const typename T::value* rows[LANES];
@@ -165,9 +174,6 @@ Outcome search_rows(const Groups& groups, const SearchSettings& settings, const 
             fill<T>(lanes.data, rows, size);
             if (importance) fill<F32>(weights.data, weight_rows, size);
             const Lanes t{lanes.data, importance ? weights.data : nullptr, size};
-            const bool offset = levels.half || levels.zero;
-            const auto find = importance ? (offset ? optimize<true, true> : optimize<false, true>)
-                                         : (offset ? optimize<true, false> : optimize<false, false>);
             find(settings, t, top, bottom, start, s, z);
         }
         for (int lane = 0; lane < count; lane++) {

@@ -1,8 +1,8 @@
 // Which scale, and which zero point, a group of weights gets: the range search, and what given ones make of weights.
 //
 // Groups lie one after the other. src/spicerack/numerics/search.py is the specification, codec.py that of codes: scales,
-// zeros and codes equal theirs bit for bit, on every instruction set. What is given up: levels are integers, weights and
-// stored scales float32, float16 or bfloat16, and all work is one thread's.
+// zeros and codes equal theirs bit for bit, on every instruction set. What is given up: levels are integers or a table of
+// at most 16, weights and stored scales float32, float16 or bfloat16, and all work is one thread's.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,12 @@
 namespace spicerack {
 
 // Codes are the integers lo..hi; a code stands for code - offset, where offset is -1/2 (half), the zero point, or 0.
+// Or, with a count, they are places in a table of that many values, rising, with `bounds` in the middle of each two.
 struct Levels {
     int lo, hi;
     bool half, zero;
+    int count = 0;
+    float values[16] = {}, bounds[15] = {};
 };
 
 // `count` groups of `size` values each, one after the other.

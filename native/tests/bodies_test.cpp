@@ -47,6 +47,54 @@ void random_shapes(Random& random) {
     });
 }
 
+// What comes in blocks: minima, bytes for scales, half tiles. Looked up or not, each body, by each way to it.
+struct Block {
+    int64_t group;
+    bool minima;
+    ScaleType bytes;
+    int64_t block;
+};
+const Block BLOCKS[] = {{32, true, ScaleType::f32, 0},     {32, true, ScaleType::int8, 128}, {16, true, ScaleType::int8, 64},
+                        {16, false, ScaleType::int8, 128}, {16, false, ScaleType::f32, 0},   {16, false, ScaleType::e4m3, 0},
+                        {64, true, ScaleType::f32, 0},     {0, true, ScaleType::f32, 0},     {32, false, ScaleType::int8, 0},
+                        {0, false, ScaleType::e4m3, 0}};
+
+void blocks_of(int bits, const Block& b, int64_t rows, int64_t k, Activations how, Random& random) {
+    const Matrix m = make({random.between(1, 40), k, b.group, bits, symmetric, TYPES[random.below(3)], random.below(8) == 0, false,
+                           -1, b.minima, b.bytes, b.block}, random);
+    const Input x = input(rows, k, TYPES[random.below(3)], Spread(random.below(SPREADS)), random);
+    const Exact bias = bias_of(m.weights.n, x.type, random);
+    const Exact* with = random.below(2) ? &bias : nullptr;
+    const Setting s{how, float(0.005 + 0.03 * random.unit())};
+    check_one_row(m, x, with, s, check_engines("blocks", m, x, with, s), random);
+}
+
+void blocks(Random& random) {
+    for (int bits = 2; bits <= LOOKED_UP; bits++) {
+        for (int64_t rows = 1; rows <= 24; rows++) {
+            for (int halves = 0; halves < 2; halves++) {
+                const Block& b = BLOCKS[halves ? 2 + random.below(4) : random.below(2)];
+                blocks_of(bits, b, rows, 128, Activations::spans, random);
+            }
+            if (rows < 6) blocks_of(bits, BLOCKS[random.below(6)], rows, 128, Activations::floats, random);
+        }
+        for (const Block& b : BLOCKS) {
+            if (once) break;
+            for (const Activations how : HOWS) {
+                const int64_t unit = std::max({b.group, b.block, TILE + int64_t(0)}), rows = random.between(1, 30);
+                blocks_of(bits, b, rows, unit * random.between(1, 3), how, random);
+                blocks_of(bits, b, rows, 1152, how, random);
+            }
+        }
+        for (const Activations how : HOWS) {  // tables have scales of tiles, groups and rows, too
+            if (bits != LOOKED_UP) break;
+            for (const int64_t group : GROUPS) {
+                for (int64_t rows = 1; rows <= 24; rows++) blocks_of(bits, {group, false, ScaleType::f32, 0}, rows, 128, how, random);
+            }
+        }
+    }
+}
+
 // Several chunks of columns, and sums that go from one to the next.
 void long_rows(Random& random) {
     for_each_family([&](int bits, int64_t group, Kind kind, Activations how) {
@@ -149,6 +197,7 @@ void longest_rows(Random& random) {
 
 void spicerack::test_bodies(Random& random) {
     every_body(random);
+    blocks(random);
     trits(random);
     if (once) return;
     every_code(random);

@@ -62,6 +62,9 @@ Terms terms_of_floats(const Matrix& m, const Input& x, int64_t row, int64_t n) {
         const double term = x.at(row, k) * m.level(n, k) * m.scale_of(n, k);
         t.value += term;
         t.magnitudes += std::fabs(term);
+        if (!m.weights.minima) continue;
+        t.value += x.at(row, k) * m.minimum_of(n, k);
+        t.magnitudes += std::fabs(x.at(row, k) * m.minimum_of(n, k));
     }
     t.exact_scales = false;
     return t;
@@ -69,17 +72,26 @@ Terms terms_of_floats(const Matrix& m, const Input& x, int64_t row, int64_t n) {
 
 // Parts of a row are what one product of scales belongs to.
 Terms terms_of_codes(const Matrix& m, int64_t n, Activations how, const Quantized& q) {
-    const int64_t columns = m.weights.k, part = how == Activations::spans ? TILE : m.columns();
+    const int64_t columns = m.weights.k;
+    const bool blocks = m.weights.in_blocks();
+    const int64_t part = how == Activations::spans || blocks ? std::min<int64_t>(m.columns(), TILE) : m.columns();
     Terms t;
+    t.exact_scales = !blocks;
     for (int64_t begin = 0; begin < columns; begin += part) {
         const double scale = q.scale[begin / TILE] * m.scale_of(n, begin);
-        double sum = 0, spans = 0;
+        double sum = 0, spans = 0, all = 0;
         for (int64_t at = begin; at < std::min(begin + part, columns); at += TILE) {
             double span = 0;
-            for (int64_t k = at; k < std::min(at + TILE, columns); k++) span += m.level(n, k) * q.codes[k];
+            for (int64_t k = at; k < std::min({at + TILE, begin + part, columns}); k++) {
+                span += m.level(n, k) * q.codes[k];
+                all += q.codes[k];
+            }
             sum += span;
             spans += std::fabs(span);
         }
+        const double low = all * q.scale[begin / TILE] * m.minimum_of(n, begin);
+        t.value += low;
+        t.magnitudes += std::fabs(low);
         // A group's sum is of spans, each rounded to float32; a whole row's is of integers.
         t.magnitudes += (m.weights.group == 0 ? std::fabs(sum) : spans) * std::fabs(scale);
         t.value += sum * scale;
@@ -95,7 +107,8 @@ Exactly exactly(const Matrix& m, const Input& x, int64_t row, int64_t n, Activat
     const Terms t = floats ? terms_of_floats(m, x, row, n) : terms_of_codes(m, n, how, q);
     if (t.exact_scales && t.magnitudes < 0x1p20) return {t.value + bias, 0};
     // A term of a group's sum, then of the row's; times both scales; the bias.
-    const double steps = double(m.columns() / (floats ? 1 : TILE) + m.weights.groups() + 8);
+    double steps = double(m.columns() / (floats ? 1 : TILE) + m.weights.groups() + 8);
+    if (m.weights.in_blocks()) steps = double(4 * m.weights.tiles() + 16);  // of each tile's halves, scales and minima
     const double tiniest = 0x1p-140 * double(x.k);  // of subnormal numbers
     return {t.value + bias, steps * 0x1p-24 * (t.magnitudes + std::fabs(bias)) + tiniest};
 }

@@ -23,7 +23,7 @@ int main(int count, char** arguments) {
         void (*run)(Random&);
     } tests[] = {{"bodies", test_bodies}, {"sharing", test_sharing}, {"results", test_results},
                  {"attention", test_attention}, {"dense", test_dense}, {"rows", test_rows},
-                 {"plan", test_plan}, {"fake", test_fake}, {"search", test_search}};
+                 {"plan", test_plan}, {"fake", test_fake}, {"search", test_search}, {"superblocks", test_superblocks}};
     for (const auto& test : tests) {
         const auto begin = std::chrono::steady_clock::now();
         Random random{7};

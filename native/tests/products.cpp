@@ -9,6 +9,7 @@ namespace spicerack {
 namespace {
 
 const char* const HOW_NAMES[] = {"floats", "spans", "tokens", "fixed"};
+const char* const SCALE_NAMES[] = {"f32", "f16", "bf16", "int8", "e4m3"};
 
 // Codes [N, K], one byte each, as tiles; plain loops, byte after byte.
 void pack_panels(const Weights& w, const std::vector<uint8_t>& codes, uint8_t* tiles) {
@@ -70,6 +71,40 @@ Exact packed(const Weights& w, const std::vector<uint8_t>& codes) {
 
 }  // namespace
 
+namespace {
+
+// Scales [N, groups] of a group's kind 0, or its minima, to lanes; as they are, or bytes and outer ones.
+void put_steps(Matrix& m, const Form& f, int kind, Random& random) {
+    const Weights& w = m.weights;
+    const double first = f.powers ? 0.25 : 0.001 + 0.05 * random.unit();
+    std::vector<double>& steps = kind ? m.minima : m.scale;
+    for (int64_t n = 0; n < f.n; n++) {
+        for (int64_t g = 0; g < w.groups(); g++) {
+            const int64_t at = ((n / PANEL * w.groups() + g) * w.kinds() + kind) * PANEL + n % PANEL;
+            double s = first;
+            if (!f.tensor) s = f.powers ? std::ldexp(1.0, int(random.between(-3, 2))) : first * (0.2 + random.unit());
+            if (kind) s *= -3;
+            if (!w.outer) {
+                put(m.scales.data(), at, s, Float(w.scale_type));
+                steps.push_back(get(m.scales.data(), at, Float(w.scale_type)));
+                continue;
+            }
+            const int64_t b = w.block ? g * w.group / w.block : 0, place = ((n / PANEL * w.blocks() + b) * w.kinds() + kind) * PANEL;
+            if (g == 0 || (w.block && g * w.group % w.block == 0)) put(m.outer.data(), place + n % PANEL, s, w.outer_type);
+            const uint8_t byte = m.scales.data()[at] = uint8_t(random.bits());
+            double value = int8_t(byte);
+            if (w.scale_type == ScaleType::e4m3) {
+                const int magnitude = std::min(byte & 0x7f, 0x7e), fraction = magnitude & 7;
+                value = magnitude < 8 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, (magnitude >> 3) - 10);
+                value = byte < 128 ? value : -value;
+            }
+            steps.push_back(float(value) * float(get(m.outer.data(), place + n % PANEL, w.outer_type)));
+        }
+    }
+}
+
+}  // namespace
+
 Matrix make(const Form& f, Random& random, const std::function<int64_t(int64_t, int64_t)>& codes) {
     Matrix m;
     Weights& w = m.weights;
@@ -77,36 +112,44 @@ Matrix make(const Form& f, Random& random, const std::function<int64_t(int64_t, 
     w.k = f.k;
     w.group = f.group;
     w.bits = f.bits;
-    w.scale_type = f.scale_type;
+    w.scale_type = f.bytes == ScaleType::f32 ? ScaleType(f.scale_type) : f.bytes;
+    w.minima = f.minima;
+    w.block = f.block;
+    w.outer_type = f.scale_type;
     w.half = f.kind == halves || f.kind == both;
+    const bool looked_up = f.bits == LOOKED_UP;
     const int offsets[] = {1 << (f.bits - 1), (1 << (f.bits - 1)) - 1, 0};
-    w.offset = f.offset < 0 ? offsets[random.below(3)] : f.offset;
-    const int count = f.bits == TRITS ? 3 : 1 << f.bits;
+    w.offset = f.offset < 0 ? looked_up ? 128 : offsets[random.below(3)] : f.offset;
+    const int count = f.bits == TRITS ? 3 : looked_up ? TABLE : 1 << f.bits;
+    for (uint8_t& u : w.table) u = uint8_t(random.bits());
     std::vector<uint8_t> stored(f.n * f.k);
     m.levels.resize(f.n * f.k);
     for (int64_t i = 0; i < f.n * f.k; i++) {
         const int u = int((uint64_t(codes(i / f.k, i % f.k)) & 0xffffffffu) % count);
-        m.levels[i] = u;
-        stored[i] = uint8_t(u - w.offset);
+        m.levels[i] = looked_up ? w.table[u] : u;
+        stored[i] = uint8_t(u - (looked_up ? 0 : w.offset));
     }
-    m.tiles = packed(w, stored);
+    Weights plain = w;
+    if (looked_up) plain.bits = 4, plain.offset = 0;
+    m.tiles = packed(plain, stored);
 
     const int64_t lanes = w.panels() * w.groups() * PANEL;
-    m.scales = Exact(lanes, size_of(w.scale_type));
+    m.scales = Exact(lanes * w.kinds(), size_of(w.scale_type));
     std::memset(m.scales.data(), 0, m.scales.bytes());
+    if (f.bytes != ScaleType::f32) {
+        m.outer = Exact(w.panels() * w.blocks() * w.kinds() * PANEL, size_of(w.outer_type));
+        std::memset(m.outer.data(), 0, m.outer.bytes());
+        w.outer = m.outer.data();
+    }
     const bool zero = f.kind == zeros || f.kind == both;
     if (zero) {
         m.zero = Exact(lanes, 1);
         std::memset(m.zero.data(), 0, m.zero.bytes());
     }
-    const double first = f.powers ? 0.25 : 0.001 + 0.05 * random.unit();
+    for (int kind = 0; kind < w.kinds(); kind++) put_steps(m, f, kind, random);
     for (int64_t n = 0; n < f.n; n++) {
         for (int64_t g = 0; g < w.groups(); g++) {
             const int64_t at = (n / PANEL * w.groups() + g) * PANEL + n % PANEL;
-            double s = first;
-            if (!f.tensor) s = f.powers ? std::ldexp(1.0, int(random.between(-3, 2))) : first * (0.2 + random.unit());
-            put(m.scales.data(), at, s, w.scale_type);
-            m.scale.push_back(get(m.scales.data(), at, w.scale_type));
             int z = w.offset;
             if (zero) m.zero.data()[at] = uint8_t(z = int(random.between(0, count - 1)));
             double* level = &m.levels[n * f.k + g * m.columns()];
@@ -121,7 +164,7 @@ Matrix make(const Form& f, Random& random, const std::function<int64_t(int64_t, 
 
 Matrix make(const Form& form, Random& random) {
     const int64_t mode = random.below(8);  // once in a while only the least and the greatest code
-    const int64_t last = form.bits == TRITS ? 2 : (1 << form.bits) - 1;
+    const int64_t last = form.bits == TRITS ? 2 : form.bits == LOOKED_UP ? TABLE - 1 : (1 << form.bits) - 1;
     return make(form, random, [&](int64_t, int64_t) {
         return mode == 0 ? last * random.below(2) : int64_t(random.bits() >> 20);
     });
@@ -178,9 +221,10 @@ Output run(const Engine& engine, const Input& x, const Matrix& matrix, const Exa
 void name(const char* test, const Matrix& m, const Input& x, const Setting& s, const char* isa) {
     const Weights& w = m.weights;
     std::snprintf(subject, sizeof subject,
-                  "%s: %s, %d bits, N %d, K %d, M %d, group %d, scales %s%s%s, offset %d, x %s as %s, %d threads", test, isa,
-                  w.bits, int(w.n), int(w.k), int(x.m), int(w.group), TYPE_NAMES[int(w.scale_type)],
-                  w.zero ? ", zeros" : "", w.half ? ", halves" : "", w.offset, TYPE_NAMES[int(x.type)],
+                  "%s: %s, %d bits, N %d, K %d, M %d, group %d, scales %s%s%s%s, outer %s, block %d, offset %d, x %s as %s, %d threads", test, isa,
+                  w.bits, int(w.n), int(w.k), int(x.m), int(w.group), SCALE_NAMES[int(w.scale_type)],
+                  w.zero ? ", zeros" : "", w.half ? ", halves" : "", w.minima ? ", minima" : "",
+                  w.outer ? TYPE_NAMES[int(w.outer_type)] : "none", int(w.block), w.offset, TYPE_NAMES[int(x.type)],
                   HOW_NAMES[int(s.how)], s.threads);
 }
 

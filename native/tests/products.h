@@ -21,17 +21,23 @@ struct Form {
     bool tensor;  // one scale for all
     bool powers;  // scales are powers of two
     int offset = -1;  // -1: one of those in use
+    bool minima = false;
+    ScaleType bytes = ScaleType::f32;  // int8 or e4m3: what outer scales multiply, which are of scale_type
+    int64_t block = 0;
 };
 
 // A packed matrix, and the numbers that it holds.
 struct Matrix {
     Weights weights{};
     std::vector<double> levels;  // [N, K]: codes minus their zero points, plus 1/2 if they are halves
-    std::vector<double> scale;   // [N, groups]
-    Exact tiles, scales, zero;
+    std::vector<double> scale, minima;  // [N, groups], as float32; minima may be empty
+    Exact tiles, scales, outer, zero;
 
     int64_t columns() const { return weights.group == 0 ? weights.k : weights.group; }
     double scale_of(int64_t n, int64_t k) const { return scale[n * weights.groups() + k / columns()]; }
+    double minimum_of(int64_t n, int64_t k) const {
+        return weights.minima ? minima[n * weights.groups() + k / columns()] : 0;
+    }
     double level(int64_t n, int64_t k) const { return levels[n * weights.k + k]; }
 };
 

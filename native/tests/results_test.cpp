@@ -88,6 +88,25 @@ void decoded_rows(Random& random) {
         std::snprintf(subject, sizeof subject, "rows: %d bits, group %d, kind %d", bits, int(group), int(kind));
         check(equal, "decoded weights are rounded once");
     });
+    for (int bits = 2; bits <= LOOKED_UP; bits++) {
+        for (const ScaleType bytes : {ScaleType::f32, ScaleType::int8, ScaleType::e4m3}) {
+            for (const int64_t group : {0, 16, 32, 64}) {
+                const int64_t k = 192, n = random.between(1, 40), block = bytes == ScaleType::int8 && group ? 64 : 0;
+                const Matrix m = make({n, k, group, bits, symmetric, TYPES[random.below(3)], false, false, -1,
+                                       random.below(2) == 0, bytes, block}, random);
+                const int64_t which[] = {random.below(n)};
+                const Exact out(k, 4);
+                decode_rows(m.weights, which, 1, (float*)out.data());
+                bool equal = true;
+                for (int64_t i = 0; i < k; i++) {
+                    const float value = float(m.scale_of(*which, i) * m.level(*which, i)) + float(m.minimum_of(*which, i));
+                    equal = equal && get(out.data(), i, Float::f32) == double(value);
+                }
+                std::snprintf(subject, sizeof subject, "rows: %d bits, group %d, scales %d", bits, int(group), int(bytes));
+                check(equal, "the scale's product, plus the minimum");
+            }
+        }
+    }
 }
 
 void limits() {

@@ -136,5 +136,6 @@ void test_rows(Random& random);
 void test_plan(Random& random);
 void test_fake(Random& random);
 void test_search(Random& random);
+void test_superblocks(Random& random);
 
 }  // namespace spicerack

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spicerack.evaluation.evaluate import EvaluationOptions, evaluate, measure
     from spicerack.evaluation.language import paired_difference
     from spicerack.exports.export import export, import_model
+    from spicerack.exports.survey import formats
     from spicerack.kernels.pool import release_memory
     from spicerack.nn.cache import QuantizedCache
     from spicerack.quantization.run import quantize
@@ -48,6 +49,7 @@ __all__ = [
     "evaluate",
     "export",
     "fold_batchnorm",
+    "formats",
     "freeze",
     "import_model",
     "load",
@@ -74,6 +76,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate.evaluate",
     "export": "exports.export.export",
     "fold_batchnorm": "training.qat.batchnorm.fold_batchnorm",
+    "formats": "exports.survey.formats",
     "freeze": "training.qat.prepare.freeze",
     "import_model": "exports.export.import_model",
     "load": "runtime.load.load",

@@ -4,6 +4,8 @@ import torch
 
 class Levels:
     def __init__(self, lo: int, hi: int, half: bool, zero: bool) -> None: ...
+    @staticmethod
+    def table(values: Sequence[float], bounds: Sequence[float]) -> Levels: ...
 
 def search(
     w: torch.Tensor,
@@ -17,6 +19,25 @@ def search(
     importance: torch.Tensor | None,
     scale: torch.Tensor,
     zero: torch.Tensor,
+    codes: torch.Tensor,
+    isa: str = "",
+) -> tuple[bool, bool]: ...
+def superblocks(
+    w: torch.Tensor,
+    levels: tuple[int, int],
+    shape: tuple[int, int],
+    has_min: bool,
+    scale: tuple[bool, int, int, str],
+    min: tuple[bool, int, int, str],
+    steps: Sequence[float],
+    shares: Sequence[float],
+    refinements: int,
+    rounds: int,
+    importance: torch.Tensor | None,
+    d: torch.Tensor,
+    e: torch.Tensor,
+    p: torch.Tensor,
+    r: torch.Tensor,
     codes: torch.Tensor,
     isa: str = "",
 ) -> tuple[bool, bool]: ...
@@ -72,13 +93,18 @@ class Matrix:
         codes: int,
         scale: int,
         zero: int,
+        outer: int,
         scale_type: int,
+        outer_type: int,
         n: int,
         k: int,
         group: int,
         bits: int,
         offset: int,
         half: bool,
+        minima: bool,
+        block: int,
+        table: Sequence[int],
     ) -> None: ...
 
 def engines() -> list[str]: ...

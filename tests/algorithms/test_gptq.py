@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spicerack.algorithms import grid
 from spicerack.algorithms.solvers import gptq
 from spicerack.numerics import codec, rounding
 from spicerack.numerics.qtensor import QTensor
@@ -44,6 +45,40 @@ def loss(q: QTensor, w: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """[N], from the codec's own decoding."""
     error = codec.decode(q).double() - w.double()
     return ((error @ gram) * error).sum(1)
+
+
+@pytest.mark.parametrize("scheme", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "w4g32m", "q4_1", "nvfp4"])
+def test_scales_of_super_blocks_are_searched_on_the_way(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, _, gram = case("w8", n=16, k=512, count=1200)
+    number = dataclasses.replace(parse("w4g32m"), scale="float16", min="float16") if scheme == "q4_1" else parse(scheme)
+    start = rounding.to_nearest(w, number, importance=gram.diagonal().float())
+    solved = gptq.solve(w, start, gram)
+    before, after = loss(start, w, gram), loss(solved.q, w, gram)
+    assert (after <= before * (1 + 1e-5)).all() and after.sum() < 0.6 * before.sum()
+    assert not solved.events and solved.q.scheme == start.scheme
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    again = gptq.solve(w, start, gram)
+    torch.set_num_threads(threads)
+    assert torch.equal(codec.decode(again.q), codec.decode(solved.q))
+    monkeypatch.setattr(grid, "WIDEST", 0)
+    fixed = loss(gptq.solve(w, start, gram).q, w, gram)
+    assert after.sum() < 0.97 * fixed.sum() if scheme != "nvfp4" else torch.equal(after, fixed)
+
+
+@pytest.mark.parametrize("scheme", ["q2_k", "q4_k", "w4g32m"])
+def test_floats_of_super_blocks_are_the_least_squares_ones(scheme: str) -> None:
+    """No other float of a super-block, a few steps of its type away, is better by more than rounding."""
+    w, _, gram = case("w8", n=3, k=256, count=600)
+    q = gptq.solve(w, rounding.to_nearest(w, parse(scheme)), gram).q
+    least = loss(q, w, gram)
+    for name in ("scale", "min"):
+        part = getattr(q, name)
+        floats = part.plain_scale if isinstance(part, QTensor) else part
+        for factor in (0.98, 1.02):
+            moved = (floats.float() * factor).to(floats.dtype)
+            other = dataclasses.replace(part, scale=moved) if isinstance(part, QTensor) else moved
+            assert (least < loss(dataclasses.replace(q, **{name: other}), w, gram)).all()
 
 
 def unfitted(solved: QTensor, start: QTensor) -> QTensor:

@@ -66,13 +66,22 @@ QUANTIZED = "its scales are quantized themselves"
     [
         *((scheme, {}) for scheme in ("w4g32", "w4g32z", "w2g32h", "w8t", "ternary", "w8a8s")),
         *((scheme, dict.fromkeys(("hqq", "signround", "blockap"), TABLE)) for scheme in ("nf4", "fp8", "mxfp4")),
-        *((scheme, dict.fromkeys(("hqq", "gptq", "signround", "blockap"), QUANTIZED)) for scheme in ("q4_k", "nvfp4")),
+        *((scheme, dict.fromkeys(("hqq", "signround", "blockap"), QUANTIZED)) for scheme in ("q4_k", "nvfp4")),
+        ("w4g64m", dict.fromkeys(("hqq", "signround", "blockap"), "its blocks have minima")),
     ],
 )
 def test_what_each_solver_cannot_do(scheme: str, reasons: dict[str, str]) -> None:
     """And what it says that it cannot is what the documentation says."""
     obstacles = {name: solver.get(name).obstacle(parse(scheme)) for name in solver.names()}
     assert {name: reason for name, reason in obstacles.items() if reason is not None} == reasons
+
+
+@pytest.mark.parametrize("learner", ["signround", "blockap"])
+def test_a_learner_that_cannot_do_a_scheme_says_who_did(learner: str) -> None:
+    w, x = torch.randn(8, 256), torch.randn(64, 256)
+    solved = solver.solve_weight(learner, w, rounding.to_nearest(w, parse("q4_k")), x.T @ x)
+    assert solved.events[0] == f"{learner} cannot do q4_k ({QUANTIZED}): gptq did"
+    assert not solver.solve_weight(learner, w, rounding.to_nearest(w, parse("w4g32")), x.T @ x).events
 
 
 def test_codes_of_several_weights_are_not_walked() -> None:

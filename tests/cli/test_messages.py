@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from spicerack.cli import _demo, _output, _rules, cli, demo
-from spicerack.cli.quantize import _bytes
 from spicerack.errors import CheckpointError, UsageError
 from spicerack.evaluation.opening import Opening
 from spicerack.evaluation.timing import Speed, Timing
@@ -39,13 +38,13 @@ def test_names_of_others_are_told_back_once(llama_folder, tmp_path: Path, capsys
 
 @pytest.mark.parametrize(("typed", "meant"), [("1.5GB", 1_500_000_000), ("500MB", 5 * 10**8), ("7", 7), ("0.5kb", 500)])
 def test_sizes(typed: str, meant: int) -> None:
-    assert _bytes(click.Context(cli), cli, typed) == meant
+    assert _output.nbytes(click.Context(cli), cli, typed) == meant
 
 
 @pytest.mark.parametrize("typed", ["0", "0.0GB", "1,5GB", "GB", "-1GB", "1.5.2GB"])
 def test_what_is_no_size(typed: str) -> None:
     with pytest.raises(click.BadParameter):
-        _bytes(click.Context(cli), cli, typed)
+        _output.nbytes(click.Context(cli), cli, typed)
 
 
 def test_a_folder_of_models_names_them(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import spicerack
 from spicerack import plugins
 from spicerack.cli import _output, cli
 from spicerack.errors import CheckpointError, OutputError, SchemeError, UsageError, WeightError
-from spicerack.exports import holding, target, verify
+from spicerack.exports import target, verify
 from spicerack.exports.readers import own
 from spicerack.exports.source import Source
 from spicerack.exports.targets import folders as folder_targets
@@ -27,7 +27,7 @@ from spicerack.numerics.scheme import parse
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.runtime.folder import Folder
 from spicerack.storage import format as formats
-from spicerack.storage import ledger
+from spicerack.storage import holding, ledger
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
 
@@ -241,7 +241,7 @@ def test_what_says_less(given: str, wanted: str) -> None:
 )
 def test_the_smallest_scheme_that_says_the_same_or_the_nearest(to: str, given: str, scheme: str, exact: bool) -> None:
     contents = {"a.0.b": StoredTensor("a.0.b", parse(given), (64, 64))}
-    held = holding.hold(target.find(to), to, contents)["a.0.b"]
+    held = holding.hold(target.Asked(target.find(to), to), contents)["a.0.b"]
     assert (held.stored.scheme.name, held.exact) == (scheme, exact)
     assert (held.rule is None) == (scheme == given)
 

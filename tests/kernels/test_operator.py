@@ -15,6 +15,7 @@ from torch import nn
 from spicerack.errors import ShapeError
 from spicerack.kernels import multiply, torch_op
 from spicerack.kernels.kernel import Compute
+from spicerack.kernels.multiply import PanelMatrix
 from spicerack.nn.linear import QLinear
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
@@ -22,7 +23,7 @@ from spicerack.numerics.scheme import parse
 
 pytestmark = pytest.mark.slow
 
-SCHEMES = ["w8", "w4g32z", "w3g64", "w2g32h", "w8a8", "w4g32za8s"]
+SCHEMES = ["w8", "w4g32z", "w3g64", "w2g32h", "w8a8", "w4g32za8s", "w4g32m", "q2_k"]
 N, K = 24, 64
 
 
@@ -40,6 +41,10 @@ def layer(
 ) -> QLinear:
     own = nn.Parameter(values(n, seed=seed + 1)) if bias else None
     return QLinear.of(quantized(scheme, n, k, seed), own, compute=compute)
+
+
+def parts(m: PanelMatrix) -> tuple[torch.Tensor | None, ...]:
+    return m.codes, m.scale, m.zero, m.outer
 
 
 def net(bias: bool = True) -> nn.Sequential:
@@ -69,14 +74,15 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("compute", ["int8", "float"])
 def test_schema_shapes_and_gradients_are_what_torch_expects(scheme: str, compute: Compute, dtype: torch.dtype) -> None:
-    matrix = layer(scheme, compute=compute).packed.prepared()
+    k = 256 if scheme == "q2_k" else K
+    matrix = layer(scheme, k=k, compute=compute).packed.prepared()
     for grad, bias in ((False, None), (True, values(N).to(dtype).requires_grad_())):
-        x = values(2, 3, K).to(dtype).requires_grad_(grad)
-        tensors = (matrix.codes, matrix.scale, matrix.zero, bias, matrix.input_scale)
+        x = values(2, 3, k).to(dtype).requires_grad_(grad)
+        tensors = (*parts(matrix), bias, matrix.input_scale)
         arguments = (x, *tensors, *matrix.spec, 0, matrix.activations)
         torch.library.opcheck(torch_op.OPERATOR, arguments)
         grad_y = values(2, 3, N).to(dtype).requires_grad_(grad)
-        torch.library.opcheck(torch_op.TRANSPOSED, (grad_y, matrix.codes, matrix.scale, matrix.zero, *matrix.spec))
+        torch.library.opcheck(torch_op.TRANSPOSED, (grad_y, *parts(matrix), *matrix.spec))
 
 
 def test_every_way_through_the_dispatcher_gives_the_same_bits() -> None:
@@ -85,7 +91,7 @@ def test_every_way_through_the_dispatcher_gives_the_same_bits() -> None:
     assert bias is not None
 
     def operator(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return torch_op.OPERATOR(x, m.codes, m.scale, m.zero, bias, None, *m.spec, 0, m.activations)
+        return torch_op.OPERATOR(x, *parts(m), bias, None, *m.spec, 0, m.activations)
 
     expected = multiply.multiply(x, (m,), (bias,), 0)[0]
     assert torch.equal(operator(x, bias), expected) and operator(x, bias).requires_grad
@@ -149,7 +155,7 @@ def test_an_exported_program_equals_eager(dtype: torch.dtype, bias: bool) -> Non
             assert torch.equal(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("scheme", ["w4g32z", "w8a8"])
+@pytest.mark.parametrize("scheme", ["w4g32z", "w8a8", "iq4_nl", "nvfp4"])
 def test_gradients_through_a_compiled_layer_are_the_dense_ones(scheme: str) -> None:
     small = layer(scheme)
     compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
@@ -232,17 +238,17 @@ def test_tensors_that_do_not_make_the_matrix_are_refused() -> None:
         (m.codes.transpose(0, 1), m.scale, m.zero),
     ):
         with pytest.raises(ShapeError, match=rf"\[{N}, {K}\] matrix of 4 bits"):
-            torch_op.OPERATOR(x, codes, scale, zero, None, None, *m.spec, 0, m.activations)
+            torch_op.OPERATOR(x, codes, scale, zero, None, None, None, *m.spec, 0, m.activations)
 
 
 def test_a_static_scale_that_is_none_is_refused() -> None:
     m, x = layer("w8a8s").packed.prepared(), values(2, K)
     for fixed in (None, torch.tensor([0.02], dtype=torch.float64), torch.tensor([0.02, 0.02])):
         with pytest.raises(ShapeError, match="need one float32 scale"):
-            torch_op.OPERATOR(x, m.codes, m.scale, m.zero, None, fixed, *m.spec, 0, m.activations)
+            torch_op.OPERATOR(x, *parts(m), None, fixed, *m.spec, 0, m.activations)
     for value in (0.0, -1.0, torch.nan, torch.inf):
         with pytest.raises(ValueError, match="finite and above 0"):
-            torch_op.OPERATOR(x, m.codes, m.scale, m.zero, None, torch.tensor([value]), *m.spec, 0, m.activations)
+            torch_op.OPERATOR(x, *parts(m), None, torch.tensor([value]), *m.spec, 0, m.activations)
 
 
 @pytest.mark.parametrize("scheme", ["w4g32z", "w8a8", "w8a8s"])

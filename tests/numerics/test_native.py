@@ -204,7 +204,7 @@ def written() -> dict[str, tuple[Callable[..., object], list[torch.Tensor]]]:
     words = torch.zeros((4, 4), dtype=torch.int32)
     packed = panels.pack(rounding.to_nearest(weights(32, 64), parse("w8")))
     spec = panels.spec_of(parse("w8"), (32, 64))
-    matrix = multiply.PanelMatrix(packed["codes"], packed["scale"], None, spec, panels.FLOATS)
+    matrix = multiply.PanelMatrix(packed["codes"], packed["scale"], None, None, spec, panels.FLOATS)
     tiles, bound = packed["codes"], matrix.native()
     data, lanes = torch.zeros((32, 64), dtype=torch.uint8), torch.zeros((2, 1, 16), dtype=torch.uint8)
 

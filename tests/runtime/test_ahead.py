@@ -14,12 +14,16 @@ from safetensors.torch import load_file, save_file
 import spicerack
 from spicerack.errors import CheckpointError
 from spicerack.nn.weight import PackedWeight
+from spicerack.numerics import codec
 from spicerack.runtime import ahead, load
 from spicerack.runtime.ahead import Ahead, Way
 from spicerack.runtime.folder import Folder
 from spicerack.storage import reader
 
-SCHEMES = ["w8", "w4g32", "w3g64", "w4g32z", "w6", "w2g32h", "w8t", "w8a8", "ternary", "ternarya8", "nf4"]
+SCHEMES = [
+    "w8", "w4g32", "w3g64", "w4g32z", "w6", "w2g32h", "w8t", "w8a8", "ternary", "ternarya8", "w4g32m", "mxfp4", "nvfp4",
+    "nf4",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -37,7 +41,7 @@ def test_what_is_laid_out_ahead_is_what_the_folder_holds(
         weight, q = model.get_submodule(name).packed, folder.packed(stored)
         assert isinstance(weight, PackedWeight)
         back = weight.qtensor()
-        assert torch.equal(back.codes, q.codes) and torch.equal(back.plain_scale, q.plain_scale)
+        assert torch.equal(back.codes, q.codes) and torch.equal(codec.decode(back), codec.decode(q))
         assert (q.zero is None and back.zero is None) or torch.equal(back.zero, q.zero)  # type: ignore[arg-type]
         for key, tensor in q_packed(weight, q).items():
             assert torch.equal(weight.tensors[key], tensor), key

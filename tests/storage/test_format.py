@@ -21,7 +21,7 @@ from spicerack.numerics.levels import FloatLevels, IntLevels, TableLevels
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.quantization.recipe import Recipe, Rule
-from spicerack.storage import format, formats
+from spicerack.storage import format, formats, layouts
 from spicerack.storage.format import Host, Reading, StoredTensor
 from spicerack.storage.reader import Checkpoint
 
@@ -489,3 +489,14 @@ def test_a_new_format_is_one_file_from_a_recipe_to_bytes_and_back(tmp_path: Path
 def test_formats_have_ranks_of_their_own_and_the_container_the_last() -> None:
     ranks = [fmt.rank for fmt in format.ranked()]
     assert len(set(ranks)) == len(ranks) and format.ranked()[-1] == OWN
+
+
+@pytest.mark.parametrize("role", ["linear", "embedding", "experts"])
+@pytest.mark.parametrize("name", ["w8", "w4g32z", "w8a8", "w2g32h", "ternary", "ternarya8", "nf4", "q4_k", "nvfp4"])
+def test_layouts_choose_the_format_that_formats_choose(name: str, role: str) -> None:
+    """What weighs folders without torch goes by its own order of formats: it is theirs."""
+    shape = (4, 512, 256) if role == "experts" else (512, 256)
+    stored = StoredTensor("m.layer", parse(name), shape, role)
+    chosen = format.choose({stored.module: stored})
+    layout = layouts.choose([stored.matrix])
+    assert stored.laid_out(layout) == chosen.layout(stored)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
 
 
@@ -17,8 +18,15 @@ def by_column(values: torch.Tensor, n: int, k: int) -> torch.Tensor:
 
 
 def scales(q: QTensor) -> torch.Tensor:
-    """The scales of a QTensor without a `scale_obstacle`, float32 [N or 1, groups or 1]."""
-    return q.plain_scale.float()
+    """The scales of a QTensor, as they count in arithmetic, float32 [N or 1, groups or 1]."""
+    return codec.decode(q.scale) if isinstance(q.scale, QTensor) else q.scale.float()
+
+
+def minima(q: QTensor) -> torch.Tensor:
+    """The minima of a QTensor, float32 [N or 1, groups or 1]; a single 0, [1, 1], where the scheme has none."""
+    if q.min is None:
+        return torch.zeros((1, 1), dtype=torch.float32, device=q.codes.device)
+    return codec.decode(q.min) if isinstance(q.min, QTensor) else q.min.float()
 
 
 def zeros(q: QTensor) -> torch.Tensor:
@@ -32,5 +40,6 @@ def level_of_each(q: QTensor) -> torch.Tensor:
 
 
 def decoded(q: QTensor) -> torch.Tensor:
-    """The weight that the codes stand for, float32 [N, K]; as `codec.decode` has it, for schemes without minima."""
-    return level_of_each(q) * by_column(scales(q), *q.codes.shape)
+    """The weight that the codes stand for, float32 [N, K]; as `codec.decode` has it."""
+    w = level_of_each(q) * by_column(scales(q), *q.codes.shape)
+    return w if q.min is None else w + by_column(minima(q), *q.codes.shape)

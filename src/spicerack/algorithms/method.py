@@ -115,9 +115,9 @@ def gain_of_effort(scheme: Scheme) -> str | None:
 
 
 def _learner(scheme: Scheme) -> str | None:
-    """The solver that learns codes of so few levels best; None where GPTQ's are as good."""
+    """The solver that learns codes of so few levels best; None where GPTQ's are as good, or none learns them."""
     integers = scheme.levels.integers
     steps = _MANY if integers is None else integers.hi - integers.lo
-    if steps >= _MANY:
+    if steps >= _MANY or scheme.scale_obstacle is not None:
         return None
     return "blockap" if steps == _TWO_BITS and scheme.group[0] is not None else "signround"

@@ -4,6 +4,9 @@
 
     (D H D^T) s = D H w^T
 
+Scales and minima that are quantized themselves are integers times floats of super-blocks: there s are those floats, and
+D has what each is multiplied with, levels times integers of scales, and integers of minima.
+
 Codes were chosen for scales that rounding to nearest found before; with other codes other scales are best. Every row
 (or the tensor, where there is one scale for all rows) has a system of its own, of as many unknowns as it has groups.
 What comes out is rounded to the type that scales are stored in, and taken only where the error is then smaller.
@@ -12,10 +15,12 @@ What comes out is rounded to the type that scales are stored in, and taken only 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from spicerack.algorithms.columns import decoded, level_of_each, scales
+from spicerack.algorithms.columns import by_column, decoded, level_of_each
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scales import store
 
@@ -29,37 +34,39 @@ _RIDGE = 1e-9
 """Share of P's mean diagonal that is added to its diagonal: far below float32's rounding of P, and P is regular."""
 
 
-def rescaled(start: QTensor, codes: torch.Tensor, target: torch.Tensor, h: torch.Tensor) -> QTensor:
+def rescaled(start: QTensor, walked: QTensor, target: torch.Tensor, h: torch.Tensor) -> QTensor:
     """Codes and scales with which a weight has less error than with those of `start`, row by row.
 
-    start    the weight rounded to nearest; it has the scales that `codes` were chosen for
-    codes    [N, K], of start's type
+    start    the weight rounded to nearest
+    walked   the same with other codes, and maybe with other scales
     target   what the codes should stand for, float32 [N, K]
     h        H, float32 [K, K], symmetric
 
-    Rows that are nearer with start's codes keep these. Scales s + d have  d P d - 2 d r  more loss than s, P = D H D^T
+    Rows that are nearer as they are in `start` stay so. Scales s + d have  d P d - 2 d r  more loss than s, P = D H D^T
     and r = D H (target - decoded).
     """
-    n, k = codes.shape
-    group = start.scheme.group_shape(n, k)[1]
-    dtype = start.plain_scale.dtype
-    one = len(start.plain_scale) != n
-    nothing = torch.zeros((1, k // group), dtype=torch.float64, device=target.device)
-    total = torch.diag_embed(nothing), nothing
+    floats = _floats(start)
+    one = len(floats) != len(start.codes)
+    total: tuple[torch.Tensor, torch.Tensor] | None = None
     chosen, steps = [], []
-    for first in range(0, n, ROWS):
+    for first in range(0, len(start.codes), ROWS):
         some = slice(first, first + ROWS)
-        q, pulls = _better(_rows(start, some), codes[some], target[some], h)
-        d = level_of_each(q)
-        p = _products(d, h, group)
-        r = pulls.mul_(d).view(len(d), -1, group).sum(-1, dtype=torch.float64)
-        chosen.append(q.codes)
+        q, pulls = _better(_rows(start, some), _rows(walked, some), target[some], h)
+        units = _units(q)
+        p = _products(units, h, q.shape[1] // (floats.shape[1] // len(units)))
+        groups = p.shape[1] // len(units)
+        r = torch.cat([(pulls * d).view(len(d), groups, -1).sum(-1, dtype=torch.float64) for d in units], 1)
+        chosen.append(q)
         if one:
-            total = total[0] + p.sum(0, keepdim=True), total[1] + r.sum(0, keepdim=True)
+            p, r = p.sum(0, keepdim=True), r.sum(0, keepdim=True)
+            total = (p, r) if total is None else (total[0] + p, total[1] + r)
         else:
-            steps.append(_solved(scales(q), p, r, dtype))
-    scale = _solved(scales(start), *total, dtype) if one else torch.cat(steps)
-    return dataclasses.replace(start, codes=torch.cat(chosen), scale=scale)
+            steps.append(_solved(_floats(q), p, r, floats.dtype))
+    whole = _joined(chosen)
+    if one:
+        assert total is not None
+        return _with_floats(whole, _solved(floats, *total, floats.dtype))
+    return _with_floats(whole, torch.cat(steps))
 
 
 def objective(e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -75,40 +82,114 @@ def objective(e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _better(start: QTensor, codes: torch.Tensor, target: torch.Tensor, h: torch.Tensor) -> tuple[QTensor, torch.Tensor]:
-    """Row by row the better of start's codes and `codes` [N, K]; and (target - decoded) H, float32 [N, K]."""
-    better = dataclasses.replace(start, codes=codes)
-    e = target - decoded(better)
+def _better(start: QTensor, walked: QTensor, target: torch.Tensor, h: torch.Tensor) -> tuple[QTensor, torch.Tensor]:
+    """Row by row the better of both; and (target - decoded) H, float32 [N, K]."""
+    e = target - decoded(walked)
     pulls = e @ h
     losses = (pulls * e).sum(1, dtype=torch.float64)
     plain = target - decoded(start)
     worse = (losses >= objective(plain, h)).nonzero().squeeze(1)
     if len(worse):
         pulls[worse] = plain[worse] @ h
-        better = dataclasses.replace(start, codes=codes.index_copy(0, worse, start.codes[worse]))
-    return better, pulls
+        walked = _with_rows(walked, worse, start)
+    return walked, pulls
+
+
+# ---- rows and floats of QTensors -------------------------------------------------------------------------------------
+
+
+def _mapped(q: QTensor, change: Callable[[torch.Tensor, str], torch.Tensor], prefix: str = "") -> QTensor:
+    """q with `change` done to each tensor in it, which is told its name, such as "scale.codes"."""
+    parts: dict[str, Any] = {}
+    for name in ("codes", "scale", "zero", "min"):
+        part = getattr(q, name)
+        if part is not None:
+            nested = isinstance(part, QTensor)
+            parts[name] = _mapped(part, change, f"{prefix}{name}.") if nested else change(part, f"{prefix}{name}")
+    return dataclasses.replace(q, **parts)
+
+
+def _named(q: QTensor) -> dict[str, torch.Tensor]:
+    """All tensors in q, by the names of `_mapped`."""
+    named: dict[str, torch.Tensor] = {}
+    _mapped(q, lambda tensor, name: named.setdefault(name, tensor))
+    return named
 
 
 def _rows(q: QTensor, some: slice) -> QTensor:
-    """Some rows of q; its scale and zero point may be the tensor's, and are then theirs too."""
-    scale = q.plain_scale[some] if len(q.plain_scale) > 1 else q.plain_scale
-    zero = q.zero[some] if q.zero is not None and len(q.zero) > 1 else q.zero
-    return dataclasses.replace(q, codes=q.codes[some], scale=scale, zero=zero)
+    """Some rows of q; what the tensor has one of is theirs too."""
+    return _mapped(q, lambda tensor, _name: tensor[some] if len(tensor) > 1 else tensor)
 
 
-def _products(d: torch.Tensor, h: torch.Tensor, group: int) -> torch.Tensor:
-    """P = D H D^T, float64 [N, groups, groups], for levels d [N, K]; a product of two groups is float32."""
-    n, k = d.shape
-    p = torch.empty((n, k // group, k // group), dtype=torch.float64, device=d.device)
+def _with_rows(q: QTensor, rows: torch.Tensor, other: QTensor) -> QTensor:
+    """q with some rows, int64, of `other`; what the tensor has one of is both's."""
+    theirs = _named(other)
+    return _mapped(
+        q, lambda tensor, name: tensor if len(tensor) == 1 else tensor.index_copy(0, rows, theirs[name][rows])
+    )
+
+
+def _joined(pieces: list[QTensor]) -> QTensor:
+    """Inverse of `_rows`, all pieces of ROWS rows together."""
+    named = [_named(piece) for piece in pieces]
+    n = sum(len(piece["codes"]) for piece in named)
+    shared = {name for name, tensor in named[0].items() if len(tensor) == 1 < n}
+    return _mapped(
+        pieces[0], lambda tensor, name: tensor if name in shared else torch.cat([piece[name] for piece in named])
+    )
+
+
+def _floats(q: QTensor) -> torch.Tensor:
+    """What is fitted, as stored: scales, or floats of super-blocks, and behind them minima, [N or 1, floats]."""
+    parts = [part for part in (q.scale, q.min) if part is not None]
+    return torch.cat([part.plain_scale if isinstance(part, QTensor) else part for part in parts], 1)
+
+
+def _with_floats(q: QTensor, floats: torch.Tensor) -> QTensor:
+    """q with other `_floats`."""
+    parts = {name: part for name, part in (("scale", q.scale), ("min", q.min)) if part is not None}
+    changed: dict[str, Any] = {}
+    for (name, part), values in zip(parts.items(), floats.chunk(len(parts), 1), strict=True):
+        changed[name] = dataclasses.replace(part, scale=values) if isinstance(part, QTensor) else values
+    return dataclasses.replace(q, **changed)
+
+
+def _units(q: QTensor) -> list[torch.Tensor]:
+    """What `_floats` are multiplied with in each weight, float32 [N, K]: one for scales, and one for minima if any."""
+    shape = q.codes.shape
+    units = [level_of_each(q)]
+    if isinstance(q.scale, QTensor):
+        units[0] = units[0] * by_column(level_of_each(q.scale), *shape)
+    if q.min is not None:
+        coded = by_column(level_of_each(q.min), *shape) if isinstance(q.min, QTensor) else torch.ones_like(units[0])
+        units.append(coded)
+    return units
+
+
+# ---- the systems -----------------------------------------------------------------------------------------------------
+
+
+def _products(units: list[torch.Tensor], h: torch.Tensor, group: int) -> torch.Tensor:
+    """P = D H D^T, float64 [N, floats, floats], for units [N, K] of groups of columns; a product of two groups is
+    float32."""
+    blocks = [[_product(a, b, h, group, symmetric=i == j) for j, b in enumerate(units)] for i, a in enumerate(units)]
+    return torch.cat([torch.cat(row, 2) for row in blocks], 1)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor, group: int, *, symmetric: bool) -> torch.Tensor:
+    """A H B^T for units a and b [N, K]. symmetric: they are the same."""
+    n, k = a.shape
+    p = torch.empty((n, k // group, k // group), dtype=torch.float64, device=a.device)
     width = max(_COLUMNS // group, 1) * group
     for first in range(0, k, group):
-        for left in range(first, k, width):  # H is symmetric, and so is P
-            some = d[:, left : left + width]
-            spread = (d[:, first : first + group] @ h[first : first + group, left : left + width]).mul_(some)
+        for left in range(first if symmetric else 0, k, width):  # H is symmetric, and so is P
+            some = b[:, left : left + width]
+            spread = (a[:, first : first + group] @ h[first : first + group, left : left + width]).mul_(some)
             sums = spread.view(n, -1, group).sum(-1).double()
             i, j = first // group, left // group
             p[:, i, j : j + sums.shape[1]] = sums
-            p[:, j : j + sums.shape[1], i] = sums
+            if symmetric:
+                p[:, j : j + sums.shape[1], i] = sums
     return p
 
 

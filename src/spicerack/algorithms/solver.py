@@ -120,7 +120,7 @@ def solve_weight(
     gram      H of the layer's inputs, float32 [K, K]; without it, a solver that needs it leaves `start` as it is
     pull      see `GramSolver`
 
-    A scheme that the solver cannot do keeps `start`, with an event that says why.
+    A scheme that the solver cannot do keeps `start`, or what the one gives that it starts from; an event says why.
     """
     opener = opening(name)
     if opener.needs == "gram" and gram is None:
@@ -130,6 +130,11 @@ def solve_weight(
         events = () if reason is None else (f"{name} cannot do {start.scheme} ({reason}): rounded to nearest",)
         return Solved(start, events)
     if opener.needs == "nothing":
-        return opener.solve(w, start)
-    assert gram is not None
-    return opener.solve(w, start, gram, pull)
+        solved = opener.solve(w, start)
+    else:
+        assert gram is not None
+        solved = opener.solve(w, start, gram, pull)
+    reason = get(name).obstacle(start.scheme)
+    if reason is None:
+        return solved
+    return Solved(solved.q, (f"{name} cannot do {start.scheme} ({reason}): {opening_name(name)} did", *solved.events))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -153,6 +155,25 @@ def interruptible(console: Console, end_of: str | None) -> Iterator[Callable[[],
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
+
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+"""What may stand behind a number of bytes: decimal units, as `size` prints them."""
+
+
+def nbytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """What an option for a size means in bytes: "1.5GB" -> 1,500,000,000; decimal units, or a plain number.
+
+    value: as typed, at most twelve digits before the point; None where it was not given, and stays None. Raises
+    BadParameter.
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([kmg]b)?", value.lower())
+    size = 0 if match is None else int(Decimal(match[1]) * _UNITS[match[2] or ""])
+    if not size:
+        raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", ctx, param)
+    return size
 
 
 def size(nbytes: float) -> str:

@@ -54,9 +54,12 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
 
     check_sides(out, against, "bench")  # before torch is there
     from spicerack.evaluation.bench import BenchOptions, bench
+    from spicerack.storage import records
+    from spicerack.storage.files import locate
 
     with _output.measuring() as progress:
         result = bench(out, against=against, options=BenchOptions(**given), progress=progress)
+    records.keep(locate(out), "bench", result.as_dict(), against=against)
     if as_json:
         _output.emit(result.as_dict())
     else:

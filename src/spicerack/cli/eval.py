@@ -49,10 +49,15 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
     check_sides(out, against, "eval")  # before torch is there
     from spicerack.evaluation.evaluate import EvaluationOptions, measure
     from spicerack.evaluation.language import Comparison
+    from spicerack.evaluation.report import lens
+    from spicerack.storage import records
+    from spicerack.storage.files import locate
 
     with _output.measuring() as progress:
         evaluation = measure(out, against=against, options=EvaluationOptions(**given), progress=progress)
-    figures = evaluation.figures
+    figures, folder = evaluation.figures, locate(out)
+    row = lens.look(folder, locate(against))
+    records.keep(folder, "eval", evaluation.as_dict(), against=against, row=row)
     if as_json:
         _output.emit(evaluation.as_dict())
     elif isinstance(figures, Comparison):

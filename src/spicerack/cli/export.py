@@ -5,17 +5,10 @@ What was written, who read it back, and, if anything was rounded again, what tha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
-from spicerack.cli import _output
+from spicerack.cli import _output, _written
 from spicerack.cli._commands import About
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from spicerack.exports.export import Written
 
 ABOUT = About(place=62, summary="Write a quantized model for another engine, with the same codes.")
 
@@ -25,6 +18,7 @@ ABOUT = About(place=62, summary="Write a quantized model for another engine, wit
 @click.option("--to", required=True, metavar="FORMAT", help="gptq, awq, mlx, gguf ...: what the engine reads.")
 @click.option("-o", "--output", required=True, metavar="PATH", help="The file or folder to write.")
 @click.option("--scheme", metavar="NAME", help="For a float model: what it is quantized in first, rounded to nearest.")
+@click.option("--for", "for_", metavar="ENGINE", help="Only what it computes exactly: vllm, transformers ...")
 @click.option("--requantize", is_flag=True, help="Round again what the format cannot hold, and say what that costs.")
 @click.option("--text", metavar="FILE", help="With --requantize: what that cost is measured on.")
 @click.option("--shard-gb", type=click.FloatRange(min=0.001), metavar="GB", help="The largest file. Default: 2 GB.")
@@ -34,6 +28,7 @@ def command(
     to: str,
     output: str,
     scheme: str | None,
+    for_: str | None,
     requantize: bool,
     text: str | None,
     shard_gb: float | None,
@@ -52,33 +47,10 @@ def command(
     from spicerack.exports.export import export
 
     written = export(
-        model, to=to, output=output, scheme=scheme, requantize=requantize, text=text,
+        model, to=to, output=output, scheme=scheme, for_=for_, requantize=requantize, text=text,
         shard_bytes=None if shard_gb is None else int(shard_gb * 1e9),
     )  # fmt: skip
     if as_json:
         _output.emit(written.as_dict())
     else:
-        show(written, _output.console())
-
-
-def show(written: Written, console: Console) -> None:
-    """What was written, in a few lines."""
-    from rich.markup import escape
-
-    console.print(
-        f"[bold]{escape(str(written.output))}[/bold]: {written.packed} quantized tensors and {written.floats} others, "
-        f"{_output.size(written.nbytes)}, in {written.seconds:.1f} s",
-        soft_wrap=True,
-    )
-    whose = "" if written.foreign else " (the engine's own reader is not installed)"
-    console.print(f"read back by {escape(written.verified_by)}{whose}: every weight is what it was meant to be")
-    for one in written.rounded:
-        console.print(
-            f"[yellow]rounded again[/yellow] {one.count} layers of {one.given} in {one.scheme}: their weights changed "
-            f"by {one.error:.2%}, because {escape(one.rule)}",
-            soft_wrap=True,
-        )
-    if written.added_kl is not None:
-        console.print(f"which costs {written.added_kl:.4g} nats a token (KL from the folder that was exported)")
-    for note in written.notes:
-        console.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True)
+        _written.show(written, _output.console())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from spicerack.cli import _output
+from spicerack.cli import _output, _written
 from spicerack.cli._commands import About
 
 ABOUT = About(place=63, summary="Make a folder of what another tool quantized, with the same codes.")
@@ -24,11 +24,10 @@ def command(model: str, output: str, shard_gb: float | None, as_json: bool) -> N
     \b
     spicerack import model-gptq -o model
     """
-    from spicerack.cli import export as shown
     from spicerack.exports.export import import_model
 
     written = import_model(model, output=output, shard_bytes=None if shard_gb is None else int(shard_gb * 1e9))
     if as_json:
         _output.emit(written.as_dict())
     else:
-        shown.show(written, _output.console())
+        _written.show(written, _output.console())

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,23 +39,9 @@ def _names(folder: str) -> str:
     return ", ".join(plugins.names(folder))
 
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-"""What may stand behind a number of bytes: decimal units, as `_output.size` prints them."""
-
-
-def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """What --shard-size and --memory mean in bytes: "1.5GB" -> 1,500,000,000; decimal units, or a plain number.
-
-    value: as typed, at most twelve digits before the point; None where it was not given, and stays None. Raises
-    BadParameter.
-    """
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([kmg]b)?", value.lower())
-    size = 0 if match is None else int(Decimal(match[1]) * _UNITS[match[2] or ""])
-    if not size:
-        raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", ctx, param)
-    return size
+def _engines() -> str:
+    """Names of engines, for help: those of files, of which none is imported."""
+    return ", ".join(name.replace("llama_cpp", "llama.cpp") for name in plugins.names("storage.engines"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +57,12 @@ class _Options:
     device                  where blocks compute while they are calibrated
     recipe_file             YAML with a scheme and rules
     fit_groups              narrow layers get what fits them, and are not refused
+    for_                    engine that must compute all of it exactly
     set_, skip              rules, each option's own; their order is in the context
     threads                 of the CPU; None: one per core
     shard_bytes             the largest file to write
     memory                  bytes that must not be exceeded; None: no limit
+    fit, context, engine    devices, tokens and program that the scheme is chosen for; no `fit`: it is named
     dry_run, as_json        show what would be done; print one JSON object
     """
 
@@ -96,9 +82,13 @@ class _Options:
     set_: tuple[str, ...]
     skip: tuple[str, ...]
     fit_groups: bool
+    for_: str | None
     threads: int | None
     shard_bytes: int
     memory: int | None
+    fit: str | None
+    context: int | None
+    engine: str | None
     dry_run: bool
     as_json: bool
 
@@ -111,6 +101,7 @@ class _Options:
         """
         from spicerack.numerics.scheme import parse
         from spicerack.quantization import recipe
+        from spicerack.storage import engine as engines
 
         if self.recipe_file is not None:
             chosen = recipe.read(self.recipe_file)
@@ -118,11 +109,13 @@ class _Options:
         elif self.scheme is not None:
             chosen = recipe.Recipe(parse(self.scheme))
         else:
-            raise RecipeError("neither --scheme nor --recipe is given", "for example --scheme w4g128")
+            usual = () if self.for_ is None else engines.find(self.for_).usual
+            hint = f"usual for {self.for_}: --scheme {', '.join(usual)}" if usual else "for example --scheme w4g128"
+            raise RecipeError("neither --scheme nor --recipe is given", hint)
         if self.method == "auto":
             chosen = dataclasses.replace(chosen, method=None)
         method = None if self.method == "auto" else self.method
-        return chosen.with_choices(self.range_, method, self.observer, self.fit_groups or None).then(rules)
+        return chosen.with_choices(self.range_, method, self.observer, self.fit_groups or None, self.for_).then(rules)
 
 
 @click.command(cls=_rules.OrderedCommand)
@@ -155,11 +148,22 @@ class _Options:
 @_rules.set_option
 @_rules.skip_option
 @click.option("--fit-groups", is_flag=True, help="Layers too narrow for the groups get the nearest scheme that fits.")
+@click.option("--for", "for_", metavar="ENGINE", help=f"Only what it computes exactly: {_engines()}.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. Default: one per core.")
 @click.option(
-    "--shard-size", "shard_bytes", callback=_bytes, default="2GB", show_default=True, help="Largest output file."
+    "--shard-size",
+    "shard_bytes",
+    callback=_output.nbytes,
+    default="2GB",
+    show_default=True,
+    help="Largest output file.",
 )
-@click.option("--memory", callback=_bytes, metavar="SIZE", help="Most that may be used: 8GB ... Default: no limit.")
+@click.option(
+    "--memory", callback=_output.nbytes, metavar="SIZE", help="Most that may be used: 8GB ... Default: no limit."
+)
+@click.option("--fit", metavar="DEVICES", help="In place of --scheme: what plan recommends for 2x3090, 24GB ...")
+@click.option("--context", type=click.IntRange(1), help="With --fit: tokens. Default: 8192, or the model's.")
+@click.option("--engine", metavar="NAME", help="With --fit: llama.cpp, vllm, spicerack ... Default: plan's.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @_output.json_option
 @click.pass_context
@@ -173,9 +177,13 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     spicerack quantize MODEL -o out --scheme w4g128
     spicerack quantize MODEL -o out --scheme w4g32z --set '**.down_proj=w8' --skip 'model.layers.0.**'
     spicerack quantize MODEL -o out --scheme w3g64 --calib text.jsonl
+    spicerack quantize MODEL -o out --fit 2x3090 --context 8192 --engine vllm
     """
     options = _Options(**given)
     _check_calibration_options(ctx, options)
+    fitted = _fitted(options)
+    if fitted is not None:
+        options, because = fitted
     from spicerack.quantization import early
     from spicerack.quantization.recipe import decided
 
@@ -184,7 +192,8 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     source = early.open_float(options.model)
     recipe = options.recipe(rules)
     with_text = options.calib is not None
-    early.refuse_shapes(source, recipe)
+    if recipe.for_ is None:  # an engine has its own fallbacks
+        early.refuse_shapes(source, recipe)
     whole = decided(recipe, with_text, options.effort)
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.cli import _quantizing
@@ -200,7 +209,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     job = prepare(options.model, whole, with_text=with_text, shard_bytes=options.shard_bytes)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)
-    told = (*renamed, *notes(job, calibration, recipe, options.effort))
+    told = (*([because] if fitted else ()), *renamed, *notes(job, calibration, recipe, options.effort))
     _quantizing.announce(job, calibration, planned, means.device, console, told)
     if options.dry_run:
         _quantizing.foretell(job, console)
@@ -222,6 +231,37 @@ def _check_calibration_options(ctx: click.Context, options: _Options) -> None:
     for name in ("samples", "length", "seed", "device"):
         if options.calib is None and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
+
+
+def _fitted(options: _Options) -> tuple[_Options, str] | None:
+    """The same with the scheme that `plan` recommends for --fit, and a sentence that says why; None without --fit.
+
+    Raises UsageError for a scheme beside it, for its options without it, and where nothing fits.
+    """
+    if options.fit is None:
+        for name, value in (("context", options.context), ("engine", options.engine)):
+            if value is not None:
+                raise UsageError(f"--{name} is about --fit, and there is none", "pass --fit DEVICES, or --scheme")
+        return None
+    if options.scheme is not None or options.recipe_file is not None:
+        raise UsageError("--fit chooses the scheme, and one is given", "leave out --scheme and --recipe, or --fit")
+    from spicerack.machine import catalogue
+    from spicerack.planning import engine as engines
+    from spicerack.planning.engine import Request
+    from spicerack.planning.model import open_model
+    from spicerack.planning.plan import Goal, context_of, default_engine, to_quantize
+
+    devices = catalogue.find(options.fit)
+    model = open_model(options.model)
+    engine = default_engine(devices) if options.engine is None else engines.get(options.engine)
+    request = Request(context_of(model, options.context))
+    row = to_quantize(model, Goal(devices, engine, request))
+    spare = _output.size(row.placement.spare)
+    because = (
+        f"{row.precision.scheme} fits {options.fit} with {engine.name} at {request.context:,} tokens, "
+        f"{spare} to spare: spicerack plan shows the others"
+    )
+    return dataclasses.replace(options, scheme=row.precision.scheme, fit_groups=True), because
 
 
 def _dry_run(job: Job, planned: MemoryPlan, notes: tuple[str, ...]) -> dict[str, Any]:

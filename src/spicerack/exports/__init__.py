@@ -1,7 +1,6 @@
 """Models for other engines: the codes that were chosen here, in the files that they read, and back.
 
     source     what is exported: a folder, walked a tensor at a time
-    holding    which scheme of a target holds a tensor, exactly or after another rounding
     target     `Target`, the interface of where models go, and the plug-ins in `targets/`
     verify     what was written, read back by the engine's own reader, or by one of `readers/`
     export     `spicerack.export`: all of it in order

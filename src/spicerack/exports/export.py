@@ -20,19 +20,25 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import OutputError, SchemeError, UsageError, listed
-from spicerack.exports import holding, loss, verify
+from spicerack.arguments import checked
+from spicerack.errors import OutputError, SchemeError, UsageError, WeightError, listed
+from spicerack.exports import loss, verify
 from spicerack.exports import target as targets
 from spicerack.exports.source import Change, Source
-from spicerack.exports.target import Held, Order, Target
+from spicerack.exports.target import Asked, Order, Target
 from spicerack.machine.memory import peak_rss_bytes
+from spicerack.models import census
 from spicerack.numerics import codec, rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.quantization.run import quantize
 from spicerack.runtime.folder import Folder
+from spicerack.storage import engine as engines
+from spicerack.storage import exactness, holding
 from spicerack.storage import format as formats
+from spicerack.storage.engine import Engine, Reads
 from spicerack.storage.files import local
 from spicerack.storage.format import StoredTensor
+from spicerack.storage.holding import Held
 from spicerack.storage.writer import refuse_place
 
 _LISTED = 3
@@ -112,22 +118,26 @@ class Written:
         }
 
 
+@checked
 def export(
     model: str | Path,
     *,
     to: str,
     output: str | Path,
     scheme: str | None = None,
+    for_: str | None = None,
     requantize: bool = False,
     text: str | Path | None = None,
     shard_bytes: int | None = None,
 ) -> Written:
     """Write a model for another engine, with the codes that it has.
 
-    model        a folder or hub id, quantized; or float, with `scheme`
+    model        a folder or hub id, quantized; or float, with `scheme`, or to what holds floats as they are stored
     to           what for: one of `exports.target.names()`
     output       the file or folder to write, which must not exist
     scheme       what a float model is quantized in first, rounded to nearest
+    for_         the engine that it is for, by one of `storage.engine.names()`: it may compute less than the format
+                 holds, and layers are then in what it does compute; None: whoever reads the format
     requantize   layers that the target has no scheme for are rounded again, to the nearest that it has
     text         what that cost is measured on, as for `evaluate`; None: `heldout.txt` in the folder, if there is one
     shard_bytes  the largest file, where there are several; None: the target's own
@@ -137,16 +147,19 @@ def export(
     what was written is not read back as it was meant; then nothing is left.
     """
     target, place = targets.find(to), local(output)
+    engine = None if for_ is None else engines.find(for_)
     refuse_place(place)
     if place.exists():
         raise OutputError(f"{place} exists", "choose another name, or remove it")
-    with _opened(model, scheme, place) as folder:
-        written = _export(folder, target, to, place, requantize=requantize, shard_bytes=shard_bytes)
+    with _opened(model, scheme, for_, target, place) as folder:
+        order = Order(to, place, lambda _path: None, {}, shard_bytes)
+        written = _export(folder, target, engine, order, requantize=requantize)
         if not written.rounded:
             return written
         return replace(written, added_kl=loss.measured(folder, place, text))
 
 
+@checked
 def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | None = None) -> Written:
     """Write a model that another tool quantized as a folder of ours, with the codes that it has.
 
@@ -167,11 +180,12 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
 
 
 @contextmanager
-def _opened(model: str | Path, scheme: str | None, place: Path) -> Iterator[Folder]:
-    """The quantized folder, within; of a float model one that is made beside `place`, and goes at the end."""
+def _opened(model: str | Path, scheme: str | None, for_: str | None, target: Target, place: Path) -> Iterator[Folder]:
+    """The folder, within; of a float model that is quantized on the way one that is made beside `place`, and goes at
+    the end."""
     folder = Folder.open(model)
     if scheme is None:
-        if folder.format is None:
+        if folder.format is None and not target.floats:
             raise UsageError(f"{folder.checkpoint.folder} is not quantized", "give --scheme, such as w4g32")
         yield folder
         return
@@ -181,35 +195,81 @@ def _opened(model: str | Path, scheme: str | None, place: Path) -> Iterator[Fold
         )
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
-        quantize(model, scheme, output=Path(beside) / "quantized", fit_groups=True)
+        quantize(model, scheme, output=Path(beside) / "quantized", fit_groups=True, for_=for_)
         yield Folder.open(Path(beside) / "quantized")
 
 
-def _export(
-    folder: Folder, target: Target, to: str, place: Path, *, requantize: bool, shard_bytes: int | None
-) -> Written:
+def _export(folder: Folder, target: Target, engine: Engine | None, order: Order, *, requantize: bool) -> Written:
     """The same for a folder that is open."""
-    begin, given = time.time(), Source.of(folder)
-    held = holding.hold(target, to, given.contents)
+    begin, given, to, place = time.time(), Source.of(folder), order.to, order.output
+    planned = plan(given, target, to, requantize=requantize, engine=engine)
+    source = planned.source
+    target.write(source, replace(order, check=partial(verify.verify, planned.reader, source), facts=planned.facts))
+    return Written(
+        place, to, _nbytes(place), len(source.contents), len(source.floats), round(time.time() - begin, 3),
+        peak_rss_bytes(), planned.reader.name, planned.reader.foreign,
+        (*target.notes(to, source), *_activations(given, source)), _rounded(given, source, planned.held),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """An export that nothing speaks against.
+
+    source  as the target gets it
+    held    in which scheme each tensor is held, and whether exactly
+    reader  who will read it back
+    facts   for the ledger that travels
+    """
+
+    source: Source
+    held: Mapping[str, Held]
+    reader: verify.Reader
+    facts: Mapping[str, Any]
+
+
+def plan(given: Source, target: Target, to: str, *, requantize: bool = False, engine: Engine | None = None) -> Planned:
+    """All of an export that can be refused, before a byte is written.
+
+    engine: that the file is for, which may compute less than the format holds; None: whoever reads the format. Raises
+    as `export` does.
+    """
+    way = None if engine is None else engine.reading(to, given.config.get("model_type"))
+    held = holding.hold(
+        Asked(target, to) if engine is None or way is None else exactness.holder(engine, way), given.contents
+    )
     if not requantize:
         _refuse(held, given)
-    source = _changed(given, held, target, to)
+    source = changed(given, held, target, to)
+    if engine is not None and way is not None:
+        _refuse_together(engine, way, given, source)
     if lacking := target.obstacles(to, source.contents):
         raise SchemeError(_by_rule(lacking), _ELSEWHERE)
     if refused := target.refusals(to, source):
         raise SchemeError(listed(refused, _LISTED, "reasons", between="; "), _ELSEWHERE)
+    if inexact := target.inexact(to, source):
+        hint = "quantize the float model in another scheme"
+        raise WeightError(listed(inexact, _LISTED, "tensors", between="; "), hint)
     _look_at_scales(source, held)
     reader = verify.choose(to, source)
     if reader is None:
         raise OutputError(f"nobody here reads {to}: what is written could not be verified", "install its reader")
-    facts = {"to": to, "spicerack": __version__, **verify.facts(reader)}
-    check = partial(verify.verify, reader, source)
-    target.write(source, Order(to, place, check, facts, shard_bytes))
-    return Written(
-        place, to, _nbytes(place), len(source.contents), len(source.floats), round(time.time() - begin, 3),
-        peak_rss_bytes(), reader.name, reader.foreign, (*target.notes(to, source), *_activations(given, source)),
-        _rounded(given, source, held),
-    )  # fmt: skip
+    return Planned(source, held, reader, facts_of(to, reader))
+
+
+def facts_of(to: str, reader: verify.Reader | None) -> dict[str, Any]:
+    """What the ledger that travels says of the export."""
+    return {"to": to, "spicerack": __version__, **verify.facts(reader)}
+
+
+def _refuse_together(engine: Engine, way: Reads, given: Source, source: Source) -> None:
+    """Raise SchemeError for what an engine does not compute of the tensors as the target gets them."""
+    shared = census.take(given.described).shared_inputs
+    if reasons := [one.rule for one in exactness.obstacles(engine, way, source.contents, shared)]:
+        raise SchemeError(listed(reasons, _LISTED, "reasons", between="; "), "give them one scheme, or skip them")
+    reading = source.reading(formats.get(way.format)) if way.rehearsed else None
+    if reading is not None and reading.obstacle is not None:
+        raise SchemeError(f"{engine.name} does not load it: {reading.obstacle}", "export it to something else")
 
 
 def _activations(given: Source, source: Source) -> Iterator[str]:
@@ -255,7 +315,7 @@ def _by_rule(reasons: Sequence[str]) -> str:
     return listed(rules, _LISTED, "reasons", between="; ")
 
 
-def _changed(given: Source, held: Mapping[str, Held], target: Target, to: str) -> Source:
+def changed(given: Source, held: Mapping[str, Held], target: Target, to: str) -> Source:
     """The source as the target gets it: each tensor in the scheme that it is held in, or rounded to it."""
     contents = target.prepared(to, {module: one.stored for module, one in held.items()})
     changes: dict[str, Change] = {}

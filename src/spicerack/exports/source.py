@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from spicerack.models import census
+from spicerack.models.architecture import host_of
 from spicerack.models.census import ON_REQUEST
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
+from spicerack.quantization import decisions
 from spicerack.runtime.folder import Folder
 from spicerack.storage import ledger
-from spicerack.storage.format import Contents, StoredTensor
+from spicerack.storage.format import Contents, Format, Reading, StoredTensor
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
 
@@ -92,6 +94,17 @@ class Source:
         """Name -> header of the tensors that are no part of a packed one, in the order of the disk."""
         packed = {name for names in self._layouts().values() for name in names}
         return {name: info for name, info in self.folder.checkpoint.tensors.items() if name not in packed}
+
+    def reading(self, fmt: Format) -> Reading:
+        """What readers of a folder in that format are told: above all the linear layers that stay float."""
+        described = self.described
+        if not described.config:
+            return Reading()
+        known = decisions.Source.of(described)
+        contents, tied = self.contents, known.tied
+        floats = [name for name in known.linears() if name not in contents and tied.get(name) not in contents]
+        headers = {name: (info.dtype, info.shape) for name, info in described.tensors.items()}
+        return fmt.reading(self.config, contents, host_of(self.config, headers, contents, floats))
 
     def order(self) -> list[StoredTensor | TensorInfo]:
         """All tensors, packed ones and floats, in the order of the disk: read so, files are read once, in sequence."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from spicerack import plugins
 from spicerack.errors import UsageError
 from spicerack.exports.source import Source
-from spicerack.storage.format import Contents, StoredTensor
+from spicerack.storage.format import Contents
 
 Check = Callable[[Path], None]
 """Reads back what lies there, still under another name. Raises where it is not what was to be written."""
@@ -41,6 +41,10 @@ class Target(Protocol):
     def names(self) -> Sequence[str]:
         """What `--to` calls it: one name for each thing that it writes."""
 
+    @property
+    def floats(self) -> bool:
+        """Whether it is also what models are exported to in which nothing is quantized."""
+
     def prepared(self, to: str, contents: Contents, /) -> Contents:
         """The contents as this target lays them out: what it decides over all tensors at once."""
 
@@ -48,16 +52,23 @@ class Target(Protocol):
         """Why tensors cannot be held exactly in their schemes, a sentence each beginning with `MODULE: `; empty if all
         can.
 
-        From headers alone: no weight is read. `exports.holding` asks it about schemes that would do, one tensor at a
+        From headers alone: no weight is read. `storage.holding` asks it about schemes that would do, one tensor at a
         time. A rule about a tensor must not depend on the others, but for those that no scheme would help.
         """
 
     def refusals(self, to: str, source: Source, /) -> list[str]:
         """What else stands against the model, whatever its schemes: a family that the engine has not, a tokenizer that
-        cannot be said there. Sentences; empty if nothing does."""
+        cannot be said there. Sentences; empty if nothing does. No packed tensor is read."""
+
+    def inexact(self, to: str, source: Source, /) -> list[str]:
+        """Tensors whose scales the target does not hold although it holds their schemes, a sentence each: those are
+        read, where `prepared` has not given their types away."""
 
     def notes(self, to: str, source: Source, /) -> list[str]:
         """What a person should know of what will be written, in plain sentences."""
+
+    def nbytes(self, source: Source, order: Order, /) -> int:
+        """Bytes that `write` will put on the disk with the same order, to the byte; no tensor is read."""
 
     def write(self, source: Source, order: Order, /) -> None:
         """Write all of it, streaming, under another name; then `order.check`; then give it its name.
@@ -68,17 +79,19 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """In which scheme a target holds a tensor of the source.
+class Asked:
+    """A target under one of its names: what `storage.holding` asks."""
 
-    stored   as the target gets it
-    exact    every weight stays what it is; else it is rounded again
-    rule     why the target does not hold the scheme that it had, where it does not
-    """
+    target: Target
+    to: str
 
-    stored: StoredTensor
-    exact: bool
-    rule: str | None = None
+    def prepared(self, contents: Contents, /) -> Contents:
+        """See `Target.prepared`."""
+        return self.target.prepared(self.to, contents)
+
+    def obstacles(self, contents: Contents, /) -> list[str]:
+        """See `Target.obstacles`."""
+        return self.target.obstacles(self.to, contents)
 
 
 def names() -> list[str]:

@@ -18,12 +18,12 @@ import torch
 
 from spicerack import plugins
 from spicerack.errors import OutputError, SpicerackError
-from spicerack.exports.holding import spread
 from spicerack.exports.source import Source
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import StoredTensor
+from spicerack.storage.holding import spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,19 @@ class Grid:
         return values if self.biases is None else values + spread(self.biases.float(), (n, k))
 
 
-Weights = Callable[[str], torch.Tensor | Grid]
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A matrix, or a stack of them below each other, that a reader decodes some rows at a time.
+
+    count    rows
+    decoded  first row, and the one behind the last -> these, float [.., K]
+    """
+
+    count: int
+    decoded: Callable[[int, int], torch.Tensor]
+
+
+Weights = Callable[[str], torch.Tensor | Grid | Rows]
 """Name of a tensor in the source (`X.weight` of what is packed) -> its values, [.., N, K] in a float type, or what they
 are computed from; a float tensor as it is stored. Raises KeyError for one that is not there."""
 _ROWS = 1 << 22
@@ -207,23 +219,26 @@ def _pieces(q: QTensor) -> Iterator[torch.Tensor]:
     return codec.decode_rows(q, max(_ROWS // k // rows, 1) * rows)
 
 
-def _compare(name: str, pieces: Iterator[torch.Tensor], read: torch.Tensor, who: str) -> None:
+def _compare(name: str, pieces: Iterator[torch.Tensor], read: torch.Tensor | Rows, who: str) -> None:
     """Raise OutputError unless the pieces, in the type that was read, are what was read, in order."""
-    start = 0
+    start = rows = 0
     for piece in pieces:
-        wanted = piece.reshape(-1).to(read.dtype)
-        part = read.reshape(-1)[start : start + wanted.numel()]
+        if isinstance(read, Rows):
+            part = read.decoded(rows, rows + len(piece)).reshape(-1)
+        else:
+            part = read.reshape(-1)[start : start + piece.numel()]
+        wanted = piece.reshape(-1).to(part.dtype)
         if part.shape != wanted.shape or not torch.equal(part, wanted):
-            raise OutputError(f"{name}: {who} reads {_difference(part, wanted, start, read)}", _FAULT)
-        start += wanted.numel()
-    if start != read.numel():
-        raise OutputError(f"{name}: {who} reads {read.numel()} numbers of {start}", _FAULT)
+            raise OutputError(f"{name}: {who} reads {_difference(part, wanted, start)}", _FAULT)
+        start, rows = start + wanted.numel(), rows + len(piece)
+    if (rows != read.count) if isinstance(read, Rows) else (start != read.numel()):
+        raise OutputError(f"{name}: {who} reads more than the {start} numbers that were to be written", _FAULT)
 
 
-def _difference(part: torch.Tensor, wanted: torch.Tensor, start: int, read: torch.Tensor) -> str:
+def _difference(part: torch.Tensor, wanted: torch.Tensor, start: int) -> str:
     """What differs first, for an error."""
     if part.shape != wanted.shape:
-        return f"{read.numel()} numbers, and too few"
+        return f"{start + part.numel()} numbers, and too few"
     at = int((part != wanted).nonzero()[0])
     return f"{float(part[at])} at {start + at}, where {float(wanted[at])} was to be written"
 

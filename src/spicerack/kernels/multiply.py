@@ -19,7 +19,7 @@ import torch
 from spicerack import _native
 from spicerack.errors import ShapeError
 from spicerack.kernels import pool
-from spicerack.kernels.panels import FIXED, FLOATS, PANEL, TYPES, Spec, Tiling, spec_of
+from spicerack.kernels.panels import FIXED, FLOATS, PANEL, SCALE_TYPES, TYPES, Spec, Tiling, spec_of
 from spicerack.numerics import native
 from spicerack.numerics.packed import Rows, Tensors
 from spicerack.numerics.scheme import Scheme
@@ -31,7 +31,8 @@ _MANY = 1 << 18
 class PanelMatrix:
     """A matrix [N, K] in panels: tensors as `panels.pack` made them, how activations enter, and the native view of it.
 
-    codes, scale, zero  see `panels.pack`; on the CPU. zero is None for none
+    codes, scale        see `panels.pack`; on the CPU
+    zero, outer         the same, or None for none
     spec                their numbers
     activations         FLOATS, SPANS, TOKENS or FIXED
     input_scale         float32 [1], of FIXED activations, else None
@@ -44,13 +45,14 @@ class PanelMatrix:
         codes: torch.Tensor,
         scale: torch.Tensor,
         zero: torch.Tensor | None,
+        outer: torch.Tensor | None,
         spec: Spec,
         activations: int,
         input_scale: torch.Tensor | None = None,
     ) -> None:
-        self.codes, self.scale, self.zero, self.spec, self.activations = codes, scale, zero, spec, activations
-        self.input_scale = input_scale
-        self._addresses = (0, 0, 0)
+        self.codes, self.scale, self.zero, self.outer, self.spec = codes, scale, zero, outer, spec
+        self.activations, self.input_scale = activations, input_scale
+        self._addresses = (0, 0, 0, 0)
         self._native: _native.Matrix  # since its first use
 
     def native(self) -> _native.Matrix:
@@ -59,31 +61,39 @@ class PanelMatrix:
         A layer that is moved, loaded into or shared has other addresses afterwards, which are compared at each call.
         Raises ShapeError for tensors that do not make this matrix: native code would read beyond their ends.
         """
-        zero = self.zero
-        addresses = (self.codes.data_ptr(), self.scale.data_ptr(), 0 if zero is None else zero.data_ptr())
+        zero, outer = self.zero, self.outer
+        addresses = (
+            self.codes.data_ptr(),
+            self.scale.data_ptr(),
+            0 if zero is None else zero.data_ptr(),
+            0 if outer is None else outer.data_ptr(),
+        )
         if addresses != self._addresses:
             self._check()
-            self._native = _native.Matrix(*addresses, TYPES[self.scale.dtype], *self.spec)  # type: ignore[arg-type]
+            types = SCALE_TYPES[self.scale.dtype], 0 if outer is None else TYPES[outer.dtype]
+            self._native = _native.Matrix(*addresses, *types, *self.spec)  # type: ignore[arg-type]
             self._addresses = addresses
         return self._native
 
     def _check(self) -> None:
         """Raise ShapeError unless the tensors have the sizes and types that the numbers say, and lie on the CPU."""
-        codes, scale, zero = self.codes, self.scale, self.zero
-        n, k, group, bits, _, _ = self.spec
-        panels = -(-n // PANEL)
-        scales = panels * PANEL * (k // group if group else 1)
+        spec, zero, outer = self.spec, self.zero, self.outer
+        lanes = -(-spec.n // PANEL) * PANEL * (2 if spec.minima else 1)
+        scales = lanes * (spec.k // spec.group if spec.group else 1)
+        blocks = lanes * (spec.k // spec.block if spec.block else 1)
+        parts = [t for t in (self.codes, self.scale, zero, outer) if t is not None]
         if (
-            codes.dtype != torch.uint8
-            or codes.numel() != math.prod(self.spec.tiles)
-            or scale.numel() != scales
+            self.codes.dtype != torch.uint8
+            or self.codes.numel() != math.prod(spec.tiles)
+            or self.scale.numel() != scales
+            or self.scale.dtype not in (TYPES if outer is None else SCALE_TYPES.keys() - TYPES.keys())
             or (zero is not None and (zero.numel() != scales or zero.dtype != torch.uint8))
-            or not (codes.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous()))
-            or not codes.is_cpu
-            or not scale.is_cpu
-            or scale.dtype not in TYPES
+            or (outer is not None and (outer.numel() != blocks or outer.dtype not in TYPES))
+            or not all(t.is_contiguous() and t.is_cpu for t in parts)
         ):
-            raise ShapeError(f"packed tensors do not make a [{n}, {k}] matrix of {bits} bits", "pack the weight again")
+            raise ShapeError(
+                f"packed tensors do not make a [{spec.n}, {spec.k}] matrix of {spec.bits} bits", "pack the weight again"
+            )
 
     def fixed(self) -> int:
         """Address of the scale of FIXED activations, else 0.
@@ -160,8 +170,8 @@ def rows(
 
     Raises IndexError for rows that there are not, ShapeError for tensors that do not make this matrix.
     """
-    codes, scale, zero = tensors["codes"], tensors["scale"], tensors.get("zero")
-    return rows_of(PanelMatrix(codes, scale, zero, spec_of(scheme, shape, tiling), FLOATS), which)
+    codes, scale, zero, outer = tensors["codes"], tensors["scale"], tensors.get("zero"), tensors.get("outer")
+    return rows_of(PanelMatrix(codes, scale, zero, outer, spec_of(scheme, shape, tiling), FLOATS), which)
 
 
 def rows_of(matrix: PanelMatrix, which: Rows) -> torch.Tensor:

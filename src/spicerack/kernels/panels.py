@@ -21,11 +21,12 @@ import torch
 
 from spicerack import _native
 from spicerack.errors import UsageError
+from spicerack.kernels import laying
 from spicerack.numerics import dtypes
 from spicerack.numerics.packed import Tensors
 from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scheme import Scheme
-from spicerack.numerics.undecoded import Undecoded
+from spicerack.numerics.undecoded import Order, Undecoded
 
 NAMES: tuple[str, ...] = tuple(_native.engines())
 """Engines that this processor runs, fastest first; "scalar" is always the last."""
@@ -40,6 +41,8 @@ MAX_EXACT_COLUMNS = 1 << 16
 """Columns whose products are summed in int32 without overflow: 255 * 127 * 2^16 < 2^31."""
 TYPES = {dtype: number for number, dtype in enumerate(dtypes.SOURCES)}
 """Types of x, y, bias and scales, and their numbers in the native module."""
+SCALE_TYPES = TYPES | {torch.int8: 3, torch.float8_e4m3fn: 4}
+"""The same of scales, which are bytes where there are outer ones."""
 _ORDERS = {"stream": 0, "bytes": 1, "quarters": 2}
 """How stored codes lie, and its number in the native module."""
 _LINE = 64
@@ -51,14 +54,16 @@ _QUICK = 1e-3
 
 
 class Spec(NamedTuple):
-    """The numbers of a matrix in panels: w = scale * (u - offset + half / 2), or scale * (u - zero), with u = code -
-    lo.
+    """The numbers of a matrix in panels: w = scale * (u - offset + half / 2), or scale * (u - zero), plus the minimum.
 
     n, k    N and K: output rows, and columns that are summed over
     group   columns that share a scale; 0: all of a row, or the whole matrix (whose scale is then stored for each row)
     bits    of a code: u is below 2^bits; or TRITS: u is 0, 1 or 2
-    offset  u of the level 0: -lo
-    half    levels are code + 1/2
+    offset  u of the level 0
+    half    levels are a half more
+    minima  groups have them
+    block   columns that share an outer scale, where there are some; 0: all of a row
+    table   u of each code, 16 of them; empty: what a tile holds is u itself
     """
 
     n: int
@@ -67,6 +72,9 @@ class Spec(NamedTuple):
     bits: int
     offset: int
     half: bool
+    minima: bool = False
+    block: int = 0
+    table: tuple[int, ...] = ()
 
     @property
     def tiles(self) -> tuple[int, int, int]:
@@ -95,35 +103,54 @@ def engine_index(engine: str | None = None) -> int:
 
 
 def spec_of(scheme: Scheme, shape: tuple[int, int], tiling: Tiling = "planes") -> Spec:
-    """The numbers of a plain scheme for a matrix [N, K] of this shape.
+    """The numbers of a scheme without an `obstacle` for a matrix [N, K] of this shape.
 
     shape: [N, K]. tiling: "trits" for ternary codes five to a byte, which then have no bits of their own. Raises
-    SchemeError for levels in a table, which have no offset.
+    SchemeError for levels that panels do not hold.
     """
-    levels = scheme.integers
-    group = scheme.group_columns or 0
-    bits = scheme.bits if tiling == "planes" else TRITS
-    return Spec(*shape, 0 if group == shape[1] else group, bits, -levels.lo, levels.half)
+    laid, group = laying.laid(scheme), scheme.group_columns or 0
+    return Spec(
+        *shape,
+        0 if group == shape[1] else group,
+        laid.bits if tiling == "planes" else TRITS,
+        laid.offset,
+        laid.half,
+        scheme.min is not None,
+        laying.block_columns(scheme),
+        laid.table,
+    )
+
+
+def in_blocks(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    """Whether groups lie in blocks, as native/kernels/kernel.h calls it: with minima, with scales that are quantized
+    themselves, or of half a tile.
+
+    scheme and shape: of a matrix [N, K].
+    """
+    half = scheme.group_columns == TILE // 2 != shape[1]
+    return half or scheme.min is not None or isinstance(scheme.scale, Scheme)
 
 
 def obstacle(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a weight cannot be laid out in panels, as the end of a sentence; None if it can.
 
-    scheme: of the weight. shape: [N, K]. dtype: of the inputs. device: where the weight is to be. Panels hold plain
-    integers of 2 to 8 bits with one float scale and at most one integer zero point for a group of a row; a group is a
-    multiple of 32 columns, or the whole row.
+    scheme: of the weight. shape: [N, K]. dtype: of the inputs. device: where the weight is to be. Panels hold integers
+    of 2 to 8 bits, and what `laying` makes integers of, with one scale and at most one integer zero point or minimum
+    for a group of a row; a group is a multiple of 32 columns, 16 of them, or the whole row.
     """
     if device.type != "cpu":
         return f"runs on the CPU, not on {device.type}"
     if dtype not in TYPES:
         return f"takes float32, float16 and bfloat16, not {dtype}"
-    if scheme.plain_obstacle is not None:
-        return scheme.plain_obstacle
-    if scheme.bits < 2:
-        return "codes have 2 to 8 bits"
+    if reason := laying.obstacle(scheme):
+        return reason
     group = scheme.group_columns or shape[1]
-    if group != shape[1] and group % TILE:
-        return f"groups are multiples of {TILE}, not {group}"
+    if group != shape[1] and group % TILE and (group != TILE // 2 or shape[1] % TILE):
+        return f"groups are {TILE // 2} or multiples of {TILE}, not {group}"
+    if in_blocks(scheme, shape) and (scheme.zero or laying.laid(scheme).half):
+        return f"groups of {group} have no zero points or half levels"
+    if laying.block_columns(scheme) % TILE:
+        return f"scales of scales are for multiples of {TILE} columns, not {laying.block_columns(scheme)}"
     return None
 
 
@@ -212,19 +239,41 @@ def stage(q: Undecoded, tiling: Tiling = "planes", room: Room | None = None) -> 
 
     room: where its codes will be; None for memory of their own.
     """
-    n, k = q.shape
     spec = spec_of(q.scheme, q.shape, tiling)
+    if laying.laid(q.scheme).step != 1:  # u is not what lies there
+        return _stage(spec, "bytes", _bytes(q.qtensor()), q, room)
+    return _stage(spec, q.order, q.data, q, room)
+
+
+def _bytes(q: QTensor) -> torch.Tensor:
+    """Codes [N, K] times their step, on the CPU."""
+    step = laying.laid(q.scheme).step
+    return q.codes.cpu() if step == 1 else q.codes.cpu() * step
+
+
+def _stage(spec: Spec, order: Order, data: torch.Tensor, q: QTensor | Undecoded, room: Room | None) -> Staged:
+    """What `stage` and `pack` share.
+
+    spec         of the matrix
+    order, data  its codes, as in `Undecoded`
+    q            where the rest of it is
+    room         see `stage`
+    """
+    scheme = q.scheme
+    lowest, laid = scheme.levels.lo, laying.laid(scheme)
     room = room or Room(math.prod(spec.tiles))
     codes = room.take(math.prod(spec.tiles)).view(spec.tiles)
-    stored, levels = q.data.contiguous().view(torch.uint8), q.scheme.integers
+    most = (scheme.levels.hi - lowest) * laid.step
     packing = _native.Packing(
-        stored, _ORDERS[q.order], n, k, q.scheme.bits, spec.offset, levels.hi - levels.lo, spec.bits, codes
+        data.contiguous().view(torch.uint8), _ORDERS[order], spec.n, spec.k, laid.bits, -lowest, most, spec.bits, codes
     )
-    tensors = {"codes": codes, "scale": _lanes(packing, q.scale, n)}
+    tensors = {"codes": codes}
+    for name, values in laying.steps(scheme, q.scale, q.min).items():
+        tensors[name] = _lanes(packing, values.cpu(), spec.n)
     if q.zero is not None:
-        tensors["zero"] = _lanes(packing, q.zero, n, spec.offset).view(torch.uint8)
+        tensors["zero"] = _lanes(packing, q.zero.cpu(), spec.n, spec.offset).view(torch.uint8)
     if q.input_scale is not None:
-        tensors["input_scale"] = q.input_scale.clone()
+        tensors["input_scale"] = q.input_scale.cpu().clone()
     return Staged(tensors, packing)
 
 
@@ -240,18 +289,16 @@ def pack(q: QTensor, tiling: Tiling = "planes") -> dict[str, torch.Tensor]:
     """A QTensor [N, K] of a scheme without an `obstacle` -> its tensors in panels, on the CPU, by name.
 
     codes        uint8 [N/16, K/32, 64 * bits], N and K rounded up; in trits [N/80, K/32, 512]
-    scale        [N/16, groups, 16], in its stored type
+    scale        [N/16, groups, 16], in its stored type, or as `laying.steps` tells; with minima [N/16, 2 groups, 16]:
+                 each group's follows its scale
+    outer        [N/16, blocks, 16], or twice as many: what scales that are quantized themselves are multiplied by
     zero         uint8, like scale: zero - lo; only with zero points
     input_scale  float32 [1], as it is; only with static activations
 
     As many threads as torch uses.
     """
-    (n, k), zero = q.shape, q.zero
-    scale, fixed = q.plain_scale.cpu(), None if q.input_scale is None else q.input_scale.cpu()
-    codes = q.codes.cpu().view(torch.int8)
-    staged = stage(
-        Undecoded(q.scheme, (n, k), "bytes", codes, scale, None if zero is None else zero.cpu(), fixed), tiling
-    )
+    n, k = q.shape
+    staged = _stage(spec_of(q.scheme, (n, k), tiling), "bytes", _bytes(q), q, None)
     fill([staged], torch.get_num_threads())
     return staged.tensors
 
@@ -265,15 +312,17 @@ def unpack(scheme: Scheme, shape: tuple[int, int], tensors: Tensors, tiling: Til
     n, k = shape
     spec = spec_of(scheme, shape, tiling)
     codes = torch.empty((n, k), dtype=torch.uint8, device="cpu")
-    _native.from_panels(tensors["codes"].cpu(), spec.bits, spec.offset, codes)
-    scale = _from_lanes(tensors["scale"], n)
-    if scheme.group == (None, None):
-        scale = scale[:1]  # all rows have a copy of it
+    laid = laying.laid(scheme)
+    _native.from_panels(tensors["codes"].cpu(), spec.bits, -scheme.levels.lo, codes)
+    if laid.step != 1:
+        codes //= laid.step
+    steps = {name: _from_lanes(tensors[name], n) for name in ("scale", "outer") if name in tensors}
+    scale, low = laying.from_steps(scheme, steps)
     zero = None
     if scheme.zero:
         zero = _from_lanes(tensors["zero"], n).to(torch.int16).sub_(spec.offset)
         zero = zero.to(codes_dtype(scheme))
-    return QTensor(scheme, codes.view(codes_dtype(scheme)), scale, zero, input_scale=tensors.get("input_scale"))
+    return QTensor(scheme, codes.view(codes_dtype(scheme)), scale, zero, low, input_scale=tensors.get("input_scale"))
 
 
 def _lanes(packing: _native.Packing, values: torch.Tensor, n: int, add: int = 0) -> torch.Tensor:

@@ -237,7 +237,7 @@ class Plan:
         return None, address, type_, len(table)
 
     def _matrix(self, matrix: PanelMatrix) -> _native.Matrix:
-        for t in (matrix.codes, matrix.scale, matrix.zero):
+        for t in (matrix.codes, matrix.scale, matrix.zero, matrix.outer):
             if t is not None:
                 self._hold(t)
         return matrix.native()

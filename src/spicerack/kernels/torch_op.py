@@ -4,7 +4,7 @@
     spicerack::linear_transposed   its gradient with respect to x
 
 Operators take tensors and numbers alone, so that what records a graph can keep them: a matrix is its tensors and the
-numbers of its Spec, one after the other. That makes fourteen arguments, which no other function here has. Gradients are
+numbers of its Spec, one after the other. That makes eighteen arguments, which no other function here has. Gradients are
 those of y = x W^T with the decoded weight, as if activations had not been rounded; the weight itself has none.
 
 Ordinary calls do not come here (`table.cpu` calls `multiply` at once), only those that somebody traces, compiles or
@@ -30,12 +30,13 @@ _PLAIN = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU).add(torch._C.Dispatch
 """Dispatch keys of ordinary tensors on the CPU, with no mode that watches: nothing is left to dispatch to."""
 _LIBRARY = torch.library.Library("spicerack", "DEF")
 _LIBRARY.define(
-    "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, Tensor? input_scale, SymInt n, SymInt k, "
-    "int group, int bits, int offset, bool half, int engine, int activations) -> Tensor"
+    "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? outer, Tensor? bias, Tensor? input_scale, "
+    "SymInt n, SymInt k, int group, int bits, int offset, bool half, bool minima, int block, int[] table, "
+    "int engine, int activations) -> Tensor"
 )
 _LIBRARY.define(
-    "linear_transposed(Tensor grad, Tensor codes, Tensor scale, Tensor? zero, SymInt n, SymInt k, int group, int bits, "
-    "int offset, bool half) -> Tensor"
+    "linear_transposed(Tensor grad, Tensor codes, Tensor scale, Tensor? zero, Tensor? outer, SymInt n, SymInt k, "
+    "int group, int bits, int offset, bool half, bool minima, int block, int[] table) -> Tensor"
 )
 
 
@@ -44,6 +45,7 @@ def _linear(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
+    outer: torch.Tensor | None,
     bias: torch.Tensor | None,
     input_scale: torch.Tensor | None,
     n: int,
@@ -52,24 +54,36 @@ def _linear(
     bits: int,
     offset: int,
     half: bool,
+    minima: bool,
+    block: int,
+    table: Sequence[int],
     engine: int,
     activations: int,
 ) -> torch.Tensor:
     """x [..., K] -> [..., N], in x's type: `multiply` of one matrix, as the operator's own code on the CPU.
 
     x, bias              as in `multiply`
-    codes, scale, zero   a matrix in panels, see `panels.pack`
+    codes, scale, zero, outer   a matrix in panels, see `panels.pack`
     input_scale          float32 [1] of FIXED activations, else None
-    n, k, group, bits, offset, half   the numbers of its `Spec`
+    n, k, group, bits, offset, half, minima, block, table   the numbers of its `Spec`
     engine               a place in `panels.NAMES`
     activations          FLOATS, SPANS, TOKENS or FIXED
     """
-    matrix = PanelMatrix(codes, scale, zero, Spec(n, k, group, bits, offset, half), activations, input_scale)
+    spec = Spec(n, k, group, bits, offset, half, minima, block, tuple(table))
+    matrix = PanelMatrix(codes, scale, zero, outer, spec, activations, input_scale)
     return multiply(x, (matrix,), (bias,), engine)[0]
 
 
 def _fake(
-    x: torch.Tensor, _codes: object, _scale: object, _zero: object, _bias: object, _fixed: object, n: int, *_: object
+    x: torch.Tensor,
+    _codes: object,
+    _scale: object,
+    _zero: object,
+    _outer: object,
+    _bias: object,
+    _fixed: object,
+    n: int,
+    *_: object,
 ) -> torch.Tensor:
     """The shape and type of what `_linear` returns, for tensors without values: all that tracing needs to know
     of it."""
@@ -81,32 +95,36 @@ def _transposed(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
+    outer: torch.Tensor | None,
     n: int,
     k: int,
     group: int,
     bits: int,
     offset: int,
     half: bool,
+    minima: bool,
+    block: int,
+    table: Sequence[int],
 ) -> torch.Tensor:
     """grad [..., N] -> grad W [..., K], in grad's type: the gradient of `_linear` with respect to x.
 
     grad                 of y
-    codes, scale, zero   a matrix in panels, see `panels.pack`
-    n, k, group, bits, offset, half   the numbers of its `Spec`
+    codes, scale, zero, outer   a matrix in panels, see `panels.pack`
+    n, k, group, bits, offset, half, minima, block, table   the numbers of its `Spec`
 
     Some rows of W are decoded at a time, `_CHUNK` numbers at most, so that W is never there as a whole.
     """
-    spec = Spec(n, k, group, bits, offset, half)
+    spec = Spec(n, k, group, bits, offset, half, minima, block, tuple(table))
     total = grad.new_zeros((*grad.shape[:-1], k))
     step = max(_CHUNK // k, 1)
     for start in range(0, n, step):
         some = slice(start, min(start + step, n))
-        total += grad[..., some] @ rows_of(PanelMatrix(codes, scale, zero, spec, FLOATS), some).to(grad.dtype)
+        total += grad[..., some] @ rows_of(PanelMatrix(codes, scale, zero, outer, spec, FLOATS), some).to(grad.dtype)
     return total
 
 
 def _fake_transposed(
-    grad: torch.Tensor, _codes: object, _scale: object, _zero: object, _n: int, k: int, *_: object
+    grad: torch.Tensor, _codes: object, _scale: object, _zero: object, _outer: object, _n: int, k: int, *_: object
 ) -> torch.Tensor:
     """The shape and type of what `_transposed` returns."""
     return grad.new_empty((*grad.shape[:-1], k))
@@ -118,14 +136,14 @@ def _keep_transposed(
     output: torch.Tensor,  # noqa: ARG001
 ) -> None:
     """What `_gradients_transposed` needs: the matrix, and not its input."""
-    ctx.save_for_backward(*inputs[1:4])  # type: ignore[arg-type]
-    ctx.spec = Spec(*inputs[4:])  # type: ignore[attr-defined, arg-type]
+    ctx.save_for_backward(*inputs[1:5])  # type: ignore[arg-type]
+    ctx.spec = Spec(*inputs[5:])  # type: ignore[attr-defined, arg-type]
 
 
 def _gradients_transposed(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[object, ...]:
     """The gradient of the gradient: W is linear in both, so this is the product itself, with floats."""
     y = OPERATOR(grad, *ctx.saved_tensors, None, None, *ctx.spec, 0, FLOATS)  # type: ignore[attr-defined]
-    return (y, *[None] * 9)
+    return (y, *[None] * 13)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -138,20 +156,20 @@ class _Differentiable(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx, keys: torch._C.DispatchKeySet, *inputs: object
     ) -> torch.Tensor:
-        _, codes, scale, zero, bias, _, *numbers = inputs
-        ctx.save_for_backward(codes, scale, zero)  # type: ignore[arg-type]
-        ctx.spec, ctx.bias = Spec(*numbers[:6]), bias is not None  # type: ignore[attr-defined, arg-type]
+        _, codes, scale, zero, outer, bias, _, *numbers = inputs
+        ctx.save_for_backward(codes, scale, zero, outer)  # type: ignore[arg-type]
+        ctx.spec, ctx.bias = Spec(*numbers[:9]), bias is not None  # type: ignore[attr-defined, arg-type]
         return _redispatch(keys, inputs)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        codes, scale, zero = ctx.saved_tensors  # type: ignore[attr-defined]
+        codes, scale, zero, outer = ctx.saved_tensors  # type: ignore[attr-defined]
         spec: Spec = ctx.spec  # type: ignore[attr-defined]
         for_x = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            for_x = TRANSPOSED(grad, codes, scale, zero, *spec)
+            for_x = TRANSPOSED(grad, codes, scale, zero, outer, *spec)
         for_bias = grad.reshape(-1, spec.n).sum(0) if ctx.bias else None  # type: ignore[attr-defined]
-        return (None, for_x, None, None, None, for_bias, *[None] * 9)
+        return (None, for_x, None, None, None, None, for_bias, *[None] * 12)
 
 
 def _autograd(keys: torch._C.DispatchKeySet, *inputs: Any) -> torch.Tensor:

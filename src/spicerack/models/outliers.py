@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from spicerack.models import census
-from spicerack.models.overview import FLOATS, pattern_of
+from spicerack.models.overview import pattern_of
+from spicerack.models.sizes import FLOATS
 from spicerack.storage.reader import Checkpoint
 
 MATRICES = ("linear", "conv1d", "experts", "embedding", "head", "router")

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spicerack.errors import CheckpointError, ShapeError, UsageError
+from spicerack.errors import CheckpointError, UsageError
 from spicerack.models.census import BY_DEFAULT, Census, Entry, take
 from spicerack.models.config import Architecture, difference, nested
 from spicerack.models.families import names
-from spicerack.models.narrow import nearest
 from spicerack.models.opening import open_model, open_stored
+from spicerack.models.sizes import FLOATS, sized
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.storage import files, ledger
 from spicerack.storage.ledger import Ledger
@@ -28,8 +28,6 @@ from spicerack.storage.reader import Checkpoint, TensorInfo
 
 COMMON_SCHEMES = ("w8", "w4g128", "w4g32z", "w3g64", "w2g32z", "ternary")
 """What a float model's size is estimated in."""
-FLOATS = ("F32", "F16", "BF16")
-"""Stored types that are quantized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ class Indivisible:
 class Estimate:
     """What the model weighs with its linear layers in `scheme` and the rest as it is.
 
-    nbytes           codes, scales and zero points counted; headers and padding of files add a few bytes per tensor
+    nbytes           of all tensors that `quantize` writes; headers of files are left out
     bits_per_weight  of the quantized layers;  bits_per_weight_total: of the whole model
     indivisible      layers that the scheme's groups do not tile, counted in the scheme that fits them
     """
@@ -144,7 +142,7 @@ def look(model: str | Path) -> Report:
     stored: dict[str, Stored] = {}
     written = ledger.read(checkpoint.folder) if quantized else None
     if written is not None:
-        checkpoint, stored, quantized = _source(checkpoint, written), _stored(written), written.recipe or quantized
+        checkpoint, stored, quantized = source_of(checkpoint, written), _stored(written), written.recipe or quantized
     elif packed := {name: told for name in checkpoint.tensors if (told := checkpoint.packed(name)) is not None}:
         stored = {name: Stored(type_, checkpoint.tensors[name].nbytes, None) for name, (type_, _) in packed.items()}
         checkpoint = _unpacked(checkpoint, {name: shape for name, (_, shape) in packed.items()})
@@ -228,7 +226,7 @@ def check_sides(out: str | Path, source: str | Path, command: str) -> None:
     refuse_strangers(quantized, original)
 
 
-def _source(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
+def source_of(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
     """The float checkpoint that a quantized folder came from, as its ledger describes it: names, types and shapes of
     tensors that are no longer there, and the config from before. It cannot be read from."""
     tensors = {e.tensor: TensorInfo(e.tensor, e.dtype, e.shape, e.bytes_before, "") for e in written.entries}
@@ -277,28 +275,17 @@ def estimate(census: Census, scheme: Scheme, kept: Collection[str] = ()) -> Esti
     What is quantized by default is, but for `kept`; layers that the scheme's groups do not tile are counted in the
     nearest one that fits, and are listed.
     """
-    quantized_bits = weights = rest = 0
-    bits: dict[tuple[int, ...], tuple[int, str]] = {}  # by shape: models have few of them, and many layers
+    quantized_bits = weights = nbytes = 0
     misfits: dict[tuple[str, str], int] = {}
-    for name, entry in census.entries.items():
-        if name in census.tied:
-            continue
-        if not is_quantized(entry) or name in kept:
-            rest += entry.info.nbytes
-            continue
-        shape = entry.matrix_shape
-        if shape not in bits:
-            bits[shape] = _bits_and_remedy(scheme, shape)
-        size, remedy = bits[shape]
-        if remedy:
-            kind = (pattern_of(entry.module), remedy)
-            misfits[kind] = misfits.get(kind, 0) + 1
-        if size:
-            quantized_bits += size
+    for name, became in sized(census, scheme, kept).items():
+        entry = census.entries[name]
+        nbytes += became.nbytes
+        if became.scheme is not None:
+            quantized_bits += became.scheme.stored_bits(entry.matrix_shape)
             weights += entry.info.numel
-        else:
-            rest += entry.info.nbytes
-    nbytes = quantized_bits // 8 + rest
+        if became.remedy:
+            kind = (pattern_of(entry.module), became.remedy)
+            misfits[kind] = misfits.get(kind, 0) + 1
     return Estimate(
         scheme=scheme.name,
         nbytes=nbytes,
@@ -308,32 +295,9 @@ def estimate(census: Census, scheme: Scheme, kept: Collection[str] = ()) -> Esti
     )
 
 
-def is_quantized(entry: Entry) -> bool:
-    """Whether a tensor is quantized by default.
-
-    Of experts in one tensor those are that have an axis for them, whatever the family's code does.
-    """
-    whole = entry.role == "experts" and len(entry.info.shape) != 3
-    return entry.role in BY_DEFAULT and not whole and entry.info.dtype in FLOATS and 0 not in entry.info.shape
-
-
 def pattern_of(module: str) -> str:
     """The glob that names a module in all layers, as recipes take it: `model.layers.3.mlp` is `model.layers.*.mlp`."""
     return ".".join("*" if part.isdigit() else part for part in module.split("."))
-
-
-def _bits_and_remedy(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, str]:
-    """What a matrix takes in this scheme, in bits, and ""; where its groups do not tile it, what it takes in the one
-    that fits, and which that is. 0 where nothing fits, and it stays in float.
-    """
-    try:
-        scheme.check_shape("layer", shape)
-    except ShapeError as error:
-        fitting = nearest(scheme, shape)
-        if fitting is None:
-            return 0, error.hint
-        return fitting.stored_bits(shape), f"K={shape[-1]}: {fitting} with --fit-groups"
-    return scheme.stored_bits(shape), ""
 
 
 def _rows(census: Census, stored: Mapping[str, Stored]) -> tuple[Row, ...]:

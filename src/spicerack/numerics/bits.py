@@ -16,14 +16,10 @@ import sys
 import torch
 
 from spicerack.errors import ShapeError
+from spicerack.numerics.scheme import word_count
 
 if sys.byteorder != "little":
     raise ImportError("spicerack views words as bytes and needs a little-endian machine")
-
-
-def word_count(columns: int, bits: int) -> int:
-    """32-bit words that hold a row of `columns` codes of `bits` bits, the last of them filled up with zeros."""
-    return -(-columns * bits // 32)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

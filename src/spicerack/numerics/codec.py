@@ -1,6 +1,7 @@
 """The specification: how numbers become codes and back. Slow, exact, in torch; fast paths must equal it bit for bit.
 
-    encode: the search (search.py) finds scale s and zero z of every group; then q = nearest code to x / s
+    encode: the search (search.py; superblocks/ where groups have minima or scales are quantized themselves) finds
+            scale s and zero z, or minimum, of every group; then q = nearest code to (x - min) / s
     decode: w = s * (level[q] - z) + min
 
 Codes are chosen against the scale as stored, never against the one that was meant. A group is a row of a matrix [M, B]
@@ -21,6 +22,7 @@ from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
 from spicerack.numerics.scales import dtype_of, smallest_scale
 from spicerack.numerics.scheme import FloatType, Scheme
 from spicerack.numerics.search import Range, TensorGroups, search
+from spicerack.numerics.superblocks.search import Blocks, Fitted, Form, codes_of, fit, form_of, usable, values
 
 FLUSH = 1e-4
 """A group this much smaller than the tensor's largest weight may be rounded up to the smallest stored scale."""
@@ -78,6 +80,9 @@ def encode(
     source = source or w.dtype
     scheme.check_shape(name, shape)
     check_finite(w.float(), name)
+    form = form_of(scheme, shape[-1], source)
+    if form is not None:
+        return _encode_blocks(w, scheme, form, range_, importance, name)
     group, groups = scheme.group_shape(*shape[-2:]), scheme.scale_shape(shape)
     x = to_groups(w.float(), group)
     a = None if importance is None else to_groups(importance.float().expand(shape), group)
@@ -101,6 +106,53 @@ def encode(
         zero=zero.reshape(groups).to(torch.int8) if scheme.zero else None,
         min=min_,
     )
+
+
+def _encode_blocks(
+    w: torch.Tensor, scheme: Scheme, form: Form, range_: Range, importance: torch.Tensor | None, name: str
+) -> QTensor:
+    """`encode` of weights [..., N, K] whose super-blocks are searched together."""
+    grid = (-1, form.groups, form.columns)
+    x = w.float().reshape(grid)
+    blocks = Blocks(x, None if importance is None else importance.float().expand(w.shape).reshape(grid), form)
+    fitted = fit(blocks, range_)
+    if not bool(usable(fitted, form).all()):
+        fitted = _raised(blocks, fitted, (*w.shape[:-1], -1), name)
+    return of_blocks(scheme, form, tuple(w.shape), fitted, blocks.levels(*values(fitted)))
+
+
+def of_blocks(scheme: Scheme, form: Form, shape: tuple[int, ...], fitted: Fitted, codes: torch.Tensor) -> QTensor:
+    """The QTensor of weights of `shape` that super-blocks and codes [S, G, B] make."""
+    floats = (*shape[:-1], -1)
+    groups = scheme.scale_shape(shape)
+
+    def part(
+        kind: FloatType | Scheme | None, value: torch.Tensor, integers: torch.Tensor, dtype: torch.dtype
+    ) -> Scale | None:
+        stored = value.to(dtype).reshape(floats)
+        if not isinstance(kind, Scheme):
+            return None if kind is None else stored
+        return QTensor(kind, integers.reshape(groups).to(codes_dtype(kind)), stored)
+
+    scale = part(scheme.scale, fitted.scale, fitted.scale_codes, form.scale_dtype)
+    assert scale is not None
+    return QTensor(
+        scheme=scheme,
+        codes=codes.reshape(shape).to(codes_dtype(scheme)).contiguous(),
+        scale=scale,
+        min=part(scheme.min, fitted.min, fitted.min_codes, form.min_dtype),
+    )
+
+
+def _raised(blocks: Blocks, fitted: Fitted, floats: tuple[int, ...], name: str) -> Fitted:
+    """The same with floats of super-blocks that came out as 0 rounded up where that is harmless, by `check_scale`."""
+    form, low = blocks.form, -blocks.x.amin((1, 2)).clamp(max=0)
+    peak = blocks.x.abs().amax((1, 2)).reshape(floats)
+    d = check_scale(peak, fitted.scale.reshape(floats), form.scale_dtype, name).reshape(-1)
+    e = fitted.min
+    if form.min is not None:
+        e = -check_scale(low.reshape(floats), -e.reshape(floats), form.min_dtype, f"{name} (minima)").reshape(-1)
+    return codes_of(blocks, d, e)
 
 
 def _searched(

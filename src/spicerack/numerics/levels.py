@@ -181,8 +181,7 @@ class _Table:
         import torch
 
         values, codes = _sorted(self.values)
-        levels = torch.tensor(values, dtype=torch.float32, device=u.device)
-        places = torch.bucketize(u, (levels[1:] + levels[:-1]) / 2)
+        places = torch.bucketize(u, bounds(values).to(u.device))
         return torch.tensor(codes, dtype=torch.int64, device=u.device)[places]
 
     def decode(self, codes: torch.Tensor, zero: torch.Tensor | float = 0.0) -> torch.Tensor:
@@ -226,6 +225,19 @@ class FloatLevels(_Table):
                 special = value > self.max_value or (self.ieee_specials and exponent == 2**self.exponent_bits - 1)
                 magnitudes.append(magnitudes[-1] if special else value)
         object.__setattr__(self, "values", (*magnitudes, *(-m for m in magnitudes)))
+
+
+def bounds(values: tuple[float, ...]) -> torch.Tensor:
+    """float32, halfway between neighbours of values that rise."""
+    import torch
+
+    levels = torch.tensor(values, dtype=torch.float32, device="cpu")
+    return (levels[1:] + levels[:-1]) / 2
+
+
+def in_order(levels: Levels) -> bool:
+    """Whether codes are places in a table of values that rise, so that the place of a number is its code."""
+    return isinstance(levels, TableLevels) and levels.weights == 1 and levels.values == _sorted(levels.values)[0]
 
 
 def _bits(last: int) -> int:

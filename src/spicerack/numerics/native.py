@@ -24,6 +24,7 @@ import torch
 
 from spicerack import _native
 from spicerack.numerics import dtypes
+from spicerack.numerics.levels import TableLevels, bounds, in_order
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import (
     FINE,
@@ -94,7 +95,13 @@ class Quantized:
 
 
 def levels_of(scheme: Scheme) -> _native.Levels:
-    """The scheme's integer levels in the form that native functions take. Raises SchemeError if it has none."""
+    """The scheme's levels in the form that native functions take: integers, or a table `in_order` of at most 16.
+
+    Raises SchemeError for others.
+    """
+    if in_order(scheme.levels) and isinstance(scheme.levels, TableLevels):
+        values = scheme.levels.values
+        return _native.Levels.table(values, bounds(values).tolist())
     integers = scheme.integers
     return _native.Levels(integers.lo, integers.hi, integers.half, scheme.zero)
 
@@ -112,7 +119,8 @@ def quantize(
     """Search and round groups w [M, B], B <= PIECE, against scales stored in `dtype`; None if a weight is not finite.
 
     w           [M, B]
-    scheme      a plain one, not ternary: for that the search sorts, which is done in torch
+    scheme      a plain one, or a table of 16 levels in place of its integers; not ternary: for that the search sorts,
+                which is done in torch
     dtype       float16, bfloat16 or float32
     range_      as in `search.search`
     importance  float32, one value per weight, or of a length that repeats along the flattened weights

@@ -19,37 +19,18 @@ import torch
 
 from spicerack.numerics import bits, native
 from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
-from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import FloatType, Scheme
 from spicerack.numerics.undecoded import Undecoded
 
 Tensors = Mapping[str, torch.Tensor]
 """Packed tensors by the names above, or by those of a kernel."""
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Name -> (type, shape) of tensors that hold a quantized one."""
 Rows = torch.Tensor | slice
 """Rows of a matrix: indices int64 [R], or a slice whose step is 1."""
 
 
-def layout(scheme: Scheme, shape: tuple[int, ...], source: torch.dtype) -> Layout:
-    """Name -> (type, shape) of what `pack` makes of a tensor [..., N, K] that was of type `source`."""
-    groups = scheme.scale_shape(shape)
-    parts: Layout = {"codes": _words(scheme.codes_shape(shape), scheme)}
-    for name, kind in _parts(scheme):
-        if isinstance(kind, Scheme):
-            inner = layout(kind, groups, source)
-            parts |= {f"{name}.{key}": value for key, value in inner.items()}
-        else:
-            parts[name] = (dtype_of(kind, source), groups)
-    if scheme.zero:
-        parts["zero"] = _words(groups, scheme)
-    if scheme.activations == "static":
-        parts["input_scale"] = (torch.float32, (1,))
-    return parts
-
-
 def pack(q: QTensor) -> dict[str, torch.Tensor]:
-    """Bit-pack q into tensors of the names, types and shapes that `layout` says; `unpack` is the inverse."""
+    """Bit-pack q into tensors of the names, types and shapes that `storage.layouts.container` says; `unpack` is the
+    inverse."""
     tensors = {"codes": _pack_codes(q.codes, q.scheme)}
     for name, part in (("scale", q.scale), ("min", q.min)):
         if isinstance(part, QTensor):
@@ -65,10 +46,7 @@ def pack(q: QTensor) -> dict[str, torch.Tensor]:
 
 def unpack(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed: bool = False) -> QTensor:
     """Inverse of `pack`, for a tensor of shape [..., N, K]. Raises KeyError for a missing tensor, and ShapeError."""
-    groups = scheme.scale_shape(shape)
-    parts: dict[str, Scale] = {}
-    for name, kind in _parts(scheme):
-        parts[name] = unpack(kind, groups, part(tensors, name)) if isinstance(kind, Scheme) else tensors[name]
+    groups, parts = scheme.scale_shape(shape), _unpacked_parts(scheme, shape, tensors)
     return QTensor(
         scheme=scheme,
         codes=_unpack_codes(tensors["codes"], scheme, scheme.codes_shape(shape)[-1]),
@@ -81,12 +59,29 @@ def unpack(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed:
 
 
 def undecoded(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, transposed: bool = False) -> Undecoded:
-    """What `unpack` gives of a matrix [N, K] in a plain scheme, with its codes as they lie in the words."""
-    n, k = shape
+    """What `unpack` gives of a matrix [N, K] whose codes are one weight's each, with them as they lie in the words."""
+    (n, k), parts = shape, _unpacked_parts(scheme, shape, tensors)
     zero = _unpack_codes(tensors["zero"], scheme, scheme.scale_shape(shape)[-1]) if scheme.zero else None
     return Undecoded(
-        scheme, (n, k), "stream", tensors["codes"], tensors["scale"], zero, tensors.get("input_scale"), transposed
+        scheme=scheme,
+        shape=(n, k),
+        order="stream",
+        data=tensors["codes"],
+        scale=parts["scale"],
+        zero=zero,
+        input_scale=tensors.get("input_scale"),
+        transposed=transposed,
+        min=parts.get("min"),
     )
+
+
+def _unpacked_parts(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors) -> dict[str, Scale]:
+    """Scales, and minima if any, of a packed tensor [..., N, K], by name."""
+    groups = scheme.scale_shape(shape)
+    return {
+        name: unpack(kind, groups, part(tensors, name)) if isinstance(kind, Scheme) else tensors[name]
+        for name, kind in _parts(scheme)
+    }
 
 
 def decode_rows(scheme: Scheme, shape: tuple[int, ...], tensors: Tensors, rows: Rows) -> torch.Tensor:
@@ -146,11 +141,6 @@ def _indices(rows: Rows, n: int, device: torch.device) -> torch.Tensor:
 def _parts(scheme: Scheme) -> list[tuple[str, FloatType | Scheme]]:
     """(name, how it is stored) of the floats that a scheme has for each group: its scale, and its minimum if any."""
     return [(name, kind) for name, kind in (("scale", scheme.scale), ("min", scheme.min)) if kind is not None]
-
-
-def _words(shape: tuple[int, ...], scheme: Scheme) -> tuple[torch.dtype, tuple[int, ...]]:
-    """Type and shape of packed codes [..., C]."""
-    return torch.int32, (*shape[:-1], bits.word_count(shape[-1], scheme.bits))
 
 
 def _codes(stored: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -13,10 +13,16 @@ import math
 import torch
 
 from spicerack.numerics import codec, native
-from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.levels import in_order
+from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.search import PIECE, Range, search
+from spicerack.numerics.superblocks.native import fit as fit_natively
+from spicerack.numerics.superblocks.search import Blocks, Fitted, Form, fit, form_of
+
+_TABLE = 16
+"""Levels of a table that native code has room for."""
 
 
 def to_nearest(
@@ -41,7 +47,12 @@ def to_nearest(
     """
     shape = tuple(w.shape)
     scheme.check_shape(name, shape)
-    if not _native_fits(w, scheme, importance):
+    form = form_of(scheme, shape[-1], source or w.dtype)
+    if form is not None and _readable(w):
+        q = _superblocks(w, scheme, form, range_, importance, threads)
+        if q is not None:
+            return q
+    if not (_native_fits(w, scheme, importance) or _table_fits(w, scheme)):
         return codec.encode(w, scheme, range_=range_, importance=importance, name=name, source=source)
     size = math.prod(scheme.group_shape(*shape[-2:]))
     groups, dtype = w.detach().contiguous().reshape(-1, size), dtype_of(scheme.scale, source or w.dtype)
@@ -62,7 +73,7 @@ def to_nearest(
         codes = native.encode(groups, scheme, scale, best.zero, threads=threads)
     return QTensor(
         scheme=scheme,
-        codes=codes.reshape(shape),
+        codes=codes.view(codes_dtype(scheme)).reshape(shape),
         scale=scale.to(dtype).reshape(grid),
         zero=best.zero.reshape(grid) if scheme.zero else None,
     )
@@ -91,6 +102,34 @@ def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
     return float(f"{math.sqrt(wrong / total):.4g}") if total else 0.0
 
 
+def fit_superblocks(x: torch.Tensor, form: Form, importance: torch.Tensor, *, threads: int = 1) -> Fitted | None:
+    """`superblocks.fit` of one super-block in each row of x, float32 [N, groups * columns]; None if one is not finite.
+
+    importance: of each column, float32. threads: how many share the rows.
+    """
+    if _readable(x):
+        searched = fit_natively(x, form, "opt", importance, threads=threads)
+        return None if searched is None else searched[0]
+    if not bool(torch.isfinite(x).all()):
+        return None
+    grid = (-1, form.groups, form.columns)
+    return fit(Blocks(x.reshape(grid), importance.expand(x.shape).reshape(grid), form))
+
+
+def _superblocks(
+    w: torch.Tensor, scheme: Scheme, form: Form, range_: Range, importance: torch.Tensor | None, threads: int
+) -> QTensor | None:
+    """`to_nearest` of super-blocks; None where something is to be refused or put right, which the codec does."""
+    shape, size = tuple(w.shape), form.groups * form.columns
+    blocks = w.detach().contiguous().reshape(-1, size)
+    repeating = _repeating(importance, shape, size)
+    searched = fit_natively(blocks, form, range_, repeating, threads=threads)
+    if searched is None or not searched[2]:
+        return None
+    fitted, codes, _ = searched
+    return codec.of_blocks(scheme, form, shape, fitted, codes.view(codes_dtype(scheme)))
+
+
 def _search_long(
     groups: torch.Tensor, scheme: Scheme, dtype: torch.dtype, range_: Range, threads: int
 ) -> native.Quantized:
@@ -116,7 +155,19 @@ def _native_fits(w: torch.Tensor, scheme: Scheme, importance: torch.Tensor | Non
     short = math.prod(scheme.group_shape(*w.shape[-2:])) <= PIECE
     searched = not scheme.is_ternary if short else importance is None
     plain = scheme.plain_obstacle is None and scheme.integers.lo < 0
-    return plain and searched and w.dtype in native.TYPES and w.device.type == "cpu"
+    return plain and searched and _readable(w)
+
+
+def _table_fits(w: torch.Tensor, scheme: Scheme) -> bool:
+    """Whether the search is written in C++ for these: few levels in a table, times a float of a short group."""
+    few = in_order(scheme.levels) and scheme.levels.hi < _TABLE
+    floats = few and scheme.scale_obstacle is None and scheme.scale != "float8_e8m0fnu"
+    return floats and scheme.group[0] == 1 and scheme.group_shape(*w.shape[-2:])[1] <= PIECE and _readable(w)
+
+
+def _readable(w: torch.Tensor) -> bool:
+    """Whether native code reads these weights."""
+    return w.dtype in native.TYPES and w.device.type == "cpu"
 
 
 def _repeating(importance: torch.Tensor | None, shape: tuple[int, ...], size: int) -> torch.Tensor | None:
@@ -127,4 +178,5 @@ def _repeating(importance: torch.Tensor | None, shape: tuple[int, ...], size: in
     if importance is None:
         return None
     row = importance.numel() == shape[-1] and shape[-1] % size == 0
-    return importance.float().expand(shape[-1:] if row else shape).reshape(-1).contiguous()
+    every = importance.float()
+    return (every.reshape(-1) if row else every.expand(shape).reshape(-1)).contiguous()

@@ -112,7 +112,7 @@ class Scheme:
     def plain_obstacle(self) -> str | None:
         """Why this scheme is not plain, or None: integers times a float of a row, a group of a row or the tensor.
 
-        Powers of two (mxfp4) are floats but not plain: they are stored in a type that no kernel takes.
+        Powers of two (mxfp4) are floats but not plain: they are stored in a type of their own.
         """
         powers = "its scales are powers of two" if self.scale == "float8_e8m0fnu" else None
         return self.levels_obstacle or self.scale_obstacle or powers or self.rows_obstacle
@@ -194,6 +194,11 @@ class Scheme:
         if self.activations != "static":
             return self
         return dataclasses.replace(self, name=self.name.removesuffix("s"), activations="token")
+
+
+def word_count(columns: int, bits: int) -> int:
+    """32-bit words that hold a row of `columns` codes of `bits` bits, the last of them filled up with zeros."""
+    return -(-columns * bits // 32)
 
 
 _NAME = re.compile(

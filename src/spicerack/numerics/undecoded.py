@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 
 from spicerack.errors import ShapeError
-from spicerack.numerics import bits, native
-from spicerack.numerics.qtensor import QTensor, codes_dtype
-from spicerack.numerics.scheme import Scheme
+from spicerack.numerics import native
+from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
+from spicerack.numerics.scheme import Scheme, word_count
 
 Order = Literal["stream", "bytes", "quarters"]
 """How codes [N, K] lie: as the words of `bits`, each code less the lowest; as they are, one to a byte; or four rows
@@ -24,13 +24,13 @@ r, r + N/4, r + N/2 and r + 3N/4 to a row r of bytes, two bits each, less the lo
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Undecoded:
-    """A matrix [N, K] of a plain scheme (`Scheme.plain_obstacle`), as it was read: a QTensor but for its codes.
+    """A matrix [N, K] of a scheme whose codes are one weight's each, as it was read: a QTensor but for its codes.
 
     scheme       what the numbers are
     shape        [N, K]
     order        how its codes lie
     data         the codes: int32 [N, words] of a stream, int8 [N, K] of bytes, uint8 [N/4, K] of quarters
-    scale        float [N or 1, groups], in its stored type
+    scale, min   floats [N or 1, groups], in their stored type, or a QTensor of that shape; min may be None
     zero         int8 like scale, or None
     input_scale  float32 [1]; only with static activations
     transposed   the checkpoint's tensor is [K, N]
@@ -42,16 +42,17 @@ class Undecoded:
     shape: tuple[int, int]
     order: Order
     data: torch.Tensor
-    scale: torch.Tensor
+    scale: Scale
     zero: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     transposed: bool = False
+    min: Scale | None = None
 
     def __post_init__(self) -> None:
         n, k = self.shape
         self.scheme.check_shape(f"codes of {self.scheme}", self.shape)
         wanted = {
-            "stream": (torch.int32, (n, bits.word_count(k, self.scheme.bits))),
+            "stream": (torch.int32, (n, word_count(k, self.scheme.bits))),
             "bytes": (torch.int8, (n, k)),
             "quarters": (torch.uint8, (n // 4, k)),
         }[self.order]
@@ -60,17 +61,16 @@ class Undecoded:
                 f"{self.scheme}: {self.order} of {self.data.dtype} {list(self.data.shape)} are not [{n}, {k}]"
             )
         groups = self.scheme.scale_shape(self.shape)
-        for part in (self.scale, self.zero):
+        for part in (self.scale, self.zero, self.min):
             if part is not None and tuple(part.shape) != groups:
                 raise ShapeError(f"{self.scheme}: scales of {list(part.shape)}, its blocks make {list(groups)}")
-        if (self.zero is not None) != self.scheme.zero:
-            raise ShapeError(f"{self.scheme}: zero points that the scheme lacks, or none that it has")
+        if (self.zero is not None) != self.scheme.zero or (self.min is not None) != (self.scheme.min is not None):
+            raise ShapeError(f"{self.scheme}: zero points or minima that the scheme lacks, or none that it has")
 
     def qtensor(self) -> QTensor:
         """The same, decoded: codes one to a byte, whatever they are."""
-        return QTensor(
-            self.scheme, self._codes(), self.scale, self.zero, transposed=self.transposed, input_scale=self.input_scale
-        )
+        parts = (self.scale, self.zero, self.min)
+        return QTensor(self.scheme, self._codes(), *parts, transposed=self.transposed, input_scale=self.input_scale)
 
     def _codes(self) -> torch.Tensor:
         """[N, K], of `codes_dtype`."""

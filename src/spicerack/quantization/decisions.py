@@ -23,9 +23,11 @@ from spicerack.models.census import BY_DEFAULT, ON_REQUEST, Census, Entry
 from spicerack.models.towers import language_model_of
 from spicerack.nn import kinds
 from spicerack.numerics.dtypes import SOURCE_BY_NAME
+from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import recipe, staying
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.staying import Staying
+from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
 
 if TYPE_CHECKING:
@@ -91,6 +93,13 @@ class Source:
             named = [module for module, kind in self.modules.items() if kind == "Linear"]
         return named + [alias for alias in self.tied if alias not in named]
 
+    def stored(self, name: str, scheme: Scheme) -> StoredTensor:
+        """What the tensor `name` would be stored as in this scheme: module, shape with output rows first, source type,
+        bias."""
+        entry = self.census.entries[name]
+        dtype, bias = SOURCE_BY_NAME[entry.info.dtype], f"{entry.module}.bias" in self.checkpoint.tensors
+        return StoredTensor(entry.module, scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
+
     def runs_packed(self, entry: Entry) -> bool:
         """Whether a tensor of all experts is multiplied by one expert at a time."""
         by_expert = self.modules is not None and self.modules.get(entry.module) == "experts"
@@ -116,10 +125,15 @@ def decide(source: Source, asked: Recipe, *, with_text: bool = False) -> dict[st
         if name in towers and decision.scheme is not None and not _is_named(decision, towers[name]):
             decision = decision.kept(_TOWER)
         final[name] = _dynamic(_permitted(source, entry, decision), name in calibrated)
-    recipe.refuse_vain(asked, _owned(source, final))
-    if all(decision.scheme is None for decision in final.values()):
-        raise _nothing(source, final)
+    check(source, asked, final)
     return final
+
+
+def check(source: Source, asked: Recipe, decisions: Mapping[str, Decision]) -> None:
+    """Raise RecipeError for a rule that asks for what no tensor can have, and where nothing would be quantized."""
+    recipe.refuse_vain(asked, _owned(source, decisions))
+    if all(decision.scheme is None for decision in decisions.values()):
+        raise _nothing(source, decisions)
 
 
 def _owned(source: Source, decisions: Mapping[str, Decision]) -> dict[str, Decision]:

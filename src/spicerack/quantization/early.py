@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spicerack.errors import RecipeError
-from spicerack.models import census, overview
+from spicerack.models import census, overview, sizes
 from spicerack.models.census import BY_DEFAULT
 from spicerack.models.opening import open_model
 from spicerack.quantization import fitting, recipe
@@ -45,6 +45,6 @@ def refuse_shapes(checkpoint: Checkpoint, asked: Recipe) -> None:
     chosen = {
         entry.module: (scheme, entry.matrix_shape)
         for entry in entries
-        if overview.is_quantized(entry) and (scheme := decided[entry.module].scheme) is not None
+        if sizes.is_quantized(entry) and (scheme := decided[entry.module].scheme) is not None
     }
     fitting.check(chosen, fit_groups=asked.fit_groups)

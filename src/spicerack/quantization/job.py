@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import RecipeError, listed
+from spicerack.errors import RecipeError, SchemeError, listed
 from spicerack.models.architecture import host_of
 from spicerack.models.fit import relying_on_ties
 from spicerack.models.opening import open_stored
 from spicerack.models.overview import refuse_quantized
-from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import decisions, door, fitting
+from spicerack.quantization import decisions, door, engines, fitting
 from spicerack.quantization.decisions import Source
+from spicerack.quantization.engines import Computed
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import original, rotate
 from spicerack.storage import format, released
@@ -179,14 +179,17 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
     source = Source.of(checkpoint)
     unread = door.check(source)
     decided = decisions.decide(source, asked, with_text=with_text)
-    asked_for, decided = decided, _fitted(source, decided, asked)
-    stored_tensors = {name: _stored(source, name, choice.scheme) for name, choice in decided.items() if choice.scheme}
+    asked_for, engine = decided, _computed(source, decided, asked)
+    decided = _fitted(source, decided if engine is None else engine.decisions, asked)
+    stored_tensors = {name: source.stored(name, choice.scheme) for name, choice in decided.items() if choice.scheme}
     contents = {stored.module: stored for stored in stored_tensors.values()}
     fmt = format.choose(contents)
     tied = source.tied
     floats = [name for name in source.linears() if name not in contents and tied.get(name) not in contents]
     config = _untied(source, contents)
     reading = fmt.reading(config, contents, host_of(config, _headers(checkpoint), contents, floats))
+    if engine is not None and engine.way.rehearsed and fmt.name == engine.way.format and reading.obstacle is not None:
+        raise SchemeError(f"{engine.engine.name} does not load this: {reading.obstacle}", "take one scheme for all")
     return Job(
         source=checkpoint,
         recipe=asked,
@@ -196,12 +199,28 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
             *checkpoint.notes,
             *unread,
             *_refitted(source, asked_for, decided),
+            *([] if engine is None else engine.notes(fmt.name, contents)),
             *_notes(source, asked, decided, contents, reading),
         ),
         config=fmt.config(config, contents, reading),
         parameters=source.census.parameters,
         shard_bytes=shard_bytes,
     )
+
+
+def _computed(source: Source, decided: Mapping[str, Decision], asked: Recipe) -> Computed | None:
+    """What the recipe's engine computes exactly of what was decided; None where the recipe is for nobody.
+
+    Raises UsageError of all kinds for what it does not.
+    """
+    if asked.for_ is None:
+        return None
+    shared = source.census.shared_inputs
+    computed = engines.computed(
+        asked.for_, engines.Asked(source.checkpoint, decided, source.stored, shared, fit_groups=asked.fit_groups)
+    )
+    decisions.check(source, asked, computed.decisions)
+    return computed
 
 
 def _headers(checkpoint: Checkpoint) -> Layout:
@@ -258,14 +277,6 @@ def _notes(
     for note, modules in decisions.notes(source, decided, asked):
         yield f"{listed(modules, _LISTED)}: {note}" if modules else note
     yield from format.portability(contents, source.census.shared_inputs, reading)
-
-
-def _stored(source: Source, name: str, scheme: Scheme) -> StoredTensor:
-    """What the tensor `name` would be stored as in this scheme: module, shape with output rows first, source type,
-    bias."""
-    entry = source.census.entries[name]
-    dtype, bias = SOURCE_BY_NAME[entry.info.dtype], f"{entry.module}.bias" in source.checkpoint.tensors
-    return StoredTensor(entry.module, scheme, entry.matrix_shape, entry.role, dtype, entry.transposed, bias)
 
 
 def _fitted(source: Source, decided: Mapping[str, Decision], asked: Recipe) -> dict[str, Decision]:

@@ -28,6 +28,7 @@ from spicerack.algorithms.method import Method
 from spicerack.errors import RecipeError, SchemeError
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.numerics.scheme import Scheme, parse
+from spicerack.storage import engine as engines
 from spicerack.storage.files import local
 
 Range = Literal["absmax", "opt"]
@@ -79,6 +80,7 @@ class Recipe:
     method     how codes are chosen; None is the best measured for the scheme where there is calibration text, else rtn
     observer   how static scales of activations are found; None is the best measured, and where there are none
     fit_groups layers that no whole groups tile get the nearest scheme that fits (`fitting.py`), and are not refused
+    for_       the engine that must compute all of it exactly (`storage.engine`); None: whoever can
     """
 
     scheme: Scheme
@@ -87,6 +89,7 @@ class Recipe:
     method: Method | None = None
     observer: str | None = None
     fit_groups: bool = False
+    for_: str | None = None
 
     @property
     def is_static(self) -> bool:
@@ -100,13 +103,19 @@ class Recipe:
         method = {} if self.method is None else {"method": str(self.method)}
         observer = {} if self.observer is None else {"observer": self.observer}
         fit = {"fit_groups": True} if self.fit_groups else {}
-        return {"scheme": self.scheme.name, **method, "range": self.range_, **observer, **fit, "rules": rules}
+        engine = {} if self.for_ is None else {"for": self.for_}
+        return {"scheme": self.scheme.name, **method, "range": self.range_, **observer, **fit, **engine, "rules": rules}
 
     def with_choices(
-        self, range_: str | None, method_: str | Method | None, observer: str | None, fit_groups: bool | None = None
+        self,
+        range_: str | None,
+        method_: str | Method | None,
+        observer: str | None,
+        fit_groups: bool | None = None,
+        for_: str | None = None,
     ) -> Recipe:
-        """This recipe with other ways to choose ranges, codes, static scales and what fits narrow layers; None leaves
-        what it has.
+        """This recipe with other ways to choose ranges, codes, static scales and what fits narrow layers, or for an
+        engine; None leaves what it has.
 
         Raises RecipeError for a name that there is not.
         """
@@ -116,6 +125,7 @@ class Recipe:
             method=(method.parse(method_) if isinstance(method_, str) else method_) or self.method,
             observer=self.observer if observer is None else check_observer(observer),
             fit_groups=self.fit_groups if fit_groups is None else fit_groups,
+            for_=self.for_ if for_ is None else engines.find(for_).name,
         )
 
     def then(self, rules: Iterable[Rule]) -> Recipe:
@@ -126,7 +136,9 @@ class Recipe:
         method = [] if self.method is None else [str(self.method)]
         observer = [] if self.observer is None else [f"observer={self.observer}"]
         fit = ["fit-groups"] if self.fit_groups else []
-        return " ".join([self.scheme.name, *method, f"range={self.range_}", *observer, *fit, *map(str, self.rules)])
+        engine = [] if self.for_ is None else [f"for={self.for_}"]
+        rules = map(str, self.rules)
+        return " ".join([self.scheme.name, *method, f"range={self.range_}", *observer, *fit, *engine, *rules])
 
 
 def of(scheme: str | Scheme | Recipe, rules: Iterable[str | Rule] = ()) -> Recipe:
@@ -225,7 +237,7 @@ def _rule(pattern: str, scheme: str) -> Rule:
 
 
 def read(path: Path) -> Recipe:
-    """A YAML recipe: `scheme`; optional `method`, `range`, `observer`, `fit_groups`; `rules`, a list of
+    """A YAML recipe: `scheme`; optional `method`, `range`, `observer`, `fit_groups`, `for`; `rules`, a list of
     `pattern: scheme` (or skip).
 
     Raises RecipeError naming file and key.
@@ -245,11 +257,11 @@ def read(path: Path) -> Recipe:
         ) from error
     if not isinstance(data, dict) or not isinstance(data.get("scheme"), str):
         raise RecipeError(f"recipe {path} has no 'scheme'", "begin with, say, 'scheme: w4g128'")
-    unknown = set(data) - {"scheme", "method", "range", "observer", "fit_groups", "rules"}
+    unknown = set(data) - {"scheme", "method", "range", "observer", "fit_groups", "for", "rules"}
     if unknown:
         raise RecipeError(
             f"recipe {path}: unknown key {sorted(map(str, unknown))[0]!r}",
-            "keys are scheme, method, range, observer, fit_groups, rules",
+            "keys are scheme, method, range, observer, fit_groups, for, rules",
         )
     rules = data.get("rules") or []
     if not isinstance(rules, list):
@@ -266,7 +278,8 @@ def read(path: Path) -> Recipe:
     if not isinstance(fit, bool):
         raise RecipeError(f"recipe {path}: 'fit_groups' is {fit!r}", "write true or false")
     range_ = check_range(str(data.get("range", "opt")))
-    return Recipe(parse(data["scheme"]), range_, tuple(parsed), how, observer, fit)
+    engine = engines.find(str(data["for"])).name if "for" in data else None
+    return Recipe(parse(data["scheme"]), range_, tuple(parsed), how, observer, fit, engine)
 
 
 def check_range(text: str) -> Range:

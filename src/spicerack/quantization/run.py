@@ -108,6 +108,7 @@ def quantize(
     range_: Range | None = ...,
     rules: Iterable[str | Rule] = ...,
     fit_groups: bool | None = ...,
+    for_: str | None = ...,
     compute: Compute | None = ...,
 ) -> torch.nn.Module: ...
 @overload
@@ -123,6 +124,7 @@ def quantize(
     effort: str = ...,
     rules: Iterable[str | Rule] = ...,
     fit_groups: bool | None = ...,
+    for_: str | None = ...,
     device: str = ...,
     threads: int | None = ...,
     memory: int | None = ...,
@@ -143,6 +145,7 @@ def quantize(
     effort: str = "normal",
     rules: Iterable[str | Rule] = (),
     fit_groups: bool | None = None,
+    for_: str | None = None,
     compute: Compute | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -157,6 +160,8 @@ def quantize(
     rules        "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's
     fit_groups   layers that no whole groups tile get the nearest scheme that fits, and are not refused; None: as the
                  Recipe says, which is not to
+    for_         an engine, such as "llama.cpp" or "vllm", for folders: what it would not compute exactly is refused,
+                 with the rule and the nearest scheme, and layers that it has in float stay float
     range_       how scales are chosen, over the Recipe's: "opt" (default, the least error) or "absmax"
     compute      for modules: what packed layers multiply with, as in `load`
 
@@ -177,7 +182,7 @@ def quantize(
     Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
     """
     at_least(1, threads=threads, memory=memory, shard_bytes=shard_bytes)
-    chosen = recipe.of(scheme, rules).with_choices(range_, method, observer, fit_groups)
+    chosen = recipe.of(scheme, rules).with_choices(range_, method, observer, fit_groups, for_)
     options = _FolderOptions(output, calibration, effort, device, threads, memory, shard_bytes, progress)
     if isinstance(model, torch.nn.Module):
         return _in_memory(model, chosen, compute, options)
@@ -206,6 +211,8 @@ def _in_memory(
     """A new module, rounded to nearest. Raises UsageError for methods that need text, and for options of folders."""
     if options.calibration is not None or chosen.method not in (None, Method()) or chosen.observer is not None:
         raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
+    if chosen.for_ is not None:
+        raise UsageError(f"for {chosen.for_}: engines read folders", "save the module as a folder, and quantize that")
     if options.effort != "normal":
         raise UsageError(f"effort {options.effort}: a module in memory is only rounded to nearest", "leave it out")
     if options.device != "cpu":

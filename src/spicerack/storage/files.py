@@ -62,6 +62,8 @@ _TRAINING_RECORDS = re.compile(r"trainer_state\.json|.*\.tfevents\..*")
 """What training leaves behind: curves and paths of the machine that it ran on, and nothing that a model needs."""
 LEDGER, RUN = "spicerack.json", "run.json"
 """Records of a quantization: what happened to every tensor, and what was true of that run only."""
+MEASURED = ("eval.json", "bench.json", "energy.json", "report.html")
+"""What was measured of a quantized folder, and the page about it, by commands of these names; no part of the model."""
 QUANTIZATION = ("quantization_config", "compression_config")
 """Sections of config.json in which a tool says how it quantized the model; the second is an older name."""
 CONTAINER = "spicerack"
@@ -309,8 +311,9 @@ def _side_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple
     modules = _sentence_transformer_modules(folder)
     side: list[str] = []
     left_out: list[str] = []
+    records = (CONFIG, LEDGER, RUN, *(MEASURED if (folder / LEDGER).is_file() else ()))
     for name in _walk(folder, modules):
-        if name in weights or name in (CONFIG, LEDGER, RUN):
+        if name in weights or name in records:
             continue
         part_of_model = name.rpartition("/")[0] in modules
         foreign = name.endswith(("/", *OTHER_WEIGHTS)) or _TRAINING_RECORDS.fullmatch(name.rpartition("/")[2])

@@ -14,7 +14,7 @@ of GGUF, say) are read like all others, and written by those who ask for them by
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -22,9 +22,11 @@ import torch
 
 from spicerack import plugins
 from spicerack.errors import CheckpointError, SchemeError
+from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.undecoded import Undecoded
+from spicerack.storage.layouts import Matrix, Parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +63,18 @@ class StoredTensor:
     bias: bool = False
     inverse_scale: bool = False
     variant: str = ""
+
+    @property
+    def matrix(self) -> Matrix:
+        """What its layout depends on."""
+        expert = "experts" in self.module.split(".")
+        source = safetensors_dtype(self.source_dtype)
+        return Matrix(self.scheme, self.shape, source, self.role, self.transposed, self.bias, expert)
+
+    def laid_out(self, layout: Callable[[Scheme, tuple[int, ...], str], Parts]) -> Layout:
+        """Its tensors by their full names, as one of the functions of `layouts` lays them out."""
+        parts = layout(self.scheme, self.shape, safetensors_dtype(self.source_dtype))
+        return {f"{self.module}.{part}": placed for part, placed in parts.items()}
 
 
 Contents = Mapping[str, StoredTensor]

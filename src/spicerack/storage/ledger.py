@@ -51,6 +51,11 @@ class Entry:
     error: float | None = None
     events: tuple[str, ...] = ()
 
+    @property
+    def numel(self) -> int:
+        """How many numbers the source's tensor holds."""
+        return math.prod(self.shape)
+
     def as_dict(self) -> dict[str, Any]:
         """The entry as JSON holds it."""
         return dataclasses.asdict(self)

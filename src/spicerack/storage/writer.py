@@ -240,7 +240,7 @@ class Writer:
                 shutil.copyfile(source / name, target)
             if len(self.shards) > 1:
                 name = f"{stem_of(shard.file for shard in self.shards)}.safetensors.index.json"
-                write_atomically(self.partial / name, json_bytes(self._index()))
+                write_atomically(self.partial / name, json_bytes(index_of(self.shards)))
             for name, content in files.items():
                 write_atomically(self.partial / name, content)
         except OSError as error:
@@ -259,12 +259,6 @@ class Writer:
         except OSError as error:
             raise disk_error(error, self.partial) from error
 
-    def _index(self) -> dict[str, Any]:
-        """The index as transformers writes it: which shard holds which tensor."""
-        weight_map = {t.name: shard.file for shard in self.shards for unit in shard.units for t in unit.tensors}
-        total = sum(unit.nbytes for shard in self.shards for unit in shard.units)
-        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
 
 class ShardWriter:
     """One shard in the making: the header first, then tensors in the order that it promised.
@@ -280,18 +274,7 @@ class ShardWriter:
         self._file = file
         self._todo = [tensor for unit in shard.units for tensor in unit.tensors]
         self.entries: list[Entry] = []
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for tensor in self._todo:
-            header[tensor.name] = {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, offset + tensor.nbytes],
-            }
-            offset += tensor.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_bytes(shard))
         self._todo.reverse()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -312,6 +295,29 @@ class ShardWriter:
         """Nothing that the header promised is missing."""
         if self._todo:
             raise AssertionError(f"{len(self._todo)} promised tensors were not written, first {self._todo[-1].name}")
+
+
+def header_bytes(shard: Shard) -> bytes:
+    """What stands before the tensors of a shard: its length and the header, padded."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in (tensor for unit in shard.units for tensor in unit.tensors):
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
+    """The index as transformers writes it: which shard holds which tensor."""
+    weight_map = {t.name: shard.file for shard in shards for unit in shard.units for t in unit.tensors}
+    total = sum(unit.nbytes for shard in shards for unit in shard.units)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def refuse_place(output: Path) -> None:

@@ -5,7 +5,9 @@
 
 which gives what updates by H^-1 give, without inverting H (Chee et al. 2023, arXiv:2307.13304). Columns go by falling
 H_ii within their group, and groups by their largest, so that groups stay contiguous. Scales and zero points are those
-of `start`; afterwards each row's scales are fitted once more, with the codes as they are (`rescaling`).
+of `start`, but for those of super-blocks, which are searched again when the walk reaches them (`grid`), an error in
+column j counting U_jj^2: what of it no later column makes good. Afterwards each row's scales are fitted once more, with
+the codes as they are (`rescaling`).
 
 With a pull W C, C = mean (x' - x) x^T for the inputs x' of the float model and x behind quantized layers, the target is
 the least-squares solution of Q x = W x':  W + beta W C H^-1.
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from spicerack.algorithms.columns import scales, zeros
+from spicerack.algorithms.grid import Grid
 from spicerack.algorithms.rescaling import ROWS, SYSTEMS, rescaled
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import GramSolver
@@ -41,7 +43,7 @@ _PIECE = 1 << 24
 
 def obstacle(scheme: Scheme) -> str | None:
     """Why rows cannot be walked by columns, or their scales fitted; None if they can. One scale may be the tensor's."""
-    return scheme.scale_obstacle or scheme.rows_obstacle or scheme.codes_obstacle
+    return scheme.rows_obstacle or scheme.codes_obstacle
 
 
 def memory(n: int, k: int) -> int:
@@ -75,7 +77,8 @@ def solve(
         return Solved(start, ("inputs are not finite: kept round-to-nearest",))
     dead = int((h.diagonal() == 0).sum())
     events = [f"{dead} input columns are always 0"] if dead else []
-    order = _order(h.diagonal(), start.scheme.group_shape(*w.shape)[1])
+    grid = Grid(start)
+    order = _order(h.diagonal(), grid.span or grid.columns)
     damping, u = _factor(h, order)
     if u is None:
         return Solved(start, (*events, "inputs are not positive definite: kept round-to-nearest"))
@@ -86,9 +89,9 @@ def solve(
         for rows, some in zip(pull.split(ROWS), target.split(ROWS), strict=True):
             rows.copy_(some + beta * _divided(rows, u, order))
         target = pull
-    codes = _walk(target, start, u, order)
+    walked = _walk(target, grid, u, order)
     del u
-    return Solved(rescaled(start, codes, target, h.float()), tuple(events))
+    return Solved(rescaled(start, walked, target, h.float()), tuple(events))
 
 
 # ---- the walk over the columns ---------------------------------------------------------------------------------------
@@ -145,32 +148,35 @@ def _order(diagonal: torch.Tensor, group: int) -> torch.Tensor:
     return (within + torch.arange(0, len(diagonal), group, device=diagonal.device)[:, None])[groups].reshape(-1)
 
 
-def _walk(target: torch.Tensor, start: QTensor, u: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Codes [N, K] of start's type for the target [N, K], column by column in `order`, with the factor U [K, K].
+def _walk(target: torch.Tensor, grid: Grid, u: torch.Tensor, order: torch.Tensor) -> QTensor:
+    """The target [N, K] rounded column by column in `order`, with the factor U [K, K].
 
     Some columns at a time: what is wrong before them is made good in all of them at once.
     """
     n, k = target.shape
     e = target.t()[order].contiguous()  # [K, N]: a column of W in one piece; behind the walk, what is wrong with it
-    scale, zero = (part.t().contiguous() for part in (scales(start), zeros(start)))  # [groups or 1, N or 1]
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    wide, levels = k // len(scale), start.scheme.levels
-    groups = (order // wide).tolist()
-    q = torch.empty((k, n), dtype=start.codes.dtype, device=target.device)
-    for first in range(0, k, _COLUMNS):
-        last = min(first + _COLUMNS, k)
+    levels, step = grid.start.scheme.levels, grid.span or _COLUMNS
+    groups = (order // grid.columns).tolist()
+    q = torch.empty((k, n), dtype=grid.start.codes.dtype, device=target.device)
+    for first in range(0, k, step):
+        last = min(first + step, k)
         factors = (u[:last, first:last] / u.diagonal()[first:last]).t().contiguous()
         w = e[first:last].addmm(factors[:, :first], e[:first])
+        if grid.span is not None:
+            grid.search(w, order[first:last], u.diagonal()[first:last].square())
         for i in range(first, last):
             g = groups[i]
-            offset = zero[g % len(zero)]
+            offset = grid.zero[g % len(grid.zero)]
             corrected = w[i - first].addmv_(e[first:i].t(), factors[i - first, first:i])
-            code = levels.encode(corrected * inverse[g], offset)
+            if grid.low is not None:
+                corrected = corrected - grid.low[g]
+                e[i].sub_(grid.low[g])
+            code = levels.encode(corrected * grid.inverse[g], offset)
             q[i] = code
-            e[i].sub_(scale[g] * levels.decode(code, offset))
+            e[i].sub_(grid.scale[g] * levels.decode(code, offset))
     codes = torch.empty_like(q)
     codes[order] = q
-    return codes.t().contiguous()
+    return grid.result(codes.t().contiguous())
 
 
 SOLVER = GramSolver(solve=solve, obstacle=obstacle, memory=memory)

@@ -19,7 +19,6 @@ from spicerack.models.gguf.family import Family, of_type
 from spicerack.models.gguf.names import Names, Place
 from spicerack.storage.format import Contents, StoredTensor
 from spicerack.storage.gguf import blocks
-from spicerack.storage.gguf.exact import scheme_obstacle
 from spicerack.storage.gguf.ggml import TYPES, GgmlType, TensorSpec
 from spicerack.storage.gguf.metadata import Entry, Value
 from spicerack.storage.ledger import Ledger
@@ -98,16 +97,8 @@ def packed_obstacles(names: Names, contents: Contents) -> list[str]:
         elif stored.scheme.activations == "static":
             reasons.append(f"{module}: {stored.scheme} has a scale of activations, for which GGUF has no place")
         elif not types_of(stored):
-            reasons.append(f"{module}: {nearest(stored)}")
+            reasons.append(f"{module}: {blocks.no_type(stored.scheme, stored.shape)}")
     return reasons
-
-
-def nearest(stored: StoredTensor) -> str:
-    """Why no type holds a tensor: the reason of the one that holds most like it."""
-    types = [type_ for type_ in TYPES.values() if type_.scheme is not None]
-    bits = stored.scheme.bits
-    near = min(types, key=lambda t: (t.scheme != stored.scheme.name, abs(8 * t.nbytes / t.block - bits)))
-    return f"no type of GGUF holds {stored.scheme}; {near}: {scheme_obstacle(near, stored.scheme, stored.shape)}"
 
 
 def plan(model: Model, source: Source) -> list[Planned]:

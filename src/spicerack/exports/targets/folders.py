@@ -20,16 +20,25 @@ from spicerack import plugins
 from spicerack._version import __version__
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order
-from spicerack.models.architecture import host_of
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
-from spicerack.quantization import decisions
 from spicerack.storage import format as formats
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
-from spicerack.storage.format import Contents, Format, Reading, StoredTensor
+from spicerack.storage.format import Contents, Format, StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
 from spicerack.storage.reader import Checkpoint
-from spicerack.storage.writer import SHARD_BYTES, OutputTensor, ShardWriter, Unit, Writer, partial_folder, shards_of
+from spicerack.storage.writer import (
+    SHARD_BYTES,
+    OutputTensor,
+    Shard,
+    ShardWriter,
+    Unit,
+    Writer,
+    header_bytes,
+    index_of,
+    partial_folder,
+    shards_of,
+)
 from spicerack.text.gguf import tokenizer_of_gguf
 
 _OF_OTHERS = ("quantize_config.json", "quant_config.json")
@@ -42,6 +51,8 @@ _TOKENS = "tokenizer."
 @dataclass(frozen=True, slots=True)
 class Folders:
     """Every format that is a folder and has no target of its own. Methods: `exports.target.Target`."""
+
+    floats: bool = False
 
     @property
     def names(self) -> Sequence[str]:
@@ -61,30 +72,43 @@ class Folders:
         """None: what transformers reads, others read by the same names."""
         return []
 
+    def inexact(self, to: str, source: Source) -> list[str]:
+        """None: types of scales are in the contents, and looked at there."""
+        return []
+
     def notes(self, to: str, source: Source) -> list[str]:
         """Those of the format."""
         fmt = _format(to)
-        return fmt.notes(source.contents, (), _reading(fmt, source))
+        return fmt.notes(source.contents, (), source.reading(fmt))
+
+    def nbytes(self, source: Source, order: Order) -> int:
+        """Of all files of the folder: headers and texts are made, no tensor is read."""
+        out = _Out.of(source, order)
+        entries = [_told(source, unit, out.before) for shard in out.shards for unit in shard.units]
+        texts = [json_bytes(out.config), Ledger(out.identity, tuple(entries)).content()]
+        texts += map(json_bytes, _format(order.to).beside(out.config).values())
+        if len(out.shards) > 1:
+            texts.append(json_bytes(index_of(out.shards)))
+        with _beside(source.folder.checkpoint) as (folder, names):
+            side = sum((folder / name).stat().st_size for name in names)
+        tensors = sum(len(header_bytes(shard)) + sum(unit.nbytes for unit in shard.units) for shard in out.shards)
+        return tensors + sum(map(len, texts)) + side
 
     def write(self, source: Source, order: Order) -> None:
         """Shards, config.json and ledger in `OUT.partial`, which is read back and becomes OUT by one rename."""
-        fmt, checkpoint = _format(order.to), source.folder.checkpoint
-        reading = _reading(fmt, source)
-        config = fmt.config(source.config, source.contents, reading)
-        config = with_old_names(config) if fmt.read_by_others else config
-        identity = _identity(source, fmt, order)
-        units = list(_units(source, fmt))
-        entries = {entry.tensor: entry for entry in source.ledger.entries} if source.ledger else {}
-        with _beside(checkpoint) as (folder, names):
+        out = _Out.of(source, order)
+        with _beside(source.folder.checkpoint) as (folder, names):
             side = sum((folder / name).stat().st_size for name in names)
-            writer = Writer(order.output, shards_of(units, order.shard_bytes or SHARD_BYTES), identity, side)
+            writer = Writer(order.output, out.shards, out.identity, side)
             try:
                 for shard in writer.pending():
-                    with writer.shard(shard) as out:
+                    with writer.shard(shard) as file:
                         for unit in shard.units:
-                            out.entries.append(_write(source, fmt, unit, out, entries))
-                beside = {name: json_bytes(value) for name, value in fmt.beside(config).items()}
-                files = {LEDGER: Ledger(identity, writer.entries()).content(), **beside, CONFIG: json_bytes(config)}
+                            _write(source, _format(order.to), unit, file)
+                            file.entries.append(_told(source, unit, out.before))
+                beside = {name: json_bytes(value) for name, value in _format(order.to).beside(out.config).items()}
+                files = {LEDGER: Ledger(out.identity, writer.entries()).content(), **beside}
+                files[CONFIG] = json_bytes(out.config)
                 writer.finish(files, folder, names)
                 order.check(writer.partial)
                 writer.seal()
@@ -104,26 +128,42 @@ def _beside(checkpoint: Checkpoint) -> Iterator[tuple[Path, Sequence[str]]]:
         yield checkpoint.folder, [name for name in checkpoint.side_files if name not in _OF_OTHERS]
         return
     with tempfile.TemporaryDirectory() as place:
-        tokenizer_of_gguf(checkpoint.metadata).save_pretrained(place)
+        tokenizer_of_gguf(checkpoint.metadata).save_pretrained(place, save_jinja_files=False)
         files = (path for path in Path(place).rglob("*") if path.is_file())
         yield Path(place), sorted(path.relative_to(place).as_posix() for path in files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Out:
+    """A folder before it is written: everything but the tensors.
+
+    config    config.json
+    identity  of the ledger
+    shards    its files
+    before    tensor -> what the source's ledger says of it
+    """
+
+    config: Mapping[str, Any]
+    identity: dict[str, Any]
+    shards: tuple[Shard, ...]
+    before: Mapping[str, Entry]
+
+    @classmethod
+    def of(cls, source: Source, order: Order) -> _Out:
+        """Of a source that the format has no obstacles to."""
+        fmt = _format(order.to)
+        config = fmt.config(source.config, source.contents, source.reading(fmt))
+        return cls(
+            with_old_names(config) if fmt.read_by_others else config,
+            _identity(source, fmt, order),
+            shards_of(list(_units(source, fmt)), order.shard_bytes or SHARD_BYTES),
+            {entry.tensor: entry for entry in source.ledger.entries} if source.ledger else {},
+        )
 
 
 def _format(to: str) -> Format:
     """The format that `--to` calls so."""
     return formats.get(to.replace("-", "_"))
-
-
-def _reading(fmt: Format, source: Source) -> Reading:
-    """What readers of the folder are told: above all the linear layers that stay float."""
-    described = source.described
-    if not described.config:
-        return Reading()
-    known = decisions.Source.of(described)
-    contents, tied = source.contents, known.tied
-    floats = [name for name in known.linears() if name not in contents and tied.get(name) not in contents]
-    headers = {name: (info.dtype, info.shape) for name, info in described.tensors.items()}
-    return fmt.reading(source.config, contents, host_of(source.config, headers, contents, floats))
 
 
 def _identity(source: Source, fmt: Format, order: Order) -> dict[str, Any]:
@@ -142,20 +182,28 @@ def _units(source: Source, fmt: Format) -> Iterator[Unit]:
             yield Unit(tensor.name, (OutputTensor(tensor.name, tensor.dtype, tensor.shape),))
 
 
-def _write(source: Source, fmt: Format, unit: Unit, out: ShardWriter, entries: Mapping[str, Entry]) -> Entry:
-    """One tensor, packed or float -> its entry in the ledger."""
+def _write(source: Source, fmt: Format, unit: Unit, out: ShardWriter) -> None:
+    """One tensor, packed or float."""
     stored = source.contents.get(unit.source)
     if stored is None:
         info = source.floats[unit.source]
         out.write(info.name, source.float(info.name))
         source.release(info)
-        fresh = Entry(info.name, "copy", "as it was in the source", info.name, None, info.dtype, info.shape,
-                      info.nbytes, info.nbytes)  # fmt: skip
-        return replace(entries.get(info.name, fresh), bytes_after=info.nbytes)
+        return
     for name, tensor in _encoded(source, fmt, stored).items():
         out.write(name, tensor)
     source.release(stored)
-    return _entry(source, stored, unit, entries.get(f"{stored.module}.weight"))
+
+
+def _told(source: Source, unit: Unit, before: Mapping[str, Entry]) -> Entry:
+    """The ledger's line of a tensor. before: what the source's ledger says of its tensors."""
+    stored = source.contents.get(unit.source)
+    if stored is not None:
+        return _entry(source, stored, unit, before.get(f"{stored.module}.weight"))
+    info = source.floats[unit.source]
+    fresh = Entry(info.name, "copy", "as it was in the source", info.name, None, info.dtype, info.shape, info.nbytes,
+                  info.nbytes)  # fmt: skip
+    return replace(before.get(info.name, fresh), bytes_after=info.nbytes)
 
 
 def _encoded(source: Source, fmt: Format, stored: StoredTensor) -> Mapping[str, torch.Tensor]:

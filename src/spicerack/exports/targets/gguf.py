@@ -7,13 +7,14 @@ order, after quantization: bytes are moved and not made anew.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from spicerack.errors import CheckpointError
+from spicerack.errors import CheckpointError, listed
 from spicerack.evaluation.folder import pooling_of
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order
@@ -25,12 +26,8 @@ from spicerack.storage.format import Contents
 from spicerack.storage.gguf import blocks
 from spicerack.storage.gguf.ggml import TYPES, TensorSpec
 from spicerack.storage.gguf.metadata import Entry
-from spicerack.storage.gguf.writer import GgufWriter
-from spicerack.text.gguf import gguf_of_tokenizer
-from spicerack.text.tokenizer import read_tokenizer
-
-_WORDS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
-"""Files of a tokenizer, one of which a folder has that has a tokenizer."""
+from spicerack.storage.gguf.writer import GgufWriter, written_bytes
+from spicerack.text.gguf.folder import Words, words_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +35,7 @@ class Gguf:
     """See the module. Methods: `exports.target.Target`."""
 
     names: Sequence[str] = ("gguf",)
+    floats: bool = True
 
     def prepared(self, _to: str, contents: Contents, /) -> Contents:
         """As they are: tensors are looked at one by one."""
@@ -45,13 +43,11 @@ class Gguf:
 
     def obstacles(self, _to: str, contents: Contents, /) -> list[str]:
         """Schemes and shapes that no type of ggml holds."""
-        return [
-            f"{module}: {plans.nearest(stored)}" for module, stored in contents.items() if not plans.types_of(stored)
-        ]
+        reasons = ((module, blocks.no_type(stored.scheme, stored.shape)) for module, stored in contents.items())
+        return [f"{module}: {reason}" for module, reason in reasons if reason is not None]
 
     def refusals(self, _to: str, source: Source, /) -> list[str]:
-        """Families, configs, layers and tokenizers that llama.cpp has not; scales that float16 does not hold, for which
-        they are read."""
+        """Families, configs, layers and tokenizers that llama.cpp has not."""
         try:
             model = Model.of(source.config)
             reasons = configs.obstacles(model.family, model.config) + plans.packed_obstacles(
@@ -59,10 +55,14 @@ class Gguf:
             )
             if not reasons:
                 plans.plan(model, source)
-                _tokens(source, model)
+                _words(source, model)
         except CheckpointError as error:
             return [error.message]
-        return reasons or _inexact(source)
+        return reasons
+
+    def inexact(self, _to: str, source: Source, /) -> list[str]:
+        """Scales that float16 does not hold."""
+        return _inexact(source)
 
     def notes(self, _to: str, source: Source, /) -> list[str]:
         """What llama.cpp computes otherwise, and what of the model is left out."""
@@ -70,23 +70,45 @@ class Gguf:
         left_out = [name for name in source.folder.checkpoint.tensors if model.names.left_out(name)]
         notes = configs.notes(model.family, model.config)
         if left_out:
-            notes.append(f"{left_out[0]} and {len(left_out) - 1} more are left out: llama.cpp has no use for them")
-        return notes
+            notes.append(f"left out, because llama.cpp has no use for it: {listed(left_out, 1, 'tensors')}")
+        return notes + [f"tokenizer: {line}" for line in _words(source, model).differences]
+
+    def nbytes(self, source: Source, order: Order, /) -> int:
+        """Of the file, or of all of them where it is split: headers are made, no tensor is read."""
+        file = _File.of(source, order)
+        return written_bytes(order.output, file.metadata, file.specs, order.shard_bytes)
 
     def write(self, source: Source, order: Order, /) -> None:
         """As `GgufWriter` does: what is read back has its name only then."""
+        file, model = _File.of(source, order), Model.of(source.config)
+        with GgufWriter(
+            order.output, file.metadata, file.specs, split_bytes=order.shard_bytes, check=order.check
+        ) as writer:
+            for name, factors in file.numbers.items():
+                writer.write(name, torch.from_numpy(factors.astype(np.float32)).view(torch.uint8))
+            for one in file.planned:
+                for spec, values in plans.raw(model, source, one):
+                    writer.write(spec.name, values)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What a file will hold: its keys, its table, and what the tensors are made of."""
+
+    metadata: Mapping[str, Entry]
+    specs: Sequence[TensorSpec]
+    numbers: Mapping[str, np.ndarray[Any, Any]]
+    planned: Sequence[plans.Planned]
+
+    @classmethod
+    def of(cls, source: Source, order: Order) -> _File:
+        """Of a source without `refusals`."""
         model = Model.of(source.config)
         planned, numbers = plans.plan(model, source), plans.numbers(model)
         facts = Facts(order.output.stem, _pooling(source, model), source.ledger, order.facts)
-        metadata = plans.metadata(model, planned, _tokens(source, model, facts.name), facts)
+        metadata = plans.metadata(model, planned, _words(source, model, facts.name).entries, facts)
         specs = [TensorSpec(name, TYPES["F32"], values.shape) for name, values in numbers.items()]
-        specs += [spec for one in planned for spec in one.specs]
-        with GgufWriter(order.output, metadata, specs, split_bytes=order.shard_bytes, check=order.check) as writer:
-            for name, factors in numbers.items():
-                writer.write(name, torch.from_numpy(factors.astype(np.float32)).view(torch.uint8))
-            for one in planned:
-                for spec, values in plans.raw(model, source, one):
-                    writer.write(spec.name, values)
+        return cls(metadata, [*specs, *(spec for one in planned for spec in one.specs)], numbers, planned)
 
 
 def _inexact(source: Source) -> list[str]:
@@ -105,27 +127,9 @@ def _inexact(source: Source) -> list[str]:
     return reasons
 
 
-def _has_words(source: Source) -> bool:
-    """Whether the folder has a tokenizer, or the GGUF file."""
-    checkpoint = source.folder.checkpoint
-    return isinstance(checkpoint, GgufCheckpoint) or any(name in checkpoint.side_files for name in _WORDS)
-
-
-def _tokens(source: Source, model: Model, name: str = "") -> dict[str, Entry]:
-    """Keys of the tokenizer: a file's own as they are. Raises CheckpointError for one that llama.cpp has not.
-
-    name: of the model, by which llama.cpp knows the white space of some.
-    """
-    checkpoint = source.folder.checkpoint
-    if isinstance(checkpoint, GgufCheckpoint):
-        return {key: value for key, value in checkpoint.metadata.items() if key.startswith("tokenizer.")}
-    if not _has_words(source):
-        raise CheckpointError("the folder has no tokenizer, without which llama.cpp runs no model", "add its files")
-    from transformers import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[model.family.model_type].from_dict(dict(model.config))
-    words, rows = read_tokenizer(checkpoint.folder, config), int(model.config["vocab_size"])
-    return gguf_of_tokenizer(words, rows, architecture=model.family.architecture, name=name)
+def _words(source: Source, model: Model, name: str = "") -> Words:
+    """The tokenizer. Raises CheckpointError for one that llama.cpp has not. name: of the model in the file."""
+    return words_of(source.folder.checkpoint, model.family, model.config, name)
 
 
 def _pooling(source: Source, model: Model) -> str | None:

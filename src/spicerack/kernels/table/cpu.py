@@ -66,6 +66,8 @@ def _obstacle(
         return f"this processor, or this build, has no {engine}"
     if tiling == "trits" and not scheme.is_ternary:
         return "its levels are not -1, 0 and 1"
+    if tiling == "trits" and panels.in_blocks(scheme, shape):
+        return "trits have one float scale for a group of whole tiles"
     if compute == "float" and scheme.activations is not None:
         return f"{scheme} rounds activations to int8"
     if scheme.activations is not None and scheme.group_columns is None and shape[1] > panels.MAX_EXACT_COLUMNS:
@@ -84,8 +86,8 @@ def _prepare(compute: Compute, tiling: Tiling, scheme: Scheme, shape: Shape, ten
     if compute == "int8":
         activations = {None: panels.SPANS, "token": panels.TOKENS, "static": panels.FIXED}[scheme.activations]
     spec = panels.spec_of(scheme, shape, tiling)
-    zero, fixed = tensors.get("zero"), tensors.get("input_scale")
-    return multiply.PanelMatrix(tensors["codes"], tensors["scale"], zero, spec, activations, fixed)
+    zero, outer, fixed = tensors.get("zero"), tensors.get("outer"), tensors.get("input_scale")
+    return multiply.PanelMatrix(tensors["codes"], tensors["scale"], zero, outer, spec, activations, fixed)
 
 
 def _run(
@@ -99,7 +101,7 @@ def _run(
         return [y.double() for y in _run(engine, x.float(), matrices, biases)]
     if type(x) is not torch.Tensor or x.is_meta or torch.compiler.is_compiling() or _wants_gradients(x, biases):
         return [
-            torch_op.OPERATOR(x, m.codes, m.scale, m.zero, bias, m.input_scale, *m.spec, engine, m.activations)
+            torch_op.OPERATOR(x, m.codes, m.scale, m.zero, m.outer, bias, m.input_scale, *m.spec, engine, m.activations)
             for m, bias in zip(matrices, biases, strict=True)
         ]
     return multiply.multiply(x, matrices, biases, engine)

@@ -20,18 +20,15 @@ from typing import Any
 import torch
 
 from spicerack.errors import CheckpointError
-from spicerack.numerics.dtypes import SOURCE_BY_NAME, safetensors_dtype
+from spicerack.numerics.dtypes import SOURCE_BY_NAME
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import parse
 from spicerack.numerics.undecoded import Undecoded
+from spicerack.storage import layouts
 from spicerack.storage.format import Contents, Layout, MethodFormat, Reading, StoredTensor
+from spicerack.storage.layouts import BITNET, BITNET_ROWS
 from spicerack.storage.reader import Checkpoint
 
-SCHEME = "ternarya8"
-"""The one scheme that the format holds."""
-_PARTS = 4
-"""Codes in a byte, of as many output rows."""
 _INVERSE = {"bitlinear": True, "autobitlinear": False}
 """Whether the folder holds 1 / scale."""
 _ELSEWHERE = "load it with transformers"
@@ -50,19 +47,17 @@ class BitNet(MethodFormat):
 
     def obstacles(self, contents: Contents) -> list[str]:
         """What the format does not have, for each module that needs it."""
-        reasons = ((p, _obstacle(p)) for p in contents.values())
+        reasons = ((p, layouts.bitnet_obstacle(p.matrix)) for p in contents.values())
         return [f"{p.module}: bitnet has no {reason}" for p, reason in reasons if reason]
 
     def layout(self, stored: StoredTensor) -> Layout:
         """Four rows of codes to a row of bytes, and a scale."""
-        module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
-        scale = safetensors_dtype(dtype_of(scheme.scale, stored.source_dtype))
-        return {f"{module}.weight": ("U8", (rows // _PARTS, columns)), f"{module}.weight_scale": (scale, (1,))}
+        return stored.laid_out(layouts.bitnet)
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
         """Codes + 1, which is 0, 1 or 2, each quarter of the rows two bits further up."""
         assert not stored.inverse_scale, "1 / scale is read, never written"
-        parts = (q.codes + 1).view(torch.uint8).chunk(_PARTS)
+        parts = (q.codes + 1).view(torch.uint8).chunk(BITNET_ROWS)
         packed = torch.zeros_like(parts[0])
         for place, part in enumerate(parts):
             packed |= part << 2 * place
@@ -122,24 +117,6 @@ class BitNet(MethodFormat):
         return ["transformers decodes all weights while loading, and needs accelerate for that; vLLM does not read it"]
 
 
-def _obstacle(p: StoredTensor) -> str | None:
-    """What the format lacks for `p`, as the end of "bitnet has no"; None if it holds it exactly.
-
-    It has ternary weights with int8 activations of one token, two axes, no bias, and a multiple of four output rows.
-    """
-    if p.scheme != parse(SCHEME):
-        return f"{p.scheme.name}, only {SCHEME}"
-    if p.role not in ("linear", "head") or p.transposed or len(p.shape) != 2:
-        return f"quantized {p.role}"
-    if "experts" in p.module.split("."):
-        return "packed experts"
-    if p.bias:
-        return "biases: transformers multiplies them by the weight's scale"
-    if p.shape[0] % _PARTS:
-        return f"{p.shape[0]} output rows, only multiples of {_PARTS}"
-    return None
-
-
 def _pattern(module: str, packed: Sequence[str]) -> str:
     """What transformers leaves alone: it takes names for regular expressions, and for ends of longer names.
 
@@ -163,7 +140,7 @@ def _stored(module: str, inverse: bool, checkpoint: Checkpoint) -> StoredTensor:
     assert weight is not None and scale is not None
     if weight.dtype != "U8" or len(weight.shape) != 2 or 0 in weight.shape:
         raise CheckpointError(
-            f"{checkpoint.folder}: {weight.name} is {weight.dtype} {list(weight.shape)}, not U8 [N/{_PARTS}, K]",
+            f"{checkpoint.folder}: {weight.name} is {weight.dtype} {list(weight.shape)}, not U8 [N/{BITNET_ROWS}, K]",
             _DAMAGED,
         )
     if scale.dtype not in SOURCE_BY_NAME or scale.numel != 1:
@@ -175,8 +152,8 @@ def _stored(module: str, inverse: bool, checkpoint: Checkpoint) -> StoredTensor:
             f"{checkpoint.folder}: {module}.bias: transformers' autobitlinear multiplies it by the weight's scale",
             _ELSEWHERE,
         )
-    shape = (_PARTS * weight.shape[0], weight.shape[1])
-    return StoredTensor(module, parse(SCHEME), shape, source_dtype=SOURCE_BY_NAME[scale.dtype], inverse_scale=inverse)
+    shape = (BITNET_ROWS * weight.shape[0], weight.shape[1])
+    return StoredTensor(module, parse(BITNET), shape, source_dtype=SOURCE_BY_NAME[scale.dtype], inverse_scale=inverse)
 
 
 FORMAT = BitNet()

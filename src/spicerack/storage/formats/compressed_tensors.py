@@ -23,12 +23,11 @@ from typing import Any
 import torch
 
 from spicerack.errors import CheckpointError
-from spicerack.numerics import bits, native
-from spicerack.numerics.dtypes import safetensors_dtype
+from spicerack.numerics import native
 from spicerack.numerics.qtensor import QTensor
-from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.undecoded import Undecoded
+from spicerack.storage import layouts
 from spicerack.storage.format import (
     Contents,
     Host,
@@ -64,23 +63,12 @@ class CompressedTensors(MethodFormat):
         point beside it, and int8 activations with w8; embeddings, experts in one tensor and convolutions are left to
         other formats.
         """
-        reasons = ((p, _obstacle(p)) for p in contents.values())
+        reasons = ((p, layouts.compressed_obstacle(p.matrix)) for p in contents.values())
         return [f"{p.module}: compressed-tensors has no {reason}" for p, reason in reasons if reason]
 
     def layout(self, stored: StoredTensor) -> Layout:
         """Codes as int8 where activations are int8 too, else as a stream of bits."""
-        module, scheme, (rows, columns) = stored.module, stored.scheme, stored.shape
-        groups = columns // (scheme.group_columns or columns)
-        scale = (safetensors_dtype(dtype_of(scheme.scale, stored.source_dtype)), (rows, groups))
-        if scheme.activations:
-            integers: Layout = {f"{module}.weight": ("I8", (rows, columns)), f"{module}.weight_scale": scale}
-            return integers if scheme.activations == "token" else {**integers, f"{module}.input_scale": ("F32", (1,))}
-        tensors: Layout = {f"{module}.weight_packed": ("I32", (rows, bits.word_count(columns, scheme.bits)))}
-        tensors[f"{module}.weight_scale"] = scale
-        if scheme.zero:
-            tensors[f"{module}.weight_zero_point"] = ("I32", (bits.word_count(rows, scheme.bits), groups))
-        tensors[f"{module}.weight_shape"] = ("I64", (2,))
-        return tensors
+        return stored.laid_out(layouts.compressed)
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
         """The tensors of one module, in the layout's order.
@@ -214,23 +202,6 @@ class CompressedTensors(MethodFormat):
                 notes.append(f"{', '.join(group)} are {' and '.join(sorted(kinds))}: vLLM fuses them and refuses")
                 break
         return notes
-
-
-def _obstacle(p: StoredTensor) -> str | None:
-    """What compressed-tensors lacks for `p`, as the end of "compressed-tensors has no"; None if it holds it exactly."""
-    scheme, integers = p.scheme, p.scheme.levels.integers
-    if p.role not in ("linear", "head", "router") or p.transposed or len(p.shape) != 2:
-        return f"quantized {p.role}"
-    top = 2 ** (scheme.bits - 1)
-    if integers is None or (integers.lo, integers.hi) != (-top, top - 1):
-        return f"levels of {scheme.name}"
-    if integers.half:
-        return f"half-integer levels ({scheme.name})"
-    if scheme.plain_obstacle is not None or scheme.group[0] != 1:
-        return f"scales like those of {scheme.name}"
-    if scheme.activations and (scheme.bits, scheme.group, scheme.zero) != (8, (1, None), False):
-        return f"activations like those of {scheme.name} here"
-    return None
 
 
 def _streams(

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from spicerack.errors import CheckpointError
-from spicerack.numerics import bits as streams
 from spicerack.numerics import native
 from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics.scheme import word_count
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import Contents, Layout, MethodFormat, Reading, StoredTensor
 from spicerack.storage.formats import _uniform
@@ -75,8 +75,8 @@ class GPTQ(MethodFormat):
         (n, k), scheme, module = stored.shape, stored.scheme, stored.module
         groups = k // (scheme.group_columns or k)
         layout: Layout = {
-            f"{module}.qweight": ("I32", (streams.word_count(k, scheme.bits), n)),
-            f"{module}.qzeros": ("I32", (groups, streams.word_count(n, scheme.bits))),
+            f"{module}.qweight": ("I32", (word_count(k, scheme.bits), n)),
+            f"{module}.qzeros": ("I32", (groups, word_count(n, scheme.bits))),
             f"{module}.scales": ("F16", (groups, n)),
         }
         return layout if stored.variant.endswith(_WITHOUT_INDEX) else {**layout, f"{module}.g_idx": ("I32", (k,))}
@@ -204,7 +204,7 @@ def _stored(module: str, given: int, version: str, checkpoint: Checkpoint) -> St
             raise CheckpointError(f"{checkpoint.folder}: {index.name} is {index.dtype} {list(index.shape)}", DAMAGED)
         k = index.shape[0]
         width = words * 32 // k
-    wanted = (groups, streams.word_count(n, width)) if width in WIDTHS else None
+    wanted = (groups, word_count(n, width)) if width in WIDTHS else None
     if wanted is None or words * 32 != k * width or scales.shape[1] != n or zeros.shape != wanted or k % groups:
         shapes = {name.rpartition(".")[2]: list(info.shape) for name, info in checkpoint.tensors.items()
                   if name.startswith(f"{module}.")}  # fmt: skip

@@ -22,10 +22,11 @@ import torch
 
 from spicerack.errors import CheckpointError, SchemeError, ShapeError
 from spicerack.numerics import packed
-from spicerack.numerics.dtypes import SOURCE_BY_WORD, safetensors_dtype
+from spicerack.numerics.dtypes import SOURCE_BY_WORD
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.numerics.undecoded import Undecoded
+from spicerack.storage import layouts
 from spicerack.storage.files import CONTAINER
 from spicerack.storage.format import Contents, Host, Layout, Reading, StoredTensor, checked_input_scale
 from spicerack.storage.reader import Checkpoint
@@ -57,9 +58,8 @@ class SpicerackFormat:
         ]
 
     def layout(self, stored: StoredTensor) -> Layout:
-        """What `packed` says, under the module's name."""
-        parts = packed.layout(stored.scheme, stored.shape, stored.source_dtype)
-        return {f"{stored.module}.{key}": (safetensors_dtype(dtype), shape) for key, (dtype, shape) in parts.items()}
+        """What `layouts.container` says, under the module's name."""
+        return stored.laid_out(layouts.container)
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
         """`packed.pack`, in the order of the layout."""
@@ -82,8 +82,8 @@ class SpicerackFormat:
         return q
 
     def undecoded(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> Undecoded | None:
-        """Of matrices in plain schemes."""
-        if stored.scheme.plain_obstacle is not None or len(stored.shape) != 2:
+        """Of matrices whose codes are one weight's each."""
+        if stored.scheme.codes_obstacle is not None or len(stored.shape) != 2:
             return None
         q = packed.undecoded(stored.scheme, stored.shape, packed.part(tensors, stored.module), stored.transposed)
         if q.input_scale is not None:

@@ -4,6 +4,7 @@
     encode(type, q)       its inverse, and of every other QTensor whose numbers the type holds to the bit
     obstacle(type, q)     why it does not, naming the rule, the row and the value; None if it does
     types_for(scheme)     the types that may hold a scheme, smallest first, known before a weight is read
+    no_type(scheme)       why there is none
     fitting(q)            the smallest type that does hold a tensor
 
 Decoded are the numbers that llama.cpp has in float32, bit for bit: `codec.decode` multiplies and adds in its order.
@@ -108,6 +109,17 @@ def types_for(scheme: Scheme, shape: tuple[int, ...]) -> tuple[GgmlType, ...]:
     """
     fit = [type_ for type_ in TYPES.values() if scheme_obstacle(type_, scheme, shape) is None]
     return tuple(sorted(fit, key=lambda type_: (is_rare(type_, scheme), *_size(type_, scheme))))
+
+
+def no_type(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
+    """Why no type holds tensors [.., N, K] of `scheme`: the reason of the one that holds most like it; None if one
+    does."""
+    if types_for(scheme, shape):
+        return None
+    own = [type_ for type_ in TYPES.values() if type_.scheme == scheme.name]
+    able = own or [t for t in TYPES.values() if t.scheme is not None and scheme_of(t).levels.integers is not None]
+    near = min(able, key=lambda type_: abs(8 * type_.nbytes / type_.block - scheme.bits))
+    return f"no type of GGUF holds {scheme}; {near}: {scheme_obstacle(near, scheme, shape)}"
 
 
 def fitting(q: QTensor) -> GgmlType | None:

@@ -174,6 +174,16 @@ class GgufWriter:
                 raise OutputError(f"{path} exists already", _ELSEWHERE)
 
 
+def written_bytes(
+    path: Path, metadata: Mapping[str, Entry], tensors: Sequence[TensorSpec], split_bytes: int | None = None
+) -> int:
+    """Bytes of all files that a `GgufWriter` with these arguments writes. Raises OutputError as it does for names."""
+    _check(path, metadata, tensors)
+    alignment = _alignment(metadata)
+    parts = _parts(path, metadata, tensors, split_bytes, alignment)
+    return sum(len(part.header) + sum(_padded(s.nbytes, alignment) for s in part.tensors) for part in parts)
+
+
 def header_bytes(metadata: Mapping[str, Entry], tensors: Sequence[TensorSpec], alignment: int = ALIGNMENT) -> bytes:
     """The bytes of a file before its first tensor: metadata and the table, padded."""
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]

@@ -5,6 +5,7 @@ splitters   how each `tokenizer.ggml.pre` cuts a text before its merges
 reading     metadata -> a fast tokenizer of transformers
 writing     a fast tokenizer -> metadata, or a refusal that names what llama.cpp could not do the same way
 templates   chat templates, with names or without
+folder      all of it for a model folder
 """
 
 from __future__ import annotations

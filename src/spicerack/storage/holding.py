@@ -1,27 +1,28 @@
-"""In which scheme a target holds each tensor: its own, another that says the same in more bits, or none.
+"""In which scheme a file of others holds each tensor: its own, another that says the same in more bits, or none.
 
     hold       every tensor of a folder -> `Held`: from headers alone
+    nearest    the scheme that a tensor could have
     convert    a QTensor into the scheme in which it is held, with not a weight changed
 
 The same is said in more bits where codes are integers: three bits are four of which some are not used, a scale that a
 row shares is repeated for its groups, a scheme without zero points has zero points of 0, half-integer levels are odd
 integers with half of the scale, ternary codes are codes of two bits. What cannot be had so is rounded again, or refused
-with the nearest scheme that the target holds.
+with the nearest scheme that is held. Who holds is asked (`Holder`): a format, a target of exports, an engine.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
 from spicerack import plugins
 from spicerack.errors import ShapeError, WeightError
-from spicerack.exports.target import Held, Target
-from spicerack.models.overview import pattern_of
 from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme, parse
@@ -36,6 +37,42 @@ _KIND = 0.25
 """What another kind of zero point counts for among as many bits."""
 
 
+class Holder(Protocol):
+    """Whoever can be asked what it holds exactly; equal ones answer the same."""
+
+    def __hash__(self) -> int:
+        """Of what answers depend on: they are remembered."""
+
+    def prepared(self, contents: Contents, /) -> Contents:
+        """The contents as they are laid out there: what is decided over all tensors at once."""
+
+    def obstacles(self, contents: Contents, /) -> list[str]:
+        """Why tensors cannot be held exactly in their schemes, a sentence each beginning with `MODULE: `; empty if all
+        can.
+
+        A rule about a tensor must not depend on the others, but for those that no scheme would help: `hold` asks about
+        schemes that would do, one tensor at a time.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """In which scheme somebody holds a tensor.
+
+    stored   as it is held
+    exact    every weight stays what it is; else it is rounded again
+    rule     why the scheme that it had is not held, where it is not
+    """
+
+    stored: StoredTensor
+    exact: bool
+    rule: str | None = None
+
+    def nearest(self, given: StoredTensor) -> Scheme | None:
+        """What a tensor that is not held exactly could be rounded to; None where no scheme of it is held."""
+        return None if self.stored.scheme == given.scheme else self.stored.scheme
+
+
 @lru_cache(maxsize=1)
 def _candidates() -> tuple[Scheme, ...]:
     """Schemes that are tried, those of the grammar and those with a file of their own."""
@@ -43,44 +80,59 @@ def _candidates() -> tuple[Scheme, ...]:
     return tuple(map(parse, [*grammar, *plugins.names("numerics.schemes")]))
 
 
-def hold(target: Target, to: str, contents: Contents) -> dict[str, Held]:
-    """Module -> in which scheme `target` holds it under the name `to`.
+def hold(holder: Holder, contents: Contents) -> dict[str, Held]:
+    """Module -> in which scheme it is held.
 
-    Of schemes that say the same the smallest is taken; where none does, the nearest that the target has, or, where it
-    has none for the tensor at all, the tensor as it was, which the target then refuses.
+    Of schemes that say the same the smallest is taken; where none does, the nearest that is held, or, where there is
+    none for the tensor at all, the tensor as it was, which is then refused.
     """
     known: dict[tuple[object, ...], Held] = {}
     held = {}
     for module, stored in contents.items():
         # layers of a kind are alike, and a model has hundreds
-        key = (pattern_of(module), stored.scheme, stored.shape, stored.role, stored.source_dtype, stored.transposed,
-               stored.bias)  # fmt: skip
+        key = (re.sub(r"[0-9]+", "*", module), stored.scheme, stored.shape, stored.role, stored.source_dtype,
+               stored.transposed, stored.bias)  # fmt: skip
         if key not in known:
-            known[key] = _hold(target, to, stored)
-        held[module] = replace(known[key], stored=replace(known[key].stored, module=module, variant=stored.variant))
+            known[key] = _hold(holder, stored)
+        same = known[key]
+        rule = None if same.rule is None else same.rule.replace(same.stored.module, module, 1)
+        held[module] = Held(replace(same.stored, module=module, variant=stored.variant), same.exact, rule)
     return held
 
 
-def _hold(target: Target, to: str, stored: StoredTensor) -> Held:
-    """The same for one tensor."""
-    rule = _rule(target, to, stored)
+def nearest(holder: Holder, stored: StoredTensor) -> Scheme | None:
+    """The scheme that is held and nearest to a tensor's, whatever stands against its own; None where none is held."""
+    return min(_able(holder, _blank(stored)), key=lambda scheme: _distance(stored, scheme), default=None)
+
+
+def _hold(holder: Holder, stored: StoredTensor) -> Held:
+    """`hold` for one tensor."""
+    rule = _rule(holder, stored)
     if rule is None:
         return Held(stored, exact=True)
-    able = [scheme for scheme in _fitting(stored) if _rule(target, to, replace(stored, scheme=scheme)) is None]
+    able = _able(holder, _blank(stored))
     same = [scheme for scheme in able if obstacle(stored.scheme, scheme, stored.shape) is None]
     if same:
         smallest = min(same, key=lambda scheme: scheme.stored_bits(stored.shape))
         return Held(replace(stored, scheme=smallest), exact=True, rule=rule)
-    if able:
-        nearest = min(able, key=lambda scheme: _distance(stored, scheme))
-        return Held(replace(stored, scheme=nearest), exact=False, rule=rule)
-    return Held(stored, exact=False, rule=rule)
+    near = nearest(holder, stored)
+    return Held(stored if near is None else replace(stored, scheme=near), exact=False, rule=rule)
 
 
-def _rule(target: Target, to: str, stored: StoredTensor) -> str | None:
-    """Why the target does not hold the tensor, as a sentence; None if it does."""
-    prepared = target.prepared(to, {stored.module: stored})
-    return next(iter(target.obstacles(to, prepared)), None)
+def _blank(stored: StoredTensor) -> StoredTensor:
+    """A layer of the same kind, whatever its scheme is."""
+    return replace(stored, module=re.sub(r"[0-9]+", "0", stored.module), scheme=_candidates()[0], variant="")
+
+
+@lru_cache(maxsize=1024)
+def _able(holder: Holder, stored: StoredTensor) -> tuple[Scheme, ...]:
+    """The schemes that a tensor could have. Remembered: two hundred are asked about, for each layer and scheme."""
+    return tuple(s for s in _fitting(stored) if _rule(holder, replace(stored, scheme=s)) is None)
+
+
+def _rule(holder: Holder, stored: StoredTensor) -> str | None:
+    """Why the tensor is not held, as a sentence; None if it is."""
+    return next(iter(holder.obstacles(holder.prepared({stored.module: stored}))), None)
 
 
 def _fitting(stored: StoredTensor) -> Iterator[Scheme]:

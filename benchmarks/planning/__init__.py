@@ -1,0 +1,1 @@
+"""What planning promises, against what others measured."""

@@ -1,0 +1,97 @@
+"""HTML whose texts are escaped: names of tensors and models are strangers' texts.
+
+`tag` and `say` escape whatever is not `Markup`; numbers are put into sentences by the functions at the end, which are
+all that a number can look like on the page.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+
+class Markup(str):
+    """HTML that is finished."""
+
+    __slots__ = ()
+
+
+def text(value: object) -> Markup:
+    """HTML of anything: escaped, unless it is HTML."""
+    if isinstance(value, Markup):
+        return value
+    printable = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return Markup(html.escape(printable, quote=True))
+
+
+def tag(name: str, *children: object, **attributes: object) -> Markup:
+    """An element. attributes: a trailing underscore is dropped, others become hyphens; those that are None are left
+    out, and True has no value."""
+    words = []
+    for key, value in attributes.items():
+        if value is not None and value is not False:
+            key = key.rstrip("_").replace("_", "-")
+            words.append(key if value is True else f'{key}="{text(value)}"')
+    begin = " ".join([name, *words])
+    return Markup(f"<{begin}>{''.join(map(text, children))}</{name}>")
+
+
+def join(*children: object) -> Markup:
+    """One behind the other."""
+    return Markup("".join(map(text, children)))
+
+
+def say(en: str, zh: str, **values: object) -> Markup:
+    """A text in both languages, of which the page shows one; without scripts both. {names} are values, escaped."""
+    filled = {key: text(value) for key, value in values.items()}
+    return join(*(
+        tag("span", Markup(html.escape(words, quote=False).format(**filled)), lang=lang, class_="t")
+        for lang, words in (("en", en), ("zh-CN", zh))
+    ))  # fmt: skip
+
+
+def table(caption: Markup, head: list[Markup], rows: list[list[Any]]) -> Markup:
+    """The first cell of a row is its head. It can be scrolled by keys."""
+    lines = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
+    heads = [tag("th", cell, scope="col") for cell in head]
+    whole = tag("table", tag("caption", caption), tag("thead", tag("tr", *heads)), tag("tbody", *lines))
+    wide = " wide" if len(head) > 3 else ""
+    return tag("div", whole, class_=f"scroll{wide}", tabindex=0, role="region", aria_label="table / 表")
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def short(value: float | None) -> str:
+    """Three digits; a dash for none."""
+    return "\N{EN DASH}" if value is None else f"{value:.3g}"
+
+
+def spread(low: float, high: float) -> str:
+    """From one to the other."""
+    return f"{short(low)} \N{EN DASH} {short(high)}"
+
+
+def whole(value: float) -> str:
+    """An integer, in groups of three."""
+    return f"{value:,.0f}"
+
+
+def hundred(share: float) -> str:
+    """How many of 100, never rounded up to all of them: 99.7 % is not 100."""
+    return f"{math_floor(100 * share, 1):g}"
+
+
+def math_floor(value: float, digits: int) -> float:
+    """value, rounded down to so many digits behind the point."""
+    factor = 10.0**digits
+    return int(value * factor + 1e-9) / factor

@@ -1,0 +1,114 @@
+"""What a GGUF file says, in a checkpoint's names and order of rows, by llama.cpp's formulas.
+
+They are brought back here, and not by the code that brought them there. Whose decoder it is does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spicerack.exports.source import Source
+from spicerack.exports.verify import Rows, Weights
+from spicerack.models.gguf import config as configs
+from spicerack.models.gguf.family import of_type
+from spicerack.models.gguf.names import Names, Place
+from spicerack.numerics import codec
+from spicerack.numerics.qtensor import QTensor
+from spicerack.storage.gguf import blocks
+
+Array = npt.NDArray[Any]
+
+
+class Tensors(Protocol):
+    """The tensors of all files of a model, as somebody reads and decodes them."""
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def rows(self, name: str, /) -> Array:
+        """As they lie there: bytes [.., N, row_bytes], or floats [.., N, K]."""
+
+    def numbers(self, name: str, rows: Array, /) -> Array:
+        """Some rows of a tensor, decoded, in float32 or in the type of the file."""
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files of a model that is written to `path`, its first file."""
+    stem, _, rest = path.name.rpartition("-00001-of-")
+    return sorted(path.parent.glob(f"{stem}-*-of-{rest}")) if stem else [path]
+
+
+def weights_of(tensors: Tensors, source: Source) -> Weights:
+    """`exports.verify.Weights` of the files that `tensors` are read from."""
+    family, config = of_type(source.config.get("model_type")), configs.whole(source.config)
+    names = Names(family)
+
+    def weights(name: str) -> torch.Tensor | Rows:
+        if names.left_out(name):  # the notes say so
+            return source.float(name)
+        place = names.place(name)
+        assert place is not None, "what has no place is refused"
+        stack = tensors.rows(place.tensor)
+        rows = stack if place.member is None else np.atleast_1d(stack[place.member])
+        if name in source.floats:
+            values = _rows_back(tensors.numbers(place.tensor, rows), place, config)
+            if family.plus_one and place.module.endswith("norm"):
+                return _less_one(values, source.float(name))
+            return _tensor(values.T if place.turned else values)
+        # what is packed is [N, K], whatever the checkpoint's order is
+        rows = _rows_back(rows, place, config)
+        scale = place.tensor.removesuffix(".weight") + ".scale"
+        if scale in tensors:
+            factor = _tensor(tensors.numbers(scale, tensors.rows(scale))).reshape(-1)
+            factor = factor if place.member is None else factor[place.member, None]
+            q = source.packed(name.removesuffix(".weight"))
+            return _times(_tensor(tensors.numbers(place.tensor, rows)), factor, q)
+        flat = rows.reshape(-1, rows.shape[-1])
+        return Rows(len(flat), lambda start, stop: _tensor(tensors.numbers(place.tensor, flat[start:stop])))
+
+    return weights
+
+
+def _times(values: torch.Tensor, factor: torch.Tensor, q: QTensor) -> torch.Tensor:
+    """NVFP4 times the scale of the tensor: the very weights where both are what they should be.
+
+    llama.cpp multiplies by it last and we first, of which float32 rounds one otherwise than the other.
+    """
+    inner, own = blocks.without_tensor_scale(q)
+    wanted = torch.ones_like(factor) if own is None else own
+    same = torch.equal(values, codec.decode(inner)) and torch.equal(factor, wanted)
+    return codec.decode(q) if same else values * factor.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def _rows_back(values: Array, place: Place, config: Mapping[str, Any]) -> Array:
+    """Rows in transformers' order."""
+    heads = int(config["num_attention_heads"]) if place.rows else 0
+    if place.rows == "groups":
+        keys = int(config["num_kv_heads"]) if config["new_decoder_architecture"] else 1
+        width, (rows, *rest) = int(config["hidden_size"]) // heads, values.shape
+        q, k, v = np.split(values, [heads * width, (heads + keys) * width])
+        q = q.reshape(keys, heads // keys * width, *rest)
+        k, v = k.reshape(keys, width, *rest), v.reshape(keys, width, *rest)
+        return np.concatenate([q, k, v], axis=1).reshape(rows, *rest)
+    if place.rows is None:
+        return values
+    heads = int(config["num_key_value_heads"]) if place.rows == "keys" else heads
+    rows, *rest = values.shape
+    return values.reshape(heads, rows // heads // 2, 2, *rest).swapaxes(1, 2).reshape(values.shape)
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    """The same as a tensor; what is mapped from a file is copied, as torch has no tensors that may not be written."""
+    return torch.from_numpy(np.require(values, requirements="W"))
+
+
+def _less_one(values: Array, wanted: torch.Tensor) -> torch.Tensor:
+    """A norm without the 1 that was added: the very weight where 1 + w is what was read, which is all that both
+    transformers and llama.cpp multiply by; float32 has not always another way back."""
+    read = _tensor(values)
+    return wanted if torch.equal(read, wanted.float() + 1) else read - 1

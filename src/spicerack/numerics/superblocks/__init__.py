@@ -1,0 +1,1 @@
+"""How groups with minima, and super-blocks of groups whose scales are integers, are searched: in torch and natively."""

@@ -1,0 +1,113 @@
+"""What a planner asks of an engine: `Engine`, data and a few functions, declared by the plug-ins in `engines/`.
+
+    terms    what an engine adds to weights and cache on each device, each with how it is known
+    split    whether several devices hold layers one after the other, or a share of each layer
+    flags    the command line that does what was planned
+
+Figures that were measured by others are in the plug-in that uses them, with where they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from spicerack import plugins
+from spicerack.errors import UsageError
+from spicerack.machine.catalogue import Device
+from spicerack.planning.cache import Rule
+from spicerack.planning.model import Model
+from spicerack.planning.places import Placement, Term
+from spicerack.planning.precisions import Precision
+
+Split = Literal["layers", "tensor", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to fit.
+
+    context     tokens of each sequence
+    users       sequences at once
+    cache_bits  of keys and values: 16, 8 or 4
+    utilization share of a card's memory that vLLM may have; None for its default
+    """
+
+    context: int
+    users: int = 1
+    cache_bits: int = 16
+    utilization: float | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A program that runs models.
+
+    name          as people type it
+    summary       what it is, in a line
+    kinds         of accelerators that it computes on (`speed.kind_of`)
+    families      that it cannot run -> why, as the end of a sentence; `only` the ones it can, None for all
+    precisions    the numbers that it computes with, for a model; those of the best quality first
+    rule          of its cache
+    cache_bytes   bits of a cache -> bytes of an element
+    split         how several devices share a model
+    terms         what a device that is used holds besides weights and cache
+    budget        bytes of a device that all of this must fit in
+    flags         lines to paste: program and options
+    table_in_ram  a card's processor keeps the table of tokens
+    towers        whether towers for pictures are loaded with the model
+    offload       layers may stay in the memory of the processor
+    opening       times the weights that are held while it opens a model
+    speed_of      whose measured speeds are taken, and what is said where they are another's
+    """
+
+    name: str
+    summary: str
+    kinds: frozenset[str]
+    precisions: Callable[[Model], list[Precision]]
+    rule: Rule
+    cache_bytes: Mapping[int, float]
+    split: Split
+    terms: Callable[[Model, Request], tuple[Term, ...]]
+    budget: Callable[[Device, Request], int]
+    flags: Callable[[Model, Precision, Request, Placement], list[str]]
+    families: Mapping[str, str] = field(default_factory=dict)
+    only: frozenset[str] | None = None
+    table_in_ram: bool = False
+    towers: bool = True
+    offload: bool = False
+    opening: float = 1.0
+    speed_of: str | None = None
+
+    def obstacle(self, model: Model, devices: Sequence[Device], kinds: Sequence[str]) -> str | None:
+        """Why it cannot run the model there at all, as a sentence without its end; None if nothing speaks against it.
+
+        kinds: of `devices`, one after the other.
+        """
+        if (reason := self.families.get(model.family)) is not None:
+            return f"{self.name} {reason}"
+        if self.only is not None and model.family not in self.only:
+            return f"{self.name} does not run models of the family {model.family}"
+        for device, kind in zip(devices, kinds, strict=True):
+            if kind not in self.kinds and kind != "memory":
+                return f"{self.name} does not compute on {device.name} ({kind})"
+        return None
+
+
+def names() -> tuple[str, ...]:
+    """Names of all engines, as people type them."""
+    return tuple(engine.name for engine in all_engines())
+
+
+def all_engines() -> tuple[Engine, ...]:
+    """All of them, by their files' names."""
+    return tuple(plugins.get("planning.engines", name, "ENGINE") for name in plugins.names("planning.engines"))
+
+
+def get(name: str) -> Engine:
+    """The engine that people call `name`. Raises UsageError with all names."""
+    for engine in all_engines():
+        if engine.name.lower() == name.lower().replace("llamacpp", "llama.cpp"):
+            return engine
+    raise UsageError(f"no engine {name!r}", f"one of {', '.join(names())}")

@@ -1,0 +1,1 @@
+"""Engines, a file each, which declares `ENGINE` (`planning.engine.Engine`)."""

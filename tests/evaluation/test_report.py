@@ -1,0 +1,310 @@
+"""The page: a function of the facts, whose numbers are theirs, whose texts are escaped, and which asks nobody."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LlamaFolder
+
+import spicerack
+from spicerack.cli import _output, cli
+from spicerack.errors import CheckpointError
+from spicerack.evaluation.report import lens, markup
+from spicerack.evaluation.report.facts import collect
+from spicerack.evaluation.report.page import page
+from spicerack.numerics import codec
+from spicerack.numerics.scheme import parse
+from spicerack.storage import files, records
+
+EVIL = "</script><img src=x onerror=alert(1)>\"'&{evil}\u202e"
+
+
+def entry(name: str, block: int, **more: Any) -> dict[str, Any]:
+    return {
+        "tensor": f"model.layers.{block}.{name}.weight", "action": "quantize", "why": "recipe", "layer_type": name,
+        "scheme": "w4g128", "dtype": "BF16", "shape": [8192, 8192], "bytes_before": 134217728, "bytes_after": 34603008,
+        "error": 0.0971, "events": [], **more,
+    }  # fmt: skip
+
+
+def folder(path: Path, entries: list[dict[str, Any]]) -> Path:
+    path.mkdir()
+    identity = {"recipe": {"scheme": "w4g128", "range": "opt", "rules": []}, "source": "0" * 64}
+    (path / "spicerack.json").write_text(json.dumps({"identity": identity, "tensors": entries}))
+    return path
+
+
+def decoder(**more: Any) -> dict[str, Any]:
+    return {
+        "compute": "int4/bfloat16", "text": "heldout.txt", "tokens": 4088, "windows": 8, "window": 512,
+        "perplexity": 10.47, "perplexity_reference": 9.709, "kl_mean": 0.04797, "kl_mean_ci95": [0.0447, 0.0513],
+        "kl_p999": 0.503, "top1_agreement": 0.9976, "unknown_tokens": 0.0, "kl_noise_floor": 0.00018, **more,
+    }  # fmt: skip
+
+
+def benched() -> dict[str, Any]:
+    row = {"compute": "torch/bfloat16", "bytes_on_disk": 8921088, "resident_bytes": 8921344}
+    speeds = {
+        f"{name}_tokens_per_s{end}": value * factor
+        for name, value in (("prefill", 645.0), ("decode", 41.5))
+        for end, factor in (("", 1), ("_min", 0.8), ("_max", 1.1))
+    }  # fmt: skip
+    faster = {key: 2 * value for key, value in speeds.items()}
+    rows = [{"name": "original", **row, **speeds}, {"name": "quantized", **row, **faster}]
+    return {"rows": rows, "speedup": 2.0, "repeats": 5, "threads": 2, "device": "cpu"}
+
+
+def estimated() -> dict[str, Any]:
+    return {
+        "how": "estimated", "joules_per_token": 0.313, "joules_per_token_range": [0.188, 0.438], "device": "RTX 3090",
+        "floor_joules_per_token": 0.0021,
+    }  # fmt: skip
+
+
+def seen(weights: list[float]) -> dict[str, Any]:
+    rounded = [
+        {"bits": bits, "levels": [0.01 * (i - 2 ** (bits - 1)) for i in range(2**bits)], "error": 0.4 / 2**bits}
+        for bits in lens.BITS
+    ]
+    return {"tensor": EVIL, "scheme": "w4g128", "weights": weights, "rounded": rounded}
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    path = folder(tmp_path / "model", [entry("self_attn.q_proj", 0), entry("mlp.up_proj", 1, error=0.1234)])
+    records.keep(path, "eval", decoder(), against="float", row=seen([0.001 * i for i in range(-60, 68)]))
+    records.keep(path, "bench", benched(), against="float")
+    records.keep(path, "energy", estimated())
+    return path
+
+
+class Reader(html.parser.HTMLParser):
+    """Texts outside scripts and styles; elements; attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, key, value) for key, value in attrs]
+        if tag not in ("meta", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"{tag} is closed"
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style", "title", "pre", "code"} & set(self.open):
+            self.texts.append(data)
+
+
+def embedded(text: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="facts">(.*?)</script>', text, re.DOTALL)
+    assert found
+    facts = json.loads(found[1])
+    assert isinstance(facts, dict)
+    return facts
+
+
+def numbers(value: Any) -> list[float]:
+    if isinstance(value, bool) or value is None:
+        return []
+    if isinstance(value, (int, float)):
+        return [value]
+    if isinstance(value, str):
+        return [float(n) for n in re.findall(r"\d+(?:\.\d+)?", value)]
+    children = list(value.values()) if isinstance(value, dict) else list(value)
+    return [len(children), *(n for child in children for n in numbers(child))]
+
+
+def shown(n: float) -> set[str]:
+    """All that a number may look like, by the functions that write numbers, as what a speed says of a page, and in
+    per cent."""
+    forms = {f"{n:g}", f"{n:,.0f}", f"{n:.2f}", f"{n:.5f}", markup.short(n), markup.short(100 * n), markup.whole(n)}
+    if n >= 0:
+        forms |= {markup.size(n).split(" ")[0], markup.hundred(n), f"{markup.math_floor(n, 5):g}"}
+    if n:
+        forms.add(markup.short(500 / n))
+    return {form.lstrip("-") for form in forms}
+
+
+def test_every_number_on_the_page_is_in_the_json(measured: Path) -> None:
+    facts = collect(measured)
+    text = page(facts)
+    assert embedded(text) == facts
+    # of the page itself: "of 100", "where 1 is the same", a page of 500 tokens, "95 %", "99.9th", float32, bfloat16
+    allowed = {"100", "1", "500", "95", "99.9", "32", "16"}
+    for n in numbers(facts):
+        allowed |= shown(n)
+    words = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?", " ".join(Reader(text).texts))
+    assert len(words) > 100
+    assert not [word for word in words if word.rstrip(",") not in allowed]
+
+
+def test_it_asks_nobody(measured: Path) -> None:
+    text = page(collect(measured))
+    reader = Reader(text)
+    assert not [
+        a
+        for a in reader.attributes
+        if a[1] in ("src", "srcset", "action", "data", "poster", "style") and "url" in str(a[2])
+    ]
+    assert not [a for a in reader.attributes if a[1] == "src" or (a[1] == "href" and not str(a[2]).startswith("#"))]
+    assert not {"link", "img", "iframe", "object", "embed", "base", "form"} & set(reader.tags)
+    assert "http://" not in text and "https://" not in text and "url(" not in text and "@import" not in text
+    assert "default-src 'none'" in text and not reader.open
+
+
+def test_texts_of_strangers_are_texts(measured: Path) -> None:
+    """In names of tensors and layers, in events and reasons, texts, commands and the folder's own name."""
+    hostile = measured.rename(measured.parent / EVIL.replace("/", "-"))
+    ledger = json.loads((hostile / "spicerack.json").read_text())
+    for tensor in ledger["tensors"]:
+        tensor |= {"tensor": EVIL + tensor["tensor"], "layer_type": EVIL, "why": EVIL, "events": [EVIL], "scheme": EVIL}
+    (hostile / "spicerack.json").write_text(json.dumps(ledger))
+    (hostile / "run.json").write_text(json.dumps({"command": ["spicerack", EVIL], "machine": {EVIL: EVIL}}))
+    records.keep(hostile, "eval", decoder(text=EVIL, compute=EVIL), against=EVIL, row=seen([0.1, -0.1, 0.3]))
+    text = page(collect(hostile))
+    reader = Reader(text)
+    assert not reader.open and "img" not in reader.tags and text.count("<script") == 2 == text.count("</script")
+    assert not [a for a in reader.attributes if a[1].startswith("on")]
+    assert embedded(text)["tensors"][0]["tensor"].startswith(EVIL)
+    assert "\u202e" not in text  # it would turn what follows around
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+def test_a_browser_runs_no_script_of_strangers(measured: Path) -> None:
+    ledger = json.loads((measured / "spicerack.json").read_text())
+    ledger["tensors"][0]["tensor"] = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
+    (measured / "spicerack.json").write_text(json.dumps(ledger))
+    file = measured / "report.html"
+    file.write_text(page(collect(measured)))
+    words = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={measured / 'profile'}"]
+    done = subprocess.run([*words, "--dump-dom", f"{file.as_uri()}#zh"], capture_output=True, text=True, timeout=60)
+    assert "<title>model · spicerack</title>" in done.stdout  # not ran
+    assert 'data-lang="zh"' in done.stdout  # its own script did
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    text = page(collect(folder(tmp_path / "bare", [entry("mlp.up_proj", 0)])))
+    for command in ("eval OUT --against MODEL --text FILE", "bench OUT --against MODEL", "energy OUT"):
+        assert f"spicerack {command}" in text
+    assert "run.json" in text and 'class="lens"' not in text
+    assert "was not measured yet" in text
+
+
+def test_a_record_of_another_ledger_is_not_believed(measured: Path) -> None:
+    path = measured / "spicerack.json"
+    path.write_text(path.read_text().replace("w4g128", "w3g128"))
+    facts = collect(measured)
+    assert facts["eval"] is facts["bench"] is facts["energy"] is None
+
+
+def test_both_languages_say_the_same_numbers(measured: Path) -> None:
+    text = page(collect(measured))
+    pairs = re.findall(
+        r'<span lang="en" class="t">(.*?)</span><span lang="zh-CN" class="t">(.*?)</span>', text, re.DOTALL
+    )
+    assert len(pairs) > 50
+    assert all(chinese for _, chinese in pairs)
+    languages = re.findall(r'lang="(en|zh-CN)" class="t"', text)
+    assert languages.count("en") == languages.count("zh-CN")
+
+
+def test_it_never_rounds_up_to_all(measured: Path) -> None:
+    assert markup.hundred(0.9999) == "99.9" and markup.hundred(1.0) == "100" and markup.hundred(0.89) == "89"
+    assert "<b>99.7</b>" in page(collect(measured))
+
+
+def test_a_large_model_has_a_small_page(tmp_path: Path) -> None:
+    """70B: 80 layers of nine tensors; and a mixture of 60 layers with 256 experts of three."""
+    kinds = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    dense = [entry(kind, i) for i in range(80) for kind in kinds]
+    dense += [entry(n, i, action="copy", scheme=None, error=None) for i in range(80) for n in ("norm", "post_norm")]
+    assert len(page(collect(folder(tmp_path / "dense", dense)))) < 2_000_000
+    experts = [
+        entry(f"mlp.experts.{e}.{x}_proj", i, layer_type=f"mlp.experts.*.{x}_proj")
+        for i in range(60) for e in range(256) for x in ("gate", "up", "down")
+    ]  # fmt: skip
+    facts = collect(folder(tmp_path / "mixture", experts))
+    assert facts["tensors_left_out"] == 46080 - 1000 and len(page(facts)) < 2_000_000
+
+
+def test_the_lens_is_the_codec(llama_folder: LlamaFolder, tmp_path: Path) -> None:
+    source = llama_folder()
+    spicerack.quantize(source, "w4g32", output=tmp_path / "out")
+    row = lens.look(tmp_path / "out", source)
+    assert row is not None and len(row["weights"]) == 32
+    w = torch.tensor(row["weights"])[None]
+    for rounded in row["rounded"]:
+        decoded = codec.decode(codec.encode(w, parse(f"w{rounded['bits']}")))[0]
+        assert float((decoded - w).norm() / w.norm()) == pytest.approx(rounded["error"], rel=1e-3)
+        levels = torch.tensor(rounded["levels"])
+        assert len(levels) == 2 ** rounded["bits"]
+        assert (decoded[:, None] - levels).abs().amin(1).max() < 1e-5
+
+
+def test_the_commands(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _output.run(cli, ["report", str(measured), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result.pop("page") == str(measured / "report.html")
+    assert embedded((measured / "report.html").read_text()) == result
+    assert _output.run(cli, ["report", str(measured), "-o", str(tmp_path / "nowhere" / "page.html")]) == 2
+    assert "-o FILE" in capsys.readouterr().err
+    assert _output.run(cli, ["report", str(tmp_path)]) == 2
+    assert "spicerack.json" in capsys.readouterr().err
+
+
+def test_what_commands_leave(llama_folder: LlamaFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """eval and bench keep what they print, and it is no part of the model."""
+    source, out = str(llama_folder()), str(tmp_path / "out")
+    spicerack.quantize(source, "w4g32", output=out)
+    before = files.find(Path(out)).side_files
+    (tmp_path / "text.txt").write_text("one word after another, " * 200)
+    for words in (
+        ["eval", out, "--against", source, "--text", str(tmp_path / "text.txt"), "--window", "16"],
+        ["bench", out, "--against", source, "--repeats", "1", "--prefill", "4", "--decode", "2"],
+    ):
+        assert _output.run(cli, [*words, "--json"]) == 0
+        record = records.read(Path(out), words[0])
+        assert record is not None and record["result"] == json.loads(capsys.readouterr().out)
+        assert record["against"] == source
+    assert _output.run(cli, ["report", out]) == 0
+    assert "missing, and said so on the page: energy" in capsys.readouterr().out
+    assert 'class="lens"' in Path(out, "report.html").read_text()
+    assert files.find(Path(out)).side_files == before
+
+
+def test_damaged_records(measured: Path) -> None:
+    (measured / "eval.json").write_text("[1")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        collect(measured)
+    (measured / "eval.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no record of spicerack eval"):
+        collect(measured)
+
+
+def test_an_encoder_has_a_page(measured: Path) -> None:
+    result = {
+        "compute": "int4/float32", "text": "built-in sentences", "tokens": 2210, "sentences": 100,
+        "cosine_mean": 0.997189,
+        "cosine_min": 0.9912, "spearman": None, "unknown_tokens": 0.0, "cosine_noise_floor": 0.99998,
+    }  # fmt: skip
+    records.keep(measured, "eval", result, against="float", row=None)
+    text = page(collect(measured))
+    assert "<b>0.99718</b>" in text and "0.99998" in text and 'class="dots"' not in text
+    records.keep(measured, "eval", {**result, "cosine_noise_floor": None}, against="float", row=None)
+    assert "0.99998" not in page(collect(measured))
