@@ -120,7 +120,7 @@ def test_every_scheme_is_decoded_a_second_time(scheme: str) -> None:
         tensor = tensors[name]
         return (tensor.float() if tensor.dtype == torch.float8_e8m0fnu else tensor).numpy()
 
-    decoded = own._ours(read, q.scheme, q.shape)
+    decoded = own.ours(read, q.scheme, q.shape)
     values = decoded.values() if isinstance(decoded, verify.Grid) else decoded
     assert torch.equal(values, codec.decode(q))
     if isinstance(decoded, verify.Grid):

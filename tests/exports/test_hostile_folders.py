@@ -149,5 +149,5 @@ def test_damaged_folders_end_in_a_named_error_or_in_numbers(
 def test_a_generation_config_that_is_none_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["gptq w4g32"], tmp_path / "folder")
     (tmp_path / "folder" / "generation_config.json").write_text("{")
-    with pytest.raises(LoadError, match="generation_config.json is not understood"):
+    with pytest.raises(LoadError, match=r"generation_config\.json is not understood"):
         spicerack.load(tmp_path / "folder")

@@ -324,7 +324,7 @@ def _rows(census: Census, stored: Mapping[str, Stored]) -> tuple[Row, ...]:
 
 def _root_mean_square(values: list[float]) -> float | None:
     """As errors of layers of one size add up; None without any."""
-    return math.sqrt(sum(value**2 for value in values) / len(values)) if values else None
+    return math.sqrt(sum(value * value for value in values) / len(values)) if values else None
 
 
 def _common(shapes: set[tuple[int, ...]]) -> tuple[int, ...] | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from spicerack.exports.readers import own
+from spicerack.exports.readers._described import matrix
 from spicerack.exports.source import Source
 from spicerack.exports.verify import Grid, Weights
 from spicerack.storage.reader import Checkpoint
@@ -88,7 +88,7 @@ def _weights(checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor 
         decoded: torch.Tensor = unpack(**parts, bits=section["bits"], group_size=size)
     else:
         decoded = _gptq({**parts, "g_idx": checkpoint.read(f"{module}.g_idx")}, section, (rows, k), size)
-    grid = own.matrix(checkpoint, module)
+    grid = matrix(checkpoint, module)
     assert isinstance(grid, Grid), "both formats are integers"
     return replace(grid, decoded=decoded.t())
 
