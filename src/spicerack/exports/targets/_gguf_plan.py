@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from spicerack.models.gguf import rope
 from spicerack.models.gguf.checkpoint import adds_one, row_order
 from spicerack.models.gguf.family import Family, of_type
 from spicerack.models.gguf.names import Names, Place
+from spicerack.numerics.scheme import Scheme
 from spicerack.storage.format import Contents, StoredTensor
 from spicerack.storage.gguf import blocks
 from spicerack.storage.gguf.exact import scheme_obstacle
@@ -78,8 +80,14 @@ def types_of(stored: StoredTensor) -> tuple[GgmlType, ...]:
 
     Types that only the newest readers know come last, but for tensors whose very scheme they are.
     """
-    types = blocks.types_for(stored.scheme, stored.shape)
-    return tuple(sorted(types, key=lambda type_: type_.name in _NEWEST and type_.scheme != stored.scheme.name))
+    return _types_of(stored.scheme, stored.shape)
+
+
+@lru_cache(maxsize=256)
+def _types_of(scheme: Scheme, shape: tuple[int, ...]) -> tuple[GgmlType, ...]:
+    """The same; layers are many, and kinds of them few."""
+    types = blocks.types_for(scheme, shape)
+    return tuple(sorted(types, key=lambda type_: type_.name in _NEWEST and type_.scheme != scheme.name))
 
 
 def packed_obstacles(names: Names, contents: Contents) -> list[str]:
@@ -188,9 +196,13 @@ def raw(model: Model, source: Source, planned: Planned) -> Iterator[tuple[Tensor
 
     Raises WeightError and SchemeError for numbers that the type does not hold.
     """
-    made = [_raw_part(model, source, planned.spec.type, tensor, place) for tensor, place in planned.parts]
+    parts = [_raw_part(model, source, planned.spec.type, tensor, place) for tensor, place in planned.parts]
     for number, spec in enumerate(planned.specs):
-        yield spec, torch.cat([part[number].reshape(-1) for part in made]).reshape(spec.raw_shape)
+        # one that is not stacked may lie in the folder as it is written: it is not copied
+        values = parts[0][number] if len(parts) == 1 else torch.cat([part[number].reshape(-1) for part in parts])
+        yield spec, values.reshape(spec.raw_shape)
+    for tensor, _ in planned.parts:
+        source.release(tensor)
 
 
 def _raw_part(
@@ -212,7 +224,6 @@ def _raw_part(
         values = blocks.encode_floats(type_, values.reshape(len(values), -1), tensor.name)
     if place.rows is not None:
         values = values.index_select(0, row_order(place, len(values), model.config))
-    source.release(tensor)
     return values, scale.view(torch.uint8)
 
 
