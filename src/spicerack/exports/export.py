@@ -23,6 +23,7 @@ from spicerack._version import __version__
 from spicerack.errors import OutputError, SchemeError, UsageError, listed
 from spicerack.exports import holding, loss, verify
 from spicerack.exports import target as targets
+from spicerack.exports.restoring import restored
 from spicerack.exports.source import Change, Source
 from spicerack.exports.target import Held, Order, Target
 from spicerack.machine.memory import peak_rss_bytes
@@ -159,7 +160,7 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
             f"{folder.checkpoint.folder} has nothing quantized whose codes could be kept",
             "quantize it, or use it as it is",
         )
-    chosen = formats.choose(Source.of(folder).contents)
+    chosen = formats.choose(restored(Source.of(folder)).contents)
     return export(model, to=chosen.name.replace("_", "-"), output=output, shard_bytes=shard_bytes)
 
 
@@ -187,7 +188,7 @@ def _export(
     folder: Folder, target: Target, to: str, place: Path, *, requantize: bool, shard_bytes: int | None
 ) -> Written:
     """The same for a folder that is open."""
-    begin, given = time.time(), Source.of(folder)
+    begin, given = time.time(), restored(Source.of(folder))
     held = holding.hold(target, to, given.contents)
     if not requantize:
         _refuse(held, given)
@@ -238,13 +239,19 @@ def _refuse(held: Mapping[str, Held], given: Source) -> None:
 def _changed(given: Source, held: Mapping[str, Held], target: Target, to: str) -> Source:
     """The source as the target gets it: each tensor in the scheme that it is held in, or rounded to it."""
     contents = target.prepared(to, {module: one.stored for module, one in held.items()})
-    changes: dict[str, Change] = {}
+    changes = dict(given.changes)
     for module, wanted in contents.items():
         stored = given.contents[module]
         if (wanted.scheme, wanted.source_dtype) != (stored.scheme, stored.source_dtype):
             exact = held[module].exact
-            changes[module] = partial(holding.convert if exact else round_again, wanted=wanted)
+            change = partial(holding.convert if exact else round_again, wanted=wanted)
+            changes[module] = partial(_after, given.changes.get(module), change)
     return Source(given.folder, contents, changes)
+
+
+def _after(first: Change | None, then: Change, q: QTensor) -> QTensor:
+    """Both changes of q."""
+    return then(q if first is None else first(q))
 
 
 def round_again(q: QTensor, wanted: StoredTensor) -> QTensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from spicerack.errors import CheckpointError
+from spicerack.exports.restoring import SCHEMES
 from spicerack.exports.source import Source
 from spicerack.models.gguf import config as configs
 from spicerack.models.gguf import rope
@@ -239,7 +240,20 @@ def metadata(model: Model, planned: list[Planned], tokens: Mapping[str, Entry], 
         "general.file_type": Value("u32", _FILE_TYPES[max(sizes, key=lambda name: sizes[name])]),
         "general.quantization_version": Value("u32", 2),
     }
-    return keys | configs.to_metadata(model.family, model.config, facts.pooling) | dict(tokens) | facts.keys()
+    keys |= configs.to_metadata(model.family, model.config, facts.pooling) | dict(tokens) | facts.keys()
+    if schemes := _schemes(planned):
+        keys[SCHEMES] = Value("string", json.dumps(schemes))
+    return keys
+
+
+def _schemes(planned: list[Planned]) -> dict[str, str]:
+    """Tensor -> the scheme that it had, where all parts had one, and it is not its type's own."""
+    schemes = {}
+    for one in planned:
+        names = {str(part.scheme) if isinstance(part, StoredTensor) else None for part, _ in one.parts}
+        if len(names) == 1 and (name := names.pop()) not in (None, one.spec.type.scheme):
+            schemes[one.spec.name] = str(name)
+    return schemes
 
 
 @dataclass(frozen=True, slots=True)
