@@ -68,6 +68,26 @@ def test_the_very_codes_come_back(scheme: str, dtype: str, type_: str | None, tm
         assert r.plain_scale.dtype == q.plain_scale.dtype
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nvfp4_goes_out_and_comes_in_with_its_scale_of_the_tensor(dtype: str, tmp_path: Path) -> None:
+    before = weights(quantized("nvfp4", tmp_path, dtype))
+    out = spicerack.export(tmp_path / "q", to="gguf", output=tmp_path / "m.gguf")
+    assert out.verified_by.startswith("gguf-py") and not out.rounded
+    spicerack.import_model(tmp_path / "m.gguf", output=tmp_path / "back")
+    direct = weights(tmp_path / "m.gguf")
+    for after in (direct, weights(tmp_path / "back")):
+        for module, q in before.items():
+            r = after[module]
+            assert isinstance(q.scale, QTensor) and isinstance(r.scale, QTensor)
+            assert float(q.scale.plain_scale.max()) != 1
+            assert torch.equal(r.codes, q.codes) and torch.equal(r.scale.codes, q.scale.codes)
+            assert torch.equal(r.scale.plain_scale, q.scale.plain_scale)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = [spicerack.load(tmp_path / name).float()(ids).logits for name in ("m.gguf", "back")]
+    assert torch.equal(*logits)
+
+
 LIES: dict[str, Any] = {
     "groups": json.dumps({"blk.0.attn_q.weight": "w4g128"}),
     "nothing": json.dumps({"blk.0.attn_q.weight": "w99"}),
