@@ -1,4 +1,4 @@
-"""Damaged and hostile GGUF files: an error of ours or a model, never another error, a hang or a folder that is wrong."""
+"""Damaged and hostile GGUF files: an error of ours or a model, never another error, a hang or a wrong folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ggufs import folder, written
 
 import spicerack
 from spicerack.errors import SpicerackError
-from spicerack.machine.report import inspect
+from spicerack.models.overview import look
 from spicerack.storage.gguf.header import read_header
 from spicerack.text.tokenizer import read_tokenizer
 
-FAMILIES = ("llama", "gemma2", "bert", "gpt2", "qwen3_moe", "falcon")
+FAMILIES = ("llama", "gemma2", "bert", "gpt2", "qwen3_moe", "falcon", "stablelm")
 MANY = int(os.environ.get("SPICERACK_MUTATIONS", "600"))
 """Files of the slow test, by default; 10,000 were read when this was written."""
 NUMBERS = (0, 1, 3, 7, 2**31 - 1, 2**32 - 1, 0x7FC00000, 0x7F800000)
@@ -56,7 +56,7 @@ def mutated(data: bytes, begin: int, draw: random.Random) -> bytes:
 def outcome(file: Path, output: Path) -> str:
     """What becomes of a file: "runs", or the name of an error of ours. Raises whatever else is raised."""
     try:
-        inspect(file)
+        look(file)
         spicerack.import_model(file, output=output)
         model = spicerack.load(file)
         with torch.no_grad():
@@ -67,11 +67,11 @@ def outcome(file: Path, output: Path) -> str:
     return "runs"
 
 
-def read_all(count: int, seed: int, place: Path) -> collections.Counter[str]:
+def read_all(count: int, seed: int, place: Path, families: tuple[str, ...]) -> collections.Counter[str]:
     """What becomes of so many files, and how often."""
     draw, outcomes = random.Random(seed), collections.Counter[str]()
     sources = []
-    for family in FAMILIES:
+    for family in families:
         spicerack.quantize(folder(family), "w4g32", output=place / family, fit_groups=True)
         file = written(place / family, place / f"{family}.gguf")
         sources.append((file.read_bytes(), min(tensor.begin for tensor in read_header(file).tensors)))
@@ -93,11 +93,11 @@ def read_all(count: int, seed: int, place: Path) -> collections.Counter[str]:
 
 
 def test_mutated_files_are_refused_or_read(tmp_path: Path) -> None:
-    outcomes = read_all(36, 0, tmp_path)
-    assert outcomes["CheckpointError"] > 10 and sum(outcomes.values()) == 36
+    outcomes = read_all(12, 0, tmp_path, FAMILIES[-1:])
+    assert outcomes["CheckpointError"] > 3 and sum(outcomes.values()) == 12
 
 
 @pytest.mark.slow
 def test_many_mutated_files_are_refused_or_read(tmp_path: Path) -> None:
-    outcomes = read_all(MANY, 1, tmp_path)
+    outcomes = read_all(MANY, 1, tmp_path, FAMILIES)
     assert outcomes["CheckpointError"] > MANY // 3 and outcomes["runs"] > 0

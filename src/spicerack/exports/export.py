@@ -8,6 +8,7 @@ the scales what its type of scales does not hold. A float model is quantized on 
 
 from __future__ import annotations
 
+import glob
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -142,7 +143,7 @@ def export(
         written = _export(folder, target, to, place, requantize=requantize, shard_bytes=shard_bytes)
         if not written.rounded:
             return written
-        return replace(written, added_kl=loss.measured(folder, place, text))
+        return replace(written, added_kl=loss.measured(folder, written.output, text))
 
 
 def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | None = None) -> Written:
@@ -202,6 +203,7 @@ def _export(
     facts = {"to": to, "spicerack": __version__, **verify.facts(reader)}
     check = partial(verify.verify, reader, source)
     target.write(source, Order(to, place, check, facts, shard_bytes))
+    place = _first_file(place)
     return Written(
         place, to, _nbytes(place), len(source.contents), len(source.floats), round(time.time() - begin, 3),
         peak_rss_bytes(), reader.name, reader.foreign, (*target.notes(to, source), *_activations(given, source)),
@@ -300,6 +302,16 @@ def _rounded(given: Source, source: Source, held: Mapping[str, Held]) -> tuple[R
     )
 
 
+def _first_file(place: Path) -> Path:
+    """What was written under a name: that, or the first file of those that a model was split into."""
+    return place if place.exists() else next(place.parent.glob(f"{glob.escape(place.stem)}-00001-of-*{place.suffix}"))
+
+
 def _nbytes(place: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
-    return sum(path.stat().st_size for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file())
+    """Bytes of a file (of all, of a split model), or of all files of a folder."""
+    stem, split, rest = place.name.rpartition("-00001-of-")
+    if place.is_file():
+        files = place.parent.glob(f"{glob.escape(stem)}-*-of-{rest}") if split else [place]
+    else:
+        files = place.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())

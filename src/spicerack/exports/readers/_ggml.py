@@ -57,7 +57,8 @@ def _nibbles(raw: Array, at: int) -> Array:
 
 def _five(raw: Array, at: int) -> Array:
     """32 codes of five bits: the fifth ones first, bit j of a word for weight j."""
-    return _nibbles(raw, at + 4) | _bits(raw, at + _E32 // 8, _E32 % 8, 1) << 4
+    codes: Array = _nibbles(raw, at + 4) | _bits(raw, at + _E32 // 8, _E32 % 8, 1) << 4
+    return codes
 
 
 def _crumbs(raw: Array, at: int) -> Array:
@@ -177,7 +178,8 @@ class Table:
     @classmethod
     def of(cls, files: list[Path]) -> Table:
         """Of all files of a model, which are those that were just written: whatever is wrong with them raises."""
-        mappings, tensors = [], {}
+        mappings: list[mmap.mmap] = []
+        tensors: dict[str, tuple[int, Array]] = {}
         for path in files:
             with path.open("rb") as file:
                 mappings.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
