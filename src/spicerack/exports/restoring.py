@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -43,9 +44,14 @@ def restored(source: Source) -> Source:
         wanted = _wanted(stored, name, str(checkpoint.config.get("dtype")))
         if wanted is not None and _restore(source.packed(module), wanted, type_) is not None:
             contents[module] = wanted
-            changes[module] = lambda q, wanted=wanted, type_=type_: _restore(q, wanted, type_) or q
+            changes[module] = partial(_restored, wanted, type_)
         source.release(stored)
     return Source(source.folder, contents, changes)
+
+
+def _restored(wanted: StoredTensor, type_: GgmlType, q: QTensor) -> QTensor:
+    """q in the scheme of `wanted`, in which it was found to be."""
+    return _restore(q, wanted, type_) or q
 
 
 def _told(checkpoint: GgufCheckpoint) -> Mapping[str, str]:
