@@ -68,8 +68,10 @@ def test_files_are_read_back_all_the_same(family: str, scheme: str | None, tmp_p
 
 @pytest.mark.usefixtures("no_gguf_py")
 def test_split_files_are_read_back(tmp_path: Path) -> None:
-    spicerack.export(folder("llama"), to="gguf", output=tmp_path / "m.gguf", shard_bytes=100_000)
-    assert len(list(tmp_path.glob("m-0000*-of-*.gguf"))) > 1
+    written = spicerack.export(folder("llama"), to="gguf", output=tmp_path / "m.gguf", shard_bytes=100_000)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 1 and written.output == files[0]
+    assert written.nbytes == sum(file.stat().st_size for file in files)
 
 
 @pytest.mark.parametrize("without", [False, True])

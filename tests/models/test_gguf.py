@@ -213,6 +213,18 @@ def test_files_that_contradict_themselves_are_refused(
     assert "changed.gguf" in caught.value.message and caught.value.hint
 
 
+def test_heads_of_more_columns_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    """transformers makes tables of that size, for minutes, before it looks at a weight."""
+    source = GgufFile.open(written(folder("stablelm"), tmp_path / "m.gguf"))
+    entries = {**source.metadata, "stablelm.rope.dimension_count": Value("u32", 2**31 - 1)}
+    specs = [TensorSpec(name, tensor.type, tensor.shape) for name, tensor in source.tensors.items()]
+    with GgufWriter(tmp_path / "other.gguf", entries, specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, source.read(spec.name).reshape(spec.raw_shape))
+    with pytest.raises(CheckpointError, match="dimension_count is 2147483647"):
+        GgufCheckpoint.open(tmp_path / "other.gguf")
+
+
 def test_tensors_that_no_model_of_the_family_has_are_refused(tmp_path: Path) -> None:
     file = changed(tmp_path, {}, {"blk.0.attn_q.weight": (63, 64)})
     with pytest.raises(CheckpointError, match="which its heads do not fit"):

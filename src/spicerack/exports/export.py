@@ -8,9 +8,10 @@ the scales what its type of scales does not hold. A float model is quantized on 
 
 from __future__ import annotations
 
+import glob
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from spicerack.arguments import checked
 from spicerack.errors import OutputError, SchemeError, UsageError, WeightError, listed
 from spicerack.exports import loss, verify
 from spicerack.exports import target as targets
+from spicerack.exports.restoring import restored
 from spicerack.exports.source import Change, Source
 from spicerack.exports.target import Asked, Order, Target
 from spicerack.machine.memory import peak_rss_bytes
@@ -156,7 +158,7 @@ def export(
         written = _export(folder, target, engine, order, requantize=requantize)
         if not written.rounded:
             return written
-        return replace(written, added_kl=loss.measured(folder, place, text))
+        return replace(written, added_kl=loss.measured(folder, written.output, text))
 
 
 @checked
@@ -175,7 +177,7 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
             f"{folder.checkpoint.folder} has nothing quantized whose codes could be kept",
             "quantize it, or use it as it is",
         )
-    chosen = formats.choose(Source.of(folder).contents)
+    chosen = formats.choose(restored(Source.of(folder)).contents)
     return export(model, to=chosen.name.replace("_", "-"), output=output, shard_bytes=shard_bytes)
 
 
@@ -201,10 +203,11 @@ def _opened(model: str | Path, scheme: str | None, for_: str | None, target: Tar
 
 def _export(folder: Folder, target: Target, engine: Engine | None, order: Order, *, requantize: bool) -> Written:
     """The same for a folder that is open."""
-    begin, given, to, place = time.time(), Source.of(folder), order.to, order.output
+    begin, given, to, place = time.time(), restored(Source.of(folder)), order.to, order.output
     planned = plan(given, target, to, requantize=requantize, engine=engine)
     source = planned.source
     target.write(source, replace(order, check=partial(verify.verify, planned.reader, source), facts=planned.facts))
+    place = _first_file(place)
     return Written(
         place, to, _nbytes(place), len(source.contents), len(source.floats), round(time.time() - begin, 3),
         peak_rss_bytes(), planned.reader.name, planned.reader.foreign,
@@ -318,14 +321,22 @@ def _by_rule(reasons: Sequence[str]) -> str:
 def changed(given: Source, held: Mapping[str, Held], target: Target, to: str) -> Source:
     """The source as the target gets it: each tensor in the scheme that it is held in, or rounded to it."""
     contents = target.prepared(to, {module: one.stored for module, one in held.items()})
-    changes: dict[str, Change] = {}
+    changes = dict(given.changes)
     for module, wanted in contents.items():
         stored = given.contents[module]
         if (wanted.scheme, wanted.source_dtype) != (stored.scheme, stored.source_dtype):
             exact = held[module].exact
             whole = partial(holding.convert if exact else round_again, wanted=wanted)
-            changes[module] = Change(whole, partial(holding.relabeled, wanted=wanted) if exact else None)
+            if (first := given.changes.get(module)) is not None:
+                changes[module] = Change(partial(_after, first.decoded, whole))
+            else:
+                changes[module] = Change(whole, partial(holding.relabeled, wanted=wanted) if exact else None)
     return Source(given.folder, contents, changes)
+
+
+def _after(first: Callable[[QTensor], QTensor], then: Callable[[QTensor], QTensor], q: QTensor) -> QTensor:
+    """Both changes of q."""
+    return then(first(q))
 
 
 def round_again(q: QTensor, wanted: StoredTensor) -> QTensor:
@@ -374,6 +385,16 @@ def _rounded(given: Source, source: Source, held: Mapping[str, Held]) -> tuple[R
     )
 
 
+def _first_file(place: Path) -> Path:
+    """What was written under a name: that, or the first file of those that a model was split into."""
+    return place if place.exists() else next(place.parent.glob(f"{glob.escape(place.stem)}-00001-of-*{place.suffix}"))
+
+
 def _nbytes(place: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
-    return sum(path.stat().st_size for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file())
+    """Bytes of a file (of all, of a split model), or of all files of a folder."""
+    stem, split, rest = place.name.rpartition("-00001-of-")
+    if place.is_file():
+        files = place.parent.glob(f"{glob.escape(stem)}-*-of-{rest}") if split else [place]
+    else:
+        files = place.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())

@@ -18,6 +18,7 @@ from spicerack.errors import SchemeError, ShapeError, SpicerackError, UsageError
 from spicerack.exports import target as targets
 from spicerack.exports import verify
 from spicerack.exports.export import changed, facts_of, plan
+from spicerack.exports.restoring import restored
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order
 from spicerack.models import census
@@ -119,7 +120,7 @@ def formats(model: str | Path) -> Survey:
     place = folder.checkpoint.folder
     if folder.format is None:
         return Survey(place, choices=tuple(_choices(folder)))
-    given = Source.of(folder)
+    given = restored(Source.of(folder))
     shared = census.take(given.described).shared_inputs
     lines = (_line(given, engine, way, shared, str(model)) for engine in known.every() for way in engine.reads)
     return Survey(place, lines=tuple(lines))

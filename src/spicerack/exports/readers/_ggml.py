@@ -28,7 +28,7 @@ _STRING, _ARRAY = 8, 9
 
 
 def _bits(raw: Array, byte: Array, shift: Array, width: int) -> Array:
-    """For each weight of a block `width` bits, from bit `shift` of its `byte` on: blocks [M, B] -> uint8 [M, weights]."""
+    """`width` bits for each weight, from bit `shift` of its `byte` of the block on: [M, B] -> uint8 [M, weights]."""
     codes = raw[:, byte]
     codes >>= shift.astype(np.uint8)
     codes &= 2**width - 1
@@ -57,7 +57,8 @@ def _nibbles(raw: Array, at: int) -> Array:
 
 def _five(raw: Array, at: int) -> Array:
     """32 codes of five bits: the fifth ones first, bit j of a word for weight j."""
-    return _nibbles(raw, at + 4) | _bits(raw, at + _E32 // 8, _E32 % 8, 1) << 4
+    codes: Array = _nibbles(raw, at + 4) | _bits(raw, at + _E32 // 8, _E32 % 8, 1) << 4
+    return codes
 
 
 def _crumbs(raw: Array, at: int) -> Array:
@@ -166,20 +167,32 @@ _BF16 = 30
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The tensors of GGUF files, by name: number of the type, and rows of bytes [.., N, row_bytes], mapped."""
+    """The tensors of GGUF files, by name: number of the type, and rows of bytes [.., N, row_bytes].
+
+    mappings: of the files, in which the rows lie.
+    """
 
     tensors: dict[str, tuple[int, Array]]
+    mappings: list[mmap.mmap]
 
     @classmethod
     def of(cls, files: list[Path]) -> Table:
         """Of all files of a model, which are those that were just written: whatever is wrong with them raises."""
+        mappings: list[mmap.mmap] = []
         tensors: dict[str, tuple[int, Array]] = {}
-        for file in files:
-            tensors |= _table(file)
-        return cls(tensors)
+        for path in files:
+            with path.open("rb") as file:
+                mappings.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            tensors |= _table(mappings[-1])
+        return cls(tensors, mappings)
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
+
+    def forget(self) -> None:
+        """What was mapped need not stay in memory."""
+        for mapping in self.mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def rows(self, name: str) -> Array:
         """As they lie there: bytes."""
@@ -195,10 +208,8 @@ class Table:
         return (values.astype(np.uint32) << 16).view(np.float32) if number == _BF16 else values
 
 
-def _table(path: Path) -> dict[str, tuple[int, Array]]:
+def _table(data: mmap.mmap) -> dict[str, tuple[int, Array]]:
     """The tensors of one file."""
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     at = 8
 
     def take(code: str) -> int:

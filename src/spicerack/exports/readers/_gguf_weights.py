@@ -30,6 +30,9 @@ class Tensors(Protocol):
 
     def __contains__(self, name: object, /) -> bool: ...
 
+    def forget(self) -> None:
+        """Whatever was mapped of the files need not stay in memory; it is mapped again when it is looked at."""
+
     def rows(self, name: str, /) -> Array:
         """As they lie there: bytes [.., N, row_bytes], or floats [.., N, K]."""
 
@@ -49,6 +52,7 @@ def weights_of(tensors: Tensors, source: Source) -> Weights:
     names = Names(family)
 
     def weights(name: str) -> torch.Tensor | Rows:
+        tensors.forget()  # what was compared before
         if names.left_out(name):  # the notes say so
             return source.float(name)
         place = names.place(name)

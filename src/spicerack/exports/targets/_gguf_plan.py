@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from spicerack.errors import CheckpointError
+from spicerack.exports.restoring import SCHEMES
 from spicerack.exports.source import Source
 from spicerack.models.gguf import config as configs
 from spicerack.models.gguf import rope
 from spicerack.models.gguf.checkpoint import adds_one, row_order
 from spicerack.models.gguf.family import Family, of_type
 from spicerack.models.gguf.names import Names, Place
+from spicerack.numerics.scheme import Scheme
 from spicerack.storage.format import Contents, StoredTensor
 from spicerack.storage.gguf import blocks
 from spicerack.storage.gguf.ggml import TYPES, GgmlType, TensorSpec
@@ -77,8 +80,14 @@ def types_of(stored: StoredTensor) -> tuple[GgmlType, ...]:
 
     Types that only the newest readers know come last, but for tensors whose very scheme they are.
     """
-    types = blocks.types_for(stored.scheme, stored.shape)
-    return tuple(sorted(types, key=lambda type_: type_.name in _NEWEST and type_.scheme != stored.scheme.name))
+    return _types_of(stored.scheme, stored.shape)
+
+
+@lru_cache(maxsize=256)
+def _types_of(scheme: Scheme, shape: tuple[int, ...]) -> tuple[GgmlType, ...]:
+    """The same; layers are many, and kinds of them few."""
+    types = blocks.types_for(scheme, shape)
+    return tuple(sorted(types, key=lambda type_: type_.name in _NEWEST and type_.scheme != scheme.name))
 
 
 def packed_obstacles(names: Names, contents: Contents) -> list[str]:
@@ -179,9 +188,13 @@ def raw(model: Model, source: Source, planned: Planned) -> Iterator[tuple[Tensor
 
     Raises WeightError and SchemeError for numbers that the type does not hold.
     """
-    made = [_raw_part(model, source, planned.spec.type, tensor, place) for tensor, place in planned.parts]
+    parts = [_raw_part(model, source, planned.spec.type, tensor, place) for tensor, place in planned.parts]
     for number, spec in enumerate(planned.specs):
-        yield spec, torch.cat([part[number].reshape(-1) for part in made]).reshape(spec.raw_shape)
+        # one that is not stacked may lie in the folder as it is written: it is not copied
+        values = parts[0][number] if len(parts) == 1 else torch.cat([part[number].reshape(-1) for part in parts])
+        yield spec, values.reshape(spec.raw_shape)
+    for tensor, _ in planned.parts:
+        source.release(tensor)
 
 
 def _raw_part(
@@ -203,7 +216,6 @@ def _raw_part(
         values = blocks.encode_floats(type_, values.reshape(len(values), -1), tensor.name)
     if place.rows is not None:
         values = values.index_select(0, row_order(place, len(values), model.config))
-    source.release(tensor)
     return values, scale.view(torch.uint8)
 
 
@@ -219,7 +231,20 @@ def metadata(model: Model, planned: list[Planned], tokens: Mapping[str, Entry], 
         "general.file_type": Value("u32", _FILE_TYPES[max(sizes, key=lambda name: sizes[name])]),
         "general.quantization_version": Value("u32", 2),
     }
-    return keys | configs.to_metadata(model.family, model.config, facts.pooling) | dict(tokens) | facts.keys()
+    keys |= configs.to_metadata(model.family, model.config, facts.pooling) | dict(tokens) | facts.keys()
+    if schemes := _schemes(planned):
+        keys[SCHEMES] = Value("string", json.dumps(schemes))
+    return keys
+
+
+def _schemes(planned: list[Planned]) -> dict[str, str]:
+    """Tensor -> the scheme that it had, where all parts had one, and it is not its type's own."""
+    schemes = {}
+    for one in planned:
+        names = {str(part.scheme) if isinstance(part, StoredTensor) else None for part, _ in one.parts}
+        if len(names) == 1 and (name := names.pop()) not in (None, one.spec.type.scheme):
+            schemes[one.spec.name] = str(name)
+    return schemes
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "paddin
 _MOST = 1 << 31
 """Of a size that is read: more than any model has, and what transformers' classes take."""
 _MOST_LAYERS = 10_000
+_MOST_WIDTH = 1 << 14
+"""Columns of a head, of which transformers makes a table before it looks at a weight; models have 512 at most."""
 _BAD_CONFIG = (ArithmeticError, AttributeError, LookupError, StrictDataclassError, TypeError, ValueError)
 
 
@@ -158,7 +160,7 @@ def to_config(
         raise CheckpointError(
             f"{metadata.where}: {at}* lacks or contradicts {error}", "convert the model anew"
         ) from error
-    if family.rope and width <= 0:
+    if family.rope and not 0 < width <= _MOST_WIDTH:
         raise CheckpointError(f"{metadata.where}: heads of {width} columns", "convert the model anew")
     config |= rope.to_config(family, metadata, tensors, width)
     if family.window is not None:

@@ -129,7 +129,7 @@ def to_config(
     full: dict[str, Any] = {"rope_theta": decimal(metadata.number(at + "freq_base", 10000.0)), "rope_type": "default"}
     config: dict[str, Any] = {}
     turned = metadata.integer(at + "dimension_count", width)
-    if family.partial:
+    if family.partial and 0 < turned <= width:
         full["partial_rotary_factor"] = turned / width
     elif turned != width:
         raise CheckpointError(
