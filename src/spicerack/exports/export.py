@@ -355,11 +355,11 @@ def _look_at_scales(source: Source, held: Mapping[str, Held]) -> None:
         if module not in source.changes or not held[module].exact:
             continue
         stored = source.folder.contents[module]
-        undecoded = source.folder.undecoded(stored)
+        undecoded = source.folder.undecoded(stored) if stored.scheme.scale_obstacle is None else None
         if undecoded is None:
             source.packed(module)
         else:
-            holding.stored_scale(undecoded.scale, stored.scheme, wanted)
+            holding.stored_scale(undecoded.plain_scale, stored.scheme, wanted)
         source.release(stored)
 
 

@@ -131,6 +131,8 @@ class Source:
         """
         stored, change = self.folder.contents[module], self.changes.get(module)
         levels = stored.scheme.levels
+        if stored.scheme.plain_obstacle is not None:
+            return None  # minima and quantized scales are changed where codes are seen
         if levels.hi - levels.lo + 1 < 1 << levels.bits or (change is not None and change.undecoded is None):
             return None
         u = self.folder.undecoded(stored)

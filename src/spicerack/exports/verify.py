@@ -176,8 +176,7 @@ def _different(q: QTensor | Undecoded, read: Grid) -> str | None:
         return "codes"
     lo, half = q.scheme.integers.lo, 0.5 * q.scheme.integers.half
     grid = tuple(read.scales.shape)
-    scale = q.scale if isinstance(q, Undecoded) else q.plain_scale
-    low = None if isinstance(q, Undecoded) else q.min
+    scale, low = q.plain_scale, q.min
     n, groups = scale.shape
     if (n, groups) != grid and (grid[0] % n or grid[1] % groups):
         return "groups"

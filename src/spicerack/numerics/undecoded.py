@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from spicerack.errors import ShapeError
+from spicerack.errors import SchemeError, ShapeError
 from spicerack.numerics import native
 from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
 from spicerack.numerics.scheme import Scheme, word_count
@@ -66,6 +66,13 @@ class Undecoded:
                 raise ShapeError(f"{self.scheme}: scales of {list(part.shape)}, its blocks make {list(groups)}")
         if (self.zero is not None) != self.scheme.zero or (self.min is not None) != (self.scheme.min is not None):
             raise ShapeError(f"{self.scheme}: zero points or minima that the scheme lacks, or none that it has")
+
+    @property
+    def plain_scale(self) -> torch.Tensor:
+        """As `QTensor.plain_scale`. Raises SchemeError where the scale is quantized itself."""
+        if isinstance(self.scale, QTensor):
+            raise SchemeError(f"{self.scheme}: {self.scheme.scale_obstacle}", "use a scheme with float scales")
+        return self.scale
 
     def qtensor(self) -> QTensor:
         """The same, decoded: codes one to a byte, whatever they are."""

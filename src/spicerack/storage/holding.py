@@ -203,11 +203,11 @@ def relabeled(u: Undecoded, wanted: StoredTensor) -> Undecoded | None:
     Raises WeightError as `convert` does.
     """
     scheme = wanted.scheme
-    if scheme.levels != u.scheme.levels or scheme.plain_obstacle is not None:
+    if scheme.levels != u.scheme.levels or scheme.plain_obstacle or u.scheme.plain_obstacle:
         return None
     grid = scheme.scale_shape(u.shape)
     return replace(
-        u, scheme=scheme, scale=spread(stored_scale(u.scale, u.scheme, wanted), grid),
+        u, scheme=scheme, scale=spread(stored_scale(u.plain_scale, u.scheme, wanted), grid),
         zero=_zeros(u.zero, grid) if scheme.zero else None,
         input_scale=u.input_scale if scheme.activations == "static" else None,
     )  # fmt: skip

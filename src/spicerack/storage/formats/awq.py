@@ -75,7 +75,7 @@ class AWQ(MethodFormat):
 
     def relaid(self, stored: StoredTensor, u: Undecoded) -> dict[str, torch.Tensor] | None:
         """Words of streams, eight rows of which become eight columns."""
-        return self._tensors(stored, u.data, u.scale, u.zero) if u.order == "stream" else None
+        return self._tensors(stored, u.data, u.plain_scale, u.zero) if u.order == "stream" else None
 
     def _tensors(
         self, stored: StoredTensor, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None

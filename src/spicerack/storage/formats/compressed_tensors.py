@@ -85,7 +85,7 @@ class CompressedTensors(MethodFormat):
     def relaid(self, stored: StoredTensor, u: Undecoded) -> dict[str, torch.Tensor] | None:
         """Words of streams are ours."""
         packed = u.order == "stream" and stored.scheme.activations is None
-        return _streams(stored, u.data, u.scale, u.zero) if packed else None
+        return _streams(stored, u.data, u.plain_scale, u.zero) if packed else None
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         """Every code is a level here; shapes were checked with the folder's contents."""

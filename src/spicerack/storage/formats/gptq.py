@@ -88,7 +88,7 @@ class GPTQ(MethodFormat):
 
     def relaid(self, stored: StoredTensor, u: Undecoded) -> dict[str, torch.Tensor] | None:
         """Words of streams are ours, turned."""
-        return self._tensors(stored, u.data, u.scale, u.zero) if u.order == "stream" else None
+        return self._tensors(stored, u.data, u.plain_scale, u.zero) if u.order == "stream" else None
 
     def _tensors(
         self, stored: StoredTensor, words: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None

@@ -94,8 +94,8 @@ class MLX:
         module, dtype = stored.module, _floats(stored)
         return {
             f"{module}.weight": u.data.view(torch.uint32),
-            f"{module}.scales": u.scale.to(dtype),
-            f"{module}.biases": _biases(u.scale, u.zero, None, stored.scheme).to(dtype),
+            f"{module}.scales": u.plain_scale.to(dtype),
+            f"{module}.biases": _biases(u.plain_scale, u.zero, u.min, stored.scheme).to(dtype),
         }
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
