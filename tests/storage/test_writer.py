@@ -13,8 +13,9 @@ from safetensors import safe_open
 from spicerack.errors import OutputError
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.storage import writer as module
+from spicerack.storage.files import CONFIG, INDEX
 from spicerack.storage.ledger import Entry
-from spicerack.storage.writer import CONFIG, INDEX, OutputTensor, Shard, Unit, Writer, shards_of
+from spicerack.storage.writer import OutputTensor, Shard, Unit, Writer, shards_of
 
 IDENTITY = {"recipe": {"scheme": "w8"}, "source": "abc"}
 TENSORS = {

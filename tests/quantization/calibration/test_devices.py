@@ -192,12 +192,12 @@ def test_the_first_blocks_are_tried_on_the_device(tmp_path: Path, monkeypatch: p
     devices: list[torch.device] = []
     real = loop.run
 
-    def run(*args: Any, device: torch.device, **more: Any) -> None:
+    def run(*args: Any, device: torch.device, **more: Any) -> Any:
         devices.append(device)
-        real(*args, device=device, **more)
+        return real(*args, device=device, **more)
 
     monkeypatch.setattr(loop, "run", run)
     with Pretending():
         work = job("llama", "w4g16", "rtn", tmp_path / "float")
         execute(work, tmp_path / "out", calibration=text(), means=Means(device=DEVICE))
-    assert devices == [DEVICE, DEVICE]
+    assert len(devices) >= 2 and set(devices) == {DEVICE}  # tried, timed where the text is long, and run
