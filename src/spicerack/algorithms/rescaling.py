@@ -124,9 +124,15 @@ def _rows(q: QTensor, some: slice) -> QTensor:
 def _with_rows(q: QTensor, rows: torch.Tensor, other: QTensor) -> QTensor:
     """q with some rows, int64, of `other`; what the tensor has one of is both's."""
     theirs = _named(other)
-    return _mapped(
-        q, lambda tensor, name: tensor if len(tensor) == 1 else tensor.index_copy(0, rows, theirs[name][rows])
-    )
+
+    def replaced(tensor: torch.Tensor, name: str) -> torch.Tensor:
+        if len(tensor) == 1:
+            return tensor
+        # torch has no index_copy of float8: scales that are powers of two are copied as bytes
+        ours, new = (part.view(torch.uint8) if part.itemsize == 1 else part for part in (tensor, theirs[name]))
+        return ours.index_copy(0, rows, new[rows]).view(tensor.dtype)
+
+    return _mapped(q, replaced)
 
 
 def _joined(pieces: list[QTensor]) -> QTensor:
