@@ -99,7 +99,10 @@ def _run(
     """See `Kernel.run`: the operator where a graph or gradients are made, else the native module at once."""
     if x.dtype == torch.float64:  # which no engine has
         return [y.double() for y in _run(engine, x.float(), matrices, biases)]
-    if type(x) is not torch.Tensor or x.is_meta or torch.compiler.is_compiling() or _wants_gradients(x, biases):
+    meta = matrices[0].codes.is_meta
+    if x.is_meta != meta:  # shapes alone have no product with numbers, as torch's own layers say
+        raise TypeError(f"x is on {x.device}, the weight on {matrices[0].codes.device}")
+    if type(x) is not torch.Tensor or meta or torch.compiler.is_compiling() or _wants_gradients(x, biases):
         return [
             torch_op.OPERATOR(x, m.codes, m.scale, m.zero, m.outer, bias, m.input_scale, *m.spec, engine, m.activations)
             for m, bias in zip(matrices, biases, strict=True)
