@@ -258,8 +258,8 @@ def test_another_recipe_does_not_continue(llama_folder: LlamaFolder, text: Path,
             run(source, tmp_path / "out", text, **more)
     assert (tmp_path / "out.training" / "checkpoint-1" / "complete").exists()
     run(source, tmp_path / "out", text)
-    with pytest.raises(OutputError, match="exists"):
-        run(source, tmp_path / "out", text)
+    with pytest.raises(OutputError, match="exists"):  # of the same command there is nothing left to do
+        run(source, tmp_path / "out", text, lr=1e-3)
 
 
 def test_before_the_first_checkpoint_a_command_may_be_corrected(
