@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from spicerack.models.gguf.families._gemma import NORMS, scale_obstacle, to_config
 from spicerack.models.gguf.family import FRAME, GELU_TANH, GROUPED, HEAD, MLP, RMS, Family, Key, Window
 
 _LARGE = 46
-"""Blocks of the 27B model, by which llama.cpp tells it: it alone divides scores by the width over the heads."""
-
-
-def _scale(layers: int, hidden: int, heads: int, head_dim: int) -> int:
-    """What llama.cpp divides queries by the root of."""
-    return hidden // heads if layers == _LARGE else head_dim
+"""Blocks of the 27B model, by which llama.cpp tells it."""
 
 
 def _refuses(config: Mapping[str, Any]) -> str | None:
     """Scores that are scaled in another way, and capped ones that are not: llama.cpp takes the number for granted."""
-    scale = _scale(*(config[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")))
-    if config["query_pre_attn_scalar"] != scale:
-        return f"query_pre_attn_scalar is {config['query_pre_attn_scalar']}, and llama.cpp computes with {scale}"
+    if (reason := scale_obstacle(config, _LARGE)) is not None:
+        return reason
     if config["attn_logit_softcapping"] is None or config["final_logit_softcapping"] is None:
         return "its logits are not capped, and llama.cpp caps them"
     return None
-
-
-def _to_config(keys: Mapping[str, Any], _names: Collection[str]) -> dict[str, Any]:
-    """The scale, which no key has."""
-    sizes = ("block_count", "embedding_length", "attention.head_count", "attention.key_length")
-    return {"query_pre_attn_scalar": _scale(*(int(keys[key]) for key in sizes))}
 
 
 FAMILY = Family(
@@ -40,10 +29,7 @@ FAMILY = Family(
     modules={
         **FRAME,
         **MLP,
-        "model.layers.{i}.input_layernorm": "blk.{i}.attn_norm",
-        "model.layers.{i}.post_attention_layernorm": "blk.{i}.post_attention_norm",
-        "model.layers.{i}.pre_feedforward_layernorm": "blk.{i}.ffn_norm",
-        "model.layers.{i}.post_feedforward_layernorm": "blk.{i}.post_ffw_norm",
+        **NORMS,
     },
     keys=(
         *GROUPED,
@@ -63,5 +49,5 @@ FAMILY = Family(
     },
     settings={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
     refuses=_refuses,
-    to_config=_to_config,
+    to_config=to_config(_LARGE),
 )
