@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import spicerack
 from spicerack import plugins
@@ -270,6 +270,16 @@ def test_what_old_tools_look_for_lies_beside_and_does_not_go_on(quantized: MADE,
 
 
 # ---- refused, and rounded again --------------------------------------------------------------------------------------
+
+
+def test_a_family_that_no_engine_of_the_format_has_is_told(quantized: MADE, tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    spicerack.quantize(tmp_path / "bert", "w4g32", output=tmp_path / "out")
+    told = spicerack.export(tmp_path / "out", to="mlx", output=tmp_path / "mlx")
+    assert any("mlx does not read the family 'bert'" in note for note in told.notes)
+    llama = spicerack.export(quantized("w4g32"), to="mlx", output=tmp_path / "llama")
+    assert not any("does not read the family" in note for note in llama.notes)
 
 
 def nothing_but(folder: Path, *names: str) -> bool:

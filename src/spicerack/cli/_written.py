@@ -21,7 +21,7 @@ def show(written: Written, console: Console) -> None:
         f"{_output.size(written.nbytes)}, in {written.seconds:.1f} s",
         soft_wrap=True,
     )
-    whose = "" if written.foreign else " (the engine's own reader is not installed)"
+    whose = "" if written.foreign or written.to == "spicerack" else " (the engine's own reader is not installed)"
     console.print(f"read back by {escape(written.verified_by)}{whose}: every weight is what it was meant to be")
     for one in written.rounded:
         console.print(

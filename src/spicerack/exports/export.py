@@ -211,7 +211,8 @@ def _export(folder: Folder, target: Target, engine: Engine | None, order: Order,
     return Written(
         place, to, _nbytes(place), len(source.contents), len(source.floats), round(time.time() - begin, 3),
         peak_rss_bytes(), planned.reader.name, planned.reader.foreign,
-        (*target.notes(to, source), *_activations(given, source)), _rounded(given, source, planned.held),
+        (*target.notes(to, source), *_activations(given, source), *_unread(to, source)),
+        _rounded(given, source, planned.held),
     )  # fmt: skip
 
 
@@ -273,6 +274,16 @@ def _refuse_together(engine: Engine, way: Reads, given: Source, source: Source) 
     reading = source.reading(formats.get(way.format)) if way.rehearsed else None
     if reading is not None and reading.obstacle is not None:
         raise SchemeError(f"{engine.name} does not load it: {reading.obstacle}", "export it to something else")
+
+
+def _unread(to: str, source: Source) -> Iterator[str]:
+    """A note where every engine that reads such files is known not to have the model's family."""
+    family = source.config.get("model_type")
+    reasons = [
+        way.family_obstacle(engine.name, family) for engine in engines.every() for way in engine.reads if way.to == to
+    ]
+    if reasons and all(reasons):
+        yield f"{'; '.join(filter(None, reasons))}: it is for programs that have code of their own for it"
 
 
 def _activations(given: Source, source: Source) -> Iterator[str]:

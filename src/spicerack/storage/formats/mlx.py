@@ -160,7 +160,7 @@ class MLX:
 
     def notes(self, contents: Contents, _fused: Sequence[Sequence[str]], _reading: Reading, /) -> list[str]:
         """Who reads it; what zero points cost."""
-        notes = ["mlx-lm reads it, on Macs and on Linux"]
+        notes = ["mlx-lm loads it, where it has the family, on Macs and on Linux"]
         if wide := sorted({p.scheme.name for p in contents.values() if _floats(p) == torch.float32}):
             notes.append(f"scales and biases of {', '.join(wide)} are in float32: in 16 bits they would be rounded")
         return notes
