@@ -47,7 +47,7 @@ def models(units: int) -> tuple[np.ndarray, np.ndarray]:
     return loss, np.round(weights[:, None] * bits / 8)
 
 
-@pytest.mark.parametrize("units", [16, 400])
+@pytest.mark.parametrize("units", [16, 120])
 def test_it_is_what_another_solver_finds(units: int) -> None:
     optimize, sparse = pytest.importorskip("scipy.optimize"), pytest.importorskip("scipy.sparse")
     loss, cost = models(units)

@@ -56,6 +56,11 @@ class Measured:
         return interval.mean if interval.hi is None else interval.hi
 
 
+def with_held_out(samples: int) -> int:
+    """Sequences to ask for, so that about `samples` are left for calibration behind `split`."""
+    return samples + min(HELD_OUT, max(samples // 3, _FEWEST // 4))
+
+
 def split(text: Calibration) -> tuple[Calibration, Calibration]:
     """The text for calibration, and the text for judging, sequences spread over all of it.
 
