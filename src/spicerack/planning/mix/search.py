@@ -116,6 +116,10 @@ class Mixer:
         """The mix of the fewest bytes."""
         return {u.name: min(u.schemes, key=lambda name: u.schemes[name].nbytes) for u in self.known.units}
 
+    def dearest(self) -> Chosen:
+        """The mix that loses least, whatever its bytes."""
+        return {u.name: min(u.schemes, key=lambda name: u.schemes[name].loss) for u in self.known.units}
+
     def within(self, cost: Literal["nbytes", "bits"], most: float) -> Chosen | None:
         """The mix of the least loss whose units take `most` bytes, or bits, together; None where none does."""
         return self._picked(choose(self._table("loss"), self._table(cost), most))
@@ -229,8 +233,7 @@ def _bounded(
     ratio, written, best = 1.0, list[Written](), None
     for number in range(BOUND_ROUNDS):
         mixer = Mixer(known, fixed)
-        chosen = mixer.losing(_SAFE * most / ratio) or mixer.within("nbytes", math.inf)
-        assert chosen is not None, "any number of bytes is enough"
+        chosen = mixer.losing(_SAFE * most / ratio) or mixer.dearest()
         if any(one.chosen == chosen for one in written):
             break
         last = _round(mixer, chosen, number, hands)

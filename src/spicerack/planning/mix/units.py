@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from spicerack import plugins
 from spicerack.errors import ShapeError, UsageError
+from spicerack.models.narrow import nearest
 from spicerack.models.overview import pattern_of
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.quantization.job import Job
@@ -110,9 +111,9 @@ def choices(job: Job, shared: Sequence[Sequence[str]], reached: Iterable[str], e
     ways: Sequence[Reads | None] = [None] if found is None else found.reads
     groups = _groups(list(stored), shared, found)
     for way in ways:
-        legal = {group: _legal([stored[m][1] for m in group], found, way) for group in groups}
-        units = [_unit(group, stored, legal[group], list(stored)) for group in groups if legal[group]]
-        stuck = [group for group in groups if not legal[group]]
+        legal = _legal_of([[stored[m][1] for m in group] for group in groups], found, way)
+        units = [_unit(g, stored, schemes, list(stored)) for g, schemes in zip(groups, legal, strict=True) if schemes]
+        stuck = [group for group, schemes in zip(groups, legal, strict=True) if not schemes]
         if any(len(unit.schemes) > 1 for unit in units):
             break
     if not any(len(unit.schemes) > 1 for unit in units):
@@ -202,10 +203,26 @@ def _either(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
 
 
+def _legal_of(
+    groups: Sequence[Sequence[StoredTensor]], engine: Engine | None, way: Reads | None
+) -> list[tuple[Scheme, ...]]:
+    """`_legal` of each group; groups of the same shapes and roles are asked about once."""
+    known: dict[tuple[object, ...], tuple[Scheme, ...]] = {}
+    legal = []
+    for group in groups:
+        last = {one.module.rpartition(".")[2] for one in group}
+        key = (*sorted({(one.shape, one.role, one.transposed, one.bias) for one in group}), *sorted(last))
+        if key not in known:
+            known[key] = _legal(group, engine, way)
+        legal.append(known[key])
+    return legal
+
+
 def _legal(group: Sequence[StoredTensor], engine: Engine | None, way: Reads | None) -> tuple[Scheme, ...]:
     """Schemes that all tensors of a unit may have, fewest bits first."""
     if engine is None or way is None:
-        return tuple(scheme for name in LADDER if _tiles(scheme := parse(name), group))
+        fitting = {scheme.name: scheme for name in LADDER if (scheme := _fitted(parse(name), group)) is not None}
+        return tuple(sorted(fitting.values(), key=lambda scheme: sum(scheme.stored_bits(one.shape) for one in group)))
     shapes = {(one.shape, one.role): one for one in group}.values()
     legal = [
         scheme
@@ -214,6 +231,15 @@ def _legal(group: Sequence[StoredTensor], engine: Engine | None, way: Reads | No
         and all(_at_home(engine, way, dataclasses.replace(one, scheme=scheme)) for one in shapes)
     ]  # fmt: skip
     return _thinned(legal)
+
+
+def _fitted(scheme: Scheme, group: Sequence[StoredTensor]) -> Scheme | None:
+    """The scheme, or what is nearest to it that tiles all tensors; None where nothing does."""
+    for one in group:
+        if not _tiles(scheme, [one]):
+            near = nearest(scheme, one.shape)
+            return near if near is not None and _tiles(near, group) else None
+    return scheme
 
 
 def _pool(engine: Engine) -> list[str]:
