@@ -21,8 +21,9 @@ from spicerack.numerics.scheme import parse
 from spicerack.planning import sensitivity
 from spicerack.planning.budget import budget_of
 from spicerack.planning.mix import fisher as fishers
+from spicerack.planning.mix import known, units
+from spicerack.planning.mix import order as orders
 from spicerack.planning.mix import run as mixing
-from spicerack.planning.mix import units
 from spicerack.quantization import job as jobs
 from spicerack.quantization.calibration.targets import tensors_of
 from spicerack.quantization.recipe import Recipe, decided
@@ -94,21 +95,21 @@ class Stopping(Watch):
         return True
 
 
-def order(folder: Path, output: Path, method: str | None = "rtn", **budget: Any) -> mixing.Order:
+def order(folder: Path, output: Path, method: str | None = "rtn", **budget: Any) -> orders.Order:
     asked = budget_of(**budget)
     assert asked is not None
     recipe = Recipe(parse("w8")).with_choices(None, method, None)
-    return mixing.Order(folder, output, asked, recipe, "normal", TEXT, Means(threads=1))
+    return orders.Order(folder, output, asked, recipe, "normal", TEXT, Means(threads=1))
 
 
-def run(asked: mixing.Order, watch: Watch = Watch()) -> tuple[mixing.Outcome, list[str]]:  # noqa: B008  # no state
+def run(asked: orders.Order, watch: Watch = Watch()) -> tuple[mixing.Outcome, list[str]]:  # noqa: B008  # no state
     told: list[str] = []
-    return mixing.run(mixing.prepare(asked), watch, told.append), told
+    return mixing.run(orders.prepare(asked), watch, told.append), told
 
 
 def test_estimates_are_by_the_error_of_the_codes(llama: Path, tmp_path: Path) -> None:
     outcome, _ = run(order(llama, tmp_path / "out", bits=5))
-    prepared = mixing.prepare(order(llama, tmp_path / "other", bits=5))
+    prepared = orders.prepare(order(llama, tmp_path / "other", bits=5))
     model = load(llama, dtype=torch.float32)
     unit = next(u for u in outcome.known.units if u.name == "model.layers.1.mlp.down_proj")
     rows: list[torch.Tensor] = []
@@ -137,8 +138,8 @@ def test_a_folder_of_a_budget_says_what_it_is_and_the_next_one_is_quick(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    size = mixing.prepare(order(llama, out, bits=5)).sizes
-    prepared = mixing.prepare(order(llama, out, bits=5))
+    size = orders.prepare(order(llama, out, bits=5)).sizes
+    prepared = orders.prepare(order(llama, out, bits=5))
     low, high = (size({u.name: u.schemes[end].name for u in prepared.choices.units}).files for end in (0, -1))
     asked = (low + high) // 2
     outcome, _ = run(order(llama, out, size=asked))
@@ -164,7 +165,7 @@ def test_a_folder_of_a_budget_says_what_it_is_and_the_next_one_is_quick(
     assert again.summary.already_there and again.known == outcome.known
     with pytest.raises(OutputError, match="from another command"):
         run(order(llama, out, bits=4))
-    monkeypatch.setattr(mixing, "fisher", None)  # estimates are those of the folder beside it
+    monkeypatch.setattr(known, "fisher", None)  # estimates are those of the folder beside it
     other, told = run(order(llama, tmp_path / "other", bits=4))
     assert any("sensitivity is that of" in sentence for sentence in told)
     assert other.summary.sizes.bits_per_weight <= 4
@@ -186,7 +187,7 @@ def test_an_encoder_is_bounded_by_its_embeddings(tmp_path: Path) -> None:
     families.build("bert").save_pretrained(tmp_path / "model")
     asked = order(tmp_path / "model", tmp_path / "out", max_loss="2%")
     with pytest.raises(UsageError, match="is an encoder"):
-        mixing.prepare(order(tmp_path / "model", tmp_path / "out", max_kl=0.1))
+        orders.prepare(order(tmp_path / "model", tmp_path / "out", max_kl=0.1))
     outcome, _ = run(asked)
     last = outcome.known.rounds[-1]
     assert outcome.known.metric == "cosine" and last.rise is None and 0 < last.interval[1] <= 0.02

@@ -12,7 +12,8 @@ import pytest
 from spicerack.errors import UsageError
 from spicerack.evaluation.intervals import Interval
 from spicerack.planning.mix.judge import Measured
-from spicerack.planning.mix.search import Chosen, Fixed, Hands, Mixer, Sizes, corrected, kind, search, solved
+from spicerack.planning.mix.mixer import Chosen, Fixed, Mixer, Sizes, solved
+from spicerack.planning.mix.search import Hands, corrected, kind, search
 from spicerack.planning.sensitivity import Budget, Option, Sensitivity, Unit
 
 BITS = (2, 3, 4, 5, 6, 8)

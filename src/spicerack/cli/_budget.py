@@ -13,7 +13,8 @@ from spicerack.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spicerack.planning.mix.run import Outcome, Prepared
+    from spicerack.planning.mix.order import Prepared
+    from spicerack.planning.mix.run import Outcome
     from spicerack.planning.sensitivity import Budget
     from spicerack.quantization.watch import Watch
 
