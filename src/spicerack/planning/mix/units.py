@@ -4,9 +4,9 @@ Tensors go together that read the same input (q, k and v; gate and up), because 
 experts of a block that have the same role, and whatever else an engine ties. What a rule names, what stays in float,
 and what no text reaches is in no unit: nothing is left to choose there.
 
-Which schemes are tried (`LADDER`) is a ladder of about half a bit up to five bits, and of one above, where a step is
-hardly seen. At two bits half-integer levels, because of levels -2, -1, 0 and 1 one is wasted; the widths of groups are
-those that win at their bits on the models measured (docs/quantization/budgets.md). For an engine those schemes are
+Which schemes are tried (`LADDER`) is a ladder of steps of a third to a whole bit: groups of 128, which lose least for
+their bits, and between them super-blocks, whose scales are quantized themselves. Of 19 that were estimated on the
+project's model these are the lower hull, but for a hair (docs/quantization/budgets.md). For an engine those schemes are
 tried that it computes exactly for the tensor and holds in no more bits than we do: three bits that it would say in four
 save nothing there. Levels of a bit and a half and less are not tried: they are for models that were trained in them.
 """
@@ -32,9 +32,7 @@ from spicerack.storage.engine import Engine, Reads
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.gguf import blocks
 
-LADDER = (
-    "w2g128h", "w2g64h", "w2g32h", "w3g128", "w3g64", "w3g32z", "w4g128", "w4g32z", "w5g64", "w6g64", "w8g128",
-)  # fmt: skip
+LADDER = ("w2g128h", "q2_k", "w3g128", "q3_k", "w4g128", "q4_k", "w5g128", "q5_k", "q6_k", "w8g128")
 """Of our own formats, which hold every scheme, fewest bits first."""
 PLAIN = "w8"
 """What tiles every matrix: the scheme of a recipe that only lists what is quantized."""
