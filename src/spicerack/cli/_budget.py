@@ -136,7 +136,7 @@ def _announce(prepared: Prepared, console: Console) -> None:
     count, length = prepared.text.ids.shape
     for title, line in (
         ("model", str(prepared.listing.source.folder)), ("budget", told(order.budget)),
-        ("method", f"{prepared.listing.recipe.method}, range={prepared.listing.recipe.range_}"),
+        ("method", f"{prepared.method}, range={prepared.listing.recipe.range_}"),
         ("calib", f"{prepared.text.source}, {count} sequences of up to {length} tokens"),
         ("units", f"{len(units)}, each in one of {', '.join(names)}"),
     ):  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
+from spicerack.algorithms.method import Method
 from spicerack.errors import UsageError
 from spicerack.evaluation.encoder import Pooling
 from spicerack.evaluation.folder import pooling_of
@@ -64,7 +65,9 @@ class Prepared:
     """What is known before a weight is read.
 
     order     what was asked for
-    listing   what would be quantized, in whatever scheme
+    method    how codes are chosen, transforms and all
+    listing   what would be quantized, in whatever scheme, by the method's solver alone: estimates are of the model as
+              it is
     choices   units and their schemes
     fixed     what rules quantize beside them
     text      for calibration
@@ -73,6 +76,7 @@ class Prepared:
     """
 
     order: Order
+    method: Method
     listing: Job
     choices: Choices
     fixed: Fixed
@@ -99,7 +103,7 @@ class Prepared:
     def job(self, chosen: Chosen) -> Job:
         """A mix, decided. Raises UsageError of all kinds for what the engine does not compute."""
         recipe = units.recipe_of(self.order.recipe, self.choices, chosen)
-        whole = dataclasses.replace(recipe, method=self.listing.recipe.method)
+        whole = decided(dataclasses.replace(recipe, method=self.method), True)
         return jobs.prepare(self.order.model, whole, with_text=True, shard_bytes=self.order.shard_bytes)
 
     def sizes(self, chosen: Chosen) -> Sizes:
@@ -112,14 +116,21 @@ class Prepared:
 def prepare(order: Order) -> Prepared:
     """All that can be refused before weights are read.
 
-    Raises UsageError for a bound on KL of an encoder, several processes, an output that cannot be made, or a model
-    without a choice; what `job.prepare` raises; TextError for a text that is too short.
+    Raises UsageError for a bound on KL of an encoder, an effort, several processes, an output that cannot be made, or a
+    model without a choice; what `job.prepare` raises; TextError for a text that is too short.
     """
     if order.means.ranks.count > 1:
         raise UsageError("a budget is searched for by one process", "run it without torchrun, or name a scheme")
     refuse_place(order.output)
-    whole = decided(units.listing(order.recipe), True, order.effort)
-    listing = jobs.prepare(order.model, whole, with_text=True, shard_bytes=order.shard_bytes)
+    if order.effort != "normal":
+        raise UsageError(
+            f"effort {order.effort}: a budget mixes schemes, and no way to learn codes is the best for all",
+            "--method signround or blockap learns them",
+        )
+    whole = decided(units.listing(order.recipe), True)
+    method = whole.method or Method()
+    alone = dataclasses.replace(whole, method=Method(solver=method.solver))
+    listing = jobs.prepare(order.model, alone, with_text=True, shard_bytes=order.shard_bytes)
     source = original(listing.source)
     encoder = kind_of(source.config, source.folder) == "encoder"
     if encoder and order.budget.kind == "max_kl":
@@ -139,7 +150,7 @@ def prepare(order: Order) -> Prepared:
         f"judged on {count} of the text's sequences, {length} tokens each, which nothing else sees",
     )  # fmt: skip
     judge = Judge(source.folder, held_out, pooling, order.means.device)
-    prepared = Prepared(order, listing, choices, _fixed(listing, choices), text, judge, notes)
+    prepared = Prepared(order, method, listing, choices, _fixed(listing, choices), text, judge, notes)
     _refuse_small(prepared)
     return prepared
 

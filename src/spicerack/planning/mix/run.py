@@ -86,8 +86,7 @@ def _hands(prepared: Prepared, workshop: Path, watch: Watch, tell: Tell) -> Hand
         return folder
 
     def swaps(folder: Path) -> Mapping[str, float] | None:
-        method = prepared.listing.recipe.method
-        if method is not None and (method.transforms or method.rotation):  # a layer alone has other weights then
+        if prepared.method.transforms:  # a layer alone has other weights then
             return None
         few = dataclasses.replace(prepared.text, ids=prepared.text.ids[: _sequences(prepared)])
         if prepared.text.mask is not None:
