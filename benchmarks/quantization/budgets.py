@@ -161,19 +161,20 @@ def bounded(bench: Bench, bound: float, steps: int) -> None:
 @click.option("--ggml", "folder", type=click.Path(path_type=Path), help="Where ggml is built; none: no llama.cpp.")
 @click.option("--sdist", type=click.Path(path_type=Path), help="Of llama-cpp-python; default: downloaded.")
 @click.option("--samples", type=int, default=64, show_default=True, help="Sequences of calibration text.")
+@click.option("--length", type=int, default=128, show_default=True, help="Tokens of a sequence.")
 @click.option("--max-tokens", type=int, default=16_384, show_default=True, help="Of the held-out text.")
 @click.option("--bits", type=float, multiple=True, default=BUDGETS, show_default=True)
 @click.option("--max-kl", type=float, default=0.01, show_default=True)
-@click.option("--steps", type=int, default=4, show_default=True, help="Of the sweep, a hundredth of the bytes each.")
+@click.option("--steps", type=int, default=3, show_default=True, help="Of the sweep, a hundredth of the bytes each.")
 @click.option("--only", type=click.Choice(["mixes", "recipes", "bound"]), multiple=True, help="Default: all.")
 def main(
-    work: Path, folder: Path | None, sdist: Path | None, samples: int, max_tokens: int, bits: tuple[float, ...],
-    max_kl: float, steps: int, only: tuple[str, ...],
+    work: Path, folder: Path | None, sdist: Path | None, samples: int, length: int, max_tokens: int,
+    bits: tuple[float, ...], max_kl: float, steps: int, only: tuple[str, ...],
 ) -> None:  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     source = language_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    text, heldout = texts.of_decoder(source, work, judge.with_held_out(samples), _WINDOW)
+    text, heldout = texts.of_decoder(source, work, judge.with_held_out(samples), length)
     reference = load(source, dtype=torch.float32)
     bench = Bench(source, work, text, list(windows(heldout, tokenizer, _WINDOW, max_tokens)), reference)
     if not only or "mixes" in only:
