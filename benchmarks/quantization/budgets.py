@@ -33,9 +33,12 @@ from spicerack.storage.gguf.ggml import TYPES
 from spicerack.text.calibration import Calibration
 from spicerack.text.windows import Window, windows
 
-BUDGETS = (2.5, 3.0, 3.25, 3.5, 4.25)
-UNIFORM = (("w2g32h", 2.5), ("w2g32", 2.5), ("w3g128", 3.125), ("w3g64", 3.25), ("w3g32", 3.5), ("w4g64", 4.25))
-"""Schemes, and their bits: at 3.0 there is none, and the one above it stands beside."""
+BUDGETS = (2.5, 2.625, 3.0, 3.25, 3.4375, 3.5, 4.25, 4.5)
+UNIFORM = (
+    ("w2g32h", 2.5), ("w2g32", 2.5), ("q2_k", 2.625), ("w3", 3.04), ("w3g64", 3.25), ("q3_k", 3.4375), ("w3g32", 3.5),
+    ("w4g64", 4.25), ("q4_k", 4.5),
+)  # fmt: skip
+"""Schemes, and their bits: at 3.0 there is none, and the nearest above it, with a few bytes more, stands beside."""
 RECIPES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 _WINDOW = 512
 _STEP = 0.99

@@ -13,5 +13,6 @@
     sensitivity what each part of a model loses in each scheme: a file in the output
     mix         finds that out, and the mix of schemes that a budget buys
 
-Nothing here but `mix` reads a weight or loads torch. Every figure says whether it is exact, by a formula that was checked, or an estimate.
+Nothing here but `mix` reads a weight or loads torch. Every figure says whether it is exact, by a formula that was
+checked, or an estimate.
 """
