@@ -2,8 +2,8 @@
 
 Prints the tables of docs/quantization/budgets.md. Mixes are what `spicerack quantize --bits` and `--max-kl` write, with
 gptq; uniform schemes are quantized with the same calibration text and method. KL is of the project's language model on
-text held out that neither calibration nor search has seen, computed in float32; differences are paired over its
-windows. llama.cpp's mixtures are its own types by its own rules, rounded by its own code with an importance matrix of
+text held out, windows of it that neither calibration nor search has seen, computed in float32; differences are paired
+over them. llama.cpp's mixtures are its own types by its own rules, rounded by its own code with an importance matrix of
 the same text; its table of tokens, in Q6_K there, stays in float on both sides. All bits are of the layers.
 """
 
@@ -67,9 +67,8 @@ class Bench:
 
     def uniform(self, scheme: str) -> Path:
         folder = self.work / scheme
-        mine = judge.split(self.text)[0]
         spicerack.quantize(
-            self.source, scheme, output=folder, calibration=mine, threads=torch.get_num_threads(), method="gptq"
+            self.source, scheme, output=folder, calibration=self.text, threads=torch.get_num_threads(), method="gptq"
         )
         return folder
 
@@ -113,7 +112,7 @@ def recipes(bench: Bench, ggml: Ggml) -> None:
     model = AutoModelForCausalLM.from_pretrained(bench.source, dtype=torch.float32)
     weights = {w.entry.info.name: w for w in planned.weights}
     names = [name for name, _ in model.named_parameters() if ".layers." in name and name.endswith("_proj.weight")]
-    known = importances(bench.reference, judge.split(bench.text)[0], names)
+    known = importances(bench.reference, bench.text, names)
     rounded = theirs(ggml)
     for recipe in RECIPES:
         bits = numbers = 0
@@ -177,9 +176,13 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     source = language_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    text, heldout = texts.of_decoder(source, work, judge.with_held_out(samples), length)
-    reference = load(source, dtype=torch.float32)
-    bench = Bench(source, work, text, list(windows(heldout, tokenizer, _WINDOW, max_tokens)), reference)
+    text, heldout = texts.of_decoder(source, work, samples, length)
+    judged = judge.beside(source, tokenizer, _WINDOW)
+    assert judged is not None
+    seen = {tuple(ids.tolist()) for ids in judged.ids}
+    unseen = [one for one in windows(heldout, tokenizer, _WINDOW) if tuple(one.ids.tolist()) not in seen]
+    step = max(len(unseen) * _WINDOW // max_tokens, 1)
+    bench = Bench(source, work, text, unseen[::step], load(source, dtype=torch.float32))
     if not only or "mixes" in only:
         mixes(bench, bits)
     if folder is not None and (not only or "recipes" in only):
