@@ -221,7 +221,7 @@ def test_codes_are_told_by_names_where_nobody_knows_the_class(llama_folder) -> N
 
 def test_a_tensor_that_nobody_reads_is_told(llama_folder) -> None:
     folder = changed(llama_folder(), lambda ts: {**ts, "model.layers.0.mlp.up_proj.bias": torch.zeros(128)})
-    assert "LlamaForCausalLM does not read model.layers.0.mlp.up_proj.bias: copied as they are" in job(folder).notes
+    assert "LlamaForCausalLM does not read model.layers.0.mlp.up_proj.bias: copied as it is" in job(folder).notes
 
 
 @pytest.mark.parametrize("value", [None, {}])
