@@ -22,7 +22,7 @@ import torch
 
 from spicerack._version import __version__
 from spicerack.arguments import checked
-from spicerack.errors import OutputError, SchemeError, UsageError, WeightError, listed
+from spicerack.errors import CheckpointError, OutputError, SchemeError, UsageError, WeightError, listed
 from spicerack.exports import loss, verify
 from spicerack.exports import target as targets
 from spicerack.exports.restoring import restored
@@ -204,6 +204,11 @@ def _opened(model: str | Path, scheme: str | None, for_: str | None, target: Tar
 def _export(folder: Folder, target: Target, engine: Engine | None, order: Order, *, requantize: bool) -> Written:
     """The same for a folder that is open."""
     begin, given, to, place = time.time(), restored(Source.of(folder)), order.to, order.output
+    if missing := given.missing():
+        raise CheckpointError(
+            f"{folder.checkpoint.folder}: no tensor fills {listed(missing, _LISTED, 'parameters')}",
+            "the folder is incomplete, or its config.json names another architecture",
+        )
     planned = plan(given, target, to, requantize=requantize, engine=engine)
     source = planned.source
     target.write(source, replace(order, check=partial(verify.verify, planned.reader, source), facts=planned.facts))

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from spicerack.models import census
-from spicerack.models.architecture import host_of
+from spicerack.models.architecture import host_of, on_meta
 from spicerack.models.census import ON_REQUEST
+from spicerack.models.fit import fit
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
@@ -94,6 +95,19 @@ class Source:
         """Name -> header of the tensors that are no part of a packed one, in the order of the disk."""
         packed = {name for names in self._layouts().values() for name in names}
         return {name: info for name, info in self.folder.checkpoint.tensors.items() if name not in packed}
+
+    def missing(self) -> tuple[str, ...]:
+        """Parameters of the model's class that no tensor of the folder becomes; none where transformers does not know
+        the class, or the folder holds a plain module.
+
+        What is packed may be a tensor of all experts, whose name has no `.weight` at its end.
+        """
+        model = on_meta(self.config) if self.config else None
+        if model is None:
+            return ()
+        shapes = {name: info.shape for name, info in self.described.tensors.items()}
+        bare = {module: shapes[f"{module}.weight"] for module in self.contents}
+        return fit(model, shapes | bare).missing
 
     def reading(self, fmt: Format) -> Reading:
         """What readers of a folder in that format are told: above all the linear layers that stay float."""
