@@ -21,6 +21,7 @@ from spicerack._version import __version__
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
+from spicerack.numerics.qtensor import QTensor
 from spicerack.storage import format as formats
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
@@ -208,11 +209,11 @@ def _told(source: Source, unit: Unit, before: Mapping[str, Entry]) -> Entry:
 
 def _encoded(source: Source, fmt: Format, stored: StoredTensor) -> Mapping[str, torch.Tensor]:
     """The tensors of a packed one, of words as they lie in the source where the format has such."""
-    u = source.undecoded(stored.module)
-    if u is None:
-        return fmt.encode(stored, source.packed(stored.module))
-    relaid = fmt.relaid(stored, u)
-    return fmt.encode(stored, u.qtensor()) if relaid is None else relaid
+    q = source.either(stored.module)
+    if isinstance(q, QTensor):
+        return fmt.encode(stored, q)
+    relaid = fmt.relaid(stored, q) if stored.scheme.plain_obstacle is None else None
+    return fmt.encode(stored, q.qtensor()) if relaid is None else relaid
 
 
 def _entry(source: Source, stored: StoredTensor, unit: Unit, before: Entry | None) -> Entry:
