@@ -111,6 +111,17 @@ class Source:
 
     def reading(self, fmt: Format) -> Reading:
         """What readers of a folder in that format are told: above all the linear layers that stay float."""
+        if fmt.name not in self._readings:  # a model of the family is built for it, and three parts of an export ask
+            self._readings[fmt.name] = self._reading(fmt)
+        return self._readings[fmt.name]
+
+    @cached_property
+    def _readings(self) -> dict[str, Reading]:
+        """What `reading` has found, by the format's name."""
+        return {}
+
+    def _reading(self, fmt: Format) -> Reading:
+        """The same, anew."""
         described = self.described
         if not described.config:
             return Reading()
@@ -145,12 +156,17 @@ class Source:
         """
         stored, change = self.folder.contents[module], self.changes.get(module)
         levels = stored.scheme.levels
-        if stored.scheme.plain_obstacle is not None:
-            return None  # minima and quantized scales are changed where codes are seen
         if levels.hi - levels.lo + 1 < 1 << levels.bits or (change is not None and change.undecoded is None):
             return None
+        if change is not None and stored.scheme.plain_obstacle is not None:
+            return None  # minima and quantized scales are changed where codes are seen
         u = self.folder.undecoded(stored)
         return u if u is None or change is None or change.undecoded is None else change.undecoded(u)
+
+    def either(self, module: str) -> Undecoded | QTensor:
+        """The same undecoded where it can be, else as `packed` has it."""
+        u = self.undecoded(module)
+        return self.packed(module) if u is None else u
 
     def float(self, name: str) -> torch.Tensor:
         """A tensor of `floats`, as it is stored. Raises CheckpointError."""
@@ -168,8 +184,7 @@ class Source:
         asked for."""
         for tensor in self.order():
             if isinstance(tensor, StoredTensor):
-                u = self.undecoded(tensor.module)
-                yield tensor, self.packed(tensor.module) if u is None else u
+                yield tensor, self.either(tensor.module)
             else:
                 yield tensor, self.float(tensor.name)
             self.release(tensor)
