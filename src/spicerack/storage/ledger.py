@@ -89,16 +89,21 @@ class Ledger:
 
     identity   facts of origin (recipe, source, format, versions, calibration), in which a continued run must agree
     entries    one for each tensor of the source, in the order of its files
+    budget     what a mix was chosen for, and what came of it (`planning.mix.run`); None where a scheme was named
 
     Times, paths and the machine are not in it (they are in run.json): two runs of the same write the same bytes.
     """
 
     identity: Mapping[str, Any]
     entries: tuple[Entry, ...]
+    budget: Mapping[str, Any] | None = None
 
     def content(self) -> bytes:
         """The file's bytes."""
-        return json_bytes({"identity": self.identity, "tensors": [entry.as_dict() for entry in self.entries]})
+        budget = {} if self.budget is None else {"budget": self.budget}
+        return json_bytes({
+            "identity": self.identity, **budget, "tensors": [entry.as_dict() for entry in self.entries]
+        })  # fmt: skip
 
     @property
     def recipe(self) -> str:
@@ -150,7 +155,10 @@ def read(folder: Path) -> Ledger | None:
         identity = record["identity"]
         if not isinstance(identity, Mapping):
             raise TypeError("identity is no object")
-        ledger = Ledger(identity, tuple(Entry.of(entry) for entry in record["tensors"]))
+        budget = record.get("budget")
+        if not isinstance(budget, Mapping | None):
+            raise TypeError("budget is no object")
+        ledger = Ledger(identity, tuple(Entry.of(entry) for entry in record["tensors"]), budget)
         str(ledger.recipe)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(
