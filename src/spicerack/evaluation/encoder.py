@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import SpicerackError, TextError, UsageError
-from spicerack.evaluation.intervals import spearman
+from spicerack.evaluation.intervals import Interval, mean_interval, spearman
 from spicerack.machine.memory import steady
 from spicerack.models.inputs import limits
 
@@ -57,6 +57,11 @@ class EncoderComparison:
         return float(self.cosine.mean())
 
     @property
+    def cosine_interval(self) -> Interval:
+        """The mean cosine with its 95 % interval over sentences, cut at 1."""
+        return mean_interval(self.cosine).within(-1.0, 1.0)
+
+    @property
     def least(self) -> float:
         """The cosine of the sentence that turned most."""
         return float(self.cosine.min())
@@ -72,6 +77,7 @@ class EncoderComparison:
             "tokens": self.tokens,
             "sentences": len(self.cosine),
             "cosine_mean": self.mean,
+            "cosine_mean_ci95": self.cosine_interval.ends,
             "cosine_min": self.least,
             "spearman": self.spearman,
             "unknown_tokens": self.unknown_share,

@@ -78,6 +78,11 @@ class Comparison:
         return mean_interval(self.kl)
 
     @property
+    def top1_interval(self) -> Interval:
+        """The share of tokens with the same first choice, with its 95 % interval over windows, cut at 0 and 1."""
+        return mean_interval(self.agreed / (self.window - 1)).within(0.0, 1.0)
+
+    @property
     def kl_p999(self) -> float:
         """The KL that one token in a thousand exceeds, in nats."""
         return float(np.quantile(self.kl_tokens.numpy(), 0.999))
@@ -104,17 +109,21 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """The figures under the names of the command line's contract."""
-        kl = self.kl_interval
+        kl, top1 = self.kl_interval, self.top1_interval
+        perplexities = (mean_interval(nll).map(math.exp) for nll in (self.nll, self.nll_reference))
         return {
             "tokens": self.tokens,
             "windows": len(self.kl),
             "window": self.window,
             "perplexity": self.perplexity,
+            "perplexity_ci95": next(perplexities).ends,
             "perplexity_reference": self.perplexity_reference,
+            "perplexity_reference_ci95": next(perplexities).ends,
             "kl_mean": kl.mean,
-            "kl_mean_ci95": None if kl.lo is None else [kl.lo, kl.hi],
+            "kl_mean_ci95": kl.ends,
             "kl_p999": self.kl_p999,
             "top1_agreement": self.top1_agreement,
+            "top1_agreement_ci95": top1.ends,
             "unknown_tokens": self.unknown_share,
         }
 
