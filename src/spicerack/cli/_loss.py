@@ -50,7 +50,8 @@ def checked(check: Check) -> tuple[str, ...]:
         read = f"{figures['tokens']:,} tokens of {figures['text']}"
     else:
         read = f"{figures['sentences']} {figures['text']}"
-    second = f"  on {read}, in {check.seconds:.1f} s (in brackets 95 % intervals); more: {check.command}"
+    taken = f", in {check.seconds:.1f} s" if check.seconds else ""
+    second = f"  on {read}{taken} (in brackets 95 % intervals); more: {check.command}"
     return first, second, *(f"  {note}" for note in check.notes)
 
 

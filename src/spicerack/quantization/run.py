@@ -358,12 +358,12 @@ def check_written(
 ) -> Summary:
     """Measure what the folder of a finished run lost -> the summary with it; the figures are in the folder's ledger.
 
-    summary, job, calibration, means   of the run; a folder that was there already has the time of one of nothing
+    summary, job, calibration, means   of the run; of a folder that was there already the check in its ledger is taken
     progress                           called with what is being done and the share of it, 0 to 1
     """
     checked = checks.check(
         summary.output, job.source.folder, seconds=summary.seconds, device=str(means.device), memory=means.memory,
-        spare=None if calibration is None else calibration.spare, progress=progress,
+        spare=None if calibration is None else calibration.spare, progress=progress, kept=summary.already_there,
     )  # fmt: skip
     return dataclasses.replace(summary, check=checked)
 
