@@ -93,9 +93,11 @@ class Bar(Watch):
         )  # fmt: skip
 
     def finished(self, block: Finished) -> None:
-        """See `Watch.finished`."""
+        """See `Watch.finished`. Drawn at once: blocks that end faster than the screen is drawn anew are seen, too."""
         self.left = self._clock.finished(block, time.monotonic())
-        self.bar.update(self._task, completed=block.number + 1, left=f"about {duration(self.left)} left")
+        self.bar.update(
+            self._task, completed=block.number + 1, left=f"about {duration(self.left)} left", refresh=True
+        )  # fmt: skip
 
     def progress(self, nbytes: int) -> None:
         """See `Watch.progress`. The first bytes begin a new bar in the place of that of the blocks."""
