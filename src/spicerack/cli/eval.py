@@ -53,10 +53,11 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
     from spicerack.storage.files import locate
 
     with _output.measuring() as progress:
-        evaluation = measure(out, against=against, options=EvaluationOptions(**given), progress=progress)
+        evaluation = measure(out, against=against, options=EvaluationOptions(**given), examples=True, progress=progress)
     figures, folder = evaluation.figures, locate(out)
     row = lens.look(folder, locate(against))
-    records.keep(folder, "eval", evaluation.as_dict(), against=against, row=row)
+    shown = {"row": row, "kernels": list(map(list, evaluation.kernels)), "examples": list(evaluation.examples)}
+    records.keep(folder, "eval", evaluation.as_dict(), against=against, **shown)
     if as_json:
         _output.emit(evaluation.as_dict())
     elif isinstance(figures, Comparison):

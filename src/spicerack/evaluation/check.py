@@ -124,7 +124,7 @@ def _measured(
     name, text = _text(source, spare) if kind == "decoder" else (None, None)
     sides = Sides(kind, out, source, tokenizer, text)
     options = EvaluationOptions(max_tokens=SPARE_TOKENS, device=device)
-    figures = compared(sides, options, progress, Pace(end, SPARE_LENGTH)).as_dict()
+    figures = compared(sides, options, progress, pace=Pace(end, SPARE_LENGTH)).as_dict()
     return figures if name is None else {**figures, "text": name}
 
 

@@ -13,9 +13,11 @@ the language model alone, and a warning names the quantized layers that it does 
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from spicerack.evaluation.folder import check_sides, common_tokenizer, window_of
 from spicerack.evaluation.intervals import Interval
 from spicerack.evaluation.language import Comparison
 from spicerack.evaluation.reference import Pace, Reference, Text
+from spicerack.evaluation.report.examples import of_language
 from spicerack.kernels import kernel
 from spicerack.machine import devices
 from spicerack.models.inputs import check_text, limits
@@ -97,6 +100,8 @@ class Evaluation:
                  cosine (encoders), with its interval: what a plain cast costs. None where the model does not run in
                  bfloat16
     cache        bits of the quantized model's cache, None where it was not used
+    kernels      kinds of packed layers, by their names with `*` for numbers; the kernel that each ran, and how many did
+    examples     what the loss looks like, as JSON has it (`report.examples`, pairs of sentences); none unless asked for
     """
 
     kind: Kind
@@ -105,6 +110,8 @@ class Evaluation:
     figures: Comparison | EncoderComparison
     floor: Interval | None
     cache: int | None = None
+    kernels: tuple[tuple[str, str, int], ...] = ()
+    examples: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def noise_floor(self) -> float | None:
@@ -165,11 +172,13 @@ def measure(
     *,
     against: str | Path,
     options: EvaluationOptions = _DEFAULTS,
+    examples: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """As `evaluate`, keeping the figures of every window: `language.paired_difference` compares two of these.
 
-    folder, against: folders or hub ids. Raises TextError, UsageError, CheckpointError, LoadError.
+    folder, against: folders or hub ids. examples: whether to keep passages, or sentences, that show the loss. Raises
+    TextError, UsageError, CheckpointError, LoadError.
     """
     out, source = locate(folder), locate(against)
     kind = kind_of(open_stored(source).config, source)
@@ -178,7 +187,8 @@ def measure(
     tokenizer = common_tokenizer(out, source, options.trust_remote_code)
     text = _text(kind, options.text, out, source)
     _warn_of_calibration_text(text, tokenizer, kind, out)
-    return compared(Sides(kind, out, source, tokenizer, text), options, progress or (lambda _doing, _share: None))
+    report = progress or (lambda _doing, _share: None)
+    return compared(Sides(kind, out, source, tokenizer, text), options, report, examples=examples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +208,16 @@ class Sides:
     text: Text
 
 
-def compared(sides: Sides, options: EvaluationOptions, report: Progress, pace: Pace = Pace()) -> Evaluation:  # noqa: B008  # frozen
-    """Load both models of `sides` and compare them; options.text does not count. pace: when to end.
+def compared(
+    sides: Sides,
+    options: EvaluationOptions,
+    report: Progress,
+    *,
+    pace: Pace = Pace(),  # noqa: B008  # frozen
+    examples: bool = False,
+) -> Evaluation:
+    """Load both models of `sides` and compare them; options.text does not count. pace: when to end. examples: as in
+    `measure`.
 
     Raises TextError, UsageError (also where `pace` is too short), CheckpointError, LoadError.
     """
@@ -227,7 +245,36 @@ def compared(sides: Sides, options: EvaluationOptions, report: Progress, pace: P
     step = None if options.cache is None else CACHE_STEP
     figures = reference.compare(quantized, most, lambda share: report("evaluating", share), pace, step=step)
     _warn_of_unknown_tokens(figures.unknown_share)
-    return Evaluation(kind, compute(quantized), _name(sides.text), figures, _interval(floor), options.cache)
+    shown = _examples(reference, quantized, figures) if examples else ()
+    return Evaluation(
+        kind,
+        compute(quantized),
+        _name(sides.text),
+        figures,
+        _interval(floor),
+        options.cache,
+        _kernels(quantized),
+        shown,
+    )
+
+
+def _examples(
+    reference: Reference, quantized: PreTrainedModel, figures: Comparison | EncoderComparison
+) -> tuple[Mapping[str, Any], ...]:
+    """What the loss looks like."""
+    if isinstance(figures, EncoderComparison):
+        return tuple(asdict(pair) for pair in figures.moved)
+    return tuple(of_language(reference.model, quantized, figures, reference.tokenizer))
+
+
+def _kernels(model: PreTrainedModel) -> tuple[tuple[str, str, int], ...]:
+    """Which kernel the packed layers of each kind run, and how many of them."""
+    counts = Counter(
+        (re.sub(r"\b\d+\b", "*", path.removesuffix(".packed")), module.choice.kernel.name)
+        for path, module in model.named_modules()
+        if isinstance(module, PackedWeight)
+    )
+    return tuple((layers, kernel_, count) for (layers, kernel_), count in sorted(counts.items()))
 
 
 def _interval(floor: Comparison | EncoderComparison | None) -> Interval | None:
