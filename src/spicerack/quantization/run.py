@@ -192,16 +192,16 @@ def quantize(
     """
     at_least(1, threads=threads, memory=memory, shard_bytes=shard_bytes)
     chosen = recipe.of(scheme, rules).with_choices(range_, method, observer, fit_groups, for_)
-    options = _FolderOptions(output, calibration, effort, device, threads, memory, shard_bytes, check, progress)
+    options = FolderOptions(output, calibration, effort, device, threads, memory, shard_bytes, check, progress)
     if isinstance(model, torch.nn.Module):
-        return _in_memory(model, chosen, compute, options)
+        return in_memory(model, chosen, compute, options)
     if compute is not None:
         raise UsageError("compute is no property of a folder", "pass it to load(folder, compute=...)")
-    return _of_folder(model, chosen, options).as_dict()
+    return of_folder(model, chosen, options).as_dict()
 
 
 @dataclass(frozen=True, slots=True)
-class _FolderOptions:
+class FolderOptions:
     """What `quantize` takes for folders and not for modules, by the same names; the defaults are what none means."""
 
     output: str | Path | None
@@ -215,10 +215,13 @@ class _FolderOptions:
     progress: Progress | bool | None
 
 
-def _in_memory(
-    module: torch.nn.Module, chosen: Recipe, compute: Compute | None, options: _FolderOptions
+def in_memory(
+    module: torch.nn.Module, chosen: Recipe, compute: Compute | None, options: FolderOptions
 ) -> torch.nn.Module:
-    """A new module, rounded to nearest. Raises UsageError for methods that need text, and for options of folders."""
+    """A new module, rounded to nearest by the recipe `chosen`.
+
+    Raises UsageError for methods that need text, and for options of folders.
+    """
     if options.calibration is not None or chosen.method not in (None, Method()) or chosen.observer is not None:
         raise UsageError("a module in memory is only rounded to nearest", "save it as a folder, and quantize that")
     if chosen.for_ is not None:
@@ -243,7 +246,7 @@ def _in_memory(
     return quantize_module(module, chosen, compute)
 
 
-def _of_folder(model: str | Path, chosen: Recipe, options: _FolderOptions) -> Summary:
+def of_folder(model: str | Path, chosen: Recipe, options: FolderOptions) -> Summary:
     """A smaller folder, by this process alone. Raises UsageError without an output, and what `execute` raises."""
     calibration, device = options.calibration, options.device
     if options.output is None:
@@ -268,10 +271,10 @@ def _watching(progress: Progress | bool | None, job: Job, *, calibrated: bool) -
         with bar.shown(job.bytes_before, calibrated=calibrated) as watch:
             yield watch
     else:
-        yield _Progress(progress) if progress else Watch()
+        yield Progressing(progress) if progress else Watch()
 
 
-class _Progress(Watch):
+class Progressing(Watch):
     """The Watch of somebody who only wants to know how far it is."""
 
     def __init__(self, progress: Progress) -> None:

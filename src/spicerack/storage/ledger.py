@@ -88,6 +88,7 @@ class Ledger:
 
     identity   facts of origin (recipe, source, format, versions, calibration), in which a continued run must agree
     entries    one for each tensor of the source, in the order of its files
+    budget     what a mix was chosen for, and what came of it (`planning.mix.run`); None where a scheme was named
     check      what the model lost, as the run that wrote it measured in its end; None where it did not
 
     Times, paths and the machine are not in it (they are in run.json): two runs of the same write the same bytes, but
@@ -96,12 +97,14 @@ class Ledger:
 
     identity: Mapping[str, Any]
     entries: tuple[Entry, ...]
+    budget: Mapping[str, Any] | None = None
     check: Mapping[str, Any] | None = None
 
     def content(self) -> bytes:
         """The file's bytes."""
-        checked = {} if self.check is None else {"check": self.check}
-        return json_bytes({"identity": self.identity, **checked, "tensors": [e.as_dict() for e in self.entries]})
+        more = {"budget": self.budget, "check": self.check}
+        known = {name: value for name, value in more.items() if value is not None}
+        return json_bytes({"identity": self.identity, **known, "tensors": [entry.as_dict() for entry in self.entries]})
 
     @property
     def sha256(self) -> str:
@@ -158,10 +161,10 @@ def read(folder: Path) -> Ledger | None:
         identity = record["identity"]
         if not isinstance(identity, Mapping):
             raise TypeError("identity is no object")
-        check = record.get("check")
-        if check is not None and not isinstance(check, Mapping):
-            raise TypeError("check is no object")
-        ledger = Ledger(identity, tuple(Entry.of(entry) for entry in record["tensors"]), check)
+        budget, check = record.get("budget"), record.get("check")
+        if not all(value is None or isinstance(value, Mapping) for value in (budget, check)):
+            raise TypeError("budget or check is no object")
+        ledger = Ledger(identity, tuple(Entry.of(entry) for entry in record["tensors"]), budget, check)
         str(ledger.recipe)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(
