@@ -10,38 +10,43 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_Test = Callable[[Any], bool]
+Test = Callable[[Any], bool]
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """A finite one."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """A whole number that is not below 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """A string."""
     return isinstance(value, str)
 
 
-def _ends(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_number, value))
+def is_ends(value: Any) -> bool:
+    """Both ends of an interval."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
-def _maybe(test: _Test) -> _Test:
+def maybe(test: Test) -> Test:
+    """The same, or None."""
     return lambda value: value is None or test(value)
 
 
-_READ: dict[str, _Test] = {"compute": _text, "text": _text, "tokens": _count}
-_DECODER: dict[str, _Test] = {
-    **_READ, "windows": _count, "window": _count, "perplexity": _number, "perplexity_reference": _number,
-    "kl_mean": _number, "kl_mean_ci95": _maybe(_ends), "kl_p999": _number, "top1_agreement": _number,
-    "kl_noise_floor": _maybe(_number),
+_READ: dict[str, Test] = {"compute": is_text, "text": is_text, "tokens": is_count}
+_DECODER: dict[str, Test] = {
+    **_READ, "windows": is_count, "window": is_count, "perplexity": is_number, "perplexity_reference": is_number,
+    "kl_mean": is_number, "kl_mean_ci95": maybe(is_ends), "kl_p999": is_number, "top1_agreement": is_number,
+    "kl_noise_floor": maybe(is_number),
 }  # fmt: skip
-_ENCODER: dict[str, _Test] = {
-    **_READ, "sentences": _count, "cosine_mean": _number, "cosine_min": _number, "spearman": _maybe(_number),
-    "cosine_noise_floor": _maybe(_number),
+_ENCODER: dict[str, Test] = {
+    **_READ, "sentences": is_count, "cosine_mean": is_number, "cosine_min": is_number, "spearman": maybe(is_number),
+    "cosine_noise_floor": maybe(is_number),
 }  # fmt: skip
 _INTERVALS = (
     "perplexity_ci95", "perplexity_reference_ci95", "top1_agreement_ci95", "kl_noise_floor_ci95", "cosine_mean_ci95",
@@ -55,10 +60,10 @@ def obstacle(figures: Any) -> str | None:
     if not isinstance(figures, Mapping):
         return "they are no object"
     wanted = _DECODER if "kl_mean" in figures else _ENCODER
-    return wrong(figures, {**wanted, **{name: _maybe(_ends) for name in _INTERVALS if name in figures}})
+    return wrong(figures, {**wanted, **{name: maybe(is_ends) for name in _INTERVALS if name in figures}})
 
 
-def wrong(record: Mapping[str, Any], wanted: Mapping[str, _Test]) -> str | None:
+def wrong(record: Mapping[str, Any], wanted: Mapping[str, Test]) -> str | None:
     """The first name whose value is missing or not what is wanted, as the end of a sentence; None for none."""
     bad = next((name for name, test in wanted.items() if name not in record or not test(record[name])), None)
     return None if bad is None else f"{bad} is {record.get(bad)!r:.40}"
