@@ -14,6 +14,7 @@ from spicerack.planning.engine import Request
 from spicerack.planning.model import Model, of_checkpoint
 from spicerack.planning.plan import Goal, check, context_of, default_engine, longest_context, row_of
 from spicerack.planning.precisions import Precision
+from spicerack.planning.sensitivity import Sensitivity
 from spicerack.storage import ledger
 from spicerack.storage.files import LEDGER
 
@@ -22,6 +23,8 @@ DEVICES = (
     "RTX 3090", "2x RTX 3090", "RTX 4090", "A100 80GB SXM",
 )  # fmt: skip
 """What people have, small ones first: phones, a board, laptops, cards."""
+_UNITS = 1000
+"""Parts of a model whose losses are shown."""
 
 
 def open_written(folder: str | Path) -> tuple[Model, Precision]:
@@ -57,7 +60,24 @@ def shown(folder: Path) -> dict[str, Any]:
         devices = on_devices(folder)
     except CheckpointError:
         devices = None
-    return {"devices": devices, "sensitivity": None if known is None else known.as_dict()}
+    return {"devices": devices, "sensitivity": shown_sensitivity(known)}
+
+
+def shown_sensitivity(known: Sensitivity | None) -> dict[str, Any] | None:
+    """The same without what only a further run needs, of the parts that lose most: a page has room for a thousand."""
+    if known is None:
+        return None
+    fields = known.as_dict()
+    units = [
+        {
+            "name": unit.name, "weights": unit.weights, "chosen": unit.chosen, "loss": unit.loss,
+            "schemes": {name: {"nbytes": o.nbytes, "loss": o.loss} for name, o in unit.schemes.items()},
+        }
+        for unit in sorted(known.units, key=lambda unit: -unit.loss)
+    ]  # fmt: skip
+    left = max(len(units) - _UNITS, 0)
+    kept = {name: fields[name] for name in ("metric", "budget", "curve", "rounds")}
+    return {**kept, "units": units[:_UNITS], "units_left_out": left}
 
 
 def on_devices(folder: str | Path) -> list[dict[str, Any]]:

@@ -82,13 +82,12 @@ def sensitivity(facts: dict[str, Any]) -> Markup:
             if facts["unreadable"]
             else missing(COMMAND, "what each part of the model loses", "模型各部分的损失")
         )
-    units = sorted(known["units"], key=lambda unit: -_loss(unit))
     rows = []
-    for unit in units:
+    for unit in known["units"]:
         cheapest, finest = (list(unit["schemes"].items())[i] for i in (0, -1))
         rows.append([
             _short_name(unit["name"]), whole(unit["weights"]), unit["chosen"] or say("none yet", "尚未选"),
-            short(_loss(unit)), join(cheapest[0], ": ", short(cheapest[1]["loss"])),
+            short(unit["loss"]), join(cheapest[0], ": ", short(cheapest[1]["loss"])),
             join(finest[0], ": ", short(finest[1]["loss"])),
         ])  # fmt: skip
     caption = say(
@@ -100,19 +99,15 @@ def sensitivity(facts: dict[str, Any]) -> Markup:
     )  # fmt: skip
     head = [say("part", "部分"), say("weights", "权重个数"), say("numbers chosen", "选定的数制"),
             say("its loss", "损失"), say("in the fewest bits", "最少位数"), say("in the most", "最多位数")]  # fmt: skip
-    return join(charts.heat(_cells(known["units"])), table(caption, head, rows))
+    left = known["units_left_out"]
+    more = tag("p", say("{n} parts that lose less are not listed.", "另有 {n} 个损失更小的部分未列出。", n=whole(left)),
+               class_="dim") if left else Markup("")  # fmt: skip
+    return join(charts.heat(_cells(known["units"])), table(caption, head, rows), more)
 
 
 def _metric(known: dict[str, Any]) -> Markup:
     """What a loss is counted in."""
     return say("nats of KL per token", "每词元 KL(nat)") if known["metric"] == "kl" else say("1 - cosine", "1 - 余弦")
-
-
-def _loss(unit: dict[str, Any]) -> float:
-    """Of the scheme that was chosen, or of the one of the fewest bytes."""
-    schemes = unit["schemes"]
-    option = schemes[unit["chosen"]] if unit["chosen"] else next(iter(schemes.values()))
-    return float(option["loss"])
 
 
 def _cells(units: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -121,9 +116,8 @@ def _cells(units: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for unit in units:
         match = _BLOCK.search(unit["name"])
         part = unit["name"][match.end() :] if match else unit["name"]
-        cells.append({
-            "block": int(match[1]) if match else None, "layer": part, "scheme": unit["chosen"], "loss": _loss(unit),
-        })  # fmt: skip
+        place = int(match[1]) if match else None
+        cells.append({"block": place, "layer": part, "scheme": unit["chosen"], "loss": unit["loss"]})
     return cells
 
 

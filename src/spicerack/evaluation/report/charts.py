@@ -128,7 +128,7 @@ def curve(points: Sequence[dict[str, Any]], rounds: Sequence[dict[str, Any]]) ->
     sizes = [p["nbytes"] for p in (*points, *rounds)]
     measured = [value for r in rounds for value in (r["measured"], *r["interval"])]
     losses: list[float] = [value for value in (*(p["predicted"] for p in points), *measured) if value > 0] or [1e-3]
-    left, right = min(sizes), max(sizes)
+    left, right = float(min(sizes)), float(max(sizes))
     low = math.floor(math.log10(min(losses)))
     high = max(math.ceil(math.log10(max(losses))), low + 1)
     inner, foot = _WIDTH - _SIDE, 240
@@ -137,7 +137,7 @@ def curve(points: Sequence[dict[str, Any]], rounds: Sequence[dict[str, Any]]) ->
         return _SIDE + (nbytes - left) / max(right - left, 1) * (inner - 12)
 
     def y(loss: float) -> float:
-        return _TOP + foot * (high - math.log10(max(loss, math.pow(10.0, low)))) / (high - low)
+        return _TOP + foot * (high - math.log10(max(loss, 10.0**low))) / (high - low)
 
     grid = [
         part
