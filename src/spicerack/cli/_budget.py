@@ -13,7 +13,8 @@ from spicerack.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spicerack.planning.mix.run import Outcome, Prepared
+    from spicerack.planning.mix.order import Prepared
+    from spicerack.planning.mix.run import Outcome
     from spicerack.planning.sensitivity import Budget
     from spicerack.quantization.watch import Watch
 
@@ -136,7 +137,7 @@ def _announce(prepared: Prepared, console: Console) -> None:
     count, length = prepared.text.ids.shape
     for title, line in (
         ("model", str(prepared.listing.source.folder)), ("budget", told(order.budget)),
-        ("method", f"{prepared.listing.recipe.method}, range={prepared.listing.recipe.range_}"),
+        ("method", f"{prepared.method}, range={prepared.listing.recipe.range_}"),
         ("calib", f"{prepared.text.source}, {count} sequences of up to {length} tokens"),
         ("units", f"{len(units)}, each in one of {', '.join(names)}"),
     ):  # fmt: skip

@@ -255,12 +255,12 @@ def _with_budget(options: _Options, budget: Budget, rules: list[Rule]) -> None:
     early.open_float(options.model)
     recipe = dataclasses.replace(options, scheme=_budget.PLAIN).recipe(rules)
     from spicerack.planning.mix import judge, units
-    from spicerack.planning.mix.run import Order, prepare
+    from spicerack.planning.mix.order import Order, prepare
     from spicerack.quantization import job as jobs
     from spicerack.quantization.recipe import decided
     from spicerack.storage.files import local
 
-    listing = decided(units.listing(recipe), True, options.effort)
+    listing = decided(units.listing(recipe), True)
     job = jobs.prepare(options.model, listing, with_text=True, shard_bytes=options.shard_bytes)
     asked = dataclasses.replace(options, samples=judge.with_held_out(options.samples))
     text = _calibration(job, _budget.text_of(options), asked)

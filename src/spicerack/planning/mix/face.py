@@ -20,6 +20,7 @@ from spicerack.machine import devices
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.planning.budget import budget_of
 from spicerack.planning.mix import run as mixing
+from spicerack.planning.mix.order import Order, prepare
 from spicerack.planning.mix.units import PLAIN
 from spicerack.planning.sensitivity import Budget
 from spicerack.quantization import recipe, run
@@ -162,7 +163,7 @@ def _with_budget(
     if options.calibration is None:
         raise UsageError("a budget needs text to measure losses on", "pass calibration=spicerack.read_calibration(...)")
     means = Means(devices.find(options.device), options.threads, options.memory)
-    order = mixing.Order(
+    order = Order(
         model, local(options.output), budget, asked, options.effort, options.calibration, means,
         options.shard_bytes or SHARD_BYTES,
     )  # fmt: skip
@@ -173,4 +174,4 @@ def _with_budget(
             print(sentence, file=sys.stderr)
 
     watch = run.Progressing(options.progress) if callable(options.progress) else Watch()
-    return mixing.run(mixing.prepare(order), watch, tell).as_dict()
+    return mixing.run(prepare(order), watch, tell).as_dict()

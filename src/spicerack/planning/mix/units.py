@@ -4,9 +4,9 @@ Tensors go together that read the same input (q, k and v; gate and up), because 
 experts of a block that have the same role, and whatever else an engine ties. What a rule names, what stays in float,
 and what no text reaches is in no unit: nothing is left to choose there.
 
-Which schemes are tried (`LADDER`) is a ladder of about half a bit up to five bits, and of one above, where a step is
-hardly seen. At two bits half-integer levels, because of levels -2, -1, 0 and 1 one is wasted; the widths of groups are
-those that win at their bits on the models measured (docs/quantization/budgets.md). For an engine those schemes are
+Which schemes are tried (`LADDER`) is a ladder of steps of a third to a whole bit: groups of 128, which lose least for
+their bits, and between them super-blocks, whose scales are quantized themselves. Of 19 that were estimated on the
+project's model these are the lower hull, but for a hair (docs/quantization/budgets.md). For an engine those schemes are
 tried that it computes exactly for the tensor and holds in no more bits than we do: three bits that it would say in four
 save nothing there. Levels of a bit and a half and less are not tried: they are for models that were trained in them.
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from spicerack import plugins
 from spicerack.errors import ShapeError, UsageError
+from spicerack.models.narrow import nearest
 from spicerack.models.overview import pattern_of
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.quantization.job import Job
@@ -31,9 +32,7 @@ from spicerack.storage.engine import Engine, Reads
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.gguf import blocks
 
-LADDER = (
-    "w2g128h", "w2g64h", "w2g32h", "w3g128", "w3g64", "w3g32z", "w4g128", "w4g32z", "w5g64", "w6g64", "w8g128",
-)  # fmt: skip
+LADDER = ("w2g128h", "q2_k", "w3g128", "q3_k", "w4g128", "q4_k", "w5g128", "q5_k", "q6_k", "w8g128")
 """Of our own formats, which hold every scheme, fewest bits first."""
 PLAIN = "w8"
 """What tiles every matrix: the scheme of a recipe that only lists what is quantized."""
@@ -110,9 +109,9 @@ def choices(job: Job, shared: Sequence[Sequence[str]], reached: Iterable[str], e
     ways: Sequence[Reads | None] = [None] if found is None else found.reads
     groups = _groups(list(stored), shared, found)
     for way in ways:
-        legal = {group: _legal([stored[m][1] for m in group], found, way) for group in groups}
-        units = [_unit(group, stored, legal[group], list(stored)) for group in groups if legal[group]]
-        stuck = [group for group in groups if not legal[group]]
+        legal = _legal_of([[stored[m][1] for m in group] for group in groups], found, way)
+        units = [_unit(g, stored, schemes, list(stored)) for g, schemes in zip(groups, legal, strict=True) if schemes]
+        stuck = [group for group, schemes in zip(groups, legal, strict=True) if not schemes]
         if any(len(unit.schemes) > 1 for unit in units):
             break
     if not any(len(unit.schemes) > 1 for unit in units):
@@ -202,10 +201,26 @@ def _either(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
 
 
+def _legal_of(
+    groups: Sequence[Sequence[StoredTensor]], engine: Engine | None, way: Reads | None
+) -> list[tuple[Scheme, ...]]:
+    """`_legal` of each group; groups of the same shapes and roles are asked about once."""
+    known: dict[tuple[object, ...], tuple[Scheme, ...]] = {}
+    legal = []
+    for group in groups:
+        last = {one.module.rpartition(".")[2] for one in group}
+        key = (*sorted({(one.shape, one.role, one.transposed, one.bias) for one in group}), *sorted(last))
+        if key not in known:
+            known[key] = _legal(group, engine, way)
+        legal.append(known[key])
+    return legal
+
+
 def _legal(group: Sequence[StoredTensor], engine: Engine | None, way: Reads | None) -> tuple[Scheme, ...]:
     """Schemes that all tensors of a unit may have, fewest bits first."""
     if engine is None or way is None:
-        return tuple(scheme for name in LADDER if _tiles(scheme := parse(name), group))
+        fitting = {scheme.name: scheme for name in LADDER if (scheme := _fitted(parse(name), group)) is not None}
+        return tuple(sorted(fitting.values(), key=lambda scheme: sum(scheme.stored_bits(one.shape) for one in group)))
     shapes = {(one.shape, one.role): one for one in group}.values()
     legal = [
         scheme
@@ -214,6 +229,15 @@ def _legal(group: Sequence[StoredTensor], engine: Engine | None, way: Reads | No
         and all(_at_home(engine, way, dataclasses.replace(one, scheme=scheme)) for one in shapes)
     ]  # fmt: skip
     return _thinned(legal)
+
+
+def _fitted(scheme: Scheme, group: Sequence[StoredTensor]) -> Scheme | None:
+    """The scheme, or what is nearest to it that tiles all tensors; None where nothing does."""
+    for one in group:
+        if not _tiles(scheme, [one]):
+            near = nearest(scheme, one.shape)
+            return near if near is not None and _tiles(near, group) else None
+    return scheme
 
 
 def _pool(engine: Engine) -> list[str]:
