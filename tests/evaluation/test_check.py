@@ -106,7 +106,7 @@ def test_it_reads_what_calibration_left(
     text.write_text("".join(f"{i} and {i * i} make {i + i * i}; " for i in range(900)))
     words = ["--scheme", "w4g32", "--calib", text, "--samples", 8, "--length", 64]
     told = printed(capsys, "quantize", source, "-o", tmp_path / "out", *words)["check"]
-    assert told["text"] == "what calibration left of its text" and (told["windows"], told["window"]) == (32, 64)
+    assert told["text"] == "what calibration left of its text" and (told["windows"], told["window"]) == (64, 64)
     assert told["command"].endswith("--text FILE")
     plain = printed(capsys, "quantize", source, "-o", tmp_path / "plain", "--scheme", "w4g32")["check"]
     assert plain["text"] == "the text that comes with spicerack" and plain["tokens"] > 2000

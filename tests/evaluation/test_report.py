@@ -462,7 +462,7 @@ def test_a_model_of_pictures_has_a_page(tmp_path: Path, capsys: pytest.CaptureFi
     assert "Where the bits went" in text and not Reader(text).open
 
 
-@pytest.mark.parametrize("scheme", ["w8", "w4g32z", "w2g32h"])
+@pytest.mark.parametrize("scheme", ["w8", "w4g32z", "w2g32z"])
 def test_inspect_plan_dry_run_and_page_say_the_same_bytes(
     llama_folder: LlamaFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str
 ) -> None:
@@ -472,17 +472,14 @@ def test_inspect_plan_dry_run_and_page_say_the_same_bytes(
         words = ["quantize", str(source), "-o", str(out), "--scheme", scheme, "--fit-groups", "--no-check", "--json"]
         assert _output.run(cli, [*words, "--dry-run"]) == 0
         foretold = json.loads(capsys.readouterr().out)["bytes_after"]
-        estimate = next((e for e in look(source).estimates if e.scheme == scheme), None)
+        estimate = next(e.nbytes for e in look(source).estimates if e.scheme == scheme)
         goal = Goal(catalogue.find("24GB"), engines.get("spicerack"), Request(64, 1, 16))
-        rows = [r for r in plan(open_model(source), goal).rows if r.precision.scheme == scheme]
+        row = next(r for r in plan(open_model(source), goal).rows if r.precision.scheme == scheme)
         assert _output.run(cli, words) == 0 and capsys.readouterr()
         assert _output.run(cli, ["report", str(out), "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
-        said = [foretold, facts["bytes_after"], sum(info.nbytes for info in Checkpoint.open(out).tensors.values())]
-        said += [estimate.nbytes] if estimate else []
-        said += [row.weights.file for row in rows]
-        assert len(set(said)) == 1, (scheme, more, said)
-        assert len(said) == 5 or scheme not in [e.scheme for e in look(source).estimates]
+        written = sum(info.nbytes for info in Checkpoint.open(out).tensors.values())
+        assert foretold == facts["bytes_after"] == estimate == row.weights.file == written
 
 
 def test_an_encoder_has_a_page(measured: Path) -> None:

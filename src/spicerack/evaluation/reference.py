@@ -153,7 +153,8 @@ class Reference:
         if isinstance(self.text, (str, Path)):
             return windows(self.text, self.tokenizer, self.window, most)
         assert self.text is not None, "decoders have a text"
-        rows = self.text[: None if most is None else max(most // self.window, 1), : self.window]
+        length = min(self.window, self.text.shape[1])
+        rows = self.text[: None if most is None else max(most // length, 1), :length]
         unknown = self.tokenizer.unk_token_id
         return (
             Window(row, 0 if unknown is None else int((row == unknown).sum()), i / len(rows))
