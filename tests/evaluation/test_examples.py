@@ -97,11 +97,11 @@ def test_of_a_folder(llama_folder: LlamaFolder, tmp_path: Path) -> None:
     figures = plain.as_dict()
     # each window's share and loss, and what the intervals of their means are, with a t of 97.5 % from a table
     shares = plain.figures.agreed.numpy() / 63  # type: ignore[union-attr]
-    half = 2.0281 * shares.std(ddof=1) / np.sqrt(37)
-    assert len(shares) == 37
+    half = 2.0195 * shares.std(ddof=1) / np.sqrt(42)
+    assert len(shares) == 42
     assert figures["top1_agreement_ci95"] == pytest.approx([shares.mean() - half, shares.mean() + half], rel=1e-4)
     losses = plain.figures.nll.numpy()  # type: ignore[union-attr]
-    half = 2.0281 * losses.std(ddof=1) / np.sqrt(37)
+    half = 2.0195 * losses.std(ddof=1) / np.sqrt(42)
     ends = np.exp([losses.mean() - half, losses.mean() + half])
     assert figures["perplexity_ci95"] == pytest.approx(ends, rel=1e-4)
     assert Interval(0.9, 0.7, 1.2).within(0.0, 1.0).ends == [0.7, 1.0] and Interval(0.9, None, None).ends is None

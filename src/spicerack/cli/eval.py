@@ -55,8 +55,8 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
     with _output.measuring() as progress:
         evaluation = measure(out, against=against, options=EvaluationOptions(**given), examples=True, progress=progress)
     figures, folder = evaluation.figures, locate(out)
-    row = lens.look(folder, locate(against))
-    shown = {"row": row, "kernels": list(map(list, evaluation.kernels)), "examples": list(evaluation.examples)}
+    lens.keep(folder, locate(against))
+    shown = {"kernels": list(map(list, evaluation.kernels)), "examples": list(evaluation.examples)}
     records.keep(folder, "eval", evaluation.as_dict(), against=against, **shown)
     if as_json:
         _output.emit(evaluation.as_dict())

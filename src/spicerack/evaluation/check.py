@@ -26,6 +26,7 @@ from spicerack.evaluation.evaluate import HELDOUT, EvaluationOptions, Sides, com
 from spicerack.evaluation.figures import obstacle as obstacle_of
 from spicerack.evaluation.folder import common_tokenizer
 from spicerack.evaluation.reference import Pace, Text
+from spicerack.evaluation.report import lens
 from spicerack.machine.memory import anonymous_bytes, available_bytes
 from spicerack.models.kind import kind_of, obstacle
 from spicerack.models.opening import open_model, open_stored
@@ -98,6 +99,7 @@ def check(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
+            lens.keep(out, source)  # which a page shows of every kind of model
             figures = _measured(out, source, end, spare, memory, device, progress or (lambda _doing, _share: None))
         except _FAILURES as error:
             reason = error.message if isinstance(error, SpicerackError) else str(error).strip().split("\n")[0]

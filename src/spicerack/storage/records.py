@@ -1,4 +1,4 @@
-"""What was measured of a quantized folder, kept beside it: `eval.json`, `bench.json`, `energy.json`.
+"""What was measured of a quantized folder, kept beside it: `eval.json`, `bench.json`, `energy.json`, and `lens.json`.
 
 A record says which ledger it is of, by its hash, of all but its check: a folder that was written anew has none of its
 predecessor's. It is no part of the model: it is neither hashed nor copied, and a folder without it is as good.
@@ -28,7 +28,7 @@ def keep(folder: Path, command: str, result: Mapping[str, Any], **told: Any) -> 
     nobody may write.
 
     folder    that was measured, local
-    command   eval, bench or energy
+    command   eval, bench or energy; lens, of the check behind quantize and of eval
     result    its JSON
     told      what else belongs to it: the folder it was compared with, options
     """
@@ -58,7 +58,8 @@ def read(folder: Path, command: str) -> dict[str, Any] | None:
         return None
     record = read_json(path, _MAX_BYTES)
     if record.get("command") != command or not isinstance(record.get("result"), dict):
-        raise CheckpointError(f"{path} is no record of spicerack {command}", f"remove it, and run {command} again")
+        again = "eval" if command == "lens" else command
+        raise CheckpointError(f"{path} is no record of spicerack {again}", f"remove it, and run {again} again")
     return record if record.get("ledger") == _hash(folder) else None
 
 

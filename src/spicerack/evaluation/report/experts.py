@@ -160,7 +160,7 @@ def _origin(facts: dict[str, Any]) -> Markup:
     for name in ("eval", "bench", "energy"):
         record = facts[name]
         if record:
-            shown[name] = {key: value for key, value in record.items() if key not in ("result", "row")}
+            shown[name] = {key: value for key, value in record.items() if key not in ("result", "kernels", "examples")}
     inner = tag("summary", say("Hashes, versions, machines, calibration", "哈希、版本、机器、校准"))
     parts.append(tag("details", inner, tag("pre", json.dumps(shown, indent=1, ensure_ascii=False), tabindex=0)))
     return tag("section", tag("h2", say("How to check this page", "如何复核")), *parts)

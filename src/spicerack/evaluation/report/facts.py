@@ -37,7 +37,7 @@ def collect(folder: Path, planned: Mapping[str, Any] | None = None) -> dict[str,
     if run is not None:
         shapes.check_run(folder / files.RUN, run)
     shapes.check_ledger(folder / files.LEDGER, written.check)
-    kept = {command: records.read(folder, command) for command in ("eval", "bench", "energy")}
+    kept = {command: records.read(folder, command) for command in ("lens", "eval", "bench", "energy")}
     for command, record in kept.items():
         shapes.check(folder, command, record)
     unreadable = None if kept["eval"] or written.check else _unreadable(folder)
@@ -81,7 +81,7 @@ def _missing(
     """Commands whose records are not there, of those that could have left one; "run" for run.json."""
     able = [] if unreadable else [*kept.items()]
     sensitivity = [] if unreadable or plans["sensitivity"] else ["sensitivity"]
-    return [command for command, record in able if record is None] + sensitivity + ([] if run else ["run"])
+    return [name for name, record in able if record is None and name != "lens"] + sensitivity + ([] if run else ["run"])
 
 
 def _unreadable(folder: Path) -> str | None:

@@ -126,8 +126,7 @@ def _done(facts: dict[str, Any]) -> Markup:
         bits=tag("b", short(facts["bits_quantized"])), all=short(facts["bits_all"]),
     ))  # fmt: skip
     title = say("What was done", "做了什么")
-    record = facts["eval"]
-    row = record.get("row") if record else None
+    row = facts["lens"]["result"] if facts["lens"] else None
     if not row and facts["unreadable"]:
         return section(title, story)
     if not row:
@@ -239,7 +238,14 @@ def _unsaid(facts: dict[str, Any]) -> Markup:
     about = say("The loss was measured on "
                 "{text}; other topics can lose more. ", "损失只在 {text} 上测过;别的领域可能损失更多。",
                 text=tag("code", result["text"])) if result else Markup("")  # fmt: skip
-    return section(say("What this page does not say", "本页没有说的"), tag("p", about, say(
+    title = say("What this page does not say", "本页没有说的")
+    if facts["unreadable"]:
+        return section(title, tag("p", say(
+            "A small error of the weights is not a small error of the answers: to know that takes pictures, or sounds, "
+            "and a task.",
+            "权重误差小不等于回答误差小:那需要图片或声音,还需要具体任务。",
+        )))  # fmt: skip
+    return section(title, tag("p", about, say(
         "“The same next word” is not “the same answer”: small differences add up in long texts. Long "
         "contexts, other languages and "
         "tasks were not tested. On other machines speed and energy differ.",

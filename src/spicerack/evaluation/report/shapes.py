@@ -31,14 +31,15 @@ _MOST_WEIGHTS = 4096
 
 
 def check(folder: Path, name: str, record: Mapping[str, Any] | None) -> None:
-    """Raises CheckpointError where the record that `name` (eval, bench, energy) left in the folder is not as it was
+    """Raises CheckpointError where the record `name` (lens, eval, bench, energy) in the folder is not as it was
     written; None is no record, and right."""
     if record is None:
         return
-    obstacle = {"eval": _evaluation, "bench": _benchmark, "energy": _energy}[name](record)
+    obstacle = {"lens": _lens, "eval": _evaluation, "bench": _benchmark, "energy": _energy}[name](record)
     if obstacle is not None:
         path = folder / f"{name}.json"
-        raise CheckpointError(f"{path} is damaged: {obstacle}", f"remove it, and run spicerack {name} again")
+        again = "eval" if name == "lens" else name
+        raise CheckpointError(f"{path} is damaged: {obstacle}", f"remove it, and run spicerack {again} again")
 
 
 def check_run(path: Path, run: Mapping[str, Any]) -> None:
@@ -57,18 +58,18 @@ def check_ledger(path: Path, check: Mapping[str, Any] | None) -> None:
 
 def _evaluation(record: Mapping[str, Any]) -> str | None:
     """Figures, the weights under the lens, kernels, examples; older records have not all of them."""
-    row, kernels, examples = record.get("row"), record.get("kernels", []), record.get("examples", [])
+    kernels, examples = record.get("kernels", []), record.get("examples", [])
     return (
         figures.obstacle(record["result"])
-        or (None if row is None else _row(row))
         or (None if _is_list(kernels, _is_kernel) else "kernels are of another type")
         or (None if _is_list(examples, _is_example) else "examples are of another type")
     )
 
 
-def _row(row: Any) -> str | None:
+def _lens(record: Mapping[str, Any]) -> str | None:
     """Weights under the lens."""
-    if not isinstance(row, dict) or not _is_list(row.get("weights"), is_number) or not row["weights"]:
+    row = record["result"]
+    if not _is_list(row.get("weights"), is_number) or not row["weights"]:
         return "its weights are of another type"
     if len(row["weights"]) > _MOST_WEIGHTS or not _is_list(row.get("rounded"), _is_rounded) or not row["rounded"]:
         return "its rounded weights are of another type"
