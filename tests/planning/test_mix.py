@@ -172,16 +172,31 @@ def test_a_folder_of_a_budget_says_what_it_is_and_the_next_one_is_quick(
     assert other.summary.sizes.bits_per_weight <= 4
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(llama: Path, tmp_path: Path) -> None:
-    whole, _ = run(order(llama, tmp_path / "a" / "out", "gptq", bits=4))
+    whole, _ = run(order(llama, tmp_path / "a" / "out", bits=4))
     for _ in range(2):  # behind the first block, twice: the second call begins at the next
         with pytest.raises(KeyboardInterrupt):
-            run(order(llama, tmp_path / "b" / "out", "gptq", bits=4), Stopping())
-    resumed, _ = run(order(llama, tmp_path / "b" / "out", "gptq", bits=4))
+            run(order(llama, tmp_path / "b" / "out", bits=4), Stopping())
+    resumed, _ = run(order(llama, tmp_path / "b" / "out", bits=4))
     assert resumed.known == whole.known
     names = ("model.safetensors", "spicerack.json", "sensitivity.json", "config.json")
     for name in names:
         assert (tmp_path / "a" / "out" / name).read_bytes() == (tmp_path / "b" / "out" / name).read_bytes()
+
+
+def test_what_matters_gets_more_bits_and_what_does_not_the_fewest(tmp_path: Path) -> None:
+    model = families.build("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 30
+        model.model.layers[1].self_attn.v_proj.weight.zero_()  # so that nothing reaches o_proj
+    model.save_pretrained(tmp_path / "model")
+    outcome, _ = run(order(tmp_path / "model", tmp_path / "out", bits=4.5))
+    bits = {u.name: u.schemes[u.chosen].bits / u.weights for u in outcome.known.units}
+    least = {u.name: min(o.bits for o in u.schemes.values()) / u.weights for u in outcome.known.units}
+    planted, dead = "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"
+    assert bits[planted] == max(bits.values()) > bits["model.layers.1.mlp.down_proj"]
+    assert bits[dead] == least[dead]
 
 
 def test_transforms_and_rules_are_in_the_folder(

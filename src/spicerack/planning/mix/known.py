@@ -39,18 +39,27 @@ Tell = Callable[[str], None]
 
 def known(prepared: Prepared, identity: Mapping[str, Any], workshop: Path, watch: Watch, tell: Tell) -> Sensitivity:
     """Estimates of all units: those of a folder beside the output, or made now."""
+    wanted = _facts(estimated(prepared, {}))
     for folder in (workshop, *_beside(prepared.order.output)):
         try:
             there = sensitivity.read(folder)
         except CheckpointError:  # somebody else's, or damaged: it is made anew
             continue
-        if there is not None and dict(there.identity) == dict(identity):
+        if there is not None and dict(there.identity) == dict(identity) and _facts(there) == wanted:
             tell(f"sensitivity is that of {folder}" if folder != workshop else "sensitivity is known already")
             return _estimates(there)
     losses = _measured(prepared, workshop, watch, tell)
     found = estimated(prepared, losses)
     found.write(workshop)
     return found
+
+
+def _facts(there: Sensitivity) -> list[Any]:
+    """What does not depend on what was measured; a file that says otherwise is of something else."""
+    return [there.metric, there.fixed_bytes] + [
+        (unit.name, unit.tensors, unit.weights, [(name, o.nbytes, o.bits) for name, o in unit.schemes.items()])
+        for unit in there.units
+    ]
 
 
 def _beside(output: Path) -> Iterator[Path]:

@@ -95,7 +95,10 @@ def _hands(prepared: Prepared, workshop: Path, watch: Watch, tell: Tell) -> Hand
         tell(f"expected and measured differ: {len(some)} units are measured around the mix")
         return prepared.judge.swaps(folder, some, few, lambda _: None)
 
-    return Hands(prepared.sizes, write, lambda folder: prepared.judge.measure(folder, lambda _: None), swaps, tell)
+    return Hands(
+        prepared.sizes, write, lambda folder: prepared.judge.measure(folder, lambda _: None),
+        lambda folder: shutil.rmtree(folder, ignore_errors=True), swaps, tell,
+    )  # fmt: skip
 
 
 def _write(prepared: Prepared, job: Job, folder: Path, watch: Watch) -> Summary:

@@ -45,6 +45,7 @@ class Hands:
     size     mix -> what its folder would weigh
     write    mix -> its folder
     measure  folder -> what it loses
+    drop     folder -> gone: a better one is there
     swaps    folder -> how much less it loses with each unit in float, and under "" what it loses on that text; None
              where that cannot be measured
     tell     sentences on how it goes
@@ -53,6 +54,7 @@ class Hands:
     size: Callable[[Chosen], Sizes]
     write: Callable[[Chosen], Path]
     measure: Callable[[Path], Measured]
+    drop: Callable[[Path], None]
     swaps: Callable[[Path], Mapping[str, float] | None]
     tell: Callable[[str], None]
 
@@ -98,10 +100,12 @@ def _bought(known: Sensitivity, fixed: Fixed, budget: Budget, hands: Hands) -> t
             break
         last = _round(mixer, chosen, number, hands)
         written.append(last)
-        if _is_close(last) or number == ROUNDS - 1:
+        if not _is_close(last) and number < ROUNDS - 1:
+            known = corrected(known, last, hands.swaps(last.folder))
+        _drop(written, min(written, key=_mean), hands)
+        if _is_close(last):
             break
-        known = corrected(known, last, hands.swaps(last.folder))
-    best = min(written, key=lambda one: one.measured.loss.mean)
+    best = min(written, key=_mean)
     return known, _rounds(written, best), best
 
 
@@ -126,6 +130,7 @@ def _bounded(
             break
         if not number and not _is_close(last):
             known = corrected(known, last, hands.swaps(last.folder))
+        _drop(written, best, hands)
         ratio = max(upper / max(Mixer(known, fixed).loss(chosen), 1e-30), 1e-3)
     if best is None:
         nearest = min(written, key=lambda one: one.measured.bounded(rise))
@@ -136,6 +141,17 @@ def _bounded(
             f"--max-loss {math.expm1(reached):.2%}" if rise else f"use {reached:.2g} or more, or a longer text",
         )
     return known, _rounds(written, best), best
+
+
+def _mean(written: Written) -> float:
+    return written.measured.loss.mean
+
+
+def _drop(written: Sequence[Written], best: Written | None, hands: Hands) -> None:
+    """Let go of all folders but the best: there is one mix on the disk between rounds."""
+    for one in written:
+        if one is not best:
+            hands.drop(one.folder)
 
 
 def _round(mixer: Mixer, chosen: Chosen, number: int, hands: Hands) -> Written:
