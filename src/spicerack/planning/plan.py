@@ -159,7 +159,7 @@ def plan(model: Model, goal: Goal, *, scheme: str | None = None) -> Plan:
     rows = tuple(row_of(model, precision, goal) for precision in _precisions(model, goal.engine, scheme))
     recommended = _recommended(rows)
     if recommended is not None:
-        longest = _longest(model, recommended.precision, goal)
+        longest = longest_context(model, recommended.precision, goal)
         flags = goal.engine.flags(model, recommended.precision, goal.request, recommended.placement)
         return Plan(model, goal, rows, recommended, longest, (), tuple(flags))
     smallest = min(rows, key=lambda row: row.weights.total)
@@ -242,7 +242,7 @@ def _recommended(rows: Sequence[Row]) -> Row | None:
     return min(chosen, key=lambda row: (max(row.loss, NOISE), row.weights.total), default=None)
 
 
-def _longest(model: Model, precision: Precision, goal: Goal) -> int | None:
+def longest_context(model: Model, precision: Precision, goal: Goal) -> int | None:
     """Tokens that still fit, in steps of 256, up to the model's positions; None where more tokens cost nothing."""
     if model.recurrent:
         return None
@@ -265,7 +265,7 @@ def _fits(model: Model, precision: Precision, goal: Goal, context: int) -> bool:
 def _remedies(model: Model, smallest: Row, goal: Goal) -> Iterator[Remedy]:
     """Changes that make it fit, each tried. smallest: the row that has the fewest bytes."""
     yield from _smaller_cache(model, smallest, goal)
-    longest = _longest(model, smallest.precision, goal)
+    longest = longest_context(model, smallest.precision, goal)
     if longest:
         changed = _with(goal, context=longest)
         yield Remedy(f"a context of {longest:,} tokens", row_of(model, smallest.precision, changed), changed)
