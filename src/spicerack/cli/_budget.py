@@ -121,8 +121,9 @@ def run(prepared: Prepared, *, dry_run: bool, as_json: bool) -> None:
         _output.emit(outcome.as_dict())
         return
     console.print()
-    _quantizing.report(outcome.summary, prepared.listing.source.folder, console)
+    _quantizing.report(outcome.summary, console)
     _report(outcome, console)
+    _quantizing.conclude(outcome.summary, prepared.listing.source.folder, console)
 
 
 def _announce(prepared: Prepared, console: Console) -> None:

@@ -65,6 +65,7 @@ class _Options:
     memory                  bytes that must not be exceeded; None: no limit
     fit, context, engine    devices, tokens and program that the scheme is chosen for; no `fit`: it is named
     size, bits, max_kl, max_loss   a budget that a mix of schemes is chosen for; at most one
+    no_check                leave out the evaluation behind the run
     dry_run, as_json        show what would be done; print one JSON object
     """
 
@@ -95,6 +96,7 @@ class _Options:
     bits: float | None
     max_kl: float | None
     max_loss: str | None
+    no_check: bool
     dry_run: bool
     as_json: bool
 
@@ -171,6 +173,7 @@ class _Options:
 @click.option("--context", type=click.IntRange(1), help="With --fit: tokens. Default: 8192, or the model's.")
 @click.option("--engine", metavar="NAME", help="With --fit: llama.cpp, vllm, spicerack ... Default: plan's.")
 @_budget.options
+@click.option("--no-check", is_flag=True, help="Do not measure, in a tenth of the time, what was lost.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @_output.json_option
 @click.pass_context
@@ -210,7 +213,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.cli import _quantizing
     from spicerack.quantization.job import prepare
-    from spicerack.quantization.run import execute, notes
+    from spicerack.quantization.run import check_written, execute, notes
     from spicerack.quantization.stream import plan
     from spicerack.storage.files import local
 
@@ -232,10 +235,17 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     with _quantizing.bar(ranks) as bar, _output.interruptible(bar.console, unit) as stopping:
         watch = _quantizing.watching(bar, job, stopping, ranks, calibrated=calibration is not None)
         summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch, notes=told)
-    if summary is not None and options.as_json:
+    if summary is None:
+        return
+    if not options.as_json:
+        _quantizing.report(summary, console)
+    if not options.no_check:
+        with _output.measuring() as progress:
+            summary = check_written(summary, job, calibration, means, progress)
+    if options.as_json:
         _output.emit(summary.as_dict())
-    elif summary is not None:
-        _quantizing.report(summary, job.source.folder, console)
+    else:
+        _quantizing.conclude(summary, job.source.folder, console)
 
 
 def _with_budget(options: _Options, budget: Budget, rules: list[Rule]) -> None:

@@ -75,6 +75,11 @@ class Unit:
     schemes: Mapping[str, Option]
     chosen: str = ""
 
+    @property
+    def loss(self) -> float:
+        """In the scheme that the run took; before it did, in that of the fewest bytes."""
+        return (self.schemes[self.chosen] if self.chosen else next(iter(self.schemes.values()))).loss
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
