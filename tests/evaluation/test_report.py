@@ -451,6 +451,13 @@ def test_a_check_behind_quantize_is_shown_where_there_is_no_evaluation(measured:
     assert "<b>91.2</b>" in text and "short check behind quantize" in text and "90 and 92" in re.sub("<.*?>", "", text)
 
 
+def test_what_a_budget_measured_is_shown_where_there_is_no_evaluation(measured: Path) -> None:
+    (measured / "eval.json").unlink()
+    text = page(collect(measured, {"devices": None, "sensitivity": sensed()}))
+    assert "on 16,352 words held out: <b>0.0152</b>, between 0.0143 and 0.0161" in text
+    assert "was not measured yet" not in text and "spicerack eval" in text
+
+
 def test_a_model_of_pictures_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32)
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")

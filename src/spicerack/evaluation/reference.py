@@ -75,7 +75,8 @@ class Pace:
         if now + least > self.end:
             left = max(self.end - now, 0.0)
             raise UsageError(
-                f"{left:.0f} s are left of the time for it, and a few sentences take {least:.0f} s", "evaluate it apart"
+                f"to read a few sentences takes {least:.0f} s, and {left:.0f} s are left of its time",
+                "evaluate it apart",
             )
         return wanted if now + least * wanted / short <= self.end else short
 
