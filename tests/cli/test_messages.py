@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,23 @@ def test_sizes(typed: str, meant: int) -> None:
 def test_what_is_no_size(typed: str) -> None:
     with pytest.raises(click.BadParameter):
         _output.nbytes(click.Context(cli), cli, typed)
+
+
+def test_what_is_to_be_pasted_is_quoted(llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama_folder("a model")
+    assert in_process("quantize", model, "-o", tmp_path / "an out's", "--scheme", "w8") == 0
+    words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
+    assert words == ["spicerack", "eval", str(tmp_path / "an out's"), "--against", str(model), "--text", "FILE"]
+
+
+def test_nothing_is_left_of_what_cannot_be_written(llama_folder, tmp_path: Path, capsys: Any) -> None:
+    model = llama_folder()
+    assert in_process("quantize", model, "-o", tmp_path / ("x" * 300), "--scheme", "w8") == 2
+    assert "File name too long" in capsys.readouterr().err
+    assert in_process("quantize", model, "-o", "", "--scheme", "w8") == 2
+    assert in_process("quantize", model, "-o", tmp_path / "out", "--scheme", "w8") == 0
+    assert in_process("report", tmp_path / "out", "-o", tmp_path / "out") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_a_folder_of_models_names_them(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ All of it goes through a console that is silent on every rank but the first: pro
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spicerack.cli import _output
+from spicerack.errors import listed
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +164,9 @@ def report(summary: Summary, console: Console) -> None:
     else:
         resumed = ", resumed" if summary.resumed else ""
         console.print(f"{summary.seconds:.1f} s, peak memory {_output.size(summary.peak_rss_bytes)}{resumed}")
+    if broken := [entry.tensor for entry in written.entries if ledger.NOT_FINITE in entry.events]:
+        told = f"{listed(broken, 3, 'tensors')}: {ledger.NOT_FINITE}"
+        console.print(f"[yellow]note[/yellow]   {escape(told)}", soft_wrap=True)
     if summary.output_error is not None and summary.output_error_rounded is not None:
         console.print(_output_error(summary.output_error, summary.output_error_rounded), soft_wrap=True)
 
@@ -179,9 +184,8 @@ def conclude(summary: Summary, source: Path, console: Console) -> None:
         for line in _loss.checked(summary.check):
             console.print(line, soft_wrap=True, markup=False)
     elif obstacle(read_json(source / CONFIG, MAX_CONFIG_BYTES)) is None:  # else there is nothing that compares them
-        console.print(
-            f"next: spicerack eval {summary.output} --against {source} --text FILE", soft_wrap=True, markup=False
-        )
+        line = shlex.join(["spicerack", "eval", str(summary.output), "--against", str(source), "--text", "FILE"])
+        console.print(f"next: {line}", soft_wrap=True, markup=False)
 
 
 def _table(entries: Iterable[Entry], console: Console) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from spicerack.models import census
-from spicerack.models.architecture import host_of
+from spicerack.models.architecture import host_of, on_meta
 from spicerack.models.census import ON_REQUEST
+from spicerack.models.fit import fit
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
@@ -95,8 +96,32 @@ class Source:
         packed = {name for names in self._layouts().values() for name in names}
         return {name: info for name, info in self.folder.checkpoint.tensors.items() if name not in packed}
 
+    def missing(self) -> tuple[str, ...]:
+        """Parameters of the model's class that no tensor of the folder becomes; none where transformers does not know
+        the class, or the folder holds a plain module.
+
+        What is packed may be a tensor of all experts, whose name has no `.weight` at its end.
+        """
+        model = on_meta(self.config) if self.config else None
+        if model is None:
+            return ()
+        shapes = {name: info.shape for name, info in self.described.tensors.items()}
+        bare = {module: shapes[f"{module}.weight"] for module in self.contents}
+        return fit(model, shapes | bare).missing
+
     def reading(self, fmt: Format) -> Reading:
         """What readers of a folder in that format are told: above all the linear layers that stay float."""
+        if fmt.name not in self._readings:  # a model of the family is built for it, and three parts of an export ask
+            self._readings[fmt.name] = self._reading(fmt)
+        return self._readings[fmt.name]
+
+    @cached_property
+    def _readings(self) -> dict[str, Reading]:
+        """What `reading` has found, by the format's name."""
+        return {}
+
+    def _reading(self, fmt: Format) -> Reading:
+        """The same, anew."""
         described = self.described
         if not described.config:
             return Reading()
@@ -131,12 +156,17 @@ class Source:
         """
         stored, change = self.folder.contents[module], self.changes.get(module)
         levels = stored.scheme.levels
-        if stored.scheme.plain_obstacle is not None:
-            return None  # minima and quantized scales are changed where codes are seen
         if levels.hi - levels.lo + 1 < 1 << levels.bits or (change is not None and change.undecoded is None):
             return None
+        if change is not None and stored.scheme.plain_obstacle is not None:
+            return None  # minima and quantized scales are changed where codes are seen
         u = self.folder.undecoded(stored)
         return u if u is None or change is None or change.undecoded is None else change.undecoded(u)
+
+    def either(self, module: str) -> Undecoded | QTensor:
+        """The same undecoded where it can be, else as `packed` has it."""
+        u = self.undecoded(module)
+        return self.packed(module) if u is None else u
 
     def float(self, name: str) -> torch.Tensor:
         """A tensor of `floats`, as it is stored. Raises CheckpointError."""
@@ -154,8 +184,7 @@ class Source:
         asked for."""
         for tensor in self.order():
             if isinstance(tensor, StoredTensor):
-                u = self.undecoded(tensor.module)
-                yield tensor, self.packed(tensor.module) if u is None else u
+                yield tensor, self.either(tensor.module)
             else:
                 yield tensor, self.float(tensor.name)
             self.release(tensor)

@@ -22,6 +22,8 @@ Fate = Literal["quantize", "copy", "drop"]
 """What became of a tensor: quantized, copied as it was, or dropped, because it is there under another name."""
 _MAX_BYTES = 256 << 20
 """Of a ledger that is read: a model of a million tensors has 250 MB of it."""
+NOT_FINITE = "it has numbers that are not finite, and was copied as it is"
+"""Event of a tensor that stays in float, and that a model is of no use with."""
 
 
 @dataclass(frozen=True, slots=True)
