@@ -2,8 +2,8 @@
 
 Prints the tables of docs/quantization/budgets.md. Mixes are what `spicerack quantize --bits` and `--max-kl` write, with
 gptq; uniform schemes are quantized with the same calibration text and method. KL is of the project's language model on
-text held out that neither calibration nor search has seen, computed in float32; differences are paired over its
-windows. llama.cpp's mixtures are its own types by its own rules, rounded by its own code with an importance matrix of
+text held out, windows of it that neither calibration nor search has seen, computed in float32; differences are paired
+over them. llama.cpp's mixtures are its own types by its own rules, rounded by its own code with an importance matrix of
 the same text; its table of tokens, in Q6_K there, stays in float on both sides. All bits are of the layers.
 """
 
@@ -33,9 +33,12 @@ from spicerack.storage.gguf.ggml import TYPES
 from spicerack.text.calibration import Calibration
 from spicerack.text.windows import Window, windows
 
-BUDGETS = (2.5, 3.0, 3.25, 3.5, 4.25)
-UNIFORM = (("w2g32h", 2.5), ("w2g32", 2.5), ("w3g128", 3.125), ("w3g64", 3.25), ("w3g32", 3.5), ("w4g64", 4.25))
-"""Schemes, and their bits: at 3.0 there is none, and the one above it stands beside."""
+BUDGETS = (2.5, 2.625, 3.0, 3.25, 3.4375, 3.5, 4.25, 4.5)
+UNIFORM = (
+    ("w2g32h", 2.5), ("w2g32", 2.5), ("q2_k", 2.625), ("w3", 3.04), ("w3g64", 3.25), ("q3_k", 3.4375), ("w3g32", 3.5),
+    ("w4g64", 4.25), ("q4_k", 4.5),
+)  # fmt: skip
+"""Schemes, and their bits: at 3.0 there is none, and the nearest above it, with a few bytes more, stands beside."""
 RECIPES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 _WINDOW = 512
 _STEP = 0.99
@@ -64,9 +67,8 @@ class Bench:
 
     def uniform(self, scheme: str) -> Path:
         folder = self.work / scheme
-        mine = judge.split(self.text)[0]
         spicerack.quantize(
-            self.source, scheme, output=folder, calibration=mine, threads=torch.get_num_threads(), method="gptq"
+            self.source, scheme, output=folder, calibration=self.text, threads=torch.get_num_threads(), method="gptq"
         )
         return folder
 
@@ -110,7 +112,7 @@ def recipes(bench: Bench, ggml: Ggml) -> None:
     model = AutoModelForCausalLM.from_pretrained(bench.source, dtype=torch.float32)
     weights = {w.entry.info.name: w for w in planned.weights}
     names = [name for name, _ in model.named_parameters() if ".layers." in name and name.endswith("_proj.weight")]
-    known = importances(bench.reference, judge.split(bench.text)[0], names)
+    known = importances(bench.reference, bench.text, names)
     rounded = theirs(ggml)
     for recipe in RECIPES:
         bits = numbers = 0
@@ -161,21 +163,26 @@ def bounded(bench: Bench, bound: float, steps: int) -> None:
 @click.option("--ggml", "folder", type=click.Path(path_type=Path), help="Where ggml is built; none: no llama.cpp.")
 @click.option("--sdist", type=click.Path(path_type=Path), help="Of llama-cpp-python; default: downloaded.")
 @click.option("--samples", type=int, default=64, show_default=True, help="Sequences of calibration text.")
+@click.option("--length", type=int, default=128, show_default=True, help="Tokens of a sequence.")
 @click.option("--max-tokens", type=int, default=16_384, show_default=True, help="Of the held-out text.")
 @click.option("--bits", type=float, multiple=True, default=BUDGETS, show_default=True)
 @click.option("--max-kl", type=float, default=0.01, show_default=True)
-@click.option("--steps", type=int, default=4, show_default=True, help="Of the sweep, a hundredth of the bytes each.")
+@click.option("--steps", type=int, default=3, show_default=True, help="Of the sweep, a hundredth of the bytes each.")
 @click.option("--only", type=click.Choice(["mixes", "recipes", "bound"]), multiple=True, help="Default: all.")
 def main(
-    work: Path, folder: Path | None, sdist: Path | None, samples: int, max_tokens: int, bits: tuple[float, ...],
-    max_kl: float, steps: int, only: tuple[str, ...],
+    work: Path, folder: Path | None, sdist: Path | None, samples: int, length: int, max_tokens: int,
+    bits: tuple[float, ...], max_kl: float, steps: int, only: tuple[str, ...],
 ) -> None:  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     source = language_model()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    text, heldout = texts.of_decoder(source, work, judge.with_held_out(samples), _WINDOW)
-    reference = load(source, dtype=torch.float32)
-    bench = Bench(source, work, text, list(windows(heldout, tokenizer, _WINDOW, max_tokens)), reference)
+    text, heldout = texts.of_decoder(source, work, samples, length)
+    judged = judge.beside(source, tokenizer, _WINDOW)
+    assert judged is not None
+    seen = {tuple(ids.tolist()) for ids in judged.ids}
+    unseen = [one for one in windows(heldout, tokenizer, _WINDOW) if tuple(one.ids.tolist()) not in seen]
+    step = max(len(unseen) * _WINDOW // max_tokens, 1)
+    bench = Bench(source, work, text, unseen[::step], load(source, dtype=torch.float32))
     if not only or "mixes" in only:
         mixes(bench, bits)
     if folder is not None and (not only or "recipes" in only):

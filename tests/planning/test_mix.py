@@ -22,7 +22,7 @@ from spicerack.numerics.scheme import parse
 from spicerack.planning import sensitivity
 from spicerack.planning.budget import budget_of
 from spicerack.planning.mix import fisher as fishers
-from spicerack.planning.mix import known, units
+from spicerack.planning.mix import judge, known, units
 from spicerack.planning.mix import order as orders
 from spicerack.planning.mix import run as mixing
 from spicerack.quantization import job as jobs
@@ -212,6 +212,17 @@ def test_transforms_and_rules_are_in_the_folder(
     assert schemes["model.layers.0.mlp.down_proj.weight"] == schemes["model.embed_tokens.weight"] == "w8"
     assert outcome.summary.sizes.bits_per_weight <= 4.5
     assert outcome.known.rounds[-1].bits == pytest.approx(outcome.summary.sizes.bits_per_weight)
+
+
+def test_a_text_beside_the_model_judges_and_leaves_calibration_its_own(stdlib_lm: Path, tmp_path: Path) -> None:
+    prepared = orders.prepare(order(stdlib_lm, tmp_path / "out", bits=4))
+    assert prepared.text is TEXT and prepared.judge.text.ids.shape == (32, 512)
+    assert any("heldout.txt" in note for note in prepared.notes)
+    assert judge.with_held_out(64, stdlib_lm) == 64 and judge.with_held_out(64, tmp_path) == 85
+    mine, held = judge.split(TEXT)
+    assert len(mine.ids) == 12 and len(held.ids) == 4
+    rows = {tuple(row.tolist()) for row in mine.ids} | {tuple(row.tolist()) for row in held.ids}
+    assert rows == {tuple(row.tolist()) for row in TEXT.ids}
 
 
 def test_an_encoder_is_bounded_by_its_embeddings(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def _with_budget(options: _Options, budget: Budget, rules: list[Rule]) -> None:
 
     listing = decided(units.listing(recipe), True)
     job = jobs.prepare(options.model, listing, with_text=True, shard_bytes=options.shard_bytes)
-    asked = dataclasses.replace(options, samples=judge.with_held_out(options.samples))
+    asked = dataclasses.replace(options, samples=judge.with_held_out(options.samples, job.source.folder))
     text = _calibration(job, _budget.text_of(options), asked)
     output = local(options.output)
     order = Order(options.model, output, budget, recipe, options.effort, text, _means(options), options.shard_bytes)

@@ -1,4 +1,7 @@
-"""What a written folder really loses, on text that is neither calibrated with nor searched on.
+"""What a written folder really loses, on text that is not calibrated with.
+
+That is `heldout.txt` where it lies in the model's folder, as `spicerack eval` takes it; else a part of the calibration
+text, which is kept from calibration. Windows are spread over all of the text.
 
 The folder computes as it ships, in its own type and with its own kernels; the float model in float32. Intervals are
 over windows of a language model's text, and over an encoder's sentences.
@@ -12,14 +15,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import TextError
 from spicerack.evaluation import language
 from spicerack.evaluation.encoder import Pooling, embed
+from spicerack.evaluation.evaluate import HELDOUT
 from spicerack.evaluation.intervals import Interval, mean_interval
 from spicerack.models.architecture import destinations
 from spicerack.numerics import codec
@@ -27,13 +32,15 @@ from spicerack.planning.mix.units import Choice
 from spicerack.runtime.folder import Folder
 from spicerack.runtime.load import load
 from spicerack.text.calibration import Calibration
-from spicerack.text.windows import Window
+from spicerack.text.windows import Window, windows
 
 HELD_OUT = 32
 """Sequences that are kept from calibration, or a quarter of them if that is fewer: 16,384 tokens of 512 give an
 interval of a tenth of the loss."""
 _FEWEST = 8
-"""Sequences of a text that is split: of fewer no interval is worth its name."""
+"""Sequences of a text that is judged on, or split: of fewer no interval is worth its name."""
+_LOOKED_AT = 4096
+"""Windows of a text that some are chosen from, at most."""
 _BATCH = 8
 
 
@@ -56,13 +63,27 @@ class Measured:
         return interval.mean if interval.hi is None else interval.hi
 
 
-def with_held_out(samples: int) -> int:
-    """Sequences to ask for, so that about `samples` are left for calibration behind `split`."""
-    return samples + min(HELD_OUT, max(samples // 3, _FEWEST // 4))
+def with_held_out(samples: int, folder: Path) -> int:
+    """Sequences to ask for, so that about `samples` are left for calibration of the model in `folder`."""
+    return samples if (folder / HELDOUT).is_file() else samples + min(HELD_OUT, max(samples // 3, _FEWEST // 4))
+
+
+def beside(folder: Path, tokenizer: PreTrainedTokenizerBase, window: int) -> Calibration | None:
+    """Windows of the text in a model's folder that it was not trained on; None where there are not enough."""
+    if not (folder / HELDOUT).is_file():
+        return None
+    try:
+        found = [one.ids for one in islice(windows(folder / HELDOUT, tokenizer, window), _LOOKED_AT)]
+    except TextError:
+        return None
+    if len(found) < _FEWEST:
+        return None
+    ids = torch.stack([found[place] for place in _spread(len(found), min(HELD_OUT, len(found)))])
+    return Calibration(ids, None, "", 0.0, str(folder / HELDOUT))
 
 
 def split(text: Calibration) -> tuple[Calibration, Calibration]:
-    """The text for calibration, and the text for judging, sequences spread over all of it.
+    """The text for calibration, and the text for judging, a quarter of its sequences at most.
 
     Raises TextError for fewer than eight sequences.
     """
@@ -72,14 +93,18 @@ def split(text: Calibration) -> tuple[Calibration, Calibration]:
             f"{text.source} has {count} sequences; a budget is judged on a quarter of them, and needs {_FEWEST}",
             "give a longer text, or shorter sequences: --length",
         )
-    held = min(HELD_OUT, count // 4)
     mine = torch.zeros(count, dtype=torch.bool, device="cpu")
-    mine[[(2 * i + 1) * count // (2 * held) for i in range(held)]] = True
+    mine[_spread(count, min(HELD_OUT, count // 4))] = True
 
     def of(rows: torch.Tensor) -> Calibration:
         return dataclasses.replace(text, ids=text.ids[rows], mask=None if text.mask is None else text.mask[rows])
 
     return of(~mine), of(mine)
+
+
+def _spread(count: int, some: int) -> list[int]:
+    """So many of `count` places, at even distances."""
+    return [(2 * i + 1) * count // (2 * some) for i in range(some)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +169,8 @@ class Judge:
             tokens = text.ids.numel() if text.mask is None else int(text.mask.sum())
             return Measured(mean_interval(lost.cpu()), tokens, None)
         count = len(text.ids)
-        windows = (Window(ids, 0, (i + 1) / count) for i, ids in enumerate(text.ids))
-        compared = language.compare(reference, other, windows, progress=progress)
+        read = (Window(ids, 0, (i + 1) / count) for i, ids in enumerate(text.ids))
+        compared = language.compare(reference, other, read, progress=progress)
         return Measured(compared.kl_interval, compared.tokens, mean_interval(compared.nll - compared.nll_reference))
 
     @torch.no_grad()

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from spicerack._version import __version__
 from spicerack.algorithms.method import Method
 from spicerack.errors import UsageError
 from spicerack.evaluation.encoder import Pooling
-from spicerack.evaluation.folder import pooling_of
+from spicerack.evaluation.evaluate import HELDOUT
+from spicerack.evaluation.folder import pooling_of, window_of
 from spicerack.models.blocks.find import find
+from spicerack.models.inputs import limits
 from spicerack.models.kind import kind_of
 from spicerack.planning.mix import units
 from spicerack.planning.mix.estimate import Losses
-from spicerack.planning.mix.judge import Judge, split
+from spicerack.planning.mix.judge import Judge, beside, split
 from spicerack.planning.mix.mixer import Chosen, Fixed, Mixer, Sizes, solved
 from spicerack.planning.mix.units import Choices
 from spicerack.planning.sensitivity import VERSION, Budget, Metric, Option, Sensitivity, Unit
@@ -32,8 +35,10 @@ from spicerack.quantization.rotation import original
 from spicerack.quantization.stream import Means
 from spicerack.runtime.load import load_apart
 from spicerack.storage.durable import json_bytes
+from spicerack.storage.reader import Checkpoint
 from spicerack.storage.writer import SHARD_BYTES, header_bytes, refuse_place
 from spicerack.text.calibration import Calibration
+from spicerack.text.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class Order:
     budget       in place of a scheme
     recipe       rules, method, range and engine; its scheme is of no account
     effort       what may be spent on codes where no method is named
-    text         calibration text; a quarter of it at most judges
+    text         calibration text; a quarter of it at most judges, where the model's folder has no text for that
     means        what the run may use
     shard_bytes  the largest file to write
     """
@@ -138,8 +143,8 @@ def prepare(order: Order) -> Prepared:
             f"{source.folder} is an encoder: it predicts nothing that a KL could be of",
             "--max-loss bounds what its embeddings lose, 1 - cosine",
         )
-    text, held_out = split(order.text)
     model, experts = load_apart(source)
+    text, held_out = _texts(order.text, source, model, encoder=encoder)
     reached = [target.tensor for block in tensors_of(find(model), experts, listing) for target in block.targets]
     census = Source.of(listing.source).census
     choices = units.choices(listing, census.shared_inputs, reached, order.recipe.for_)
@@ -147,12 +152,25 @@ def prepare(order: Order) -> Prepared:
     count, length = held_out.ids.shape
     notes = (
         *choices.notes, *text.notes,
-        f"judged on {count} of the text's sequences, {length} tokens each, which nothing else sees",
+        f"judged on {count} sequences of {held_out.source}, {length} tokens each, which are not calibrated with",
     )  # fmt: skip
     judge = Judge(source.folder, held_out, pooling, order.means.device)
     prepared = Prepared(order, method, listing, choices, _fixed(listing, choices), text, judge, notes)
     _refuse_small(prepared)
     return prepared
+
+
+def _texts(
+    text: Calibration, source: Checkpoint, model: PreTrainedModel, *, encoder: bool
+) -> tuple[Calibration, Calibration]:
+    """The text for calibration, and that for judging: of a language model the one in its folder, if there is one."""
+    folder = source.folder
+    if not encoder and (folder / HELDOUT).is_file():
+        window = window_of(None, limits(model, model.config), folder)
+        apart = beside(folder, read_tokenizer(folder, model.config), window)
+        if apart is not None:
+            return text, apart
+    return split(text)
 
 
 def _refuse_small(prepared: Prepared) -> None:
