@@ -318,6 +318,19 @@ def test_both_languages_say_the_same_numbers(measured: Path) -> None:
     assert all(english == chinese for english, chinese in values) and any(english for english, _ in values)
 
 
+def test_chinese_has_punctuation_of_its_own_width() -> None:
+    def chinese(words: str) -> str:
+        return re.findall(r'zh-CN" class="t">(.*?)</span>', markup.say("", words, n=7, code="a, b"))[0]
+
+    wide = {sign: chr(ord(sign) + 0xFEE0) for sign in ",:;()?!"}
+    assert chinese("甲,乙:{n},丙") == f"甲{wide[',']}乙{wide[':']}7{wide[',']}丙"
+    assert (
+        chinese("甲(7 %)") == f"甲{wide['(']}7 %{wide[')']}"
+        and chinese("KL(nat/词)") == f"KL{wide['(']}nat/词{wide[')']}"
+    )
+    assert chinese("{code}; f(x), 1,000:") == "a, b; f(x), 1,000:".replace("b;", f"b{wide[';']}")
+
+
 def test_it_never_rounds_up_to_all(measured: Path) -> None:
     assert markup.hundred(0.9999) == "99.9" and markup.hundred(1.0) == "100" and markup.hundred(0.89) == "89"
     assert "<b>99.7</b>" in page(collect(measured))
