@@ -427,7 +427,6 @@ NEW_FORMAT = '''
 from dataclasses import dataclass
 import torch
 from spicerack.numerics.qtensor import QTensor
-from spicerack.models.architecture import on_meta
 from spicerack.numerics.scheme import parse
 from spicerack.storage.format import Reading, StoredTensor
 
