@@ -39,7 +39,7 @@ add_library(kernels STATIC ${kernels}/engines.cpp ${kernels}/layout.cpp ${kernel
             ${kernels}/packed.cpp ${kernels}/plan.cpp ${kernels}/pool.cpp ${kernels}/team.cpp)
 set_options(kernels)
 target_link_libraries(kernels PUBLIC Threads::Threads ${CMAKE_DL_LIBS})
-add_library(quantizers STATIC ${quantizers}/dispatch.cpp ${quantizers}/pack.cpp)
+add_library(quantizers STATIC ${quantizers}/dispatch.cpp ${quantizers}/pack.cpp ${quantizers}/planes.cpp)
 set_options(quantizers)
 # What takes longest to compile comes first.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")

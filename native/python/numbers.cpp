@@ -2,6 +2,7 @@
 #include "../kernels/team.h"
 #include "../quantizers/dispatch.h"
 #include "../quantizers/pack.h"
+#include "../quantizers/planes.h"
 #include "arrays.h"
 
 #include <algorithm>
@@ -168,6 +169,47 @@ void unpack_words(Matrix<const int32_t> words, int bits, int offset, Matrix<uint
     unpack((const uint8_t*)words.data(), codes.shape(0), codes.shape(1), bits, offset, codes.data());
 }
 
+using PlaneTuple = std::tuple<int, int, int, int64_t>;
+
+// Codes [rows, columns] of `bits` in words, and in blocks as planes.h tells; the block: codes, bytes.
+struct PlanesOf {
+    std::vector<Plane> each;
+    Planes planes;
+    int64_t rows, columns;
+
+    PlanesOf(size_t word_rows, size_t words, int bits, size_t raw_rows, size_t raw_bytes,
+             const std::pair<int64_t, int64_t>& block, const std::vector<PlaneTuple>& given) {
+        const auto [count, nbytes] = block;
+        require(count > 0 && count <= Planes::MAX_CODES && count % 32 == 0 && nbytes > 0, "a block of 32 to 256 codes");
+        for (const auto& [width, stride, shift, offset] : given) {
+            require(width == 1 || width == 2 || width == 4 || width == 8, "planes of 1, 2, 4 or 8 bits");
+            require(stride == 1 || (stride > 0 && stride % 8 == 0 && count % (stride * (8 / width)) == 0),
+                    "runs do not fit in the block");
+            require(offset >= 0 && offset + count * width / 8 <= nbytes && shift >= 0 && shift < 8, "beyond the block");
+            each.push_back({width, stride, shift, offset});
+        }
+        require(raw_rows == word_rows && raw_bytes % nbytes == 0, "rows of whole blocks");
+        columns = int64_t(raw_bytes) / nbytes * count;
+        check_packed(bits, word_rows, size_t(columns), word_rows, words);
+        rows = int64_t(word_rows);
+        planes = {count, nbytes, each.data(), int(each.size())};
+    }
+};
+
+void words_to_blocks(Matrix<const int32_t> words, int bits, const std::pair<int64_t, int64_t>& block,
+                     const std::vector<PlaneTuple>& given, Matrix<uint8_t> raw) {
+    const PlanesOf of(words.shape(0), words.shape(1), bits, raw.shape(0), raw.shape(1), block, given);
+    nb::gil_scoped_release unlocked;
+    to_blocks((const uint8_t*)words.data(), of.rows, of.columns, bits, of.planes, raw.data());
+}
+
+void blocks_to_words(Matrix<const uint8_t> raw, int bits, const std::pair<int64_t, int64_t>& block,
+                     const std::vector<PlaneTuple>& given, Matrix<int32_t> words) {
+    const PlanesOf of(words.shape(0), words.shape(1), bits, raw.shape(0), raw.shape(1), block, given);
+    nb::gil_scoped_release unlocked;
+    from_blocks(raw.data(), of.rows, of.columns, bits, of.planes, (uint8_t*)words.data());
+}
+
 // ---- training: addresses of tensors that numerics/native.py has checked ---------------------------------------------
 
 constexpr int64_t WEIGHTS_A_THREAD = 1 << 15;  // that are worth a thread
@@ -252,6 +294,8 @@ void bind_numbers(nb::module_& m) {
     m.def("compare", &compare, "w"_a, "levels"_a, "scale"_a, "zero"_a.none(), "codes"_a);
     m.def("pack", &pack_codes, "codes"_a, "bits"_a, "offset"_a, "words"_a.noconvert());
     m.def("unpack", &unpack_words, "words"_a, "bits"_a, "offset"_a, "codes"_a.noconvert());
+    m.def("to_blocks", &words_to_blocks, "words"_a, "bits"_a, "block"_a, "planes"_a, "raw"_a.noconvert());
+    m.def("from_blocks", &blocks_to_words, "raw"_a, "bits"_a, "block"_a, "planes"_a, "words"_a.noconvert());
     m.def("fake", &fake, "w"_a, "type"_a, "sizes"_a, "scale"_a, "zero"_a, "levels"_a, "out"_a, "out_type"_a,
           "isa"_a = "");
     m.def("fake_gradients", &fake_gradients, "grad"_a, "grad_type"_a, "w"_a, "type"_a, "sizes"_a, "scale"_a,

@@ -1,31 +1,12 @@
-// See pack.h. Eight codes make `bits` bytes: they are drawn together inside one 64-bit integer, in pairs, then pairs of
-// pairs, then halves.
+// See pack.h.
 #include "pack.h"
 
 #include <cstring>
 
+#include "eight.h"
+
 namespace spicerack {
 namespace {
-
-constexpr uint64_t BYTES = 0x0101010101010101, PAIRS = 0x00ff00ff00ff00ff, QUADS = 0x0000ffff0000ffff;
-
-template <int BITS>
-uint64_t gather(uint64_t x) {
-    constexpr int gap = 8 - BITS;
-    x = (x & PAIRS) | ((x & ~PAIRS) >> gap);
-    x = (x & QUADS) | ((x & ~QUADS) >> 2 * gap);
-    return (x & 0xffffffff) | ((x & ~uint64_t(0xffffffff)) >> 4 * gap);
-}
-
-template <int BITS>
-uint64_t spread(uint64_t x) {
-    constexpr int gap = 8 - BITS;
-    constexpr uint64_t low4 = (uint64_t(1) << 4 * BITS) - 1, low2 = (uint64_t(1) << 2 * BITS) - 1;
-    constexpr uint64_t quads = low2 | low2 << 32, pairs = ((uint64_t(1) << BITS) - 1) * 0x0001000100010001;
-    x = (x & low4) | ((x & ~low4) << 4 * gap);
-    x = (x & quads) | ((x & ~quads) << 2 * gap);
-    return (x & pairs) | ((x & ~pairs) << gap);
-}
 
 // One row; both directions handle the last, incomplete eight in a copy.
 template <int BITS>

@@ -57,6 +57,20 @@ def compare(
 ) -> tuple[float, float]: ...
 def pack(codes: torch.Tensor, bits: int, offset: int, words: torch.Tensor) -> None: ...
 def unpack(words: torch.Tensor, bits: int, offset: int, codes: torch.Tensor) -> None: ...
+def to_blocks(
+    words: torch.Tensor,
+    bits: int,
+    block: tuple[int, int],
+    planes: Sequence[tuple[int, int, int, int]],
+    raw: torch.Tensor,
+) -> None: ...
+def from_blocks(
+    raw: torch.Tensor,
+    bits: int,
+    block: tuple[int, int],
+    planes: Sequence[tuple[int, int, int, int]],
+    words: torch.Tensor,
+) -> None: ...
 def fake(
     w: int,
     type: int,

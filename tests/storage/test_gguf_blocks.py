@@ -71,6 +71,30 @@ def test_the_table_is_ggmls() -> None:
 
 
 @pytest.mark.parametrize("type_", DECODED, ids=str)
+def test_codes_are_drawn_into_a_stream_and_back(type_: GgmlType) -> None:
+    raw = random_rows(type_, 7)
+    q, u = blocks.decode(type_, raw), blocks.undecoded(type_, raw)
+    assert u.order == "stream" and torch.equal(u.qtensor().codes, q.codes)
+    assert torch.equal(codec.decode(u.qtensor()), codec.decode(q))
+    assert torch.equal(blocks.encode(type_, u), blocks.encode(type_, q))
+
+
+@pytest.mark.parametrize("type_", DECODED, ids=str)
+def test_compiled_planes_are_those_of_the_table(type_: GgmlType) -> None:
+    if (planes := layouts.planes_of(type_.name)) is None:
+        pytest.skip("its codes are no planes")
+    raw = random_rows(type_, 5).reshape(-1, type_.nbytes)
+    wanted = layouts.Parts()
+    for (_, _, _, at), field in zip(
+        planes.planes, [f for f in layouts.LAYOUTS[type_.name] if isinstance(f, layouts.Planes) and f.part == "u"],
+        strict=True,
+    ):  # fmt: skip
+        field.unpack(raw[:, at : at + field.nbytes], wanted)
+        assert torch.equal(field.pack({"u": layouts.unpack(type_.name, raw)["u"]}), raw[:, at : at + field.nbytes])
+    assert torch.equal(layouts.unpack(type_.name, raw)["u"], wanted["u"])
+
+
+@pytest.mark.parametrize("type_", DECODED, ids=str)
 def test_any_bytes_are_llama_cpps_numbers_and_come_back(type_: GgmlType) -> None:
     raw = random_rows(type_, 40)
     q = blocks.decode(type_, raw)

@@ -145,18 +145,15 @@ def foretell(job: Job, console: Console) -> None:
     console.print("nothing was written: this was a dry run")
 
 
-def report(summary: Summary, source: Path, console: Console) -> None:
-    """Print what came out: a row for each kind of layer with its sizes and error, the totals, time, memory, what to do
-    next.
+def report(summary: Summary, console: Console) -> None:
+    """Print what came out: a row for each kind of layer with its sizes and error, the totals, time and memory.
 
     Errors are read from the folder's ledger, and not kept from the run: what is shown is what the folder says of
-    itself. source: the float model's folder, for the command that compares the two.
+    itself.
     """
     from rich.markup import escape
 
-    from spicerack.models.kind import obstacle
     from spicerack.storage import ledger
-    from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
 
     written = ledger.read(summary.output)
     assert written is not None, "quantized just now"
@@ -172,7 +169,21 @@ def report(summary: Summary, source: Path, console: Console) -> None:
         console.print(f"[yellow]note[/yellow]   {escape(told)}", soft_wrap=True)
     if summary.output_error is not None and summary.output_error_rounded is not None:
         console.print(_output_error(summary.output_error, summary.output_error_rounded), soft_wrap=True)
-    if obstacle(read_json(source / CONFIG, MAX_CONFIG_BYTES)) is None:  # else there is nothing that compares them
+
+
+def conclude(summary: Summary, source: Path, console: Console) -> None:
+    """Print what the check measured, if there was one, or what to do next.
+
+    source: the float model's folder, for the command that compares the two.
+    """
+    from spicerack.cli import _loss
+    from spicerack.models.kind import obstacle
+    from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
+
+    if summary.check is not None:
+        for line in _loss.checked(summary.check):
+            console.print(line, soft_wrap=True, markup=False)
+    elif obstacle(read_json(source / CONFIG, MAX_CONFIG_BYTES)) is None:  # else there is nothing that compares them
         line = shlex.join(["spicerack", "eval", str(summary.output), "--against", str(source), "--text", "FILE"])
         console.print(f"next: {line}", soft_wrap=True, markup=False)
 

@@ -6,7 +6,6 @@ one tensor: whoever walks gives a tensor up when it asks for the next.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +18,6 @@ from spicerack.models import census
 from spicerack.models.architecture import host_of, on_meta
 from spicerack.models.census import ON_REQUEST
 from spicerack.models.fit import fit
-from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.quantization import decisions
@@ -27,7 +25,7 @@ from spicerack.runtime.folder import Folder
 from spicerack.storage import ledger
 from spicerack.storage.format import Contents, Format, Reading, StoredTensor
 from spicerack.storage.ledger import Ledger
-from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
+from spicerack.storage.reader import Checkpoint, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +76,7 @@ class Source:
 
         No tensor of it that is packed can be read.
         """
-        base = self.folder.checkpoint
-        infos = dict(self.floats)
-        for stored in self.contents.values():
-            name, shape = f"{stored.module}.weight", stored.shape[::-1] if stored.transposed else stored.shape
-            dtype = safetensors_dtype(stored.source_dtype)
-            infos[name] = TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, "")
-        return replace(base, config=dict(self.config), tensors=infos, mapped=None)
+        return self.folder.described(self.contents)
 
     @cached_property
     def ledger(self) -> Ledger | None:
@@ -94,8 +86,7 @@ class Source:
     @cached_property
     def floats(self) -> dict[str, TensorInfo]:
         """Name -> header of the tensors that are no part of a packed one, in the order of the disk."""
-        packed = {name for names in self._layouts().values() for name in names}
-        return {name: info for name, info in self.folder.checkpoint.tensors.items() if name not in packed}
+        return self.folder.float_headers()
 
     def missing(self) -> tuple[str, ...]:
         """Parameters of the model's class that no tensor of the folder becomes; none where transformers does not know
@@ -112,6 +103,17 @@ class Source:
 
     def reading(self, fmt: Format) -> Reading:
         """What readers of a folder in that format are told: above all the linear layers that stay float."""
+        if fmt.name not in self._readings:  # a model of the family is built for it, and three parts of an export ask
+            self._readings[fmt.name] = self._reading(fmt)
+        return self._readings[fmt.name]
+
+    @cached_property
+    def _readings(self) -> dict[str, Reading]:
+        """What `reading` has found, by the format's name."""
+        return {}
+
+    def _reading(self, fmt: Format) -> Reading:
+        """The same, anew."""
         described = self.described
         if not described.config:
             return Reading()
@@ -123,7 +125,7 @@ class Source:
 
     def order(self) -> list[StoredTensor | TensorInfo]:
         """All tensors, packed ones and floats, in the order of the disk: read so, files are read once, in sequence."""
-        owner = {name: module for module, names in self._layouts().items() for name in names}
+        owner = {name: module for module, names in self.folder.layouts().items() for name in names}
         order: dict[str, StoredTensor | TensorInfo] = {}
         for name, info in self.folder.checkpoint.tensors.items():
             if name in owner:
@@ -146,12 +148,17 @@ class Source:
         """
         stored, change = self.folder.contents[module], self.changes.get(module)
         levels = stored.scheme.levels
-        if stored.scheme.plain_obstacle is not None:
-            return None  # minima and quantized scales are changed where codes are seen
         if levels.hi - levels.lo + 1 < 1 << levels.bits or (change is not None and change.undecoded is None):
             return None
+        if change is not None and stored.scheme.plain_obstacle is not None:
+            return None  # minima and quantized scales are changed where codes are seen
         u = self.folder.undecoded(stored)
         return u if u is None or change is None or change.undecoded is None else change.undecoded(u)
+
+    def either(self, module: str) -> Undecoded | QTensor:
+        """The same undecoded where it can be, else as `packed` has it."""
+        u = self.undecoded(module)
+        return self.packed(module) if u is None else u
 
     def float(self, name: str) -> torch.Tensor:
         """A tensor of `floats`, as it is stored. Raises CheckpointError."""
@@ -169,15 +176,7 @@ class Source:
         asked for."""
         for tensor in steady(self.order()):
             if isinstance(tensor, StoredTensor):
-                u = self.undecoded(tensor.module)
-                yield tensor, self.packed(tensor.module) if u is None else u
+                yield tensor, self.either(tensor.module)
             else:
                 yield tensor, self.float(tensor.name)
             self.release(tensor)
-
-    def _layouts(self) -> dict[str, list[str]]:
-        """Module -> names of its tensors in the folder."""
-        fmt = self.folder.format
-        if fmt is None:
-            return {}
-        return {module: list(fmt.layout(stored)) for module, stored in self.folder.contents.items()}

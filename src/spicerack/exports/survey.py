@@ -17,7 +17,7 @@ from spicerack.arguments import checked
 from spicerack.errors import SchemeError, ShapeError, SpicerackError, UsageError, listed
 from spicerack.exports import target as targets
 from spicerack.exports import verify
-from spicerack.exports.export import changed, facts_of, plan
+from spicerack.exports.planning import changed, facts_of, plan
 from spicerack.exports.restoring import restored
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order

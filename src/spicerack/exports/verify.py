@@ -1,14 +1,16 @@
 """What was written, read back before it gets its name: by the engine's own reader where that is installed.
 
-Every weight is compared, a tensor at a time: what a reader decodes must be what our codes stand for, exactly, in the
-type that it decodes into; floats must be the bytes that they were. The first difference raises, and nothing is left of
-the output.
+Every weight is compared, a tensor at a time, exactly; floats must be the bytes that they were. Most readers give the
+integers, scales and minima that their numbers are made of, all of which are compared, and decode some rows themselves
+(`sampled`): these must be what our codes stand for, in the type that the reader decodes into. Others decode all rows.
+The first difference raises, and nothing is left of the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +21,9 @@ import torch
 from spicerack import plugins
 from spicerack.errors import OutputError, SpicerackError
 from spicerack.exports.source import Source
-from spicerack.numerics import codec
-from spicerack.numerics.qtensor import QTensor
+from spicerack.numerics import codec, native
+from spicerack.numerics.qtensor import QTensor, Scale
+from spicerack.numerics.scheme import Scheme
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.holding import spread
@@ -72,14 +75,14 @@ class Grid:
     scales   float [N, G] of as many groups of a row, or [1, 1]
     zeros    float, like scales, or one for all
     biases   float like scales; None for none
-    decoded  float [R, K]: the first rows, as the reader's own code computes them from these; None where it has none
+    samples  some rows as the reader's own code computes them from these: the first one's number, and float [R, K]
     """
 
     codes: torch.Tensor | Words
     scales: torch.Tensor
     zeros: torch.Tensor
     biases: torch.Tensor | None = None
-    decoded: torch.Tensor | None = None
+    samples: Sequence[tuple[int, torch.Tensor]] = ()
 
     def values(self) -> torch.Tensor:
         """The weights, float32 [N, K]."""
@@ -97,15 +100,20 @@ class Rows:
 
     count    rows
     decoded  first row, and the one behind the last -> these, float [.., K]
+    parts    the bytes that it decodes, all of them, as we take them apart: then it decodes those of `sampled` alone;
+             None where it decodes all
     """
 
     count: int
     decoded: Callable[[int, int], torch.Tensor]
+    parts: Undecoded | None = None
 
 
 Weights = Callable[[str], torch.Tensor | Grid | Rows]
 """Name of a tensor in the source (`X.weight` of what is packed) -> its values, [.., N, K] in a float type, or what they
 are computed from; a float tensor as it is stored. Raises KeyError for one that is not there."""
+_SAMPLED = 1 << 15
+"""Weights of each of three pieces of a matrix that a reader decodes itself: some rows, of each tensor of a model."""
 _ROWS = 1 << 22
 """Weights that are compared at a time: 16 MB of float32 beside the tensor itself."""
 _FAULT = "this is a fault of spicerack or of the reader: please report it"
@@ -139,30 +147,137 @@ def choose(to: str, source: Source) -> Reader | None:
     return min(able, key=lambda reader: not reader.foreign, default=None)
 
 
+def sampled(name: str, shape: tuple[int, int], multiple: int = 1) -> list[tuple[int, int]]:
+    """Rows of a matrix [N, K] that a reader decodes: the first ones, some that its name draws, and the last ones.
+
+    Of each piece the first row, and the one behind the last, in multiples; all in one piece where they are few.
+    """
+    n, k = shape
+    count = -(-max(_SAMPLED // k, 1) // multiple) * multiple
+    if 3 * count >= n:
+        return [(0, n)]
+    middle = random.Random(name).randrange(count, n - 2 * count + 1) // multiple * multiple
+    last = (n - count) // multiple * multiple
+    return [(0, count), (middle, middle + count), (last, min(last + count, n))]
+
+
 def verify(reader: Reader, source: Source, path: Path) -> None:
     """Compare every tensor of `source` with what `reader` reads at `path`. Raises OutputError naming the first that
     differs, how much and where."""
-    weights = reader.opened(path, source)
+    weights, who = reader.opened(path, source), reader.name
     for tensor, value in source.walk():
         name = f"{tensor.module}.weight" if isinstance(tensor, StoredTensor) else tensor.name
         try:
             read = weights(name)
         except KeyError as error:
-            raise OutputError(f"{name} is not in what was written, as {reader.name} reads it", _FAULT) from error
+            raise OutputError(f"{name} is not in what was written, as {who} reads it", _FAULT) from error
         except SpicerackError:
             raise
         except Exception as error:  # somebody else's code: whatever it raises, it does not read this
-            raise OutputError(f"{name}: {reader.name} does not read it: {error!r}", _FAULT) from error
-        if isinstance(read, Grid):
-            assert not isinstance(value, torch.Tensor), "floats are read as floats"
+            raise OutputError(f"{name}: {who} does not read it: {error!r}", _FAULT) from error
+        if isinstance(value, torch.Tensor):
+            assert not isinstance(read, Grid), "floats are read as floats"
+            _compare(name, iter((value,)), read, who)
+        elif isinstance(read, Grid):
             if (different := _different(value, read)) is not None:
-                raise OutputError(f"{name}: {reader.name} reads other {different}", _FAULT)
-            if read.decoded is not None:
-                first = next(codec.decode_rows(_decoded(value), len(read.decoded)))
-                _compare(name, iter((first,)), read.decoded, reader.name)
+                raise OutputError(f"{name}: {who} reads other {different}", _FAULT)
+            _compare_samples(name, value, read.samples, who)
+        elif isinstance(read, Rows) and read.parts is not None:
+            if not _same_parts(value, read.parts):
+                parts = codec.decode(replace(read.parts.qtensor(), transposed=False))
+                _compare(name, _pieces(_decoded(value)), parts, who)
+                raise OutputError(f"{name}: {who} reads other scales", _FAULT)
+            pieces = sampled(name, read.parts.shape)
+            _compare_samples(name, value, [(start, read.decoded(start, stop)) for start, stop in pieces], who)
         else:
-            pieces = iter((value,)) if isinstance(value, torch.Tensor) else _pieces(_decoded(value))
-            _compare(name, pieces, read, reader.name)
+            _compare(name, _pieces(_decoded(value)), read, who)
+
+
+def _compare_samples(name: str, q: QTensor | Undecoded, samples: Iterable[tuple[int, torch.Tensor]], who: str) -> None:
+    """Raise OutputError unless rows of q are what was read of them: the first one's number, and values [R, K]."""
+    for start, values in samples:
+        rows = codec.decode(_decoded(_rows_of(q, start, start + len(values))))
+        _compare(name, iter((rows,)), values, who, start * rows.shape[1])
+
+
+def _rows_of(q: QTensor | Undecoded, start: int, stop: int) -> QTensor | Undecoded:
+    """Some rows of a matrix [N, K], whose groups are of one row or of all."""
+    if isinstance(q, Undecoded) and q.order == "quarters":
+        q = q.qtensor()
+    n, k = q.shape
+    rows = q.scheme.group_shape(n, k)[0]
+    assert rows in (1, n), "no scheme that is exported has others"
+
+    def part(values: Scale | None) -> Any:
+        """Scales, zero points or minima of these rows."""
+        if values is None or rows == n:
+            return values
+        return _rows_of(values, start, stop) if isinstance(values, QTensor) else values[start:stop]
+
+    parts = {"scale": part(q.scale), "zero": part(q.zero), "min": part(q.min)}
+    if isinstance(q, Undecoded):
+        return replace(q, shape=(stop - start, k), data=q.data[start:stop], transposed=False, **parts)
+    return replace(q, codes=q.codes[start:stop], transposed=False, **parts)
+
+
+def _same_parts(q: QTensor | Undecoded, read: Undecoded) -> bool:
+    """Whether a matrix is the one that was read: by its integers and floats where both have the same, else by what they
+    stand for."""
+    if q.scheme.levels == read.scheme.levels and _same_kind(q.scheme, read.scheme):
+        words = _words_of(q)
+        return torch.equal(words, read.data) and _same_scales(q.scale, read.scale) and _same_scales(q.min, read.min)
+    low = None if read.min is None else _floats(read.min)
+    if q.scheme.plain_obstacle is None and read.scheme.levels_obstacle is None:
+        zero = torch.tensor(float(-read.scheme.levels.lo), dtype=torch.float32, device="cpu")
+        grid = Grid(Words(read.data, read.scheme.bits, read.shape[1]), _floats(read.scale), zero, low)
+        if read.scheme.bits == q.scheme.bits and _different(q, grid) is None:
+            return True
+        if read.min is None:
+            return _same_integers(_decoded(q), read)
+    return all(torch.equal(a, b) for a, b in zip(_pieces(_decoded(q)), _pieces(read.qtensor()), strict=True))
+
+
+def _same_integers(q: QTensor, read: Undecoded) -> bool:
+    """Whether two matrices are the same integers times the same floats, whatever their zero points and halves, or the
+    negative ones times negative floats."""
+    others = read.qtensor()
+    scale, integers = _floats(read.scale), others.codes.short()
+    grid = tuple(scale.shape)
+    own, codes = spread(q.plain_scale, grid).float(), q.codes.short()
+    if q.zero is not None:
+        codes = (codes.unflatten(-1, (grid[1], -1)) - spread(q.zero, grid)[..., None]).flatten(-2)
+    if q.scheme.integers.half:
+        own, codes = own / 2, 2 * codes + 1
+    return any(torch.equal(sign * codes, integers) and torch.equal(sign * own, scale.float()) for sign in (1, -1))
+
+
+def _same_kind(a: Scheme, b: Scheme) -> bool:
+    """Whether scales and minima of two schemes are of one kind, and their groups the same."""
+    kinds = [[kind.levels if isinstance(kind, Scheme) else kind is None for kind in (s.scale, s.min)] for s in (a, b)]
+    return kinds[0] == kinds[1] and (a.group, a.zero) == (b.group, b.zero)
+
+
+def _words_of(q: QTensor | Undecoded) -> torch.Tensor:
+    """Codes as words of a stream."""
+    if isinstance(q, Undecoded) and q.order == "stream":
+        return q.data
+    return native.pack(_decoded(q).codes, q.scheme.bits, offset=-q.scheme.levels.lo)
+
+
+def _same_scales(a: Scale | None, b: Scale | None) -> bool:
+    """Whether two scales or minima have the same numbers, and, of those that are quantized, the same codes."""
+    if isinstance(a, QTensor) and isinstance(b, QTensor):
+        return torch.equal(a.codes, b.codes) and _same_scales(a.scale, b.scale) and _same_scales(a.min, b.min)
+    if a is None or b is None or isinstance(a, QTensor) or isinstance(b, QTensor):
+        return a is b
+    return (
+        _equal(a.view(torch.uint8), b.view(torch.uint8)) if a.element_size() == 1 == b.element_size() else _equal(a, b)
+    )
+
+
+def _floats(part: Scale) -> torch.Tensor:
+    """Scales or minima as they count in arithmetic."""
+    return codec.decode(part) if isinstance(part, QTensor) else part
 
 
 def _decoded(q: QTensor | Undecoded) -> QTensor:
@@ -218,8 +333,11 @@ def _pieces(q: QTensor) -> Iterator[torch.Tensor]:
     return codec.decode_rows(q, max(_ROWS // k // rows, 1) * rows)
 
 
-def _compare(name: str, pieces: Iterator[torch.Tensor], read: torch.Tensor | Rows, who: str) -> None:
-    """Raise OutputError unless the pieces, in the type that was read, are what was read, in order."""
+def _compare(name: str, pieces: Iterator[torch.Tensor], read: torch.Tensor | Rows, who: str, first: int = 0) -> None:
+    """Raise OutputError unless the pieces, in the type that was read, are what was read, in order.
+
+    first: where in the tensor the first number is.
+    """
     start = rows = 0
     for piece in pieces:
         if isinstance(read, Rows):
@@ -228,7 +346,7 @@ def _compare(name: str, pieces: Iterator[torch.Tensor], read: torch.Tensor | Row
             part = read.reshape(-1)[start : start + piece.numel()]
         wanted = piece.reshape(-1).to(part.dtype)
         if part.shape != wanted.shape or not torch.equal(part, wanted):
-            raise OutputError(f"{name}: {who} reads {_difference(part, wanted, start)}", _FAULT)
+            raise OutputError(f"{name}: {who} reads {_difference(part, wanted, first + start)}", _FAULT)
         start, rows = start + wanted.numel(), rows + len(piece)
     if (rows != read.count) if isinstance(read, Rows) else (start != read.numel()):
         raise OutputError(f"{name}: {who} reads more than the {start} numbers that were to be written", _FAULT)

@@ -305,3 +305,38 @@ def unpack(words: torch.Tensor, bits: int, columns: int, *, offset: int = 0, thr
     with team(threads) as workers:
         workers.run(lambda a, b: _native.unpack(rows[a:b], bits, offset, codes[a:b]), len(rows))
     return codes.reshape(*words.shape[:-1], columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How the codes of a block of a file lie in its bytes; what else is in it is not looked at.
+
+    count   codes of a block, a multiple of 32, at most 256
+    nbytes  of a block
+    planes  bits, stride, shift and first byte of each: bits shift..shift+bits-1 of all codes, of which runs of `stride`
+            (1, or a multiple of 8) share bytes, the first run lowest
+    """
+
+    count: int
+    nbytes: int
+    planes: tuple[tuple[int, int, int, int], ...]
+
+
+def to_blocks(words: torch.Tensor, bits: int, blocks: Blocks, raw: torch.Tensor, *, threads: int = 1) -> None:
+    """Codes in streams, int32 [R, W] as `pack` has them -> their bits in raw, uint8 [R, bytes of blocks], in place.
+
+    Both on the CPU, contiguous; raw's other bytes stay what they are.
+    """
+    shape = blocks.count, blocks.nbytes
+    with team(threads) as workers:
+        workers.run(lambda a, b: _native.to_blocks(words[a:b], bits, shape, blocks.planes, raw[a:b]), len(raw))
+
+
+def from_blocks(raw: torch.Tensor, bits: int, blocks: Blocks, *, threads: int = 1) -> torch.Tensor:
+    """Inverse of `to_blocks`: uint8 [R, bytes of blocks] -> int32 [R, W]."""
+    raw, shape = raw.contiguous(), (blocks.count, blocks.nbytes)
+    columns = raw.shape[1] // blocks.nbytes * blocks.count
+    words = torch.empty((len(raw), columns * bits // 32), dtype=torch.int32, device="cpu")
+    with team(threads) as workers:
+        workers.run(lambda a, b: _native.from_blocks(raw[a:b], bits, shape, blocks.planes, words[a:b]), len(raw))
+    return words

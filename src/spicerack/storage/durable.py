@@ -12,6 +12,7 @@ size do not notice.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,6 +22,9 @@ from typing import Any
 
 from spicerack.errors import OutputError
 
+CONTINUES = "the same command continues once there is room"
+NOTHING_LEFT = "nothing is left of it; the same command begins anew once there is room"
+"""What helps where the system did not write, which is mostly a full disk."""
 LOCK = ".lock"
 """Name of the file that is locked by the process that writes in a folder; its number stands in it, for errors."""
 
@@ -56,8 +60,9 @@ def locked(folder: Path) -> int:
         owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
         os.close(descriptor)
         raise OutputError(f"{folder} is being written by process {owner}", "wait for it, or stop it") from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    with contextlib.suppress(OSError):  # of a full disk, which what is written next will tell of
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return descriptor
 
 
@@ -67,12 +72,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def disk_error(error: OSError, partial: Path) -> OutputError:
+def disk_error(error: OSError, partial: Path, *, stays: bool = True) -> OutputError:
     """What is raised for an error of the system while `partial` was written; the remedy is that of a full disk.
 
-    error: of the system, whose own words are kept. partial: the folder in the making, which stays as it is.
+    error    of the system, whose own words are kept
+    partial  what is in the making
+    stays    it stays as it is, for the same command to continue; else nothing is left of it
     """
-    return OutputError(f"writing {partial} failed: {error.strerror}", "the same command continues once there is room")
+    return OutputError(f"writing {partial} failed: {error.strerror}", CONTINUES if stays else NOTHING_LEFT)
 
 
 def json_bytes(value: Any) -> bytes:

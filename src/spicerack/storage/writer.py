@@ -136,14 +136,19 @@ class Writer:
     identity    facts, of values that JSON has, that must be equal for a resumed run to continue this folder (recipe,
                 source, versions)
     side_bytes  of side files, for the disk to have room for
+    lasting     what is written stays if something fails, for the same command to continue: errors say so
 
     resumed: an earlier run left finished shards. complete: it left everything but the final rename. Raises OutputError
     if OUT exists or cannot be a folder, if OUT.partial belongs to something else or is being written, or if the disk is
     too small.
     """
 
-    def __init__(self, output: Path, shards: Sequence[Shard], identity: Mapping[str, Any], side_bytes: int = 0) -> None:
+    def __init__(
+        self, output: Path, shards: Sequence[Shard], identity: Mapping[str, Any], side_bytes: int = 0, *,
+        lasting: bool = True,
+    ) -> None:  # fmt: skip
         refuse_place(output)
+        self._lasting = lasting
         self.output = output
         self.partial = partial_folder(output)
         self.shards = tuple(shards)
@@ -172,10 +177,14 @@ class Writer:
         except OSError as error:
             raise OutputError(f"{self.partial} cannot be made: {error.strerror}", _ELSEWHERE) from error
         self._unlock = weakref.finalize(self, os.close, locked(self.partial))
-        for leftover in self.partial.glob("*.tmp"):
-            leftover.unlink()
-        if not self.complete:
-            write_atomically(record, json_bytes(identity))
+        try:
+            for leftover in self.partial.glob("*.tmp"):
+                leftover.unlink()
+            if not self.complete:
+                write_atomically(record, json_bytes(identity))
+        except OSError as error:
+            self.discard()
+            raise disk_error(error, self.partial, stays=False) from error
 
     def discard(self) -> None:
         """Take back that the folder was begun, with parents that were made for it: for runs that are refused before
@@ -211,7 +220,7 @@ class Writer:
             temporary.replace(self.partial / shard.file)
             sync(self.partial)
         except OSError as error:
-            raise disk_error(error, self.partial) from error
+            raise disk_error(error, self.partial, stays=self._lasting) from error
 
     def _ledger_of(self, shard: Shard) -> Path:
         """The file beside a shard that holds its ledger entries until the folder is whole."""
@@ -244,7 +253,7 @@ class Writer:
             for name, content in files.items():
                 write_atomically(self.partial / name, content)
         except OSError as error:
-            raise disk_error(error, self.partial) from error
+            raise disk_error(error, self.partial, stays=self._lasting) from error
 
     def seal(self) -> None:
         """Clear the progress records and make OUT appear, by one rename. Needs a complete folder; raises OutputError
@@ -257,7 +266,7 @@ class Writer:
             self.partial.replace(self.output)
             sync(self.output.parent)
         except OSError as error:
-            raise disk_error(error, self.partial) from error
+            raise disk_error(error, self.partial, stays=self._lasting) from error
 
 
 class ShardWriter:

@@ -50,13 +50,32 @@ def say(en: str, zh: str, **values: object) -> Markup:
     ))  # fmt: skip
 
 
-def table(caption: Markup, head: list[Markup], rows: list[list[Any]]) -> Markup:
-    """The first cell of a row is its head. It can be scrolled by keys."""
+def section(title: Markup, *children: object) -> Markup:
+    """A part of the page under its title."""
+    return tag("section", tag("h2", title), *children)
+
+
+def missing(command: str, en: str, zh: str) -> Markup:
+    """That something was not measured, and what measures it."""
+    return tag("p", say(
+        f"Missing: {en}. This measures it: {{command}}", f"缺少:{zh}。运行此命令即可测量:{{command}}",
+        command=tag("code", f"spicerack {command}"),
+    ), class_="none")  # fmt: skip
+
+
+def labelled(how: str) -> Markup:
+    """measured or estimated."""
+    return tag("span", say(how, {"measured": "实测", "estimated": "估算"}[how]), class_="tagged")
+
+
+def table(caption: Markup, head: list[Markup], rows: list[list[Any]], *, wide: bool = True) -> Markup:
+    """The first cell of a row is its head. It can be scrolled by keys; `wide` ones of four columns and more are on a
+    phone."""
     lines = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     heads = [tag("th", cell, scope="col") for cell in head]
     whole = tag("table", tag("caption", caption), tag("thead", tag("tr", *heads)), tag("tbody", *lines))
-    wide = " wide" if len(head) > 3 else ""
-    return tag("div", whole, class_=f"scroll{wide}", tabindex=0, role="region", aria_label="table / 表")
+    broad = " wide" if wide and len(head) > 3 else ""
+    return tag("div", whole, class_=f"scroll{broad}", tabindex=0, role="group", aria_label="table / 表")
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -72,8 +91,10 @@ def size(nbytes: float) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three digits; a dash for none."""
-    return "\N{EN DASH}" if value is None else f"{value:.3g}"
+    """Three digits, thousands in groups; a dash for none."""
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def spread(low: float, high: float) -> str:

@@ -161,6 +161,10 @@ BLOCKS: dict[int, Blocks] = {
     42: Blocks(64, 18, lambda raw: _signed(_bits(raw, 2 + _E64 // 4, _E64 % 4 * 2, 2), 1) * _half(raw, 0)),
 }
 """ggml's number of a type -> how its blocks are decoded."""
+_NAMES = {
+    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
+    20: "IQ4_NL", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
+}  # fmt: skip
 _FLOATS: dict[int, tuple[str, int]] = {0: ("<f4", 4), 1: ("<f2", 2), 30: ("<u2", 2)}
 _BF16 = 30
 
@@ -193,6 +197,10 @@ class Table:
         """What was mapped need not stay in memory."""
         for mapping in self.mappings:
             mapping.madvise(mmap.MADV_DONTNEED)
+
+    def type(self, name: str) -> str:
+        """By its number in ggml.h."""
+        return _NAMES[self.tensors[name][0]]
 
     def rows(self, name: str) -> Array:
         """As they lie there: bytes."""

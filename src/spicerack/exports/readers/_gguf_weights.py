@@ -5,6 +5,7 @@ They are brought back here, and not by the code that brought them there. Whose d
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from spicerack.models.gguf.names import Names, Place
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
 from spicerack.storage.gguf import blocks
+from spicerack.storage.gguf.ggml import TYPES
 
 Array = npt.NDArray[Any]
 
@@ -32,6 +34,9 @@ class Tensors(Protocol):
 
     def forget(self) -> None:
         """Whatever was mapped of the files need not stay in memory; it is mapped again when it is looked at."""
+
+    def type(self, name: str, /) -> str:
+        """What ggml calls the type of a tensor."""
 
     def rows(self, name: str, /) -> Array:
         """As they lie there: bytes [.., N, row_bytes], or floats [.., N, K]."""
@@ -73,7 +78,11 @@ def weights_of(tensors: Tensors, source: Source) -> Weights:
             q = source.packed(name.removesuffix(".weight"))
             return _times(_tensor(tensors.numbers(place.tensor, rows)), factor, q)
         flat = rows.reshape(-1, rows.shape[-1])
-        return Rows(len(flat), lambda start, stop: _tensor(tensors.numbers(place.tensor, flat[start:stop])))
+        return Rows(
+            len(flat),
+            lambda start, stop: _tensor(tensors.numbers(place.tensor, flat[start:stop])),
+            blocks.undecoded(TYPES[tensors.type(place.tensor)], _tensor(flat), name) if rows.ndim == 2 else None,
+        )
 
     return weights
 
@@ -107,8 +116,10 @@ def _rows_back(values: Array, place: Place, config: Mapping[str, Any]) -> Array:
 
 
 def _tensor(values: Array) -> torch.Tensor:
-    """The same as a tensor; what is mapped from a file is copied, as torch has no tensors that may not be written."""
-    return torch.from_numpy(np.require(values, requirements="W"))
+    """The same as a tensor, which nobody writes to: torch has none that may not be written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(values)
 
 
 def _less_one(values: Array, wanted: torch.Tensor) -> torch.Tensor:

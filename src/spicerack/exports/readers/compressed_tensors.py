@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -17,11 +17,14 @@ from typing import Any
 import torch
 
 from spicerack.errors import OutputError
+from spicerack.exports.readers._described import matrix
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Weights
+from spicerack.exports.verify import Grid, Weights, sampled
 from spicerack.storage.reader import Checkpoint
 
 _FORMAT = "compressed-tensors"
+_MULTIPLE = 32
+"""Rows whose zero points fill whole words, whatever their bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +52,34 @@ class CompressedTensorsReader:
         return partial(_weights, checkpoint, section, source)
 
 
-def _weights(checkpoint: Checkpoint, section: Any, source: Source, name: str) -> torch.Tensor:
-    """One tensor: decompressed where the source has it packed, else as it lies there."""
+def _weights(checkpoint: Checkpoint, section: Any, source: Source, name: str) -> torch.Tensor | Grid:
+    """One tensor: taken apart where the source has it packed, with rows that it decompresses; else as it lies there."""
     module = name.removesuffix(".weight")
     if module not in source.contents:
         return checkpoint.read(name)
-    scheme = _scheme(section, module, source.contents[module].shape)
+    n, k = source.contents[module].shape
+    scheme = _scheme(section, module, (n, k))
     compressors = import_module("compressed_tensors.compressors").BaseCompressor
     compressor = compressors.get_value_from_registry(scheme.format)
     prefix = f"{module}."
-    parts = {part.removeprefix(prefix): checkpoint.read(part) for part in checkpoint.tensors if part.startswith(prefix)}
-    parts["weight_scale"] = parts["weight_scale"].float()
-    decoded: torch.Tensor = compressor.decompress(parts, scheme)["weight"]
-    return decoded
+    whole = {part.removeprefix(prefix): checkpoint.read(part) for part in checkpoint.tensors if part.startswith(prefix)}
+    whole["weight_scale"] = whole["weight_scale"].float()
+
+    def decoded(first: int, last: int) -> torch.Tensor:
+        """Rows, float32; words of zero points are of eight rows, or sixteen."""
+        rows = slice(first, last)
+        parts = {key: part[rows] if len(part) == n else part for key, part in whole.items()}
+        if "weight_shape" in whole:
+            parts["weight_shape"] = torch.tensor([last - first, k], dtype=torch.int64, device="cpu")
+        if (zeros := whole.get("weight_zero_point")) is not None:
+            parts["weight_zero_point"] = zeros[len(zeros) * first // n : -(-len(zeros) * last // n)]
+        values: torch.Tensor = compressor.decompress(parts, scheme)["weight"]
+        return values
+
+    grid = matrix(checkpoint, module)
+    assert isinstance(grid, Grid), "what is packed there is integers"
+    pieces = sampled(name, (n, k), _MULTIPLE)
+    return replace(grid, samples=[(first, decoded(first, last)) for first, last in pieces])
 
 
 def _scheme(section: Any, module: str, shape: tuple[int, ...]) -> Any:

@@ -73,6 +73,10 @@ class _Tensors:
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 
+    def type(self, name: str) -> str:
+        """By its enumeration."""
+        return str(self.tensors[name].tensor_type.name)
+
     def rows(self, name: str) -> Array:
         """As it maps them."""
         return np.asarray(self.tensors[name].data)

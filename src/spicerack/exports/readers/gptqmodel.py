@@ -20,15 +20,13 @@ import torch
 
 from spicerack.exports.readers._described import matrix
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Grid, Weights
+from spicerack.exports.verify import Grid, Weights, sampled
 from spicerack.storage.reader import Checkpoint
 
 _PACKAGE = "gptqmodel"
 _FORMATS = ("gptq", "awq")
 _MULTIPLE = 32
 """Rows that its layers have in multiples."""
-_DECODED = 1 << 20
-"""Weights of a tensor that it decodes, in whole rows; integers and scales are compared of all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +77,26 @@ def _weights(checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor 
     section = checkpoint.config["quantization_config"]
     n, k = source.contents[module].shape
     size = k if section["group_size"] == -1 else section["group_size"]
-    rows = min(max(_DECODED // k // _MULTIPLE, 1) * _MULTIPLE, n)
-    parts = {part: checkpoint.read(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")}
-    # outputs are columns there, in whole words
-    parts = {part: tensor[:, : tensor.shape[1] * rows // n].contiguous() for part, tensor in parts.items()}
-    if section["quant_method"] == "awq":
-        unpack = _module(".quantization.awq.utils.packing_utils").dequantize_gemm
-        decoded: torch.Tensor = unpack(**parts, bits=section["bits"], group_size=size)
-    else:
-        decoded = _gptq({**parts, "g_idx": checkpoint.read(f"{module}.g_idx")}, section, (rows, k), size)
+    whole = {part: checkpoint.read(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")}
+
+    def decoded(first: int, last: int) -> torch.Tensor:
+        """Rows, float16: outputs are columns there, in whole words."""
+        parts = {
+            part: tensor[:, tensor.shape[1] * first // n : tensor.shape[1] * last // n].contiguous()
+            for part, tensor in whole.items()
+        }
+        if section["quant_method"] == "awq":
+            unpack = _module(".quantization.awq.utils.packing_utils").dequantize_gemm
+            columns: torch.Tensor = unpack(**parts, bits=section["bits"], group_size=size)
+        else:
+            order = checkpoint.read(f"{module}.g_idx")
+            columns = _gptq({**parts, "g_idx": order}, section, (last - first, k), size)
+        return columns.t()
+
     grid = matrix(checkpoint, module)
     assert isinstance(grid, Grid), "both formats are integers"
-    return replace(grid, decoded=decoded.t())
+    pieces = sampled(name, (n, k), _MULTIPLE)
+    return replace(grid, samples=[(first, decoded(first, last)) for first, last in pieces])
 
 
 def _gptq(parts: Mapping[str, torch.Tensor], section: Mapping[str, Any], shape: tuple[int, int], size: int) -> Any:

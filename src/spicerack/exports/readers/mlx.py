@@ -19,14 +19,11 @@ import torch
 
 from spicerack.errors import OutputError
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Grid, Weights, Words
+from spicerack.exports.verify import Grid, Weights, Words, sampled
 from spicerack.numerics.dtypes import BY_SAFETENSORS
 from spicerack.storage.reader import Checkpoint
 
 _PACKAGES = ("mlx", "mlx_lm")
-_DECODED = 1 << 20
-"""Weights of a tensor that mlx decodes, in whole rows: of all of them integers, scales and biases are compared, as its
-model holds them, and to decode a row is to decode any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +70,8 @@ def _arrays(path: Path, checkpoint: Checkpoint) -> Callable[[str], Any]:
 
 
 def _weights(arrays: Callable[[str], Any], checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor | Grid:
-    """One tensor: as the model has it where the source has it packed, with rows that mlx decodes; else as it lies
-    there."""
+    """One tensor: as the model has it where the source has it packed, with rows that mlx decodes, as it would any; else
+    as it lies there."""
     mx, module = import_module("mlx.core"), name.removesuffix(".weight")
     if module not in source.contents:
         return _float(arrays(name), checkpoint.tensors[name].dtype)
@@ -86,17 +83,23 @@ def _weights(arrays: Callable[[str], Any], checkpoint: Checkpoint, source: Sourc
     # in float32: what mlx would round products and sums to is not what is asked here
     scales = scales.astype(mx.float32) if affine else scales
     columns = words.shape[1] * 32 // bits
-    rows = max(_DECODED // columns, 1) if affine else words.shape[0]
-    decoded = torch.from_numpy(np.array(mx.dequantize(
-        words[:rows], scales[:rows], None if biases is None else biases[:rows], group_size=of["group_size"], bits=bits,
-        mode=of["mode"], dtype=mx.float32,
-    )))  # fmt: skip
+
+    def decoded(first: int, last: int) -> torch.Tensor:
+        """Rows, float32."""
+        rows = slice(first, last)
+        values = mx.dequantize(
+            words[rows], scales[rows], None if biases is None else biases[rows], group_size=of["group_size"], bits=bits,
+            mode=of["mode"], dtype=mx.float32,
+        )  # fmt: skip
+        return torch.from_numpy(np.array(values))
+
     if not affine:
-        return decoded
+        return decoded(0, words.shape[0])
     tensor = torch.from_numpy
     codes = Words(tensor(np.array(words).view(np.int32)), bits, columns)
     zero = torch.zeros((), dtype=torch.float32, device="cpu")
-    return Grid(codes, tensor(np.array(scales)), zero, tensor(np.array(biases)), decoded)
+    samples = [(first, decoded(first, last)) for first, last in sampled(name, (words.shape[0], columns))]
+    return Grid(codes, tensor(np.array(scales)), zero, tensor(np.array(biases)), samples)
 
 
 def _float(array: Any, dtype: str) -> torch.Tensor:

@@ -203,7 +203,7 @@ def _raw_part(
     """The bytes of one tensor of the folder, rows in the file's order; and its scale's, which only NVFP4 has."""
     scale = torch.ones(1, dtype=torch.float32, device="cpu")
     if isinstance(tensor, StoredTensor):
-        q, own = blocks.without_tensor_scale(source.packed(tensor.module))
+        q, own = blocks.without_tensor_scale(source.either(tensor.module))
         scale = scale if own is None else own
         values = blocks.encode(type_, q, tensor.module)
     else:

@@ -18,11 +18,13 @@ import torch
 
 from spicerack import plugins
 from spicerack._version import __version__
+from spicerack.errors import OutputError
 from spicerack.exports.source import Source
 from spicerack.exports.target import Order
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
+from spicerack.numerics.qtensor import QTensor
 from spicerack.storage import format as formats
-from spicerack.storage.durable import json_bytes
+from spicerack.storage.durable import NOTHING_LEFT, json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
 from spicerack.storage.format import Contents, Format, StoredTensor
 from spicerack.storage.ledger import Entry, Ledger
@@ -36,7 +38,6 @@ from spicerack.storage.writer import (
     Writer,
     header_bytes,
     index_of,
-    partial_folder,
     shards_of,
 )
 from spicerack.text.gguf import tokenizer_of_gguf
@@ -99,7 +100,7 @@ class Folders:
         out = _Out.of(source, order)
         with _beside(source.folder.checkpoint) as (folder, names):
             side = sum((folder / name).stat().st_size for name in names)
-            writer = Writer(order.output, out.shards, out.identity, side)
+            writer = Writer(order.output, out.shards, out.identity, side, lasting=False)
             try:
                 for shard in writer.pending():
                     with writer.shard(shard) as file:
@@ -113,7 +114,8 @@ class Folders:
                 order.check(writer.partial)
                 writer.seal()
             except BaseException:  # whatever ended it, the next run begins anew: writing is cheap, continuing is not
-                shutil.rmtree(partial_folder(order.output), ignore_errors=True)
+                writer.discard()
+                shutil.rmtree(writer.partial, ignore_errors=True)  # one that an earlier run left, too
                 raise
 
 
@@ -122,13 +124,17 @@ def _beside(checkpoint: Checkpoint) -> Iterator[tuple[Path, Sequence[str]]]:
     """What lies beside the weights: a folder, and the names of files in it; of a GGUF file its tokenizer, as a folder
     has it.
 
-    Raises CheckpointError for a tokenizer that cannot be had so.
+    Raises CheckpointError for a tokenizer that cannot be had so, OutputError where its files cannot be written.
     """
     if not isinstance(checkpoint, GgufCheckpoint) or not any(key.startswith(_TOKENS) for key in checkpoint.metadata):
         yield checkpoint.folder, [name for name in checkpoint.side_files if name not in _OF_OTHERS]
         return
+    tokenizer = tokenizer_of_gguf(checkpoint.metadata)
     with tempfile.TemporaryDirectory() as place:
-        tokenizer_of_gguf(checkpoint.metadata).save_pretrained(place, save_jinja_files=False)
+        try:
+            tokenizer.save_pretrained(place, save_jinja_files=False)
+        except Exception as error:  # tokenizers has no narrower one for a disk that is full
+            raise OutputError(f"the tokenizer's files could not be written: {error}", NOTHING_LEFT) from error
         files = (path for path in Path(place).rglob("*") if path.is_file())
         yield Path(place), sorted(path.relative_to(place).as_posix() for path in files)
 
@@ -208,11 +214,11 @@ def _told(source: Source, unit: Unit, before: Mapping[str, Entry]) -> Entry:
 
 def _encoded(source: Source, fmt: Format, stored: StoredTensor) -> Mapping[str, torch.Tensor]:
     """The tensors of a packed one, of words as they lie in the source where the format has such."""
-    u = source.undecoded(stored.module)
-    if u is None:
-        return fmt.encode(stored, source.packed(stored.module))
-    relaid = fmt.relaid(stored, u)
-    return fmt.encode(stored, u.qtensor()) if relaid is None else relaid
+    q = source.either(stored.module)
+    if isinstance(q, QTensor):
+        return fmt.encode(stored, q)
+    relaid = fmt.relaid(stored, q) if stored.scheme.plain_obstacle is None else None
+    return fmt.encode(stored, q.qtensor()) if relaid is None else relaid
 
 
 def _entry(source: Source, stored: StoredTensor, unit: Unit, before: Entry | None) -> Entry:

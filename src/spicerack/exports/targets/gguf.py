@@ -119,7 +119,7 @@ def _inexact(source: Source) -> list[str]:
     reasons = []
     for module, stored in source.contents.items():
         if stored.source_dtype is torch.bfloat16 or stored.scheme.scale == "float32":
-            inner, _ = blocks.without_tensor_scale(source.packed(module))
+            inner, _ = blocks.without_tensor_scale(source.either(module))
             reason = blocks.obstacle(plans.types_of(stored)[0], inner)
             if reason is not None:
                 reasons.append(f"{module}: {reason}")

@@ -72,18 +72,17 @@ class Gguf(MethodFormat):
 
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         """`blocks.decode`."""
-        type_, scaled = _variant(stored)
+        type_, scale = _read(stored, tensors)
         q = blocks.decode(type_, tensors[f"{stored.module}.weight"], stored.module, transposed=stored.transposed)
-        if not scaled:
-            return q
-        scale = tensors[f"{stored.module}.scale"]
-        if not bool(torch.isfinite(scale).all()):
-            raise CheckpointError(f"{stored.module}: a scale of the tensor that is not finite", _DAMAGED)
-        return blocks.with_tensor_scale(q, scale)
+        return q if scale is None else blocks.with_tensor_scale(q, scale)
 
-    def undecoded(self, _stored: StoredTensor, _tensors: Mapping[str, torch.Tensor]) -> Undecoded | None:
-        """None: scales lie between the codes of a row."""
-        return None
+    def undecoded(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> Undecoded | None:
+        """Of matrices: scales lie between codes there, which are drawn together into a stream."""
+        if len(stored.shape) != 2:
+            return None
+        type_, scale = _read(stored, tensors)
+        u = blocks.undecoded(type_, tensors[f"{stored.module}.weight"], stored.module, transposed=stored.transposed)
+        return u if scale is None else blocks.with_tensor_scale(u, scale)
 
     def config(self, config: Mapping[str, Any], contents: Contents, _reading: Reading) -> dict[str, Any]:
         """`types` and `transposed`."""
@@ -121,6 +120,15 @@ def _variant(stored: StoredTensor) -> tuple[GgmlType, bool]:
     type_ = _type_of(stored.scheme)
     assert type_ is not None, "obstacles names schemes that are no type's"
     return type_, type_.name == _SCALE_TYPE
+
+
+def _read(stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> tuple[GgmlType, torch.Tensor | None]:
+    """Type of a tensor, and the scale beside it if there is one. Raises CheckpointError for one that is not finite."""
+    type_, scaled = _variant(stored)
+    scale = tensors[f"{stored.module}.scale"] if scaled else None
+    if scale is not None and not bool(torch.isfinite(scale).all()):
+        raise CheckpointError(f"{stored.module}: a scale of the tensor that is not finite", _DAMAGED)
+    return type_, scale
 
 
 def _obstacle(p: StoredTensor) -> str | None:

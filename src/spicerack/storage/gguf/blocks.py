@@ -16,6 +16,8 @@ whole tensor lies in a tensor beside it (`without_tensor_scale`).
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import TypeVar
 
 import torch
 
@@ -23,15 +25,19 @@ from spicerack.errors import CheckpointError, SchemeError, WeightError
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.gguf import layouts
 from spicerack.storage.gguf.exact import InexactError, converted, is_rare, row_of, scheme_obstacle, scheme_of
 from spicerack.storage.gguf.ggml import FLOATS, TYPES, GgmlType
 
+_Matrix = TypeVar("_Matrix", bound=QTensor | Undecoded)
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NO_NUMBER = 255
 """MXFP4's power of two that stands for none."""
 _MAX_E4M3 = 0x7E
 """NVFP4's largest scale: above it is what stands for none, and negative ones, whose sign llama.cpp does not read."""
+_SIGNS = -0x7F7F7F80
+"""The upper bit of each byte of a word, as an int32."""
 _DAMAGED = "the file is damaged, or was written by a program that is not known"
 
 
@@ -44,28 +50,59 @@ def decode(type_: GgmlType, raw: torch.Tensor, name: str = "tensor", *, transpos
     """
     if type_.scheme is None:
         raise CheckpointError(f"{name}: {type_} is not decoded", "take the model in another type, such as Q4_K")
-    own = scheme_of(type_)
+    own, rows = scheme_of(type_), _rows(type_, raw, name)
+    return QTensor(own, _signed(rows["u"], own), *_scales(type_, rows, raw.shape), transposed=transposed)
+
+
+def undecoded(type_: GgmlType, raw: torch.Tensor, name: str = "tensor", *, transposed: bool = False) -> Undecoded:
+    """The same of a matrix [N, K], with its codes in a stream of as many bits as they have.
+
+    Raises CheckpointError as `decode` does, but for codes that are no level.
+    """
+    own, rows = scheme_of(type_), _rows(type_, raw, name, stream=True)
+    n, row_bytes = raw.shape
+    words = rows["u"].reshape(n, -1)
+    if own.bits == 8 and own.levels.lo:  # of bytes the lowest code is 0 there, and not the negative one
+        words = words ^ _SIGNS
+    scale, _, low = _scales(type_, rows, raw.shape)
+    shape = (n, row_bytes // type_.nbytes * type_.block)
+    return Undecoded(own, shape, "stream", words, scale, min=low, transposed=transposed)
+
+
+def _rows(type_: GgmlType, raw: torch.Tensor, name: str, *, stream: bool = False) -> layouts.Parts:
+    """Parts [.., N, those of a row] of rows of bytes; codes in bytes, or in words of a stream, where nobody has looked
+    at them. Raises CheckpointError."""
     *leading, row_bytes = raw.shape
     if raw.dtype != torch.uint8 or row_bytes % type_.nbytes or len(raw.shape) < 2:
         raise CheckpointError(f"{name}: {raw.dtype} {[*raw.shape]} are no rows of {type_}", _DAMAGED)
     blocks = row_bytes // type_.nbytes
-    parts = layouts.unpack(type_.name, raw.reshape(-1, type_.nbytes))
+    parts = layouts.unpack(type_.name, raw.reshape(-1, type_.nbytes), scheme_of(type_).bits if stream else None)
     rows = {key: part.reshape(*leading, blocks * part.shape[1]) for key, part in parts.items()}
-    _refuse(type_, rows, name)
+    _refuse(type_, {key: part for key, part in rows.items() if not stream or key != "u"}, name)
+    return rows
+
+
+def _scales(
+    type_: GgmlType, rows: layouts.Parts, shape: tuple[int, ...]
+) -> tuple[torch.Tensor | QTensor, None, torch.Tensor | QTensor | None]:
+    """Scale, no zero point, and minimum of rows of bytes of that shape."""
+    own = scheme_of(type_)
     scale: torch.Tensor | QTensor
     if type_.name == "MXFP4":
         scale = rows["e"].contiguous().view(torch.float8_e8m0fnu)
     elif type_.name == "NVFP4":
-        ones = torch.ones((*leading[:-1], 1, 1), dtype=torch.float32, device="cpu")
+        ones = torch.ones((*shape[:-2], 1, 1), dtype=torch.float32, device="cpu")
         scale = _quantized(own.scale, rows["s"], ones)
     else:
         scale = _quantized(own.scale, rows.get("s"), rows["d"])
     low = None if own.min is None else _quantized(own.min, rows.get("t"), -rows["m"] if "t" in rows else rows["m"])
-    return QTensor(own, _signed(rows["u"], own), scale, min=low, transposed=transposed)
+    return scale, None, low
 
 
-def encode(type_: GgmlType, q: QTensor, name: str = "tensor") -> torch.Tensor:
+def encode(type_: GgmlType, q: QTensor | Undecoded, name: str = "tensor") -> torch.Tensor:
     """A QTensor [.., N, K] -> rows of bytes, uint8 [.., N, row_bytes], that decode to the same numbers bit for bit.
+
+    So does one whose codes nobody has decoded; of a stream they are not where the type has the same.
 
     Rows are q's own, whatever `q.transposed` says; name is that of the tensor, for errors. Raises SchemeError with the
     reason of `obstacle`. F32, F16 and BF16 hold the decoded numbers.
@@ -75,7 +112,12 @@ def encode(type_: GgmlType, q: QTensor, name: str = "tensor") -> torch.Tensor:
         raise SchemeError(f"{name}: {q.scheme} cannot be {type_}: {own}", "choose another type, or another scheme")
     if isinstance(own, torch.Tensor):
         return encode_floats(type_, own, name)
-    blocks = {"u": _unsigned(own)}
+    stream = None
+    if isinstance(own, Undecoded):
+        stream, words = own.scheme.bits, own.data
+        blocks = {"u": words ^ _SIGNS if stream == 8 and own.scheme.levels.lo else words}
+    else:
+        blocks = {"u": _unsigned(own)}
     if type_.name == "NVFP4":
         assert isinstance(own.scale, QTensor)
         blocks["s"] = _unsigned(own.scale)
@@ -89,12 +131,12 @@ def encode(type_: GgmlType, q: QTensor, name: str = "tensor") -> torch.Tensor:
         blocks |= {"t": _unsigned(own.min), "m": -own.min.plain_scale}
     elif own.min is not None:
         blocks["m"] = own.min
-    count = own.codes.numel() // type_.block
-    raw = layouts.pack(type_.name, {key: part.reshape(count, -1) for key, part in blocks.items()})
+    count = math.prod(q.shape) // type_.block
+    raw = layouts.pack(type_.name, {key: part.reshape(count, -1) for key, part in blocks.items()}, stream)
     return raw.reshape(*q.shape[:-1], type_.row_bytes(q.shape[-1]))
 
 
-def obstacle(type_: GgmlType, q: QTensor) -> str | None:
+def obstacle(type_: GgmlType, q: QTensor | Undecoded) -> str | None:
     """Why `type_` cannot hold the numbers of q exactly, as the end of a sentence; None if it can."""
     own = _own(type_, q)
     return own if isinstance(own, str) else None
@@ -160,7 +202,7 @@ def encode_floats(type_: GgmlType, values: torch.Tensor, name: str = "tensor") -
 # ---- NVFP4's scale of the tensor -------------------------------------------------------------------------------------
 
 
-def without_tensor_scale(q: QTensor) -> tuple[QTensor, torch.Tensor | None]:
+def without_tensor_scale(q: _Matrix) -> tuple[_Matrix, torch.Tensor | None]:
     """An NVFP4 tensor as GGUF has it: scales of blocks alone, and the float32 scale [1] of the tensor, which lies in a
     tensor of its own, or [E] of a stack; None if that is 1. Other tensors as they are, and None."""
     scales = q.scale
@@ -171,7 +213,7 @@ def without_tensor_scale(q: QTensor) -> tuple[QTensor, torch.Tensor | None]:
     return dataclasses.replace(q, scale=inner), scales.plain_scale.float().reshape(-1)
 
 
-def with_tensor_scale(q: QTensor, scale: torch.Tensor) -> QTensor:
+def with_tensor_scale(q: _Matrix, scale: torch.Tensor) -> _Matrix:
     """Inverse of `without_tensor_scale`, for scales float32 of one number, or one for each matrix of a stack."""
     assert isinstance(q.scale, QTensor)
     whole = scale.float().reshape(-1, 1, 1).expand(q.scale.plain_scale.reshape(-1, 1, 1).shape)
@@ -182,9 +224,12 @@ def with_tensor_scale(q: QTensor, scale: torch.Tensor) -> QTensor:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _own(type_: GgmlType, q: QTensor) -> QTensor | torch.Tensor | str:
+def _own(type_: GgmlType, q: QTensor | Undecoded) -> QTensor | Undecoded | torch.Tensor | str:
     """q in the type's own scheme, or, of floats, its numbers; or why that cannot be."""
+    if isinstance(q, Undecoded) and (type_.name in FLOATS or q.order != "stream"):
+        q = q.qtensor()
     if type_.name in FLOATS:
+        assert isinstance(q, QTensor)
         values = codec.decode(dataclasses.replace(q, transposed=False))
         lost = int((values.to(_TORCH[type_.name]).float() != values).sum())
         return f"it does not hold {lost} of its numbers" if lost else values
@@ -198,7 +243,7 @@ def _own(type_: GgmlType, q: QTensor) -> QTensor | torch.Tensor | str:
     return (_nvfp4_obstacle(own) if type_.name == "NVFP4" else None) or own
 
 
-def _nvfp4_obstacle(q: QTensor) -> str | None:
+def _nvfp4_obstacle(q: QTensor | Undecoded) -> str | None:
     """Why rows of NVFP4 do not hold a tensor of that scheme, or None."""
     assert isinstance(q.scale, QTensor)
     if bool((q.scale.plain_scale != 1).any()):
@@ -220,7 +265,7 @@ def _refuse(type_: GgmlType, rows: dict[str, torch.Tensor], name: str) -> None:
         wrong = _first(rows["s"] > _MAX_E4M3)
     if wrong:
         raise CheckpointError(f"{name}: {row_of(wrong)}, block {wrong[-1]} has a scale that is no number", _DAMAGED)
-    if type_.name == "TQ2_0" and (place := _first(rows["u"] == 3)):
+    if type_.name == "TQ2_0" and "u" in rows and (place := _first(rows["u"] == 3)):
         raise CheckpointError(f"{name}: {row_of(place)} has a code that is none of -1, 0 and 1", _DAMAGED)
 
 

@@ -18,13 +18,14 @@ scales (those of models in bfloat16 have three bits less and a far wider range).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from spicerack.numerics.levels import IntLevels
 from spicerack.numerics.qtensor import QTensor, Scale, codes_dtype
 from spicerack.numerics.scheme import Scheme, parse
+from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.gguf.ggml import GgmlType
 
 
@@ -123,14 +124,20 @@ class InexactError(Exception):
     """A number that float16 does not hold; its text says which, and where."""
 
 
-def converted(type_: GgmlType, q: QTensor) -> QTensor:
-    """The numbers of q, of a scheme without a `scheme_obstacle`, in the type's own scheme.
+def converted(type_: GgmlType, q: QTensor | Undecoded) -> QTensor | Undecoded:
+    """The numbers of q, of a scheme without a `scheme_obstacle`, in the type's own scheme; undecoded where they were
+    and every code is what it was.
 
     Raises InexactError, naming the first row, where float16 does not hold its scales or minima.
     """
     own = scheme_of(type_)
     if same_numbers(q.scheme, own):
         return _renamed(q, own)
+    if _keeps_codes(q.scheme, own):
+        scale = _of_blocks(own.scale, _halves(q.plain_scale, q.shape, type_.block, "scale"), 1)
+        low = _halves(q.min, q.shape, type_.block, "minimum") if isinstance(q.min, torch.Tensor) else None
+        return replace(q, scheme=own, scale=scale, zero=None, min=low, input_scale=None)
+    q = q.qtensor() if isinstance(q, Undecoded) else q
     scale = _spread(q.plain_scale, q.shape, type_.block).float()
     zero = None if q.zero is None else _spread(q.zero, q.shape, type_.block)
     if isinstance(q.min, torch.Tensor):
@@ -142,24 +149,42 @@ def converted(type_: GgmlType, q: QTensor) -> QTensor:
     if q.scheme.integers.half:
         codes, scale = 2 * codes + 1, scale / 2
     elif zero is not None:
-        codes = (codes.unflatten(-1, (-1, type_.block)).short() - zero[..., None]).flatten(-2).to(torch.int8)
+        # in bytes: what a type holds has at most 8 bits, and is right modulo 256
+        codes = (codes.view(torch.int8).unflatten(-1, (-1, type_.block)) - zero[..., None]).flatten(-2)
     if _negated(own.integers, integers_of(q.scheme)):
         codes, scale = -codes, -scale
     return QTensor(own, codes.to(codes_dtype(own)), _of_blocks(own.scale, in_float16(scale, "scale"), 1))
 
 
-def _renamed(q: QTensor, own: Scheme) -> QTensor:
+def _keeps_codes(scheme: Scheme, own: Scheme) -> bool:
+    """Whether a type's codes are those of a scheme that it holds: the same integers, in as many bits."""
+    levels, others = scheme.integers, own.integers
+    same = (levels.lo, levels.half, scheme.bits) == (others.lo, others.half, own.bits)
+    return same and not scheme.zero and _has_minima(scheme) == (own.min is not None)
+
+
+def _halves(part: torch.Tensor, shape: tuple[int, ...], block: int, noun: str) -> torch.Tensor:
+    """One float16 for each block of each row. Raises InexactError; looked at are those that are there."""
+    stored = part.to(torch.float16)
+    if part.dtype != torch.float16 and bool((stored.float() - part.float()).any()):  # NaN is not 0
+        return in_float16(_spread(part, shape, block).float(), noun)
+    return _spread(stored, shape, block)
+
+
+def _renamed(q: QTensor | Undecoded, own: Scheme) -> QTensor | Undecoded:
     """q in the scheme `own`, which is its own but for the name and the types of floats."""
 
     def part(part: Scale, kind: object, noun: str) -> Scale:
         if isinstance(part, QTensor):
             assert isinstance(kind, Scheme)
-            return _renamed(part, kind)
+            renamed = _renamed(part, kind)
+            assert isinstance(renamed, QTensor), "scales are decoded"
+            return renamed
         narrow = kind in ("source", "float16") and part.dtype != torch.float16
         return in_float16(part.float(), noun) if narrow else part
 
     low = None if q.min is None else part(q.min, own.min, "minimum")
-    return QTensor(own, q.codes, part(q.scale, own.scale, "scale"), q.zero, low)
+    return replace(q, scheme=own, scale=part(q.scale, own.scale, "scale"), min=low, input_scale=None)
 
 
 def _with_minimum(q: QTensor, own: Scheme, scale: torch.Tensor, zero: torch.Tensor | None) -> QTensor:

@@ -17,11 +17,14 @@ Sources: ggml-common.h and ggml-quants.c of llama.cpp (libggml 0.25.3).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
+
+from spicerack.numerics import native
 
 Parts = dict[str, torch.Tensor]
 """Part -> uint8 or float16 [M, how many a block has]."""
@@ -68,41 +71,22 @@ class Planes:
         codes = parts[self.part]
         if self.bits == 8:
             return codes
-        lanes, mask = self._lanes(codes)
-        runs = (lanes >> self.shift) & mask
-        runs = runs.reshape(len(codes), -1, 8 // self.bits, runs.shape[1] * self.stride // self.count)
+        runs = (codes >> self.shift) & 2**self.bits - 1
+        runs = runs.reshape(len(codes), -1, 8 // self.bits, self.stride)
         packed: torch.Tensor = runs[:, :, 0]
         for place in range(1, 8 // self.bits):
             packed = packed | runs[:, :, place] << place * self.bits
-        return packed.reshape(len(codes), -1).view(torch.uint8)
+        return packed.reshape(len(codes), -1)
 
     def unpack(self, raw: torch.Tensor, parts: Parts) -> None:
         """See `Field.unpack`."""
         if self.bits == 8:
             parts[self.part] = raw
             return
-        lanes, mask = self._lanes(raw)
-        packed = lanes.reshape(len(raw), -1, lanes.shape[1] * self.stride // self.nbytes)
-        shape = (len(raw), packed.shape[1], 8 // self.bits, packed.shape[2])
-        runs = torch.empty(shape, dtype=lanes.dtype, device="cpu")
-        for place in range(8 // self.bits):
-            torch.bitwise_and(packed >> place * self.bits, mask, out=runs[:, :, place])
-        codes = runs.view(len(raw), -1)
-        if self.shift:
-            codes <<= self.shift
-        codes = codes.view(torch.uint8)
+        packed = raw.reshape(len(raw), -1, 1, self.stride)
+        places = [packed >> place * self.bits & 2**self.bits - 1 for place in range(8 // self.bits)]
+        codes = torch.cat(places, 2).reshape(len(raw), -1) << self.shift
         parts[self.part] = parts[self.part] | codes if self.part in parts else codes
-
-    def _lanes(self, data: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Bytes [M, B], and the mask of a code in each: eight of them in an int64 where runs are as long as that.
-
-        Bits that a shift brings into a byte from its neighbour are those that the mask takes away.
-        """
-        mask = 2**self.bits - 1
-        if self.stride % 8:
-            return data, mask
-        fresh = data.clone(memory_format=torch.contiguous_format)  # views of other types want aligned memory
-        return fresh.view(torch.int64), int.from_bytes(bytes([mask]) * 8, "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,32 +205,70 @@ LAYOUTS: dict[str, tuple[Field, ...]] = {
 """ggml's name -> the fields of a block, in their order."""
 
 
-_PIECE = 1 << 20
-"""Bytes of blocks that are packed at once: what lies between is then small beside a tensor, and it is no slower."""
+CODES = "u"
+"""The part that is nearly all of a block: the compiled module moves its planes (`numerics.native.Blocks`), all at once.
+The rest, and the digits of TQ1_0, are a few operations of torch."""
 
 
-def pack(name: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Parts of M blocks of the type called `name` -> their bytes, uint8 [M, bytes of a block]."""
-    fields, count = LAYOUTS[name], len(next(iter(parts.values())))
-    nbytes = sum(field.nbytes for field in fields)
-    raw = torch.empty((count, nbytes), dtype=torch.uint8, device="cpu")
-    step = max(_PIECE // nbytes, 1)
-    for start in range(0, count, step):
-        some = {key: part[start : start + step] for key, part in parts.items()}
-        torch.cat([field.pack(some) for field in fields], 1, out=raw[start : start + step])
+def nbytes_of(name: str) -> int:
+    """Bytes of a block of the type called `name`."""
+    return sum(field.nbytes for field in LAYOUTS[name])
+
+
+@cache
+def planes_of(name: str) -> native.Blocks | None:
+    """Where the codes of a type lie; None where they are no planes."""
+    planes, count = [], 0
+    for field, at in _placed(name):
+        if isinstance(field, Planes) and field.part == CODES:
+            planes.append((field.bits, field.stride, field.shift, at))
+            count = field.count
+    return native.Blocks(count, nbytes_of(name), tuple(planes)) if planes else None
+
+
+def pack(name: str, parts: Mapping[str, torch.Tensor], stream: int | None = None) -> torch.Tensor:
+    """Parts of M blocks of the type called `name` -> their bytes, uint8 [M, bytes of a block].
+
+    stream: bits of codes that lie in words, int32 [M, codes * bits / 32]; None where they are bytes.
+    """
+    codes, planes, bits = parts[CODES], planes_of(name), stream or 8
+    raw = torch.empty((len(codes), nbytes_of(name)), dtype=torch.uint8, device="cpu")
+    if planes is not None:
+        native.to_blocks(_words(codes), bits, planes, raw, threads=torch.get_num_threads())
+    elif stream is not None:
+        count = codes.shape[1] * 32 // bits
+        parts = {**parts, CODES: native.unpack(codes, bits, count)}
+    for field, at in _placed(name):
+        if planes is None or not isinstance(field, Planes) or field.part != CODES:
+            raw[:, at : at + field.nbytes] = field.pack(parts)
     return raw
 
 
-def unpack(name: str, raw: torch.Tensor) -> Parts:
+def unpack(name: str, raw: torch.Tensor, stream: int | None = None) -> Parts:
     """Inverse of `pack`: uint8 [M, bytes of a block] -> the parts."""
-    fields, parts, step = LAYOUTS[name], Parts(), max(_PIECE // raw.shape[1], 1)
-    for start in range(0, len(raw), step):
-        piece = Parts()
-        bytes_of = raw[start : start + step].split([field.nbytes for field in fields], 1)
-        for field, some in zip(fields, bytes_of, strict=True):
-            field.unpack(some, piece)
-        for key, part in piece.items():
-            if not start:
-                parts[key] = torch.empty((len(raw), part.shape[1]), dtype=part.dtype, device="cpu")
-            parts[key][start : start + step] = part
+    parts, planes = Parts(), planes_of(name)
+    for field, at in _placed(name):
+        if planes is None or not isinstance(field, Planes) or field.part != CODES:
+            field.unpack(raw[:, at : at + field.nbytes], parts)
+    if planes is None:
+        parts[CODES] = parts[CODES] if stream is None else native.pack(parts[CODES], stream)
+        return parts
+    words = native.from_blocks(raw, stream or 8, planes, threads=torch.get_num_threads())
+    parts[CODES] = words.view(torch.uint8) if stream is None else words
     return parts
+
+
+def _placed(name: str) -> Iterator[tuple[Field, int]]:
+    """The fields of a block, each with its first byte."""
+    at = 0
+    for field in LAYOUTS[name]:
+        yield field, at
+        at += field.nbytes
+
+
+def _words(codes: torch.Tensor) -> torch.Tensor:
+    """Codes in words: those of bytes are a stream of eight bits."""
+    codes = codes.contiguous()
+    if codes.dtype == torch.uint8 and codes.data_ptr() % 4:
+        codes = codes.clone()  # words want aligned memory
+    return codes.view(torch.int32)

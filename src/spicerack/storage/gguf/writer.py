@@ -22,7 +22,7 @@ from typing import BinaryIO
 import torch
 
 from spicerack.errors import OutputError
-from spicerack.storage.durable import LOCK, locked, sync
+from spicerack.storage.durable import LOCK, disk_error, locked, sync
 from spicerack.storage.gguf.ggml import TensorSpec
 from spicerack.storage.gguf.header import ALIGNMENT, ALIGNMENT_KEY, MAGIC, MAX_ALIGNMENT, MAX_AXES
 from spicerack.storage.gguf.metadata import ARRAY_ID, KINDS, Array, Entry, Value, encoded
@@ -87,9 +87,14 @@ class GgufWriter:
         return tuple(self._path.with_name(part.name) for part in self._parts)
 
     def __enter__(self) -> GgufWriter:
+        self._made = [folder for folder in self._path.parents if not folder.exists()]
         with _named(self._path):
-            self._partial.mkdir(parents=True, exist_ok=True)
-            self._lock = locked(self._partial)
+            try:
+                self._partial.mkdir(parents=True, exist_ok=True)
+                self._lock = locked(self._partial)
+            except BaseException:
+                self._remove_folders()
+                raise
             for leftover in self._partial.glob("*.gguf"):  # of a run that was killed
                 leftover.unlink()
         return self
@@ -108,8 +113,13 @@ class GgufWriter:
                 (self._partial / part.name).unlink(missing_ok=True)
             (self._partial / LOCK).unlink(missing_ok=True)
             os.close(self._lock)
-            with contextlib.suppress(OSError):  # of a file that is not ours
-                self._partial.rmdir()
+            self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        """What was made for the files goes, unless something is in it."""
+        with contextlib.suppress(OSError):  # of a file that is not ours, or of the model
+            for folder in (self._partial, *self._made):
+                folder.rmdir()
 
     def write(self, name: str, raw: torch.Tensor) -> None:
         """Append one tensor, which must be the next one promised.
@@ -274,4 +284,4 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"writing {path} failed: {error.strerror}", "nothing is left of it") from error
+        raise disk_error(error, path, stays=False) from error

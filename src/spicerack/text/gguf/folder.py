@@ -16,6 +16,7 @@ from spicerack.models.gguf.checkpoint import GgufCheckpoint
 from spicerack.models.gguf.family import Family
 from spicerack.storage.gguf.metadata import Entry, Value
 from spicerack.storage.reader import Checkpoint
+from spicerack.text.gguf.strips import what_counts
 from spicerack.text.gguf.writing import differences, gguf_of_tokenizer
 from spicerack.text.tokenizer import read_tokenizer
 
@@ -47,7 +48,8 @@ def words_of(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any], 
     if not files:
         raise CheckpointError("the folder has no tokenizer, without which llama.cpp runs no model", "add its files")
     state = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
-    return _words(checkpoint.folder, state, family.model_type, json.dumps(dict(config)), family.architecture, name)
+    whole = json.dumps(dict(config))
+    return _words(checkpoint.folder, state, family.model_type, whole, family.architecture, what_counts(name))
 
 
 @lru_cache(maxsize=4)
