@@ -31,7 +31,7 @@ def test_the_commands_run_as_written(stdlib_lm: Path, tmp_path: Path, capsys: py
         if "--bits" in words:  # every layer is rounded in each of ten schemes
             words += ["--samples", "8", "--length", "64", "--method", "rtn"]
         elif "--calib" in words:
-            words += ["--samples", "4", "--no-check"]  # the other one has its check
+            words += ["--samples", "4", "--no-check"]  # another command has its check
         if words[0] == "train":
             words += ["--steps", "2", "--batch", "2", "--length", "64"]
         code = _output.run(cli, words)

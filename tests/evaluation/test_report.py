@@ -318,6 +318,19 @@ def test_both_languages_say_the_same_numbers(measured: Path) -> None:
     assert all(english == chinese for english, chinese in values) and any(english for english, _ in values)
 
 
+def test_chinese_has_punctuation_of_its_own_width() -> None:
+    def chinese(words: str) -> str:
+        return re.findall(r'zh-CN" class="t">(.*?)</span>', markup.say("", words, n=7, code="a, b"))[0]
+
+    wide = {sign: chr(ord(sign) + 0xFEE0) for sign in ",:;()?!"}
+    assert chinese("甲,乙:{n},丙") == f"甲{wide[',']}乙{wide[':']}7{wide[',']}丙"
+    assert (
+        chinese("甲(7 %)") == f"甲{wide['(']}7 %{wide[')']}"
+        and chinese("KL(nat/词)") == f"KL{wide['(']}nat/词{wide[')']}"
+    )
+    assert chinese("{code}; f(x), 1,000:") == "a, b; f(x), 1,000:".replace("b;", f"b{wide[';']}")
+
+
 def test_it_never_rounds_up_to_all(measured: Path) -> None:
     assert markup.hundred(0.9999) == "99.9" and markup.hundred(1.0) == "100" and markup.hundred(0.89) == "89"
     assert "<b>99.7</b>" in page(collect(measured))
@@ -449,6 +462,13 @@ def test_a_check_behind_quantize_is_shown_where_there_is_no_evaluation(measured:
     ledger.keep_check(measured, decoder(top1_agreement=0.9123, top1_agreement_ci95=[0.9, 0.92]))
     text = page(collect(measured))
     assert "<b>91.2</b>" in text and "short check behind quantize" in text and "90 and 92" in re.sub("<.*?>", "", text)
+
+
+def test_what_a_budget_measured_is_shown_where_there_is_no_evaluation(measured: Path) -> None:
+    (measured / "eval.json").unlink()
+    text = page(collect(measured, {"devices": None, "sensitivity": sensed()}))
+    assert "on 16,352 words held out: <b>0.0152</b>, between 0.0143 and 0.0161" in text
+    assert "was not measured yet" not in text and "spicerack eval" in text
 
 
 def test_a_model_of_pictures_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

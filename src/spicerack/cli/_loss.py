@@ -67,7 +67,7 @@ def _decoder(figures: Mapping[str, Any]) -> str:
     kl, floor = figures["kl_mean"], figures["kl_noise_floor"]
     cast = "" if floor is None else f", {beside_cast(kl, floor)} a bfloat16 cast's"
     spread = _between(figures["kl_mean_ci95"], short)
-    return f"checked: {same} of 1000 next tokens as the original's{ends}; KL {short(kl)}{spread}{cast}"
+    return f"checked: {same} of 1000 next tokens are the original's{ends}; KL {short(kl)}{spread}{cast}"
 
 
 def _encoder(figures: Mapping[str, Any]) -> str:

@@ -14,7 +14,6 @@ the language model alone, and a warning names the quantized layers that it does 
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,12 +24,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.arguments import at_least, check_fields, checked
-from spicerack.errors import UsageError, listed
+from spicerack.errors import UsageError
 from spicerack.evaluation.encoder import EncoderComparison
 from spicerack.evaluation.folder import check_sides, common_tokenizer, window_of
 from spicerack.evaluation.intervals import Interval
 from spicerack.evaluation.language import Comparison
-from spicerack.evaluation.reference import Pace, Reference, Text
+from spicerack.evaluation.reference import (
+    Pace,
+    Reference,
+    Text,
+    warn_of_calibration_text,
+    warn_of_unknown_tokens,
+    warn_of_unreached_layers,
+)  # fmt: skip
 from spicerack.evaluation.report.examples import of_language
 from spicerack.kernels import kernel
 from spicerack.machine import devices
@@ -38,19 +44,15 @@ from spicerack.models.inputs import check_text, limits
 from spicerack.models.kind import Kind, kind_of
 from spicerack.models.opening import open_stored
 from spicerack.nn.cache_segments import CacheScheme
-from spicerack.nn.weight import PackedLayer, PackedWeight
+from spicerack.nn.weight import PackedWeight
 from spicerack.runtime.load import load
-from spicerack.storage import ledger
 from spicerack.storage.files import locate
-from spicerack.text.windows import text_hash
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
 
 HELDOUT = "heldout.txt"
 """A text in a model's folder that it was not trained on."""
-UNKNOWN_LIMIT = 0.01
-"""Share of unknown tokens from which on a warning asks whether the model knows the language."""
 CACHE_STEP = 16
 """Tokens that are read at once where the cache counts: about 32 of those before them are in float, as in generating."""
 
@@ -186,7 +188,7 @@ def measure(
     check_sides(out, source, "eval")
     tokenizer = common_tokenizer(out, source, options.trust_remote_code)
     text = _text(kind, options.text, out, source)
-    _warn_of_calibration_text(text, tokenizer, kind, out)
+    warn_of_calibration_text(text, tokenizer, kind, out)
     report = progress or (lambda _doing, _share: None)
     return compared(Sides(kind, out, source, tokenizer, text), options, report, examples=examples)
 
@@ -241,10 +243,10 @@ def compared(
         sides.out, device=device, dtype=options.dtype, engine=options.engine, cache=options.cache,
         trust_remote_code=trusted,
     )  # fmt: skip
-    _warn_of_unreached_layers(quantized, reached)
+    warn_of_unreached_layers(quantized, reached)
     step = None if options.cache is None else CACHE_STEP
     figures = reference.compare(quantized, most, lambda share: report("evaluating", share), pace, step=step)
-    _warn_of_unknown_tokens(figures.unknown_share)
+    warn_of_unknown_tokens(figures.unknown_share)
     shown = _examples(reference, quantized, figures) if examples else ()
     return Evaluation(
         kind,
@@ -318,37 +320,3 @@ def _text(kind: Kind, text: str | Path | None, out: Path, source: Path) -> str |
         if (folder / HELDOUT).is_file():
             return folder / HELDOUT
     raise UsageError("no text to evaluate on", "give --text FILE: plain text that the model has not seen in training")
-
-
-def _warn_of_calibration_text(
-    text: str | Path | None, tokenizer: PreTrainedTokenizerBase, kind: Kind, out: Path
-) -> None:
-    """Warn of a text that the ledger of the folder `out` names; one that is missing is told when it is read."""
-    written = ledger.read(out)
-    if text is None or written is None or written.calibration_text is None:
-        return
-    if written.calibration_text == text_hash(text, tokenizer, by_line=kind == "encoder"):
-        warnings.warn(f"{text} is what {out} was calibrated with: use another text, this one flatters", stacklevel=3)
-
-
-def _warn_of_unreached_layers(model: PreTrainedModel, reached: frozenset[str]) -> None:
-    """Warn of quantized layers that text does not reach: vision towers, heads of encoders. Nothing is measured of them.
-
-    reached: paths of the layers of the float model that are called; experts are apart, as a router decides about them.
-    """
-    packed = [path for path, module in model.named_modules() if isinstance(module, PackedLayer)]
-    missed = [path for path in packed if path not in reached and "expert" not in path]
-    if missed:
-        parts = list(dict.fromkeys(".".join(path.split(".")[:2]) for path in missed))
-        warnings.warn(
-            f"text does not run {len(missed)} of {len(packed)} quantized layers ({listed(parts, 3)}): "
-            "what was lost there is not in these figures",
-            stacklevel=3,
-        )
-
-
-def _warn_of_unknown_tokens(share: float) -> None:
-    """Warn of a text whose tokens the tokenizer does not know: figures on it say little."""
-    if share > UNKNOWN_LIMIT:
-        unknown = f"{share:.1%} of the text's tokens are unknown to the tokenizer"
-        warnings.warn(f"{unknown}: is it in a language that the model knows?", stacklevel=3)

@@ -12,20 +12,24 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spicerack.errors import SpicerackError, UsageError
+from spicerack.errors import SpicerackError, UsageError, listed
 from spicerack.evaluation import encoder, language
 from spicerack.evaluation.encoder import EncoderComparison
 from spicerack.evaluation.folder import pooling_of
 from spicerack.evaluation.language import Comparison
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.models.kind import Kind
-from spicerack.text.windows import Window, sentences, windows
+from spicerack.nn.weight import PackedLayer
+from spicerack.storage import ledger
+from spicerack.text.windows import Window, sentences, text_hash, windows
 
 _T = TypeVar("_T")
 Text = str | Path | torch.Tensor | None
 """What is read: a source of text, its tokens [n, L], or None for the built-in sentences of encoders."""
 FLOOR_TOKENS = 8192
 """The noise floor is measured on the beginning of the text: it varies little, and bfloat16 is slow on many CPUs."""
+UNKNOWN_LIMIT = 0.01
+"""Share of unknown tokens from which on a warning asks whether the model knows the language."""
 _SHORT = 64
 """Tokens of a window where there is no time for longer ones, and of the reading that foretells it. A token of so short
 a reading takes longer than one of a long reading, so that what is foretold is not optimistic.
@@ -75,7 +79,8 @@ class Pace:
         if now + least > self.end:
             left = max(self.end - now, 0.0)
             raise UsageError(
-                f"{left:.0f} s are left of the time for it, and a few sentences take {least:.0f} s", "evaluate it apart"
+                f"to read a few sentences takes {least:.0f} s, and {left:.0f} s are left of its time",
+                "evaluate it apart",
             )
         return wanted if now + least * wanted / short <= self.end else short
 
@@ -165,3 +170,40 @@ class Reference:
         """What an encoder reads, where it is no sentence of ours."""
         assert isinstance(self.text, (str, Path)), "tokens are for decoders"
         return sentences(self.text, self.tokenizer)
+
+
+# ---- what a person should know ---------------------------------------------------------------------------------------
+
+
+def warn_of_calibration_text(
+    text: str | Path | None, tokenizer: PreTrainedTokenizerBase, kind: Kind, out: Path
+) -> None:
+    """Warn of a text that the ledger of the folder `out` names; one that is missing is told when it is read."""
+    written = ledger.read(out)
+    if text is None or written is None or written.calibration_text is None:
+        return
+    if written.calibration_text == text_hash(text, tokenizer, by_line=kind == "encoder"):
+        warnings.warn(f"{text} is what {out} was calibrated with: use another text, this one flatters", stacklevel=3)
+
+
+def warn_of_unreached_layers(model: PreTrainedModel, reached: frozenset[str]) -> None:
+    """Warn of quantized layers that text does not reach: vision towers, heads of encoders. Nothing is measured of them.
+
+    reached: paths of the layers of the float model that are called; experts are apart, as a router decides about them.
+    """
+    packed = [path for path, module in model.named_modules() if isinstance(module, PackedLayer)]
+    missed = [path for path in packed if path not in reached and "expert" not in path]
+    if missed:
+        parts = list(dict.fromkeys(".".join(path.split(".")[:2]) for path in missed))
+        warnings.warn(
+            f"text does not run {len(missed)} of {len(packed)} quantized layers ({listed(parts, 3)}): "
+            "what was lost there is not in these figures",
+            stacklevel=3,
+        )
+
+
+def warn_of_unknown_tokens(share: float) -> None:
+    """Warn of a text whose tokens the tokenizer does not know: figures on it say little."""
+    if share > UNKNOWN_LIMIT:
+        unknown = f"{share:.1%} of the text's tokens are unknown to the tokenizer"
+        warnings.warn(f"{unknown}: is it in a language that the model knows?", stacklevel=3)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from spicerack.machine.memory import steady
 from spicerack.models import census
 from spicerack.models.architecture import host_of, on_meta
 from spicerack.models.census import ON_REQUEST
@@ -173,7 +174,7 @@ class Source:
     def walk(self) -> Iterator[tuple[StoredTensor, QTensor | Undecoded] | tuple[TensorInfo, torch.Tensor]]:
         """Every tensor with its header, in `order`, undecoded where it can be; its memory goes when the next one is
         asked for."""
-        for tensor in self.order():
+        for tensor in steady(self.order()):
             if isinstance(tensor, StoredTensor):
                 yield tensor, self.either(tensor.module)
             else:

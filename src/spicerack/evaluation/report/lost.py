@@ -37,7 +37,9 @@ def lost(facts: dict[str, Any]) -> Markup:
     if figures is None and facts["unreadable"]:
         return section(title, _of_pictures(facts))
     if figures is None:
-        return section(title, missing(COMMAND, "the loss", "损失"))
+        chosen = measured_for_budget(facts)
+        told = [] if chosen is None else [_of_budget(facts["sensitivity"]["metric"], chosen)]
+        return section(title, *told, missing(COMMAND, "next words and examples", "下一个词和例句"))
     parts = _decoder(figures) if "top1_agreement" in figures else _encoder(figures)
     record = facts["eval"]
     if record is None:
@@ -49,6 +51,25 @@ def lost(facts: dict[str, Any]) -> Markup:
     else:
         parts += _examples(record.get("examples", []))
     return section(title, *parts)
+
+
+def measured_for_budget(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The last round of a run with a budget, which measured this folder; None where there was none."""
+    known = facts["sensitivity"]
+    last: dict[str, Any] | None = known["rounds"][-1] if known and known["rounds"] else None
+    return last
+
+
+def _of_budget(metric: str, last: dict[str, Any]) -> Markup:
+    """What a run with a budget measured of what it chose."""
+    unit = say("nats of KL per token", "每词元 KL(nat)") if metric == "kl" else say("1 - cosine", "1 - 余弦")
+    return tag("p", say(
+        "When its numbers were chosen its loss was measured on {n} words held out: {loss}, between {low} and {high} "
+        "(95 % interval; {unit}).",
+        "选定数制时,在留出的 {n} 个词上实测了损失:{loss},在 {low} 到 {high} 之间(95 % 区间;{unit})。",
+        n=f"{last['tokens']:,}", loss=tag("b", short(last["measured"])), low=short(last["interval"][0]),
+        high=short(last["interval"][1]), unit=unit,
+    ))  # fmt: skip
 
 
 def _of_pictures(facts: dict[str, Any]) -> Markup:

@@ -7,7 +7,13 @@ all that a number can look like on the page.
 from __future__ import annotations
 
 import html
+import re
 from typing import Any
+
+_HAN = "\\u3400-\\u9fff\\u201d"
+"""Chinese characters, and the quote that closes, in a pattern."""
+_WIDER = 0xFEE0
+"""From a sign of ASCII to the same as wide as a Chinese character."""
 
 
 class Markup(str):
@@ -46,8 +52,21 @@ def say(en: str, zh: str, **values: object) -> Markup:
     filled = {key: text(value) for key, value in values.items()}
     return join(*(
         tag("span", Markup(html.escape(words, quote=False).format(**filled)), lang=lang, class_="t")
-        for lang, words in (("en", en), ("zh-CN", zh))
+        for lang, words in (("en", en), ("zh-CN", _chinese(zh)))
     ))  # fmt: skip
+
+
+def _chinese(words: str) -> str:
+    """Punctuation behind Chinese characters, values and quotes becomes as wide as they are, and brackets around them.
+
+    Sources have it narrow, so that nobody takes a wide comma in a program for one of its own.
+    """
+    wide = re.sub(rf"(?:(?<=[{_HAN}])\(([^()]*)\)|\(([^()]*[{_HAN}][^()]*)\))", _wide_brackets, words)
+    return re.sub(rf"(?<=[{_HAN}\uff09}}])[,;:?!]", lambda mark: chr(ord(mark[0]) + _WIDER), wide)
+
+
+def _wide_brackets(match: re.Match[str]) -> str:
+    return chr(ord("(") + _WIDER) + (match[1] or match[2] or "") + chr(ord(")") + _WIDER)
 
 
 def section(title: Markup, *children: object) -> Markup:

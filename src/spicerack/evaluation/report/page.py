@@ -102,6 +102,8 @@ def _verdict(facts: dict[str, Any]) -> list[Markup]:
         ))  # fmt: skip
     elif facts["unreadable"]:
         parts.append(say(" What that cost its answers is not measured here.", "这对回答有多大影响,这里没有测。"))
+    elif lost.measured_for_budget(facts):
+        parts.append(say(" What that cost stands below.", "损失了多少,见下文。"))
     else:
         parts.append(say(" What that cost was not measured yet.", "损失了多少,还没有测。"))
     if facts["bench"]:
