@@ -21,7 +21,7 @@ from spicerack.text.tokenizer import read_tokenizer
 
 FAMILIES = ("llama", "gemma2", "bert", "gpt2", "qwen3_moe", "falcon", "stablelm")
 MANY = int(os.environ.get("SPICERACK_MUTATIONS", "600"))
-"""Files of the slow test, by default; about 5,000 were read by a script when this was written."""
+"""Files of the slow test, by default; about 9,000 were read by scripts since this was written."""
 NUMBERS = (0, 1, 3, 7, 2**31 - 1, 2**32 - 1, 0x7FC00000, 0x7F800000)
 LENGTHS = (0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
 SECONDS = 20
@@ -95,6 +95,16 @@ def read_all(count: int, seed: int, place: Path, families: tuple[str, ...]) -> c
 def test_mutated_files_are_refused_or_read(tmp_path: Path) -> None:
     outcomes = read_all(12, 0, tmp_path, FAMILIES[-1:])
     assert outcomes["CheckpointError"] > 3 and sum(outcomes.values()) == 12
+
+
+def test_no_heads_for_keys_is_named(tmp_path: Path) -> None:
+    raw = bytearray(written(folder("llama"), tmp_path / "model.gguf").read_bytes())
+    key = b"llama.attention.head_count_kv"
+    at = raw.index(key) + len(key) + 4
+    raw[at : at + 4] = bytes(4)
+    (tmp_path / "none.gguf").write_bytes(raw)
+    with pytest.raises(SpicerackError):
+        spicerack.load(tmp_path / "none.gguf")
 
 
 @pytest.mark.slow

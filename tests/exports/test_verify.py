@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from spicerack.numerics.scheme import parse
 from spicerack.storage.format import StoredTensor
 from spicerack.storage.gguf import blocks
 from spicerack.storage.gguf.ggml import TYPES
+from spicerack.storage.reader import TensorInfo
 
 SHAPE = (600, 512)
 
@@ -47,6 +49,24 @@ class One:
 
     def walk(self) -> list[tuple[StoredTensor, QTensor]]:
         return [(StoredTensor("layer", self.q.scheme, self.q.shape), self.q)]
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeFloats(Fake):
+    """A reader of one float tensor."""
+
+    rows: torch.Tensor  # type: ignore[assignment]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneFloat:
+    """A source of one float tensor."""
+
+    info: TensorInfo
+    tensor: torch.Tensor
+
+    def walk(self) -> list[tuple[TensorInfo, torch.Tensor]]:
+        return [(self.info, self.tensor)]
 
 
 def checked(q: QTensor, raw: torch.Tensor, type_: str, change: Callable[[torch.Tensor], object]) -> None:
@@ -84,6 +104,15 @@ def test_rows_are_read_by_the_reader(row: int) -> None:
         OutputError, match=rf"layer\.weight: somebody reads .* at {row % SHAPE[0] * SHAPE[1] + 3}, where"
     ):
         checked(q, blocks.encode(TYPES["Q4_0"], q), "Q4_0", lambda values: values[row, 3].add_(1))
+
+
+def test_floats_are_compared_as_bytes() -> None:
+    info = TensorInfo("norm", "F32", (3,), 12, "")
+    stored = torch.tensor([1.0, torch.nan, -torch.inf])
+    for read, fine in ((stored, True), (torch.tensor([1.0, torch.nan, 0.0]), False)):
+        reader, source = FakeFloats(read), OneFloat(info, stored)
+        with contextlib.nullcontext() if fine else pytest.raises(OutputError, match="norm: somebody reads"):
+            verify.verify(reader, source, Path())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("shape", "multiple"), [((600, 512), 1), ((1000, 4096), 32), ((7, 8), 1), ((2049, 8192), 32)])

@@ -83,7 +83,7 @@ class Comparison:
     @property
     def top1_interval(self) -> Interval:
         """The share of tokens with the same first choice, with its 95 % interval over windows, cut at 0 and 1."""
-        return mean_interval(self.agreed / (self.window - 1)).within(0.0, 1.0)
+        return mean_interval(self.agreed.to(torch.float64) / (self.window - 1)).within(0.0, 1.0)
 
     @property
     def kl_p999(self) -> float:

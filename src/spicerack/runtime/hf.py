@@ -168,7 +168,7 @@ def build(
                 use_safetensors=True,
                 local_files_only=True,
             )
-    except (RuntimeError, ValueError, AttributeError, KeyError, TypeError, AssertionError) as error:
+    except (RuntimeError, ValueError, AttributeError, LookupError, TypeError, AssertionError, ArithmeticError) as error:
         raise LoadError(
             f"{folder}: {model_class.__name__} cannot be filled: {error}", "is config.json the model's own?"
         ) from error

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def run(prepared: Prepared, watch: Watch, tell: Tell) -> Outcome:
     Raises what a run raises; UsageError for a bound that no mix keeps; OutputError for an output that is there and is
     another run's. KeyboardInterrupt where the watch asks for it; the same call goes on there.
     """
-    order, identity = prepared.order, prepared.identity
+    begin, order, identity = time.monotonic(), prepared.order, prepared.identity
     if order.output.exists():
         return _already_there(prepared, watch)
     with _workshop(order.output, identity) as workshop:
@@ -73,7 +74,7 @@ def run(prepared: Prepared, watch: Watch, tell: Tell) -> Outcome:
         found, best = search(estimates, prepared.fixed, order.budget, hands)
         found.write(best.folder)
         summary = _publish(prepared, found, best, watch)
-    return Outcome(summary, found)
+    return Outcome(dataclasses.replace(summary, seconds=round(time.monotonic() - begin, 3)), found)
 
 
 def _hands(prepared: Prepared, workshop: Path, watch: Watch, tell: Tell) -> Hands:
@@ -143,8 +144,8 @@ def _publish(prepared: Prepared, found: Sensitivity, best: Written, watch: Watch
     best.folder.replace(output)
     sync(output.absolute().parent)
     return dataclasses.replace(
-        summary, output=output, already_there=False, seconds=record.get("seconds", summary.seconds),
-        output_error=record.get("output_error"), output_error_rounded=record.get("output_error_rounded"),
+        summary, output=output, already_there=False, output_error=record.get("output_error"),
+        output_error_rounded=record.get("output_error_rounded"),
     )  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def _bounded(
         upper = last.measured.bounded(rise)
         if upper <= most and (best is None or last.sizes.files < best.sizes.files):
             best = last
-        if _CLOSE * most <= upper <= most:
+        if _CLOSE * most <= upper <= most or (upper > most and chosen == mixer.dearest()):
             break
         if not number and not _is_close(last):
             known = corrected(known, last, hands.swaps(last.folder))
