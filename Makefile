@@ -1,4 +1,4 @@
-# make demo | test | fast | interop | check | bench     on a fresh machine each sets up .venv first; needs only python3 (>= 3.10) and g++
+# make demo | test | fast | native | interop | check | bench     on a fresh machine each sets up .venv first; needs only python3 (>= 3.10) and g++
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -6,17 +6,21 @@ STAMP  := $(VENV)/.installed
 PEERS  := $(VENV)/.peers
 GPTQ   := $(VENV)/gptq
 
-.PHONY: demo test fast interop check bench clean
+.PHONY: demo test fast native interop check bench clean
 
 demo: $(STAMP)
 	$(BIN)/spicerack demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not interop"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not interop and not builds"
 
 # What a change most likely breaks, in a minute and a half on two cores; test has all of it and more.
 fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not interop"
+
+# The native code under sanitizers, and on processors that are emulated: compiling it so takes longer than all other tests.
+native: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m builds
 
 # Other projects read our folders and compute what we do. gptqmodel compiles its first forward pass for a minute if torch
 # lets it.

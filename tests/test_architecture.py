@@ -22,7 +22,8 @@ FLOORS = (
     ("models",),
     ("nn", "text"),
     ("runtime",),
-    ("quantization", "evaluation"),
+    ("evaluation",),
+    ("quantization",),
     ("training", "exports", "planning"),
     ("cli", "__init__", "__main__"),
 )

@@ -23,13 +23,15 @@ def test_the_commands_run_as_written(stdlib_lm: Path, tmp_path: Path, capsys: py
     assert {shlex.split(c)[1] for c in commands()} >= {"inspect", "quantize", "eval", "bench", "generate"}
     names = {"MODEL": str(stdlib_lm), "OUT": str(tmp_path / "OUT"), "FILE": str(stdlib_lm / "heldout.txt")}
     names |= {"LESS": str(tmp_path / "LESS"), "TEXT": str(stdlib_lm / "calibration.txt")}
-    names |= {"TAUGHT": str(tmp_path / "TAUGHT")}
+    names |= {"TAUGHT": str(tmp_path / "TAUGHT"), "MIX": str(tmp_path / "MIX")}
     for command in commands():
         words = [names.get(word, word) for word in shlex.split(command)][1:]
         if words[0] == "eval":
             words += ["--max-tokens", "4096"]  # the same command on less text
-        if "--calib" in words:
-            words += ["--samples", "4"]
+        if "--bits" in words:  # every layer is rounded in each of ten schemes
+            words += ["--samples", "8", "--length", "64", "--method", "rtn"]
+        elif "--calib" in words:
+            words += ["--samples", "4", "--no-check"]  # another command has its check
         if words[0] == "train":
             words += ["--steps", "2", "--batch", "2", "--length", "64"]
         code = _output.run(cli, words)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from spicerack.exports.survey import formats
     from spicerack.kernels.pool import release_memory
     from spicerack.nn.cache import QuantizedCache
-    from spicerack.quantization.run import quantize
+    from spicerack.planning.mix.face import quantize
     from spicerack.runtime.load import load
     from spicerack.runtime.save import save
     from spicerack.text.calibration import Calibration
@@ -83,7 +83,7 @@ _HOMES = {
     "measure": "evaluation.evaluate.measure",
     "paired_difference": "evaluation.language.paired_difference",
     "prepare_qat": "training.qat.prepare.prepare_qat",
-    "quantize": "quantization.run.quantize",
+    "quantize": "planning.mix.face.quantize",
     "read_calibration": "text.calibration.read",
     "release_memory": "kernels.pool.release_memory",
     "save": "runtime.save.save",

@@ -141,7 +141,7 @@ def test_a_file_that_says_nothing_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_quantize_prints_one_json_object(llama_folder, tmp_path: Path) -> None:
-    done = run("quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", "w4g32", "--json")
+    done = run("quantize", "--no-check", llama_folder(), "-o", tmp_path / "out", "--scheme", "w4g32", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     keys = {"output", "scheme", "bytes_before", "bytes_after", "bits_per_weight", "bits_per_weight_total", "seconds",
@@ -171,7 +171,17 @@ def test_a_dry_run_tells_what_the_run_then_writes(
     llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows, counts, sizes and totals are those of the run; only the errors are not known before it."""
-    command = ["quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", "w4g32", "--set", "**.down_proj=w8"]
+    command = [
+        "quantize",
+        "--no-check",
+        llama_folder(),
+        "-o",
+        tmp_path / "out",
+        "--scheme",
+        "w4g32",
+        "--set",
+        "**.down_proj=w8",
+    ]
     assert in_process(*command, "--dry-run") == 0
     foretold = capsys.readouterr().out
     assert in_process(*command, "--dry-run", "--json") == 0
@@ -193,7 +203,7 @@ def test_a_dry_run_tells_what_the_run_then_writes(
 def test_the_same_command_again_says_so_and_succeeds(
     llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", "w4g32"]
+    command = ["quantize", "--no-check", llama_folder(), "-o", tmp_path / "out", "--scheme", "w4g32"]
     assert in_process(*command) == 0 and in_process(*command) == 0
     assert "is already there, from the same command" in capsys.readouterr().out
     assert in_process(*command, "--json") == 0
@@ -204,7 +214,7 @@ def test_what_the_command_notes_python_gets_too(llama_folder, tmp_path: Path, ca
     import spicerack
 
     model = llama_folder()
-    assert in_process("quantize", model, "-o", tmp_path / "a", "--scheme", "nf4", "--json") == 0
+    assert in_process("quantize", "--no-check", model, "-o", tmp_path / "a", "--scheme", "nf4", "--json") == 0
     captured = capsys.readouterr()
     notes = json.loads(captured.out)["notes"]
     assert notes and all(note in captured.err for note in notes)
@@ -249,7 +259,7 @@ def test_rules_keep_the_order_of_the_command_line(llama_folder, tmp_path: Path) 
     }
     decided = {}
     for name, rules in orders.items():
-        assert in_process("quantize", model, "-o", tmp_path / name, "--scheme", "w4g32", *rules) == 0
+        assert in_process("quantize", "--no-check", model, "-o", tmp_path / name, "--scheme", "w4g32", *rules) == 0
         entries = json.loads((tmp_path / name / "spicerack.json").read_text())["tensors"]
         decided[name] = {e["tensor"]: e["scheme"] for e in entries}["model.layers.0.mlp.down_proj.weight"]
     assert decided == {"skip-first": "w8", "set-first": None}
@@ -259,7 +269,10 @@ def test_the_command_line_wins_over_the_recipe_file(llama_folder, tmp_path: Path
     path = tmp_path / "recipe.yaml"
     path.write_text("scheme: w4g32\nrange: absmax\nrules:\n  - '**.down_proj': w8\n")
     out = tmp_path / "out"
-    assert in_process("quantize", llama_folder(), "-o", out, "--recipe", path, "--set", "**.down_proj=w6") == 0
+    assert (
+        in_process("quantize", "--no-check", llama_folder(), "-o", out, "--recipe", path, "--set", "**.down_proj=w6")
+        == 0
+    )
     recipe = json.loads((out / "spicerack.json").read_text())["identity"]["recipe"]
     expected = {"scheme": "w4g32", "method": "rtn", "range": "absmax"}
     assert recipe == expected | {"rules": [{"**.down_proj": "w8"}, {"**.down_proj": "w6"}]}

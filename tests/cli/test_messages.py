@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spicerack.cli import _demo, _output, _rules, cli, demo
+from spicerack.cli import _demo, _output, _rules, cli, demo, kernels
 from spicerack.errors import CheckpointError, UsageError
 from spicerack.evaluation.opening import Opening
 from spicerack.evaluation.timing import Speed, Timing
@@ -45,6 +46,32 @@ def test_sizes(typed: str, meant: int) -> None:
 def test_what_is_no_size(typed: str) -> None:
     with pytest.raises(click.BadParameter):
         _output.nbytes(click.Context(cli), cli, typed)
+
+
+def test_what_is_to_be_pasted_is_quoted(llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama_folder("a model")
+    assert in_process("quantize", model, "-o", tmp_path / "an out's", "--scheme", "w8", "--no-check") == 0
+    words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
+    assert words == ["spicerack", "eval", str(tmp_path / "an out's"), "--against", str(model), "--text", "FILE"]
+
+
+def test_names_are_broken_at_their_dots(llama_folder, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    assert in_process("quantize", llama_folder(), "-o", tmp_path / "out", "--scheme", "w8") == 0
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "60")
+    assert in_process("kernels", tmp_path / "out") == 0
+    assert "layers" in capsys.readouterr().out
+    assert kernels._broken("decoder.block.*.layer.*.SelfAttention.k") == "decoder.block.*.layer.*\n  .SelfAttention.k"
+
+
+def test_nothing_is_left_of_what_cannot_be_written(llama_folder, tmp_path: Path, capsys: Any) -> None:
+    model = llama_folder()
+    assert in_process("quantize", model, "-o", tmp_path / ("x" * 300), "--scheme", "w8") == 2
+    assert "File name too long" in capsys.readouterr().err
+    assert in_process("quantize", model, "-o", "", "--scheme", "w8") == 2
+    assert in_process("quantize", model, "-o", tmp_path / "out", "--scheme", "w8") == 0
+    assert in_process("report", tmp_path / "out", "-o", tmp_path / "out") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_a_folder_of_models_names_them(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spicerack
-from spicerack.errors import LoadError, SpicerackError
+from spicerack.errors import CheckpointError, LoadError, SpicerackError
 from spicerack.models.overview import look
 
 FORMATS = ("gptq", "awq", "mlx")
@@ -151,3 +152,18 @@ def test_a_generation_config_that_is_none_is_named(folders: dict[str, Path], tmp
     (tmp_path / "folder" / "generation_config.json").write_text("{")
     with pytest.raises(LoadError, match=r"generation_config\.json is not understood"):
         spicerack.load(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("name", ["gptq w4g32", "awq w4g32", "mlx w4g32"])
+def test_a_layer_that_is_not_there_is_no_export(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """By its codes layers are found, so that without them nothing of the folder contradicts itself."""
+    folder = shutil.copytree(folders[name], tmp_path / "damaged")
+    layer, tensors = "model.layers.0.self_attn.q_proj", {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= {key: tensor for key, tensor in load_file(path).items() if not key.startswith(layer)}
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no tensor fills model\.layers\.0\.self_attn\.q_proj\.weight"):
+        spicerack.import_model(folder, output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]

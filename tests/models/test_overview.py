@@ -23,8 +23,9 @@ from spicerack.errors import CheckpointError
 from spicerack.models import outliers
 from spicerack.models.overview import look
 from spicerack.numerics.scheme import parse
+from spicerack.planning.model import open_model
 from spicerack.quantization.job import prepare
-from spicerack.quantization.recipe import Recipe
+from spicerack.quantization.recipe import Recipe, of
 from spicerack.storage.reader import Checkpoint
 
 
@@ -255,3 +256,13 @@ def test_names_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_errors_have_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", tmp_path / "none", "--json") == 2
     assert json.loads(capsys.readouterr().out)["error"] == "CheckpointError"
+
+
+@pytest.mark.parametrize("sections", [["quantization"], ["quantization", "quantization_config"]], ids=len)
+def test_mlx_names_no_method(sections: list[str], tmp_path: Path) -> None:
+    config = {"model_type": "llama", **{section: {"group_size": 32, "bits": 4} for section in sections}}
+    folder = folders.folder(tmp_path / "m", {"model.layers.0.mlp.up_proj.weight": (8, 64)}, config, dtype="I32")
+    assert look(folder).quantized == "mlx"
+    for refused in (lambda: prepare(folder, of("w8", ())), lambda: open_model(folder)):
+        with pytest.raises(CheckpointError, match="quantized already, with mlx"):
+            refused()

@@ -240,3 +240,14 @@ def test_what_is_written_to_is_never_a_converted_copy(name: str) -> None:
         for wrong in (right.to(OTHER[right.dtype]), wide[..., ::2]):
             with pytest.raises(TypeError, match="incompatible function arguments"):
                 call(*out[:i], wrong, *out[i + 1 :])
+
+
+@pytest.mark.parametrize("name", ["w8", "w4g32z", "w2g32h", "mxfp4", "nf4"])
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e20, 1e30])
+def test_errors_of_the_largest_and_smallest_weights(name: str, size: float) -> None:
+    """Whose squares float32 does not hold: against float64."""
+    w = (torch.randn((16, 64), generator=torch.Generator().manual_seed(0)) * size).bfloat16()
+    q = rounding.to_nearest(w, parse(name))
+    exact = w.double()
+    expected = float((codec.decode(q).double() - exact).norm() / exact.norm())
+    assert rounding.relative_error(w, q) == pytest.approx(expected, rel=1e-3)

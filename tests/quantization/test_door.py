@@ -25,6 +25,7 @@ from spicerack.numerics.scheme import parse
 from spicerack.quantization.door import promised
 from spicerack.quantization.job import Job, prepare
 from spicerack.quantization.recipe import Recipe, decided, rule
+from spicerack.storage import ledger
 from spicerack.storage.reader import Checkpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -221,7 +222,7 @@ def test_codes_are_told_by_names_where_nobody_knows_the_class(llama_folder) -> N
 
 def test_a_tensor_that_nobody_reads_is_told(llama_folder) -> None:
     folder = changed(llama_folder(), lambda ts: {**ts, "model.layers.0.mlp.up_proj.bias": torch.zeros(128)})
-    assert "LlamaForCausalLM does not read model.layers.0.mlp.up_proj.bias: copied as they are" in job(folder).notes
+    assert "LlamaForCausalLM does not read model.layers.0.mlp.up_proj.bias: copied as it is" in job(folder).notes
 
 
 @pytest.mark.parametrize("value", [None, {}])
@@ -419,3 +420,27 @@ def test_no_path_of_this_machine_gets_into_what_is_written(llama_folder, tmp_pat
     spicerack.save(spicerack.quantize(spicerack.load(llama_folder()), "w8"), tmp_path / "out")
     texts = [path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix == ".json"]
     assert texts and not [text for text in texts if str(tmp_path) in text]
+
+
+def test_a_config_that_makes_no_model_is_not_an_unknown_family(llama_folder) -> None:
+    with pytest.raises(CheckpointError, match="negative dimension"):
+        job(configured(llama_folder(), hidden_size=-64))
+
+
+@pytest.mark.parametrize("name", ["albert", "distilbert", "modernbert"])
+def test_heads_of_a_model_for_text_are_no_towers(name: str, tmp_path: Path) -> None:
+    """Whatever lies outside of the part that has the embedding: text reaches it."""
+    tiny.build(name).save_pretrained(tmp_path / "model")
+    plain, calibrated = (schemes(job(tmp_path / "model", with_text=text)) for text in (False, True))
+    assert calibrated == plain
+
+
+def test_numbers_that_are_not_finite_are_told_where_they_are_copied(llama_folder, tmp_path: Path) -> None:
+    broken = torch.full((64,), 3e38)  # whose sum is more than float32 holds
+    broken[5] = torch.nan
+    sound = torch.full((64,), 3e38)
+    norms = {"model.norm.weight": broken, "model.layers.0.input_layernorm.weight": sound}
+    spicerack.quantize(changed(llama_folder(), lambda ts: ts | norms), "w8", output=tmp_path / "out")
+    written = ledger.read(tmp_path / "out")
+    assert written is not None
+    assert [entry.tensor for entry in written.entries if ledger.NOT_FINITE in entry.events] == ["model.norm.weight"]

@@ -82,7 +82,19 @@ def test_what_a_run_will_take_grows_with_the_text_and_the_blocks() -> None:
 def test_it_is_said_before_the_first_block_and_what_would_be_quicker(llama_folder: LlamaFolder, tmp_path: Path) -> None:
     source, words = llama_folder(num_hidden_layers=8), tmp_path / "text.txt"
     words.write_text("The quick brown fox jumps over the lazy dog. " * 400)
-    common = ["quantize", str(source), "--scheme", "w3g32", "--calib", str(words), "--length", "16", "--samples", "12"]
+    common = [
+        "quantize",
+        str(source),
+        "--no-check",
+        "--scheme",
+        "w3g32",
+        "--calib",
+        str(words),
+        "--length",
+        "16",
+        "--samples",
+        "12",
+    ]
     for effort, said in (
         ("normal", r"expected: about \S+ \w+ for 8 blocks; about \S+ \w+ rounded without --calib"),
         ("high", r"expected: .* to .* for 8 blocks; gptq takes about .* rounded without --calib"),

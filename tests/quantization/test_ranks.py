@@ -19,7 +19,21 @@ from spicerack.machine.ranks import ALONE, Ranks
 
 
 def command(source: Path, out: Path, text: Path, *more: str) -> list[str]:
-    words = ["quantize", source, "-o", out, "--scheme", "w4g32", "--calib", text, "--length", "64", "--samples", "320"]
+    words = [
+        "quantize",
+        source,
+        "--no-check",
+        "-o",
+        out,
+        "--scheme",
+        "w4g32",
+        "--calib",
+        text,
+        "--length",
+        "64",
+        "--samples",
+        "320",
+    ]
     return [*map(str, words), *more]
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import spicerack
 from spicerack.errors import CheckpointError, SchemeError
+from spicerack.models.architecture import on_meta
 from spicerack.numerics import codec, packed
 from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.levels import FloatLevels, IntLevels, TableLevels
@@ -204,6 +205,17 @@ def test_transformers_is_told_to_decode_on_loading_where_it_must(
     config = {"architectures": [architecture]}
     section = CT.config(config, contents, CT.reading(config, contents, Host()))["quantization_config"]
     assert section.get("dequantize", False) is expected
+
+
+def test_what_stays_float_is_sorted_under_both_names() -> None:
+    """Whatever the seed of hashing, which sets of names are in the order of."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 1}
+    llama = on_meta({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes})
+    assert llama is not None
+    stored = [f"stored.{i}" for i in reversed(range(20))]
+    for host, own in ((Host(stored), 0), (Host(stored, model=llama), 22)):
+        floats = list(format.names_of(host).floats)
+        assert floats == sorted(floats) and set(stored) < {*floats, ""} and len(floats) == 20 + own
 
 
 def test_targets_of_several_schemes_never_catch_another_layer() -> None:

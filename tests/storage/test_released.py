@@ -214,8 +214,9 @@ def test_what_does_not_fit_is_refused_by_name(how: str, llama_folder: LlamaFolde
     name = "model.layers.1.mlp.down_proj.weight"
     HOSTILE[how](tensors, name)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj") as raised:
         spicerack.quantize(folder, "w8", output=tmp_path / "out")
+    assert ("scales are missing" in raised.value.message) == (how == "missing scale")
     assert not (tmp_path / "out").exists()
 
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from spicerack.errors import TextError
 from spicerack.models.bundled import encoder
 from spicerack.text import calibration
-from spicerack.text.calibration import Calibration, read, sample
+from spicerack.text.calibration import Calibration, divided, read
 
 STORY = "Once upon a time there was a brave mouse who could quantize anything.\nIt packed sixteen spices.\n"
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -117,8 +117,8 @@ def test_lines_of_json_longer_than_a_piece_are_whole(tmp_path: Path) -> None:
 
 
 def test_the_choice_is_even_and_by_seed() -> None:
-    assert sample("abc", 5, 0) == list("abc")
-    drawn = [sample(range(12), 5, seed) for seed in range(2000)]
+    assert divided("abc", 5, 0, 2) == (list("abc"), [])
+    drawn = [divided(range(12), 5, seed, 0)[0] for seed in range(2000)]
     assert all(len(set(items)) == 5 and items == sorted(items) for items in drawn)
     counts = Counter(item for items in drawn for item in items)
     assert chisquare([counts[i] for i in range(12)]).pvalue > 1e-3

@@ -12,6 +12,7 @@ import torch
 from conftest import LlamaFolder
 from folders import codes
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
 import spicerack
 from spicerack import QATConfig, Settings
@@ -285,6 +286,23 @@ def test_checkpointing_computes_the_same(llama_folder: LlamaFolder, text: Path, 
 def test_teachers_of_other_vocabularies(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="predicts 300 tokens, the model 257"):
         run(llama_folder(), tmp_path / "out", text, teacher=llama_folder("teacher", vocab_size=300))
+
+
+def test_teachers_that_predict_something_else(llama_folder: LlamaFolder, text: Path, tmp_path: Path) -> None:
+    """With as many tokens: another kind of model, and one whose tokens have other numbers."""
+    student, shifted = llama_folder(), llama_folder("shifted")
+    words = json.loads((shifted / "tokenizer.json").read_text())
+    words["model"]["vocab"] = {token: (number + 1) % 256 for token, number in words["model"]["vocab"].items()}
+    words["added_tokens"], words["model"]["vocab"]["<|end|>"] = [], 256
+    (shifted / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(UsageError, match=r"another tokenizer: '.+' is"):
+        run(student, tmp_path / "out", text, teacher=shifted)
+    config = BertConfig(
+        vocab_size=257, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UsageError, match="bert is no model that predicts tokens"):
+        run(student, tmp_path / "out", text, teacher=tmp_path / "bert")
 
 
 @pytest.mark.parametrize(("more", "error", "match"), [

@@ -5,11 +5,13 @@ All of it goes through a console that is silent on every rank but the first: pro
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spicerack.cli import _output
+from spicerack.errors import listed
 
 if TYPE_CHECKING:
     import torch
@@ -143,18 +145,15 @@ def foretell(job: Job, console: Console) -> None:
     console.print("nothing was written: this was a dry run")
 
 
-def report(summary: Summary, source: Path, console: Console) -> None:
-    """Print what came out: a row for each kind of layer with its sizes and error, the totals, time, memory, what to do
-    next.
+def report(summary: Summary, console: Console) -> None:
+    """Print what came out: a row for each kind of layer with its sizes and error, the totals, time and memory.
 
     Errors are read from the folder's ledger, and not kept from the run: what is shown is what the folder says of
-    itself. source: the float model's folder, for the command that compares the two.
+    itself.
     """
     from rich.markup import escape
 
-    from spicerack.models.kind import obstacle
     from spicerack.storage import ledger
-    from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
 
     written = ledger.read(summary.output)
     assert written is not None, "quantized just now"
@@ -165,12 +164,28 @@ def report(summary: Summary, source: Path, console: Console) -> None:
     else:
         resumed = ", resumed" if summary.resumed else ""
         console.print(f"{summary.seconds:.1f} s, peak memory {_output.size(summary.peak_rss_bytes)}{resumed}")
+    if broken := [entry.tensor for entry in written.entries if ledger.NOT_FINITE in entry.events]:
+        told = f"{listed(broken, 3, 'tensors')}: {ledger.NOT_FINITE}"
+        console.print(f"[yellow]note[/yellow]   {escape(told)}", soft_wrap=True)
     if summary.output_error is not None and summary.output_error_rounded is not None:
         console.print(_output_error(summary.output_error, summary.output_error_rounded), soft_wrap=True)
-    if obstacle(read_json(source / CONFIG, MAX_CONFIG_BYTES)) is None:  # else there is nothing that compares them
-        console.print(
-            f"next: spicerack eval {summary.output} --against {source} --text FILE", soft_wrap=True, markup=False
-        )
+
+
+def conclude(summary: Summary, source: Path, console: Console) -> None:
+    """Print what the check measured, if there was one, or what to do next.
+
+    source: the float model's folder, for the command that compares the two.
+    """
+    from spicerack.cli import _loss
+    from spicerack.models.kind import obstacle
+    from spicerack.storage.files import CONFIG, MAX_CONFIG_BYTES, read_json
+
+    if summary.check is not None:
+        for line in _loss.checked(summary.check):
+            console.print(line, soft_wrap=True, markup=False)
+    elif obstacle(read_json(source / CONFIG, MAX_CONFIG_BYTES)) is None:  # else there is nothing that compares them
+        line = shlex.join(["spicerack", "eval", str(summary.output), "--against", str(source), "--text", "FILE"])
+        console.print(f"next: {line}", soft_wrap=True, markup=False)
 
 
 def _table(entries: Iterable[Entry], console: Console) -> None:

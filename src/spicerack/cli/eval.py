@@ -6,12 +6,11 @@ figures mean; programs get all of them by --json.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from spicerack.cli import _output
+from spicerack.cli import _loss, _output
 from spicerack.cli._commands import About
 
 if TYPE_CHECKING:
@@ -54,10 +53,11 @@ def command(out: str, against: str, as_json: bool, **given: Any) -> None:
     from spicerack.storage.files import locate
 
     with _output.measuring() as progress:
-        evaluation = measure(out, against=against, options=EvaluationOptions(**given), progress=progress)
+        evaluation = measure(out, against=against, options=EvaluationOptions(**given), examples=True, progress=progress)
     figures, folder = evaluation.figures, locate(out)
-    row = lens.look(folder, locate(against))
-    records.keep(folder, "eval", evaluation.as_dict(), against=against, row=row)
+    lens.keep(folder, locate(against))
+    shown = {"kernels": list(map(list, evaluation.kernels)), "examples": list(evaluation.examples)}
+    records.keep(folder, "eval", evaluation.as_dict(), against=against, **shown)
     if as_json:
         _output.emit(evaluation.as_dict())
     elif isinstance(figures, Comparison):
@@ -76,13 +76,13 @@ def _decoder(evaluation: Evaluation, figures: Comparison, console: Console) -> N
     if kl.lo is None or kl.hi is None:
         between = "one window: no interval"
     else:
-        between = f"95 % interval {_short(kl.lo)} to {_short(kl.hi)}"
+        between = f"95 % interval {_loss.short(kl.lo)} to {_loss.short(kl.hi)}"
     rows = [
         ("perplexity", f"{figures.perplexity:.4g}", f"reference {figures.perplexity_reference:.4g}"),
         ("same top token", f"{figures.top1_agreement:.2%}", "as the reference"),
-        ("KL, mean", _short(kl.mean), f"nats per token; {between}"),
-        ("KL, 99.9 %", _short(figures.kl_p999), "one token in a thousand moved more"),
-        ("KL, noise floor", "-" if floor is None else _short(floor), "the reference cast to bfloat16"),
+        ("KL, mean", _loss.short(kl.mean), f"nats per token; {between}"),
+        ("KL, 99.9 %", _loss.short(figures.kl_p999), "one token in a thousand moved more"),
+        ("KL, noise floor", "-" if floor is None else _loss.short(floor), "the reference cast to bfloat16"),
     ]
     count = len(figures.kl)
     title = (
@@ -91,13 +91,11 @@ def _decoder(evaluation: Evaluation, figures: Comparison, console: Console) -> N
     _table(console, evaluation, title, rows)
     same = round(1000 * figures.top1_agreement)
     change = figures.perplexity / figures.perplexity_reference - 1
-    sentence = f"Of 1000 next-token choices, {same} are the same; perplexity is {_change(change)}"
+    sentence = f"Of 1000 next-token choices, {same} are the same; perplexity is {_loss.change(change)}"
     if floor is None:
         console.print(f"{sentence}.")
         return
-    # of a floor of 0 nothing is a multiple
-    times = "no more than" if kl.mean <= floor or not floor else _times(kl.mean / floor)
-    console.print(f"{sentence}; the mean KL is {times} that of a cast to bfloat16.")
+    console.print(f"{sentence}; the mean KL is {_loss.beside_cast(kl.mean, floor)} that of a cast to bfloat16.")
 
 
 def _encoder(evaluation: Evaluation, figures: EncoderComparison, console: Console) -> None:
@@ -113,8 +111,10 @@ def _encoder(evaluation: Evaluation, figures: EncoderComparison, console: Consol
         ("Spearman", "-" if rank is None else f"{rank:.5f}", "do all pairs rank alike in similarity?"),
     ]
     _table(console, evaluation, f"{len(figures.cosine):,} sentences, {figures.tokens:,} tokens", rows)
-    cast = "" if floor is None else f"; a cast to bfloat16 turns it by about {_angle(floor)}"
-    console.print(f"An embedding turned by about {_angle(figures.mean)}, the worst by {_angle(figures.least)}{cast}.")
+    cast = "" if floor is None else f"; a cast to bfloat16 turns it by about {_loss.angle(floor)}"
+    console.print(
+        f"An embedding turned by about {_loss.angle(figures.mean)}, the worst by {_loss.angle(figures.least)}{cast}."
+    )
 
 
 def _table(console: Console, evaluation: Evaluation, title: str, rows: list[tuple[str, str, str]]) -> None:
@@ -134,27 +134,3 @@ def _table(console: Console, evaluation: Evaluation, title: str, rows: list[tupl
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def _short(value: float) -> str:
-    """Three digits, or a power of ten where it is below a thousandth."""
-    return f"{value:.3g}" if value >= 1e-3 or value == 0 else f"{value:.1e}"
-
-
-def _change(ratio: float) -> str:
-    """What perplexity became: a share of what it was, or a multiple once it is twice as high. ratio: new / old - 1."""
-    if abs(ratio) < 5e-5:  # which two digits of a per cent would show as 0
-        return "unchanged"
-    if ratio >= 1:
-        return f"{ratio + 1:.3g} times as high"
-    return f"{abs(ratio):.2%} {'higher' if ratio > 0 else 'lower'}"
-
-
-def _times(ratio: float) -> str:
-    """A multiple, with a digit behind the point as long as that tells something."""
-    return f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
-
-
-def _angle(cosine: float) -> str:
-    """The angle of a cosine in degrees; rounding may have put the cosine a little above 1, which counts as 1."""
-    return f"{math.degrees(math.acos(min(cosine, 1.0))):.1f} degrees"

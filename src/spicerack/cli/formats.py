@@ -6,6 +6,7 @@ Of a float model: the schemes that each engine computes exactly, for `quantize -
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,7 @@ def _of_float(choices: Sequence[Choice], model: str, console: Console) -> None:
     if able:
         best = max(able, key=lambda choice: bool(choice.schemes))
         console.print(
-            f"\nnext: spicerack quantize {escape(model)} -o OUT --for {best.engine} --scheme {best.usual}",
+            f"\nnext: spicerack quantize {escape(shlex.quote(model))} -o OUT --for {best.engine} --scheme {best.usual}",
             soft_wrap=True,
         )
 

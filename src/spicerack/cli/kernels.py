@@ -5,6 +5,7 @@ Each says why it does not run here, or why it was passed over: a choice that nob
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from spicerack.models.choices import Layers, Row
 
 ABOUT = About(place=70, summary="What can multiply on this machine, and what a folder's layers get.")
+
+
+_WIDE = 100
+"""Characters of a terminal in which names stand in one line."""
+_LINE = 34
+"""Characters of a name that 80 leave room for beside the other columns."""
 
 
 @click.command()
@@ -107,7 +114,8 @@ def _show_layers(out: str, layers: list[Layers], console: Console) -> None:
         )
     for some in layers:
         shape = "x".join(map(str, some.shape))
-        table.add_row(Text(some.pattern), str(some.count), shape, some.scheme, some.dtype, some.kernel)
+        pattern = some.pattern if console.width >= _WIDE else _broken(some.pattern)
+        table.add_row(Text(pattern), str(some.count), shape, some.scheme, some.dtype, some.kernel)
     console.print(table)
     for kernel, passed_over, schemes in _choices(layers):
         names = ", ".join(schemes)
@@ -118,6 +126,16 @@ def _show_layers(out: str, layers: list[Layers], console: Console) -> None:
         console.print(f"{kernel} for {names}; faster ones were passed over:", markup=False, soft_wrap=True)
         for reason, rows in _by_reason(passed_over).items():
             console.print(f"  {', '.join(rows)}: {reason}", markup=False, soft_wrap=True)
+
+
+def _broken(pattern: str) -> str:
+    """A name in lines of at most `_LINE` characters where its dots allow that: half a word is not a pattern."""
+    lines = [""]
+    for part in re.findall(r"\.?[^.]+", pattern):
+        if lines[-1] and len(lines[-1]) + len(part) > _LINE:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _show_encoders(encoders: Mapping[str, str | None], console: Console) -> None:

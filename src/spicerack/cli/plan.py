@@ -53,7 +53,8 @@ def command(
 ) -> None:  # fmt: skip
     """Will a model fit, in which numbers, and how fast will it be.
 
-    MODEL is a folder in Hugging Face layout, a hub id, or a config.json alone. Nothing is read but headers.
+    MODEL is a folder in Hugging Face layout, a hub id, or a config.json alone; or one that is quantized already, a
+    GGUF file too, which is planned as it is. Nothing is read but headers.
 
     \b
     spicerack plan MODEL --fit 2x3090 --context 8192
@@ -63,20 +64,24 @@ def command(
     from spicerack.machine import catalogue
     from spicerack.planning import engine as engines
     from spicerack.planning.engine import Request
-    from spicerack.planning.model import open_model
     from spicerack.planning.placement import Host
     from spicerack.planning.plan import Goal, context_of, default_engine, plan
+    from spicerack.planning.written import open_any, reader, readers
 
     chosen = None if engine is None else engines.get(engine)
     devices, measured = (None, False) if fit is None else (catalogue.find(fit), False)
-    opened = open_model(model)
+    opened, precision = open_any(model)
+    among: tuple[Engine, ...] = ()
+    if precision is not None:
+        among = readers(opened, precision)
+        chosen = None if engine is None else reader(opened, precision, engine)
     request = Request(context_of(opened, context), users, cache)
     if devices is None:
         from spicerack.planning import here
 
         devices, measured = here.devices()
-    goal = Goal(devices, chosen or default_engine(devices), request, Host(ram or 0, disk), measured)
-    result = plan(opened, goal, scheme=scheme)
+    goal = Goal(devices, chosen or default_engine(devices, among), request, Host(ram or 0, disk), measured)
+    result = plan(opened, goal, scheme=scheme, among=among)
     if as_json:
         _output.emit(as_dict(result))
     else:

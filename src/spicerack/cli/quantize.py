@@ -18,11 +18,12 @@ import click
 from click.core import ParameterSource
 
 from spicerack import plugins
-from spicerack.cli import _output, _rules
+from spicerack.cli import _budget, _output, _rules
 from spicerack.cli._commands import About
 from spicerack.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
+    from spicerack.planning.sensitivity import Budget
     from spicerack.quantization.job import Job
     from spicerack.quantization.memory import MemoryPlan
     from spicerack.quantization.recipe import Recipe, Rule
@@ -63,6 +64,8 @@ class _Options:
     shard_bytes             the largest file to write
     memory                  bytes that must not be exceeded; None: no limit
     fit, context, engine    devices, tokens and program that the scheme is chosen for; no `fit`: it is named
+    size, bits, max_kl, max_loss   a budget that a mix of schemes is chosen for; at most one
+    no_check                leave out the evaluation behind the run
     dry_run, as_json        show what would be done; print one JSON object
     """
 
@@ -89,6 +92,11 @@ class _Options:
     fit: str | None
     context: int | None
     engine: str | None
+    size: str | None
+    bits: float | None
+    max_kl: float | None
+    max_loss: str | None
+    no_check: bool
     dry_run: bool
     as_json: bool
 
@@ -164,6 +172,8 @@ class _Options:
 @click.option("--fit", metavar="DEVICES", help="In place of --scheme: what plan recommends for 2x3090, 24GB ...")
 @click.option("--context", type=click.IntRange(1), help="With --fit: tokens. Default: 8192, or the model's.")
 @click.option("--engine", metavar="NAME", help="With --fit: llama.cpp, vllm, spicerack ... Default: plan's.")
+@_budget.options
+@click.option("--no-check", is_flag=True, help="Do not measure, in a tenth of the time, what was lost.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @_output.json_option
 @click.pass_context
@@ -178,9 +188,14 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     spicerack quantize MODEL -o out --scheme w4g32z --set '**.down_proj=w8' --skip 'model.layers.0.**'
     spicerack quantize MODEL -o out --scheme w3g64 --calib text.jsonl
     spicerack quantize MODEL -o out --fit 2x3090 --context 8192 --engine vllm
+    spicerack quantize MODEL -o out --bits 3.5 --calib text.jsonl
     """
     options = _Options(**given)
     _check_calibration_options(ctx, options)
+    budget = _budget.of(options)
+    if budget is not None:
+        _with_budget(options, budget, _rules.of(ctx, options.set_, options.skip))
+        return
     fitted = _fitted(options)
     if fitted is not None:
         options, because = fitted
@@ -198,7 +213,7 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     # torch comes in here, and not at the top: --help needs none of it, and what is wrong above is said at once
     from spicerack.cli import _quantizing
     from spicerack.quantization.job import prepare
-    from spicerack.quantization.run import execute, notes
+    from spicerack.quantization.run import check_written, execute, notes
     from spicerack.quantization.stream import plan
     from spicerack.storage.files import local
 
@@ -220,10 +235,38 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     with _quantizing.bar(ranks) as bar, _output.interruptible(bar.console, unit) as stopping:
         watch = _quantizing.watching(bar, job, stopping, ranks, calibrated=calibration is not None)
         summary = execute(job, local(options.output), calibration=calibration, means=means, watch=watch, notes=told)
-    if summary is not None and options.as_json:
+    if summary is None:
+        return
+    if not options.as_json:
+        _quantizing.report(summary, console)
+    if not options.no_check:
+        with _output.measuring() as progress:
+            summary = check_written(summary, job, calibration, means, progress)
+    if options.as_json:
         _output.emit(summary.as_dict())
-    elif summary is not None:
-        _quantizing.report(summary, job.source.folder, console)
+    else:
+        _quantizing.conclude(summary, job.source.folder, console)
+
+
+def _with_budget(options: _Options, budget: Budget, rules: list[Rule]) -> None:
+    """What --size, --bits, --max-kl and --max-loss do: a mix of schemes is searched for, and written."""
+    from spicerack.quantization import early
+
+    early.open_float(options.model)
+    recipe = dataclasses.replace(options, scheme=_budget.PLAIN).recipe(rules)
+    from spicerack.planning.mix import judge, units
+    from spicerack.planning.mix.order import Order, prepare
+    from spicerack.quantization import job as jobs
+    from spicerack.quantization.recipe import decided
+    from spicerack.storage.files import local
+
+    listing = decided(units.listing(recipe), True)
+    job = jobs.prepare(options.model, listing, with_text=True, shard_bytes=options.shard_bytes)
+    asked = dataclasses.replace(options, samples=judge.with_held_out(options.samples, job.source.folder))
+    text = _calibration(job, _budget.text_of(options), asked)
+    output = local(options.output)
+    order = Order(options.model, output, budget, recipe, options.effort, text, _means(options), options.shard_bytes)
+    _budget.run(prepare(order), dry_run=options.dry_run, as_json=options.as_json)
 
 
 def _check_calibration_options(ctx: click.Context, options: _Options) -> None:

@@ -28,11 +28,12 @@ def command(out: str, output: Path | None, as_json: bool) -> None:
     from spicerack.errors import OutputError
     from spicerack.evaluation.report.facts import collect
     from spicerack.evaluation.report.page import page
+    from spicerack.planning.written import shown
     from spicerack.storage.durable import write_atomically
     from spicerack.storage.files import locate
 
     folder = locate(out)
-    facts = collect(folder)
+    facts = collect(folder, shown(folder))
     path = output or folder / "report.html"
     try:
         write_atomically(path, page(facts).encode())

@@ -7,6 +7,7 @@ that could have no effect are refused, because somebody meant something by them.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -291,5 +292,17 @@ def _report(trained: Trained, source: str, console: Console) -> None:
     resumed = f", continued at step {trained.resumed_at}" if trained.resumed_at else ""
     console.print(f"\n{trained.tokens:,} tokens, {trained.seconds:.1f} s{resumed}", highlight=False)
     console.print(f"{out} is ready; {out}.training has checkpoints and curves, and may go", soft_wrap=True)
-    if not source.endswith(".json"):  # there is no float model to compare one with that began at random
-        console.print(f"next: spicerack eval {out} --against {source} --text FILE", soft_wrap=True, markup=False)
+    if (original := _original(source)) is not None:
+        line = shlex.join(["spicerack", "eval", str(out), "--against", original, "--text", "FILE"])
+        console.print(f"next: {line}", soft_wrap=True, markup=False)
+
+
+def _original(source: str) -> str | None:
+    """The float model that one is compared with which was trained from `source`; None where that began at random, or
+    is quantized itself, whose float model nobody named."""
+    if source.endswith(".json"):
+        return None
+    from spicerack.models.opening import open_stored
+    from spicerack.models.overview import quantized_with
+
+    return source if quantized_with(open_stored(source).config) is None else None

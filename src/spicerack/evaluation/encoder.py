@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.errors import SpicerackError, TextError, UsageError
-from spicerack.evaluation.intervals import spearman
+from spicerack.evaluation.intervals import Interval, mean_interval, spearman
 from spicerack.machine.memory import steady
 from spicerack.models.inputs import limits
 
@@ -31,8 +31,24 @@ BATCH = 32
 """Sentences that are embedded at once."""
 PAIRED_SENTENCES = 2000
 """Spearman's correlation is taken over the pairs of the first 2,000 sentences: two million of them."""
+_MOVED = 3
+"""Pairs that moved most which are kept."""
 FEWEST = 3
 """Sentences: two have one pair, which cannot be ranked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two sentences, and how similar they are to the reference and to the other model.
+
+    typical: whether it is the pair in the middle, and not one that moved most
+    """
+
+    a: str
+    b: str
+    before: float
+    after: float
+    typical: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +60,24 @@ class EncoderComparison:
                model finds all pairs equally similar
     tokens     that were read, padding left out
     unknown    how many of them the tokenizer does not know
+    moved      pairs of sentences whose similarity moved most, and one whose similarity moved as the median pair's did
     """
 
     cosine: torch.Tensor = field(repr=False)
     spearman: float | None
     tokens: int
     unknown: int
+    moved: tuple[Pair, ...] = field(default=(), repr=False)
 
     @property
     def mean(self) -> float:
         """Mean cosine between the two models' embeddings of a sentence."""
         return float(self.cosine.mean())
+
+    @property
+    def cosine_interval(self) -> Interval:
+        """The mean cosine with its 95 % interval over sentences, cut at 1."""
+        return mean_interval(self.cosine).within(-1.0, 1.0)
 
     @property
     def least(self) -> float:
@@ -72,6 +95,7 @@ class EncoderComparison:
             "tokens": self.tokens,
             "sentences": len(self.cosine),
             "cosine_mean": self.mean,
+            "cosine_mean_ci95": self.cosine_interval.ends,
             "cosine_min": self.least,
             "spearman": self.spearman,
             "unknown_tokens": self.unknown_share,
@@ -104,6 +128,7 @@ def compare(
     embeddings that are not finite.
     """
     cosines, kept = list[torch.Tensor](), (list[torch.Tensor](), list[torch.Tensor]())
+    texts: list[str] = []
     count = tokens = unknown = 0
     report = progress or (lambda _share: None)
     given = limits(reference, reference.config)
@@ -116,14 +141,28 @@ def compare(
         cosines.append(F.cosine_similarity(ours, theirs))
         for vectors, some in zip(kept, (ours, theirs), strict=True):  # of those beyond, only the cosine is kept
             vectors.append(some[: max(PAIRED_SENTENCES - count, 0)])
+        texts += batch[: max(PAIRED_SENTENCES - count, 0)]
         count, tokens, unknown = count + len(batch), tokens + len(read), unknown + _unknown(read, tokenizer)
         report(fraction)
         if max_tokens is not None and tokens >= max_tokens:
             break
     if count < FEWEST:
         raise TextError(f"{count} sentences are too few to compare their pairs", f"give at least {FEWEST}, one a line")
-    correlation = spearman(*(_pair_similarities(torch.cat(vectors)) for vectors in kept))
-    return EncoderComparison(torch.cat(cosines), correlation, tokens, unknown)
+    ours, theirs = (_pair_similarities(torch.cat(vectors)) for vectors in kept)
+    moved = _moved(texts, ours, theirs)
+    return EncoderComparison(torch.cat(cosines), spearman(ours, theirs), tokens, unknown, moved)
+
+
+def _moved(texts: Sequence[str], before: torch.Tensor, after: torch.Tensor) -> tuple[Pair, ...]:
+    """The pairs that moved most, and the one in the middle. before, after: similarities of all pairs i < j."""
+    i, j = torch.triu_indices(len(texts), len(texts), offset=1, device="cpu")
+    ranked = (after - before).abs().argsort(descending=True)
+    most = ranked[:_MOVED].tolist()
+    middle = int(ranked[len(ranked) // 2])
+    return tuple(
+        Pair(texts[int(i[n])], texts[int(j[n])], float(before[n]), float(after[n]), typical)
+        for n, typical in (*((n, False) for n in most), (middle, True))
+    )
 
 
 def tokens_of(

@@ -13,9 +13,10 @@ the language model alone, and a warning names the quantized layers that it does 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +24,35 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spicerack.arguments import at_least, check_fields, checked
-from spicerack.errors import SpicerackError, UsageError, listed
-from spicerack.evaluation import encoder, language
+from spicerack.errors import UsageError
 from spicerack.evaluation.encoder import EncoderComparison
-from spicerack.evaluation.folder import check_sides, common_tokenizer, pooling_of, window_of
+from spicerack.evaluation.folder import check_sides, common_tokenizer, window_of
+from spicerack.evaluation.intervals import Interval
 from spicerack.evaluation.language import Comparison
-from spicerack.evaluation.sentences import SENTENCES
+from spicerack.evaluation.reference import (
+    Pace,
+    Reference,
+    Text,
+    warn_of_calibration_text,
+    warn_of_unknown_tokens,
+    warn_of_unreached_layers,
+)  # fmt: skip
+from spicerack.evaluation.report.examples import of_language
 from spicerack.kernels import kernel
 from spicerack.machine import devices
 from spicerack.models.inputs import check_text, limits
 from spicerack.models.kind import Kind, kind_of
 from spicerack.models.opening import open_stored
 from spicerack.nn.cache_segments import CacheScheme
-from spicerack.nn.weight import PackedLayer, PackedWeight
+from spicerack.nn.weight import PackedWeight
 from spicerack.runtime.load import load
-from spicerack.storage import ledger
 from spicerack.storage.files import locate
-from spicerack.text.windows import sentences, text_hash, windows
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
 
 HELDOUT = "heldout.txt"
 """A text in a model's folder that it was not trained on."""
-FLOOR_TOKENS = 8192
-"""The noise floor is measured on the beginning of the text: it varies little, and bfloat16 is slow on many CPUs."""
-UNKNOWN_LIMIT = 0.01
-"""Share of unknown tokens from which on a warning asks whether the model knows the language."""
 CACHE_STEP = 16
 """Tokens that are read at once where the cache counts: about 32 of those before them are in float, as in generating."""
 
@@ -95,24 +98,35 @@ class Evaluation:
     compute      the kernel and type that the quantized model ran with
     text         name of the file, or "built-in sentences"
     figures      how far its predictions, or embeddings, are from the reference's
-    noise_floor  the reference in bfloat16 against itself in float32, as mean KL in nats per token (decoders) or mean
-                 cosine (encoders): what a plain cast costs. None where the model does not run in bfloat16
+    floor        the reference in bfloat16 against itself in float32, as mean KL in nats per token (decoders) or mean
+                 cosine (encoders), with its interval: what a plain cast costs. None where the model does not run in
+                 bfloat16
     cache        bits of the quantized model's cache, None where it was not used
+    kernels      kinds of packed layers, by their names with `*` for numbers; the kernel that each ran, and how many did
+    examples     what the loss looks like, as JSON has it (`report.examples`, pairs of sentences); none unless asked for
     """
 
     kind: Kind
     compute: str
     text: str
     figures: Comparison | EncoderComparison
-    noise_floor: float | None
+    floor: Interval | None
     cache: int | None = None
+    kernels: tuple[tuple[str, str, int], ...] = ()
+    examples: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def noise_floor(self) -> float | None:
+        """The noise floor without its interval."""
+        return None if self.floor is None else self.floor.mean
 
     def as_dict(self) -> dict[str, Any]:
         """JSON, under the names of the command line's contract."""
         floor = "kl_noise_floor" if self.kind == "decoder" else "cosine_noise_floor"
         cache = {} if self.cache is None else {"cache": self.cache}
         figures = self.figures.as_dict()
-        return {"compute": self.compute, **cache, "text": self.text, **figures, floor: self.noise_floor}
+        floors = {floor: self.noise_floor, f"{floor}_ci95": None if self.floor is None else self.floor.ends}
+        return {"compute": self.compute, **cache, "text": self.text, **figures, **floors}
 
 
 @checked
@@ -160,11 +174,13 @@ def measure(
     *,
     against: str | Path,
     options: EvaluationOptions = _DEFAULTS,
+    examples: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """As `evaluate`, keeping the figures of every window: `language.paired_difference` compares two of these.
 
-    folder, against: folders or hub ids. Raises TextError, UsageError, CheckpointError, LoadError.
+    folder, against: folders or hub ids. examples: whether to keep passages, or sentences, that show the loss. Raises
+    TextError, UsageError, CheckpointError, LoadError.
     """
     out, source = locate(folder), locate(against)
     kind = kind_of(open_stored(source).config, source)
@@ -172,9 +188,42 @@ def measure(
     check_sides(out, source, "eval")
     tokenizer = common_tokenizer(out, source, options.trust_remote_code)
     text = _text(kind, options.text, out, source)
-    _warn_of_calibration_text(text, tokenizer, kind, out)
+    warn_of_calibration_text(text, tokenizer, kind, out)
     report = progress or (lambda _doing, _share: None)
+    return compared(Sides(kind, out, source, tokenizer, text), options, report, examples=examples)
 
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Two folders that can be compared, and what both read.
+
+    kind         of both models
+    out, source  the quantized folder, and the float model's
+    tokenizer    of both
+    text         what is read
+    """
+
+    kind: Kind
+    out: Path
+    source: Path
+    tokenizer: PreTrainedTokenizerBase
+    text: Text
+
+
+def compared(
+    sides: Sides,
+    options: EvaluationOptions,
+    report: Progress,
+    *,
+    pace: Pace = Pace(),  # noqa: B008  # frozen
+    examples: bool = False,
+) -> Evaluation:
+    """Load both models of `sides` and compare them; options.text does not count. pace: when to end. examples: as in
+    `measure`.
+
+    Raises TextError, UsageError (also where `pace` is too short), CheckpointError, LoadError.
+    """
+    kind, source = sides.kind, sides.source
     device, trusted = options.device, options.trust_remote_code
 
     def original(dtype: torch.dtype) -> PreTrainedModel:
@@ -183,20 +232,65 @@ def measure(
 
     model = original(torch.float32)  # whatever it is stored in: what is lost is to be the quantized model's alone
     reached = check_text(model, head=kind == "decoder")
-    window = window_of(options.window, limits(model, model.config), source)
-    reference = _Reference(kind, model, tokenizer, source, text, window)
+    window = pace.window(model, window_of(options.window, limits(model, model.config), source))
+    reference = Reference(kind, model, sides.tokenizer, source, sides.text, window)
     # nothing holds the model in bfloat16 once it is measured: two are in memory, and not three
-    floor = reference.floor(original(torch.bfloat16), options.max_tokens, lambda share: report("noise floor", share))
+    cast, most = original(torch.bfloat16), options.max_tokens
+    floor = reference.floor(cast, most, lambda share: report("noise floor", share), pace)
+    del cast
     report("loading", 0.0)
     quantized = load(
-        out, device=device, dtype=options.dtype, engine=options.engine, cache=options.cache, trust_remote_code=trusted
-    )
-    _warn_of_unreached_layers(quantized, reached)
+        sides.out, device=device, dtype=options.dtype, engine=options.engine, cache=options.cache,
+        trust_remote_code=trusted,
+    )  # fmt: skip
+    warn_of_unreached_layers(quantized, reached)
     step = None if options.cache is None else CACHE_STEP
-    figures = reference.compare(quantized, options.max_tokens, lambda share: report("evaluating", share), step)
-    _warn_of_unknown_tokens(figures.unknown_share)
-    name = "built-in sentences" if text is None else Path(text).name
-    return Evaluation(kind, compute(quantized), name, figures, floor, options.cache)
+    figures = reference.compare(quantized, most, lambda share: report("evaluating", share), pace, step=step)
+    warn_of_unknown_tokens(figures.unknown_share)
+    shown = _examples(reference, quantized, figures) if examples else ()
+    return Evaluation(
+        kind,
+        compute(quantized),
+        _name(sides.text),
+        figures,
+        _interval(floor),
+        options.cache,
+        _kernels(quantized),
+        shown,
+    )
+
+
+def _examples(
+    reference: Reference, quantized: PreTrainedModel, figures: Comparison | EncoderComparison
+) -> tuple[Mapping[str, Any], ...]:
+    """What the loss looks like."""
+    if isinstance(figures, EncoderComparison):
+        return tuple(asdict(pair) for pair in figures.moved)
+    return tuple(of_language(reference.model, quantized, figures, reference.tokenizer))
+
+
+def _kernels(model: PreTrainedModel) -> tuple[tuple[str, str, int], ...]:
+    """Which kernel the packed layers of each kind run, and how many of them."""
+    counts = Counter(
+        (re.sub(r"\b\d+\b", "*", path.removesuffix(".packed")), module.choice.kernel.name)
+        for path, module in model.named_modules()
+        if isinstance(module, PackedWeight)
+    )
+    return tuple((layers, kernel_, count) for (layers, kernel_), count in sorted(counts.items()))
+
+
+def _interval(floor: Comparison | EncoderComparison | None) -> Interval | None:
+    """Of the noise floor."""
+    if floor is None:
+        return None
+    return floor.kl_interval if isinstance(floor, Comparison) else floor.cosine_interval
+
+
+def _name(text: Text) -> str:
+    """What the text is called."""
+    if isinstance(text, torch.Tensor):
+        return "tokens"
+    return "built-in sentences" if text is None else Path(text).name
 
 
 def _check(options: EvaluationOptions, kind: Kind, source: Path) -> None:
@@ -216,62 +310,6 @@ def compute(model: PreTrainedModel) -> str:
     return f"{'+'.join(sorted(kernels)) or 'torch'}/{str(model.dtype).removeprefix('torch.')}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Reference:
-    """The float model, and what others read beside it.
-
-    kind        decoder or encoder
-    model       in float32
-    tokenizer   of both models
-    folder      where the model is from: it says how sentences are pooled
-    text        what is read; None: the built-in sentences of encoders
-    window      tokens that are read together
-    """
-
-    kind: Kind
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    folder: Path
-    text: str | Path | None
-    window: int
-
-    def floor(self, cast: PreTrainedModel, most: int | None, progress: Callable[[float], None]) -> float | None:
-        """What the cast of the model to another float type costs, on the beginning of the text, a window at least.
-
-        Mean KL in nats per token of a decoder, mean cosine of an encoder. most: tokens, if there is a limit. None, and
-        a warning, where the model does not run in that type, which not every family's code does.
-        """
-        beginning = max(FLOOR_TOKENS, self.window)
-        try:
-            return self.compare(cast, beginning if most is None else min(beginning, most), progress).mean
-        except UsageError:  # of the text: it is not the type's fault
-            raise
-        except (RuntimeError, TypeError, ValueError, SpicerackError) as error:
-            kind = str(cast.dtype).removeprefix("torch.")
-            reason = str(error).strip().split("\n")[0]
-            warnings.warn(f"there is no noise floor: the model does not run in {kind}: {reason}", stacklevel=3)
-            return None
-
-    def compare(
-        self, other: PreTrainedModel, most: int | None, progress: Callable[[float], None], step: int | None = None
-    ) -> Comparison | EncoderComparison:
-        """How far `other` is from the model on `most` tokens of the text; step: as in `language.compare`."""
-        if self.text is not None and self.kind == "decoder":
-            read = windows(self.text, self.tokenizer, self.window, most)
-            return language.compare(self.model, other, read, progress=progress, step=step)
-        builtin = ((text, i / len(SENTENCES)) for i, text in enumerate(SENTENCES, start=1))
-        return encoder.compare(
-            self.model,
-            other,
-            self.tokenizer,
-            builtin if self.text is None else sentences(self.text, self.tokenizer),
-            pooling=pooling_of(self.folder),
-            length=self.window,
-            max_tokens=most,
-            progress=progress,
-        )
-
-
 def _text(kind: Kind, text: str | Path | None, out: Path, source: Path) -> str | Path | None:
     """The text to evaluate on; None for the built-in sentences. Raises UsageError where a decoder has none."""
     if text is not None:
@@ -282,37 +320,3 @@ def _text(kind: Kind, text: str | Path | None, out: Path, source: Path) -> str |
         if (folder / HELDOUT).is_file():
             return folder / HELDOUT
     raise UsageError("no text to evaluate on", "give --text FILE: plain text that the model has not seen in training")
-
-
-def _warn_of_calibration_text(
-    text: str | Path | None, tokenizer: PreTrainedTokenizerBase, kind: Kind, out: Path
-) -> None:
-    """Warn of a text that the ledger of the folder `out` names; one that is missing is told when it is read."""
-    written = ledger.read(out)
-    if text is None or written is None or written.calibration_text is None:
-        return
-    if written.calibration_text == text_hash(text, tokenizer, by_line=kind == "encoder"):
-        warnings.warn(f"{text} is what {out} was calibrated with: use another text, this one flatters", stacklevel=3)
-
-
-def _warn_of_unreached_layers(model: PreTrainedModel, reached: frozenset[str]) -> None:
-    """Warn of quantized layers that text does not reach: vision towers, heads of encoders. Nothing is measured of them.
-
-    reached: paths of the layers of the float model that are called; experts are apart, as a router decides about them.
-    """
-    packed = [path for path, module in model.named_modules() if isinstance(module, PackedLayer)]
-    missed = [path for path in packed if path not in reached and "expert" not in path]
-    if missed:
-        parts = list(dict.fromkeys(".".join(path.split(".")[:2]) for path in missed))
-        warnings.warn(
-            f"text does not run {len(missed)} of {len(packed)} quantized layers ({listed(parts, 3)}): "
-            "what was lost there is not in these figures",
-            stacklevel=3,
-        )
-
-
-def _warn_of_unknown_tokens(share: float) -> None:
-    """Warn of a text whose tokens the tokenizer does not know: figures on it say little."""
-    if share > UNKNOWN_LIMIT:
-        unknown = f"{share:.1%} of the text's tokens are unknown to the tokenizer"
-        warnings.warn(f"{unknown}: is it in a language that the model knows?", stacklevel=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,19 @@ class Interval(NamedTuple):
     mean: float
     lo: float | None
     hi: float | None
+
+    @property
+    def ends(self) -> list[float] | None:
+        """Both ends as JSON has them; None for none."""
+        return None if self.lo is None or self.hi is None else [self.lo, self.hi]
+
+    def map(self, f: Callable[[float], float]) -> Interval:
+        """The interval of f of the mean; f rises."""
+        return Interval(f(self.mean), *(None if end is None else f(end) for end in (self.lo, self.hi)))
+
+    def within(self, low: float, high: float) -> Interval:
+        """The same, its ends cut to what is possible."""
+        return self.map(lambda value: min(max(value, low), high))
 
 
 def t_quantile(degrees: int) -> float:

@@ -12,7 +12,8 @@ before the next come. Tokens of one window depend on each other, so intervals ar
 windows are nearly independent, tokens are not.
 
 What is given up. The first tokens of a window are predicted from little context, as they would not be in a long text;
-that is the same for both models. The KL of every token is kept, four bytes each, for an exact quantile.
+that is the same for both models. The KL of every token is kept, four bytes each, for an exact quantile, and the
+token, four more, for examples.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Comparison:
     nll, nll_reference   float64 [windows]: mean -log of the probability given to the token that came, nats
     agreed      int64 [windows]: tokens on which both models' first choice is the same
     kl_tokens   float32 [tokens]: each token's KL
+    ids         int32 [windows, L]: what was read
     unknown     how many of the text's tokens the tokenizer does not know
     text        hash of the token ids
     """
@@ -59,6 +61,7 @@ class Comparison:
     nll_reference: torch.Tensor
     agreed: torch.Tensor
     kl_tokens: torch.Tensor = field(repr=False)
+    ids: torch.Tensor = field(repr=False)
     unknown: int
     text: str
 
@@ -76,6 +79,11 @@ class Comparison:
     def kl_interval(self) -> Interval:
         """The mean KL with its 95 % interval over windows; one window alone has none."""
         return mean_interval(self.kl)
+
+    @property
+    def top1_interval(self) -> Interval:
+        """The share of tokens with the same first choice, with its 95 % interval over windows, cut at 0 and 1."""
+        return mean_interval(self.agreed.to(torch.float64) / (self.window - 1)).within(0.0, 1.0)
 
     @property
     def kl_p999(self) -> float:
@@ -104,17 +112,21 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """The figures under the names of the command line's contract."""
-        kl = self.kl_interval
+        kl, top1 = self.kl_interval, self.top1_interval
+        perplexities = (mean_interval(nll).map(math.exp) for nll in (self.nll, self.nll_reference))
         return {
             "tokens": self.tokens,
             "windows": len(self.kl),
             "window": self.window,
             "perplexity": self.perplexity,
+            "perplexity_ci95": next(perplexities).ends,
             "perplexity_reference": self.perplexity_reference,
+            "perplexity_reference_ci95": next(perplexities).ends,
             "kl_mean": kl.mean,
-            "kl_mean_ci95": None if kl.lo is None else [kl.lo, kl.hi],
+            "kl_mean_ci95": kl.ends,
             "kl_p999": self.kl_p999,
             "top1_agreement": self.top1_agreement,
+            "top1_agreement_ci95": top1.ends,
             "unknown_tokens": self.unknown_share,
         }
 
@@ -149,34 +161,36 @@ def compare(
     SpicerackError if a model's logits are not finite.
     """
     rows: list[_Positions] = []
+    ids: list[torch.Tensor] = []
     digest = hashlib.sha256()
-    unknown = length = 0
+    unknown = 0
     given = limits(reference, reference.config)
     for number, window in enumerate(steady(windows)):
-        length = len(window.ids)
         given.check_ids(window.ids)
         digest.update(window.ids.numpy().tobytes())
         unknown += window.unknown
         row = _window(reference, other, window.ids[None], positions or _positions(reference), step)
         _check_finite(row, number)
         rows.append(row)
+        ids.append(window.ids.int())
         if progress is not None:
             progress(window.fraction)
     if not rows:
         raise TextError("there is no window to evaluate", "give a longer text")
-    return _summed(rows, length, unknown, digest.hexdigest())
+    return _summed(rows, torch.stack(ids), unknown, digest.hexdigest())
 
 
-def _summed(rows: list[_Positions], window: int, unknown: int, text: str) -> Comparison:
+def _summed(rows: list[_Positions], ids: torch.Tensor, unknown: int, text: str) -> Comparison:
     """The figures of all windows, each row one of them, put together; the rest is as `Comparison` has it."""
     kl, nll, nll_reference, agreed = (torch.stack(column) for column in zip(*rows, strict=True))
     return Comparison(
-        window=window,
+        window=ids.shape[1],
         kl=kl.mean(dim=1),
         nll=nll.mean(dim=1),
         nll_reference=nll_reference.mean(dim=1),
         agreed=agreed.sum(dim=1),
         kl_tokens=kl.float().flatten(),
+        ids=ids,
         unknown=unknown,
         text=text,
     )

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from spicerack.arguments import checked
-from spicerack.errors import OutputError, UsageError
+from spicerack.errors import CheckpointError, OutputError, UsageError, listed
 from spicerack.exports import loss, releases, verify
 from spicerack.exports import target as targets
 from spicerack.exports.planning import plan
@@ -245,6 +245,11 @@ def _one_thread() -> Iterator[None]:
 def _export(folder: Folder, target: Target, engine: Engine | None, order: Order, *, requantize: bool) -> Written:
     """The same for a folder that is open."""
     begin, given, to, place = time.time(), restored(Source.of(folder)), order.to, order.output
+    if missing := given.missing():
+        raise CheckpointError(
+            f"{folder.checkpoint.folder}: no tensor fills {listed(missing, 3, 'parameters')}",
+            "the folder is incomplete, or its config.json names another architecture",
+        )
     planned = plan(given, target, to, requantize=requantize, engine=engine)
     source = planned.source
     target.write(source, replace(order, check=partial(verify.verify, planned.reader, source), facts=planned.facts))

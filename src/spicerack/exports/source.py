@@ -6,7 +6,6 @@ one tensor: whoever walks gives a tensor up when it asks for the next.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 
+from spicerack.machine.memory import steady
 from spicerack.models import census
-from spicerack.models.architecture import host_of
+from spicerack.models.architecture import host_of, on_meta
 from spicerack.models.census import ON_REQUEST
-from spicerack.numerics.dtypes import safetensors_dtype
+from spicerack.models.fit import fit
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.quantization import decisions
@@ -25,7 +25,7 @@ from spicerack.runtime.folder import Folder
 from spicerack.storage import ledger
 from spicerack.storage.format import Contents, Format, Reading, StoredTensor
 from spicerack.storage.ledger import Ledger
-from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
+from spicerack.storage.reader import Checkpoint, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,7 @@ class Source:
 
         No tensor of it that is packed can be read.
         """
-        base = self.folder.checkpoint
-        infos = dict(self.floats)
-        for stored in self.contents.values():
-            name, shape = f"{stored.module}.weight", stored.shape[::-1] if stored.transposed else stored.shape
-            dtype = safetensors_dtype(stored.source_dtype)
-            infos[name] = TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, "")
-        return replace(base, config=dict(self.config), tensors=infos, mapped=None)
+        return self.folder.described(self.contents)
 
     @cached_property
     def ledger(self) -> Ledger | None:
@@ -92,8 +86,20 @@ class Source:
     @cached_property
     def floats(self) -> dict[str, TensorInfo]:
         """Name -> header of the tensors that are no part of a packed one, in the order of the disk."""
-        packed = {name for names in self._layouts().values() for name in names}
-        return {name: info for name, info in self.folder.checkpoint.tensors.items() if name not in packed}
+        return self.folder.float_headers()
+
+    def missing(self) -> tuple[str, ...]:
+        """Parameters of the model's class that no tensor of the folder becomes; none where transformers does not know
+        the class, or the folder holds a plain module.
+
+        What is packed may be a tensor of all experts, whose name has no `.weight` at its end.
+        """
+        model = on_meta(self.config) if self.config else None
+        if model is None:
+            return ()
+        shapes = {name: info.shape for name, info in self.described.tensors.items()}
+        bare = {module: shapes[f"{module}.weight"] for module in self.contents}
+        return fit(model, shapes | bare).missing
 
     def reading(self, fmt: Format) -> Reading:
         """What readers of a folder in that format are told: above all the linear layers that stay float."""
@@ -119,7 +125,7 @@ class Source:
 
     def order(self) -> list[StoredTensor | TensorInfo]:
         """All tensors, packed ones and floats, in the order of the disk: read so, files are read once, in sequence."""
-        owner = {name: module for module, names in self._layouts().items() for name in names}
+        owner = {name: module for module, names in self.folder.layouts().items() for name in names}
         order: dict[str, StoredTensor | TensorInfo] = {}
         for name, info in self.folder.checkpoint.tensors.items():
             if name in owner:
@@ -168,16 +174,9 @@ class Source:
     def walk(self) -> Iterator[tuple[StoredTensor, QTensor | Undecoded] | tuple[TensorInfo, torch.Tensor]]:
         """Every tensor with its header, in `order`, undecoded where it can be; its memory goes when the next one is
         asked for."""
-        for tensor in self.order():
+        for tensor in steady(self.order()):
             if isinstance(tensor, StoredTensor):
                 yield tensor, self.either(tensor.module)
             else:
                 yield tensor, self.float(tensor.name)
             self.release(tensor)
-
-    def _layouts(self) -> dict[str, list[str]]:
-        """Module -> names of its tensors in the folder."""
-        fmt = self.folder.format
-        if fmt is None:
-            return {}
-        return {module: list(fmt.layout(stored)) for module, stored in self.folder.contents.items()}

@@ -1,4 +1,5 @@
-"""How much memory this process has used, as the operating system counts it; and giving back what nobody uses.
+"""How much memory this process has used, as the operating system counts it, and how much there is; and giving back what
+nobody uses.
 
 The first is what a run reports beside what was planned (`quantization.memory`): a plan that nobody compares with the
 machine is a guess.
@@ -15,6 +16,8 @@ thirds more processor time, and for the whole process.
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +52,29 @@ def anonymous_bytes() -> int | None:
         return None
     _, resident, shared, *_ = map(int, _STATM.read_text().split())
     return (resident - shared) * _PAGE
+
+
+def available_bytes() -> int:
+    """Bytes that a process can still have without swapping: what the system says, or its control group if that is less.
+
+    Where the system does not say (macOS), half of the memory that is built in.
+    """
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(min(int(line.split()[1]) * 1024, _left_in_group(Path("/sys/fs/cgroup"))))
+
+
+def _left_in_group(group: Path) -> int | float:
+    """Bytes below the limit of a control group (version 2), files that it caches not counted as used; infinite where it
+    has none."""
+    most, now, stat = (group / name for name in ("memory.max", "memory.current", "memory.stat"))
+    limit = most.read_text().strip() if most.is_file() else "max"
+    if not limit.isdigit():
+        return math.inf
+    cached = next((line for line in stat.read_text().splitlines() if line.startswith("inactive_file ")), "x 0")
+    return max(int(limit) - int(now.read_text()) + int(cached.split()[1]), 0)
 
 
 def steady(steps: Iterable[_T]) -> Iterator[_T]:

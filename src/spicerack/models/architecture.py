@@ -79,8 +79,10 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
     """
     try:
         _build(json.dumps(config, sort_keys=True))
-    except (ImportError, OSError, RuntimeError):  # RuntimeError: given up for its size, too
+    except (ImportError, OSError):
         return None
+    except RuntimeError as error:  # of a model that is given up for its size, or that the meta device does not make
+        return f"{type(error).__name__}: {error}" if "negative dimension" in str(error) else None
     except _BUILD_ERRORS as error:
         return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return None

@@ -20,6 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from spicerack.errors import UsageError
 from spicerack.models.architecture import on_meta
 
+RUN_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What classes of transformers raise where they are given less than they want, or a config that contradicts itself."""
 _PROBE = 16
 """Tokens that a model is tried with: enough for those that read several together (CANINE)."""
 _SPARE_ROWS = 8
@@ -143,7 +145,7 @@ def check_text(model: PreTrainedModel, *, head: bool) -> frozenset[str]:
     with _calls(model) as called:
         try:
             output = body(input_ids=ids, **({} if head else {"attention_mask": torch.ones_like(ids)}))
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except RUN_ERRORS as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise UsageError(
                 f"{name} cannot be run on text alone: {reason}", "only language models and text encoders can"

@@ -66,7 +66,7 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
         return None
     towers = [key for key in ("vision_config", "audio_config") if key in config and "text_config" in config]
     if towers and config.get("model_type") not in _WRITERS:
-        others = [_SENSES.get(sense, sense) for sense in _senses(model_class) if sense != "text"]
+        others = [_SENSES.get(sense, sense) for sense in senses(model_class) if sense != "text"]
         return f"is a {model_class.__name__}, which compares {' and '.join(others)} with text"
     return None
 
@@ -81,14 +81,14 @@ def unreadable(config: Mapping[str, Any]) -> str | None:
         return None
     name, given = model_class.__name__, model_class.main_input_name
     if given != "input_ids":
-        senses = [_SENSES.get(sense, sense) for sense in _senses(model_class) if sense != "text"]
-        return f"is a {name}, which reads {' and '.join(senses) or given}, not text"
+        others = [_SENSES.get(sense, sense) for sense in senses(model_class) if sense != "text"]
+        return f"is a {name}, which reads {' and '.join(others) or given}, not text"
     if config.get("model_type") in modeling_auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES:
         return f"is a {name}, which makes sound of text"
     return None
 
 
-def _senses(model_class: type[PreTrainedModel]) -> tuple[str, ...]:
+def senses(model_class: type[PreTrainedModel]) -> tuple[str, ...]:
     """The kinds of input that a class takes, as transformers calls them: "text", "image" ..."""
     senses = model_class.input_modalities
     return (senses,) if isinstance(senses, str) else tuple(senses)

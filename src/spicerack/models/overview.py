@@ -10,6 +10,7 @@ float (`quantization.door.promised`), as `inspect` does.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,12 +168,14 @@ def look(model: str | Path) -> Report:
 def quantized_with(config: Mapping[str, Any]) -> str | None:
     """Who quantized the model that has this config.json, as its `quant_method` says; None for a float model.
 
-    Our own container says so by its model_type.
+    Our own container says so by its model_type. mlx-lm names no method: it has a section `quantization`, and in newer
+    versions the same again under the name that others use.
     """
     if config.get("model_type") == files.CONTAINER:
         return files.CONTAINER
-    section = config.get("quantization_config")
-    return str(section.get("quant_method", "unknown")) if isinstance(section, dict) else None
+    section, mlx = config.get("quantization_config"), config.get("quantization")
+    unnamed = "mlx" if isinstance(mlx, dict) and {"bits", "group_size"} <= mlx.keys() else None
+    return str(section.get("quant_method") or unnamed or "unknown") if isinstance(section, dict) else unnamed
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -191,7 +194,9 @@ def refuse_sides(out: Path, source: Path, command: str, *, swapped: bool) -> Non
     """
     raise UsageError(
         f"--against {source} is quantized itself, and {out} is {'not' if swapped else 'compared with float models'}",
-        f"spicerack {command} {source} --against {out}" if swapped else "give the float model that it was made from",
+        shlex.join(["spicerack", command, str(source), "--against", str(out)])
+        if swapped
+        else "give the float model that it was made from",
     )
 
 

@@ -23,6 +23,9 @@ from spicerack.numerics.superblocks.search import Blocks, Fitted, Form, fit, for
 
 _TABLE = 16
 """Levels of a table that native code has room for."""
+_SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-30, 1e30
+"""Mean square of weights between which float32 holds the square of every error that counts: its own range ends at 1e-38
+and 3e38, and the error of 8 bits is a hundredth of the weights."""
 
 
 def to_nearest(
@@ -91,15 +94,23 @@ def relative_error(w: torch.Tensor, q: QTensor, *, threads: int = 1) -> float:
         scale = q.plain_scale.float().reshape(-1)
         wrong, total = native.compare(groups, q.scheme, scale, zero, q.codes.reshape(groups.shape), threads=threads)
     else:
-        columns = w.shape[-1]
-        group_rows, _ = q.scheme.group_shape(*q.shape[-2:])
-        step = max(PIECE // columns // group_rows, 1) * group_rows
-        wrong = total = 0.0
-        for chunk, decoded in zip(w.reshape(-1, columns).split(step), codec.decode_rows(q, step), strict=True):
-            exact = chunk.float()
-            wrong += float((decoded - exact).square().sum(dtype=torch.float64))
-            total += float(exact.square().sum(dtype=torch.float64))
+        wrong, total = _compare(w, q, torch.float32)
+    if w.numel() and not _SMALLEST_SQUARE < total / w.numel() < _LARGEST_SQUARE:
+        wrong, total = _compare(w, q, torch.float64)
     return float(f"{math.sqrt(wrong / total):.4g}") if total else 0.0
+
+
+def _compare(w: torch.Tensor, q: QTensor, squared: torch.dtype) -> tuple[float, float]:
+    """Sums of (decoded - w)^2 and w^2, each square in the type `squared`."""
+    columns = w.shape[-1]
+    group_rows, _ = q.scheme.group_shape(*q.shape[-2:])
+    step = max(PIECE // columns // group_rows, 1) * group_rows
+    wrong = total = 0.0
+    for chunk, decoded in zip(w.reshape(-1, columns).split(step), codec.decode_rows(q, step), strict=True):
+        exact = chunk.float()
+        wrong += float((decoded - exact).to(squared).square().sum(dtype=torch.float64))
+        total += float(exact.to(squared).square().sum(dtype=torch.float64))
+    return wrong, total
 
 
 def fit_superblocks(x: torch.Tensor, form: Form, importance: torch.Tensor, *, threads: int = 1) -> Fitted | None:

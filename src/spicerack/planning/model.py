@@ -22,6 +22,7 @@ from typing import Any, Literal
 from spicerack.errors import CheckpointError
 from spicerack.models import census
 from spicerack.models.census import Census, Entry
+from spicerack.models.opening import open_stored
 from spicerack.models.overview import quantized_with
 from spicerack.planning import cache
 from spicerack.planning.anatomy import shapes
@@ -184,18 +185,19 @@ class Model:
 
 
 def open_model(source: str | Path) -> Model:
-    """A folder or hub id, of which headers are read, or a config.json, whose tensors follow from its family.
+    """A float model: a folder or hub id, of which headers are read, or a config.json, whose tensors follow from its
+    family.
 
     Raises CheckpointError: no model, a family whose tensors are not known, fields that are missing, by their names.
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".json":
         return of_config(files.read_json(path, 1 << 24), str(source))
-    raw = Checkpoint.open(source)
+    raw = open_stored(source)
     if (raw.folder / files.LEDGER).is_file():
         raise CheckpointError(
             f"{source} is quantized already, and is planned from the float model that it was made from",
-            "spicerack plan on that model shows this scheme among others",
+            "give that model",
         )
     checkpoint = released.decoded(raw)
     stored = sum(info.nbytes for info in raw.tensors.values())

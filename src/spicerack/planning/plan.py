@@ -129,18 +129,26 @@ def context_of(model: Model, asked: int | None) -> int:
     return asked
 
 
-def default_engine(devices: Sequence[Device]) -> Engine:
-    """Ours for processors, llama.cpp for everything else: it runs on most."""
-    return engines.get("spicerack" if all(kind_of(device) == "cpu" for device in devices) else "llama.cpp")
+def default_engine(devices: Sequence[Device], among: Sequence[Engine] = ()) -> Engine:
+    """Ours for processors, llama.cpp for everything else: it runs on most. among: the engines there are; where it is
+    none of them, the first that computes on the devices, or the first; () stands for all."""
+    name = "spicerack" if all(kind_of(device) == "cpu" for device in devices) else "llama.cpp"
+    if not among:
+        return engines.get(name)
+    kinds = {kind_of(device) for device in devices}
+    able = [engine for engine in among if kinds <= engine.kinds] or list(among)
+    return next((engine for engine in able if engine.name == name), able[0])
 
 
-def check(model: Model, goal: Goal) -> None:
+def check(model: Model, goal: Goal, among: Sequence[Engine] = ()) -> None:
     """Raise UsageError where the engine cannot run the model there, or has no such cache, with those that can."""
     kinds = [kind_of(device) for device in goal.devices]
     reason = goal.engine.obstacle(model, goal.devices, kinds)
     if reason is not None:
-        others = [other.name for other in engines.all_engines() if other.obstacle(model, goal.devices, kinds) is None]
-        raise UsageError(reason, f"--engine {' or '.join(others)}" if others else "no engine that is known does")
+        able = [other for other in among or engines.all_engines() if other.obstacle(model, goal.devices, kinds) is None]
+        others = [other.name for other in able]
+        nobody = "spicerack export writes it for other engines" if among else "no engine that is known does"
+        raise UsageError(reason, f"--engine {' or '.join(others)}" if others else nobody)
     widths = goal.engine.cache_bytes
     if goal.request.cache_bits not in widths:
         raise UsageError(
@@ -149,21 +157,22 @@ def check(model: Model, goal: Goal) -> None:
         )
 
 
-def plan(model: Model, goal: Goal, *, scheme: str | None = None) -> Plan:
+def plan(model: Model, goal: Goal, *, scheme: str | None = None, among: Sequence[Engine] = ()) -> Plan:
     """Rows, the recommendation, and what would help where nothing fits.
 
-    scheme: the only precision to plan, by its name or that of our scheme; None plans all of the engine. Raises
-    UsageError as `check` does, and for a scheme that the engine does not have.
+    scheme: the only precision to plan, by its name or that of our scheme; None plans all of the engine. among: engines
+    that the model may go to; () stands for all. Raises UsageError as `check` does, and for a scheme that the engine
+    does not have.
     """
-    check(model, goal)
+    check(model, goal, among)
     rows = tuple(row_of(model, precision, goal) for precision in _precisions(model, goal.engine, scheme))
     recommended = _recommended(rows)
     if recommended is not None:
-        longest = _longest(model, recommended.precision, goal)
+        longest = longest_context(model, recommended.precision, goal)
         flags = goal.engine.flags(model, recommended.precision, goal.request, recommended.placement)
         return Plan(model, goal, rows, recommended, longest, (), tuple(flags))
     smallest = min(rows, key=lambda row: row.weights.total)
-    remedies = tuple(_remedies(model, smallest, goal))
+    remedies = tuple(_remedies(model, smallest, goal, among))
     flags = []
     if remedies:
         first = remedies[0]
@@ -242,7 +251,7 @@ def _recommended(rows: Sequence[Row]) -> Row | None:
     return min(chosen, key=lambda row: (max(row.loss, NOISE), row.weights.total), default=None)
 
 
-def _longest(model: Model, precision: Precision, goal: Goal) -> int | None:
+def longest_context(model: Model, precision: Precision, goal: Goal) -> int | None:
     """Tokens that still fit, in steps of 256, up to the model's positions; None where more tokens cost nothing."""
     if model.recurrent:
         return None
@@ -262,10 +271,10 @@ def _fits(model: Model, precision: Precision, goal: Goal, context: int) -> bool:
     return place(model, precision, goal.engine, request, goal.devices, goal.host).fits
 
 
-def _remedies(model: Model, smallest: Row, goal: Goal) -> Iterator[Remedy]:
+def _remedies(model: Model, smallest: Row, goal: Goal, among: Sequence[Engine] = ()) -> Iterator[Remedy]:
     """Changes that make it fit, each tried. smallest: the row that has the fewest bytes."""
     yield from _smaller_cache(model, smallest, goal)
-    longest = _longest(model, smallest.precision, goal)
+    longest = longest_context(model, smallest.precision, goal)
     if longest:
         changed = _with(goal, context=longest)
         yield Remedy(f"a context of {longest:,} tokens", row_of(model, smallest.precision, changed), changed)
@@ -274,7 +283,7 @@ def _remedies(model: Model, smallest: Row, goal: Goal) -> Iterator[Remedy]:
         row = row_of(model, smallest.precision, changed)
         if row.placement.fits:
             yield Remedy(f"--gpu-memory-utilization {_HIGHER:g}", row, changed)
-    yield from _other_engines(model, goal)
+    yield from _other_engines(model, goal, among)
     if goal.engine.offload and goal.host == ALONE and all(device.kind == "gpu" for device in goal.devices):
         beside = place(model, smallest.precision, goal.engine, goal.request, goal.devices, Host(ram=1 << 44))
         if beside.host is not None and beside.fits:
@@ -294,10 +303,10 @@ def _smaller_cache(model: Model, smallest: Row, goal: Goal) -> Iterator[Remedy]:
             return
 
 
-def _other_engines(model: Model, goal: Goal) -> Iterator[Remedy]:
+def _other_engines(model: Model, goal: Goal, among: Sequence[Engine]) -> Iterator[Remedy]:
     """The best precision of each engine that takes the model as it was asked for."""
     kinds = [kind_of(device) for device in goal.devices]
-    for other in engines.all_engines():
+    for other in among or engines.all_engines():
         able = other.obstacle(model, goal.devices, kinds) is None and goal.request.cache_bits in other.cache_bytes
         if other.name == goal.engine.name or not able:
             continue

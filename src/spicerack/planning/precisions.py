@@ -34,6 +34,7 @@ class Precision:
     weigh    bytes of each weight
     scheme   that `quantize` makes it with; None where it is made elsewhere
     released the model is distributed in it: nothing is lost
+    stored   what `export --to` calls the files that hold them, which are there already; None: they would be made
     """
 
     name: str
@@ -41,6 +42,7 @@ class Precision:
     weigh: Weigher
     scheme: str | None = None
     released: bool = False
+    stored: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,8 @@ def _refuse_unfilled(source: Source, fitting: Fit) -> None:
                 f"{who}, such as {example}",
                 f"save the model inside of it, or rename the tensors: without {name!r} they fit",
             )
-        placeless = f"; {listed(fitting.unplaced, 1, 'tensors')} have no place in it" if fitting.unplaced else ""
+        have = "has" if len(fitting.unplaced) == 1 else "have"
+        placeless = f"; {listed(fitting.unplaced, 1, 'tensors')} {have} no place in it" if fitting.unplaced else ""
         raise CheckpointError(
             f"{folder}: no tensor fills {listed(fitting.missing, _LISTED, 'parameters')} of {cls}{placeless}",
             "the folder is incomplete, or its config.json names another architecture",
@@ -152,4 +153,5 @@ def _unread(source: Source, fitting: Fit) -> Iterator[str]:
         share = sum(source.checkpoint.tensors[name].nbytes for name in fitting.unplaced) / source.census.nbytes
         much = f" ({share:.0%} of the bytes)" if share >= 0.01 else ""
         unread = listed(fitting.unplaced, _LISTED, "tensors")
-        yield f"{type(source.model).__name__} does not read {unread}{much}: copied as they are"
+        as_is = "as it is" if len(fitting.unplaced) == 1 else "as they are"
+        yield f"{type(source.model).__name__} does not read {unread}{much}: copied {as_is}"

@@ -189,7 +189,9 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
     config = _untied(source, contents)
     reading = fmt.reading(config, contents, host_of(config, _headers(checkpoint), contents, floats))
     if engine is not None and engine.way.rehearsed and fmt.name == engine.way.format and reading.obstacle is not None:
-        raise SchemeError(f"{engine.engine.name} does not load this: {reading.obstacle}", "take one scheme for all")
+        several = len({stored.scheme for stored in contents.values()}) > 1
+        hint = "take one scheme for all" if several else "take another scheme, or another engine"
+        raise SchemeError(f"{engine.engine.name} does not load this: {reading.obstacle}", hint)
     return Job(
         source=checkpoint,
         recipe=asked,

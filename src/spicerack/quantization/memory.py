@@ -83,7 +83,7 @@ def make(job: Job, text: tuple[int, int] | None, memory: int | None = None) -> M
         if plan.peak_bytes <= memory:
             return plan
     raise UsageError(
-        f"--memory {_gb(memory)} GB: at least {_gb(plans[-1].peak_bytes)} GB are needed, {plans[-1].where}",
+        f"--memory {memory / 1e9:.3g} GB: at least {_gb(plans[-1].peak_bytes)} GB are needed, {plans[-1].where}",
         "use more memory, or another method or scheme for that layer" if text else "use more memory",
     )
 

@@ -39,7 +39,7 @@ from spicerack.quantization.memory import MemoryPlan
 from spicerack.quantization.watch import Finished, Watch
 from spicerack.storage.durable import json_bytes
 from spicerack.storage.files import CONFIG, LEDGER, RUN
-from spicerack.storage.ledger import Entry, Ledger
+from spicerack.storage.ledger import NOT_FINITE, Entry, Ledger
 from spicerack.storage.writer import ShardWriter, Writer, is_finished
 from spicerack.text.calibration import Calibration
 
@@ -198,7 +198,8 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
         changed = solutions.changed(name)
         out.write(name, w if changed is None else changed)
         moved = () if changed is None else ("divided by factors that the layers behind it have now",)
-        return action.entry(events=(*job.source.told(name), *moved))
+        broken = () if _finite(w) else (NOT_FINITE,)
+        return action.entry(events=(*job.source.told(name), *moved, *broken))
     # codes are [..., N, K] everywhere but in the files of whoever stores the transpose
     w = w.transpose(-1, -2).contiguous() if stored.transposed else w
     if name in solutions:
@@ -210,6 +211,14 @@ def _write(job: Job, action: Action, out: ShardWriter, solutions: Solutions, thr
     for key, tensor in job.format.encode(stored, q).items():
         out.write(key, tensor)
     return action.entry(error, (*job.source.told(name), *events))
+
+
+def _finite(w: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor that is copied are finite. A sum is not where one of them is not, and is made at
+    the speed of memory; it may overflow, so what it says against a tensor is looked at again."""
+    if not w.is_floating_point() or w.itemsize < 2 or bool(torch.isfinite(w.sum(dtype=torch.float64))):
+        return True
+    return bool(torch.isfinite(w).all())
 
 
 def _solve(job: Job, w: torch.Tensor, scheme: Scheme, name: str, threads: int) -> tuple[QTensor, tuple[str, ...]]:

@@ -6,8 +6,9 @@ headers what else there is. Nothing here knows modules: names are the checkpoint
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from spicerack.errors import CheckpointError
 from spicerack.models.census import BY_DEFAULT, ON_REQUEST
 from spicerack.models.opening import open_model
 from spicerack.nn import kinds
+from spicerack.numerics.dtypes import safetensors_dtype
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage import format as formats
 from spicerack.storage.format import Format, StoredTensor
-from spicerack.storage.reader import Checkpoint
+from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,29 @@ class Folder:
     def config(self) -> Mapping[str, Any]:
         """The config.json of the float model; empty if the folder holds a plain module."""
         return self.checkpoint.config if self.format is None else self.format.float_config(self.checkpoint.config)
+
+    def layouts(self) -> dict[str, tuple[str, ...]]:
+        """Module of `contents` -> names of the tensors that it lies in."""
+        if self.format is None:
+            return {}
+        return {module: tuple(self.format.layout(stored)) for module, stored in self.contents.items()}
+
+    def float_headers(self) -> dict[str, TensorInfo]:
+        """Name -> header of the tensors that are no part of a packed one, in the order of the disk."""
+        packed = {name for names in self.layouts().values() for name in names}
+        return {name: info for name, info in self.checkpoint.tensors.items() if name not in packed}
+
+    def described(self, contents: Mapping[str, StoredTensor]) -> Checkpoint:
+        """The float model that the folder stands for, as headers: what transformers, names and shapes tell of it.
+
+        contents: as here, or with what else is known of each. No tensor that is packed can be read.
+        """
+        infos = self.float_headers()
+        for stored in contents.values():
+            name, shape = f"{stored.module}.weight", stored.shape[::-1] if stored.transposed else stored.shape
+            dtype = safetensors_dtype(stored.source_dtype)
+            infos[name] = TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, "")
+        return replace(self.checkpoint, config=dict(self.config), tensors=infos, mapped=None)
 
     def packed(self, stored: StoredTensor) -> QTensor:
         """Codes and scales of one tensor of `contents`, read from the disk. Raises CheckpointError."""

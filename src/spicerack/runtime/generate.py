@@ -26,7 +26,7 @@ from transformers import (
 from spicerack.errors import TextError, UsageError
 from spicerack.machine import devices
 from spicerack.machine.memory import settle
-from spicerack.models.inputs import Limits, limits
+from spicerack.models.inputs import RUN_ERRORS, Limits, limits
 from spicerack.models.kind import unreadable
 from spicerack.runtime.folder import Folder
 from spicerack.runtime.load import load
@@ -152,12 +152,18 @@ def continue_text(
     padding = _padding(model, tokenizer)
     run: Any = model.generate
     started = time.perf_counter()
-    with torch.no_grad():
-        ids = run(
-            **inputs, **sampling, max_new_tokens=most, pad_token_id=padding,
-            stopping_criteria=StoppingCriteriaList([_Steady()]),
-            streamer=None if write is None else _Streamer(tokenizer, write),
-        )  # fmt: skip
+    try:
+        with torch.no_grad():
+            ids = run(
+                **inputs, **sampling, max_new_tokens=most, pad_token_id=padding,
+                stopping_criteria=StoppingCriteriaList([_Steady()]),
+                streamer=None if write is None else _Streamer(tokenizer, write),
+            )  # fmt: skip
+    except RUN_ERRORS as error:  # of a class that wants more than text, or a config that lacks a token
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UsageError(
+            f"{type(model).__name__} cannot continue a text: {reason}", "is config.json the model's own?"
+        ) from error
     seconds = time.perf_counter() - started
     new = ids[0] if model.config.is_encoder_decoder else ids[0, length:]
     text = tokenizer.decode(new, skip_special_tokens=True)

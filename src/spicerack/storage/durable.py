@@ -109,11 +109,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     Its name may be lost in a crash until the folder is brought to the disk, by `sync`.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:  # a full disk, or a folder of that name: nothing is left of what nobody can use
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:

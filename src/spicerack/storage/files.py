@@ -62,7 +62,9 @@ _TRAINING_RECORDS = re.compile(r"trainer_state\.json|.*\.tfevents\..*")
 """What training leaves behind: curves and paths of the machine that it ran on, and nothing that a model needs."""
 LEDGER, RUN = "spicerack.json", "run.json"
 """Records of a quantization: what happened to every tensor, and what was true of that run only."""
-MEASURED = ("eval.json", "bench.json", "energy.json", "report.html")
+SENSITIVITY = "sensitivity.json"
+"""What each part of a model loses in each scheme (`planning.sensitivity`)."""
+MEASURED = ("lens.json", "eval.json", "bench.json", "energy.json", SENSITIVITY, "report.html")
 """What was measured of a quantized folder, and the page about it, by commands of these names; no part of the model."""
 QUANTIZATION = ("quantization_config", "compression_config")
 """Sections of config.json in which a tool says how it quantized the model; the second is an older name."""

@@ -7,6 +7,7 @@ table behind `quantize`, the demo. `Entry` is one tensor, `Ledger` the file; nob
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spicerack.errors import CheckpointError
-from spicerack.storage.durable import json_bytes
+from spicerack.storage.durable import json_bytes, write_atomically
 from spicerack.storage.files import LEDGER, read_json
 
 Fate = Literal["quantize", "copy", "drop"]
 """What became of a tensor: quantized, copied as it was, or dropped, because it is there under another name."""
 _MAX_BYTES = 256 << 20
 """Of a ledger that is read: a model of a million tensors has 250 MB of it."""
+NOT_FINITE = "it has numbers that are not finite, and was copied as it is"
+"""Event of a tensor that stays in float, and that a model is of no use with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +90,28 @@ class Ledger:
 
     identity   facts of origin (recipe, source, format, versions, calibration), in which a continued run must agree
     entries    one for each tensor of the source, in the order of its files
+    budget     what a mix was chosen for, and what came of it (`planning.mix.run`); None where a scheme was named
+    check      what the model lost, as the run that wrote it measured in its end; None where it did not
 
-    Times, paths and the machine are not in it (they are in run.json): two runs of the same write the same bytes.
+    Times, paths and the machine are not in it (they are in run.json): two runs of the same write the same bytes, but
+    for the check, which reads as much as there is time for.
     """
 
     identity: Mapping[str, Any]
     entries: tuple[Entry, ...]
+    budget: Mapping[str, Any] | None = None
+    check: Mapping[str, Any] | None = None
 
     def content(self) -> bytes:
         """The file's bytes."""
-        return json_bytes({"identity": self.identity, "tensors": [entry.as_dict() for entry in self.entries]})
+        more = {"budget": self.budget, "check": self.check}
+        known = {name: value for name, value in more.items() if value is not None}
+        return json_bytes({"identity": self.identity, **known, "tensors": [entry.as_dict() for entry in self.entries]})
+
+    @property
+    def sha256(self) -> str:
+        """By which records of the folder know that they are of it, in hexadecimal digits; the check does not count."""
+        return hashlib.sha256(dataclasses.replace(self, check=None).content()).hexdigest()
 
     @property
     def recipe(self) -> str:
@@ -148,13 +163,23 @@ def read(folder: Path) -> Ledger | None:
         identity = record["identity"]
         if not isinstance(identity, Mapping):
             raise TypeError("identity is no object")
-        ledger = Ledger(identity, tuple(Entry.of(entry) for entry in record["tensors"]))
+        budget, check = record.get("budget"), record.get("check")
+        if not all(value is None or isinstance(value, Mapping) for value in (budget, check)):
+            raise TypeError("budget or check is no object")
+        ledger = Ledger(identity, tuple(Entry.of(entry) for entry in record["tensors"]), budget, check)
         str(ledger.recipe)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a ledger that spicerack wrote: {error!r}", "quantize the model again"
         ) from error
     return ledger
+
+
+def keep_check(folder: Path, check: Mapping[str, Any]) -> None:
+    """Write what a folder of ours lost into its ledger, in place of an earlier check."""
+    ledger = read(folder)
+    assert ledger is not None, "it was written just now"
+    write_atomically(folder / LEDGER, dataclasses.replace(ledger, check=check).content())
 
 
 def by_layer_type(entries: Iterable[Entry]) -> list[LayerType]:

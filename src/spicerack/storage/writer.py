@@ -381,6 +381,7 @@ def is_finished(output: Path, shards: Sequence[Shard], side_files: Iterable[str]
     Looked at are headers, not weights. Raises OutputError for anything else: what another tool or another run wrote,
     and what this run wrote and somebody changed since, naming what differs.
     """
+    refuse_place(output)
     if not output.exists():
         return False
     _refuse_other_origin(output, identity)

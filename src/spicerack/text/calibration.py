@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ BYTES_A_TOKEN = 32
 """Text that is tokenized for each token asked for: about eight times as much as is used, at four bytes a token."""
 LEAST_BYTES = 1 << 20
 """Text that is tokenized at least, if there is so much: a few sequences, too, come from all over it."""
+SPARE_TOKENS, SPARE_LENGTH = 4096, 256
+"""Tokens of the text, beyond those that were chosen, that are kept for a check, and how many of a sequence it reads."""
 FEWEST_TOKENS = 8
 """Different tokens that a text has at least: with fewer, statistics of activations are of these tokens, not of text."""
 UNKNOWN_NOTED, UNKNOWN_REFUSED = 0.01, 0.5
@@ -54,6 +57,8 @@ class Calibration:
     unknown  share of tokens that the tokenizer does not know, 0 to 1
     source   what was read
     notes    sentences on what was not as asked for
+    spare    int64 [n, L], sequences of the same text that were not chosen, from its end, of a decoder: for a check of
+             what was made of the others; None where there are none
     """
 
     ids: torch.Tensor
@@ -62,6 +67,7 @@ class Calibration:
     unknown: float
     source: str
     notes: tuple[str, ...] = ()
+    spare: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         arguments.check_fields(self)
@@ -112,9 +118,10 @@ def read(
     )
     passages = reading.keep(documents.passages(origin, tokenizer, by_line=kind == "encoder", seed=seed))
     choose = _padded if kind == "encoder" else _packed
-    ids, mask, notes = choose(passages, tokenizer, source, samples=samples, length=length, seed=seed)
+    ids, mask, spare, notes = choose(passages, tokenizer, source, samples=samples, length=length, seed=seed)
     notes += _shortfalls(reading, len(ids), samples)
-    return checked(Calibration(ids, mask, reading.digest.hexdigest(), 0.0, str(source), tuple(notes)), tokenizer)
+    digest = reading.digest.hexdigest()
+    return checked(Calibration(ids, mask, digest, 0.0, str(source), tuple(notes), spare), tokenizer)
 
 
 def _shortfalls(reading: Reading, count: int, samples: int) -> Iterator[str]:
@@ -128,8 +135,8 @@ def _shortfalls(reading: Reading, count: int, samples: int) -> Iterator[str]:
         yield f"the text has only {count} of the {samples} sequences asked for"
 
 
-_Chosen = tuple[torch.Tensor, torch.Tensor | None, list[str]]
-"""ids int64 [S, L]; mask bool [S, L], or None; notes."""
+_Chosen = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, list[str]]
+"""ids int64 [S, L]; mask bool [S, L], or None; spare, as `Calibration` has it; notes."""
 
 
 def _packed(
@@ -141,7 +148,7 @@ def _packed(
     length: int,
     seed: int,
 ) -> _Chosen:
-    """Some of the sequences that the passages make when they are joined: ids, no mask, no notes.
+    """Some of the sequences that the passages make when they are joined: ids, no mask, some of the others, no notes.
 
     passages    of all documents, in order
     tokenizer   the model's
@@ -153,13 +160,16 @@ def _packed(
     Raises TextError where there is not one.
     """
     packing = Packing(tokenizer, length)
-    sequences = sample(packing.sequences(passages), samples, seed)
+    wanted = -(-SPARE_TOKENS // min(length, SPARE_LENGTH))
+    sequences, others = divided(packing.sequences(passages), samples, seed, wanted)
     if not sequences:
         raise TextError(
             f"{source} has {packing.tokens} tokens, and one sequence needs {length}",
             f"give a longer text, or use sequences of {max(packing.tokens, 2)} tokens or fewer",
         )
-    return torch.tensor(sequences, dtype=torch.int64, device="cpu"), None, []
+    spare = [other for other in others if other not in sequences]  # a text may repeat itself
+    ids, rest = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in (sequences, spare))
+    return ids, None, rest if spare else None, []
 
 
 def _padded(
@@ -171,7 +181,7 @@ def _padded(
     length: int,
     seed: int,
 ) -> _Chosen:
-    """Some of the documents, each a sequence, cut and padded at the end to the longest: ids, a mask, and notes.
+    """Some of the documents, each a sequence, cut and padded at the end to the longest: ids, mask, no spare, and notes.
 
     passages    of all documents; of each the first is used
     tokenizer   the model's
@@ -182,7 +192,9 @@ def _padded(
 
     Raises TextError where there is no text.
     """
-    texts = sample((passage.text for passage in passages if passage.first and passage.text.strip()), samples, seed)
+    texts, _ = divided(
+        (passage.text for passage in passages if passage.first and passage.text.strip()), samples, seed, 0
+    )
     if not texts:
         raise TextError(f"{source} has no text", "give one sentence per line")
     rows = tokenizer(texts, truncation=True, max_length=length, verbose=False).input_ids
@@ -195,7 +207,7 @@ def _padded(
         for filled, value in ((rows, tokenizer.pad_token_id or 0), ([[True] * len(row) for row in rows], False))
     )
     full = int(mask.all(1).sum()) if mask.shape[1] == length else 0
-    return ids, mask, [f"{full} documents fill all {length} tokens; what is beyond was not used"] if full else []
+    return ids, mask, None, [f"{full} documents fill all {length} tokens; what is beyond was not used"] if full else []
 
 
 def checked(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibration:
@@ -232,17 +244,24 @@ def checked(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Cal
     return replace(calibration, unknown=unknown, notes=tuple(notes))
 
 
-def sample(items: Iterable[T], count: int, seed: int) -> list[T]:
-    """`count` of the items, or all if there are fewer, in their order; every choice is equally likely.
+def divided(items: Iterable[T], count: int, seed: int, spare: int) -> tuple[list[T], list[T]]:
+    """`count` of the items, or all if there are fewer, in their order, every choice equally likely; and up to `spare`
+    of the others, the last ones to be passed over.
 
-    The stream may be of any length: `count` items are kept in memory, and the n-th takes the place of one of them with
+    The stream may be of any length: so many items are kept in memory, and the n-th takes the place of a chosen one with
     probability count / n. (Vitter's algorithm R, ACM TOMS 11, 1985.)
     """
     rng = random.Random(seed)
     kept: list[tuple[int, T]] = []
+    others: deque[T] = deque(maxlen=spare)
     for number, item in enumerate(items):
         if number < count:
             kept.append((number, item))
-        elif (place := int(rng.random() * (number + 1))) < count:
+            continue
+        place = int(rng.random() * (number + 1))
+        if place < count:
+            others.append(kept[place][1])
             kept[place] = number, item
-    return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
+        else:
+            others.append(item)
+    return [item for _, item in sorted(kept, key=lambda pair: pair[0])], list(others)

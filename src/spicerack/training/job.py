@@ -18,14 +18,13 @@ import transformers
 
 from spicerack._version import __version__
 from spicerack.errors import UsageError
-from spicerack.models.opening import open_stored
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization import recipe
 from spicerack.quantization.recipe import Recipe, Rule
 from spicerack.storage.reader import Checkpoint
 from spicerack.training.qat.start import QATConfig, Stored
 from spicerack.training.settings import Settings
-from spicerack.training.start import Start, Twin, find_start
+from spicerack.training.start import Start, Twin, find_start, find_teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,14 +146,14 @@ def prepare(model: str | Path, output: Path, options: TrainOptions) -> Job:
     model: a folder or hub id, or a config.json, for random weights. output: the folder that the trained model becomes.
     Raises UsageError and its kinds (RecipeError, SchemeError, CheckpointError) for what cannot be found or done.
     """
-    teacher = options.teacher
+    start = find_start(model, tokenizer=options.tokenizer, twin=options.twin)
     return Job(
         output=output,
         recipe=None if options.scheme is None else recipe.of(options.scheme, options.rules),
         settings=options.settings,
         config=options.config,
-        start=find_start(model, tokenizer=options.tokenizer, twin=options.twin),
-        teacher=None if teacher is None else open_stored(teacher),
+        start=start,
+        teacher=None if options.teacher is None else find_teacher(options.teacher, start),
         scales_only=options.scales_only,
         data=options.data,
         held_out=options.held_out,

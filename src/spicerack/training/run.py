@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from spicerack.arguments import checked
 from spicerack.errors import UsageError
 from spicerack.machine.ranks import launched
+from spicerack.models.inputs import check_text
 from spicerack.numerics.scheme import Scheme
 from spicerack.quantization.recipe import Recipe, Rule
 from spicerack.runtime import hf
@@ -220,6 +221,7 @@ def _begin(run: _Run, watch: Watch) -> FewBitsTrainer:
     job = run.job
     set_seed(job.settings.seed)  # before the model is made, whose random weights come from it
     net = job.start.model()
+    check_text(net, head=True)
     teacher = None if job.teacher is None else _teacher(run, job.teacher, net)
     begins = run.checkpoint is None
     # of a model that is packed already there is no float one to measure

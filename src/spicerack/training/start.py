@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from spicerack.errors import UsageError
+from spicerack.errors import CheckpointError, UsageError
 from spicerack.models.inputs import limits_of
 from spicerack.models.kind import kind_of
 from spicerack.models.opening import open_stored
@@ -26,6 +26,7 @@ from spicerack.runtime import hf
 from spicerack.runtime.load import load
 from spicerack.storage import format
 from spicerack.storage.files import MAX_CONFIG_BYTES, local, read_json
+from spicerack.storage.reader import Checkpoint
 from spicerack.text.tokenizer import read_tokenizer
 from spicerack.training.qat import bitnet
 from spicerack.training.qat.start import Stored
@@ -108,6 +109,32 @@ def find_start(model: str | Path, *, tokenizer: str | Path | None, twin: Twin | 
         tokenizer=words,
         model=source.model,
     )
+
+
+def find_teacher(model: str | Path, start: Start) -> Checkpoint:
+    """The checkpoint of whoever predicts for the model that starts. Raises UsageError for one that is no model of the
+    next token, or whose tokens have other numbers, and CheckpointError.
+
+    A tokenizer may have tokens that the other has not. One without a tokenizer is taken at its word.
+    """
+    checkpoint = open_stored(model)
+    fmt, folder = format.of_folder(checkpoint), checkpoint.folder
+    config = checkpoint.config if fmt is None else fmt.float_config(checkpoint.config)
+    if kind_of(config, folder) != "decoder":
+        raise UsageError(f"the teacher {folder} is no model that predicts tokens", "name a language model")
+    try:
+        theirs = read_tokenizer(folder, hf.config_and_class(config, folder)[0]).get_vocab()
+    except CheckpointError:
+        return checkpoint
+    ours = start.tokenizer.get_vocab()
+    other = next((token for token, number in theirs.items() if ours.get(token, number) != number), None)
+    if other is not None:
+        raise UsageError(
+            f"the teacher {folder} has another tokenizer: {other!r} is {theirs[other]} there, and {ours[other]} in "
+            f"{start.name}",
+            "a teacher must have the model's tokenizer and vocabulary",
+        )
+    return checkpoint
 
 
 def _from_config(path: Path, twin: Twin | None) -> _Source:

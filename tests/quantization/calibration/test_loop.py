@@ -211,12 +211,36 @@ def test_from_the_command_line(llama_folder: LlamaFolder, tmp_path: Path, capsys
     source = llama_folder()
     lines = tmp_path / "text.jsonl"
     lines.write_text("".join(json.dumps({"text": f"line {i} of a text, and more of it"}) + "\n" for i in range(99)))
-    arguments = ["quantize", source, "-o", tmp_path / "out", "--scheme", "w4g32", "--calib", lines, "--length", "64"]
+    arguments = [
+        "quantize",
+        "--no-check",
+        source,
+        "-o",
+        tmp_path / "out",
+        "--scheme",
+        "w4g32",
+        "--calib",
+        lines,
+        "--length",
+        "64",
+    ]
     assert _output.run(cli, [*map(str, arguments), "--samples", "8"]) == 0
     printed = capsys.readouterr()
     assert "8 sequences of up to 64 tokens" in printed.out + printed.err
     assert "model.layers.1: 7 layers, 4.50 bits, output off by" in printed.out + printed.err
-    own = ["quantize", source, "-o", tmp_path / "own", "--scheme", "w4g32", "--calib", "none", "--length", "16"]
+    own = [
+        "quantize",
+        "--no-check",
+        source,
+        "-o",
+        tmp_path / "own",
+        "--scheme",
+        "w4g32",
+        "--calib",
+        "none",
+        "--length",
+        "16",
+    ]
     assert _output.run(cli, [*map(str, own), "--samples", "4"]) == 0
     assert "text that the model wrote, seed 0, 4 sequences of up to 16 tokens" in "".join(capsys.readouterr())
     assert (
@@ -246,7 +270,7 @@ def test_options_that_make_no_sense_are_refused(
 def test_auto_wins_over_the_recipe_file(llama_folder: LlamaFolder, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("scheme: w4\nmethod: gptq\n")
-    command = ["quantize", llama_folder(), "-o", tmp_path / "out", "--recipe", recipe, "--method", "auto"]
+    command = ["quantize", "--no-check", llama_folder(), "-o", tmp_path / "out", "--recipe", recipe, "--method", "auto"]
     assert _output.run(cli, list(map(str, command))) == 0
 
 
@@ -254,7 +278,19 @@ def test_evaluating_on_the_calibration_text_is_warned_about(llama_folder: LlamaF
     source, lines, other = llama_folder(), tmp_path / "text.txt", tmp_path / "other.txt"
     lines.write_text("".join(f"line {i} of a text, and more of it\n" for i in range(99)))
     other.write_text("".join(f"another line, number {i}\n" for i in range(99)))
-    arguments = ["quantize", source, "-o", tmp_path / "out", "--scheme", "w8", "--calib", lines, "--samples", "2"]
+    arguments = [
+        "quantize",
+        "--no-check",
+        source,
+        "-o",
+        tmp_path / "out",
+        "--scheme",
+        "w8",
+        "--calib",
+        lines,
+        "--samples",
+        "2",
+    ]
     assert _output.run(cli, [*map(str, arguments), "--length", "32"]) == 0
     with pytest.warns(UserWarning, match=r"text\.txt is what .*out was calibrated with"):
         spicerack.evaluate(tmp_path / "out", against=source, text=lines, max_tokens=128, window=32)

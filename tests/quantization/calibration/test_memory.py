@@ -72,7 +72,7 @@ def test_transforms_that_move_factors_share_one_copy_of_a_block(tmp_path: Path) 
 
 
 def test_what_cannot_fit_is_refused_by_name(llama_70b: Job) -> None:
-    with pytest.raises(UsageError, match=r"--memory 4.0 GB: at least 1\d\.\d GB are needed, while .*down_proj"):
+    with pytest.raises(UsageError, match=r"--memory 4 GB: at least 1\d\.\d GB are needed, while .*down_proj"):
         memory.make(llama_70b, (128, 512), 4 * GB)
     with pytest.raises(UsageError, match="writing the largest tensor"):
         memory.make(llama_70b, None, 4 * GB)

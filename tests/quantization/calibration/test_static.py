@@ -300,7 +300,7 @@ def test_the_command_and_the_recipe_file(
     lines.write_text("".join(f"line {i} of a text, and more of it\n" for i in range(99)))
     recipe.write_text("scheme: w8a8s\nmethod: rtn\nobserver: mse\n")
     assert read(recipe).observer == "mse"
-    base = ["quantize", str(source), "--calib", str(lines), "--length", "64", "--samples", "8"]
+    base = ["quantize", str(source), "--no-check", "--calib", str(lines), "--length", "64", "--samples", "8"]
     assert _output.run(cli, [*base, "-o", str(tmp_path / "a"), "--recipe", str(recipe)]) == 0
     assert "observer=mse" in "".join(capsys.readouterr())
     by_hand = [*base, "-o", str(tmp_path / "b"), "--scheme", "w8a8s", "--method", "rtn", "--observer", "mse"]

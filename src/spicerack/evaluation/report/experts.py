@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from spicerack.evaluation.report.markup import Markup, hundred, join, say, short, size, spread, table, tag, whole
+from spicerack.evaluation.report import bits, lost
+from spicerack.evaluation.report.markup import Markup, join, math_floor, say, short, size, spread, table, tag, whole
 
 
 def sections(facts: dict[str, Any]) -> list[Markup]:
     """All of them."""
     parts = [tag("h2", say("For experts", "给行家"))]
-    if facts["eval"]:
-        parts.append(_loss(facts["eval"]["result"]))
+    figures = lost.result(facts)
+    if figures is not None:
+        parts.append(_loss(figures))
     if facts["bench"]:
         parts.append(_speeds(facts["bench"]["result"]))
-    parts += [_types(facts), _tensors(facts)]
+    parts.append(_types(facts))
+    if not facts["unreadable"]:
+        parts += [tag("h3", say("What each part would lose", "各部分的敏感度")), bits.sensitivity(facts)]
+    kernels = facts["eval"].get("kernels") if facts["eval"] else None
+    if kernels:
+        parts.append(_kernels(kernels))
+    parts.append(_tensors(facts))
     if facts["events"]:
         rows = [[event["tensor"], event["event"]] for event in facts["events"]]
         parts.append(
@@ -24,52 +32,48 @@ def sections(facts: dict[str, Any]) -> list[Markup]:
     return [tag("section", *parts), _origin(facts)]
 
 
-def yardstick(result: dict[str, Any]) -> Markup:
-    """The loss beside what a cast to bfloat16 costs, which everybody accepts."""
-    floor, mean = result["kl_noise_floor"], result["kl_mean"]
-    if not floor:
-        return tag(
-            "p",
-            say("There is no yardstick: the noise floor was not measured.", "没有标尺:未测噪声下限。"),
-            class_="dim",
-        )
-    return tag("p", say(
-        "A plain cast to bfloat16, which everybody accepts, changes predictions by {floor} nats on this text; "
-        "this model by {mean}.",
-        "人人接受的 bfloat16 转换在这段文本上使预测改变 {floor} nat;这个模型改变 {mean} nat。",
-        floor=short(floor), mean=short(mean),
-    ), class_="dim")  # fmt: skip
+def _kernels(kernels: list[list[Any]]) -> Markup:
+    """What each kind of layer was computed with, where the loss was measured."""
+    rows = [[layers, kernel, whole(count)] for layers, kernel, count in kernels]
+    return table(
+        say("Kernels: what each kind of layer was multiplied with where the loss was measured.",
+            "计算核:测损失时,每类层用什么相乘。"),
+        [say("layers", "层"), say("kernel", "计算核"), say("count", "个数")], rows,
+    )  # fmt: skip
 
 
 def _loss(result: dict[str, Any]) -> Markup:
     """Every figure of the evaluation."""
-    missing = say("no interval was measured", "未测区间")
     how = say("next tokens, greedy", "贪心的下一个词元")
     if "kl_mean" in result:
-        between = result["kl_mean_ci95"]
-        interval = missing if between is None else spread(*between)
+        windows = say("Student's t over {n} windows of {w} tokens", "对 {n} 个各 {w} 词元的窗口用 t 分布",
+                      n=result["windows"], w=result["window"])  # fmt: skip
         rows = [
-            [say("KL, mean, nats per token", "平均 KL(nat/词元)"), short(result["kl_mean"]), interval,
-             say("Student's t over {n} windows of {w} "
-                 "tokens", "对 {n} 个各 {w} 词元的窗口用 t 分布", n=result["windows"],
-                 w=result["window"])],
-            [say("KL, 99.9th percentile", "KL 99.9 分位"), short(result["kl_p999"]), missing,
-             say("of all tokens", "全部词元")],
-            [say("KL of a cast to bfloat16", "bfloat16 转换的 KL"), short(result["kl_noise_floor"]), missing,
-             say("the beginning of the same text", "同一文本的开头")],
-            [say("perplexity", "困惑度"), short(result["perplexity"]), missing,
-             say("reference {p}", "参考 {p}", p=short(result["perplexity_reference"]))],
-            [say("same top token, of 100", "首选一致(每 100)"), hundred(result["top1_agreement"]), missing, how],
+            [say("KL, mean, nats per token", "平均 KL(nat/词元)"), short(result["kl_mean"]),
+             lost.interval(result["kl_mean_ci95"]), windows],
+            [say("KL, 99.9th percentile", "KL 99.9 分位"), short(result["kl_p999"]), lost.interval(None),
+             say("of all tokens; a quantile of so few has no useful interval", "全部词元;样本太少,分位数没有可用区间")],
+            [say("KL of a cast to bfloat16", "bfloat16 转换的 KL"), short(result["kl_noise_floor"]),
+             lost.interval(result.get("kl_noise_floor_ci95")), say("the beginning of the same text", "同一文本的开头")],
+            [say("perplexity", "困惑度"), short(result["perplexity"]), lost.interval(result.get("perplexity_ci95")),
+             say("exp of the interval of the mean loss", "平均损失区间取指数")],
+            [say("perplexity, original", "原模型困惑度"), short(result["perplexity_reference"]),
+             lost.interval(result.get("perplexity_reference_ci95")), say("the same windows", "同样的窗口")],
+            [say("same top token, share", "首选一致(比例)"), short(result["top1_agreement"]),
+             lost.interval(result.get("top1_agreement_ci95")), how],
         ]  # fmt: skip
     else:
         floor = result["cosine_noise_floor"]
-        over = say("{n} sentences", "{n} 句", n=result["sentences"])
+        over = say("Student's t over {n} sentences", "对 {n} 句用 t 分布", n=result["sentences"])
         rows = [
-            [say("cosine, mean", "平均余弦"), f"{result['cosine_mean']:.5f}", missing, over],
-            [say("cosine, least", "最低余弦"), f"{result['cosine_min']:.5f}", missing, over],
+            [say("cosine, mean", "平均余弦"), f"{math_floor(result['cosine_mean'], 5):g}",
+             lost.interval(result.get("cosine_mean_ci95"), 5), over],
+            [say("cosine, least", "最低余弦"), f"{math_floor(result['cosine_min'], 5):g}", lost.interval(None),
+             say("a single sentence", "单独一句")],
             [say("cosine of a cast to bfloat16", "bfloat16 转换的余弦"), "-" if floor is None else f"{floor:.5f}",
-             missing, over],
-            [say("Spearman", "Spearman"), short(result["spearman"]), missing, say("of all pairs", "所有句对")],
+             lost.interval(result.get("cosine_noise_floor_ci95"), 5), over],
+            [say("Spearman", "Spearman"), short(result["spearman"]), lost.interval(None),
+             say("of all pairs, which depend on each other", "所有句对,彼此不独立")],
         ]  # fmt: skip
     return table(
         say("Loss, against the original in float32; computed with {compute}; {tokens} tokens of {text}.",
@@ -156,7 +160,7 @@ def _origin(facts: dict[str, Any]) -> Markup:
     for name in ("eval", "bench", "energy"):
         record = facts[name]
         if record:
-            shown[name] = {key: value for key, value in record.items() if key not in ("result", "row")}
+            shown[name] = {key: value for key, value in record.items() if key not in ("result", "kernels", "examples")}
     inner = tag("summary", say("Hashes, versions, machines, calibration", "哈希、版本、机器、校准"))
     parts.append(tag("details", inner, tag("pre", json.dumps(shown, indent=1, ensure_ascii=False), tabindex=0)))
     return tag("section", tag("h2", say("How to check this page", "如何复核")), *parts)

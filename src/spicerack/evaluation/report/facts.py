@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from spicerack.errors import CheckpointError
+from spicerack.evaluation.report import shapes
 from spicerack.storage import files, ledger, records
 from spicerack.storage.ledger import Entry
 
@@ -23,16 +24,24 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 _MAX_RUN = 16 << 20
 
 
-def collect(folder: Path) -> dict[str, Any]:
+def collect(folder: Path, planned: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The facts of a folder of ours, local.
 
-    Raises CheckpointError where it has no ledger, or a file of it is damaged.
+    planned: what a planner knows of it: devices, sensitivity; None where nobody asked one. Raises CheckpointError where
+    it has no ledger, or a file of it is damaged.
     """
     written = ledger.read(folder)
     if written is None:
         raise CheckpointError(f"{folder} has no {files.LEDGER}", "give a folder that spicerack quantize wrote")
     run = files.read_json(folder / files.RUN, _MAX_RUN) if (folder / files.RUN).is_file() else None
-    kept = {command: records.read(folder, command) for command in ("eval", "bench", "energy")}
+    if run is not None:
+        shapes.check_run(folder / files.RUN, run)
+    shapes.check_ledger(folder / files.LEDGER, written.check)
+    kept = {command: records.read(folder, command) for command in ("lens", "eval", "bench", "energy")}
+    for command, record in kept.items():
+        shapes.check(folder, command, record)
+    unreadable = None if kept["eval"] or written.check else _unreadable(folder)
+    plans = {"devices": None, "sensitivity": None, **(planned or {})}
     entries = written.entries
     quantized = [entry for entry in entries if entry.action == "quantize"]
     before, after = sum(e.bytes_before for e in entries), sum(e.bytes_after for e in entries)
@@ -56,10 +65,33 @@ def collect(folder: Path) -> dict[str, Any]:
         "bytes_left_out": sum(entry.bytes_after for entry in largest[TENSORS:]),
         "events": [{"tensor": e.tensor, "event": text} for e in entries for text in e.events][:_EVENTS],
         **kept,
-        "missing": [command for command, record in kept.items() if record is None] + ([] if run else ["run"]),
+        "check": written.check,
+        "budget": written.budget,
+        **plans,
+        "unreadable": unreadable,
+        "missing": _missing(kept, run, unreadable, plans),
     }
     finite: dict[str, Any] = _finite(facts)
     return finite
+
+
+def _missing(
+    kept: Mapping[str, Any], run: Mapping[str, Any] | None, unreadable: str | None, plans: Mapping[str, Any]
+) -> list[str]:
+    """Commands whose records are not there, of those that could have left one; "run" for run.json."""
+    able = [] if unreadable else [*kept.items()]
+    sensitivity = [] if unreadable or plans["sensitivity"] else ["sensitivity"]
+    return [name for name, record in able if record is None and name != "lens"] + sensitivity + ([] if run else ["run"])
+
+
+def _unreadable(folder: Path) -> str | None:
+    """Why text says nothing about a model, as what follows its name in a sentence; None if it does."""
+    from spicerack.models.kind import obstacle  # which asks transformers: a second or two that most pages need not
+
+    path = folder / files.CONFIG
+    config = files.read_json(path, _MAX_RUN) if path.is_file() else {}
+    own = config.get("config") if config.get("model_type") == files.CONTAINER else config
+    return obstacle(own) if isinstance(own, dict) and own else None
 
 
 def _bits(entries: Iterable[Entry]) -> float | None:

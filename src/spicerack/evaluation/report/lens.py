@@ -16,7 +16,7 @@ from spicerack.models.opening import open_model
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
-from spicerack.storage import ledger
+from spicerack.storage import ledger, records
 from spicerack.storage.ledger import Entry
 
 _MOST = 1024
@@ -25,6 +25,13 @@ BITS = range(2, 9)
 """What is tried."""
 _DIGITS = 6
 """Significant ones of what is kept: more than a picture shows."""
+
+
+def keep(out: Path, source: Path) -> None:
+    """Leave the weights and their levels in `out`, as `lens.json`, where there are some: see `look`."""
+    row = look(out, source)
+    if row is not None:
+        records.keep(out, "lens", row)
 
 
 def look(out: Path, source: Path) -> dict[str, Any] | None:

@@ -7,7 +7,13 @@ all that a number can look like on the page.
 from __future__ import annotations
 
 import html
+import re
 from typing import Any
+
+_HAN = "\\u3400-\\u9fff\\u201d"
+"""Chinese characters, and the quote that closes, in a pattern."""
+_WIDER = 0xFEE0
+"""From a sign of ASCII to the same as wide as a Chinese character."""
 
 
 class Markup(str):
@@ -46,17 +52,49 @@ def say(en: str, zh: str, **values: object) -> Markup:
     filled = {key: text(value) for key, value in values.items()}
     return join(*(
         tag("span", Markup(html.escape(words, quote=False).format(**filled)), lang=lang, class_="t")
-        for lang, words in (("en", en), ("zh-CN", zh))
+        for lang, words in (("en", en), ("zh-CN", _chinese(zh)))
     ))  # fmt: skip
 
 
-def table(caption: Markup, head: list[Markup], rows: list[list[Any]]) -> Markup:
-    """The first cell of a row is its head. It can be scrolled by keys."""
+def _chinese(words: str) -> str:
+    """Punctuation behind Chinese characters, values and quotes becomes as wide as they are, and brackets around them.
+
+    Sources have it narrow, so that nobody takes a wide comma in a program for one of its own.
+    """
+    wide = re.sub(rf"(?:(?<=[{_HAN}])\(([^()]*)\)|\(([^()]*[{_HAN}][^()]*)\))", _wide_brackets, words)
+    return re.sub(rf"(?<=[{_HAN}\uff09}}])[,;:?!]", lambda mark: chr(ord(mark[0]) + _WIDER), wide)
+
+
+def _wide_brackets(match: re.Match[str]) -> str:
+    return chr(ord("(") + _WIDER) + (match[1] or match[2] or "") + chr(ord(")") + _WIDER)
+
+
+def section(title: Markup, *children: object) -> Markup:
+    """A part of the page under its title."""
+    return tag("section", tag("h2", title), *children)
+
+
+def missing(command: str, en: str, zh: str) -> Markup:
+    """That something was not measured, and what measures it."""
+    return tag("p", say(
+        f"Missing: {en}. This measures it: {{command}}", f"缺少:{zh}。运行此命令即可测量:{{command}}",
+        command=tag("code", f"spicerack {command}"),
+    ), class_="none")  # fmt: skip
+
+
+def labelled(how: str) -> Markup:
+    """measured or estimated."""
+    return tag("span", say(how, {"measured": "实测", "estimated": "估算"}[how]), class_="tagged")
+
+
+def table(caption: Markup, head: list[Markup], rows: list[list[Any]], *, wide: bool = True) -> Markup:
+    """The first cell of a row is its head. It can be scrolled by keys; `wide` ones of four columns and more are on a
+    phone."""
     lines = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     heads = [tag("th", cell, scope="col") for cell in head]
     whole = tag("table", tag("caption", caption), tag("thead", tag("tr", *heads)), tag("tbody", *lines))
-    wide = " wide" if len(head) > 3 else ""
-    return tag("div", whole, class_=f"scroll{wide}", tabindex=0, role="region", aria_label="table / 表")
+    broad = " wide" if wide and len(head) > 3 else ""
+    return tag("div", whole, class_=f"scroll{broad}", tabindex=0, role="group", aria_label="table / 表")
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -72,8 +110,10 @@ def size(nbytes: float) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three digits; a dash for none."""
-    return "\N{EN DASH}" if value is None else f"{value:.3g}"
+    """Three digits, thousands in groups; a dash for none."""
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def spread(low: float, high: float) -> str:

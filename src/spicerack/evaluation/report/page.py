@@ -12,8 +12,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spicerack.evaluation.report import charts, experts, markup
-from spicerack.evaluation.report.markup import Markup, hundred, join, math_floor, say, short, size, table, tag, text
+from spicerack.evaluation.report import bits, charts, experts, lost, markup, places
+from spicerack.evaluation.report.markup import (
+    Markup,
+    hundred,
+    join,
+    labelled,
+    math_floor,
+    missing,
+    say,
+    section,
+    short,
+    size,
+    table,
+    tag,
+    text,
+)  # fmt: skip
 
 _HERE = Path(__file__).parent
 _PAGE_TOKENS = 500
@@ -56,28 +70,13 @@ def _sections(facts: dict[str, Any]) -> list[Markup]:
         *_verdict(facts),
         _done(facts),
         _gained(facts),
-        _lost(facts),
-        _bits(facts),
+        lost.lost(facts),
+        bits.bits(facts),
+        bits.further(facts),
+        places.places(facts),
         *experts.sections(facts),
         _unsaid(facts),
     ]
-
-
-def _section(title: Markup, *children: object) -> Markup:
-    return tag("section", tag("h2", title), *children)
-
-
-def missing(command: str, en: str, zh: str) -> Markup:
-    """That something was not measured, and what measures it."""
-    return tag("p", say(
-        f"Missing: {en}. This measures it: {{command}}", f"缺少:{zh}。运行此命令即可测量:{{command}}",
-        command=tag("code", f"spicerack {command}"),
-    ), class_="none")  # fmt: skip
-
-
-def _labelled(how: str) -> Markup:
-    """measured or estimated."""
-    return tag("span", say(how, {"measured": "实测", "estimated": "估算"}[how]), class_="tagged")
 
 
 def _verdict(facts: dict[str, Any]) -> list[Markup]:
@@ -88,8 +87,7 @@ def _verdict(facts: dict[str, Any]) -> list[Markup]:
         before=tag("b", size(facts["bytes_before"])), after=tag("b", size(facts["bytes_after"])),
         times=short(facts["times_smaller"]),
     )]  # fmt: skip
-    record = facts["eval"]
-    result = record["result"] if record else {}
+    result = lost.result(facts) or {}
     if "top1_agreement" in result:
         parts.append(say(
             " Of 100 next words it picks {n} the same as the "
@@ -102,6 +100,10 @@ def _verdict(facts: dict[str, Any]) -> list[Markup]:
             "same.", "它对句子的表示与原模型的相似度为 {cosine}(1 为完全相同)。",
             cosine=tag("b", f"{math_floor(result['cosine_mean'], 5):g}"),
         ))  # fmt: skip
+    elif facts["unreadable"]:
+        parts.append(say(" What that cost its answers is not measured here.", "这对回答有多大影响,这里没有测。"))
+    elif lost.measured_for_budget(facts):
+        parts.append(say(" What that cost stands below.", "损失了多少,见下文。"))
     else:
         parts.append(say(" What that cost was not measured yet.", "损失了多少,还没有测。"))
     if facts["bench"]:
@@ -126,10 +128,11 @@ def _done(facts: dict[str, Any]) -> Markup:
         bits=tag("b", short(facts["bits_quantized"])), all=short(facts["bits_all"]),
     ))  # fmt: skip
     title = say("What was done", "做了什么")
-    record = facts["eval"]
-    row = record.get("row") if record else None
+    row = facts["lens"]["result"] if facts["lens"] else None
+    if not row and facts["unreadable"]:
+        return section(title, story)
     if not row:
-        return _section(title, story, missing(
+        return section(title, story, missing(
             "eval OUT --against MODEL --text FILE", "weights of this model under the lens", "这个模型的权重放大图",
         ))  # fmt: skip
     bits = min((rounded["bits"] for rounded in row["rounded"]), key=lambda b: abs(b - (facts["bits_quantized"] or 4)))
@@ -156,17 +159,15 @@ def _done(facts: dict[str, Any]) -> Markup:
     figure = tag(
         "figure", caption, charts.lens(row, bits), slider, tag("div", *said, id="bits-said", aria_live="polite")
     )
-    return _section(title, story, figure, _further(row))
+    return section(title, story, figure, _further(row))
 
 
 def _further(row: dict[str, Any]) -> Markup:
     """What each further bit buys, of these weights."""
     rows = [[r["bits"], len(r["levels"]), join(short(100 * r["error"]), " %")] for r in row["rounded"]]
     return table(
-        say("What each further bit buys, measured on these weights alone. Of the whole model it was not "
-            "measured: that needs a folder "
-            "for each number of bits.",
-            "每多一位能换来什么(只在这些权重上实测)。整个模型没有测:那需要为每种位数各做一个模型。"),
+        say("What each further bit buys, measured on these weights alone; of the whole model see below.",
+            "每多一位能换来什么(只在这些权重上实测);整个模型见下文。"),
         [say("bits", "位数"), say("levels", "取值个数"), say("error", "误差")], rows,
     )  # fmt: skip
 
@@ -177,7 +178,7 @@ def _gained(facts: dict[str, Any]) -> Markup:
 
     def both(title: Markup, how: str, old: float, new: float, *shown: str) -> Markup:
         return join(
-            tag("h3", title, " ", _labelled(how)), charts.bars([(before, old, shown[0]), (after, new, shown[1])])
+            tag("h3", title, " ", labelled(how)), charts.bars([(before, old, shown[0]), (after, new, shown[1])])
         )
 
     parts = [both(say("Room on disk", "硬盘空间"), "measured", facts["bytes_before"], facts["bytes_after"],
@@ -193,9 +194,9 @@ def _gained(facts: dict[str, Any]) -> Markup:
         parts.append(both(title, "measured", old[key], new[key], short(old[key]), short(new[key])))
         spreads = [markup.spread(row[f"{key}_min"], row[f"{key}_max"]) for row in (old, new)]
         parts.append(tag("p", say(
-            "Medians of {n} rounds in turns; before {a}, after {b} from the slowest to the fastest. {threads} "
-            "threads, {device}.",
-            "轮流运行 {n} 次的中位数;从最慢到最快,之前 {a},之后 {b}。{threads} 个线程,{device}。",
+            "Medians of {n} rounds in turns; before {a}, after {b} from the slowest to the fastest. "
+            "Threads: {threads}; device: {device}.",
+            "轮流运行 {n} 次的中位数;从最慢到最快,之前 {a},之后 {b}。线程数:{threads};设备:{device}。",
             n=result["repeats"], a=spreads[0], b=spreads[1], threads=result["threads"], device=result["device"],
         ), class_="dim"))  # fmt: skip
         if key.startswith("decode"):
@@ -205,10 +206,11 @@ def _gained(facts: dict[str, Any]) -> Markup:
                 "s.", "写一页文字({tokens} 个词元)用 {new} 秒,原来用 {old} 秒。",
                 tokens=_PAGE_TOKENS, old=times[0], new=times[1],
             ), class_="dim"))  # fmt: skip
-    else:
+    elif not facts["unreadable"]:
         parts.append(missing("bench OUT --against MODEL", "memory and speed", "内存和速度"))
-    parts.append(_energy(facts["energy"]))
-    return _section(say("What was gained", "得到了什么"), *parts)
+    if facts["energy"] or not facts["unreadable"]:
+        parts.append(_energy(facts["energy"]))
+    return section(say("What was gained", "得到了什么"), *parts)
 
 
 def _energy(record: dict[str, Any] | None) -> Markup:
@@ -229,63 +231,26 @@ def _energy(record: dict[str, Any] | None) -> Markup:
         words = say("About {j} J for a word on {device}, between {low} and "
                     "{high}.", "在 {device} 上每个词约 {j} 焦耳,介于 {low} 和 {high} 之间。",
                     j=tag("b", short(joules)), device=result["device"], low=low, high=high)  # fmt: skip
-    return join(tag("h3", title, " ", _labelled(result["how"])), tag("p", words))
-
-
-def _lost(facts: dict[str, Any]) -> Markup:
-    """A hundred dots, and what they mean."""
-    title, record = say("What was lost", "失去了什么"), facts["eval"]
-    if record is None:
-        return _section(title, missing("eval OUT --against MODEL --text FILE", "the loss", "损失"))
-    result = record["result"]
-    if "top1_agreement" not in result:
-        return _section(title, tag("p", say(
-            "Sentences were turned into numbers by both models: {mean} alike on average, {least} the least, "
-            "where 1 is the same; {n} sentences.",
-            "两个模型把句子变成数字:平均相似度 {mean},最低 {least}(1 为完全相同);共 {n} 句。",
-            mean=tag("b", f"{math_floor(result['cosine_mean'], 5):g}"),
-            least=f"{math_floor(result['cosine_min'], 5):g}",
-            n=result["sentences"],
-        )))  # fmt: skip
-    return _section(
-        title,
-        charts.dots(int(math_floor(100 * result["top1_agreement"], 0))),
-        tag("p", say(
-            "Each dot is one in a hundred next words; filled: both models pick the same one ({n} of 100). "
-            "Measured on {tokens} words of {text}.",
-            "每个圆点代表一百个“下一个词”之一;实心:两个模型选了同一个({n} / 100)。在 {text} 的 {tokens} 个词上"
-            "实测。",
-            n=tag("b", hundred(result["top1_agreement"])), tokens=f"{result['tokens']:,}",
-            text=tag("code", result["text"]),
-        )),
-        tag("p", say("A word here is a token: about three quarters of an English word, or one Chinese character "
-                     "and a bit.",
-                     "这里的“词”指词元:大约是四分之三个英文词,或一个多汉字。"), class_="dim"),
-        experts.yardstick(result),
-    )  # fmt: skip
-
-
-def _bits(facts: dict[str, Any]) -> Markup:
-    """Where the bits went."""
-    title = say("Where the bits went", "位数花在了哪里")
-    if not facts["blocks"]:
-        return _section(title, tag("p", say("Nothing in this folder is quantized.", "这个文件夹里没有量化的层。")))
-    return _section(title, charts.strip(facts["blocks"]))
+    return join(tag("h3", title, " ", labelled(result["how"])), tag("p", words))
 
 
 def _unsaid(facts: dict[str, Any]) -> Markup:
     """What a reader must not conclude."""
-    record = facts["eval"]
+    result = lost.result(facts)
     about = say("The loss was measured on "
                 "{text}; other topics can lose more. ", "损失只在 {text} 上测过;别的领域可能损失更多。",
-                text=tag("code", record["result"]["text"])) if record else Markup("")  # fmt: skip
-    return _section(say("What this page does not say", "本页没有说的"), tag("p", about, say(
+                text=tag("code", result["text"])) if result else Markup("")  # fmt: skip
+    title = say("What this page does not say", "本页没有说的")
+    if facts["unreadable"]:
+        return section(title, tag("p", say(
+            "A small error of the weights is not a small error of the answers: to know that takes pictures, or sounds, "
+            "and a task.",
+            "权重误差小不等于回答误差小:那需要图片或声音,还需要具体任务。",
+        )))  # fmt: skip
+    return section(title, tag("p", about, say(
         "“The same next word” is not “the same answer”: small differences add up in long texts. Long "
         "contexts, other languages and "
-        "tasks were not tested. On other machines speed and energy differ. Example sentences before and after, "
-        "the loss that each layer "
-        "causes, and the loss at other numbers of bits are not recorded yet, and so not shown.",
+        "tasks were not tested. On other machines speed and energy differ.",
         "“下一个词相同”不等于“答案相同”:长文里小差别会累积。没有测长上下文、其他语言和具体任务。换一台机器,速"
-        "度和能耗会不同。"
-        "前后对照的例句、每一层造成的损失、其他位数下的损失尚未记录,因此没有显示。",
+        "度和能耗会不同。",
     )))  # fmt: skip

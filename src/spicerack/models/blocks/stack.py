@@ -150,6 +150,38 @@ class Stack:
             )
         return side_by_side(first[0], inputs["input_ids"]), calls
 
+    def behind(self, inputs: Inputs, hidden: torch.Tensor, *, head: bool) -> Any:
+        """What the model returns for these inputs where its last block gives `hidden` [B, L, H]; gradients flow.
+
+        head: by the whole model; else by its body alone. No block computes, but for the first one as in `calls`. Raises
+        UsageError for a model whose tokens have several hidden states.
+        """
+        if self.streams:
+            raise UsageError(
+                f"{type(self.model).__name__} has {self.streams} hidden states for a token", "name a scheme instead"
+            )
+        others: list[Any] = []
+        compute = self.blocks[0].forward
+
+        def answer(*positional: Any, number: int, **named: Any) -> Any:
+            """In place of a block's forward."""
+            given = _hidden(positional, named)
+            if self.handed and not number:
+                with torch.no_grad():
+                    others.extend(compute(*positional, **named)[1:])
+            last = number == len(self.blocks) - 1
+            given = hidden[..., : given.shape[-1]].to(given.dtype) if last else given
+            return self.results[number].around(given, others)
+
+        for number, block in enumerate(self.blocks):
+            block.forward = functools.partial(answer, number=number)
+        try:
+            whole = self.model if head else self.model.base_model
+            return whole(**inputs, **({"use_cache": False} if self.model.can_generate() else {}))
+        finally:
+            for block in self.blocks:
+                del block.forward
+
     def run(self, block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """The hidden states [B, L, H] that `block` makes of `hidden` [B, L, H], called as the model would call it.
 

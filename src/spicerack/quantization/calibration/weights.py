@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from spicerack.nn import kinds
+from spicerack.nn.decoded import DecodedWeight
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor, moved
 
@@ -24,15 +25,17 @@ class LentWeight:
     """The weight of one layer, which has it only while it is called: hooks make it before a call, and forget it behind.
 
     source: what it is made of: float, in the layer's own order, wherever it lies, or codes [N, K] on
-    the device. Between calls the layer's parameter is a placeholder of the same shape.
+    the device. Between calls the layer's parameter is a placeholder that is decoded for whoever reads it.
     """
 
     source: torch.Tensor | QTensor
 
     def __init__(self, layer: nn.Module, device: torch.device) -> None:
         self.layer, self.device = layer, device
-        self.placeholder = layer.get_parameter("weight")
-        self.source = self.placeholder.detach()
+        self.source = source = layer.get_parameter("weight").detach()
+        # some families' code multiplies with `layer.weight` and never calls the layer: that must be the same weight
+        lent = DecodedWeight(source.shape, source.stride(), torch.float32, device, self.weight)
+        self.placeholder = layer.weight = nn.Parameter(lent, requires_grad=False)
         layer.register_forward_pre_hook(self.make)
         layer.register_forward_hook(self.forget, always_call=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from spicerack.errors import RecipeError, SchemeError, WeightError
@@ -62,8 +63,11 @@ def _check_layer(name: str, layer: nn.Module, scheme: Scheme) -> None:
             f"{weight_name(name)} is computed from other parameters, by weight_norm or pruning",
             "make it permanent first (remove_weight_norm, prune.remove), or skip it",
         )
-    if kinds.weight_of(layer).is_meta:
+    weight = kinds.weight_of(layer)
+    if weight.is_meta:
         raise WeightError(f"{weight_name(name)} is on the meta device: it has no values", "load the weights first")
+    if weight.layout is not torch.strided:
+        raise WeightError(f"{weight_name(name)} is sparse ({weight.layout})", "make it dense (weight.to_dense())")
 
 
 def check_owners(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
