@@ -17,7 +17,7 @@ from spicerack import plugins
 from spicerack.errors import UsageError
 from spicerack.machine.catalogue import Device
 from spicerack.planning.cache import Rule
-from spicerack.planning.model import Model
+from spicerack.planning.model import Model, Purpose
 from spicerack.planning.places import Placement, Term
 from spicerack.planning.precisions import Precision
 from spicerack.storage import engine as stored
@@ -49,6 +49,7 @@ class Engine:
     summary       what it is, in a line
     kinds         of accelerators that it computes on (`speed.kind_of`)
     families      that it cannot run -> why, as the end of a sentence; `only` the ones it can, None for all
+    does          what models must be for that it runs; None: anything
     precisions    the numbers that it computes with, for a model; those of the best quality first
     rule          of its cache
     cache_bytes   bits of a cache -> bytes of an element
@@ -75,6 +76,7 @@ class Engine:
     flags: Callable[[Model, Precision, Request, Placement], list[str]]
     families: Mapping[str, str] = field(default_factory=dict)
     only: frozenset[str] | None = None
+    does: frozenset[Purpose] | None = None
     table_in_ram: bool = False
     towers: bool = True
     offload: bool = False
@@ -90,6 +92,8 @@ class Engine:
             return f"{self.name} {reason}"
         if self.only is not None and model.family not in self.only:
             return f"{self.name} does not run models of the family {model.family}"
+        if self.does is not None and model.does not in self.does:
+            return f"{self.name} does not run models for {model.does}, as {model.family} is one"
         for device, kind in zip(devices, kinds, strict=True):
             if kind not in self.kinds and kind != "memory":
                 return f"{self.name} does not compute on {device.name} ({kind})"

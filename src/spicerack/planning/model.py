@@ -37,13 +37,18 @@ output   the head, and what stands before it
 tower    for pictures or sound, projectors too
 encoder  of an encoder-decoder: it runs once for each input
 extra    layers that predict several tokens: in the file, and read by nobody unless asked to"""
+Purpose = Literal["text", "embeddings", "sequences", "pictures or sound"]
+"""text               goes on with what it reads
+embeddings         reads text, and keeps nothing of it
+sequences          writes what an encoder's input tells it: translations, summaries, transcripts
+pictures or sound  reads no text"""
 
 _TOWERS = frozenset({
     "visual", "vision_tower", "vision_model", "vision_encoder", "vision_embed_tokens", "audio_tower", "audio_model",
     "multi_modal_projector", "embed_vision", "embed_audio", "mm_projector", "img_processor", "aligner",
 })  # fmt: skip
 """Components of names of what is for pictures and sound."""
-_GENERATES = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel|Seq2Seq")
+_GENERATES = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel|MTModel|Seq2Seq")
 """Classes that write text."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)\.")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
@@ -117,11 +122,20 @@ class Model:
         classes = self.config.get("architectures")
         return not isinstance(classes, list) or any(_GENERATES.search(str(name)) for name in classes)
 
+    @property
+    def does(self) -> Purpose:
+        """What it is for, by its classes and its config."""
+        if self.text.get("vocab_size") is None:
+            return "pictures or sound"
+        if not self.generates:
+            return "embeddings"
+        return "sequences" if self.config.get("is_encoder_decoder") else "text"
+
     @cached_property
     def layers(self) -> tuple[cache.Layer, ...]:
         """What each layer of the decoder, or of an encoder without one, keeps."""
         if not self.generates:
-            return (cache.Layer("none"),) * self.fields.layers
+            return (cache.Layer("none"),) * max((w.layer + 1 for w in self.weights if w.layer is not None), default=1)
         return tuple(cache.layers(self.config))
 
     @cached_property
@@ -236,8 +250,11 @@ def _model(
     total = Fields(text_of(checkpoint.config), "model").size(
         "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1 << 30
     )
+    both = bool(checkpoint.config.get("is_encoder_decoder"))
     weights = tuple(
-        _weight(entry, counts[tensor], total) for tensor, entry in taken.entries.items() if tensor not in taken.tied
+        _weight(entry, counts[tensor], total, both=both)
+        for tensor, entry in taken.entries.items()
+        if tensor not in taken.tied
     )
     return Model(name, checkpoint.config, taken, weights, bool(taken.tied), stored, method)
 
@@ -256,15 +273,16 @@ def _alike(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, int]]:
     return dataclasses.replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in counts}), counts
 
 
-def _weight(entry: Entry, count: int, total: int) -> Weight:
-    """total: blocks that config.json counts; what lies behind them predicts several tokens."""
+def _weight(entry: Entry, count: int, total: int, *, both: bool) -> Weight:
+    """total: blocks that config.json counts; what lies behind them predicts several tokens. both: there is an encoder
+    beside the decoder; of others the encoder is the model."""
     parts = entry.module.split(".")
     match = _LAYER.search(entry.name)
     layer = int(match[1]) if match else None
     routed = "experts" in parts[:-1] or entry.role == "experts" or "experts" in entry.name.split(".")
     if _TOWERS & set(parts):
         return Weight(entry, count, "tower", None, False)
-    if "encoder" in parts[:2]:
+    if both and "encoder" in parts[:2]:
         return Weight(entry, count, "encoder", None, False)
     if parts[0].startswith("mtp") or (layer is not None and layer >= total):
         return Weight(entry, count, "extra", None, routed)

@@ -44,7 +44,7 @@ class Fields:
         if default is None:
             raise CheckpointError(
                 f"config.json of the family {self._family} has no {' or '.join(names)}",
-                "its tensors cannot be told without: give the model's folder, whose headers have them",
+                "what its layers are and keep cannot be told without; is it the model's own config.json?",
             )
         return default
 
@@ -60,12 +60,12 @@ class Fields:
     @property
     def hidden(self) -> int:
         """Channels between blocks."""
-        return self.size("hidden_size", "d_model", "n_embd")
+        return self.size("hidden_size", "d_model", "n_embd", "dim")
 
     @property
     def layers(self) -> int:
         """Blocks."""
-        return self.size("num_hidden_layers", "n_layer", "num_layers", most=MOST_LAYERS)
+        return self.size("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", most=MOST_LAYERS)
 
     def marks(self, name: str) -> list[Any]:
         """The list of words or numbers, one for each layer, that is there; empty where there is none.
@@ -85,7 +85,7 @@ class Fields:
     @property
     def heads(self) -> int:
         """Of queries."""
-        return self.size("num_attention_heads", "num_heads", "n_head")
+        return self.size("num_attention_heads", "num_heads", "n_head", "n_heads", "decoder_attention_heads")
 
     @property
     def kv_heads(self) -> int:
@@ -100,7 +100,7 @@ class Fields:
     @property
     def inner(self) -> int:
         """Channels inside a block's MLP."""
-        return self.size("intermediate_size", "ffn_dim", "d_ff")
+        return self.size("intermediate_size", "ffn_dim", "d_ff", "hidden_dim", "decoder_ffn_dim")
 
     @property
     def vocabulary(self) -> int:

@@ -33,10 +33,12 @@ def _budget(device: Device, _request: Request) -> int:
     return device.usable
 
 
-def _flags(_model: Model, precision: Precision, request: Request, placement: Placement) -> list[str]:
+def _flags(model: Model, precision: Precision, request: Request, placement: Placement) -> list[str]:
     """llama-server with what was planned."""
     words = [f"llama-server -m MODEL-{precision.name}.gguf", f"-c {request.context * request.users}"]
     words.append(f"-np {request.users}")
+    if model.does == "embeddings":
+        words.append("--embeddings")
     cards = [share for share in placement.shares if share.device.kind not in ("cpu", "phone", "watch")]
     if cards:
         # the head counts as one more layer, the last of all, and goes to a card first
@@ -67,6 +69,7 @@ ENGINE = Engine(
     budget=_budget,
     flags=_flags,
     families={"whisper": "does not run Whisper (whisper.cpp does)"},
+    does=frozenset({"text", "embeddings"}),  # llama-server has no encoder-decoders, and pictures are for a second file
     table_in_ram=True,
     towers=False,
     offload=True,

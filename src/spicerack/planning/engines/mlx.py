@@ -45,7 +45,7 @@ ENGINE = Engine(
     terms=_terms,
     budget=_budget,
     flags=_flags,
-    families={"t5": "(mlx-lm) does not run T5", "whisper": "(mlx-lm) does not run Whisper"},
+    does=frozenset({"text"}),
     towers=False,
     speed_of="mlx",
 )

@@ -35,8 +35,10 @@ def _budget(device: Device, _request: Request) -> int:
     return device.usable
 
 
-def _flags(_model: Model, _precision: Precision, request: Request, _placement: Placement) -> list[str]:
-    """Generating with what was planned."""
+def _flags(model: Model, _precision: Precision, request: Request, _placement: Placement) -> list[str]:
+    """Generating with what was planned; what writes no text is loaded from Python."""
+    if not model.generates or model.does == "pictures or sound":
+        return ["python -c 'import spicerack; model = spicerack.load(\"OUT\")'"]
     kept = "" if request.cache_bits == 16 else f" --cache {request.cache_bits}"
     return [f"spicerack generate OUT PROMPT{kept}"]
 

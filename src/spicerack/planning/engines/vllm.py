@@ -65,5 +65,6 @@ ENGINE = Engine(
     budget=_budget,
     flags=_flags,
     families={"t5": "no longer runs T5"},
+    does=frozenset({"text", "embeddings", "sequences"}),
     speed_of="llama.cpp",
 )
