@@ -12,6 +12,7 @@ import torch
 from spicerack import plugins
 from spicerack.errors import UsageError
 from spicerack.numerics.scheme import parse
+from spicerack.planning import engine as planned
 from spicerack.storage import engine as engines
 from spicerack.storage import exactness
 from spicerack.storage.format import StoredTensor
@@ -135,3 +136,33 @@ def test_ties() -> None:
     mixed = {name: stored("w4" if "up" in name else "w8", name=name) for name in experts}
     assert exactness.obstacles(engines.find("llama.cpp"), engines.find("llama.cpp").reads[0], mixed) == []
     assert len(exactness.obstacles(engine, engine.reads[0], mixed)) == 2
+
+
+WORDS = (
+    "llama.cpp",
+    "LlamaCpp",
+    "llama-cpp",
+    "Ollama",
+    "LM Studio",
+    "vLLM",
+    "mlx",
+    "mlx-lm",
+    "hf",
+    "transformers",
+    "ort",
+)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_plans_and_recipes_take_the_same_words(word: str) -> None:
+    assert engines.plain(engines.find(word).name) == engines.plain(planned.get(word).name)
+
+
+def test_what_only_one_of_them_has_is_said() -> None:
+    with pytest.raises(UsageError, match="computes every scheme"):
+        engines.find("spicerack")
+    with pytest.raises(UsageError, match="nothing is planned for ExecuTorch yet"):
+        planned.get("ExecuTorch")
+    assert {engines.plain(name) for name in planned.names()} - {engines.plain(name) for name in engines.names()} == {
+        "spicerack"
+    }

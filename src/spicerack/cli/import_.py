@@ -18,8 +18,9 @@ ABOUT = About(place=63, summary="Make a folder of what another tool quantized, w
 def command(model: str, output: str, shard_gb: float | None, as_json: bool) -> None:
     """Make a folder of what another tool quantized, with the same codes.
 
-    MODEL is a file or folder of GGUF, GPTQ, AWQ, MLX, bitnet, FP8 or compressed-tensors, or a hub id. All commands read
-    these as they are, too; a folder of ours opens faster, and says what became of every tensor.
+    MODEL is a file or folder of GGUF, GPTQ, AWQ, MLX, bitnet or compressed-tensors, a release in FP8 with a scale for
+    each row or tensor, or a hub id. All commands read these as they are, too; a folder of ours opens faster, and says
+    what became of every tensor.
 
     \b
     spicerack import model-gptq -o model

@@ -22,7 +22,7 @@ import torch
 
 from spicerack.arguments import checked
 from spicerack.errors import CheckpointError, OutputError, UsageError, listed
-from spicerack.exports import loss, verify
+from spicerack.exports import loss, releases, verify
 from spicerack.exports import target as targets
 from spicerack.exports.planning import plan
 from spicerack.exports.restoring import restored
@@ -38,6 +38,7 @@ from spicerack.storage.durable import CONTINUES, NOTHING_LEFT, disk_error
 from spicerack.storage.engine import Engine
 from spicerack.storage.files import local
 from spicerack.storage.holding import Held
+from spicerack.storage.released import Released
 from spicerack.storage.writer import refuse_place
 
 
@@ -139,11 +140,8 @@ def export(
     with the nearest scheme; and WeightError for a scale that its type of scales does not hold. Raises OutputError where
     what was written is not read back as it was meant; then nothing is left.
     """
-    target, place = targets.find(to), local(output)
+    target, place = targets.find(to), _place(output)
     engine = None if for_ is None else engines.find(for_)
-    refuse_place(place)
-    if place.exists():
-        raise OutputError(f"{place} exists", "choose another name, or remove it")
     with _opened(model, scheme, for_, target, place) as folder:
         order = Order(to, place, lambda _path: None, {}, shard_bytes)
         written = _export(folder, target, engine, order, requantize=requantize)
@@ -160,16 +158,30 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
     output       the folder to write, which must not exist
     shard_bytes  its largest file; None: 2 GB
 
-    The format is the one that `quantize` would choose for such a model. Raises as `export` does.
+    The format is the one that `quantize` would choose for such a model. Of releases in FP8 codes are kept here, where
+    rows have a scale (`exports.releases`). Raises as `export` does.
     """
-    folder = Folder.open(model)
+    place, folder = _place(output), Folder.open(model)
+    if isinstance(folder.checkpoint, Released):
+        folder = releases.kept(folder.checkpoint)
     if folder.format is None:
         raise UsageError(
             f"{folder.checkpoint.folder} has nothing quantized whose codes could be kept",
             "quantize it, or use it as it is",
         )
     chosen = formats.choose(restored(Source.of(folder)).contents)
-    return export(model, to=chosen.name.replace("_", "-"), output=output, shard_bytes=shard_bytes)
+    to = chosen.name.replace("_", "-")
+    order = Order(to, place, lambda _path: None, {}, shard_bytes)
+    return _export(folder, targets.find(to), None, order, requantize=False)
+
+
+def _place(output: str | Path) -> Path:
+    """Where to write. Raises OutputError where nothing can be, or something is."""
+    place = local(output)
+    refuse_place(place)
+    if place.exists():
+        raise OutputError(f"{place} exists", "choose another name, or remove it")
+    return place
 
 
 @contextmanager

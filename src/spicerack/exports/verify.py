@@ -241,14 +241,14 @@ def _same_integers(q: QTensor, read: Undecoded) -> bool:
     """Whether two matrices are the same integers times the same floats, whatever their zero points and halves, or the
     negative ones times negative floats."""
     others = read.qtensor()
-    scale, integers = _floats(read.scale), others.codes.short()
+    scale, integers = _floats(read.scale), others.codes  # bytes: no type without minima has more than 8 bits
     grid = tuple(scale.shape)
-    own, codes = spread(q.plain_scale, grid).float(), q.codes.short()
+    own, codes = spread(q.plain_scale, grid).float(), q.codes.to(torch.int8)
     if q.zero is not None:
         codes = (codes.unflatten(-1, (grid[1], -1)) - spread(q.zero, grid)[..., None]).flatten(-2)
     if q.scheme.integers.half:
         own, codes = own / 2, 2 * codes + 1
-    return any(torch.equal(sign * codes, integers) and torch.equal(sign * own, scale.float()) for sign in (1, -1))
+    return any(torch.equal(sign * own, scale.float()) and torch.equal(sign * codes, integers) for sign in (1, -1))
 
 
 def _same_kind(a: Scheme, b: Scheme) -> bool:

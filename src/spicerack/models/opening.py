@@ -1,14 +1,15 @@
 """The door for strangers' models: whatever they lie in, they are a checkpoint behind it.
 
 FILE.gguf             names, order of rows and config as transformers has them (`gguf.checkpoint`)
-a folder, a hub id    as it is; a release in FP8 or MXFP4 as the floats that it stands for (`storage.released`)
+a folder, a hub id    as it is; a release in FP8 or MXFP4 as the floats that it stands for (`storage.released`), and
+                      MLX's stacks of experts as experts one by one (`storage.stacks`)
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from spicerack.storage import files, released
+from spicerack.storage import files, released, stacks
 from spicerack.storage.reader import Checkpoint
 
 
@@ -22,7 +23,7 @@ def open_stored(model: str | Path) -> Checkpoint:
         from spicerack.models.gguf.checkpoint import GgufCheckpoint  # folders are opened without it
 
         return GgufCheckpoint.open(path.resolve())
-    return Checkpoint.open(model)
+    return stacks.unstacked(Checkpoint.open(model))
 
 
 def open_model(model: str | Path) -> Checkpoint:

@@ -20,6 +20,7 @@ from spicerack.planning.cache import Rule
 from spicerack.planning.model import Model
 from spicerack.planning.places import Placement, Term
 from spicerack.planning.precisions import Precision
+from spicerack.storage import engine as stored
 
 Split = Literal["layers", "tensor", "none"]
 
@@ -106,8 +107,12 @@ def all_engines() -> tuple[Engine, ...]:
 
 
 def get(name: str) -> Engine:
-    """The engine that people call `name`. Raises UsageError with all names."""
+    """The engine that people call `name`, by `storage.engine.plain`. Raises UsageError with all names."""
+    wanted = stored.plain(name)
     for engine in all_engines():
-        if engine.name.lower() == name.lower().replace("llamacpp", "llama.cpp"):
+        if stored.plain(engine.name) == wanted:
             return engine
-    raise UsageError(f"no engine {name!r}", f"one of {', '.join(names())}")
+    known = any(stored.plain(other) == wanted for other in stored.names())
+    raise UsageError(
+        f"nothing is planned for {name} yet" if known else f"no engine {name!r}", f"one of {', '.join(names())}"
+    )

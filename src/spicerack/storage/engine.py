@@ -245,14 +245,24 @@ def every() -> list[Engine]:
     return [plugins.get(PACKAGE, name, "ENGINE") for name in plugins.names(PACKAGE)]
 
 
+def plain(name: str) -> str:
+    """An engine's name as names are compared: case, dots and hyphens count for nothing, and a program around an engine
+    is the engine inside. Whoever takes engines by name asks this, so that all take the same words."""
+    word = re.sub(r"[^a-z0-9]", "", name.lower())
+    return _OTHERS.get(word, word)
+
+
 def find(name: str) -> Engine:
-    """The engine that is called `name`; case, dots and hyphens count for nothing. Raises UsageError with all names."""
-    wanted = re.sub(r"[^a-z0-9]", "", name.lower())
+    """The engine that is called `name`, by `plain`. Raises UsageError with all names."""
+    wanted = plain(name)
     for engine in every():
-        if re.sub(r"[^a-z0-9]", "", engine.name) == _OTHERS.get(wanted, wanted):
+        if plain(engine.name) == wanted:
             return engine
+    if wanted == _OURS:
+        raise UsageError(f"{name} computes every scheme: there is nothing to limit", "leave it out")
     raise UsageError(f"no engine is known as {name!r}", f"one of {', '.join(names())}")
 
 
+_OURS = "spicerack"
 _OTHERS = {"ollama": "llamacpp", "lmstudio": "llamacpp", "mlxlm": "mlx", "hf": "transformers", "ort": "onnxruntime"}
-"""Programs around an engine -> the engine inside."""
+"""Programs around an engine, and short names -> the engine."""

@@ -152,6 +152,12 @@ class Format(Protocol):
         """What `encode` will write for a tensor: names, types and shapes in the order of writing, known before any
         weight is read."""
 
+    def stacks(self, contents: Contents, /) -> Mapping[str, Sequence[str]]:
+        """Modules whose tensors are written as one each: the stack's name -> they, in order, all of one layout.
+
+        Those who read give them back one by one (`storage.stacks`).
+        """
+
     def encode(self, stored: StoredTensor, q: QTensor, /) -> dict[str, torch.Tensor]:
         """The tensors that `layout` promised, in that order."""
 
@@ -228,6 +234,10 @@ class MethodFormat:
     def relaid(self, _stored: StoredTensor, _u: Undecoded, /) -> dict[str, torch.Tensor] | None:
         """See `Format.relaid`: there is no such way."""
         return None
+
+    def stacks(self, _contents: Contents, /) -> Mapping[str, Sequence[str]]:
+        """See `Format.stacks`: none."""
+        return {}
 
     def reading(self, _config: Mapping[str, Any], _contents: Contents, host: Host, /) -> Reading:
         """See `Format.reading`: names alone."""

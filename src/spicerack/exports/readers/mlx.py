@@ -22,6 +22,7 @@ from spicerack.exports.source import Source
 from spicerack.exports.verify import Grid, Weights, Words, sampled
 from spicerack.numerics.dtypes import BY_SAFETENSORS
 from spicerack.storage.reader import Checkpoint
+from spicerack.storage.stacks import place, unstacked
 
 _PACKAGES = ("mlx", "mlx_lm")
 
@@ -46,27 +47,34 @@ class MLXReader:
 
     def opened(self, path: Path, source: Source, /) -> Weights:
         """The model as mlx-lm loads it. Raises OutputError where it knows the family and does not load the folder."""
-        checkpoint = Checkpoint.open(path)
+        checkpoint = unstacked(Checkpoint.open(path))
         return partial(_weights, _arrays(path, checkpoint), checkpoint, source)
 
 
 def _arrays(path: Path, checkpoint: Checkpoint) -> Callable[[str], Any]:
     """Name of a parameter -> what mlx has there, which is not evaluated yet."""
     mx, mlx_lm = import_module("mlx.core"), import_module("mlx_lm.utils")
-    files: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for shard in checkpoint.shards:
-        files |= mx.load(str(path / shard))
+        known |= mx.load(str(path / shard))
     try:
         mlx_lm._get_classes(dict(checkpoint.config))
     except ValueError:  # mlx-lm has no class of that family: nobody loads it, and the files are what there is
-        return files.__getitem__
+        return partial(_array, known)
     try:
         model, _ = mlx_lm.load_model(path, lazy=True)
     except Exception as error:  # whatever somebody else's code raises: the folder does not load there
         raise OutputError(f"mlx-lm does not load what was written: {error}", "export it to something else") from error
-    loaded = dict(import_module("mlx.utils").tree_flatten(model.parameters()))
-    # what it stacks or renames while loading is looked up in the files
-    return lambda name: loaded[name] if name in loaded else files[name]
+    # what it renames while loading is looked up in the files
+    return partial(_array, known | dict(import_module("mlx.utils").tree_flatten(model.parameters())))
+
+
+def _array(known: Mapping[str, Any], name: str) -> Any:
+    """A tensor under a checkpoint's name: a layer of an expert as a row of its stack."""
+    module, _, last = name.rpartition(".")
+    if (at := place(module)) is not None and (stack := f"{at[0]}.{last}") in known:
+        return known[stack][at[1]]
+    return known[name]
 
 
 def _weights(arrays: Callable[[str], Any], checkpoint: Checkpoint, source: Source, name: str) -> torch.Tensor | Grid:

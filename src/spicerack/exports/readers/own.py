@@ -18,6 +18,7 @@ from spicerack.exports.source import Source
 from spicerack.exports.verify import Grid, Weights
 from spicerack.storage.files import CONTAINER
 from spicerack.storage.reader import Checkpoint
+from spicerack.storage.stacks import unstacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Own:
 
     def opened(self, path: Path, source: Source, /) -> Weights:
         """From files and config.json alone. Raises OutputError for a folder that nobody would know."""
-        checkpoint = Checkpoint.open(path).held()
+        checkpoint = unstacked(Checkpoint.open(path)).held()
         if checkpoint.config.get("model_type") == CONTAINER:
             return partial(_contained, checkpoint, source)
         section = checkpoint.config.get("quantization_config", {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -85,7 +86,8 @@ class Folders:
     def nbytes(self, source: Source, order: Order) -> int:
         """Of all files of the folder: headers and texts are made, no tensor is read."""
         out = _Out.of(source, order)
-        entries = [_told(source, unit, out.before) for shard in out.shards for unit in shard.units]
+        units = (unit for shard in out.shards for unit in shard.units)
+        entries = [entry for unit in units for entry in _told(source, _format(order.to), unit, out.before)]
         texts = [json_bytes(out.config), Ledger(out.identity, tuple(entries)).content()]
         texts += map(json_bytes, _format(order.to).beside(out.config).values())
         if len(out.shards) > 1:
@@ -106,7 +108,7 @@ class Folders:
                     with writer.shard(shard) as file:
                         for unit in shard.units:
                             _write(source, _format(order.to), unit, file)
-                            file.entries.append(_told(source, unit, out.before))
+                            file.entries += _told(source, _format(order.to), unit, out.before)
                 beside = {name: json_bytes(value) for name, value in _format(order.to).beside(out.config).items()}
                 files = {LEDGER: Ledger(out.identity, writer.entries()).content(), **beside}
                 files[CONFIG] = json_bytes(out.config)
@@ -179,37 +181,55 @@ def _identity(source: Source, fmt: Format, order: Order) -> dict[str, Any]:
 
 
 def _units(source: Source, fmt: Format) -> Iterator[Unit]:
-    """What is written at a time, in the order of the disk that it is read from."""
+    """What is written at a time, in the order of the disk that it is read from; a stack where its first module lies."""
+    stack_of = {module: stack for stack, modules in fmt.stacks(source.contents).items() for module in modules}
+    counts = Counter(stack_of.values())
     for tensor in source.order():
-        if isinstance(tensor, StoredTensor):
-            layout = fmt.layout(tensor)
-            yield Unit(tensor.module, tuple(OutputTensor(name, *header) for name, header in layout.items()))
-        else:
+        if not isinstance(tensor, StoredTensor):
             yield Unit(tensor.name, (OutputTensor(tensor.name, tensor.dtype, tensor.shape),))
+            continue
+        layout, stack = fmt.layout(tensor), stack_of.get(tensor.module)
+        if stack is None:
+            yield Unit(tensor.module, tuple(OutputTensor(name, *header) for name, header in layout.items()))
+        elif count := counts.pop(stack, 0):
+            renamed = {name.replace(tensor.module, stack): header for name, header in layout.items()}
+            yield Unit(stack, tuple(OutputTensor(name, of, (count, *shape)) for name, (of, shape) in renamed.items()))
+
+
+def _modules(source: Source, fmt: Format, unit: Unit) -> Sequence[str]:
+    """The packed modules of a unit; none of a float."""
+    if unit.source in source.contents:
+        return [unit.source]
+    return fmt.stacks(source.contents).get(unit.source, ())
 
 
 def _write(source: Source, fmt: Format, unit: Unit, out: ShardWriter) -> None:
-    """One tensor, packed or float."""
-    stored = source.contents.get(unit.source)
-    if stored is None:
+    """One tensor, packed or float, or a stack."""
+    modules = _modules(source, fmt, unit)
+    if not modules:
         info = source.floats[unit.source]
         out.write(info.name, source.float(info.name))
         source.release(info)
         return
-    for name, tensor in _encoded(source, fmt, stored).items():
-        out.write(name, tensor)
-    source.release(stored)
+    encoded = [list(_encoded(source, fmt, source.contents[module]).values()) for module in modules]
+    for number, promised in enumerate(unit.tensors):
+        parts = [tensors[number] for tensors in encoded]
+        # words have a type of which torch stacks nothing
+        stacked = torch.stack([part.contiguous().reshape(-1).view(torch.uint8) for part in parts])
+        out.write(promised.name, stacked.view(parts[0].dtype).reshape(promised.shape))
+    for module in modules:
+        source.release(source.contents[module])
 
 
-def _told(source: Source, unit: Unit, before: Mapping[str, Entry]) -> Entry:
-    """The ledger's line of a tensor. before: what the source's ledger says of its tensors."""
-    stored = source.contents.get(unit.source)
-    if stored is not None:
-        return _entry(source, stored, unit, before.get(f"{stored.module}.weight"))
+def _told(source: Source, fmt: Format, unit: Unit, before: Mapping[str, Entry]) -> list[Entry]:
+    """The ledger's lines of what a unit holds. before: what the source's ledger says of its tensors."""
+    if modules := _modules(source, fmt, unit):
+        nbytes = unit.nbytes // len(modules)
+        return [_entry(source, source.contents[m], nbytes, before.get(f"{m}.weight")) for m in modules]
     info = source.floats[unit.source]
     fresh = Entry(info.name, "copy", "as it was in the source", info.name, None, info.dtype, info.shape, info.nbytes,
                   info.nbytes)  # fmt: skip
-    return replace(before.get(info.name, fresh), bytes_after=info.nbytes)
+    return [replace(before.get(info.name, fresh), bytes_after=info.nbytes)]
 
 
 def _encoded(source: Source, fmt: Format, stored: StoredTensor) -> Mapping[str, torch.Tensor]:
@@ -221,26 +241,29 @@ def _encoded(source: Source, fmt: Format, stored: StoredTensor) -> Mapping[str, 
     return fmt.encode(stored, q.qtensor()) if relaid is None else relaid
 
 
-def _entry(source: Source, stored: StoredTensor, unit: Unit, before: Entry | None) -> Entry:
+def _entry(source: Source, stored: StoredTensor, nbytes: int, before: Entry | None) -> Entry:
     """The ledger's line of a packed tensor: what was told of it, and what the export made of it."""
     given = source.folder.contents[stored.module]
     events = () if given.scheme == stored.scheme else (f"{given.scheme} in the source, said in {stored.scheme}",)
     if before is not None:
-        return replace(before, scheme=stored.scheme.name, bytes_after=unit.nbytes, events=(*before.events, *events))
+        return replace(before, scheme=stored.scheme.name, bytes_after=nbytes, events=(*before.events, *events))
     info = source.described.tensors[f"{stored.module}.weight"]
     return Entry(info.name, "quantize", "as it was in the source", stored.module, stored.scheme.name, info.dtype,
-                 info.shape, info.nbytes, unit.nbytes, events=events)  # fmt: skip
+                 info.shape, info.nbytes, nbytes, events=events)  # fmt: skip
 
 
 def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with what transformers 5 calls otherwise under the old names, too; configs in it as well.
 
-    `dtype` is `torch_dtype`; `rope_parameters` are `rope_theta`, `partial_rotary_factor` and, where frequencies are
-    scaled, `rope_scaling`; of families with two kinds of attention, the sliding one's base is `rope_local_base_freq`.
+    `dtype` is `torch_dtype`; `num_local_experts` are `num_experts`; `rope_parameters` are `rope_theta`,
+    `partial_rotary_factor` and, where frequencies are scaled, `rope_scaling`; of families with two kinds of attention,
+    the sliding one's base is `rope_local_base_freq`.
     """
     new = {key: with_old_names(value) if key.endswith("_config") and isinstance(value, dict) and key
            != "quantization_config" else value for key, value in config.items()}  # fmt: skip
     old: dict[str, Any] = {}
+    if "num_local_experts" in new and "num_experts" not in new:
+        old["num_experts"] = new["num_local_experts"]
     if isinstance(new.get("dtype"), str):
         old["torch_dtype"] = new["dtype"]
     rope = new.get("rope_parameters")

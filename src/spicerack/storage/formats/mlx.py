@@ -31,6 +31,7 @@ from spicerack.numerics.qtensor import QTensor, codes_dtype
 from spicerack.numerics.scales import dtype_of
 from spicerack.numerics.scheme import Scheme, parse
 from spicerack.numerics.undecoded import Undecoded
+from spicerack.storage import stacks
 from spicerack.storage.format import Contents, Host, Layout, Reading, StoredTensor, names_of
 from spicerack.storage.formats._mlx_biases import multiples, told
 from spicerack.storage.reader import Checkpoint, TensorInfo
@@ -64,7 +65,7 @@ class MLX:
     def obstacles(self, contents: Contents) -> list[str]:
         """What MLX has not, for each module that needs it."""
         reasons = ((p, _obstacle(p)) for p in contents.values())
-        return [f"{p.module}: mlx has no {reason}" for p, reason in reasons if reason]
+        return [f"{p.module}: mlx has no {reason}" for p, reason in reasons if reason] + _uneven(contents)
 
     def layout(self, stored: StoredTensor) -> Layout:
         """Codes, scales, and biases where the mode has them."""
@@ -75,6 +76,10 @@ class MLX:
             return {**layout, f"{module}.scales": ("U8", groups)}
         dtype = safetensors_dtype(_floats(stored))
         return {**layout, f"{module}.scales": (dtype, groups), f"{module}.biases": (dtype, groups)}
+
+    def stacks(self, contents: Contents, /) -> Mapping[str, Sequence[str]]:
+        """Experts: mlx-lm has the layers of all of them in one."""
+        return stacks.stacks_of(contents)
 
     def encode(self, stored: StoredTensor, q: QTensor) -> dict[str, torch.Tensor]:
         """Codes from 0 and what a code of 0 stands for."""
@@ -127,8 +132,10 @@ class MLX:
         return names_of(host)
 
     def config(self, config: Mapping[str, Any], contents: Contents, _reading: Reading, /) -> dict[str, Any]:
-        """The section, twice; modules that are not like most have entries under their names."""
-        settings = {module: _settings(stored.scheme) for module, stored in contents.items()}
+        """The section, twice; modules that are not like most have entries under their names, experts under their
+        stack's."""
+        names = {module: (stacks.place(module) or (module, 0))[0] for module in contents}
+        settings = {names[module]: _settings(stored.scheme) for module, stored in contents.items()}
         counts: dict[str, int] = {}
         for one in settings.values():
             counts[str(one)] = counts.get(str(one), 0) + 1
@@ -188,6 +195,23 @@ def _obstacle(p: StoredTensor) -> str | None:
     if scheme.group_columns not in _GROUPS:
         return f"groups of {scheme.group_columns or 'a row'}, only {', '.join(map(str, _GROUPS))}"
     return None
+
+
+def _uneven(contents: Contents) -> list[str]:
+    """Why experts cannot be one stack, a sentence each."""
+    reasons = []
+    for stack, modules in stacks.stacks_of(contents).items():
+        first = contents[modules[0]]
+        places = [at[1] for module in modules if (at := stacks.place(module)) is not None]
+        if len(modules) > 1 and places != list(range(len(modules))):
+            reasons.append(f"{modules[0]}: mlx has no {stack} of some experts only")
+        reasons += [
+            f"{module}: mlx has no {stack} of experts that differ ({contents[module].scheme}, {first.scheme})"
+            for module in modules
+            if (contents[module].scheme, contents[module].shape, _floats(contents[module]))
+            != (first.scheme, first.shape, _floats(first))
+        ]
+    return reasons
 
 
 def _floats(stored: StoredTensor) -> torch.dtype:
@@ -255,11 +279,7 @@ def _stored(module: str, section: Mapping[str, Any], checkpoint: Checkpoint) -> 
     weight, scales = (checkpoint.tensors.get(f"{module}.{part}") for part in ("weight", "scales"))
     if weight is None or scales is None or weight.dtype != "U32" or len(weight.shape) != 2 or 0 in weight.shape:
         given = "missing" if weight is None else f"{weight.dtype} {list(weight.shape)}"
-        stacked = weight is not None and weight.dtype == "U32" and len(weight.shape) == 3
-        raise CheckpointError(
-            f"{checkpoint.folder}: {module}.weight is {given}, not U32 [N, words]",
-            "experts in one stack (switch_mlp) are not read: start from the float model" if stacked else _DAMAGED,
-        )
+        raise CheckpointError(f"{checkpoint.folder}: {module}.weight is {given}, not U32 [N, words]", _DAMAGED)
     override = section.get(module)
     settings = {**section, **override} if isinstance(override, dict) else section
     (n, words), size, mode = weight.shape, settings["group_size"], settings.get("mode", "affine")

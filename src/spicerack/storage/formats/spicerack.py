@@ -70,6 +70,10 @@ class SpicerackFormat:
         """None: there are schemes enough that others do not have."""
         return None
 
+    def stacks(self, _contents: Contents, /) -> Mapping[str, Sequence[str]]:
+        """None."""
+        return {}
+
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         """`packed.unpack`, with codes that mean nothing refused: a stream of bits holds more than three levels, say."""
         parts = packed.part(tensors, stored.module)
