@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import torch
@@ -26,19 +27,26 @@ from spicerack.errors import UsageError
 from spicerack.evaluation.language import Comparison, compare, paired_difference
 from spicerack.models.bundled import language_model
 from spicerack.planning import gguf, sensitivity
-from spicerack.planning.mix import judge
+from spicerack.planning.mix import judge, units
 from spicerack.planning.model import open_model
 from spicerack.runtime.load import load
 from spicerack.storage.gguf.ggml import TYPES
 from spicerack.text.calibration import Calibration
 from spicerack.text.windows import Window, windows
 
-BUDGETS = (2.5, 2.625, 3.0, 3.25, 3.4375, 3.5, 4.25, 4.5)
+BUDGETS = (2.5, 3.0, 3.25, 3.5, 4.25)
 UNIFORM = (
     ("w2g32h", 2.5), ("w2g32", 2.5), ("q2_k", 2.625), ("w3", 3.04), ("w3g64", 3.25), ("q3_k", 3.4375), ("w3g32", 3.5),
     ("w4g64", 4.25), ("q4_k", 4.5),
 )  # fmt: skip
-"""Schemes, and their bits: at 3.0 there is none, and the nearest above it, with a few bytes more, stands beside."""
+"""Schemes, and their bits."""
+_MORE = 1.015
+"""Times the bits of a mix that a uniform scheme beside it may have: at 3.0 there is none but w3, with a few more."""
+WIDE = (
+    "w2g128h", "w2g64h", "w2g32h", "q2_k", "w3g128", "w3g64", "q3_k", "w3g32z", "w4g128", "w4g64", "q4_k", "iq4_nl",
+    "w4g32z", "w5g128", "w5g64", "q5_k", "w6g128", "q6_k", "w8g128",
+)  # fmt: skip
+"""Schemes that the ladder was chosen from."""
 RECIPES = ("Q2_K", "Q3_K_M", "Q4_K_M")
 _WINDOW = 512
 _STEP = 0.99
@@ -88,16 +96,24 @@ def title(*cells: str) -> None:
     click.echo("|---" * len(cells) + "|")
 
 
+def ladder(bench: Bench) -> None:
+    title("scheme", "bits", "expected KL, all layers in it", "in the ladder")
+    with patch.object(units, "LADDER", WIDE):
+        _, found = bench.mix("ladder", bits=4.0)
+    for scheme in WIDE:
+        options = [unit.schemes[scheme] for unit in found.units]
+        bits = sum(option.bits for option in options) / found.weights
+        row(scheme, f"{bits:.3f}", f"{sum(o.estimate for o in options):.5f}", "yes" if scheme in units.LADDER else "")
+
+
 def mixes(bench: Bench, budgets: Sequence[float]) -> None:
     title("bits", "mix, KL", "expected", "measured by the search", "rounds", "uniform", "its KL", "mix - uniform, 95 %")
-    uniform = {name: bench.judged(bench.uniform(name)) for name, bits in UNIFORM if bits + 0.2 >= min(budgets)}
+    uniform = {name: bench.judged(bench.uniform(name)) for name, bits in UNIFORM if bits <= _MORE * max(budgets)}
     for bits in budgets:
         folder, found = bench.mix(f"bits-{bits}", bits=bits)
         mine = bench.judged(folder)
         last = found.rounds[-1]
-        above = [(name, b) for name, b in UNIFORM if b >= bits]
-        beside = [name for name, b in above if b == above[0][1]]
-        best = min(beside, key=lambda name: uniform[name].mean)
+        best = min((name for name, b in UNIFORM if b <= _MORE * bits), key=lambda name: uniform[name].mean)
         gap = paired_difference(mine, uniform[best])
         row(
             f"{last.bits:.3f}", kl(mine), f"{last.predicted:.5f} ({last.predicted / last.measured:.2f})",
@@ -168,7 +184,7 @@ def bounded(bench: Bench, bound: float, steps: int) -> None:
 @click.option("--bits", type=float, multiple=True, default=BUDGETS, show_default=True)
 @click.option("--max-kl", type=float, default=0.01, show_default=True)
 @click.option("--steps", type=int, default=3, show_default=True, help="Of the sweep, a hundredth of the bytes each.")
-@click.option("--only", type=click.Choice(["mixes", "recipes", "bound"]), multiple=True, help="Default: all.")
+@click.option("--only", type=click.Choice(["mixes", "recipes", "bound", "ladder"]), multiple=True, help="Default: all.")
 def main(
     work: Path, folder: Path | None, sdist: Path | None, samples: int, length: int, max_tokens: int,
     bits: tuple[float, ...], max_kl: float, steps: int, only: tuple[str, ...],
@@ -183,6 +199,8 @@ def main(
     unseen = [one for one in windows(heldout, tokenizer, _WINDOW) if tuple(one.ids.tolist()) not in seen]
     step = max(len(unseen) * _WINDOW // max_tokens, 1)
     bench = Bench(source, work, text, unseen[::step], load(source, dtype=torch.float32))
+    if not only or "ladder" in only:
+        ladder(bench)
     if not only or "mixes" in only:
         mixes(bench, bits)
     if folder is not None and (not only or "recipes" in only):

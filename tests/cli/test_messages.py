@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from spicerack.cli import _demo, _output, _rules, cli, demo, kernels
 from spicerack.errors import CheckpointError, UsageError
+from spicerack.evaluation import check
 from spicerack.evaluation.opening import Opening
 from spicerack.evaluation.timing import Speed, Timing
 from spicerack.runtime import hf
@@ -53,6 +54,7 @@ def test_what_is_to_be_pasted_is_quoted(llama_folder, tmp_path: Path, capsys: py
     assert in_process("quantize", model, "-o", tmp_path / "an out's", "--scheme", "w8", "--no-check") == 0
     words = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
     assert words == ["spicerack", "eval", str(tmp_path / "an out's"), "--against", str(model), "--text", "FILE"]
+    assert shlex.split(check._command(tmp_path / "an out's", model) or "") == words
 
 
 def test_names_are_broken_at_their_dots(llama_folder, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -325,7 +325,7 @@ def test_chinese_has_punctuation_of_its_own_width() -> None:
     wide = {sign: chr(ord(sign) + 0xFEE0) for sign in ",:;()?!"}
     assert chinese("甲,乙:{n},丙") == f"甲{wide[',']}乙{wide[':']}7{wide[',']}丙"
     assert (
-        chinese("甲(7 %)") == f"甲{wide['(']}7 %{wide[')']}"
+        chinese("甲(7 %),乙") == f"甲{wide['(']}7 %{wide[')']}{wide[',']}乙"
         and chinese("KL(nat/词)") == f"KL{wide['(']}nat/词{wide[')']}"
     )
     assert chinese("{code}; f(x), 1,000:") == "a, b; f(x), 1,000:".replace("b;", f"b{wide[';']}")

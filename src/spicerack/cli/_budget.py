@@ -43,6 +43,8 @@ class Typed(Protocol):
     @property
     def observer(self) -> str | None: ...
     @property
+    def no_check(self) -> bool: ...
+    @property
     def calib(self) -> str | None: ...
 
 
@@ -79,6 +81,8 @@ def of(typed: Typed) -> Budget | None:
             )
     if typed.observer is not None:
         raise UsageError(f"--observer is about static activations, which {name} does not choose", "leave it out")
+    if typed.no_check:
+        raise UsageError(f"--no-check: {name} measures what it writes, and chooses by that", "leave it out")
     text_of(typed)
     return budget
 

@@ -12,6 +12,7 @@ is left out as well. A check never fails a run: the folder is finished before it
 
 from __future__ import annotations
 
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -173,4 +174,4 @@ def _command(out: Path, source: Path) -> str | None:
     if obstacle(config) is not None:
         return None
     own = (source / HELDOUT).is_file() or kind_of(config, source) == "encoder"
-    return f"spicerack eval {out} --against {source}{'' if own else ' --text FILE'}"
+    return shlex.join(["spicerack", "eval", str(out), "--against", str(source), *([] if own else ["--text", "FILE"])])

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spicerack.algorithms import solver as solvers
 from spicerack.errors import OutputError
 from spicerack.planning import sensitivity
 from spicerack.planning.mix import units
@@ -88,6 +89,10 @@ def _hands(prepared: Prepared, workshop: Path, watch: Watch, tell: Tell) -> Hand
 
     def swaps(folder: Path) -> Mapping[str, float] | None:
         if prepared.method.transforms:  # a layer alone has other weights then
+            return None
+        if solvers.get(prepared.method.solver).needs != "nothing":
+            # later layers make up for what earlier ones lose, and go on doing so where there is nothing to make up for:
+            # by swaps the first blocks hardly matter, and mixes chosen so lose up to twice as much
             return None
         few = dataclasses.replace(prepared.text, ids=prepared.text.ids[: _sequences(prepared)])
         if prepared.text.mask is not None:
