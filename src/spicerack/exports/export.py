@@ -140,11 +140,12 @@ def export(
     with the nearest scheme; and WeightError for a scale that its type of scales does not hold. Raises OutputError where
     what was written is not read back as it was meant; then nothing is left.
     """
-    target, place = targets.find(to), _place(output)
+    begin, target, place = time.time(), targets.find(to), _place(output)
     engine = None if for_ is None else engines.find(for_)
     with _opened(model, scheme, for_, target, place) as folder:
         order = Order(to, place, lambda _path: None, {}, shard_bytes)
-        written = _export(folder, target, engine, order, requantize=requantize)
+        with _one_thread():
+            written = _export(restored(Source.of(folder)), target, engine, order, begin, requantize=requantize)
         if not written.rounded:
             return written
         return replace(written, added_kl=loss.measured(folder, written.output, text))
@@ -161,7 +162,7 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
     The format is the one that `quantize` would choose for such a model. Of releases in FP8 codes are kept here, where
     rows have a scale (`exports.releases`). Raises as `export` does.
     """
-    place, folder = _place(output), Folder.open(model)
+    begin, place, folder = time.time(), _place(output), Folder.open(model)
     if isinstance(folder.checkpoint, Released):
         folder = releases.kept(folder.checkpoint)
     if folder.format is None:
@@ -169,10 +170,11 @@ def import_model(model: str | Path, *, output: str | Path, shard_bytes: int | No
             f"{folder.checkpoint.folder} has nothing quantized whose codes could be kept",
             "quantize it, or use it as it is",
         )
-    chosen = formats.choose(restored(Source.of(folder)).contents)
-    to = chosen.name.replace("_", "-")
-    order = Order(to, place, lambda _path: None, {}, shard_bytes)
-    return _export(folder, targets.find(to), None, order, requantize=False)
+    with _one_thread():
+        given = restored(Source.of(folder))
+        to = formats.choose(given.contents).name.replace("_", "-")
+        order = Order(to, place, lambda _path: None, {}, shard_bytes)
+        return _export(given, targets.find(to), None, order, begin)
 
 
 def _place(output: str | Path) -> Path:
@@ -241,13 +243,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@_one_thread()
-def _export(folder: Folder, target: Target, engine: Engine | None, order: Order, *, requantize: bool) -> Written:
-    """The same for a folder that is open."""
-    begin, given, to, place = time.time(), restored(Source.of(folder)), order.to, order.output
+def _export(
+    given: Source, target: Target, engine: Engine | None, order: Order, begin: float, *, requantize: bool = False
+) -> Written:
+    """The same for a source that is open. begin: of the call."""
+    to, place = order.to, order.output
     if missing := given.missing():
         raise CheckpointError(
-            f"{folder.checkpoint.folder}: no tensor fills {listed(missing, 3, 'parameters')}",
+            f"{given.folder.checkpoint.folder}: no tensor fills {listed(missing, 3, 'parameters')}",
             "the folder is incomplete, or its config.json names another architecture",
         )
     planned = plan(given, target, to, requantize=requantize, engine=engine)

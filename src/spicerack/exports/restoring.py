@@ -44,14 +44,14 @@ def restored(source: Source) -> Source:
         wanted = _wanted(stored, name, str(checkpoint.config.get("dtype")))
         if wanted is not None and _restore(source.packed(module), wanted, type_) is not None:
             contents[module] = wanted
-            changes[module] = Change(partial(_restored, wanted, type_))
+            changes[module] = Change(partial(_restored, wanted))
         source.release(stored)
     return Source(source.folder, contents, changes)
 
 
-def _restored(wanted: StoredTensor, type_: GgmlType, q: QTensor) -> QTensor:
+def _restored(wanted: StoredTensor, q: QTensor) -> QTensor:
     """q in the scheme of `wanted`, in which it was found to be."""
-    return _restore(q, wanted, type_) or q
+    return _candidate(q, wanted.scheme, dtype_of(wanted.scheme.scale, wanted.source_dtype)) or q
 
 
 def _told(checkpoint: GgufCheckpoint) -> Mapping[str, str]:
