@@ -146,7 +146,8 @@ class CompressedTensors(MethodFormat):
         return contents
 
     def _match(self, module: str, integer: bool, schemes: Iterable[Scheme], checkpoint: Checkpoint) -> StoredTensor:
-        """The one scheme of config.json that the tensors of `module` are shaped for, as a StoredTensor.
+        """The one scheme of config.json that the tensors of `module` are shaped for, as a StoredTensor; the first where
+        they are the same numbers, as a group of 128 and a row are in 128 columns.
 
         integer: its codes are int8 and not packed. schemes: of config.json's groups. Raises CheckpointError where none
         fits, or several do, for permuted columns and for a scale that is missing.
@@ -170,7 +171,7 @@ class CompressedTensors(MethodFormat):
                 name in tensors and tensors[name].shape == shape for name, shape in wanted.items()
             ):
                 fits.append(stored)
-        if len(fits) != 1:
+        if len({_numbers(stored) for stored in fits}) != 1:
             parts = (f"{module}.weight", f"{module}.input_")
             shapes = {n: list(tensors[n].shape) for n in tensors if n.startswith(parts)}
             raise CheckpointError(
@@ -225,6 +226,12 @@ def _pack(codes: torch.Tensor, width: int) -> torch.Tensor:
 def _unpack(words: torch.Tensor, width: int, columns: int) -> torch.Tensor:
     """Inverse of `_pack`."""
     return native.unpack(words, width, columns, offset=2 ** (width - 1)).view(torch.int8)
+
+
+def _numbers(stored: StoredTensor) -> Scheme:
+    """Its scheme without the name, a row as a group of all columns: alike for those that decode alike."""
+    scheme, columns = stored.scheme, stored.shape[-1]
+    return replace(scheme, name="", group=(scheme.group[0], scheme.group[1] or columns))
 
 
 def _shape(module: str, integer: bool, checkpoint: Checkpoint) -> tuple[int, int]:
