@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from spicerack.models.families.folds import FOLDS, UNIT_OFFSET
 from spicerack.nn import kinds
-from spicerack.quantization.calibration.weights import columns_of
+from spicerack.quantization.calibration.weights import columns_of, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,8 @@ def sites(block: nn.Module, config: PreTrainedConfig, quantized: Collection[str]
         maker, columns = paths[source], {columns_of(paths[reader]) for reader in readers}
         if _is_layer(maker) and source not in quantized:
             continue
-        channels = _channels(len(_rows(maker)), columns.pop(), config) if len(columns) == 1 else None
+        rows = shape_of(maker)[0] if _is_layer(maker) else len(kinds.weight_of(maker))
+        channels = _channels(rows, columns.pop(), config) if len(columns) == 1 else None
         if channels is not None:
             yield Site(source, readers, channels, config.model_type in UNIT_OFFSET and not _is_layer(maker))
 
@@ -109,12 +110,6 @@ def _channels(channels: int, columns: int, config: PreTrainedConfig) -> torch.Te
     size, repeats = columns // heads, columns // channels
     numbers = torch.arange(columns, device="cpu")
     return numbers // (size * repeats) * size + numbers % size
-
-
-def _rows(module: nn.Module) -> torch.Tensor:
-    """A layer's weight with a row for each channel that it makes, or a norm's gains."""
-    weight = kinds.weight_of(module)
-    return kinds.of(module).matrix(weight) if _is_layer(module) else weight
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -79,6 +79,12 @@ def float_copy(block: nn.Module, device: torch.device) -> tuple[nn.Module, dict[
     return twin, {path: LentWeight(layer, device) for path, layer in kinds.linear_layers(twin).items()}
 
 
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """(N, K), outputs and columns of inputs of a linear layer. A weight that is lent is not made for it."""
+    rows, columns = kinds.of(layer).matrix(torch.empty(kinds.weight_of(layer).shape, device="meta")).shape
+    return rows, columns
+
+
 def columns_of(layer: nn.Module) -> int:
     """K, how many columns the inputs of a linear layer have."""
-    return kinds.of(layer).matrix(kinds.weight_of(layer)).shape[1]
+    return shape_of(layer)[1]
