@@ -88,7 +88,7 @@ def _estimated(out: str, fit: str | None, watts: float | None) -> dict[str, Any]
         devices, measured = here.devices()
     else:
         devices, measured = catalogue.find(fit), False
-    goal = Goal(devices, default_engine(devices), Request(context_of(model, 1), 1, 16), measured=measured)
+    goal = Goal(devices, default_engine(model, devices), Request(context_of(model, 1), 1, 16), measured=measured)
     return energy.estimate(model, precision, goal, watts).as_dict()
 
 

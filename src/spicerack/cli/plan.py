@@ -80,7 +80,7 @@ def command(
         from spicerack.planning import here
 
         devices, measured = here.devices()
-    goal = Goal(devices, chosen or default_engine(devices, among), request, Host(ram or 0, disk), measured)
+    goal = Goal(devices, chosen or default_engine(opened, devices, among), request, Host(ram or 0, disk), measured)
     result = plan(opened, goal, scheme=scheme, among=among)
     if as_json:
         _output.emit(as_dict(result))

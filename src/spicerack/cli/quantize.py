@@ -296,7 +296,7 @@ def _fitted(options: _Options) -> tuple[_Options, str] | None:
 
     devices = catalogue.find(options.fit)
     model = open_model(options.model)
-    engine = default_engine(devices) if options.engine is None else engines.get(options.engine)
+    engine = default_engine(model, devices) if options.engine is None else engines.get(options.engine)
     request = Request(context_of(model, options.context))
     row = to_quantize(model, Goal(devices, engine, request))
     spare = _output.size(row.placement.spare)

@@ -129,14 +129,13 @@ def context_of(model: Model, asked: int | None) -> int:
     return asked
 
 
-def default_engine(devices: Sequence[Device], among: Sequence[Engine] = ()) -> Engine:
-    """Ours for processors, llama.cpp for everything else: it runs on most. among: the engines there are; where it is
-    none of them, the first that computes on the devices, or the first; () stands for all."""
-    name = "spicerack" if all(kind_of(device) == "cpu" for device in devices) else "llama.cpp"
-    if not among:
-        return engines.get(name)
-    kinds = {kind_of(device) for device in devices}
-    able = [engine for engine in among if kinds <= engine.kinds] or list(among)
+def default_engine(model: Model, devices: Sequence[Device], among: Sequence[Engine] = ()) -> Engine:
+    """Ours for processors, llama.cpp for everything else: it runs on most. Where that does not run the model, the first
+    that does. among: the engines there are; () stands for all."""
+    kinds = [kind_of(device) for device in devices]
+    name = "spicerack" if all(kind == "cpu" for kind in kinds) else "llama.cpp"
+    known = among or engines.all_engines()
+    able = [engine for engine in known if engine.obstacle(model, devices, kinds) is None] or known
     return next((engine for engine in able if engine.name == name), able[0])
 
 

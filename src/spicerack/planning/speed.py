@@ -116,6 +116,8 @@ def kind_of(device: Device) -> str:
 
 def obstacle(model: Model, engine: Engine, placement: Placement) -> str | None:
     """Why no speed can be said; None where one can."""
+    if model.does == "pictures or sound":
+        return "it reads no text, and nothing here measures its answers"
     if not model.generates:
         return "it writes no text, token by token: spicerack bench measures it"
     if placement.missing:

@@ -183,7 +183,7 @@ def on_devices(folder: str | Path) -> list[dict[str, Any]]:
 
 def _on(model: Model, precision: Precision, name: str) -> dict[str, Any]:
     devices = catalogue.find(name)
-    engine = default_engine(devices)
+    engine = default_engine(model, devices)
     goal = Goal(devices, engine, Request(context_of(model, None), 1, 16))
     about = {"device": name, "engine": engine.name, "context": goal.request.context}
     try:
