@@ -57,6 +57,8 @@ def test_purposes(kind: str, does: str, layers: int, refusing: tuple[str, ...], 
     for name in refusing:
         with pytest.raises(UsageError, match=does):
             plan(model, Goal(catalogue.find("M4" if name == "mlx" else "3090"), engines.get(name), request))
+    called = plan(model, Goal(catalogue.find("3090"), engines.get("transformers"), request)).flags[0]
+    assert called.startswith(f"{type(small(kind)).__name__}.from_pretrained(")
     made = plan(model, Goal(catalogue.find("Laptop, LPDDR5-6400"), engines.get("spicerack"), request))
     assert made.recommended is not None and word in made.flags[0]
     if does == "embeddings":

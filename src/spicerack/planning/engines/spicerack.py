@@ -37,7 +37,7 @@ def _budget(device: Device, _request: Request) -> int:
 
 def _flags(model: Model, _precision: Precision, request: Request, _placement: Placement) -> list[str]:
     """Generating with what was planned; what writes no text is loaded from Python."""
-    if not model.generates or model.does == "pictures or sound":
+    if not model.generates or model.does == "pictures or sound" or "num_mel_bins" in model.config:  # of sound
         return ["python -c 'import spicerack; model = spicerack.load(\"OUT\")'"]
     kept = "" if request.cache_bits == 16 else f" --cache {request.cache_bits}"
     return [f"spicerack generate OUT PROMPT{kept}"]

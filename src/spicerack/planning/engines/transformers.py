@@ -35,8 +35,11 @@ def _budget(device: Device, _request: Request) -> int:
     return device.usable
 
 
-def _flags(_model: Model, precision: Precision, _request: Request, placement: Placement) -> list[str]:
-    """The call that loads it so."""
+def _flags(model: Model, precision: Precision, _request: Request, placement: Placement) -> list[str]:
+    """The call that loads it so, by the class that config.json names where it is no causal language model."""
+    named = model.config.get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    of = "AutoModelForCausalLM" if model.does == "text" or not first.isidentifier() else first
     words = ["dtype=torch.bfloat16", 'device_map="auto"']
     if precision.name.startswith("bnb"):
         four = precision.name.endswith("nf4")
@@ -49,7 +52,7 @@ def _flags(_model: Model, precision: Precision, _request: Request, placement: Pl
         limits.append(f'"cpu": "{placement.host.budget / GIB:.1f}GiB"')
     if len(limits) > 1:
         words.append(f"max_memory={{{', '.join(limits)}}}")
-    return [f"AutoModelForCausalLM.from_pretrained(MODEL, {', '.join(words)})"]
+    return [f"{of}.from_pretrained(MODEL, {', '.join(words)})"]
 
 
 ENGINE = Engine(
