@@ -29,7 +29,7 @@ def test_the_commands_run_as_written(stdlib_lm: Path, tmp_path: Path, capsys: py
         if words[0] == "eval":
             words += ["--max-tokens", "4096"]  # the same command on less text
         if "--bits" in words:  # every layer is rounded in each of ten schemes
-            words += ["--samples", "8", "--length", "64", "--method", "rtn"]
+            words += ["--samples", "4", "--length", "32", "--method", "rtn"]
         elif "--calib" in words:
             words += ["--samples", "4", "--no-check"]  # another command has its check
         if words[0] == "train":

@@ -210,7 +210,6 @@ def surroundings() -> Iterator[Any]:
     every: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "bfloat16": lambda: by_default(torch.bfloat16),
         "float64": lambda: by_default(torch.float64),
-        "float16": lambda: by_default(torch.float16),
         "meta": lambda: torch.device("meta"),
         "inference": torch.inference_mode,
         "no_grad": torch.no_grad,
@@ -223,11 +222,7 @@ def surroundings() -> Iterator[Any]:
     for name, enter in every.items():
         for part in PARTS:
             if (name, part) not in left_out:
-                slow = (
-                    [pytest.mark.slow]
-                    if name == "float16" or (part == "folders" and name in ("threads", "no_grad"))
-                    else []
-                )
+                slow = [pytest.mark.slow] if part == "folders" and name in ("threads", "no_grad") else []
                 yield pytest.param(enter, part, id=f"{name}-{part}", marks=slow)
 
 

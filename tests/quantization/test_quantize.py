@@ -150,7 +150,7 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(llama_folder, tmp_
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_folder_that_the_same_command_finishes(llama_folder, tmp_path: Path) -> None:
     model = llama_folder()
-    stopped = run_killed(model, tmp_path / "out", 60, signal.SIGINT)
+    stopped = run_killed(model, tmp_path / "out", 30, signal.SIGINT)
     assert stopped.returncode == 130 and "Traceback" not in stopped.stderr and "continues" in stopped.stderr
     assert not (tmp_path / "out").exists() and list((tmp_path / "out.partial").glob("*.safetensors"))
     for name in ("out", "whole"):

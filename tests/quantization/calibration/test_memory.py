@@ -94,7 +94,7 @@ def test_other_chunks_do_not_continue(tmp_path: Path, monkeypatch: pytest.Monkey
 _RUN = """
 import json, pathlib, sys, torch
 import spicerack
-from spicerack.algorithms.solvers import blockap, signround
+from spicerack.algorithms.solvers import blockap
 from spicerack.algorithms.transforms import awq
 from spicerack.text.calibration import Calibration
 from spicerack.quantization.job import prepare
@@ -105,7 +105,7 @@ from spicerack.quantization.stream import Means, plan
 from spicerack.quantization.recipe import Recipe
 from spicerack.numerics.scheme import parse
 source, out, scheme, method = sys.argv[1:]
-blockap.STEPS = signround.STEPS = 3  # what more of them need is time
+blockap.STEPS = 3  # what more of them need is time
 awq.EXPONENTS = (0.2, 0.6)
 ids = torch.randint(3, 99, (4, 256), generator=torch.Generator().manual_seed(0))
 given = Calibration(ids, None, "of no text", 0.0, "made up")
@@ -118,7 +118,7 @@ print(json.dumps(result.as_dict()))
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "method"),
-    [("w4g128", "gptq"), ("w4g32z", "awq+gptq"), ("w2g32", "signround"), ("w2g32z", "blockap")],
+    [("w4g128", "gptq"), ("w4g32z", "awq+gptq"), ("w2g32z", "blockap")],
 )
 def test_the_plan_is_kept(scheme: str, method: str, tmp_path: Path) -> None:
     """By a process whose memory is that of its weights and statistics more than the interpreter's."""
