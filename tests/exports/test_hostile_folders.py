@@ -166,4 +166,6 @@ def test_a_layer_that_is_not_there_is_no_export(name: str, folders: dict[str, Pa
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"no tensor fills model\.layers\.0\.self_attn\.q_proj\.weight"):
         spicerack.import_model(folder, output=tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no tensor fills"):
+        spicerack.formats(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]

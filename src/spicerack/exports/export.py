@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from spicerack.arguments import checked
-from spicerack.errors import CheckpointError, OutputError, UsageError, listed
+from spicerack.errors import OutputError, UsageError
 from spicerack.exports import loss, releases, verify
 from spicerack.exports import target as targets
 from spicerack.exports.planning import plan
@@ -248,11 +248,7 @@ def _export(
 ) -> Written:
     """The same for a source that is open. begin: of the call."""
     to, place = order.to, order.output
-    if missing := given.missing():
-        raise CheckpointError(
-            f"{given.folder.checkpoint.folder}: no tensor fills {listed(missing, 3, 'parameters')}",
-            "the folder is incomplete, or its config.json names another architecture",
-        )
+    given.refuse_gaps()
     planned = plan(given, target, to, requantize=requantize, engine=engine)
     source = planned.source
     target.write(source, replace(order, check=partial(verify.verify, planned.reader, source), facts=planned.facts))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from spicerack.errors import CheckpointError, listed
 from spicerack.machine.memory import steady
 from spicerack.models import census
 from spicerack.models.architecture import host_of, on_meta
@@ -88,18 +89,22 @@ class Source:
         """Name -> header of the tensors that are no part of a packed one, in the order of the disk."""
         return self.folder.float_headers()
 
-    def missing(self) -> tuple[str, ...]:
-        """Parameters of the model's class that no tensor of the folder becomes; none where transformers does not know
-        the class, or the folder holds a plain module.
+    def refuse_gaps(self) -> None:
+        """Raise CheckpointError where no tensor of the folder becomes a parameter of the model's class. Nothing is said
+        where transformers does not know the class, or the folder holds a plain module.
 
         What is packed may be a tensor of all experts, whose name has no `.weight` at its end.
         """
         model = on_meta(self.config) if self.config else None
         if model is None:
-            return ()
+            return
         shapes = {name: info.shape for name, info in self.described.tensors.items()}
         bare = {module: shapes[f"{module}.weight"] for module in self.contents}
-        return fit(model, shapes | bare).missing
+        if missing := fit(model, shapes | bare).missing:
+            raise CheckpointError(
+                f"{self.folder.checkpoint.folder}: no tensor fills {listed(missing, 3, 'parameters')}",
+                "the folder is incomplete, or its config.json names another architecture",
+            )
 
     def reading(self, fmt: Format) -> Reading:
         """What readers of a folder in that format are told: above all the linear layers that stay float."""

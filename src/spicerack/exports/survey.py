@@ -114,13 +114,14 @@ def formats(model: str | Path) -> Survey:
     """What each engine makes of a model: a folder, GGUF file or hub id, quantized or float.
 
     No weight is decoded; scales are looked at where a type could fail to hold them. Raises CheckpointError for what is
-    no model.
+    no model, or lacks a part of it.
     """
     folder = Folder.open(model)
     place = folder.checkpoint.folder
     if folder.format is None:
         return Survey(place, choices=tuple(_choices(folder)))
     given = restored(Source.of(folder))
+    given.refuse_gaps()
     shared = census.take(given.described).shared_inputs
     lines = (_line(given, engine, way, shared, str(model)) for engine in known.every() for way in engine.reads)
     return Survey(place, lines=tuple(lines))

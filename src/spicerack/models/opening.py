@@ -19,7 +19,7 @@ def open_stored(model: str | Path) -> Checkpoint:
     model: a folder, a hub id, a .gguf file, or the first file of a split one. Raises CheckpointError.
     """
     path = files.local(model)
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf" and path.is_file():
         from spicerack.models.gguf.checkpoint import GgufCheckpoint  # folders are opened without it
 
         return GgufCheckpoint.open(path.resolve())

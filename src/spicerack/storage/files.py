@@ -142,7 +142,7 @@ def locate(model: str | Path) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.is_file():
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             return path.resolve()
         raise CheckpointError(f"{path} is a file, not a model folder", f"give the folder that holds it: {path.parent}")
     if isinstance(model, str) and _HUB_ID.fullmatch(model):
