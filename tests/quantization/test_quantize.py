@@ -94,12 +94,13 @@ def test_sharded_and_single_sources_give_the_same_tensors(llama_folder, tmp_path
 
 KILLED = textwrap.dedent(
     """
-    import os, sys
+    import os, signal, sys
     from pathlib import Path
     from spicerack.storage import writer
     from spicerack.cli import main
 
-    model, output, moment, signal = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
+    model, output, moment, sent = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     seen = 0
 
     def counted(function):
@@ -107,7 +108,7 @@ KILLED = textwrap.dedent(
             global seen
             seen += 1
             if seen == moment:
-                os.kill(os.getpid(), signal)
+                os.kill(os.getpid(), sent)
             return function(*args, **kwargs)
         return wrapper
 
@@ -150,7 +151,7 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(llama_folder, tmp_
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_folder_that_the_same_command_finishes(llama_folder, tmp_path: Path) -> None:
     model = llama_folder()
-    stopped = run_killed(model, tmp_path / "out", 30, signal.SIGINT)
+    stopped = run_killed(model, tmp_path / "out", 60, signal.SIGINT)
     assert stopped.returncode == 130 and "Traceback" not in stopped.stderr and "continues" in stopped.stderr
     assert not (tmp_path / "out").exists() and list((tmp_path / "out.partial").glob("*.safetensors"))
     for name in ("out", "whole"):

@@ -81,7 +81,9 @@ def float_copy(block: nn.Module, device: torch.device) -> tuple[nn.Module, dict[
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(N, K), outputs and columns of inputs of a linear layer. A weight that is lent is not made for it."""
-    rows, columns = kinds.of(layer).matrix(torch.empty(kinds.weight_of(layer).shape, device="meta")).shape
+    rows, columns = (
+        kinds.of(layer).matrix(torch.empty(kinds.weight_of(layer).shape, dtype=torch.float32, device="meta")).shape
+    )
     return rows, columns
 
 
