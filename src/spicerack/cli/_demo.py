@@ -26,7 +26,7 @@ from spicerack.evaluation.language import Comparison
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.evaluation.timing import Timing
 from spicerack.models import bundled
-from spicerack.quantization.run import quantize
+from spicerack.planning.mix.face import quantize
 from spicerack.runtime.generate import GenerateOptions, generate
 from spicerack.runtime.load import load
 from spicerack.storage import ledger

@@ -30,7 +30,8 @@ from spicerack.exports.source import Source
 from spicerack.exports.target import Order, Target
 from spicerack.machine.memory import peak_rss_bytes
 from spicerack.numerics import codec, rounding
-from spicerack.quantization.run import quantize
+from spicerack.quantization import recipe
+from spicerack.quantization.run import FolderOptions, of_folder
 from spicerack.runtime.folder import Folder
 from spicerack.storage import engine as engines
 from spicerack.storage import format as formats
@@ -202,7 +203,8 @@ def _opened(model: str | Path, scheme: str | None, for_: str | None, target: Tar
         )
     with _folder_beside(place) as beside:
         try:
-            quantize(model, scheme, output=beside / "quantized", fit_groups=True, for_=for_)
+            chosen = recipe.of(scheme).with_choices(None, None, None, True, for_)
+            of_folder(model, chosen, FolderOptions(beside / "quantized"))
         except OutputError as error:
             hint = NOTHING_LEFT if error.hint == CONTINUES else error.hint
             raise OutputError(f"quantizing on the way: {error.message}", hint) from error

@@ -1,4 +1,4 @@
-"""`quantize`: a module in memory -> a new module; a model folder -> a smaller folder.
+"""What `spicerack.quantize` does: a module in memory -> a new module; a model folder -> a smaller folder.
 
     recipe -> decided -> prepare -> plan -> preflight -> calibrate -> write -> finish
 
@@ -21,17 +21,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 
 from spicerack.algorithms import method as methods
 from spicerack.algorithms.method import Method
-from spicerack.arguments import at_least, checked
 from spicerack.errors import UsageError
 from spicerack.evaluation import check as checks
 from spicerack.evaluation.check import Check
@@ -39,12 +38,11 @@ from spicerack.kernels.kernel import Compute
 from spicerack.machine import devices
 from spicerack.machine.memory import peak_rss_bytes
 from spicerack.models import choices
-from spicerack.numerics.scheme import Scheme
-from spicerack.quantization import bar, preflight, recipe
+from spicerack.quantization import bar, preflight
 from spicerack.quantization.job import Job, Sizes, prepare
 from spicerack.quantization.memory import MemoryPlan
 from spicerack.quantization.modules.quantize import quantize_module
-from spicerack.quantization.recipe import Range, Recipe, Rule, decided
+from spicerack.quantization.recipe import Recipe, decided
 from spicerack.quantization.stream import Means, Stream, calibrate, identity, is_done, plan
 from spicerack.quantization.watch import Finished, Watch
 from spicerack.storage.files import local
@@ -105,114 +103,19 @@ class Summary:
         }
 
 
-@overload
-def quantize(
-    model: torch.nn.Module,
-    scheme: str | Scheme | Recipe,
-    *,
-    range_: Range | None = ...,
-    rules: Iterable[str | Rule] = ...,
-    fit_groups: bool | None = ...,
-    for_: str | None = ...,
-    compute: Compute | None = ...,
-) -> torch.nn.Module: ...
-@overload
-def quantize(
-    model: str | Path,
-    scheme: str | Scheme | Recipe,
-    *,
-    output: str | Path,
-    range_: Range | None = ...,
-    method: str | Method | None = ...,
-    observer: str | None = ...,
-    calibration: Calibration | None = ...,
-    effort: str = ...,
-    rules: Iterable[str | Rule] = ...,
-    fit_groups: bool | None = ...,
-    for_: str | None = ...,
-    device: str = ...,
-    threads: int | None = ...,
-    memory: int | None = ...,
-    shard_bytes: int | None = ...,
-    check: bool = ...,
-    progress: Progress | bool | None = ...,
-) -> dict[str, Any]: ...
-@checked
-@torch.inference_mode(False)  # solvers take gradients, and what is packed may be trained later
-def quantize(
-    model: torch.nn.Module | str | Path,
-    scheme: str | Scheme | Recipe,
-    *,
-    output: str | Path | None = None,
-    range_: Range | None = None,
-    method: str | Method | None = None,
-    observer: str | None = None,
-    calibration: Calibration | None = None,
-    effort: str = "normal",
-    rules: Iterable[str | Rule] = (),
-    fit_groups: bool | None = None,
-    for_: str | None = None,
-    compute: Compute | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    memory: int | None = None,
-    shard_bytes: int | None = None,
-    check: bool = False,
-    progress: Progress | bool | None = None,
-) -> torch.nn.Module | dict[str, Any]:
-    """Quantize a module -> a new module, or a model folder (or hub id) -> the folder `output` and a dict of its sizes.
-
-    model        a module in memory, which is not changed, or a folder or hub id
-    scheme       a name such as "w4g128", a Scheme, or a Recipe
-    rules        "PATTERN=SCHEME" or "PATTERN=skip"; later ones win, and all over the Recipe's
-    fit_groups   layers that no whole groups tile get the nearest scheme that fits, and are not refused; None: as the
-                 Recipe says, which is not to
-    for_         an engine, such as "llama.cpp" or "vllm", for folders: what it would not compute exactly is refused,
-                 with the rule and the nearest scheme, and layers that it has in float stay float
-    range_       how scales are chosen, over the Recipe's: "opt" (default, the least error) or "absmax"
-    compute      for modules: what packed layers multiply with, as in `load`
-
-    For folders:
-
-    output       the folder to write; if it is there, by the same call before, nothing is left to do
-    method       how codes are chosen, over the Recipe's: a chain such as "gptq" or "awq+gptq"
-    observer     how static scales of activations are found, over the Recipe's
-    calibration  what flows through the model, of `read_calibration`
-    effort       "high" learns codes below four bits where no method is named, which takes ten times as long and more
-    device       where blocks compute while they are calibrated: "cpu", "cuda" ...
-    threads      of the CPU; None: one for each core
-    memory       bytes that must not be exceeded, pages that are mapped from files left out; None: no limit
-    shard_bytes  the largest file to write; None: 2 GB
-    check        whether to measure what the folder lost on a few thousand tokens, in a tenth of the run's time and 5 s
-                 at least, as the command does unless it is told not to: the figures come under "check"
-    progress     True draws the command line's bar on standard error, with the time left; or a function, which is called
-                 with the bytes of each source tensor as it is done
-
-    Raises the errors of `spicerack.errors`; a UsageError, of whatever kind, before a weight is quantized.
-    """
-    at_least(1, threads=threads, memory=memory, shard_bytes=shard_bytes)
-    chosen = recipe.of(scheme, rules).with_choices(range_, method, observer, fit_groups, for_)
-    options = FolderOptions(output, calibration, effort, device, threads, memory, shard_bytes, check, progress)
-    if isinstance(model, torch.nn.Module):
-        return in_memory(model, chosen, compute, options)
-    if compute is not None:
-        raise UsageError("compute is no property of a folder", "pass it to load(folder, compute=...)")
-    return of_folder(model, chosen, options).as_dict()
-
-
 @dataclass(frozen=True, slots=True)
 class FolderOptions:
     """What `quantize` takes for folders and not for modules, by the same names; the defaults are what none means."""
 
     output: str | Path | None
-    calibration: Calibration | None
-    effort: str
-    device: str
-    threads: int | None
-    memory: int | None
-    shard_bytes: int | None
-    check: bool
-    progress: Progress | bool | None
+    calibration: Calibration | None = None
+    effort: str = "normal"
+    device: str = "cpu"
+    threads: int | None = None
+    memory: int | None = None
+    shard_bytes: int | None = None
+    check: bool = False
+    progress: Progress | bool | None = None
 
 
 def in_memory(
@@ -246,6 +149,7 @@ def in_memory(
     return quantize_module(module, chosen, compute)
 
 
+@torch.inference_mode(False)  # solvers take gradients
 def of_folder(model: str | Path, chosen: Recipe, options: FolderOptions) -> Summary:
     """A smaller folder, by this process alone. Raises UsageError without an output, and what `execute` raises."""
     calibration, device = options.calibration, options.device
