@@ -79,7 +79,7 @@ def make(kind: str, folder: Path) -> Path:
     from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from spicerack.quantization.run import quantize
+    from spicerack import quantize
 
     family, sizes = MODELS[kind]
     config = CONFIG_MAPPING[family](**{**SIZES, **sizes})

@@ -12,6 +12,7 @@ import torch
 from conftest import kernel_here
 from transformers import PreTrainedModel
 
+from spicerack import quantize
 from spicerack.cli import _output, cli
 from spicerack.cli import bench as command_module
 from spicerack.errors import UsageError
@@ -21,7 +22,6 @@ from spicerack.evaluation.opening import Opening, open_in_turns
 from spicerack.evaluation.timing import Benchmark, Speed, Timing
 from spicerack.evaluation.turns import EncoderTurn, take_turns
 from spicerack.models.bundled import encoder
-from spicerack.quantization.run import quantize
 from spicerack.runtime.load import load
 
 SMALL: dict[str, Any] = {"prefill": 16, "decode": 3, "repeats": 2}

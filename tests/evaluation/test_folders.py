@@ -12,6 +12,7 @@ import torch
 from conftest import kernel_here
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from spicerack import quantize
 from spicerack.cli import _output, cli
 from spicerack.errors import CheckpointError, TextError, UsageError
 from spicerack.evaluation.encoder import POOLINGS, embed, pool
@@ -21,7 +22,6 @@ from spicerack.evaluation.language import Comparison, paired_difference
 from spicerack.evaluation.sentences import SENTENCES
 from spicerack.models.bundled import encoder
 from spicerack.models.kind import kind_of
-from spicerack.quantization.run import quantize
 
 LANGUAGE_KEYS = {
     "compute", "tokens", "perplexity", "perplexity_reference", "kl_mean", "kl_mean_ci95", "kl_p999", "top1_agreement",
