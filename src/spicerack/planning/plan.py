@@ -148,6 +148,9 @@ def check(model: Model, goal: Goal, among: Sequence[Engine] = ()) -> None:
         others = [other.name for other in able]
         nobody = "spicerack export writes it for other engines" if among else "no engine that is known does"
         raise UsageError(reason, f"--engine {' or '.join(others)}" if others else nobody)
+    most = goal.engine.most_users
+    if most is not None and goal.request.users > most:
+        raise UsageError(f"{goal.engine.name} has room for {most} sequences at once", f"--users {most}")
     widths = goal.engine.cache_bytes
     if goal.request.cache_bits not in widths:
         raise UsageError(
@@ -212,7 +215,9 @@ def row_of(model: Model, precision: Precision, goal: Goal) -> Row:
     if speechless is None:
         estimated = speed.estimate(model, precision, goal.engine, goal.request, placement, measured=goal.measured)
     numbers = sum(weight.numel for weight in model.weights if weight.layer is not None)
-    bits = 8 * sum(block.total for block in weights.blocks) / max(numbers, 1)
+    held = sum(block.total for block in weights.blocks)
+    # of a model without layers that have numbers (ALBERT, CLIP) all of it
+    bits = 8 * held / numbers if numbers else 8 * weights.file / max(model.parameters, 1)
     return Row(precision, weights, bits, loss_of(precision, bits), placement, estimated, speechless)
 
 
@@ -233,7 +238,7 @@ def _precisions(model: Model, engine: Engine, scheme: str | None) -> list[Precis
     known = engine.precisions(model)
     if scheme is None:
         return known
-    chosen = [p for p in known if scheme.lower() in (p.name.lower(), (p.scheme or "").lower())]
+    chosen = [p for p in known if scheme.lower() in (p.name.lower(), p.scheme and p.scheme.lower())]
     if not chosen:
         raise UsageError(
             f"{engine.name} does not run {scheme!r} here",
@@ -251,7 +256,8 @@ def _recommended(rows: Sequence[Row]) -> Row | None:
 
 
 def longest_context(model: Model, precision: Precision, goal: Goal) -> int | None:
-    """Tokens that still fit, in steps of 256, up to the model's positions; None where more tokens cost nothing."""
+    """Tokens that still fit, in steps of 256, up to the model's positions, and what was asked for at least, if that
+    fits; None where more tokens cost nothing."""
     if model.recurrent:
         return None
     most = (model.positions or 1 << 20) // _STEP
@@ -262,7 +268,10 @@ def longest_context(model: Model, precision: Precision, goal: Goal) -> int | Non
             low = middle
         else:
             high = middle
-    return low * _STEP if low < most else (model.positions or low * _STEP)
+    if low == most:
+        return model.positions or low * _STEP
+    asked = goal.request.context
+    return asked if asked > low * _STEP and _fits(model, precision, goal, asked) else low * _STEP
 
 
 def _fits(model: Model, precision: Precision, goal: Goal, context: int) -> bool:
@@ -307,7 +316,8 @@ def _other_engines(model: Model, goal: Goal, among: Sequence[Engine]) -> Iterato
     kinds = [kind_of(device) for device in goal.devices]
     for other in among or engines.all_engines():
         able = other.obstacle(model, goal.devices, kinds) is None and goal.request.cache_bits in other.cache_bytes
-        if other.name == goal.engine.name or not able:
+        crowded = other.most_users is not None and goal.request.users > other.most_users
+        if other.name == goal.engine.name or not able or crowded:
             continue
         changed = dataclasses.replace(goal, engine=other, request=dataclasses.replace(goal.request, utilization=None))
         row = _recommended([row_of(model, precision, changed) for precision in other.precisions(model)])

@@ -47,6 +47,8 @@ def _flags(model: Model, precision: Precision, request: Request, placement: Plac
         words.append(f"-ngl {sum(counts) + 1 if in_ram else 99}")
         if len(cards) > 1:
             words.append("-sm layer -ts " + ",".join(map(str, (*counts[:-1], counts[-1] + 1))))
+    elif placement.host is not None and placement.host.layers:
+        words.append("-ngl 0")
     if placement.experts_in_ram:
         everything = placement.experts_in_ram == placement.experts_layers
         words.append("--cpu-moe" if everything else f"--n-cpu-moe {placement.experts_in_ram}")
@@ -74,4 +76,5 @@ ENGINE = Engine(
     towers=False,
     offload=True,
     speed_of="llama.cpp",
+    most_users=256,  # LLAMA_MAX_SEQ: more slots are refused when it starts
 )
