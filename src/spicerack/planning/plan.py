@@ -65,7 +65,7 @@ class Row:
     precision   the numbers
     weights     bytes, by who holds them
     bits        of a weight of a layer, scales counted
-    loss        KL in nats, typical (`LOSSES`); 0 of floats
+    loss        what was measured of it (`Precision.lost`); else KL in nats, typical (`LOSSES`), 0 of floats
     placement   what lies where
     speed       tokens a second; None where none can be said, and `speechless` says why
     """
@@ -222,7 +222,10 @@ def row_of(model: Model, precision: Precision, goal: Goal) -> Row:
 
 
 def loss_of(precision: Precision, bits: float) -> float:
-    """KL in nats of plain rounding to so many bits of a weight, scales counted, on our small model; 0 of floats."""
+    """What was measured of it; else KL in nats of plain rounding to so many bits of a weight, scales counted, on our
+    small model; 0 of floats."""
+    if precision.lost is not None:
+        return precision.lost.mean
     if precision.bits >= 16 or precision.released:
         return 0.0
     points = LOSSES

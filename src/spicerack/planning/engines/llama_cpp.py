@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from spicerack.machine.catalogue import Device
 from spicerack.planning import buffers, precisions
 from spicerack.planning.engine import Engine, Request
@@ -35,7 +38,9 @@ def _budget(device: Device, _request: Request) -> int:
 
 def _flags(model: Model, precision: Precision, request: Request, placement: Placement) -> list[str]:
     """llama-server with what was planned."""
-    words = [f"llama-server -m MODEL-{precision.name}.gguf", f"-c {request.context * request.users}"]
+    there = precision.stored == "gguf"
+    file = shlex.quote(Path(model.name).name) if there else f"MODEL-{precision.name}.gguf"
+    words = [f"llama-server -m {file}", f"-c {request.context * request.users}"]
     words.append(f"-np {request.users}")
     if model.does == "embeddings":
         words.append("--embeddings")
