@@ -77,6 +77,10 @@ def test_a_size_is_never_exceeded_and_hardly_wasted(size: int) -> None:
     here = next(point for point in found.curve if point.measured is not None)
     assert here.nbytes == best.sizes.tensors
     assert [p.nbytes for p in found.curve] == sorted(p.nbytes for p in found.curve)
+    # of one curve, corrected all over, on which more bytes never lose more: a page draws it
+    assert here.predicted == pytest.approx(here.measured) and here.measured == found.rounds[-1].measured
+    losses = [p.predicted for p in found.curve]
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_bits_count_what_rules_quantize() -> None:

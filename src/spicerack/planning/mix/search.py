@@ -80,12 +80,14 @@ def search(known: Sensitivity, fixed: Fixed, budget: Budget, hands: Hands) -> tu
     known, rounds, best = (_bounded if bound else _bought)(known, fixed, budget, hands)
     factor = best.measured.loss.mean / max(Mixer(known, fixed).loss(best.chosen), 1e-30)
     known = _scaled(known, factor if factor > 0 else 1.0)
-    curve = [p for p in Mixer(known, fixed).curve() if p.nbytes != best.sizes.tensors]
+    mixer = Mixer(known, fixed)
+    curve = [p for p in mixer.curve() if p.nbytes != best.sizes.tensors]
+    own = dataclasses.replace(_point(best), predicted=mixer.loss(best.chosen))  # corrected like all the others
     return dataclasses.replace(
         known,
         units=tuple(dataclasses.replace(unit, chosen=best.chosen[unit.name]) for unit in known.units),
         budget=budget,
-        curve=tuple(sorted([*curve, _point(best)], key=lambda point: point.nbytes)),
+        curve=tuple(sorted([*curve, own], key=lambda point: point.nbytes)),
         rounds=tuple(rounds),
     ), best
 
