@@ -137,10 +137,11 @@ def _bounded(
     if best is None:
         nearest = min(written, key=lambda one: one.measured.bounded(rise))
         reached = nearest.measured.bounded(rise)
+        reached = math.expm1(reached) if rise else reached
         raise UsageError(
-            f"no mix keeps the bound {most:.3g}: the nearest, {nearest.sizes.bits:.2f} bits a weight, has "
+            f"no mix keeps the bound {budget.value:.3g}: the nearest, {nearest.sizes.bits:.2f} bits a weight, has "
             f"{reached:.3g} at the upper end of its interval",
-            f"--max-loss {math.expm1(reached):.2%}" if rise else f"use {reached:.2g} or more, or a longer text",
+            f"use {_up(reached)} or more, or a longer text",
         )
     return known, _rounds(written, best), best
 
@@ -200,6 +201,12 @@ def _of_kind(name: str, own: Mapping[str, float]) -> float:
     """The factor of a unit that has none of its own: the mean of those of its kind, 1 without any."""
     logs = [math.log(factor) for other, factor in own.items() if kind(other) == kind(name)]
     return math.exp(math.fsum(logs) / len(logs)) if logs else 1.0
+
+
+def _up(value: float) -> str:
+    """A number above 0 in two digits, rounded up: a bound that is named is kept by what it was named for."""
+    digit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / digit) * digit:.2g}"
 
 
 def _scaled(known: Sensitivity, factor: float) -> Sensitivity:
