@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_model import CONFIGS, FACTS, NAMES, config
-from transformers import AlbertConfig, AlbertModel, LlamaConfig, LlamaForCausalLM
+from transformers import AlbertConfig, AlbertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import spicerack
 from spicerack.cli import _output, cli
+from spicerack.cli._fit import Fitted
 from spicerack.errors import UsageError
 from spicerack.machine import catalogue
 from spicerack.machine.catalogue import GIB
@@ -20,9 +24,9 @@ from spicerack.planning import engine as engines
 from spicerack.planning.engine import Request
 from spicerack.planning.model import Model, of_config, open_model
 from spicerack.planning.placement import Host
-from spicerack.planning.plan import Goal, plan
+from spicerack.planning.plan import Goal, plan, written_for
 from spicerack.planning.precisions import ours, weighed
-from spicerack.planning.written import open_any
+from spicerack.planning.written import open_any, reader
 
 MODELS: dict[str, Model] = {}
 
@@ -30,6 +34,11 @@ MODELS: dict[str, Model] = {}
 def model(name: str) -> Model:
     known = {key: value for key, value in config(name).items() if key != FACTS}
     return MODELS.setdefault(name, of_config(known, name))
+
+
+@pytest.fixture(autouse=True)
+def _nobody_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
 
 
 def goals(own: Model, some: random.Random) -> Goal:
@@ -146,3 +155,72 @@ def test_tables_that_are_called_tied_and_differ_are_two(same: bool, tmp_path: Pa
     own, precision = open_any(tmp_path / "out")
     assert precision is not None and own.tied == same
     assert weighed(own, precision).file == written == weighed(open_model(tmp_path / "in"), ours("w8")).file
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("engine", "numbers", "scheme"),
+    [("llama.cpp", "Q8_0", "w8g32"), ("llama.cpp", "Q4_0", "w4g32"), ("vllm", "w8", "w8"), ("spicerack", "w8", "w8")],
+)
+def test_what_is_made_for_an_engine_weighs_what_was_planned_and_the_engine_reads_it(
+    llama_folder: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+    numbers: str,
+    scheme: str,
+    tied: bool,
+) -> None:
+    """To the byte, tables and heads too, in the file that the engine reads; and that file is planned alike."""
+    source = llama_folder(hidden_size=256, intermediate_size=768, tie_word_embeddings=tied, dtype=torch.bfloat16)
+    device = "Laptop, LPDDR5-6400" if engine == "spicerack" else "3090"
+    goal = Goal(catalogue.find(device), engines.get(engine), Request(64))
+    row = plan(open_model(source), goal, scheme=numbers).rows[0]
+    own = tmp_path / "own.json"
+    tight = dataclasses.replace(goal.devices[0], name="Tight", usable_gib=(row.placement.total + 1000) / GIB)
+    own.write_text(json.dumps(dataclasses.asdict(tight)))
+    catalogue.add(own)
+    words = ["quantize", source, "-o", tmp_path / "out", "--fit", "tight", "--context", 64, "--engine", engine]
+    assert _output.run(cli, [str(word) for word in [*words, "--no-check", "--json"]]) == 0, capsys.readouterr().out
+    assert json.loads(capsys.readouterr().out)["scheme"] == scheme
+    made, written = tmp_path / "out", 0
+    if engine == "llama.cpp":
+        gguf = pytest.importorskip("gguf")
+        made = tmp_path / "made.gguf"
+        spicerack.export(tmp_path / "out", to="gguf", output=made, for_="llama.cpp")
+        written = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(made).tensors)
+    else:
+        written = sum(t.numel() * t.element_size() for t in load_file(made / "model.safetensors").values())
+    opened, precision = open_any(made)
+    assert precision is not None
+    again = plan(opened, dataclasses.replace(goal, engine=reader(opened, precision, engine))).rows[0]
+    assert row.weights.file == written == again.weights.file
+    assert again.placement.total == row.placement.total and again.weights.read == row.weights.read
+    assert (again.speed is None) == (row.speed is None)
+
+
+def test_what_an_engine_does_not_read_is_not_made_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPT-2's layers are no Linear ones, which is all that vLLM has in few bits: said before anything is written."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=128, n_layer=1, n_head=2)).save_pretrained(tmp_path / "in")
+    words = [
+        "quantize",
+        str(tmp_path / "in"),
+        "-o",
+        str(tmp_path / "out"),
+        "--context",
+        "64",
+        "--json",
+        "--fit",
+        "3090",
+    ]
+    assert _output.run(cli, [*words, "--engine", "vllm"]) == 2
+    assert "for vllm" in json.loads(capsys.readouterr().out)["message"] and not (tmp_path / "out").exists()
+    own = open_model(tmp_path / "in")
+    assert "onnxruntime" not in {engine.name for engine in written_for(own)}
+
+
+def test_what_stays_in_float_must_fit_too() -> None:
+    fitted = Fitted("w8", (), "vllm", "because", "a thimble", nbytes=1000, spare=50)
+    fitted.check(1050)
+    with pytest.raises(UsageError, match="51 bytes more than planned, and a thimble had 50"):
+        fitted.check(1051)

@@ -7,9 +7,11 @@ vocabulary (8 MB for Llama 3), and every tensor begins at a multiple of 32.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from spicerack.models.sizes import FLOATS
 from spicerack.planning.model import Model, Weight
 
 BLOCKS: Mapping[str, tuple[int, int]] = {
@@ -78,6 +80,8 @@ _ROLES = {
     "down_proj": "ffn_down", "w2": "ffn_down", "fc2": "ffn_down", "wo": "ffn_down", "output_linear": "ffn_down",
 }  # fmt: skip
 """Component of a checkpoint's name -> what llama.cpp goes by."""
+_PLACES = re.compile(r"position|token_type|^wpe$")
+"""Names of tables of places and segments."""
 _LAYERS_OF_70B = 80
 """Layers of the one size of model that it makes an exception for."""
 _EIGHT = 8
@@ -87,7 +91,11 @@ _EIGHT = 8
 def weigh(model: Model, mixture: str) -> list[int]:
     """Bytes of each weight of the model, all that are alike together, in the order of `model.weights`."""
     recipe = MIXTURES[mixture]
-    return [_nbytes(weight, type_of(model, weight, recipe)) * weight.count for weight in model.weights]
+    return [
+        # integers are buffers, which are left out of the file: BERT's numbers of places
+        0 if weight.entry.info.dtype not in FLOATS else _nbytes(weight, type_of(model, weight, recipe)) * weight.count
+        for weight in model.weights
+    ]
 
 
 def type_of(model: Model, weight: Weight, recipe: Mixture) -> str:
@@ -98,9 +106,16 @@ def type_of(model: Model, weight: Weight, recipe: Mixture) -> str:
         return "F32"
     if weight.place == "tower":
         return "F16"
+    if entry.role == "embedding" and is_place(entry.module):
+        return "F32"
     if entry.role in ("router", "conv") or entry.info.name.rsplit(".", 1)[-1] in ("A_log", "sinks"):
         return "F32"
     return _tiled(_wanted(model, weight, recipe), shape[-1])
+
+
+def is_place(module: str) -> bool:
+    """Whether a table is of places or segments and not of tokens: llama.cpp has these in float32, whatever the rest."""
+    return bool(_PLACES.search(module.rpartition(".")[2]))
 
 
 def _wanted(model: Model, weight: Weight, recipe: Mixture) -> str:

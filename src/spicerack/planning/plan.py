@@ -18,13 +18,14 @@ from typing import Any
 from spicerack.errors import UsageError
 from spicerack.machine.catalogue import GIB, Device
 from spicerack.planning import engine as engines
-from spicerack.planning import speed
+from spicerack.planning import gguf, speed
 from spicerack.planning.engine import Engine, Request
 from spicerack.planning.model import Model
 from spicerack.planning.placement import ALONE, Host, place
 from spicerack.planning.places import Placement
 from spicerack.planning.precisions import Precision, Weighed, weighed
 from spicerack.planning.speed import Speed, kind_of
+from spicerack.storage import engine as stored_engines
 
 DEFAULT_CONTEXT = 8192
 """Tokens that are planned for where nobody says how many, or the model's positions if those are fewer."""
@@ -204,6 +205,33 @@ def to_quantize(model: Model, goal: Goal) -> Row:
         f"nothing fits: {smallest.precision.name} has the fewest bytes, and lacks {-smallest.placement.spare:,} bytes",
         f"it fits with {remedy.change}" if remedy else "spicerack plan shows what each would take",
     )
+
+
+def written_for(model: Model) -> tuple[Engine, ...]:
+    """The engines that compute with numbers that `quantize` writes, in files that something here makes of them."""
+    able = []
+    for engine in engines.all_engines():
+        known = [stored_engines.find(engine.name)] if engine.name in stored_engines.names() else []
+        ways = [way for one in known for way in one.reads if way.written]
+        reads = any(way.family_obstacle(engine.name, model.config.get("model_type")) is None for way in ways)
+        if any(precision.scheme for precision in engine.precisions(model)) and (reads or not known):
+            able.append(engine)
+    return tuple(able)
+
+
+def tables_of(model: Model, precision: Precision) -> dict[str, str]:
+    """Module -> our scheme, of the tables of tokens and the head, where a precision has them in few bits."""
+    if precision.tables is None:
+        return {}
+    table, head = precision.tables
+    found = {}
+    for weight in model.weights:
+        entry = weight.entry
+        if entry.role == "head" or (entry.role == "embedding" and weight.place == "input" and model.tied):
+            found[entry.module] = head
+        elif entry.role == "embedding" and weight.place == "input" and not gguf.is_place(entry.module):
+            found[entry.module] = table
+    return found
 
 
 def row_of(model: Model, precision: Precision, goal: Goal) -> Row:

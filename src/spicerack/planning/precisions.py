@@ -62,6 +62,7 @@ class Precision:
     bits     of a weight of a linear layer, scales left out: what the expected loss goes by
     weigh    bytes of each weight
     scheme   that `quantize` makes it with; None where it is made elsewhere
+    tables   those that `quantize` gives tables of tokens and heads; None where these stay in float
     released the model is distributed in it: nothing is lost
     stored   what `export --to` calls the files that hold them, which are there already; None: they would be made
     lost     what was measured of files that are there; None: nothing was
@@ -71,6 +72,7 @@ class Precision:
     bits: float
     weigh: Weigher
     scheme: str | None = None
+    tables: tuple[str, str] | None = None
     released: bool = False
     stored: str | None = None
     lost: Lost | None = None
@@ -161,8 +163,10 @@ def as_stored(name: str = "as stored") -> Precision:
 def mixture(name: str) -> Precision:
     """One of llama.cpp's."""
     bits = 16.0 if name == "F16" else float(name[1])
-    exact = {"Q8_0": "w8g32", "Q4_0": "w4g32"}  # the same numbers
-    return Precision(name, bits, lambda model: gguf.weigh(model, name), exact.get(name))
+    exact = {"Q8_0": ("w8g32", "w8g32"), "Q4_0": ("w4g32", "q6_k")}  # the same numbers, of layers and of the head
+    layers, head = exact.get(name, (None, None))
+    tables = None if layers is None or head is None else (layers, head)
+    return Precision(name, bits, lambda model: gguf.weigh(model, name), layers, tables)
 
 
 def affine(name: str, bits: int, group: int = 64) -> Precision:
