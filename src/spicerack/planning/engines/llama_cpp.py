@@ -75,8 +75,11 @@ def _places(placement: Placement) -> list[str]:
 
 
 def _dry_run(file: Path, model: Model, request: Request, placement: Placement | None) -> DryRun:
-    """llama-fit-params on the file. It makes room for logits of a whole batch, as llama-cli does."""
-    options = _sizes(request) + (["-dev", "none"] if placement is None else _places(placement))
+    """llama-fit-params on the file. It makes room for logits of a whole batch, as llama-cli does.
+
+    Weights in an order of a processor's own, which take the same room, it would leave out: they are told to stay.
+    """
+    options = ["--no-repack", *_sizes(request), *(["-dev", "none"] if placement is None else _places(placement))]
     planned = buffers.llama_cpp(model, request.context)
     return _llama_fit.ask(file, options, planned)
 
