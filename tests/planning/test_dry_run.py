@@ -86,8 +86,8 @@ def test_it_is_asked_for_what_is_planned(program: Path, capsys: pytest.CaptureFi
     called, environment = json.loads((program / "called").read_text())
     assert environment == []
     at = called.index("--fit-print")
-    words = "--fit-print on --no-repack -c 128 -np 2 -fa on -ctk q8_0 -ctv q8_0 -dev none"
-    assert called[at:] == words.split()
+    expected = "--fit-print on --no-repack -c 128 -np 2 -fa on -ctk q8_0 -ctv q8_0 -dev none"
+    assert called[at:] == expected.split()
     assert not Path(called[called.index("-m") + 1]).exists()  # the file that was made for it went again
     asked = gguf.GGUFReader(program / "asked.gguf")
     assert said["planned"]["weight_bytes"] == sum(int(tensor.n_bytes) for tensor in asked.tensors)
