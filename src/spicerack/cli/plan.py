@@ -127,16 +127,18 @@ def _heading(plan: Plan) -> Iterator[str]:
     """What is planned, in two or three lines."""
     model, goal = plan.model, plan.goal
     experts = f", {model.chosen} of {model.experts} experts" if model.experts else ""
-    read = f"{_count(model.read)} read per token{experts}"
+    read = f", {_count(model.read)} read per token{experts}" if model.generates else ""
     name = Path(model.name).name
-    yield f"{name} · {model.family} · {_count(model.parameters)} parameters, {read} · {len(model.layers)} layers"
+    yield f"{name} · {model.family} · {_count(model.parameters)} parameters{read} · {len(model.layers)} layers"
     names = ", ".join(
         f"{count}x {name}" if count > 1 else name
         for name, count in Counter(device.name for device in goal.devices).items()
     )
     request = goal.request
-    users = "" if request.users == 1 else f", {request.users} users"
-    yield f"{names} · {goal.engine.name} · {request.context:,} tokens{users}, cache in {request.cache_bits} bits"
+    wide = f"a picture of {picture.height} x {picture.width}, " if (picture := model.picture) else ""
+    users = "" if request.users == 1 else f", {request.users} {'at once' if picture else 'users'}"
+    kept = f", cache in {request.cache_bits} bits" if model.generates else ""
+    yield f"{names} · {goal.engine.name} · {wide}{request.context:,} tokens{users}{kept}"
     if unsure := sorted({name for device in goal.devices for name in device.uncertain}):
         yield f"not confirmed of these devices: {', '.join(unsure)}"
 

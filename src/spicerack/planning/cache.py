@@ -159,6 +159,8 @@ def _recurrence(c: Fields) -> tuple[int, int, int]:
         state = c.size("state_size", "mamba_d_state")
         inner = c.size("intermediate_size") if family == "mamba" else c.size("mamba_expand", default=2) * c.hidden
         return inner, c.size("conv_kernel", "mamba_d_conv"), inner * state
+    if family == "rwkv":  # the last token twice, and three numbers for each channel
+        return 2 * c.hidden, 1, 3 * c.hidden
     if family.startswith("minimax"):
         width = c.size("head_dim", default=c.hidden // c.heads)
         return 0, 0, c.heads * width**2

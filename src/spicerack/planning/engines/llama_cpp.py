@@ -95,7 +95,10 @@ ENGINE = Engine(
     terms=_terms,
     budget=_budget,
     flags=_flags,
-    families={"whisper": "does not run Whisper (whisper.cpp does)"},
+    families={
+        "whisper": "does not run Whisper (whisper.cpp does)",
+        "rwkv": "runs RWKV from its version 6 on",
+    },
     does=frozenset({"text", "embeddings"}),  # llama-server has no encoder-decoders, and pictures are for a second file
     table_in_ram=True,
     towers=False,
