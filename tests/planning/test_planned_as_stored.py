@@ -124,4 +124,4 @@ def test_a_mix_has_a_name_that_fits_and_a_file_its_own(
     spicerack.quantize(tmp_path / "m", "w8g32", output=tmp_path / "eight")
     spicerack.export(tmp_path / "eight", to="gguf", output=tmp_path / "my model.gguf")
     (flags,) = planned(capsys, tmp_path / "my model.gguf", "--fit", "3090")["flags"]
-    assert shlex.split(flags)[:3] == ["llama-server", "-m", "my model.gguf"]
+    assert shlex.split(flags)[:3] == ["llama-server", "-m", str(tmp_path / "my model.gguf")]

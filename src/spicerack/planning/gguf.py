@@ -7,7 +7,6 @@ vocabulary (8 MB for Llama 3), and every tensor begins at a multiple of 32.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -80,8 +79,8 @@ _ROLES = {
     "down_proj": "ffn_down", "w2": "ffn_down", "fc2": "ffn_down", "wo": "ffn_down", "output_linear": "ffn_down",
 }  # fmt: skip
 """Component of a checkpoint's name -> what llama.cpp goes by."""
-_PLACES = re.compile(r"position|token_type|^wpe$")
-"""Names of tables of places and segments."""
+_PLAIN_TABLES = ("position_embeddings", "token_type_embeddings", "wpe", "embed_positions", "position_embedding")
+"""Components of a checkpoint's names of tables that llama.cpp's converter leaves in F32, whatever the file is to be."""
 _LAYERS_OF_70B = 80
 """Layers of the one size of model that it makes an exception for."""
 _EIGHT = 8
@@ -106,16 +105,16 @@ def type_of(model: Model, weight: Weight, recipe: Mixture) -> str:
         return "F32"
     if weight.place == "tower":
         return "F16"
-    if entry.role == "embedding" and is_place(entry.module):
-        return "F32"
     if entry.role in ("router", "conv") or entry.info.name.rsplit(".", 1)[-1] in ("A_log", "sinks"):
+        return "F32"
+    if entry.role == "embedding" and is_place(entry.module):
         return "F32"
     return _tiled(_wanted(model, weight, recipe), shape[-1])
 
 
 def is_place(module: str) -> bool:
     """Whether a table is of places or segments and not of tokens: llama.cpp has these in float32, whatever the rest."""
-    return bool(_PLACES.search(module.rpartition(".")[2]))
+    return module.rpartition(".")[2] in _PLAIN_TABLES
 
 
 def _wanted(model: Model, weight: Weight, recipe: Mixture) -> str:

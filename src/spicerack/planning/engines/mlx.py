@@ -7,7 +7,6 @@ computed in steps of as many.
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from spicerack.machine.catalogue import Device
 from spicerack.planning import precisions
@@ -33,7 +32,7 @@ def _budget(device: Device, _request: Request) -> int:
 def _flags(model: Model, precision: Precision, _request: Request, _placement: Placement) -> list[str]:
     """Converting, and generating; of a folder that is its own already generating alone."""
     if precision.stored:
-        return [f"mlx_lm.generate --model {shlex.quote(Path(model.name).name)} --prompt PROMPT"]
+        return [f"mlx_lm.generate --model {shlex.quote(model.name)} --prompt PROMPT"]
     convert = f"mlx_lm.convert --hf-path MODEL -q --q-bits {precision.bits:g} --q-group-size 64 --mlx-path OUT"
     generate = "mlx_lm.generate --model OUT --prompt PROMPT"
     return [generate] if precision.bits == 16 else [convert, generate]
