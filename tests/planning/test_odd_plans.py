@@ -26,6 +26,7 @@ from spicerack.planning.model import Model, of_config, open_model
 from spicerack.planning.placement import Host
 from spicerack.planning.plan import Goal, plan, written_for
 from spicerack.planning.precisions import ours, weighed
+from spicerack.planning.speed import kind_of
 from spicerack.planning.written import open_any, reader
 
 MODELS: dict[str, Model] = {}
@@ -132,6 +133,18 @@ def test_bits_of_a_model_whose_layers_have_no_numbers(tmp_path: Path) -> None:
     goal = Goal(catalogue.find("Laptop, LPDDR5-6400"), engines.get("spicerack"), Request(64))
     rows = {row.precision.name: row for row in plan(open_model(tmp_path), goal).rows}
     assert rows["as stored"].bits == 32 and 8 < rows["w8"].bits < 32 and rows["w8"].loss < 0.01
+
+
+@pytest.mark.parametrize("fit", ["0.0000000001GB", "0.001GB"])
+@pytest.mark.parametrize("engine", ["llama.cpp", "vllm", "transformers"])
+def test_next_to_no_memory_is_too_little(fit: str, engine: str) -> None:
+    made = plan(model("Llama-3.1-8B"), Goal(catalogue.find(fit) * 2, engines.get(engine), Request(64)))
+    assert made.recommended is None and all(row.placement.missing > 10**9 for row in made.rows)
+
+
+def test_an_architecture_is_what_somebody_wrote() -> None:
+    device = dataclasses.replace(catalogue.find("3090")[0], arch="sm\N{SUPERSCRIPT TWO}")
+    assert kind_of(device) == "memory"
 
 
 def test_an_empty_scheme_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,8 +234,8 @@ def _beside(on_cards: Placement, load: _Load, host: Host, begin: int, lean: int)
 
 def _forced(load: _Load, terms: tuple[Term, ...], devices: Sequence[Device], budgets: Sequence[int]) -> Placement:
     """Everything over all devices although it does not fit: by their sizes, to say what each would hold."""
-    total, count = sum(budgets), len(load.blocks)
-    ends = [round(count * sum(budgets[: i + 1]) / total) for i in range(len(budgets))]
+    sizes, count = [max(budget, 1) for budget in budgets], len(load.blocks)
+    ends = [round(count * sum(sizes[: i + 1]) / sum(sizes)) for i in range(len(sizes))]
     runs = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
     used = [i for i, run in enumerate(runs) if run] or [0]
     shares = tuple(

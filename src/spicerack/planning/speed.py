@@ -105,7 +105,7 @@ def kind_of(device: Device) -> str:
     if device.kind in ("memory", "phone", "watch"):
         return device.kind
     arch = device.arch
-    if arch.startswith("sm") and arch[2:].isdigit():
+    if arch.startswith("sm") and arch[2:].isdecimal():
         return "cuda" if int(arch[2:]) >= 80 else "cuda-old"
     if arch.startswith("gfx"):
         return "rocm-cdna" if arch.startswith("gfx9") else "rocm-rdna"
