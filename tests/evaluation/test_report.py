@@ -33,7 +33,7 @@ from spicerack.planning.engine import Request
 from spicerack.planning.model import open_model
 from spicerack.planning.plan import Goal, plan
 from spicerack.planning.sensitivity import Budget, Option, Point, Round, Sensitivity, Unit
-from spicerack.planning.written import shown_sensitivity
+from spicerack.planning.written import on_devices, shown_sensitivity
 from spicerack.storage import files, ledger, records
 from spicerack.storage.reader import Checkpoint
 
@@ -444,6 +444,7 @@ def test_other_damaged_files_are_named(measured: Path, tmp_path: Path, capsys: p
     for name, content in (
         ("run.json", '{"command": 3}'), ("sensitivity.json", '{"version": 1, "metric": "kl"}'),
         ("spicerack.json", '{"identity": {}, "tensors": [], "check": {"kl_mean": "x"}}'),
+        ("config.json", "[]"),
     ):  # fmt: skip
         before = (measured / name).read_text() if (measured / name).is_file() else None
         (measured / name).write_text(content)
@@ -493,6 +494,20 @@ def test_what_was_measured_says_on_which_machine(measured: Path) -> None:
     text = page(facts)
     made = text[text.index("Made by:") : text.index("</code>", text.index("Made by:"))]
     assert made.endswith("spicerack quantize MODEL") and "somebody" not in made
+
+
+def test_devices_are_those_that_everybody_has(
+    llama_folder: LlamaFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page is sent to others: a card that somebody calls RTX 3090 is not theirs; a file of one's own may be any."""
+    spicerack.quantize(llama_folder(), "w8", output=tmp_path / "out")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    before = on_devices(tmp_path / "out")
+    own = tmp_path / "spicerack" / "devices.json"
+    own.parent.mkdir()
+    for text in ('{"name": "RTX 3090", "memory_gib": 4000}', "{"):
+        own.write_text(text)
+        assert on_devices(tmp_path / "out") == before
 
 
 def test_a_model_of_pictures_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
