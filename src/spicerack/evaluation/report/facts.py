@@ -115,7 +115,7 @@ def _blocks(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     Experts of a block are one: they have one kind. error: root mean square.
     """
     groups: dict[tuple[int | None, str], list[Entry]] = {}
-    for entry in entries:
+    for entry in (entry for entry in entries if entry.numel):
         match = _BLOCK.search(entry.tensor)
         groups.setdefault((int(match[1]) if match else None, entry.layer_type), []).append(entry)
     rows = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from spicerack.errors import CheckpointError
 from spicerack.evaluation import figures
-from spicerack.evaluation.figures import is_count, is_ends, is_number, is_text, maybe, wrong
+from spicerack.evaluation.figures import is_count, is_ends, is_number, is_speed, is_text, maybe, wrong
 
 _SPEEDS = ("decode_tokens_per_s", "items_per_s")
 _TOKEN = {"text": is_text, "kl": is_number, "original": is_text, "small": is_text}
@@ -110,7 +110,7 @@ def _benchmark(record: Mapping[str, Any]) -> str | None:
     for row in rows:
         spreads = [name.removesuffix("_min") for name in row if name.endswith("_min")]
         names = [f"{name}{end}" for name in {key, *spreads} for end in ("", "_min", "_max")]
-        wanted = {"name": is_text, "compute": is_text, "resident_bytes": is_count, **dict.fromkeys(names, is_number)}
+        wanted = {"name": is_text, "compute": is_text, "resident_bytes": is_count, **dict.fromkeys(names, is_speed)}
         if obstacle := wrong(row, wanted):
             return obstacle
     return wrong(result, {"repeats": is_count, "threads": is_count, "device": is_text})
