@@ -446,7 +446,7 @@ def test_other_damaged_files_are_named(measured: Path, tmp_path: Path, capsys: p
     for name, content in (
         ("run.json", '{"command": 3}'), ("sensitivity.json", '{"version": 1, "metric": "kl"}'),
         ("spicerack.json", '{"identity": {}, "tensors": [], "check": {"kl_mean": "x"}}'),
-        ("config.json", "[]"),
+        ("config.json", "[]"), ("run.json", '{"odd": ' + "[" * 900 + "]" * 900 + "}"),
     ):  # fmt: skip
         before = (measured / name).read_text() if (measured / name).is_file() else None
         (measured / name).write_text(content)

@@ -40,6 +40,9 @@ def collect(folder: Path, planned: Mapping[str, Any] | None = None) -> dict[str,
     kept = {command: records.read(folder, command) for command in ("lens", "eval", "bench", "energy")}
     for command, record in kept.items():
         shapes.check(folder, command, record)
+    whole = {files.RUN: run, files.LEDGER: [written.identity, written.check, written.budget]}
+    for name, value in {**whole, **{f"{command}.json": record for command, record in kept.items()}}.items():
+        shapes.check_depth(folder / name, value)
     unreadable = None if kept["eval"] or written.check else _unreadable(folder)
     plans = {"devices": None, "sensitivity": None, **(planned or {})}
     entries = written.entries

@@ -26,6 +26,8 @@ _PAIR = {
     "a": is_text, "b": is_text, "before": is_number, "after": is_number,
     "typical": lambda value: isinstance(value, bool),
 }  # fmt: skip
+_DEEPEST = 32
+"""Lists and objects in one another: those that commands leave have fewer than ten."""
 _MOST_WEIGHTS = 4096
 """Under the lens: four times what `eval` keeps."""
 
@@ -47,6 +49,16 @@ def check_run(path: Path, run: Mapping[str, Any]) -> None:
     command = run.get("command", [])
     if not isinstance(command, list) or not isinstance(run.get("machine", {}), dict):
         raise CheckpointError(f"{path} is damaged: command or machine is of another type", "remove it")
+
+
+def check_depth(path: Path, value: Any) -> None:
+    """Raises CheckpointError where lists and objects of a file stand in one another more often than any of ours do."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        children = [list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+        level = [child for inner in children for child in inner]
+    if level:
+        raise CheckpointError(f"{path} is damaged: it is nested too deeply", "remove it")
 
 
 def check_ledger(path: Path, check: Mapping[str, Any] | None) -> None:
