@@ -84,6 +84,15 @@ def test_a_device_of_unknown_power_has_a_floor(out: Path, capsys: pytest.Capture
     assert "at least" in printed and "--watts" in printed and "estimated" in printed
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "0", "-1", "x"])
+def test_watts_are_a_number(number: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """click lets "nan" through every range; nothing is kept then."""
+    for option in (f"--watts={number}", f"--seconds={number}"):
+        assert _output.run(cli, ["energy", str(out), option]) == 2
+        assert option.partition("=")[0] in capsys.readouterr().err
+    assert not (out / "energy.json").exists()
+
+
 def test_refusals(out: Path, llama_folder: LlamaFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert _output.run(cli, ["energy", str(out), "--fit", "2x3090"]) == 2
     assert "one device" in capsys.readouterr().err
