@@ -63,14 +63,16 @@ def command(
 
 
 def _meters(device: str) -> tuple[tuple[Counter, ...], str | None]:
-    """What can be read here, and why RAPL cannot."""
+    """What counts here, and why RAPL does not."""
     from spicerack.machine import energy
 
     cards = energy.nvml() if device.startswith("cuda") else ()
     reason = energy.rapl_obstacle()
     if device.startswith("cuda") and not cards:
         return (), "the cards' counters cannot be read: pip install nvidia-ml-py, for cards of Volta and later"
-    return ((*energy.rapl(), *cards) if reason is None else cards), reason
+    counters = (*energy.rapl(), *cards) if reason is None else cards
+    still = energy.standing_still(counters) if counters else None
+    return ((), still) if still is not None else (counters, reason)
 
 
 def _estimated(out: str, fit: str | None, watts: float | None) -> dict[str, Any]:
