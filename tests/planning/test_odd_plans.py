@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -144,6 +145,18 @@ def test_bits_of_a_model_whose_layers_have_no_numbers(tmp_path: Path) -> None:
     goal = Goal(catalogue.find("Laptop, LPDDR5-6400"), engines.get("spicerack"), Request(64))
     rows = {row.precision.name: row for row in plan(open_model(tmp_path), goal).rows}
     assert rows["as stored"].bits == 32 and 8 < rows["w8"].bits < 32 and rows["w8"].loss < 0.01
+
+
+@pytest.mark.parametrize("family", ["aria_text", "ernie4_5_moe"])
+def test_experts_are_counted_by_whatever_name_their_number_has(family: str, tmp_path: Path) -> None:
+    made = tiny.build(family)
+    made.save_pretrained(tmp_path)
+    own = open_model(tmp_path)
+    routed = sum(p.numel() for name, p in made.named_parameters() if "experts." in name and "shared" not in name)
+    tables = 0 if own.tied else made.get_input_embeddings().weight.numel()
+    total = sum(parameter.numel() for parameter in made.parameters())
+    assert (own.experts, own.chosen, own.parameters) == (4, 2, total)
+    assert own.read == total - tables - routed // 2
 
 
 @pytest.mark.parametrize("fit", ["0.0000000001GB", "0.001GB"])
