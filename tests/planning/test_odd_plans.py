@@ -171,6 +171,15 @@ def test_an_architecture_is_what_somebody_wrote() -> None:
     assert kind_of(device) == "memory"
 
 
+def test_ram_that_was_offered_is_named_where_cards_alone_lose_much(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two bits fit a small card whole, and experts in RAM lose nothing."""
+    words = ["plan", str(CONFIGS / "Qwen3-30B-A3B.json"), "--fit", "3060"]
+    assert _output.run(cli, [*words, "--ram", "64GB"]) == 0
+    said = capsys.readouterr().out
+    assert "Recommended: Q2_K" in said and "With RAM beside the cards Q8_0 loses less: --scheme Q8_0, 2" in said
+    assert _output.run(cli, words) == 0 and "With RAM" not in capsys.readouterr().out
+
+
 def test_an_empty_scheme_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", str(CONFIGS / "Llama-3.1-8B.json"), "--fit", "3090", "--scheme", "", "--json"]
     assert _output.run(cli, words) == 2

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from spicerack.planning.speed import Speed
 
 ABOUT = About(place=15, summary="Will it fit, in which numbers, and how fast.")
+_MUCH = 0.05
+"""KL above which what needs the processor's help is named, too: below four bits."""
 _FEW = 0.0003
 """KL that is shown as none: of w8 on the model that losses were measured on, whose own noise in bfloat16 is .0002."""
 
@@ -186,6 +188,22 @@ def _show_recommended(plan: Plan, row: Row, console: Console) -> None:
         console.print(f"  {_held(host)}", markup=False, soft_wrap=True)
     for line in _speed_lines(row):
         console.print(line, markup=False, soft_wrap=True)
+    if (advice := _with_ram(plan, row)) is not None:
+        console.print(advice, markup=False, soft_wrap=True)
+
+
+def _with_ram(plan: Plan, row: Row) -> str | None:
+    """What loses less and fits with the processor's help, where what is recommended, which needs none, loses much."""
+    helped = [
+        other for other in plan.rows
+        if other.placement.fits and other.placement.host is not None and other.placement.host.read
+        and other.loss < row.loss
+    ]  # fmt: skip
+    if row.loss <= _MUCH or not helped:
+        return None
+    least = min(helped, key=lambda other: (max(other.loss, _FEW), other.weights.total))
+    rate = f", {_output.rate(least.speed.decode)} tokens/s" if least.speed else ""
+    return f"With RAM beside the cards {least.precision.name} loses less: --scheme {least.precision.name}{rate}"
 
 
 def _held(share: Share) -> str:
