@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import random
 import shlex
@@ -136,6 +137,22 @@ def test_cards_get_whole_groups(scheme: str, cards: int, parts: int) -> None:
     goal = Goal(catalogue.find("H200 SXM") * cards, engines.get("vllm"), Request(4096))
     made = plan(model("Qwen3-30B-A3B"), goal, scheme=scheme)
     assert made.recommended is not None and made.recommended.placement.tensor == parts
+
+
+def test_a_slow_card_does_not_slow_fast_ones() -> None:
+    """Two of 1,792 GB/s read a half each faster than six parts of a layer whose slowest card has 272."""
+    devices = catalogue.find("2x5090") + catalogue.find("4x4060")
+    goal = Goal(devices, engines.get("vllm"), Request(256))
+    rows = plan(model("Llama-3.1-8B"), goal).rows
+    for row in rows:
+        assert {share.device.name for share in row.placement.shares} == {"RTX 5090"} and row.placement.tensor == 2
+    for less, more in itertools.pairwise(sorted(rows, key=lambda row: row.weights.read)):
+        assert less.speed is not None and more.speed is not None and less.speed.decode >= more.speed.decode
+    alike = Goal(catalogue.find("4x3090"), engines.get("vllm"), Request(256))
+    assert {row.placement.tensor for row in plan(model("Llama-3.1-8B"), alike).rows} == {
+        4,
+        2,
+    }  # 14,336 in groups of 128
 
 
 def test_bits_of_a_model_whose_layers_have_no_numbers(tmp_path: Path) -> None:

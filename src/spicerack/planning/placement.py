@@ -266,7 +266,8 @@ def _tensor(
     """A share of each layer on each of the largest devices that divide the heads, and what the engine computes with;
     groups of them one after the other.
 
-    The widest cut that fits; where none does, the one that lacks least. Keys and values of a head are repeated where
+    Of cuts that fit the one that is read fastest, of cards that are alike the widest; where none does, the one that
+    lacks least. Keys and values of a head are repeated where
     there are more devices than heads of them, a latent vector on each.
     """
     order = sorted(range(len(devices)), key=lambda i: -budgets[i])
@@ -278,10 +279,26 @@ def _tensor(
         for pipeline in range(1, len(devices) // tensor + 1):
             used = order[: tensor * pipeline]
             placement = _cut(model, load, terms, [devices[i] for i in used], min(budgets[i] for i in used), tensor)
-            if placement.fits:
-                return placement
             chosen.append(placement)
+            if placement.fits:
+                break
+    fitting = [placement for placement in chosen if placement.fits]
+    if fitting:
+        return min(fitting, key=_reading)
     return min(chosen, key=lambda placement: placement.missing)
+
+
+def _reading(placement: Placement) -> float:
+    """Seconds in which weights are read for a token, by bandwidth alone; 0 where one is not known.
+
+    The slowest of a group decides: a slow card beside fast ones may cost more time than it saves.
+    """
+    bandwidths = [share.device.bandwidth_gb_s for share in placement.shares]
+    if not all(bandwidths):
+        return 0.0
+    times = [share.read / (width or 1.0) for share, width in zip(placement.shares, bandwidths, strict=True)]
+    size = placement.tensor
+    return sum(max(times[i : i + size]) for i in range(0, len(times), size))
 
 
 def _divides(model: Model, tensor: int) -> bool:
