@@ -469,6 +469,30 @@ def test_what_a_budget_measured_is_shown_where_there_is_no_evaluation(measured: 
     text = page(collect(measured, {"devices": None, "sensitivity": sensed()}))
     assert "on 16,352 words held out: <b>0.0152</b>, between 0.0143 and 0.0161" in text
     assert "was not measured yet" not in text and "spicerack eval" in text
+    known = sensed()
+    known["rounds"] = known["rounds"][::-1]
+    words = re.sub("<.*?>", "", page(collect(measured, {"devices": None, "sensitivity": known})))
+    assert "hesitates between 100 next words, this model does between 102.1 (101.9 to 102.3)" in words
+
+
+def test_the_slider_begins_at_the_bits_of_the_codes(measured: Path) -> None:
+    """Not at what a weight takes with its scales: 4.63 bits of w4g32z are 4."""
+    row = {**seen([0.01, -0.02, 0.03]), "scheme": "w4g32z"}
+    records.keep(measured, "lens", row)
+    for scheme, begins in (("w4g32z", 4), ("q3_k", 3), ("w2g128h", 2), ("<b>", 6)):
+        records.keep(measured, "lens", {**row, "scheme": scheme})
+        text = page({**collect(measured), "bits_quantized": 6.1})
+        assert f'id="bits" min="2" max="8" step="1" value="{begins}"' in text
+
+
+def test_what_was_measured_says_on_which_machine(measured: Path) -> None:
+    facts = collect(measured)
+    processor = facts["bench"]["machine"]["processor"]
+    assert processor and f"machine: {processor}." in re.sub("<.*?>", "", page(facts))
+    facts["run"] = {"command": ["/home/somebody/.venv/bin/spicerack", "quantize", "MODEL"]}
+    text = page(facts)
+    made = text[text.index("Made by:") : text.index("</code>", text.index("Made by:"))]
+    assert made.endswith("spicerack quantize MODEL") and "somebody" not in made
 
 
 def test_a_model_of_pictures_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from spicerack.models.sizes import FLOATS
 from spicerack.planning.model import Model, Weight
 
 BLOCKS: Mapping[str, tuple[int, int]] = {
@@ -89,7 +90,11 @@ _EIGHT = 8
 def weigh(model: Model, mixture: str) -> list[int]:
     """Bytes of each weight of the model, all that are alike together, in the order of `model.weights`."""
     recipe = MIXTURES[mixture]
-    return [_nbytes(weight, type_of(model, weight, recipe)) * weight.count for weight in model.weights]
+    return [
+        # integers are buffers, which are left out of the file: BERT's numbers of places
+        0 if weight.entry.info.dtype not in FLOATS else _nbytes(weight, type_of(model, weight, recipe)) * weight.count
+        for weight in model.weights
+    ]
 
 
 def type_of(model: Model, weight: Weight, recipe: Mixture) -> str:
@@ -102,9 +107,14 @@ def type_of(model: Model, weight: Weight, recipe: Mixture) -> str:
         return "F16"
     if entry.role in ("router", "conv") or entry.info.name.rsplit(".", 1)[-1] in ("A_log", "sinks"):
         return "F32"
-    if entry.role == "embedding" and entry.module.rpartition(".")[2] in _PLAIN_TABLES:
+    if entry.role == "embedding" and is_place(entry.module):
         return "F32"
     return _tiled(_wanted(model, weight, recipe), shape[-1])
+
+
+def is_place(module: str) -> bool:
+    """Whether a table is of places or segments and not of tokens: llama.cpp has these in float32, whatever the rest."""
+    return module.rpartition(".")[2] in _PLAIN_TABLES
 
 
 def _wanted(model: Model, weight: Weight, recipe: Mixture) -> str:

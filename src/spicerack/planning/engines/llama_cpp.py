@@ -68,6 +68,8 @@ def _places(placement: Placement) -> list[str]:
         words += ["-ngl", str(sum(counts) + 1 if in_ram else 99)]
         if len(cards) > 1:
             words += ["-sm", "layer", "-ts", ",".join(map(str, (*counts[:-1], counts[-1] + 1)))]
+    elif placement.host is not None and placement.host.layers:
+        words += ["-ngl", "0"]
     if placement.experts_in_ram:
         everything = placement.experts_in_ram == placement.experts_layers
         words += ["--cpu-moe"] if everything else ["--n-cpu-moe", str(placement.experts_in_ram)]
@@ -105,4 +107,5 @@ ENGINE = Engine(
     offload=True,
     speed_of="llama.cpp",
     dry_run=_dry_run,
+    most_users=256,  # LLAMA_MAX_SEQ: more slots are refused when it starts
 )

@@ -6,6 +6,8 @@ computed in steps of as many.
 
 from __future__ import annotations
 
+import shlex
+
 from spicerack.machine.catalogue import Device
 from spicerack.planning import precisions
 from spicerack.planning.engine import Engine, Request
@@ -27,8 +29,10 @@ def _budget(device: Device, _request: Request) -> int:
     return device.usable
 
 
-def _flags(_model: Model, precision: Precision, _request: Request, _placement: Placement) -> list[str]:
-    """Converting, and generating."""
+def _flags(model: Model, precision: Precision, _request: Request, _placement: Placement) -> list[str]:
+    """Converting, and generating; of a folder that is its own already generating alone."""
+    if precision.stored:
+        return [f"mlx_lm.generate --model {shlex.quote(model.name)} --prompt PROMPT"]
     convert = f"mlx_lm.convert --hf-path MODEL -q --q-bits {precision.bits:g} --q-group-size 64 --mlx-path OUT"
     generate = "mlx_lm.generate --model OUT --prompt PROMPT"
     return [generate] if precision.bits == 16 else [convert, generate]
