@@ -22,6 +22,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granite": {
         "attention_multiplier": 0.125, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0,
     },
+    "gpt_oss": {
+        "intermediate_size": 64, "sliding_window": 8,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+        },
+    },
     "mistral": {"sliding_window": None},
     "qwen3_moe": {"norm_topk_prob": True, "head_dim": 16},
 }  # fmt: skip
@@ -30,7 +36,7 @@ CLASSES = {"bert": "BertModel", "nomic_bert": "NomicBertModel"}
 """Encoders without heads, as sentence encoders are."""
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "bert", "nomic_bert", "mixtral", "qwen2_moe",
-    "qwen3_moe", "gpt2", "falcon", "starcoder2", "stablelm", "olmo2", "granite", "smollm3",
+    "qwen3_moe", "gpt2", "falcon", "starcoder2", "stablelm", "olmo2", "granite", "smollm3", "gpt_oss",
 )  # fmt: skip
 ENCODERS = ("bert", "nomic_bert")
 _TEXT = ["the cat sat on the mat and the dog ran to the red barn where the hens are"] * 4

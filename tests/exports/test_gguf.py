@@ -28,10 +28,11 @@ IDS = [5, 60, 77, 8, 99, 110, 211, 122, 33, 44, 155, 66, 77, 188, 29, 210, 3, 41
 
 def named(checkpoint: GgufCheckpoint, name: str) -> str:
     """What a tensor of a folder is called in the checkpoint of a file."""
-    place = Names(checkpoint.family).place(name)
-    assert place is not None, name
+    place, *_ = Names(checkpoint.family).places(name)
     return next(
-        own for own, other in checkpoint.places.items() if (other.tensor, other.member) == (place.tensor, place.member)
+        own
+        for own, (other, *_) in checkpoint.places.items()
+        if (other.tensor, other.member) == (place.tensor, place.member)
     )
 
 

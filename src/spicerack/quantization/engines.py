@@ -204,5 +204,5 @@ def _no_place(way: Reads, checkpoint: Checkpoint, module: str) -> str | None:
     if way.families != PACKAGE:
         return None
     family = of_type(checkpoint.config.get("model_type"))
-    place = Names(family).place(f"{module}.weight")
-    return None if place is not None else f"there is no such layer in its {family.architecture}"
+    places = Names(family).places(f"{module}.weight")
+    return None if places else f"there is no such layer in its {family.architecture}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -57,7 +57,7 @@ class Planned:
         if self.spec.type.name != "NVFP4":
             return [self.spec]
         name = self.spec.name.removesuffix(".weight") + ".scale"
-        return [self.spec, TensorSpec(name, TYPES["F32"], (len(self.parts),))]
+        return [self.spec, TensorSpec(name, TYPES["F32"], self.spec.shape[:-2] or (1,))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +94,17 @@ def packed_obstacles(names: Names, contents: Contents) -> list[str]:
     """Why packed tensors cannot go into a file as they are, a sentence each beginning with the module."""
     reasons = []
     for module, stored in contents.items():
-        place = names.place(f"{module}.weight")
-        if place is None:
+        places = names.places(f"{module}.weight")
+        if not places:
             reasons.append(f"{module}: llama.cpp has no such layer in {names.family.architecture}")
-        elif place.module == "token_embd" and types_of(stored)[:1] == (TYPES["NVFP4"],):
+            continue
+        place, *_ = places
+        if place.module == "token_embd" and types_of(stored)[:1] == (TYPES["NVFP4"],):
             reasons.append(f"{module}: llama.cpp has no place for the scale of an embedding in NVFP4")
         elif place.module in IN_F32:
             reasons.append(f"{module}: llama.cpp reads it in F32 alone")
-        elif len(stored.shape) != 2:
-            reasons.append(f"{module}: experts in one tensor are not written to GGUF; one by one they are")
+        elif len(stored.shape) != (3 if place.member is None and place.module.endswith("_exps") else 2):
+            reasons.append(f"{module}: of {len(stored.shape)} axes, and llama.cpp has no such tensor there")
         elif stored.scheme.activations == "static":
             reasons.append(f"{module}: {stored.scheme} has a scale of activations, for which GGUF has no place")
         elif not types_of(stored):
@@ -117,12 +119,13 @@ def plan(model: Model, source: Source) -> list[Planned]:
         name = f"{tensor.module}.weight" if isinstance(tensor, StoredTensor) else tensor.name
         if model.names.left_out(name):
             continue
-        place = model.names.place(name)
-        if place is None:
+        places = model.names.places(name)
+        if not places:
             raise CheckpointError(
                 f"{name}: llama.cpp has no such tensor in {model.family.architecture}", "leave it out"
             )
-        groups.setdefault(place.tensor, []).append((tensor, place))
+        for place in places:
+            groups.setdefault(place.tensor, []).append((tensor, place))
     planned = [_planned(name, group) for name, group in groups.items()]
     return planned + _second_head(model.family, planned)
 
@@ -178,45 +181,84 @@ def _label(tensor: StoredTensor | TensorInfo) -> str:
 
 
 def _shape(tensor: StoredTensor | TensorInfo, place: Place) -> tuple[int, ...]:
-    """Of one part, output rows first."""
-    turned = place.turned and isinstance(tensor, TensorInfo)
-    return tensor.shape[::-1] if turned else tensor.shape
+    """Of one part, output rows first; of rows that several tensors of the file share, its own."""
+    shape = [*tensor.shape]
+    if place.turned and isinstance(tensor, TensorInfo):
+        shape[-2:] = shape[-1], shape[-2]
+    if place.share is not None:
+        shape[place.axis] = len(range(shape[place.axis])[place.share.of(shape[place.axis])])
+    return tuple(shape)
 
 
-def raw(model: Model, source: Source, planned: Planned) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+def raw(
+    model: Model, source: Source, planned: Planned, shared: Shared
+) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
     """One tensor, and its scales where there are any: specs, and bytes, uint8 of their `raw_shape`.
 
-    Raises WeightError and SchemeError for numbers that the type does not hold.
+    shared: what is left of the tensor before. Raises WeightError and SchemeError for numbers that the type does not
+    hold.
     """
-    parts = [_raw_part(model, source, planned.spec.type, tensor, place) for tensor, place in planned.parts]
+    parts = [_raw_part(model, source, planned.spec.type, part, shared) for part in planned.parts]
     for number, spec in enumerate(planned.specs):
         # one that is not stacked may lie in the folder as it is written: it is not copied
         values = parts[0][number] if len(parts) == 1 else torch.cat([part[number].reshape(-1) for part in parts])
         yield spec, values.reshape(spec.raw_shape)
-    for tensor, _ in planned.parts:
-        source.release(tensor)
+    for tensor, place in planned.parts:
+        if place.share is None or place.share.number == place.share.count - 1:
+            source.release(tensor)
+
+
+class Shared:
+    """The bytes of the last tensor of a folder whose rows go to several tensors of the file: they follow each other,
+    and it is encoded once."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, str] | None = None
+        self._values: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def encoded(
+        self, key: tuple[str, str], encode: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `encode` gives for a tensor and a type; the same again for the same."""
+        if self._values is None or key != self._key:
+            self._key, self._values = key, None  # what is not needed any more goes before the next is there
+            self._values = encode()
+        return self._values
 
 
 def _raw_part(
-    model: Model, source: Source, type_: GgmlType, tensor: StoredTensor | TensorInfo, place: Place
+    model: Model, source: Source, type_: GgmlType, part: tuple[StoredTensor | TensorInfo, Place], shared: Shared
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The bytes of one tensor of the folder, rows in the file's order; and its scale's, which only NVFP4 has."""
-    scale = torch.ones(1, dtype=torch.float32, device="cpu")
-    if isinstance(tensor, StoredTensor):
-        q, own = blocks.without_tensor_scale(source.either(tensor.module))
-        scale = scale if own is None else own
-        values = blocks.encode(type_, q, tensor.module)
+    tensor, place = part
+    if place.share is None:
+        values, scale = _encoded(model, source, type_, tensor, place)
     else:
-        values = source.float(tensor.name)
-        if place.turned:
-            values = values.t()
-        if adds_one(model.family, place):
-            values = values.float() + 1
-        # of a bias an element is a row, of which the file may have another order
-        values = blocks.encode_floats(type_, values.reshape(len(values), -1), tensor.name)
+        key = _label(tensor), type_.name
+        values, scale = shared.encoded(key, lambda: _encoded(model, source, type_, tensor, place))
+        values = values[..., place.share.of(values.shape[-2]), :]
     if place.rows is not None:
         values = values.index_select(0, row_order(place, len(values), model.config))
     return values, scale.view(torch.uint8)
+
+
+def _encoded(
+    model: Model, source: Source, type_: GgmlType, tensor: StoredTensor | TensorInfo, place: Place
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes of all of a tensor, [.., rows, bytes of one], in its own order; and its scale."""
+    if isinstance(tensor, StoredTensor):
+        q, own = blocks.without_tensor_scale(source.either(tensor.module))
+        ones = torch.ones(tensor.shape[:-2] or (1,), dtype=torch.float32, device="cpu")
+        return blocks.encode(type_, q, tensor.module), ones if own is None else own
+    values = source.float(tensor.name)
+    if place.turned:
+        values = values.transpose(-1, -2)
+    if adds_one(model.family, place):
+        values = values.float() + 1
+    # of a bias an element is a row
+    matrices = values if place.axis == -2 and values.ndim > 1 else values[..., None]
+    none = torch.ones(1, dtype=torch.float32, device="cpu")
+    return blocks.encode_floats(type_, matrices, tensor.name), none
 
 
 def metadata(model: Model, planned: list[Planned], tokens: Mapping[str, Entry], facts: Facts) -> dict[str, Entry]:

@@ -86,8 +86,9 @@ class Gguf:
         ) as writer:
             for name, factors in file.numbers.items():
                 writer.write(name, torch.from_numpy(factors.astype(np.float32)).view(torch.uint8))
+            shared = plans.Shared()
             for one in file.planned:
-                for spec, values in plans.raw(model, source, one):
+                for spec, values in plans.raw(model, source, one, shared):
                     writer.write(spec.name, values)
 
 

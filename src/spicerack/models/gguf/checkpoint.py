@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +44,13 @@ class GgufCheckpoint(Checkpoint):
 
     file    as it is
     family  whose names these are
-    places  tensor -> what it is in the file; those that have none are zeros, which transformers' class wants and nobody
-            uses
+    places  tensor -> what it is in the file, mostly one tensor; those that have none are zeros, which transformers'
+            class wants and nobody uses
     """
 
     file: GgufFile
     family: Family
-    places: Mapping[str, Place]
+    places: Mapping[str, tuple[Place, ...]]
 
     @classmethod
     def open(cls, model: str | Path) -> GgufCheckpoint:
@@ -70,12 +70,12 @@ class GgufCheckpoint(Checkpoint):
         places, tensors = _tensors(file, family, config)
         types = {
             name.removesuffix(".weight"): file.tensors[place.tensor].type.name
-            for name, place in places.items()
+            for name, (place, *_) in places.items()
             if file.tensors[place.tensor].type.name not in FLOATS
         }
         if types:
             config["quantization_config"] = {"quant_method": METHOD, "types": types}
-            if turned := [name.removesuffix(".weight") for name, place in places.items() if place.turned]:
+            if turned := [name.removesuffix(".weight") for name, (place, *_) in places.items() if place.turned]:
                 config["quantization_config"]["transposed"] = [module for module in turned if module in types]
         missing = _pooler(family, config, tensors)
         notes = tuple(f"{name} is not in the file: zeros, which no embedding of a text depends on" for name in missing)
@@ -93,12 +93,13 @@ class GgufCheckpoint(Checkpoint):
 
     def packed(self, name: str) -> tuple[str, tuple[int, ...]] | None:
         """See `Checkpoint.packed`."""
-        place, info = self.places.get(name), self.tensors[name]
-        if place is None or info.dtype != "U8":
+        info = self.tensors[name]
+        if name not in self.places or info.dtype != "U8":
             return None
+        place, *_ = self.places[name]
         type_ = self.file.tensors[place.tensor].type
         shape = (*info.shape[:-1], info.shape[-1] // type_.nbytes * type_.block)
-        return type_.name, shape[::-1] if place.turned else shape
+        return type_.name, _turned(shape) if place.turned else shape
 
     def held(self) -> GgufCheckpoint:
         """See `Checkpoint.held`."""
@@ -106,24 +107,32 @@ class GgufCheckpoint(Checkpoint):
 
     def release(self, name: str) -> None:
         """See `Checkpoint.release`. Of what is stacked or fused with others the pages stay: those may be in use."""
-        place = self.places.get(name)
-        if place is not None and place.member is None and place.part is None:
-            self.file.release(place.tensor)
+        for place in self.places.get(name, ()):
+            if place.member is None and place.part is None:
+                self.file.release(place.tensor)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU: floats in their type, quantized ones as bytes [.., N, row_bytes]."""
         import torch
 
         from spicerack.numerics.dtypes import BY_SAFETENSORS
+
+        info = self.tensors[name]
+        if name not in self.places:
+            return torch.zeros(info.shape, dtype=BY_SAFETENSORS[info.dtype], device="cpu")
+        places = self.places[name]
+        return self._joined(places, [self._own(place, self.file.read(place.tensor)) for place in places]).reshape(
+            info.shape
+        )
+
+    def _own(self, place: Place, raw: torch.Tensor) -> torch.Tensor:
+        """What lies at a place, [.., rows, columns] or [.., rows] as files have it; raw: bytes of the file's tensor."""
+        import torch
+
         from spicerack.storage.gguf.blocks import decode_floats
 
-        info, place = self.tensors[name], self.places.get(name)
-        if place is None:
-            return torch.zeros(info.shape, dtype=BY_SAFETENSORS[info.dtype], device="cpu")
         stored = self.file.tensors[place.tensor]
-        values = self.file.read(place.tensor)
-        if stored.type.name in FLOATS:
-            values = decode_floats(stored.type, values)
+        values = decode_floats(stored.type, raw) if stored.type.name in FLOATS else raw
         if place.member is not None:
             values = values[place.member]
         if place.part is not None:
@@ -132,24 +141,35 @@ class GgufCheckpoint(Checkpoint):
         if place.rows is not None:
             order = torch.argsort(row_order(place, len(values), self.config))
             values = values.index_select(0, order)
-        if adds_one(self.family, place):
-            values = values - 1
-        if place.turned and stored.type.name in FLOATS:
-            values = values.t().contiguous()
-        return values.reshape(info.shape)
+        return values - 1 if adds_one(self.family, place) else values
+
+    def _joined(self, places: Sequence[Place], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor of a checkpoint that these parts of it are, in the order of its axes."""
+        import torch
+
+        (place, *_), (whole, *_) = places, parts
+        if place.share is not None:
+            axis = whole.ndim + place.axis
+            if place.share.alternating:
+                whole = torch.stack(list(parts), axis + 1).flatten(axis, axis + 1)
+            else:
+                whole = torch.cat(list(parts), axis)
+        packed = self.file.tensors[place.tensor].type.name not in FLOATS
+        return whole.transpose(-1, -2).contiguous() if place.turned and not packed else whole
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See `Checkpoint.read_rows`; of tensors whose rows lie in another order all are read."""
-        place = self.places.get(name)
-        if place is None or place != Place(place.tensor) or adds_one(self.family, place):
+        info, places = self.tensors[name], self.places.get(name, ())
+        if not places or not all(self._in_order(place, len(info.shape)) for place in places):
             return self.read(name)[start:stop]
-        stored = self.file.tensors[place.tensor]
-        raw = self.file.read_rows(place.tensor, start, stop)
-        if stored.type.name not in FLOATS:
-            return raw
-        from spicerack.storage.gguf.blocks import decode_floats
+        parts = [self._own(place, self.file.read_rows(place.tensor, start, stop)) for place in places]
+        return self._joined(places, parts).reshape(-1, *info.shape[1:])
 
-        return decode_floats(stored.type, raw).reshape(-1, *self.tensors[name].shape[1:])
+    def _in_order(self, place: Place, axes: int) -> bool:
+        """Whether rows of a tensor's first axis, experts of a stack, are rows of the file's."""
+        if axes < 3 and (place.turned or place.share is not None):
+            return False
+        return place.member is None and place.part is None and place.rows is None and not adds_one(self.family, place)
 
     def same(self, a: str, b: str) -> bool:
         """See `Checkpoint.same`."""
@@ -233,23 +253,65 @@ def _numbers(file: GgufFile, name: str) -> np.ndarray[Any, np.dtype[np.float32]]
 
 def _tensors(
     file: GgufFile, family: Family, config: Mapping[str, Any]
-) -> tuple[dict[str, Place], dict[str, TensorInfo]]:
+) -> tuple[dict[str, tuple[Place, ...]], dict[str, TensorInfo]]:
     """Names of a checkpoint, in the order of the file -> what each is there, and what a header would say of it."""
-    names, places, infos = Names(family), dict[str, Place](), dict[str, TensorInfo]()
+    names, places, infos = Names(family), dict[str, list[Place]](), dict[str, list[TensorInfo]]()
     for name, stored in file.tensors.items():
         if name in rope.TENSORS:
             continue
         if stored.type.name not in FLOATS and stored.type.scheme is None:
             raise CheckpointError(f"{file.path}: {name} is {stored.type}, which is not read", _NEWER)
         for own, place in names.modules(name, stored.shape[0]):
-            if own in infos:
-                raise CheckpointError(f"{file.path}: {own} is in both {places[own].tensor} and {name}", _NEWER)
-            places[own], infos[own] = place, _info(own, place, stored, file, config)
-    return places, infos
+            # what is packed is the weight of a module to `storage.formats.gguf`, also where a checkpoint has none
+            named = own if stored.type.name in FLOATS or own.endswith(".weight") else f"{own}.weight"
+            others = places.setdefault(named, [])
+            if place.share is None and others:
+                raise CheckpointError(f"{file.path}: {own} is in both {others[0].tensor} and {name}", _NEWER)
+            others.append(place)
+            infos.setdefault(named, []).append(_info(named, place, stored, file, config))
+    for name, shared in places.items():
+        if shared[0].share is not None:
+            shared.sort(key=lambda place: place.share.number if place.share is not None else 0)
+            _check_shares(name, shared, infos[name], file)
+    return (
+        {name: tuple(own) for name, own in places.items()},
+        {name: _whole(places[name][0], own) for name, own in infos.items()},
+    )
+
+
+def _check_shares(name: str, places: Sequence[Place], infos: Sequence[TensorInfo], file: GgufFile) -> None:
+    """Raise CheckpointError unless these tensors of a file are all shares of one, of one type and shape."""
+    count = places[0].share.count if places[0].share is not None else 1
+    types = {file.tensors[place.tensor].type.name for place in places}
+    if len(places) != count:
+        there = " and ".join(place.tensor for place in places)
+        raise CheckpointError(
+            f"{file.path}: {name} is {count} tensors of a file, and {there} alone is there in {types.pop()}",
+            "the file is incomplete, or has them in two types, of which a checkpoint's tensor has one",
+        )
+    if len(types) > 1 or len({info.shape for info in infos}) > 1:
+        both = " and ".join(f"{p.tensor} {[*file.tensors[p.tensor].shape]}" for p in places)
+        raise CheckpointError(f"{file.path}: {both} in {' and '.join(sorted(types))} are not one tensor", _NEWER)
+
+
+def _whole(place: Place, infos: Sequence[TensorInfo]) -> TensorInfo:
+    """What a header would say of a checkpoint's tensor, by what it says of the parts that a file has."""
+    first = infos[0]
+    shape = [*first.shape]
+    if place.share is not None:
+        shape[place.axis] = sum(info.shape[place.axis] for info in infos)
+    own = _turned(tuple(shape)) if place.turned and first.dtype != "U8" else tuple(shape)
+    return dataclasses.replace(first, shape=own, nbytes=sum(info.nbytes for info in infos))
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """With its last two axes the other way round."""
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _info(name: str, place: Place, stored: GgufTensor, file: GgufFile, config: Mapping[str, Any]) -> TensorInfo:
-    """What a header would say of a tensor. Raises CheckpointError for shapes that the place cannot have."""
+    """What a header would say of what lies at a place, rows first. Raises CheckpointError for shapes that it cannot
+    have."""
     packed = stored.type.name not in FLOATS
     shape = stored.raw_shape if packed else stored.shape
     begin, nbytes = stored.begin, stored.nbytes
@@ -272,8 +334,8 @@ def _info(name: str, place: Place, stored: GgufTensor, file: GgufFile, config: M
             f"{file.path}: {place.tensor} is {stored.type} {list(stored.shape)}, which its heads do not fit: {error}",
             _NEWER,
         ) from error
-    if place.turned and not packed:
-        shape = shape[::-1]
+    if place.turned and len(shape) < 2:
+        raise CheckpointError(f"{file.path}: {place.tensor} {list(shape)} is no matrix", _NEWER)
     if place.module == "ffn_gate_inp_shexp" and len(shape) == 1:
         shape = (1, *shape)  # a matrix of one row, which files have as a row
     dtype = "U8" if packed else stored.type.name

@@ -57,11 +57,15 @@ class Family:
     prefix        of the model inside a class with a head; checkpoints have it or not
     modules       module of a checkpoint -> of a file. `{i}` stands for the block, `{e}` for one of those that a file
                   has stacked in one tensor. Of several modules that are the same in a file the first is what is read
+    tensors       tensor of a checkpoint, its whole name -> those of a file, of what is no module's: experts in one
+                  tensor, and parameters. Where a file has several, the rows of the checkpoint's lie in them
+    alternating   these rows are dealt to them one by one; else each has as many that lie behind each other
     keys          entries of config.json, each for itself
     rows          module of a file, its last part -> the order that its rows have there
     plus_one      norms are stored with 1 added, as llama.cpp multiplies by them
-    transposed    modules of a file, the last part, whose weight a checkpoint stores [K, N]
+    transposed    modules of a file, the last part, whose weight a checkpoint stores [.., K, N]
     rope          whether there are rotary embeddings
+    truncated     yarn's ramp begins and ends at whole dimensions, unless a config says otherwise: in llama.cpp always
     scalings      how their frequencies may be scaled, as `rope_type` says it, in llama.cpp's code of the architecture
     partial       whether they may turn a part of each head only
     window        of layers that look back a bounded number of tokens
@@ -83,10 +87,13 @@ class Family:
     prefix: str
     modules: Mapping[str, str]
     keys: tuple[Key, ...]
+    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    alternating: bool = False
     rows: Mapping[str, Rows] = field(default_factory=dict)
     plus_one: bool = False
     transposed: frozenset[str] = frozenset()
     rope: bool = True
+    truncated: bool = True
     scalings: tuple[str, ...] = ("linear", "yarn")
     partial: bool = False
     window: Window | None = None
