@@ -8,14 +8,15 @@ whole groups do not tile a layer and the recipe may fit it, it gets what the eng
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spicerack.errors import CheckpointError, SchemeError, ShapeError, UsageError, listed
 from spicerack.models.gguf import config as gguf_configs
+from spicerack.models.gguf import layers
 from spicerack.models.gguf.family import PACKAGE, of_type
 from spicerack.models.gguf.names import Names
 from spicerack.models.overview import pattern_of
-from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.scheme import Scheme, parse
 from spicerack.quantization import fitting
 from spicerack.quantization.fitting import Misfit
 from spicerack.quantization.recipe import Decision
@@ -26,6 +27,8 @@ from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
 from spicerack.text.gguf.folder import words_of
 
+_WITHOUT_SCALE = parse("mxfp4")
+"""What is nearest to NVFP4 where an engine does not multiply by the scale of a tensor."""
 _LISTED = 8
 """Kinds of layers that a message names before it counts the rest."""
 
@@ -141,8 +144,13 @@ def _judged(
     engine: Engine, way: Reads, checkpoint: Checkpoint, stored: StoredTensor
 ) -> tuple[str | None, Scheme | None]:
     """Why a layer is not computed exactly in its scheme, None if it is; and what is nearest, None for float."""
-    if (reason := _no_place(way, checkpoint, stored.module)) is not None:
-        return reason, None
+    if way.families == PACKAGE:
+        names = Names(of_type(checkpoint.config.get("model_type")))
+        if (reason := layers.place_obstacle(names, stored)) is not None:
+            return reason, None
+        if (reason := layers.scale_obstacle(names, stored)) is not None:
+            other = replace(stored, scheme=_WITHOUT_SCALE)
+            return reason, _WITHOUT_SCALE if exactness.fits(other) else None
     reason = exactness.obstacle(engine, way, stored)
     return reason, None if reason is None else exactness.nearest(engine, way, stored)
 
@@ -197,12 +205,3 @@ def _refuse_model(engine: Engine, way: Reads, checkpoint: Checkpoint) -> None:
     if reasons := gguf_configs.obstacles(family, config):
         raise CheckpointError(f"{engine.name}: {'; '.join(reasons)}", "spicerack formats MODEL says who reads it")
     words_of(checkpoint, family, config)
-
-
-def _no_place(way: Reads, checkpoint: Checkpoint, module: str) -> str | None:
-    """Why a layer has no place in files of a kind, whatever its numbers are; None if it has one."""
-    if way.families != PACKAGE:
-        return None
-    family = of_type(checkpoint.config.get("model_type"))
-    places = Names(family).places(f"{module}.weight")
-    return None if places else f"there is no such layer in its {family.architecture}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,11 @@ from spicerack.errors import CheckpointError
 from spicerack.exports.restoring import SCHEMES
 from spicerack.exports.source import Source
 from spicerack.models.gguf import config as configs
-from spicerack.models.gguf import rope
+from spicerack.models.gguf import layers, rope
 from spicerack.models.gguf.checkpoint import adds_one, row_order
 from spicerack.models.gguf.family import Family, of_type
+from spicerack.models.gguf.layers import IN_F32, types_of
 from spicerack.models.gguf.names import Names, Place
-from spicerack.numerics.scheme import Scheme
 from spicerack.storage.format import Contents, StoredTensor
 from spicerack.storage.gguf import blocks
 from spicerack.storage.gguf.ggml import TYPES, GgmlType, TensorSpec
@@ -27,11 +26,6 @@ from spicerack.storage.gguf.metadata import Entry, Value
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import TensorInfo
 
-IN_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
-"""Modules, the last part of their names, that llama.cpp computes in F32 and reads in nothing else, beside norms, biases
-and whatever has one axis."""
-_NEWEST = ("Q1_0", "Q2_0")
-"""Types of 2026, which gguf-py 0.19, Ollama and older builds of llama.cpp do not read."""
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12,
     "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40,
@@ -75,41 +69,10 @@ class Model:
         return cls(family, configs.whole(config), Names(family))
 
 
-def types_of(stored: StoredTensor) -> tuple[GgmlType, ...]:
-    """The types that hold a packed tensor, the smallest first, by its scheme and shape.
-
-    Types that only the newest readers know come last, but for tensors whose very scheme they are.
-    """
-    return _types_of(stored.scheme, stored.shape)
-
-
-@lru_cache(maxsize=256)
-def _types_of(scheme: Scheme, shape: tuple[int, ...]) -> tuple[GgmlType, ...]:
-    """The same; layers are many, and kinds of them few."""
-    types = blocks.types_for(scheme, shape)
-    return tuple(sorted(types, key=lambda type_: type_.name in _NEWEST and type_.scheme != scheme.name))
-
-
 def packed_obstacles(names: Names, contents: Contents) -> list[str]:
     """Why packed tensors cannot go into a file as they are, a sentence each beginning with the module."""
-    reasons = []
-    for module, stored in contents.items():
-        places = names.places(f"{module}.weight")
-        if not places:
-            reasons.append(f"{module}: llama.cpp has no such layer in {names.family.architecture}")
-            continue
-        place, *_ = places
-        if place.module == "token_embd" and types_of(stored)[:1] == (TYPES["NVFP4"],):
-            reasons.append(f"{module}: llama.cpp has no place for the scale of an embedding in NVFP4")
-        elif place.module in IN_F32:
-            reasons.append(f"{module}: llama.cpp reads it in F32 alone")
-        elif len(stored.shape) != (3 if place.member is None and place.module.endswith("_exps") else 2):
-            reasons.append(f"{module}: of {len(stored.shape)} axes, and llama.cpp has no such tensor there")
-        elif stored.scheme.activations == "static":
-            reasons.append(f"{module}: {stored.scheme} has a scale of activations, for which GGUF has no place")
-        elif not types_of(stored):
-            reasons.append(f"{module}: {blocks.no_type(stored.scheme, stored.shape)}")
-    return reasons
+    reasons = ((module, layers.obstacle(names, stored)) for module, stored in contents.items())
+    return [f"{module}: {reason}" for module, reason in reasons if reason is not None]
 
 
 def plan(model: Model, source: Source) -> list[Planned]:

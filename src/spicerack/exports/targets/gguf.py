@@ -21,6 +21,7 @@ from spicerack.exports.target import Order
 from spicerack.exports.targets import _gguf_plan as plans
 from spicerack.exports.targets._gguf_plan import Facts, Model
 from spicerack.models.gguf import config as configs
+from spicerack.models.gguf import layers
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
 from spicerack.storage.format import Contents
 from spicerack.storage.gguf import blocks
@@ -121,7 +122,7 @@ def _inexact(source: Source) -> list[str]:
     for module, stored in source.contents.items():
         if stored.source_dtype is torch.bfloat16 or stored.scheme.scale == "float32":
             inner, _ = blocks.without_tensor_scale(source.either(module))
-            reason = blocks.obstacle(plans.types_of(stored)[0], inner)
+            reason = blocks.obstacle(layers.types_of(stored)[0], inner)
             if reason is not None:
                 reasons.append(f"{module}: {reason}")
             source.release(stored)

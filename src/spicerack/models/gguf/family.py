@@ -73,6 +73,7 @@ class Family:
     settings      entries of the config that is read, beside `keys`: what llama.cpp takes for granted
     marks         keys that only this family's files have, of those that share an architecture
     left_out      patterns of names of tensors that a file does not hold, and that no weight of the model needs
+    scaled        llama.cpp multiplies all layers by the scale that NVFP4 has beside a tensor
     own_head      llama.cpp wants a head of its own, also where it is the embedding
     encoder       it makes embeddings of texts: not causal, and pooled
     pooler        module of a file that a reader may not have, and that transformers' class has
@@ -101,6 +102,7 @@ class Family:
     settings: Mapping[str, Any] = field(default_factory=dict)
     marks: tuple[str, ...] = ()
     left_out: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    scaled: bool = False
     own_head: bool = False
     encoder: bool = False
     pooler: str | None = None
