@@ -157,7 +157,7 @@ def test_families_are_found_or_listed() -> None:
         of_architecture("mamba", ())
     with pytest.raises(CheckpointError, match="'t5'"):
         of_type("t5")
-    assert len(plugins.names(PACKAGE)) == 20
+    assert len(plugins.names(PACKAGE)) == 23
 
 
 def test_names_with_and_without_the_prefix_of_a_class() -> None:

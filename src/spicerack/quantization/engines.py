@@ -182,9 +182,10 @@ def _refuse(engine: Engine, misfits: Sequence[Misfit], asked: Asked) -> None:
     """Raise SchemeError for layers that are not computed exactly, all at once, with rules to paste."""
     if not misfits:
         return
-    modules = [asked.stored(name, one.scheme).module for name, one in asked.decisions.items() if one.scheme]
+    tensors = {asked.stored(name, one.scheme).module: name for name, one in asked.decisions.items() if one.scheme}
+    modules = list(tensors)
     sets = " ".join(f"--set '{rule}'" for rule in fitting.rules(misfits, modules))
-    narrow = all(not exactness.fits(asked.stored(f"{m.module}.weight", m.asked)) for m in misfits)
+    narrow = all(not exactness.fits(asked.stored(tensors[m.module], m.asked)) for m in misfits)
     fit = "add --fit-groups (fit_groups=True) or, which is the same, " if narrow else ""
     usual = f"; usual there: {', '.join(engine.usual)}" if not narrow else ""
     error = ShapeError if narrow else SchemeError

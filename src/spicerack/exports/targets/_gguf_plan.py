@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from spicerack.errors import CheckpointError
+from spicerack.errors import CheckpointError, listed
 from spicerack.exports.restoring import SCHEMES
 from spicerack.exports.source import Source
 from spicerack.models.gguf import config as configs
 from spicerack.models.gguf import layers, rope
-from spicerack.models.gguf.checkpoint import adds_one, row_order
+from spicerack.models.gguf.checkpoint import adds_one
 from spicerack.models.gguf.family import Family, of_type
+from spicerack.models.gguf.headers import row_order
 from spicerack.models.gguf.layers import IN_F32, types_of
 from spicerack.models.gguf.names import Names, Place
 from spicerack.storage.format import Contents, StoredTensor
@@ -26,6 +27,8 @@ from spicerack.storage.gguf.metadata import Entry, Value
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import TensorInfo
 
+_LISTED = 3
+"""Layers that a refusal names before it counts the rest."""
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12,
     "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40,
@@ -70,9 +73,12 @@ class Model:
 
 
 def packed_obstacles(names: Names, contents: Contents) -> list[str]:
-    """Why packed tensors cannot go into a file as they are, a sentence each beginning with the module."""
-    reasons = ((module, layers.obstacle(names, stored)) for module, stored in contents.items())
-    return [f"{module}: {reason}" for module, reason in reasons if reason is not None]
+    """Why packed tensors cannot go into a file as they are, a sentence for each rule, beginning with its modules."""
+    rules: dict[str, list[str]] = {}
+    for module, stored in contents.items():
+        if (rule := layers.obstacle(names, stored)) is not None:
+            rules.setdefault(rule, []).append(module)
+    return [f"{listed(modules, _LISTED, 'layers')}: {rule}" for rule, modules in rules.items()]
 
 
 def plan(model: Model, source: Source) -> list[Planned]:
@@ -153,9 +159,7 @@ def _shape(tensor: StoredTensor | TensorInfo, place: Place) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def raw(
-    model: Model, source: Source, planned: Planned, shared: Shared
-) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+def raw(model: Model, source: Source, planned: Planned, shared: Shared) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
     """One tensor, and its scales where there are any: specs, and bytes, uint8 of their `raw_shape`.
 
     shared: what is left of the tensor before. Raises WeightError and SchemeError for numbers that the type does not

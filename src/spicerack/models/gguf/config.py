@@ -68,7 +68,7 @@ def obstacles(family: Family, config: Mapping[str, Any]) -> list[str]:
         if key in config and config[key] not in allowed:
             taken = " or ".join(repr(value) for value in allowed)
             reasons.append(f"config.json has {key} {config[key]!r}, and llama.cpp computes with {taken}")
-    if family.window is None and any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+    if family.window is None and any(kind not in family.kinds for kind in config.get("layer_types") or ()):
         reasons.append("some layers look back a bounded number of tokens, and in llama.cpp none does")
     if (reason := rope.obstacle(family, config)) is not None:
         reasons.append(reason)

@@ -69,6 +69,7 @@ class Family:
     scalings      how their frequencies may be scaled, as `rope_type` says it, in llama.cpp's code of the architecture
     partial       whether they may turn a part of each head only
     window        of layers that look back a bounded number of tokens
+    kinds         kinds of blocks, of a config's `layer_types`, that llama.cpp has where there is no `window`
     fixed         key of config.json -> the values that llama.cpp computes; others are refused
     settings      entries of the config that is read, beside `keys`: what llama.cpp takes for granted
     marks         keys that only this family's files have, of those that share an architecture
@@ -98,6 +99,7 @@ class Family:
     scalings: tuple[str, ...] = ("linear", "yarn")
     partial: bool = False
     window: Window | None = None
+    kinds: tuple[str, ...] = ("full_attention",)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     marks: tuple[str, ...] = ()

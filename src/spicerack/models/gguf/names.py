@@ -146,9 +146,9 @@ class Names:
         """
         blank, numbers = _numbered(tensor)
         if blank in self._shared:
-            hf, share = self._shared[blank]
-            own = Place(tensor, turned=self._turned(tensor), share=share)
-            return [(hf.replace("{i}", "".join(numbers)), own)]
+            whole, share = self._shared[blank]
+            at = Place(tensor, turned=self._turned(tensor), share=share)
+            return [(whole.replace("{i}", "".join(numbers)), at)]
         module, _, suffix = tensor.rpartition(".")
         last = module.rpartition(".")[2]
         parts: Sequence[str] = [module.removesuffix(last) + part for part in FUSED.get(last, (last,))]
