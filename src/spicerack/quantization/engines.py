@@ -58,11 +58,13 @@ class Computed:
     engine     the engine
     way        the files that it reads it from
     decisions  tensor -> its scheme, some of them float now
+    doubt      what is not known of the model's family; None if nothing is
     """
 
     engine: Engine
     way: Reads
     decisions: dict[str, Decision]
+    doubt: str | None = None
 
     def notes(self, fmt: str, contents: Mapping[str, StoredTensor]) -> list[str]:
         """What a person should know: how the folder, in the format `fmt`, gets there, and what is remarkable."""
@@ -84,7 +86,8 @@ class Computed:
                 f"spicerack export OUT --to {to} --for {name} -o {place}"
             )
         said = [f"{name} has {given} as {theirs}, the same numbers" for given, theirs in sorted(others)]
-        return [how, *said, *([f"{name}: {self.way.remark}"] if self.way.remark else [])]
+        doubt = [self.doubt] if self.doubt is not None else []
+        return [how, *doubt, *said, *([f"{name}: {self.way.remark}"] if self.way.remark else [])]
 
 
 def computed(name: str, asked: Asked) -> Computed:
@@ -98,7 +101,8 @@ def computed(name: str, asked: Asked) -> Computed:
     outcomes: list[Computed] = []
     for way in engine.reads:
         try:
-            outcomes.append(Computed(engine, way, of_way(engine, way, asked)))
+            doubt = way.doubt(engine.name, asked.checkpoint.config.get("model_type"))
+            outcomes.append(Computed(engine, way, of_way(engine, way, asked), doubt))
         except ShapeError:
             if not outcomes:  # the recipe is to be mended, and not another kind of files to be taken
                 raise
