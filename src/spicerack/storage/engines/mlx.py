@@ -27,7 +27,7 @@ _LOADED = frozenset({
 """Of which mlx-lm 0.32.2 has loaded a tiny model as it is written here (tests/exports/test_mlx_families.py). Tiny
 models of most others lack entries of config.json that transformers 5 does not write, and releases have."""
 _REFUSED = (
-    ("gpt_oss", "mlx-lm loads gpt-oss with all experts in MXFP4 under the names of its release, which it reads as it is"),
+    ("gpt_oss", "mlx-lm loads gpt-oss with its experts in MXFP4, as it is released, and so the release as it is"),
     ("bitnet", "mlx-lm multiplies layers of bitnet by code of its own, which reads no other numbers"),
     ("olmo", "mlx-lm runs OLMo by the package ai2-olmo alone, whose models have other names"),
 )  # fmt: skip
