@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PEERS  := $(VENV)/.peers
 GPTQ   := $(VENV)/gptq
+LLAMA  := $(VENV)/llama.cpp
 
 .PHONY: demo test fast native interop check bench clean
 
@@ -24,8 +25,8 @@ native: $(STAMP)
 
 # Other projects read our folders and compute what we do. gptqmodel compiles its first forward pass for a minute if torch
 # lets it.
-interop: $(STAMP) $(GPTQ)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m interop
+interop: $(STAMP) $(GPTQ)/.installed $(LLAMA)/.installed
+	PATH="$(CURDIR)/$(LLAMA)/bin:$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup -m interop
 	TORCHDYNAMO_DISABLE=1 $(GPTQ)/bin/python -m pytest -m interop -k gptqmodel tests/exports
 
 check: $(STAMP)
@@ -53,6 +54,20 @@ $(GPTQ)/.installed: $(STAMP)
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 	  > "$$($(GPTQ)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth"
 	$(GPTQ)/bin/python -m pip install --quiet -c constraints.txt gptqmodel optimum
+	touch $@
+
+# llama.cpp's own count of memory, which plan --exact asks: from the sources that its Python package has, unoptimized,
+# which takes two minutes and changes no figure.
+$(LLAMA)/.installed: | $(STAMP)
+	rm -rf $(LLAMA)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -c constraints.txt -d $(LLAMA) llama-cpp-python
+	mkdir $(LLAMA)/source
+	tar -xzf $(LLAMA)/llama_cpp_python-*.tar.gz -C $(LLAMA)/source --strip-components 1
+	$(BIN)/cmake -S $(LLAMA)/source/vendor/llama.cpp -B $(LLAMA) -DCMAKE_BUILD_TYPE=None -DCMAKE_C_FLAGS=-O0 \
+	  -DCMAKE_CXX_FLAGS=-O0 -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF -DLLAMA_OPENSSL=OFF \
+	  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF > $(LLAMA)/log
+	$(BIN)/cmake --build $(LLAMA) --target llama-fit-params -j 2 >> $(LLAMA)/log
+	rm -rf $(LLAMA)/*.tar.gz
 	touch $@
 
 # The runtimes that the benchmarks compare with; without them they run, too, and say who is missing.

@@ -17,7 +17,7 @@ import spicerack
 from spicerack import plugins
 from spicerack.cli import _output, cli
 from spicerack.errors import CheckpointError, OutputError, SchemeError, UsageError, WeightError
-from spicerack.exports import target, verify
+from spicerack.exports import equality, readings, target, verify
 from spicerack.exports.readers import own
 from spicerack.exports.source import Source
 from spicerack.exports.targets import folders as folder_targets
@@ -121,10 +121,10 @@ def test_every_scheme_is_decoded_a_second_time(scheme: str) -> None:
         return (tensor.float() if tensor.dtype == torch.float8_e8m0fnu else tensor).numpy()
 
     decoded = own.ours(read, q.scheme, q.shape)
-    values = decoded.values() if isinstance(decoded, verify.Grid) else decoded
+    values = decoded.values() if isinstance(decoded, readings.Grid) else decoded
     assert torch.equal(values, codec.decode(q))
-    if isinstance(decoded, verify.Grid):
-        assert verify._different(q, decoded) is None
+    if isinstance(decoded, readings.Grid):
+        assert equality.different(q, decoded) is None
 
 
 @pytest.mark.parametrize(
@@ -349,8 +349,8 @@ class Wrong:
     def obstacle(self, to: str, source: Source) -> str | None:
         return None
 
-    def opened(self, path: Path, source: Source) -> verify.Weights:
-        def read(name: str) -> torch.Tensor | verify.Grid:
+    def opened(self, path: Path, source: Source) -> readings.Weights:
+        def read(name: str) -> torch.Tensor | readings.Grid:
             module = name.removesuffix(".weight")
             packed = module in source.contents
             value = codec.decode(source.packed(module)) if packed else source.float(name).clone()

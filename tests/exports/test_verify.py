@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from spicerack.errors import OutputError
-from spicerack.exports import verify
+from spicerack.exports import readings, verify
+from spicerack.exports.readings import Rows
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Rows
 from spicerack.numerics import codec, rounding
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.scheme import parse
@@ -37,7 +37,7 @@ class Fake:
     def obstacle(self, _to: str, _source: Source, /) -> str | None:
         return None
 
-    def opened(self, _path: Path, _source: Source, /) -> verify.Weights:
+    def opened(self, _path: Path, _source: Source, /) -> readings.Weights:
         return lambda _name: self.rows
 
 
@@ -87,7 +87,7 @@ def test_every_code_counts(scheme: str, type_: str) -> None:
     q = rounding.to_nearest(w, parse(scheme), source=torch.float16)
     raw = blocks.encode(TYPES[type_], q)
     checked(q, raw, type_, lambda _: None)
-    pieces = verify.sampled("layer.weight", SHAPE)
+    pieces = readings.sampled("layer.weight", SHAPE)
     row = next(row for row in range(SHAPE[0]) if not any(start <= row < stop for start, stop in pieces))
     for at in (5, -5):  # a code of a row that no reader decodes
         damaged = raw.clone()
@@ -117,7 +117,7 @@ def test_floats_are_compared_as_bytes() -> None:
 
 @pytest.mark.parametrize(("shape", "multiple"), [((600, 512), 1), ((1000, 4096), 32), ((7, 8), 1), ((2049, 8192), 32)])
 def test_rows_of_both_ends_and_between_are_sampled(shape: tuple[int, int], multiple: int) -> None:
-    pieces = [verify.sampled(name, shape, multiple) for name in ("a", "b")]
+    pieces = [readings.sampled(name, shape, multiple) for name in ("a", "b")]
     for some in pieces:
         assert (some[0][0] == 0 and some[-1][1] == shape[0]) or shape[0] % multiple
         assert all(start % multiple == 0 and start < stop <= shape[0] for start, stop in some)

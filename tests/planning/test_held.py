@@ -89,6 +89,13 @@ def test_what_is_kept_after_a_prompt_and_a_token(family: str) -> None:
         assert nbytes(kept) == said(model, tokens)
 
 
+def test_rwkv_keeps_its_state() -> None:
+    model = build("rwkv", {})
+    with torch.no_grad():
+        kept = model(input_ids=torch.randint(3, 90, (2, 50)), use_cache=True).state
+    assert sum(state.nbytes for state in kept) == said(model, 50)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("family", ATTENTION)
 def test_what_is_kept_in_few_bits(family: str, bits: int) -> None:

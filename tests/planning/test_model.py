@@ -58,7 +58,6 @@ def test_caches_are_those_of_the_engines(name: str, tokens: int) -> None:
     kept = {
         "transformers": (cache.Room(tokens), "transformers"),
         "llama.cpp_1": (cache.Room(tokens), "llama.cpp"),
-        "llama.cpp_server_4_unified": (cache.Room(tokens, sequences=4), "llama.cpp"),
         "vllm": (cache.Room(tokens, batch=2048), "vllm"),
     }
     for key, (room, rule) in kept.items():
@@ -103,7 +102,7 @@ def test_caches_of_other_families_are_the_slow_reference_s(own: dict[str, Any]) 
             element = draw.choice((2.0, 34 / 32, 18 / 32))
             room = cache.Room(tokens, users, element, 4.0, 512)
             told = sum(cache.nbytes(layer, room, rule, own["model_type"]) for layer in cache.layers(own))  # type: ignore
-            slow = kv_reference.nbytes(own, tokens, rule, sequences=users, kv=element, model=4.0)
+            slow = kv_reference.nbytes(own, tokens, rule, sequences=users, kv=element, model=4.0, unified=False)
             assert told == pytest.approx(slow, rel=1e-12)
 
 
@@ -132,34 +131,31 @@ def test_a_family_that_is_not_known_is_named_with_those_that_are() -> None:
 # ---- what engines make of them --------------------------------------------------------------------------------------
 
 LLAMA_CPP = [  # MiB that llama.cpp b11549 reports without allocating: model, context, ubatch, outputs, sequences
-    ("Llama-3.1-8B", 8192, 512, None, 1, 298.52), ("Llama-3.1-8B", 32768, 512, None, 1, 330.52),
-    ("Llama-3.1-8B", 8192, 2048, None, 1, 1194.08), ("Llama-3.1-70B", 8192, 512, None, 1, 338.52),
-    ("Llama-3.1-70B", 32768, 512, None, 1, 378.52), ("Qwen3-8B", 8192, 512, None, 1, 352.77),
-    ("Qwen3-8B", 32768, 512, None, 1, 376.77), ("Qwen3-30B-A3B", 8192, 512, None, 1, 324.77),
-    ("gpt-oss-20b", 8192, 512, None, 1, 429.65), ("gpt-oss-20b", 8192, 2048, None, 1, 1724.61),
-    ("Gemma-3-27b", 8192, 512, None, 1, 574.15), ("Gemma-3-27b", 32768, 512, None, 1, 608.65),
-    ("Gemma-2-27b", 8192, 512, None, 1, 557.53), ("DeepSeek-V3", 8192, 512, None, 1, 414.02),
-    ("DeepSeek-V3", 32768, 512, None, 1, 438.02), ("Phi-4", 8192, 512, None, 1, 254.02),
-    ("Mixtral-8x7B", 8192, 512, None, 1, 216.02), ("Qwen3-Next-80B-A3B", 8192, 512, None, 1, 324.77),
-    ("Qwen3.5-27B", 8192, 512, None, 1, 543.03), ("Qwen3.5-27B", 32768, 512, None, 1, 577.03),
-    ("Qwen3.5-35B-A3B", 8192, 512, None, 1, 513.03), ("Llama-3.1-8B", 8192, 512, 4, 4, 132.02),
-    ("Llama-3.1-8B", 8192, 2048, 4, 4, 528.07), ("Llama-3.1-70B", 8192, 512, 4, 4, 256.02),
-    ("Qwen3-8B", 8192, 512, 4, 4, 120.02), ("Qwen3-30B-A3B", 8192, 512, 4, 4, 96.02),
-    ("gpt-oss-20b", 8192, 512, 4, 4, 104.65), ("gpt-oss-20b", 32768, 512, 4, 4, 128.65),
-    ("Gemma-3-27b", 8192, 512, 4, 4, 191.03), ("DeepSeek-V3", 8192, 512, 4, 4, 414.01),
-    ("Phi-4", 8192, 512, 4, 4, 163.02), ("Mixtral-8x7B", 8192, 512, 4, 4, 216.02),
-    ("Qwen3.5-27B", 8192, 512, 4, 4, 160.02), ("Qwen3.5-35B-A3B", 8192, 512, 4, 4, 84.02),
-    ("Qwen3-Next-80B-A3B", 8192, 512, 4, 4, 98.02),
+    ("Llama-3.1-8B", 8192, 512, None, 298.52), ("Llama-3.1-8B", 32768, 512, None, 330.52),
+    ("Llama-3.1-8B", 8192, 2048, None, 1194.08), ("Llama-3.1-70B", 8192, 512, None, 338.52),
+    ("Llama-3.1-70B", 32768, 512, None, 378.52), ("Qwen3-8B", 8192, 512, None, 352.77),
+    ("Qwen3-8B", 32768, 512, None, 376.77), ("Qwen3-30B-A3B", 8192, 512, None, 324.77),
+    ("gpt-oss-20b", 8192, 512, None, 429.65), ("gpt-oss-20b", 8192, 2048, None, 1724.61),
+    ("Gemma-3-27b", 8192, 512, None, 574.15), ("Gemma-3-27b", 32768, 512, None, 608.65),
+    ("Gemma-2-27b", 8192, 512, None, 557.53), ("DeepSeek-V3", 8192, 512, None, 414.02),
+    ("DeepSeek-V3", 32768, 512, None, 438.02), ("Phi-4", 8192, 512, None, 254.02),
+    ("Mixtral-8x7B", 8192, 512, None, 216.02), ("Qwen3-Next-80B-A3B", 8192, 512, None, 324.77),
+    ("Qwen3.5-27B", 8192, 512, None, 543.03), ("Qwen3.5-27B", 32768, 512, None, 577.03),
+    ("Qwen3.5-35B-A3B", 8192, 512, None, 513.03), ("Llama-3.1-8B", 8192, 512, 4, 132.02),
+    ("Llama-3.1-8B", 8192, 2048, 4, 528.07), ("Llama-3.1-70B", 8192, 512, 4, 256.02),
+    ("Qwen3-8B", 8192, 512, 4, 120.02), ("Qwen3-30B-A3B", 8192, 512, 4, 96.02),
+    ("DeepSeek-V3", 8192, 512, 4, 414.01),
+    ("Phi-4", 8192, 512, 4, 163.02), ("Mixtral-8x7B", 8192, 512, 4, 216.02),
+    ("Qwen3.5-27B", 8192, 512, 4, 160.02), ("Qwen3.5-35B-A3B", 8192, 512, 4, 84.02),
+    ("Qwen3-Next-80B-A3B", 8192, 512, 4, 98.02),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "context", "batch", "outputs", "sequences", "measured"), LLAMA_CPP)
-def test_llama_cpp_s_compute_buffer(
-    name: str, context: int, batch: int, outputs: int | None, sequences: int, measured: float
-) -> None:
+@pytest.mark.parametrize(("name", "context", "batch", "outputs", "measured"), LLAMA_CPP)
+def test_llama_cpp_s_compute_buffer(name: str, context: int, batch: int, outputs: int | None, measured: float) -> None:
     """Never less than it takes, and at most a row of hidden channels more."""
     told = model(name)
-    said = buffers.llama_cpp(told, context, sequences, batch=batch, outputs=outputs) / (1 << 20)
+    said = buffers.llama_cpp(told, context, batch=batch, outputs=outputs) / (1 << 20)
     row = 4 * batch * told.fields.hidden / (1 << 20)
     assert measured - 0.12 <= said <= measured + row + 0.12
 

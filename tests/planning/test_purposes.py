@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import (
     AutoModel,
+    BeitConfig,
+    BeitForImageClassification,
     BertConfig,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     DistilBertConfig,
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -64,3 +71,38 @@ def test_purposes(kind: str, does: str, layers: int, refusing: tuple[str, ...], 
     if does == "embeddings":
         served = plan(model, Goal(catalogue.find("3090"), engines.get("llama.cpp"), request))
         assert "--embeddings" in served.flags[0]
+
+
+PICTURES = {  # blocks, pixels, tokens where there are most of them
+    "convnext": (ConvNextForImageClassification, ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 2], num_stages=2,
+                 image_size=64), 3, 64, 256),
+    "swin": (SwinForImageClassification, SwinConfig(embed_dim=16, depths=[1, 2], num_heads=[1, 2], image_size=[64, 32],
+             window_size=4), 3, 64, 128),
+    "beit": (BeitForImageClassification, BeitConfig(image_size=32, patch_size=8, **SMALL), 2, 32, 16),
+    "vit": (ViTForImageClassification, ViTConfig(image_size=32, patch_size=8, **SMALL), 2, 32, 17),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_a_picture_is_as_many_tokens_as_it_is_large(kind: str, tmp_path: Path) -> None:
+    cls, config, blocks, height, tokens = PICTURES[kind]
+    net = cls(config).eval()
+    shapes: list[tuple[int, ...]] = []
+    for module in net.modules():  # the longest sequence, or the most positions of a map, that a block is given
+        if type(module).__name__ in ("ConvNextLayer", "SwinLayer", "BeitLayer", "ViTLayer"):
+            module.register_forward_pre_hook(lambda _module, inputs: shapes.append(tuple(inputs[0].shape)))
+    size = config.image_size if isinstance(config.image_size, list) else [config.image_size] * 2
+    net(torch.zeros(1, 3, *size))
+    net.save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    assert model.picture is not None
+    assert (model.does, len(model.layers)) == ("pictures or sound", len(shapes)) == ("pictures or sound", blocks)
+    most = max(shape[1] if len(shape) == 3 else shape[2] * shape[3] for shape in shapes)
+    assert model.picture.height == height and most - 1 <= model.picture.tokens == tokens <= most
+    assert context_of(model, None) == tokens == context_of(model, tokens)
+    with pytest.raises(UsageError, match="tokens, not 512"):
+        context_of(model, 512)
+    goal = Goal(catalogue.find("3090"), engines.get("transformers"), Request(tokens, users=4))
+    chosen = plan(model, goal)
+    assert chosen.longest is None and chosen.recommended is not None
+    assert sum(w.numel for w in model.weights) == sum(p.numel() for p in net.parameters())

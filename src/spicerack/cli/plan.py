@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spicerack.cli import _output
+from spicerack.cli import _exact, _output
 from spicerack.cli._commands import About
 from spicerack.cli._output import size
 
@@ -46,10 +46,11 @@ _FEW = 0.0003
 @click.option("--scheme", help="Plan these numbers only: w4g128, Q4_K_M ... Default: all that the engine has.")
 @click.option("--ram", callback=_output.nbytes, metavar="SIZE", help="Memory beside the cards that may be used: 64GB.")
 @click.option("--disk", is_flag=True, help="What fits nowhere may be read from the disk for each token.")
+@click.option("--exact", is_flag=True, help="Ask llama.cpp, too, if it is installed: it counts, and reads no weight.")
 @_output.json_option
 def command(
     model: str, fit: str | None, context: int | None, users: int, engine: str | None, cache: int, scheme: str | None,
-    ram: int | None, disk: bool, as_json: bool,
+    ram: int | None, disk: bool, exact: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Will a model fit, in which numbers, and how fast will it be.
 
@@ -82,10 +83,18 @@ def command(
         devices, measured = here.devices()
     goal = Goal(devices, chosen or default_engine(opened, devices, among), request, Host(ram or 0, disk), measured)
     result = plan(opened, goal, scheme=scheme, among=among)
+    counted = None
+    if exact:
+        from spicerack.planning.exact import count
+
+        file = Path(model) if precision is not None and precision.stored == "gguf" else None
+        counted = count.count(result, file, here=fit is None)
     if as_json:
-        _output.emit(as_dict(result))
+        _output.emit(as_dict(result) | ({} if counted is None else {"exact": _exact.as_dict(counted)}))
     else:
         _show(result, _output.console())
+        if counted is not None:
+            _exact.show(counted, _output.console())
 
 
 # ---- for people ------------------------------------------------------------------------------------------------------
@@ -118,16 +127,18 @@ def _heading(plan: Plan) -> Iterator[str]:
     """What is planned, in two or three lines."""
     model, goal = plan.model, plan.goal
     experts = f", {model.chosen} of {model.experts} experts" if model.experts else ""
-    read = f"{_count(model.read)} read per token{experts}"
+    read = f", {_count(model.read)} read per token{experts}" if model.generates else ""
     name = Path(model.name).name
-    yield f"{name} · {model.family} · {_count(model.parameters)} parameters, {read} · {len(model.layers)} layers"
+    yield f"{name} · {model.family} · {_count(model.parameters)} parameters{read} · {len(model.layers)} layers"
     names = ", ".join(
         f"{count}x {name}" if count > 1 else name
         for name, count in Counter(device.name for device in goal.devices).items()
     )
     request = goal.request
-    users = "" if request.users == 1 else f", {request.users} users"
-    yield f"{names} · {goal.engine.name} · {request.context:,} tokens{users}, cache in {request.cache_bits} bits"
+    wide = f"a picture of {picture.height} x {picture.width}, " if (picture := model.picture) else ""
+    users = "" if request.users == 1 else f", {request.users} {'at once' if picture else 'users'}"
+    kept = f", cache in {request.cache_bits} bits" if model.generates else ""
+    yield f"{names} · {goal.engine.name} · {wide}{request.context:,} tokens{users}{kept}"
     if unsure := sorted({name for device in goal.devices for name in device.uncertain}):
         yield f"not confirmed of these devices: {', '.join(unsure)}"
 

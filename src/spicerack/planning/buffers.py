@@ -2,8 +2,9 @@
 
 transformers   the peak of live tensors of a forward without cache, on full-size models: exact to a tenth of a row of
                hidden channels, for dense models with gated MLPs
-llama.cpp      its compute buffer with flash attention, as its own run without allocation reports it: 29 of 35 values
-               within .12 MiB, the other six hold a row more, which is counted here always, so that no one is too small
+llama.cpp      its compute buffer with flash attention, as its own run without allocation reports it: 26 of 32 values
+               within .12 MiB, the other six hold a row more, which is counted here always, so that no one is too small;
+               a build without weights in an order of its own (CPU_REPACK) holds up to five rows less
 """
 
 from __future__ import annotations
@@ -45,16 +46,17 @@ def ours(model: Model, tokens: int) -> int:
     return 4 * tokens * ((4 if gated or model.experts else 3) * fields.hidden + inner + mixed)
 
 
-def llama_cpp(model: Model, context: int, sequences: int, *, batch: int = 512, outputs: int | None = None) -> int:
+def llama_cpp(model: Model, context: int, *, batch: int = 512, outputs: int | None = None) -> int:
     """Bytes of llama.cpp's compute buffer, one for each device, with flash attention.
 
-    batch: its ubatch. outputs: rows of logits; llama-server keeps one for each sequence, the other tools all (None).
+    context: of a sequence, however many there are: a token looks at its own. batch: its ubatch. outputs: rows of
+    logits; llama-server keeps one for each sequence, the other tools all (None).
     """
     fields, rows = model.fields, min(batch, context)
     hidden = fields.hidden
     row = 4 * rows * hidden
     windows = [layer.window for layer in model.layers if layer.window is not None]
-    masked = context + (_up(min(context, max(windows) * sequences + rows)) if windows else 0)
+    masked = context + (_up(min(context, max(windows) + rows)) if windows else 0)
     inner = _inner(model)
     middle = 4 * rows * model.chosen
     mlp = 3 * middle * inner + (middle * hidden if hidden > 2 * inner else 0)
@@ -64,7 +66,7 @@ def llama_cpp(model: Model, context: int, sequences: int, *, batch: int = 512, o
     if fields.get("kv_lora_rank"):
         rank, rope = fields.size("kv_lora_rank"), fields.size("qk_rope_head_dim")
         latent = 4 * rows * fields.heads * (2 * (rank + rope) + fields.size("qk_nope_head_dim") + rope)
-    logits = 4 * min(rows, rows if outputs is None else outputs) * fields.vocabulary
+    logits = 4 * min(rows, rows if outputs is None else outputs) * fields.vocabulary if model.generates else 0
     return 2 * rows * masked + 6 * row + max(mlp, latent, logits)
 
 

@@ -21,7 +21,8 @@ from spicerack.planning.anatomy.kinds import Kind, kinds
 Rule = Literal["transformers", "spicerack", "llama.cpp", "vllm", "mlx", "preallocated"]
 """transformers   grows with what is used; a window keeps one token less than it is long
 spicerack      the same; in 8 or 4 bits whole segments of 32 tokens are packed, and the last 32 and more stay in float
-llama.cpp      all of the context at once, in cells of 256; a window keeps its batch besides; states are float32
+llama.cpp      all of the context at once, in cells of 256, a cache for each sequence, as the server has them that is
+               told how many there are; a window keeps its batch besides; states are float32
 vllm           blocks of 16; a window keeps the tokens in flight besides
 mlx            grows in steps of 256
 preallocated   all of the context at once, windows too (onnxruntime's shared buffer)"""
@@ -62,7 +63,7 @@ class Layer:
 class Room:
     """What a cache has to hold.
 
-    tokens      of the context, of each sequence; llama.cpp's unified cache shares them
+    tokens      of the context, of each sequence
     sequences   at once
     bytes       of an element of keys and values: 2 for 16 bits, 34/32 for q8_0, 18/32 for q4_0
     float_bytes of an element of the model's own type, which states of convolutions have
@@ -158,6 +159,8 @@ def _recurrence(c: Fields) -> tuple[int, int, int]:
         state = c.size("state_size", "mamba_d_state")
         inner = c.size("intermediate_size") if family == "mamba" else c.size("mamba_expand", default=2) * c.hidden
         return inner, c.size("conv_kernel", "mamba_d_conv"), inner * state
+    if family == "rwkv":  # the last token twice, and three numbers for each channel
+        return 2 * c.hidden, 1, 3 * c.hidden
     if family.startswith("minimax"):
         width = c.size("head_dim", default=c.hidden // c.heads)
         return 0, 0, c.heads * width**2
@@ -183,11 +186,10 @@ def nbytes(layer: Layer, room: Room, rule: Rule, family: str) -> float:
     if rule == "spicerack" and room.bytes < room.float_bytes and not layer.state and not layer.conv:
         return room.sequences * _packed(layer, room) + layer.crossed * room.bytes * room.source * room.sequences
     tokens, sequences = _tokens(layer, room, rule, family), room.sequences
-    shared = rule == "llama.cpp"  # one cache for all sequences
-    kept = (layer.keys + layer.values) * room.bytes * tokens * (1 if shared else sequences)
+    kept = (layer.keys + layer.values) * room.bytes * tokens * sequences
     crossed = layer.crossed * room.bytes * room.source * sequences
     taps = layer.taps if rule in ("transformers", "spicerack", "preallocated") else max(layer.taps - 1, 0)
-    conv = layer.conv * taps * (4 if shared else room.float_bytes)
+    conv = layer.conv * taps * (4 if rule == "llama.cpp" else room.float_bytes)
     return kept + crossed + sequences * (conv + layer.state * 4)
 
 
@@ -202,7 +204,7 @@ def _tokens(layer: Layer, room: Room, rule: Rule, family: str) -> int:
         tokens = _up(tokens, 256)
         if window is None or family in _IGNORED_BY_LLAMA_CPP:
             return tokens
-        return _up(min(tokens, window * room.sequences + room.batch), 256)
+        return _up(min(tokens, window + room.batch), 256)
     if rule == "vllm":
         if layer.kind == "sliding" and window is not None:
             return min(_up(tokens, 16), _up(min(window - 1 + room.batch, tokens), 16) + 16)

@@ -3,6 +3,7 @@
     terms    what an engine adds to weights and cache on each device, each with how it is known
     split    whether several devices hold layers one after the other, or a share of each layer
     flags    the command line that does what was planned
+    dry_run  its own count of memory, of engines that can count without a weight
 
 Figures that were measured by others are in the plug-in that uses them, with where they were.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from spicerack import plugins
@@ -41,6 +43,39 @@ class Request:
     utilization: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What an engine says that a device would hold, in bytes: of weights, of the cache, and of what it computes in."""
+
+    device: str
+    weights: int
+    cache: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.buffers
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What an engine counted itself, nothing computed and no weight read.
+
+    program  that was asked
+    counted  of each device
+    step     bytes that its figures are rounded down to
+    planned  bytes of buffers by our formula for what the program counts
+    note     what it counts otherwise than the engine does that people run; empty where nothing
+    """
+
+    program: str
+    counted: tuple[Counted, ...]
+    step: int
+    planned: int
+    note: str
+
+
 @dataclass(frozen=True)
 class Engine:
     """A program that runs models.
@@ -57,6 +92,8 @@ class Engine:
     terms         what a device that is used holds besides weights and cache
     budget        bytes of a device that all of this must fit in
     flags         lines to paste: program and options
+    dry_run       of a file, as it would be placed, or with everything in the processor's memory where no placement is
+                  given; raises UsageError where the engine is not installed or refuses. None: it has none
     table_in_ram  a card's processor keeps the table of tokens
     towers        whether towers for pictures are loaded with the model
     offload       layers may stay in the memory of the processor
@@ -82,6 +119,7 @@ class Engine:
     offload: bool = False
     opening: float = 1.0
     speed_of: str | None = None
+    dry_run: Callable[[Path, Model, Request, Placement | None], DryRun] | None = None
 
     def obstacle(self, model: Model, devices: Sequence[Device], kinds: Sequence[str]) -> str | None:
         """Why it cannot run the model there at all, as a sentence without its end; None if nothing speaks against it.

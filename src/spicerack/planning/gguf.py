@@ -78,6 +78,8 @@ _ROLES = {
     "down_proj": "ffn_down", "w2": "ffn_down", "fc2": "ffn_down", "wo": "ffn_down", "output_linear": "ffn_down",
 }  # fmt: skip
 """Component of a checkpoint's name -> what llama.cpp goes by."""
+_PLAIN_TABLES = ("position_embeddings", "token_type_embeddings", "wpe", "embed_positions", "position_embedding")
+"""Components of a checkpoint's names of tables that llama.cpp's converter leaves in F32, whatever the file is to be."""
 _LAYERS_OF_70B = 80
 """Layers of the one size of model that it makes an exception for."""
 _EIGHT = 8
@@ -99,6 +101,8 @@ def type_of(model: Model, weight: Weight, recipe: Mixture) -> str:
     if weight.place == "tower":
         return "F16"
     if entry.role in ("router", "conv") or entry.info.name.rsplit(".", 1)[-1] in ("A_log", "sinks"):
+        return "F32"
+    if entry.role == "embedding" and entry.module.rpartition(".")[2] in _PLAIN_TABLES:
         return "F32"
     return _tiled(_wanted(model, weight, recipe), shape[-1])
 

@@ -25,8 +25,9 @@ from spicerack.models.census import Census, Entry
 from spicerack.models.opening import open_stored
 from spicerack.models.overview import quantized_with
 from spicerack.planning import cache
-from spicerack.planning.anatomy import shapes
+from spicerack.planning.anatomy import pictures, shapes
 from spicerack.planning.anatomy.fields import Fields, text_of
+from spicerack.planning.anatomy.pictures import Picture
 from spicerack.storage import files, released
 from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
 
@@ -51,6 +52,9 @@ _TOWERS = frozenset({
 _GENERATES = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|DoubleHeadsModel|MTModel|Seq2Seq")
 """Classes that write text."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|block|blocks|layer)\.(\d+)\.")
+_STAGE = re.compile(r"(?:^|\.)(?:stages|layers|block)\.(\d+)\.(?:(?:layers|blocks)\.)?(\d+)\.")
+"""A block of a stage, of models for pictures."""
+_POSITIONS = re.compile(r"(?:^|\.)(?:position_embeddings?(?:\.weight)?|pos_embed)$")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _EXPERTS_USED = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "top_k_experts")
@@ -124,8 +128,9 @@ class Model:
 
     @property
     def does(self) -> Purpose:
-        """What it is for, by its classes and its config."""
-        if self.text.get("vocab_size") is None:
+        """What it is for, by its classes, its config, and whether it has a table of tokens."""
+        # a vocabulary without a table is of what is written, or of codes that pictures are trained to name
+        if self.text.get("vocab_size") is None or not any(weight.place == "input" for weight in self.weights):
             return "pictures or sound"
         if not self.generates:
             return "embeddings"
@@ -179,6 +184,15 @@ class Model:
         """Tokens that the model was made for, as config.json says."""
         names = ("max_position_embeddings", "n_positions", "max_target_positions")
         return next((self.text[name] for name in names if type(self.text.get(name)) is int), None)
+
+    @cached_property
+    def picture(self) -> Picture | None:
+        """What its pictures are, where it reads nothing but these."""
+        if self.does != "pictures or sound":
+            return None
+        tables = (w.entry.info.shape for w in self.weights if _POSITIONS.search(w.entry.info.name))
+        positions = next((shape[-2] for shape in tables if len(shape) in (2, 3)), None)
+        return pictures.of_config(self.config, positions)
 
     @property
     def recurrent(self) -> bool:
@@ -251,8 +265,12 @@ def _model(
         "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1 << 30
     )
     both = bool(checkpoint.config.get("is_encoder_decoder"))
+    stages = {}
+    if isinstance(checkpoint.config.get("depths"), list):
+        matches = {tuple(map(int, m.groups())) for name in checkpoint.tensors if (m := _STAGE.search(name))}
+        stages = {block: number for number, block in enumerate(sorted(matches))}
     weights = tuple(
-        _weight(entry, counts[tensor], total, both=both)
+        _weight(entry, counts[tensor], total, stages, both=both)
         for tensor, entry in taken.entries.items()
         if tensor not in taken.tied
     )
@@ -273,12 +291,16 @@ def _alike(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, int]]:
     return dataclasses.replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in counts}), counts
 
 
-def _weight(entry: Entry, count: int, total: int, *, both: bool) -> Weight:
-    """total: blocks that config.json counts; what lies behind them predicts several tokens. both: there is an encoder
-    beside the decoder; of others the encoder is the model."""
+def _weight(entry: Entry, count: int, total: int, stages: Mapping[tuple[int, ...], int], *, both: bool) -> Weight:
+    """total: blocks that config.json counts; what lies behind them predicts several tokens. stages: numbers of stages
+    and of blocks in them -> the block's of all. both: there is an encoder beside the decoder; of others the encoder is
+    the model."""
     parts = entry.module.split(".")
     match = _LAYER.search(entry.name)
     layer = int(match[1]) if match else None
+    if stages:
+        staged = _STAGE.search(entry.name)
+        layer, total = stages[tuple(map(int, staged.groups()))] if staged else None, len(stages)
     routed = "experts" in parts[:-1] or entry.role == "experts" or "experts" in entry.name.split(".")
     if _TOWERS & set(parts):
         return Weight(entry, count, "tower", None, False)

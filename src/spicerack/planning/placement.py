@@ -84,7 +84,7 @@ def _load(model: Model, weights: Weighed, engine: Engine, request: Request, devi
     own = engine.rule == "spicerack"  # it computes, and keeps tokens, in the type of the files
     floats = float(model.float_bytes) if own else 2.0
     room = cache.Room(
-        tokens=request.context * (request.users if engine.rule == "llama.cpp" else 1),
+        tokens=request.context,
         sequences=request.users,
         bytes=floats if own and request.cache_bits == 16 else engine.cache_bytes[request.cache_bits],
         float_bytes=floats,

@@ -116,9 +116,16 @@ class Plan:
 def context_of(model: Model, asked: int | None) -> int:
     """Tokens to plan for. asked: by the person; None takes `DEFAULT_CONTEXT`, or what the model has.
 
-    Raises UsageError for more than the model's positions, which config.json says.
+    Of pictures it is what they become. Raises UsageError for more than the model's positions, which config.json says.
     """
     positions = model.positions
+    if (picture := model.picture) is not None:
+        if asked not in (None, picture.tokens):
+            raise UsageError(
+                f"a picture of {picture.height} x {picture.width} is {picture.tokens:,} tokens, not {asked:,}",
+                "leave --context out; --users says how many pictures at once",
+            )
+        return picture.tokens
     if asked is None:
         return min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     if positions is not None and asked > positions:
@@ -251,8 +258,9 @@ def _recommended(rows: Sequence[Row]) -> Row | None:
 
 
 def longest_context(model: Model, precision: Precision, goal: Goal) -> int | None:
-    """Tokens that still fit, in steps of 256, up to the model's positions; None where more tokens cost nothing."""
-    if model.recurrent:
+    """Tokens that still fit, in steps of 256, up to the model's positions; None where more tokens cost nothing,
+    and for pictures."""
+    if model.recurrent or model.picture:
         return None
     most = (model.positions or 1 << 20) // _STEP
     low, high = 0, most + 1

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spicerack.exports.verify import Grid, Words, stream
+from spicerack.exports.readings import Grid, Words, stream
 from spicerack.numerics.scheme import FloatType, Scheme
 from spicerack.storage.reader import Checkpoint
 

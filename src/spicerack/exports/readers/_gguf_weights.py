@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from spicerack.exports.readings import Rows, Weights
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Rows, Weights
 from spicerack.models.gguf import config as configs
 from spicerack.models.gguf.family import of_type
 from spicerack.models.gguf.names import Names, Place
@@ -52,7 +52,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def weights_of(tensors: Tensors, source: Source) -> Weights:
-    """`exports.verify.Weights` of the files that `tensors` are read from."""
+    """`exports.readings.Weights` of the files that `tensors` are read from."""
     family, config = of_type(source.config.get("model_type")), configs.whole(source.config)
     names = Names(family)
 

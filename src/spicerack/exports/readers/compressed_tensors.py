@@ -18,8 +18,8 @@ import torch
 
 from spicerack.errors import OutputError
 from spicerack.exports.readers._described import matrix
+from spicerack.exports.readings import Grid, Weights, sampled
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Grid, Weights, sampled
 from spicerack.storage.reader import Checkpoint
 
 _FORMAT = "compressed-tensors"

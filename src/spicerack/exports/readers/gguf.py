@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from spicerack.exports.readers import _gguf_weights
+from spicerack.exports.readings import Weights
 from spicerack.exports.source import Source
 from spicerack.exports.targets import _gguf_plan as plans
-from spicerack.exports.verify import Weights
 
 Array = npt.NDArray[Any]
 _UNREAD = ("Q1_0", "Q2_0")

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from spicerack.exports.readers._described import matrix
+from spicerack.exports.readings import Grid, Weights, sampled
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Grid, Weights, sampled
 from spicerack.storage.reader import Checkpoint
 
 _PACKAGE = "gptqmodel"

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from spicerack.errors import OutputError
+from spicerack.exports.readings import Grid, Weights, Words, sampled
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Grid, Weights, Words, sampled
 from spicerack.numerics.dtypes import BY_SAFETENSORS
 from spicerack.storage.reader import Checkpoint
 from spicerack.storage.stacks import place, unstacked

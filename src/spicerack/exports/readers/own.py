@@ -14,8 +14,8 @@ import torch
 from spicerack._version import __version__
 from spicerack.errors import OutputError
 from spicerack.exports.readers._described import DECODERS, array, matrix, ours
+from spicerack.exports.readings import Grid, Weights
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Grid, Weights
 from spicerack.storage.files import CONTAINER
 from spicerack.storage.reader import Checkpoint
 from spicerack.storage.stacks import unstacked

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from spicerack._version import __version__
 from spicerack.exports.readers import _ggml, _gguf_weights
+from spicerack.exports.readings import Weights
 from spicerack.exports.source import Source
-from spicerack.exports.verify import Weights
 
 
 @dataclass(frozen=True, slots=True)

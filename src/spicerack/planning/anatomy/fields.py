@@ -59,8 +59,12 @@ class Fields:
 
     @property
     def hidden(self) -> int:
-        """Channels between blocks."""
-        return self.size("hidden_size", "d_model", "n_embd", "dim")
+        """Channels between blocks; of stages that get wider as they get fewer tokens, those of the first."""
+        stages = self.get("hidden_sizes")
+        if isinstance(stages, list) and stages:
+            return Fields({"hidden_sizes": stages[0]}, self._family).size("hidden_sizes")
+        staged = ("embed_dim",) if isinstance(self.get("depths"), list) else ()
+        return self.size(*staged, "hidden_size", "d_model", "n_embd", "dim")
 
     @property
     def layers(self) -> int:

@@ -24,7 +24,7 @@ _KINDS: Mapping[str, Kind] = {
 _NEMOTRON: Mapping[str, Kind] = {"M": "linear", "*": "full", "-": "none", "E": "none"}
 _PATTERNS: Mapping[str, int] = {"gemma3_text": 6, "gemma3n_text": 5, "cohere2": 4, "gemma2": 2, "gpt_oss": 2}
 """Families whose every n-th layer is full and the others slide, where config.json names no types."""
-_MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba"})
+_RECURRENT = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv"})
 
 
 def kinds(text: Mapping[str, Any]) -> list[Kind]:
@@ -65,7 +65,7 @@ def _by_rule(c: Fields, family: str, count: int) -> list[Kind]:
     if c.get("attn_layer_period"):
         step = c.size("attn_layer_period")
         return ["full" if i % step == (c.get("attn_layer_offset") or 0) else "linear" for i in numbers]
-    if family in _MAMBA:
+    if family in _RECURRENT:
         return ["linear"] * count
     if family == "falcon_h1":
         return ["hybrid"] * count

@@ -64,7 +64,7 @@ ENGINE = Engine(
     terms=_terms,
     budget=_budget,
     flags=_flags,
-    families={"t5": "no longer runs T5"},
+    families={"t5": "no longer runs T5", "rwkv": "does not run RWKV"},
     does=frozenset({"text", "embeddings", "sequences"}),
     speed_of="llama.cpp",
 )

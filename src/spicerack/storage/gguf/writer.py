@@ -184,6 +184,19 @@ class GgufWriter:
                 raise OutputError(f"{path} exists already", _ELSEWHERE)
 
 
+def write_hollow(path: Path, metadata: Mapping[str, Entry], tensors: Sequence[TensorSpec]) -> None:
+    """A file with a whole header and a hole for its tensors, which takes no room on the disk: for who only counts.
+
+    The path must be free. Raises OutputError as `GgufWriter` does.
+    """
+    _check(path, metadata, tensors)
+    alignment = _alignment(metadata)
+    (part,) = _parts(path, metadata, tensors, None, alignment)
+    with _named(path), path.open("xb") as file:
+        file.write(part.header)
+        file.truncate(len(part.header) + sum(_padded(spec.nbytes, alignment) for spec in tensors))
+
+
 def written_bytes(
     path: Path, metadata: Mapping[str, Entry], tensors: Sequence[TensorSpec], split_bytes: int | None = None
 ) -> int:
