@@ -150,13 +150,8 @@ def _label(tensor: StoredTensor | TensorInfo) -> str:
 
 
 def _shape(tensor: StoredTensor | TensorInfo, place: Place) -> tuple[int, ...]:
-    """Of one part, output rows first; of rows that several tensors of the file share, its own."""
-    shape = [*tensor.shape]
-    if place.turned and isinstance(tensor, TensorInfo):
-        shape[-2:] = shape[-1], shape[-2]
-    if place.share is not None:
-        shape[place.axis] = len(range(shape[place.axis])[place.share.of(shape[place.axis])])
-    return tuple(shape)
+    """Of one part."""
+    return place.shape(tensor.shape, turned=isinstance(tensor, TensorInfo))
 
 
 def raw(model: Model, source: Source, planned: Planned, shared: Shared) -> Iterator[tuple[TensorSpec, torch.Tensor]]:

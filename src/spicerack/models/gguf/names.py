@@ -73,6 +73,18 @@ class Place:
         """That of the rows in the file's tensor."""
         return -2 if self.tensor.endswith(".weight") else -1
 
+    def shape(self, own: tuple[int, ...], *, turned: bool) -> tuple[int, ...]:
+        """What a checkpoint's tensor of a shape has in the file, output rows first; of rows that are shared its own.
+
+        turned: whether the shape is as the checkpoint stores it; what is packed has its rows first already.
+        """
+        shape = [*own]
+        if turned and self.turned:
+            shape[-2:] = shape[-1], shape[-2]
+        if self.share is not None:
+            shape[self.axis] = len(range(shape[self.axis])[self.share.of(shape[self.axis])])
+        return tuple(shape)
+
 
 class Names:
     """The names of one family, and of one file or checkpoint, with its numbers put in."""
