@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from test_model import CONFIGS, FACTS, NAMES, config
-from transformers import AlbertConfig, AlbertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import spicerack
 from spicerack.cli import _output, cli
@@ -135,6 +147,18 @@ def test_bits_of_a_model_whose_layers_have_no_numbers(tmp_path: Path) -> None:
     assert rows["as stored"].bits == 32 and 8 < rows["w8"].bits < 32 and rows["w8"].loss < 0.01
 
 
+@pytest.mark.parametrize("family", ["aria_text", "ernie4_5_moe"])
+def test_experts_are_counted_by_whatever_name_their_number_has(family: str, tmp_path: Path) -> None:
+    made = tiny.build(family)
+    made.save_pretrained(tmp_path)
+    own = open_model(tmp_path)
+    routed = sum(p.numel() for name, p in made.named_parameters() if "experts." in name and "shared" not in name)
+    tables = 0 if own.tied else made.get_input_embeddings().weight.numel()
+    total = sum(parameter.numel() for parameter in made.parameters())
+    assert (own.experts, own.chosen, own.parameters) == (4, 2, total)
+    assert own.read == total - tables - routed // 2
+
+
 @pytest.mark.parametrize("fit", ["0.0000000001GB", "0.001GB"])
 @pytest.mark.parametrize("engine", ["llama.cpp", "vllm", "transformers"])
 def test_next_to_no_memory_is_too_little(fit: str, engine: str) -> None:
@@ -237,3 +261,40 @@ def test_what_stays_in_float_must_fit_too() -> None:
     fitted.check(1050)
     with pytest.raises(UsageError, match="51 bytes more than planned, and a thimble had 50"):
         fitted.check(1051)
+
+
+def test_lines_for_mlx_are_what_its_parsers_take() -> None:
+    """And say the cache that was planned: mlx-lm keeps 16 bits until it is told, and 5,000 tokens longer."""
+    generating = pytest.importorskip("mlx_lm") and importlib.import_module("mlx_lm.generate")
+    converting = importlib.import_module("mlx_lm.convert")
+    for bits in (16, 8, 4):
+        goal = Goal(catalogue.find("M4"), engines.get("mlx"), Request(4096, cache_bits=bits))
+        for scheme in ("bf16", "4bit"):
+            lines = plan(model("Llama-3.2-1B"), goal, scheme=scheme).flags
+            asked = generating.setup_arg_parser().parse_args(shlex.split(lines[-1])[1:])
+            assert (asked.kv_bits, asked.model) == (
+                None if bits == 16 else bits,
+                "MODEL" if scheme == "bf16" else "OUT",
+            )
+            assert bits == 16 or (asked.quantized_kv_start == 0 and asked.kv_group_size == 64)
+            if scheme == "4bit":
+                made = converting.configure_parser().parse_args(shlex.split(lines[0])[1:])
+                assert (made.quantize, made.q_bits, made.q_group_size) == (True, 4, 64)
+
+
+def test_the_call_for_transformers_loads_what_was_planned(tmp_path: Path) -> None:
+    """Run on a small folder in 16 bits; in 4 bits, whose library computes on cards alone, its options are looked at."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=99, **sizes)).save_pretrained(tmp_path)
+    own, known = open_model(tmp_path), {"MODEL": str(tmp_path), "torch": torch, **vars(transformers)}
+    goal = Goal(catalogue.find("Laptop, LPDDR5-6400"), engines.get("transformers"), Request(64))
+    (call,) = plan(own, goal, scheme="bf16").flags
+    pytest.importorskip("accelerate")
+    loaded = eval(call, {**known, "AutoModelForCausalLM": transformers.AutoModelForCausalLM})
+    row = plan(own, goal, scheme="bf16").rows[0]
+    assert sum(p.nbytes for p in loaded.parameters()) == row.weights.file
+    (call,) = plan(own, goal, scheme="bnb nf4").flags
+    given = eval(call[call.index("BitsAndBytesConfig") : -1], {**known, "BitsAndBytesConfig": BitsAndBytesConfig})
+    # 4 bits, 8 of 64 and 32 of 256 times as many: 4.127, which is planned with
+    assert given.bnb_4bit_use_double_quant and given.bnb_4bit_quant_type == "nf4"
+    assert given.bnb_4bit_compute_dtype == torch.bfloat16

@@ -157,15 +157,10 @@ def _table(rows: tuple[Row, ...]) -> Table:
         left = size(spare) if spare >= 0 else f"[red]-{size(-spare)}[/red]"
         table.add_row(
             row.precision.name, f"{row.bits:.2f}", size(row.weights.file), size(row.placement.total), left,
-            _rate(row.speed.decode) if row.speed else "-", _seconds(row.speed),
+            _output.rate(row.speed.decode) if row.speed else "-", _seconds(row.speed),
             f"{row.loss:.2g}" if row.loss > _FEW else "none",
         )  # fmt: skip
     return table
-
-
-def _rate(tokens: float) -> str:
-    """Tokens a second in three digits, as people write them: `18.5`, `5,030`."""
-    return f"{float(f'{tokens:.3g}'):,.0f}" if tokens >= 1000 else f"{tokens:.3g}"
 
 
 def _seconds(speed: Speed | None) -> str:
@@ -208,8 +203,8 @@ def _speed_lines(row: Row) -> Iterator[str]:
     if row.speed is None:
         yield f"no speed: {row.speechless}"
         return
-    full = f", {_rate(row.speed.full)} with a full context" if row.speed.full < 0.99 * row.speed.decode else ""
-    yield f"{_rate(row.speed.decode)} tokens/s{full}: {row.speed.basis}"
+    full = f", {_output.rate(row.speed.full)} with a full context" if row.speed.full < 0.99 * row.speed.decode else ""
+    yield f"{_output.rate(row.speed.decode)} tokens/s{full}: {row.speed.basis}"
 
 
 def _measured_lines(rows: Sequence[Row]) -> Iterator[str]:
@@ -241,7 +236,7 @@ def _show_remedies(plan: Plan, console: Console) -> None:
 def _outcome(remedy: Remedy) -> str:
     """What is then left, and how fast it is."""
     row = remedy.row
-    speed = f", {_rate(row.speed.decode)} tokens/s" if row.speed else ""
+    speed = f", {_output.rate(row.speed.decode)} tokens/s" if row.speed else ""
     return f": {row.precision.name}, {size(row.placement.spare)} left{speed}"
 
 

@@ -145,16 +145,17 @@ def add(source: Path) -> tuple[Device, ...]:
     return added
 
 
-def find(text: str) -> tuple[Device, ...]:
+def find(text: str, among: tuple[Device, ...] | None = None) -> tuple[Device, ...]:
     """What a person means by `text`: a device, several of one kind (`2x3090`), or several kinds (`3090 + 4090`).
 
+    among: where it is looked for; None stands for `everything`.
     Raises UsageError with the nearest names for what is not in the catalogue, and with all names where several fit.
     """
-    devices = everything()
+    devices = everything() if among is None else among
     dangling = re.match(r"\s*\+", text) or re.search(r"\s\+\s*$", text)
     whole = _called(text, devices) or ([] if dangling else _matching(text, devices))
     if not whole and "+" in text:
-        return tuple(device for part in text.split("+") for device in find(part.strip()))
+        return tuple(device for part in text.split("+") for device in find(part.strip(), among))
     count, name = _count(text)
     matches = whole or _matching(name, devices)
     if matches and not whole and not 1 <= count <= _MOST:

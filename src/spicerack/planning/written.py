@@ -24,7 +24,7 @@ from spicerack.planning.precisions import Lost, Precision
 from spicerack.planning.sensitivity import Sensitivity
 from spicerack.storage import engine as stored_engines
 from spicerack.storage import ledger, records
-from spicerack.storage.files import LEDGER
+from spicerack.storage.files import CONFIG, LEDGER, MAX_CONFIG_BYTES, read_json
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import Checkpoint
 
@@ -192,9 +192,11 @@ def shown(folder: Path) -> dict[str, Any]:
     """What a page about a folder of ours takes from planning, as JSON has it: devices, of `on_devices`, None where the
     model is none that a planner knows; and sensitivity, None where no run with a budget left one.
 
-    Raises CheckpointError where the latter is damaged.
+    Raises CheckpointError where the latter or config.json is damaged.
     """
     known = sensitivity.read(folder)
+    if (folder / CONFIG).is_file():
+        read_json(folder / CONFIG, MAX_CONFIG_BYTES)
     try:
         devices = on_devices(folder)
     except CheckpointError:
@@ -231,7 +233,7 @@ def on_devices(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _on(model: Model, precision: Precision, name: str) -> dict[str, Any]:
-    devices = catalogue.find(name)
+    devices = catalogue.find(name, catalogue.built_in())  # a person's own are theirs, and others read it
     engine = default_engine(model, devices)
     goal = Goal(devices, engine, Request(context_of(model, None), 1, 16))
     about = {"device": name, "engine": engine.name, "context": goal.request.context}
