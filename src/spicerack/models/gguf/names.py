@@ -68,6 +68,16 @@ class Place:
         """The file's module, its last part: "attn_q"."""
         return self.tensor.split(".")[-2]
 
+    def shape(self, stored: tuple[int, ...], *, packed: bool = False) -> tuple[int, ...]:
+        """Of what lies there, rows first, by the shape of the checkpoint's tensor; packed ones have rows first."""
+        shape = [*stored]
+        if self.turned and not packed:
+            shape[-2:] = shape[-1], shape[-2]
+        if self.share is not None:
+            rows = shape[self.axis]
+            shape[self.axis] = len(range(rows)[self.share.of(rows)])
+        return tuple(shape)
+
     @property
     def axis(self) -> int:
         """That of the rows in the file's tensor."""
