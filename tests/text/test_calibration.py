@@ -65,7 +65,7 @@ def test_a_text_is_cut_into_sequences_without_gaps(tmp_path: Path, stdlib: PreTr
     assert given.ids.flatten().tolist() == ids[: len(ids) // 16 * 16]
     assert given.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert given.source == str(path) and given.unknown == 0
-    assert any(f"only {len(ids) // 16} of the 1000 sequences" in note for note in given.notes)
+    assert any(f"only {len(ids) // 16} of the 1,000 sequences" in note for note in given.notes)
 
 
 def test_documents_are_joined_by_the_end_token(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_encoders_long_documents_are_cut_and_it_says_so(tmp_path: Path, minil
     given = take(path, minilm, length=12, kind="encoder")
     assert given.mask is not None and given.mask.sum(1).tolist() == [12, 5]
     assert given.ids[0, -1] == minilm.sep_token_id and given.ids[0, 0] == minilm.cls_token_id
-    assert any(note.startswith("1 documents fill all 12") for note in given.notes)
+    assert any(note.startswith("1 document fills all 12") for note in given.notes)
 
 
 # ---- datasets -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import RecipeError, SchemeError, listed
+from spicerack.errors import RecipeError, SchemeError, counted, listed
 from spicerack.models.architecture import cuts, host_of, on_meta
 from spicerack.models.fit import relying_on_ties
 from spicerack.models.opening import open_stored
@@ -268,7 +268,8 @@ def _refitted(source: Source, before: Mapping[str, Decision], after: Mapping[str
             changed.setdefault((old, choice.scheme), []).append(entries[name].module)
     for (old, new), modules in changed.items():
         patterns = fitting.patterns(modules, [entry.module for entry in entries.values()])
-        yield f"{len(modules)} layers that {old} does not tile are {new}: {listed(patterns, _LISTED)}"
+        are = "is" if len(modules) == 1 else "are"
+        yield f"{counted(len(modules), 'layer')} that {old} does not tile {are} {new}: {listed(patterns, _LISTED)}"
 
 
 def _notes(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spicerack.errors import counted
 from spicerack.storage.reader import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def cut(checkpoint: Checkpoint, wholes: Mapping[str, Sequence[str]]) -> Checkpoi
             tensors[name] = info
     first, names = next(iter(wholes.items()))
     note = (
-        f"{len(wholes)} tensors are cut into those that transformers cuts them into, and rules name these: "
+        f"{counted(len(wholes), 'tensor')} cut into those that transformers makes of them, and rules name these: "
         f"{first} into {', '.join(names)}"
     )
     return Cut(

@@ -114,7 +114,7 @@ def _planned(name: str, group: list[tuple[StoredTensor | TensorInfo, Place]]) ->
     members = [place.member for _, place in parts]
     if members != ([None] if len(parts) == 1 and members[0] is None else list(range(len(parts)))):
         raise CheckpointError(f"{name}: made of {_label(parts[0][0])} and {len(parts) - 1} more, which are not all", "")
-    shapes = {_shape(tensor, place) for tensor, place in parts}
+    shapes = {place.shape(tensor.shape, packed=isinstance(tensor, StoredTensor)) for tensor, place in parts}
     if len(shapes) > 1:
         raise CheckpointError(f"{name}: experts of different shapes, {sorted(shapes)}", "llama.cpp wants them alike")
     shape = shapes.pop()
@@ -147,11 +147,6 @@ def _type(name: str, parts: tuple[tuple[StoredTensor | TensorInfo, Place], ...],
 
 def _label(tensor: StoredTensor | TensorInfo) -> str:
     return tensor.module if isinstance(tensor, StoredTensor) else tensor.name
-
-
-def _shape(tensor: StoredTensor | TensorInfo, place: Place) -> tuple[int, ...]:
-    """Of one part."""
-    return place.shape(tensor.shape, turned=isinstance(tensor, TensorInfo))
 
 
 def raw(model: Model, source: Source, planned: Planned, shared: Shared) -> Iterator[tuple[TensorSpec, torch.Tensor]]:

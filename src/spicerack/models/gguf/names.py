@@ -68,22 +68,20 @@ class Place:
         """The file's module, its last part: "attn_q"."""
         return self.tensor.split(".")[-2]
 
+    def shape(self, stored: tuple[int, ...], *, packed: bool = False) -> tuple[int, ...]:
+        """Of what lies there, rows first, by the shape of the checkpoint's tensor; packed ones have rows first."""
+        shape = [*stored]
+        if self.turned and not packed:
+            shape[-2:] = shape[-1], shape[-2]
+        if self.share is not None:
+            rows = shape[self.axis]
+            shape[self.axis] = len(range(rows)[self.share.of(rows)])
+        return tuple(shape)
+
     @property
     def axis(self) -> int:
         """That of the rows in the file's tensor."""
         return -2 if self.tensor.endswith(".weight") else -1
-
-    def shape(self, own: tuple[int, ...], *, turned: bool) -> tuple[int, ...]:
-        """What a checkpoint's tensor of a shape has in the file, output rows first; of rows that are shared its own.
-
-        turned: whether the shape is as the checkpoint stores it; what is packed has its rows first already.
-        """
-        shape = [*own]
-        if turned and self.turned:
-            shape[-2:] = shape[-1], shape[-2]
-        if self.share is not None:
-            shape[self.axis] = len(range(shape[self.axis])[self.share.of(shape[self.axis])])
-        return tuple(shape)
 
 
 class Names:

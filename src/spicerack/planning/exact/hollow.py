@@ -64,13 +64,14 @@ def _tensors(model: Model, family: Family, recipe: Mixture) -> Iterator[TensorSp
         places = names.places(name)
         if not places:
             raise CheckpointError(f"{name}: llama.cpp has no such tensor in {family.architecture}", _REMEDY)
+        type_ = TYPES[gguf.type_of(model, weight, recipe)]
         for place in places:
-            shape = place.shape(info.shape, turned=True)
+            shape = place.shape(info.shape)
             if place.module == "ffn_gate_inp_shexp":
                 shape = shape[-1:]
             if place.member is not None:
                 shape = (weight.count, *shape)
-            spec = TensorSpec(place.tensor, TYPES[gguf.type_of(model, weight, recipe)], shape)
+            spec = TensorSpec(place.tensor, type_, shape)
             head = head or place.tensor == "output.weight"
             table = spec if place.tensor == "token_embd.weight" else table
             yield spec
