@@ -16,11 +16,24 @@ from spicerack.exports.source import Source
 from spicerack.exports.target import Order, find
 from spicerack.runtime.folder import Folder
 
+_GRANITE = {
+    "attention_multiplier": 0.125, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+}  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {"query_pre_attn_scalar": 16},
-    "granite": {
-        "attention_multiplier": 0.125, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "gpt_oss": {
+        "intermediate_size": 64, "sliding_window": 8,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+        },
+    },
+    "llama4_text": {
+        "num_hidden_layers": 4, "attention_chunk_size": 8192, "interleave_moe_layer_step": 2, "moe_layers": [1, 3],
+        "no_rope_layers": [1, 1, 1, 0], "layer_types": [*["chunked_attention"] * 3, "full_attention"],
     },
     "mistral": {"sliding_window": None},
     "qwen3_moe": {"norm_topk_prob": True, "head_dim": 16},
@@ -30,7 +43,8 @@ CLASSES = {"bert": "BertModel", "nomic_bert": "NomicBertModel"}
 """Encoders without heads, as sentence encoders are."""
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "bert", "nomic_bert", "mixtral", "qwen2_moe",
-    "qwen3_moe", "gpt2", "falcon", "starcoder2", "stablelm", "olmo2", "granite", "smollm3",
+    "qwen3_moe", "gpt2", "falcon", "starcoder2", "stablelm", "olmo2", "granite", "smollm3", "gpt_oss", "granitemoe",
+    "granitemoeshared", "llama4_text",
 )  # fmt: skip
 ENCODERS = ("bert", "nomic_bert")
 _TEXT = ["the cat sat on the mat and the dog ran to the red barn where the hens are"] * 4

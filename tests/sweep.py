@@ -101,9 +101,13 @@ def _quantized(source: Path, recipe: str, out: Path) -> dict[str, Any]:
 def _rules(source: Path) -> list[str]:
     """w8 for every second kind of linear layer."""
     from spicerack.models import census
+    from spicerack.models.architecture import cuts, on_meta
+    from spicerack.storage.cutting import cut
     from spicerack.storage.reader import Checkpoint
 
-    entries = census.take(Checkpoint.open(source)).entries.values()
+    checkpoint = Checkpoint.open(source)
+    wholes = cuts(on_meta(checkpoint.config), {name: info.shape for name, info in checkpoint.tensors.items()})
+    entries = census.take(cut(checkpoint, wholes)).entries.values()
     kinds = sorted(
         {entry.module.rpartition(".")[2] for entry in entries if entry.role == "linear" and "." in entry.module}
     )

@@ -102,5 +102,13 @@ def listed(items: Sequence[str], most: int, noun: str = "", *, between: str = ",
     between   what stands between two of them; a line break and what each line begins with for items that have a line
               each; then the rest has a line, too
     """
-    more = f"{' ' if between == ', ' else between}and {len(items) - most} more" if len(items) > most else ""
-    return between.join(items[:most]) + more + (f" {noun}" if more and noun else "")
+    left = len(items) - most
+    if left <= 0:
+        return between.join(items)
+    of = f" {noun.removesuffix('s') if left == 1 else noun}" if noun else ""
+    return f"{between.join(items[:most])}{' ' if between == ', ' else between}and {left} more{of}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, for people: "1 layer", "2,048 tokens". noun: of one of them, whose plural has an s more."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

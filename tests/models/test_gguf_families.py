@@ -157,15 +157,15 @@ def test_families_are_found_or_listed() -> None:
         of_architecture("mamba", ())
     with pytest.raises(CheckpointError, match="'t5'"):
         of_type("t5")
-    assert len(plugins.names(PACKAGE)) == 19
+    assert len(plugins.names(PACKAGE)) == 23
 
 
 def test_names_with_and_without_the_prefix_of_a_class() -> None:
     names = Names(of_type("bert"))
     place = Place("blk.3.attn_q.weight")
-    assert names.place("encoder.layer.3.attention.self.query.weight") == place
-    assert names.place("bert.encoder.layer.3.attention.self.query.weight") == place
-    assert names.place("encoder.layer.3.attention.self.other.weight") is None
+    assert names.places("encoder.layer.3.attention.self.query.weight") == (place,)
+    assert names.places("bert.encoder.layer.3.attention.self.query.weight") == (place,)
+    assert names.places("encoder.layer.3.attention.self.other.weight") == ()
     assert names.left_out("cls.predictions.bias") and not names.left_out("encoder.layer.3.output.dense.bias")
 
 

@@ -263,7 +263,7 @@ def test_a_recipe_that_quantizes_nothing_is_refused_with_what_there_is(llama_fol
     ("name", "asked", "reason"),
     [
         ("dbrx", "**.experts.mlp.w1=w8", "the architecture's code needs its experts whole"),
-        ("nomic_bert", "**.Wqkv=w8", "transformers changes it while loading, by Chunk"),
+        ("lara_mini", "**.linear_attn.in_proj=w8", "transformers changes it while loading, by Split"),
     ],
 )
 def test_a_rule_that_only_asks_for_what_cannot_be_had_is_refused_by_name(
@@ -278,9 +278,7 @@ def test_a_rule_that_only_asks_for_what_cannot_be_had_is_refused_by_name(
 def built(name: str, folder: Path) -> Path:
     if name in families.FAMILIES:
         return family(name, folder / name)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.NomicBertConfig(**sizes, vocab_size=99)
-    transformers.NomicBertModel(config).save_pretrained(folder / name)
+    tiny.build(name).save_pretrained(folder / name)
     return folder / name
 
 

@@ -111,7 +111,7 @@ def test_fp8_is_read_as_transformers_reads_it(
             )
             some.release(name)
     report = overview.look(folder)
-    assert report.quantized is None and "are FP8 and are decoded" in " ".join(report.notes) and report.estimates
+    assert report.quantized is None and "in FP8, decoded" in " ".join(report.notes) and report.estimates
 
 
 @pytest.mark.parametrize("kind", RELEASES)

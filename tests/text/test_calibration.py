@@ -65,7 +65,7 @@ def test_a_text_is_cut_into_sequences_without_gaps(tmp_path: Path, stdlib: PreTr
     assert given.ids.flatten().tolist() == ids[: len(ids) // 16 * 16]
     assert given.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert given.source == str(path) and given.unknown == 0
-    assert any(f"only {len(ids) // 16} of the 1000 sequences" in note for note in given.notes)
+    assert any(f"only {len(ids) // 16} of the 1,000 sequences" in note for note in given.notes)
 
 
 def test_documents_are_joined_by_the_end_token(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_encoders_long_documents_are_cut_and_it_says_so(tmp_path: Path, minil
     given = take(path, minilm, length=12, kind="encoder")
     assert given.mask is not None and given.mask.sum(1).tolist() == [12, 5]
     assert given.ids[0, -1] == minilm.sep_token_id and given.ids[0, 0] == minilm.cls_token_id
-    assert any(note.startswith("1 documents fill all 12") for note in given.notes)
+    assert any(note.startswith("1 document fills all 12") for note in given.notes)
 
 
 # ---- datasets -------------------------------------------------------------------------------------------------------
@@ -243,6 +243,14 @@ def test_tables_are_read_through_datasets(tmp_path: Path, monkeypatch: pytest.Mo
         ("chats.jsonl", b'{"messages": []}\n', 'line 1 has "messages" that are no chat'),
         ("deep.jsonl", b"[" * 200_000, "line 1 is not JSON"),
         ("array.json", b'[{"text": "x"}]', "is JSON, not text"),
+        ("table.csv", b"text,label\nsome words,1\n" * 99, "is a table, not text"),
+        ("TABLE.CSV", b"text,label\nsome words,1\n" * 99, "is a table, not text"),
+        ("table.tsv", b"text\tlabel\nsome words\t1\n" * 99, "is a table, not text"),
+        ("table.parquet", b"PAR1" * 99, "is a table, not text"),
+        ("table.arrow", b"ARROW1" * 99, "is a table, not text"),
+        ("lines.ndjson", b'{"text": "fine"}\n' * 99, "is JSON lines under another name"),
+        ("lines.txt", b'{"text": "fine and long enough"}\n' * 99, "holds JSON lines, and its name says text"),
+        ("LINES.JSONL", b'{"text": 5}\n', "line 1 has neither"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else "",
 )
@@ -267,6 +275,9 @@ def test_chats_need_a_template_that_takes_them(tmp_path: Path) -> None:
 def test_a_folder_without_text_and_a_senseless_size_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "notes.md", "x" * 99)
     with pytest.raises(TextError, match=r"has no \.txt or \.jsonl file"):
+        take(tmp_path, byte_tokenizer())
+    write(tmp_path / "table.csv", "text,label\n")
+    with pytest.raises(TextError, match=r"has no \.txt or \.jsonl file: table\.csv is a table, not text"):
         take(tmp_path, byte_tokenizer())
     for changes in ({"samples": 0}, {"length": 1}):
         with pytest.raises(TextError, match="no calibration"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import click
 
 from spicerack.cli import _output
-from spicerack.errors import UsageError
+from spicerack.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,7 +142,7 @@ def _announce(prepared: Prepared, console: Console) -> None:
     for title, line in (
         ("model", str(prepared.listing.source.folder)), ("budget", told(order.budget)),
         ("method", f"{prepared.method}, range={prepared.listing.recipe.range_}"),
-        ("calib", f"{prepared.text.source}, {count} sequences of up to {length} tokens"),
+        ("calib", f"{prepared.text.source}, {counted(count, 'sequence')} of up to {counted(length, 'token')}"),
         ("units", f"{len(units)}, each in one of {', '.join(names)}"),
     ):  # fmt: skip
         console.print(f"[bold]{title:6}[/bold] {escape(line)}", soft_wrap=True)
@@ -180,7 +180,7 @@ def _report(outcome: Outcome, console: Console) -> None:
     last = known.rounds[-1]
     unit = "KL in nats per token" if known.metric == "kl" else "1 - cosine"
     rise = "" if last.rise is None else f"; perplexity {last.rise[0]:+.2%} ({last.rise[1]:+.2%} to {last.rise[2]:+.2%})"
-    rounds = "1 round" if len(known.rounds) == 1 else f"{len(known.rounds)} rounds"
+    rounds = counted(len(known.rounds), "round")
     console.print(
         f"budget {told(known.budget)}: {last.bits:.3f} bits a weight; {unit} {last.measured:.4g} "
         f"({last.interval[0]:.4g} to {last.interval[1]:.4g}) on {last.tokens:,} held-out tokens, expected "

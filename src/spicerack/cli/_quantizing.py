@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spicerack.cli import _output
-from spicerack.errors import listed
+from spicerack.errors import counted, listed
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,8 @@ def watching(place: Progress, job: Job, stopping: Callable[[], bool], ranks: Ran
 def _trial(trial: Trial) -> str:
     """One line on the first blocks, tried before the rest: how far what was loaded is from what was computed."""
     return (
-        f"preflight: {trial.blocks} of {trial.count} blocks rounded, saved and loaded again: as computed within "
-        f"{trial.difference:.2%} (off the float model's by {trial.error:.2%}), {trial.seconds:.1f} s"
+        f"preflight: {trial.blocks} of {counted(trial.count, 'block')} rounded, saved and loaded again: as computed "
+        f"within {trial.difference:.2%} (off the float model's by {trial.error:.2%}), {trial.seconds:.1f} s"
     )
 
 
@@ -79,10 +79,10 @@ def _expected(trial: Trial, method: Method | None) -> str | None:
         return None
     seconds, alone = trial.expected, f"about {duration(trial.rounded)} rounded without --calib"
     if method.solver == trial.solver:
-        return f"expected: about {duration(seconds)} for {trial.count} blocks; {alone}"
+        return f"expected: about {duration(seconds)} for {counted(trial.count, 'block')}; {alone}"
     least, most = (duration(factor * seconds) for factor in LEARNING)
     quicker = f"{trial.solver} takes about {duration(seconds)}"
-    return f"expected: {least} to {most} for {trial.count} blocks; {quicker}, {alone}"
+    return f"expected: {least} to {most} for {counted(trial.count, 'block')}; {quicker}, {alone}"
 
 
 def _line(block: Finished, until: str) -> str:
@@ -96,7 +96,7 @@ def _line(block: Finished, until: str) -> str:
     plain = f" (rounded to nearest {block.rounded:.2%})" if block.rounded != block.error else ""
     events = "".join(f"\n  [yellow]note[/yellow] {escape(event)}" for event in block.events)
     return (
-        f"{block.block}: {block.layers} layers, {block.bits:.2f} bits, output off by {block.error:.2%}"
+        f"{block.block}: {counted(block.layers, 'layer')}, {block.bits:.2f} bits, output off by {block.error:.2%}"
         f"{plain}, {block.seconds:.1f} s, peak {_output.size(block.peak_rss_bytes)}{until}{events}"
     )
 
@@ -124,7 +124,7 @@ def announce(
     console.print(f"[bold]format[/bold] {job.format.name}", soft_wrap=True)
     if calibration is not None:
         sequences, length = calibration.ids.shape
-        text = f"{calibration.source}, {sequences} sequences of up to {length} tokens"
+        text = f"{calibration.source}, {counted(sequences, 'sequence')} of up to {counted(length, 'token')}"
         console.print(f"[bold]calib [/bold] {escape(text)}", soft_wrap=True)
     console.print(f"[bold]memory[/bold] {_output.size(planned.peak_bytes)} at most, {planned.where}", soft_wrap=True)
     if device.type != "cpu":

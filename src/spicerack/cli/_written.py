@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from spicerack.cli import _output
+from spicerack.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,8 +17,9 @@ def show(written: Written, console: Console) -> None:
     """What was written, in a few lines."""
     from rich.markup import escape
 
+    tensors = f"{counted(written.packed, 'quantized tensor')} and {counted(written.floats, 'other')}"
     console.print(
-        f"[bold]{escape(str(written.output))}[/bold]: {written.packed} quantized tensors and {written.floats} others, "
+        f"[bold]{escape(str(written.output))}[/bold]: {tensors}, "
         f"{_output.size(written.nbytes)}, in {written.seconds:.1f} s",
         soft_wrap=True,
     )
@@ -25,8 +27,8 @@ def show(written: Written, console: Console) -> None:
     console.print(f"read back by {escape(written.verified_by)}{whose}: every weight is what it was meant to be")
     for one in written.rounded:
         console.print(
-            f"[yellow]rounded again[/yellow] {one.count} layers of {one.given} in {one.scheme}: their weights changed "
-            f"by {one.error:.2%}, because {escape(one.rule)}",
+            f"[yellow]rounded again[/yellow] {counted(one.count, 'layer')} of {one.given} in {one.scheme}: the weights "
+            f"changed by {one.error:.2%}, because {escape(one.rule)}",
             soft_wrap=True,
         )
     if written.added_kl is not None:

@@ -12,6 +12,7 @@ import click
 
 from spicerack.cli import _output
 from spicerack.cli._commands import About
+from spicerack.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,12 +105,12 @@ def _setting(result: Benchmark) -> str:
 
     work = result.work
     turn = (
-        f"a prompt of {work.prefill} tokens, then {work.decode} new ones"
+        f"a prompt of {counted(work.prefill, 'token')}, then {counted(work.decode, 'new one')}"
         if isinstance(work, DecoderTurn)
-        else f"{work.batch} sentences of {work.length} tokens at once"
+        else f"{counted(work.batch, 'sentence')} of {counted(work.length, 'token')} at once"
     )
-    where = f"{result.threads} threads, {result.device}"
-    return f"[dim]{turn}; median of {result.repeats} turns; {where}[/dim]"
+    where = f"{counted(result.threads, 'thread')}, {result.device}"
+    return f"[dim]{turn}; median of {counted(result.repeats, 'turn')}; {where}[/dim]"
 
 
 def _meaning(result: Benchmark) -> str:

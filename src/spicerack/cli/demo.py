@@ -14,7 +14,7 @@ import click
 
 from spicerack.cli import _output
 from spicerack.cli._commands import About
-from spicerack.errors import OutputError
+from spicerack.errors import OutputError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +59,7 @@ def _print(subject: Subject, outcomes: list[Outcome], console: Console) -> None:
 
     original = outcomes[0]
     kind = original.timing.compute.rpartition("/")[2]
-    console.print(f"\n[bold]{subject.title}[/bold]\n({kind}, {_threads()} threads)")
+    console.print(f"\n[bold]{subject.title}[/bold]\n({kind}, {counted(_threads(), 'thread')})")
     rows = [_cells(outcome, original) for outcome in outcomes]
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)

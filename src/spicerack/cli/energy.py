@@ -8,6 +8,7 @@ import click
 
 from spicerack.cli import _output
 from spicerack.cli._commands import About
+from spicerack.errors import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,9 +114,10 @@ def _show(result: dict[str, Any]) -> None:
 def _show_measured(result: dict[str, Any], say: Callable[[str], None]) -> None:
     """Each meter, and idle."""
     say(f"{result['joules_per_token_with_idle']:.3g} J with what the machine takes when idle")
-    for name, counted in result["joules"].items():
-        say(f"  {name}: {counted:.4g} J in {result['seconds']:.3g} s, idle {result['idle_watts'][name]:.3g} W")
-    say(f"{result['tokens']:,} tokens at {result['tokens_per_s']:.4g} a second, computed with {result['compute']}")
+    for name, drawn in result["joules"].items():
+        say(f"  {name}: {drawn:.4g} J in {result['seconds']:.3g} s, idle {result['idle_watts'][name]:.3g} W")
+    tokens = counted(result["tokens"], "token")
+    say(f"{tokens} at {result['tokens_per_s']:.4g} a second, computed with {result['compute']}")
     if result["joules_per_token"] <= 0:
         say("no more than idle: other programs ran while the machine was to idle; measure again")
 

@@ -12,6 +12,7 @@ import click
 
 from spicerack.cli import _loss, _output
 from spicerack.cli._commands import About
+from spicerack.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,9 +86,7 @@ def _decoder(evaluation: Evaluation, figures: Comparison, console: Console) -> N
         ("KL, noise floor", "-" if floor is None else _loss.short(floor), "the reference cast to bfloat16"),
     ]
     count = len(figures.kl)
-    title = (
-        f"{figures.tokens:,} predicted tokens in {count} {'window' if count == 1 else 'windows'} of {figures.window}"
-    )
+    title = f"{counted(figures.tokens, 'predicted token')} in {counted(count, 'window')} of {figures.window}"
     _table(console, evaluation, title, rows)
     same = round(1000 * figures.top1_agreement)
     change = figures.perplexity / figures.perplexity_reference - 1
@@ -110,7 +109,7 @@ def _encoder(evaluation: Evaluation, figures: EncoderComparison, console: Consol
         ("cosine, noise floor", "-" if floor is None else f"{floor:.5f}", "the reference cast to bfloat16"),
         ("Spearman", "-" if rank is None else f"{rank:.5f}", "do all pairs rank alike in similarity?"),
     ]
-    _table(console, evaluation, f"{len(figures.cosine):,} sentences, {figures.tokens:,} tokens", rows)
+    _table(console, evaluation, f"{counted(len(figures.cosine), 'sentence')}, {counted(figures.tokens, 'token')}", rows)
     cast = "" if floor is None else f"; a cast to bfloat16 turns it by about {_loss.angle(floor)}"
     console.print(
         f"An embedding turned by about {_loss.angle(figures.mean)}, the worst by {_loss.angle(figures.least)}{cast}."

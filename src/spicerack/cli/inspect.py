@@ -19,6 +19,7 @@ import click
 from spicerack.cli import _output
 from spicerack.cli._commands import About
 from spicerack.cli._output import size
+from spicerack.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,7 +127,7 @@ def _show(report: Report, console: Console) -> None:
     """
     from rich.markup import escape
 
-    files = "1 file" if report.shards == 1 else f"{report.shards} files"
+    files = counted(report.shards, "file")
     console.print(f"[bold]{escape(str(report.folder))}[/bold]", soft_wrap=True)
     console.print(escape(" · ".join(_facts(report.architecture))))
     console.print(f"{_count(report.parameters)} parameters · {size(report.nbytes)} in {files} · {_types(report)}")
@@ -270,7 +271,9 @@ def _misfits(estimates: Iterable[Estimate]) -> list[str]:
             counts[misfit.remedy] = counts.get(misfit.remedy, 0) + misfit.count
         for remedy, count in counts.items():
             schemes.setdefault((count, remedy), []).append(estimate.scheme)
-    return [f"* {', '.join(names)}: {count} layers with {remedy}" for (count, remedy), names in schemes.items()]
+    return [
+        f"* {', '.join(names)}: {counted(count, 'layer')} with {remedy}" for (count, remedy), names in schemes.items()
+    ]
 
 
 def _show_spreads(spreads: list[Spread], console: Console) -> None:

@@ -19,6 +19,7 @@ import click
 from spicerack.cli import _exact, _output
 from spicerack.cli._commands import About
 from spicerack.cli._output import size
+from spicerack.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,7 +134,8 @@ def _heading(plan: Plan) -> Iterator[str]:
     experts = f", {model.chosen} of {model.experts} experts" if model.experts else ""
     read = f", {_count(model.read)} read per token{experts}" if model.generates else ""
     name = Path(model.name).name
-    yield f"{name} · {model.family} · {_count(model.parameters)} parameters{read} · {len(model.layers)} layers"
+    layers = counted(len(model.layers), "layer")
+    yield f"{name} · {model.family} · {_count(model.parameters)} parameters{read} · {layers}"
     names = ", ".join(
         f"{count}x {name}" if count > 1 else name
         for name, count in Counter(device.name for device in goal.devices).items()
@@ -142,7 +144,7 @@ def _heading(plan: Plan) -> Iterator[str]:
     wide = f"a picture of {picture.height} x {picture.width}, " if (picture := model.picture) else ""
     users = "" if request.users == 1 else f", {request.users} {'at once' if picture else 'users'}"
     kept = f", cache in {request.cache_bits} bits" if model.generates else ""
-    yield f"{names} · {goal.engine.name} · {wide}{request.context:,} tokens{users}{kept}"
+    yield f"{names} · {goal.engine.name} · {wide}{counted(request.context, 'token')}{users}{kept}"
     if unsure := sorted({name for device in goal.devices for name in device.uncertain}):
         yield f"not confirmed of these devices: {', '.join(unsure)}"
 
@@ -179,7 +181,7 @@ def _show_recommended(plan: Plan, row: Row, console: Console) -> None:
     """What is recommended, what each device then holds, and how fast that is."""
     from rich.markup import escape
 
-    longest = "" if plan.longest is None else f"; it fits with up to {plan.longest:,} tokens"
+    longest = "" if plan.longest is None else f"; it fits with up to {counted(plan.longest, 'token')}"
     console.print(f"Recommended: [bold]{escape(row.precision.name)}[/bold]{longest}", soft_wrap=True)
     for held, count in Counter(map(_held, row.placement.shares)).items():
         console.print(f"  {f'{count}x ' if count > 1 else ''}{held}", markup=False, soft_wrap=True)
@@ -212,7 +214,7 @@ def _held(share: Share) -> str:
     for term in share.terms:
         about = f" +-{size(term.spread)}" if term.spread else ""
         parts.append(f"{term.name} {size(term.nbytes)} {term.how}{about}")
-    layers = f", {len(share.layers)} layers" if share.layers else ""
+    layers = f", {counted(len(share.layers), 'layer')}" if share.layers else ""
     return f"{share.device.name}{layers}: {', '.join(p for p in parts if ' 0 B' not in p)}"
 
 

@@ -18,7 +18,7 @@ import click
 
 from spicerack.cli import _output, _rules
 from spicerack.cli._commands import About
-from spicerack.errors import UsageError
+from spicerack.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -290,7 +290,7 @@ def _report(trained: Trained, source: str, console: Console) -> None:
         console.print(f"\n{out} is already there, from the same command", soft_wrap=True, markup=False)
         return
     resumed = f", continued at step {trained.resumed_at}" if trained.resumed_at else ""
-    console.print(f"\n{trained.tokens:,} tokens, {trained.seconds:.1f} s{resumed}", highlight=False)
+    console.print(f"\n{counted(trained.tokens, 'token')}, {trained.seconds:.1f} s{resumed}", highlight=False)
     console.print(f"{out} is ready; {out}.training has checkpoints and curves, and may go", soft_wrap=True)
     if (original := _original(source)) is not None:
         line = shlex.join(["spicerack", "eval", str(out), "--against", original, "--text", "FILE"])

@@ -193,6 +193,7 @@ def _opened(model: str | Path, scheme: str | None, for_: str | None, target: Tar
     the end."""
     folder = Folder.open(model)
     if scheme is None:
+        folder = releases.in_mxfp4(folder)
         if folder.format is None and not target.floats:
             raise UsageError(f"{folder.checkpoint.folder} is not quantized", "give --scheme, such as w4g32")
         yield folder

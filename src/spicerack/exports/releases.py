@@ -1,8 +1,9 @@
-"""Releases in FP8 with the codes that they have: what `import` makes a folder of. Everywhere else they are floats.
+"""Releases in FP8 or MXFP4 with the codes that they have: what `import` makes a folder of, and what `export` writes of
+the latter. Everywhere else they are floats.
 
 Our `fp8` is a code of E4M3 times a scale of its row. A release with a scale for each row is that; of one with a scale
 for the tensor each row gets the same. Scales are stored in 16 bits: a release whose scales have more is refused by
-name, and so is one with scales of blocks, which no scheme of ours has.
+name, and so is one with scales of blocks, which no scheme of ours has. Our `mxfp4` is what gpt-oss is released in.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from spicerack.storage.reader import Checkpoint
 from spicerack.storage.released import Coded, Released
 
 _SCHEME = "fp8"
-_NO_NUMBER = 0x7F
-"""E4M3's only pattern that is none, without its sign."""
+_NO_NUMBER, _NO_POWER = 0x7F, 0xFF
+"""E4M3's only pattern that is none, without its sign, and E8M0's."""
 _AS_FLOATS = "quantize it: it is read as floats"
 _LISTED = 3
 
 
 def kept(release: Released) -> Folder:
-    """The folder of a release, its FP8 tensors packed in our scheme; no weight is read, scales are.
+    """The folder of a release, its coded tensors packed in our schemes; no weight is read, scales of FP8 are.
 
     Raises UsageError naming tensor and rule where codes cannot be kept, and CheckpointError.
     """
@@ -46,14 +47,24 @@ def kept(release: Released) -> Folder:
     base = release.base.held()
     own = {name: info for name, info in base.tensors.items() if name in parts or name in release.tensors}
     contents = {name.removesuffix(".weight"): _stored(name, release) for name in release.coded}
-    fmt = Kept({module: release.coded[f"{module}.weight"] for module in contents})
+    fmt = Kept({name.removesuffix(".weight"): coded for name, coded in release.coded.items()})
     return Folder(replace(base, tensors=own, config=release.config), fmt, contents)
+
+
+def in_mxfp4(folder: Folder) -> Folder:
+    """A release in MXFP4 with its codes, any other folder as it is: what there is of FP8 no engine's file holds."""
+    release = folder.checkpoint
+    if isinstance(release, Released) and all(coded.coding == "mxfp4" for coded in release.coded.values()):
+        return kept(release)
+    return folder
 
 
 def _obstacle(name: str, coded: Coded) -> str | None:
     """Why a tensor is not ours with the codes that it has, behind its name; None if it is."""
-    if coded.coding != "fp8" or len(coded.codes.shape) != 2 or not name.endswith(".weight"):
-        return f"is {coded.coding.upper()} of {len(coded.codes.shape)} axes"
+    if coded.coding == "mxfp4":
+        return None
+    if len(coded.codes.shape) != 2 or not name.endswith(".weight"):
+        return f"is FP8 of {len(coded.codes.shape)} axes"
     rows, columns = coded.block
     n, k = coded.codes.shape
     if math.prod(coded.scale.shape) == 1 or (rows == 1 and columns == k and n == math.prod(coded.scale.shape)):
@@ -64,6 +75,11 @@ def _obstacle(name: str, coded: Coded) -> str | None:
 def _stored(name: str, release: Released) -> StoredTensor:
     """A tensor as ours, with scales of the first 16-bit type that holds them. Raises UsageError if none does."""
     coded, model = release.coded[name], BY_SAFETENSORS[release.tensors[name].dtype]
+    if coded.coding == "mxfp4":
+        experts, k, n = release.tensors[name].shape  # gpt-oss's code has inputs first, its files outputs
+        return StoredTensor(
+            name, parse("mxfp4"), (experts, n, k), role="experts", source_dtype=model, transposed=True
+        )  # fmt: skip
     scale = release.base.read(coded.scale.name).float()
     for source in dict.fromkeys((model, torch.bfloat16, torch.float16)):
         if torch.equal(scale.to(dtype_of("source", source)).float(), scale):
@@ -103,6 +119,8 @@ class Kept(MethodFormat):
     def decode(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> QTensor:
         """Codes are the patterns of bits that they are."""
         codes, scale = (tensors[name] for name in self.layout(stored))
+        if self.coded[stored.module].coding == "mxfp4":
+            return _mxfp4(stored, codes, scale)
         patterns = codes.view(torch.uint8)
         if bool((patterns & _NO_NUMBER == _NO_NUMBER).any()) or not bool(torch.isfinite(scale.float()).all()):
             raise CheckpointError(f"{stored.module}: a weight or scale that is no number", "fetch the files again")
@@ -128,3 +146,11 @@ class Kept(MethodFormat):
     def notes(self, _contents: Contents, _fused: Sequence[Sequence[str]], _reading: Reading, /) -> list[str]:
         """None."""
         return []
+
+
+def _mxfp4(stored: StoredTensor, blocks: torch.Tensor, scale: torch.Tensor) -> QTensor:
+    """blocks [E, N, G, 16], scale [E, N, G]: a byte has its low half first. Raises CheckpointError for no number."""
+    if bool((scale == _NO_POWER).any()):
+        raise CheckpointError(f"{stored.module}: a scale that is no number", "fetch the files again")
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(2)
+    return QTensor(stored.scheme, codes, scale.view(torch.float8_e8m0fnu), transposed=stored.transposed)

@@ -37,8 +37,9 @@ def restored(source: Source) -> Source:
         return source
     contents, changes = dict(source.contents), dict[str, Change]()
     for module, stored in source.contents.items():
-        place = checkpoint.places[f"{module}.weight"]
-        if (name := told.get(place.tensor)) is None:
+        place, *others = checkpoint.places[f"{module}.weight"]
+        name = told.get(place.tensor)
+        if name is None or any(told.get(other.tensor) != name for other in others):
             continue
         type_ = checkpoint.file.tensors[place.tensor].type
         wanted = _wanted(stored, name, str(checkpoint.config.get("dtype")))

@@ -171,7 +171,8 @@ def _exact(given: Source, engine: Engine, way: Reads, line: Callable[..., Line])
         return line("another scheme", [error.message])
     nbytes = target.nbytes(planned.source, _order(way, planned.facts))
     notes = target.notes(way.to, planned.source)
-    exact = line("exact", [*notes, *([way.remark] if way.remark else [])], nbytes)
+    doubt = way.doubt(engine.name, given.config.get("model_type"))
+    exact = line("exact", [*notes, *filter(None, (doubt, way.remark))], nbytes)
     own = given.folder.format
     if own is None or own.name != way.format or planned.source.changes:
         return exact

@@ -274,6 +274,29 @@ def _others(target: str, patterns: Sequence[str]) -> list[str]:
     return [target[: found.start()] + p.replace(r"\1", captured) + target[found.end() :] for p in patterns[1:]]
 
 
+def cuts(model: PreTrainedModel | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+    """Tensors that transformers cuts into equal rows while loading, and nothing else -> the parameters made of them.
+
+    Each of these could be a tensor of its own under its name: nomic-bert's, GTE's and Jina's queries, keys and values.
+    model: None where transformers knows none. shapes: of a checkpoint's tensors. Names that transformers would change
+    again are left alone: nobody would find them.
+    """
+    if model is None:
+        return {}
+    state = model.state_dict()
+    wholes: dict[str, tuple[str, ...]] = {}
+    for name, place in destinations(model, shapes).items():
+        names, shape = (place.parameter, *place.others), shapes[name]
+        if place.operations != ("Chunk",) or len(names) < 2 or not shape or shape[0] % len(names):
+            continue
+        rows = (shape[0] // len(names), *shape[1:])
+        fits = all(own not in shapes and tuple(state[own].shape) == rows for own in names)
+        kept = destinations(model, names)
+        if fits and all(kept.get(own) == Destination(own) for own in names):
+            wholes[name] = names
+    return wholes
+
+
 def is_stack(model: PreTrainedModel, place: Destination) -> bool:
     """Whether a tensor that goes to `place` unchanged is one of all experts, whose code takes one matrix at a time."""
     owner, _, parameter = place.parameter.rpartition(".")

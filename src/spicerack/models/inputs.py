@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from spicerack.errors import UsageError
 from spicerack.models.architecture import on_meta
+from spicerack.models.blocks.reads import Reads
 
 RUN_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What classes of transformers raise where they are given less than they want, or a config that contradicts itself."""
@@ -133,7 +134,8 @@ def _vocabulary(model: nn.Module, text: PreTrainedConfig) -> int | None:
 
 @torch.no_grad()
 def check_text(model: PreTrainedModel, *, head: bool) -> frozenset[str]:
-    """Run a model on a few tokens -> the paths of the layers that were called, which are those that text reaches.
+    """Run a model on a few tokens -> the paths of the layers that text reaches: those that were called, and those whose
+    weight was computed with.
 
     head: whether logits are wanted, of the model as a whole; else hidden states, of its body. Raises UsageError for a
     model that cannot be run on ids alone, or returns something else.
@@ -142,7 +144,9 @@ def check_text(model: PreTrainedModel, *, head: bool) -> frozenset[str]:
     length = min(_PROBE, limits(model, model.config).positions or _PROBE)
     ids = torch.ones((1, length), dtype=torch.int64, device=model.device)
     wanted, body = ("logits", model) if head else ("last_hidden_state", model.base_model)
-    with _calls(model) as called:
+    weights = {path: module._parameters["weight"] for path, module in model.named_modules()
+               if module._parameters.get("weight") is not None}  # fmt: skip
+    with _calls(model) as called, Reads(weights) as reads:
         try:
             output = body(input_ids=ids, **({} if head else {"attention_mask": torch.ones_like(ids)}))
         except RUN_ERRORS as error:
@@ -153,7 +157,7 @@ def check_text(model: PreTrainedModel, *, head: bool) -> frozenset[str]:
     result = output.get(wanted) if isinstance(output, Mapping) else None
     if not isinstance(result, torch.Tensor) or result.ndim != 3 or result.shape[1] != length:
         raise UsageError(f"{name} makes no {wanted} for each token", "only language models and text encoders do")
-    return frozenset(called)
+    return frozenset(called | reads.given)
 
 
 @contextmanager

@@ -132,10 +132,10 @@ class Engine:
         """
         if (reason := self.families.get(model.family)) is not None:
             return f"{self.name} {reason}"
-        if self.only is not None and model.family not in self.only:
-            return f"{self.name} does not run models of the family {model.family}"
         if self.does is not None and model.does not in self.does:
             return f"{self.name} does not run models for {model.does}, as {model.family} is one"
+        if self.only is not None and model.family not in self.only:
+            return f"{self.name} does not run models of the family {model.family}"
         for device, kind in zip(devices, kinds, strict=True):
             if kind not in self.kinds and kind != "memory":
                 return f"{self.name} does not compute on {device.name} ({kind})"

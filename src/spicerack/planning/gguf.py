@@ -47,16 +47,19 @@ class Mixture:
     usual    type of all matrices that nothing else is said of
     head     of the head, and of a table that is one
     by_role  attn_v, attn_output, attn_qkv, ffn_down -> type
+    experts  type of routed experts, in place of all that; None: they are as other matrices
     """
 
     usual: str
     head: str = "Q6_K"
     by_role: Mapping[str, Choice] = field(default_factory=dict)
+    experts: str | None = None
 
 
 MIXTURES: Mapping[str, Mixture] = {
     "F16": Mixture("F16", "F16"),
     "Q8_0": Mixture("Q8_0", "Q8_0"),
+    "MXFP4": Mixture("F16", "F16", experts="MXFP4"),
     "Q6_K": Mixture("Q6_K"),
     "Q5_K_M": Mixture(
         "Q5_K", by_role={"attn_v": _deep("Q6_K", "Q5_K"), "ffn_down": _deep("Q6_K", "Q5_K"), "attn_qkv": "Q6_K"}
@@ -119,6 +122,8 @@ def is_place(module: str) -> bool:
 
 def _wanted(model: Model, weight: Weight, recipe: Mixture) -> str:
     """The type before it is asked whether its blocks tile the rows."""
+    if weight.routed and recipe.experts is not None:
+        return recipe.experts
     if recipe.usual in ("F16", "Q8_0"):
         return recipe.usual
     head = weight.entry.role == "head" or (weight.place == "input" and model.tied)

@@ -162,11 +162,12 @@ def as_stored(name: str = "as stored") -> Precision:
 
 def mixture(name: str) -> Precision:
     """One of llama.cpp's."""
-    bits = 16.0 if name == "F16" else float(name[1])
+    released = gguf.MIXTURES[name].experts is not None
+    bits = 4.0 if released else 16.0 if name == "F16" else float(name[1])
     exact = {"Q8_0": ("w8g32", "w8g32"), "Q4_0": ("w4g32", "q6_k")}  # the same numbers, of layers and of the head
     layers, head = exact.get(name, (None, None))
     tables = None if layers is None or head is None else (layers, head)
-    return Precision(name, bits, lambda model: gguf.weigh(model, name), layers, tables)
+    return Precision(name, bits, lambda model: gguf.weigh(model, name), layers, tables, released=released)
 
 
 def affine(name: str, bits: int, group: int = 64) -> Precision:
@@ -182,7 +183,7 @@ def affine(name: str, bits: int, group: int = 64) -> Precision:
     return Precision(name, bits, lambda model: [one(weight) for weight in model.weights])
 
 
-def experts_in_mxfp4(name: str = "mxfp4") -> Precision:
+def experts_in_mxfp4() -> Precision:
     """Experts in MXFP4 and all else in 16 bits: gpt-oss as it is distributed. 17 bytes hold 32 weights."""
 
     def one(weight: Weight) -> int:
@@ -190,7 +191,7 @@ def experts_in_mxfp4(name: str = "mxfp4") -> Precision:
             return weight.numel // 32 * 17
         return 2 * weight.numel
 
-    return Precision(name, 4, lambda model: [one(weight) for weight in model.weights], released=True)
+    return Precision("mxfp4", 4, lambda model: [one(weight) for weight in model.weights], released=True)
 
 
 def bitsandbytes(name: str, bits: float, stored_bits: float) -> Precision:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from spicerack.errors import RecipeError, SchemeError, UsageError, listed
+from spicerack.errors import RecipeError, SchemeError, UsageError, counted, listed
 from spicerack.models import census
 from spicerack.models.architecture import classes_of, destinations, on_meta, transposed_stacks
 from spicerack.models.blocks.find import repeated
@@ -155,7 +155,9 @@ def notes(source: Source, decisions: Mapping[str, Decision], asked: Recipe) -> I
     if towers := _untouched_towers(decisions):
         roots = sorted({root for name, root in _towers(source).items() if name in towers})
         paste = " ".join(f"--set '{root}.**=SCHEME'" for root in roots)
-        layers = f"{', '.join(roots)} ({len(towers)} layers) {'stays' if len(roots) == 1 else 'stay'} in float"
+        layers = (
+            f"{', '.join(roots)} ({counted(len(towers), 'layer')}) {'stays' if len(roots) == 1 else 'stay'} in float"
+        )
         yield f"{layers}: no text reaches what is for pictures or sound; {paste} rounds it to nearest", []
     if (told := staying.told(*_staying(source, decisions))) is not None:
         yield told, []

@@ -8,14 +8,15 @@ whole groups do not tile a layer and the recipe may fit it, it gets what the eng
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spicerack.errors import CheckpointError, SchemeError, ShapeError, UsageError, listed
 from spicerack.models.gguf import config as gguf_configs
+from spicerack.models.gguf import layers
 from spicerack.models.gguf.family import PACKAGE, of_type
 from spicerack.models.gguf.names import Names
 from spicerack.models.overview import pattern_of
-from spicerack.numerics.scheme import Scheme
+from spicerack.numerics.scheme import Scheme, parse
 from spicerack.quantization import fitting
 from spicerack.quantization.fitting import Misfit
 from spicerack.quantization.recipe import Decision
@@ -26,6 +27,8 @@ from spicerack.storage.format import StoredTensor
 from spicerack.storage.reader import Checkpoint
 from spicerack.text.gguf.folder import words_of
 
+_WITHOUT_SCALE = parse("mxfp4")
+"""What is nearest to NVFP4 where an engine does not multiply by the scale of a tensor."""
 _LISTED = 8
 """Kinds of layers that a message names before it counts the rest."""
 
@@ -55,11 +58,13 @@ class Computed:
     engine     the engine
     way        the files that it reads it from
     decisions  tensor -> its scheme, some of them float now
+    doubt      what is not known of the model's family; None if nothing is
     """
 
     engine: Engine
     way: Reads
     decisions: dict[str, Decision]
+    doubt: str | None = None
 
     def notes(self, fmt: str, contents: Mapping[str, StoredTensor]) -> list[str]:
         """What a person should know: how the folder, in the format `fmt`, gets there, and what is remarkable."""
@@ -81,7 +86,8 @@ class Computed:
                 f"spicerack export OUT --to {to} --for {name} -o {place}"
             )
         said = [f"{name} has {given} as {theirs}, the same numbers" for given, theirs in sorted(others)]
-        return [how, *said, *([f"{name}: {self.way.remark}"] if self.way.remark else [])]
+        doubt = [self.doubt] if self.doubt is not None else []
+        return [how, *doubt, *said, *([f"{name}: {self.way.remark}"] if self.way.remark else [])]
 
 
 def computed(name: str, asked: Asked) -> Computed:
@@ -95,7 +101,8 @@ def computed(name: str, asked: Asked) -> Computed:
     outcomes: list[Computed] = []
     for way in engine.reads:
         try:
-            outcomes.append(Computed(engine, way, of_way(engine, way, asked)))
+            doubt = way.doubt(engine.name, asked.checkpoint.config.get("model_type"))
+            outcomes.append(Computed(engine, way, of_way(engine, way, asked), doubt))
         except ShapeError:
             if not outcomes:  # the recipe is to be mended, and not another kind of files to be taken
                 raise
@@ -141,8 +148,13 @@ def _judged(
     engine: Engine, way: Reads, checkpoint: Checkpoint, stored: StoredTensor
 ) -> tuple[str | None, Scheme | None]:
     """Why a layer is not computed exactly in its scheme, None if it is; and what is nearest, None for float."""
-    if (reason := _no_place(way, checkpoint, stored.module)) is not None:
-        return reason, None
+    if way.families == PACKAGE:
+        names = Names(of_type(checkpoint.config.get("model_type")))
+        if (reason := layers.place_obstacle(names, stored)) is not None:
+            return reason, None
+        if (reason := layers.scale_obstacle(names, stored)) is not None:
+            other = replace(stored, scheme=_WITHOUT_SCALE)
+            return reason, _WITHOUT_SCALE if exactness.fits(other) else None
     reason = exactness.obstacle(engine, way, stored)
     return reason, None if reason is None else exactness.nearest(engine, way, stored)
 
@@ -174,9 +186,10 @@ def _refuse(engine: Engine, misfits: Sequence[Misfit], asked: Asked) -> None:
     """Raise SchemeError for layers that are not computed exactly, all at once, with rules to paste."""
     if not misfits:
         return
-    modules = [asked.stored(name, one.scheme).module for name, one in asked.decisions.items() if one.scheme]
+    tensors = {asked.stored(name, one.scheme).module: name for name, one in asked.decisions.items() if one.scheme}
+    modules = list(tensors)
     sets = " ".join(f"--set '{rule}'" for rule in fitting.rules(misfits, modules))
-    narrow = all(not exactness.fits(asked.stored(f"{m.module}.weight", m.asked)) for m in misfits)
+    narrow = all(not exactness.fits(asked.stored(tensors[m.module], m.asked)) for m in misfits)
     fit = "add --fit-groups (fit_groups=True) or, which is the same, " if narrow else ""
     usual = f"; usual there: {', '.join(engine.usual)}" if not narrow else ""
     error = ShapeError if narrow else SchemeError
@@ -197,12 +210,3 @@ def _refuse_model(engine: Engine, way: Reads, checkpoint: Checkpoint) -> None:
     if reasons := gguf_configs.obstacles(family, config):
         raise CheckpointError(f"{engine.name}: {'; '.join(reasons)}", "spicerack formats MODEL says who reads it")
     words_of(checkpoint, family, config)
-
-
-def _no_place(way: Reads, checkpoint: Checkpoint, module: str) -> str | None:
-    """Why a layer has no place in files of a kind, whatever its numbers are; None if it has one."""
-    if way.families != PACKAGE:
-        return None
-    family = of_type(checkpoint.config.get("model_type"))
-    place = Names(family).place(f"{module}.weight")
-    return None if place is not None else f"there is no such layer in its {family.architecture}"

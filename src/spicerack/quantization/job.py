@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from spicerack._version import __version__
-from spicerack.errors import RecipeError, SchemeError, listed
-from spicerack.models.architecture import host_of
+from spicerack.errors import RecipeError, SchemeError, counted, listed
+from spicerack.models.architecture import cuts, host_of, on_meta
 from spicerack.models.fit import relying_on_ties
 from spicerack.models.opening import open_stored
 from spicerack.models.overview import refuse_quantized
@@ -29,6 +29,7 @@ from spicerack.quantization.engines import Computed
 from spicerack.quantization.recipe import Decision, Recipe
 from spicerack.quantization.rotation import original, rotate
 from spicerack.storage import format, released
+from spicerack.storage.cutting import cut
 from spicerack.storage.format import Format, Layout, Reading, StoredTensor
 from spicerack.storage.ledger import Entry, Fate
 from spicerack.storage.reader import Checkpoint, TensorInfo
@@ -174,6 +175,8 @@ def decide(checkpoint: Checkpoint, asked: Recipe, *, with_text: bool = False, sh
     """
     checkpoint = released.decoded(checkpoint)
     refuse_quantized(checkpoint)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    checkpoint = cut(checkpoint, cuts(on_meta(checkpoint.config), shapes))
     if asked.method is not None and asked.method.rotation is not None:
         checkpoint = rotate(checkpoint, asked.method.rotation)
     source = Source.of(checkpoint)
@@ -265,7 +268,8 @@ def _refitted(source: Source, before: Mapping[str, Decision], after: Mapping[str
             changed.setdefault((old, choice.scheme), []).append(entries[name].module)
     for (old, new), modules in changed.items():
         patterns = fitting.patterns(modules, [entry.module for entry in entries.values()])
-        yield f"{len(modules)} layers that {old} does not tile are {new}: {listed(patterns, _LISTED)}"
+        are = "is" if len(modules) == 1 else "are"
+        yield f"{counted(len(modules), 'layer')} that {old} does not tile {are} {new}: {listed(patterns, _LISTED)}"
 
 
 def _notes(

@@ -79,7 +79,7 @@ class Folder:
         """
         infos = self.float_headers()
         for stored in contents.values():
-            name, shape = f"{stored.module}.weight", stored.shape[::-1] if stored.transposed else stored.shape
+            name, shape = f"{stored.module}.weight", stored.float_shape
             dtype = safetensors_dtype(stored.source_dtype)
             infos[name] = TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, "")
         return replace(self.checkpoint, config=dict(self.config), tensors=infos, mapped=None)

@@ -166,7 +166,7 @@ def _check_fit(built: PreTrainedModel, state: Mapping[str, torch.Tensor], conten
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name, stored in contents.items():
-        shapes[_weight_of(name)] = tuple(stored.shape[::-1] if stored.transposed else stored.shape)
+        shapes[_weight_of(name)] = stored.float_shape
     fitting, cls = fit(built, shapes), type(built).__name__
     hint = (
         "let its config say what the model has, or save it within a module of your own, for load(folder, into=module)"

@@ -67,7 +67,7 @@ def _entry(unit: Unit, stored: StoredTensor | None) -> Entry:
     if stored is None:
         shape, dtype, before = first.shape, first.dtype, unit.nbytes
     else:
-        shape = stored.shape[::-1] if stored.transposed else stored.shape
+        shape = stored.float_shape
         dtype = safetensors_dtype(stored.source_dtype)
         before = OutputTensor(unit.source, dtype, shape).nbytes
     return Entry(

@@ -150,6 +150,8 @@ class Reads:
     limits    what the engine computes, where that is less than files hold
     families  `model_type` of those whose files it reads: names, or a package of plug-ins with these names; None: all
               that the engine has
+    loaded    families of which a model was loaded here from such a file; None: of all
+    refused   families that it does not load as such files are written here, and why, a sentence without its end
     rehearsed whether transformers' own loading says what it reads of them (`Format.reading`)
     needs     what must be installed beside the engine; "" for nothing
     checked   how it is known: what ran here, or whose source was read
@@ -161,6 +163,8 @@ class Reads:
     written: bool = True
     limits: tuple[Limit, ...] = ()
     families: tuple[str, ...] | str | None = None
+    loaded: frozenset[str] | None = None
+    refused: tuple[tuple[str, str], ...] = ()
     rehearsed: bool = False
     needs: str = ""
     remark: str = ""
@@ -172,9 +176,20 @@ class Reads:
 
     def family_obstacle(self, engine: str, model_type: object) -> str | None:
         """Why models of a family are not read, as a sentence; None if they are, or nobody says which."""
+        if (reason := dict(self.refused).get(str(model_type))) is not None:
+            return reason
         if self.known is None or model_type in self.known:
             return None
         return f"{engine} does not read the family {model_type!r} as {self.to}"
+
+    def doubt(self, engine: str, model_type: object) -> str | None:
+        """What a person should know of a family without an obstacle that was never loaded here, as a sentence."""
+        if self.loaded is None or model_type in self.loaded:
+            return None
+        return (
+            f"{engine} has the family {model_type!r}, and no model of it was loaded here: export asks {engine} itself "
+            f"where it is installed"
+        )
 
     @property
     def format(self) -> str:

@@ -71,6 +71,12 @@ class StoredTensor:
         source = safetensors_dtype(self.source_dtype)
         return Matrix(self.scheme, self.shape, source, self.role, self.transposed, self.bias, expert)
 
+    @property
+    def float_shape(self) -> tuple[int, ...]:
+        """Of the float tensor in the checkpoint, whose last two axes are the other way round where it is transposed."""
+        *leading, n, k = self.shape
+        return (*leading, k, n) if self.transposed else self.shape
+
     def laid_out(self, layout: Callable[[Scheme, tuple[int, ...], str], Parts]) -> Layout:
         """Its tensors by their full names, as one of the functions of `layouts` lays them out."""
         parts = layout(self.scheme, self.shape, safetensors_dtype(self.source_dtype))

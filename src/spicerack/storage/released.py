@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from spicerack.errors import CheckpointError
+from spicerack.errors import CheckpointError, counted
 from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     kind = "MXFP4" if section.get("quant_method") == "mxfp4" else "FP8"
     stored, whole = (sum(info.nbytes for info in infos.values()) for infos in (checkpoint.tensors, tensors))
     note = (
-        f"{len(coded)} tensors are {kind} and are decoded as they are read: what was lost there stays lost; the files "
-        f"hold {stored / 1e9:.3g} GB, sizes before are {whole / 1e9:.3g} GB, decoded"
+        f"{counted(len(coded), 'tensor')} in {kind}, decoded as they are read: what was lost there stays lost; the "
+        f"files hold {stored / 1e9:.3g} GB, sizes before are {whole / 1e9:.3g} GB, decoded"
     )
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return Released(

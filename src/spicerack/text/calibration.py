@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from spicerack import arguments
-from spicerack.errors import TextError, UsageError
+from spicerack.errors import TextError, UsageError, counted
 from spicerack.models.kind import Kind
 from spicerack.text import documents
 from spicerack.text.documents import Passage
@@ -129,10 +129,10 @@ def _shortfalls(reading: Reading, count: int, samples: int) -> Iterator[str]:
     if reading.share < 1:
         yield f"chosen from {reading.share:.2%} of the text, spread over all of it"
     if reading.stopped:
-        yield f"chosen from the first {reading.documents} documents of the shuffled dataset"
+        yield f"chosen from the first {counted(reading.documents, 'document')} of the shuffled dataset"
     yield from reading.notes
     if count < samples:
-        yield f"the text has only {count} of the {samples} sequences asked for"
+        yield f"the text has only {count} of the {counted(samples, 'sequence')} asked for"
 
 
 _Chosen = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, list[str]]
@@ -207,7 +207,9 @@ def _padded(
         for filled, value in ((rows, tokenizer.pad_token_id or 0), ([[True] * len(row) for row in rows], False))
     )
     full = int(mask.all(1).sum()) if mask.shape[1] == length else 0
-    return ids, mask, None, [f"{full} documents fill all {length} tokens; what is beyond was not used"] if full else []
+    fill = "fills" if full == 1 else "fill"
+    note = f"{counted(full, 'document')} {fill} all {length} tokens; what is beyond was not used"
+    return ids, mask, None, [note] if full else []
 
 
 def checked(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibration:

@@ -28,9 +28,17 @@ LONGEST_LINE = 1 << 26
 """Characters of one JSON line, which must be in memory as a whole: 64 MiB of ASCII. What is longer is no JSON lines."""
 SHUFFLED = 1000
 """Rows of a dataset that are shuffled at once, beside its shards: they are held in memory."""
+_AS_LINES = 'write one object a line, its text under "text", and call it {name}'
 _ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 """Form of a dataset's id: name, owner/name, and a configuration behind a colon."""
-_FILE_ENDS = (TEXT, LINES, *TABLES, ".json", ".md", ".csv")
+_NO_TEXT = {
+    ".json": "is JSON, not text",
+    ".csv": "is a table, not text",
+    ".tsv": "is a table, not text",
+    ".ndjson": "is JSON lines under another name",
+}
+"""Ends of files that are text to a computer and would be read, commas and braces and all -> what they are."""
+_FILE_ENDS = (TEXT, LINES, *TABLES, *_NO_TEXT, ".md")
 """Ends that a file has and a dataset's id has not: a name with one is a file that is missing."""
 
 
@@ -69,23 +77,41 @@ class Source:
 def find(source: str | Path) -> Source:
     """What `source` names: a file, a folder of text or of tables, a dataset's id (`name`, `owner/name`, `name:config`).
 
-    A name of the form of an id that is no file here is one. Raises TextError if there is nothing of use in it; a file
-    that is missing is told when it is read.
+    A name of the form of an id that is no file here is one. Raises TextError if there is nothing of use in it, and for
+    a file that is no text by its name; one that is missing is told when it is read.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        if any(p.suffix in TABLES for p in inside):
-            return Source(dataset=str(path))
-        files = tuple(p for p in inside if p.suffix in (TEXT, LINES))
-        if not files:
-            raise TextError(f"{path} has no {TEXT} or {LINES} file", "give a folder with text in it, or a file")
-        return Source(files)
-    if path.suffix == ".json":
-        raise TextError(f"{path} is JSON, not text", f"write one object a line and call it {path.stem}{LINES}")
-    if not path.exists() and _ID.fullmatch(str(source)) and path.suffix not in _FILE_ENDS:
+        return _in_folder(path)
+    end = _end(path)
+    if end in _NO_TEXT:
+        raise TextError(f"{path} {_NO_TEXT[end]}", _AS_LINES.format(name=f"{path.stem}{LINES}"))
+    if end in TABLES and path.is_file():
+        raise TextError(f"{path} is a table, not text", "give the folder that it is in, which is read as a dataset")
+    if not path.exists() and _ID.fullmatch(str(source)) and end not in _FILE_ENDS:
         return Source(dataset=str(source))
     return Source((path,))
+
+
+def _in_folder(path: Path) -> Source:
+    """The text files in a folder, or the folder as a dataset where it holds tables that are read as one.
+
+    Raises TextError for one without either.
+    """
+    inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    if any(_end(p) in TABLES for p in inside):
+        return Source(dataset=str(path))
+    files = tuple(p for p in inside if _end(p) in (TEXT, LINES))
+    if not files:
+        others = [p for p in inside if _end(p) in _NO_TEXT]
+        there = f": {others[0].name} {_NO_TEXT[_end(others[0])]}" if others else ""
+        raise TextError(f"{path} has no {TEXT} or {LINES} file{there}", "give a folder with text in it, or a file")
+    return Source(files)
+
+
+def _end(path: Path) -> str:
+    """The end of a file's name, in small letters: what it says that the file is."""
+    return path.suffix.lower()
 
 
 def passages(source: Source, tokenizer: PreTrainedTokenizerBase, *, by_line: bool, seed: int) -> Iterator[Passage]:
@@ -107,16 +133,31 @@ def passages(source: Source, tokenizer: PreTrainedTokenizerBase, *, by_line: boo
 
 def _of_file(path: Path, tokenizer: PreTrainedTokenizerBase, *, by_line: bool) -> Iterator[Passage]:
     """The passages of a file, with shares of that file; the rest is as `passages` has it."""
-    if path.suffix == LINES:
+    if _end(path) == LINES:
         for number, line, fraction in _lines(path):
             for passage in _document(_object(line, path, number), f"{path}, line {number}", tokenizer):
                 yield replace(passage, fraction=fraction)
-    elif by_line:
+        return
+    _refuse_records(path)
+    if by_line:
         for sentence, fraction in sentences(path):
             yield Passage(sentence, True, fraction=fraction)
     else:
         for number, piece in enumerate(pieces(path)):
             yield Passage(piece.text, number == 0, fraction=piece.fraction)
+
+
+def _refuse_records(path: Path) -> None:
+    """Raise TextError for JSON lines under the name of a text: its first line is such an object, as documents lie in.
+
+    A file that is missing, empty or no text is told where it is read.
+    """
+    line = ""
+    if path.is_file():
+        with path.open("rb") as file:
+            line = file.readline(PIECE_BYTES).decode("utf-8-sig", "replace").strip()
+    if line.startswith("{") and re.search(r'"(text|messages)"\s*:', line):
+        raise TextError(f"{path} holds JSON lines, and its name says text", f"call it {path.stem}{LINES}")
 
 
 def _document(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Passage]:

@@ -31,7 +31,7 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from spicerack.arguments import checked
-from spicerack.errors import UsageError
+from spicerack.errors import UsageError, counted
 from spicerack.machine.ranks import launched
 from spicerack.models.inputs import check_text
 from spicerack.numerics.scheme import Scheme
@@ -209,7 +209,9 @@ def _with_text(job: Job, args: TrainingArguments, folder: Path, tell: Callable[[
     for note in corpus.notes:
         tell(note)
     times = settings.rows / len(corpus.train)
-    tell(f"{settings.tokens:,} tokens in {settings.steps} steps, {times:.2f} times through the text")
+    tell(
+        f"{counted(settings.tokens, 'token')} in {counted(settings.steps, 'step')}, {times:.2f} times through the text"
+    )
     return _Run(job, args, folder, corpus, files.last_checkpoint(folder))
 
 

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from spicerack.errors import TextError
+from spicerack.errors import TextError, counted
 from spicerack.storage.durable import json_bytes, read_json, write_atomically
 from spicerack.text import calibration, documents
 from spicerack.text.calibration import Calibration
@@ -228,7 +228,9 @@ def _pack(source: str | Path, tokenizer: PreTrainedTokenizerBase, file: Path, *,
     if reading.share < 1:
         notes.append(f"{source}: rows were chosen from {reading.share:.2%} of the text, spread over all of it")
     if reading.stopped:
-        notes.append(f"{source}: rows are of the first {reading.documents} documents of the shuffled dataset")
+        notes.append(
+            f"{source}: rows are of the first {counted(reading.documents, 'document')} of the shuffled dataset"
+        )
     notes += [f"{source}: {note}" for note in reading.notes]
     return _Record(min(count, most), sha256_of(file), notes)
 

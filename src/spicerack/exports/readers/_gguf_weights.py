@@ -6,7 +6,7 @@ They are brought back here, and not by the code that brought them there. Whose d
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,17 +60,18 @@ def weights_of(tensors: Tensors, source: Source) -> Weights:
         tensors.forget()  # what was compared before
         if names.left_out(name):  # the notes say so
             return source.float(name)
-        place = names.place(name)
-        assert place is not None, "what has no place is refused"
-        stack = tensors.rows(place.tensor)
-        rows = stack if place.member is None else np.atleast_1d(stack[place.member])
+        places = names.places(name)
+        assert places, "what has no place is refused"
+        place = places[0]
+        parts = [tensors.rows(one.tensor) for one in places]
         if name in source.floats:
-            values = _rows_back(tensors.numbers(place.tensor, rows), place, config)
+            numbers = [tensors.numbers(place.tensor, _member(rows, place)) for rows in parts]
+            values = _rows_back(_shares_back(numbers, place), place, config)
             if family.plus_one and place.module.endswith("norm"):
                 return _less_one(values, source.float(name))
-            return _tensor(values.T if place.turned else values)
-        # what is packed is [N, K], whatever the checkpoint's order is
-        rows = _rows_back(rows, place, config)
+            return _tensor(values.swapaxes(-1, -2) if place.turned else values)
+        # what is packed is [.., N, K], whatever the checkpoint's order is
+        rows = _rows_back(_shares_back([_member(rows, place) for rows in parts], place), place, config)
         scale = place.tensor.removesuffix(".weight") + ".scale"
         if scale in tensors:
             factor = _tensor(tensors.numbers(scale, tensors.rows(scale))).reshape(-1)
@@ -96,6 +97,23 @@ def _times(values: torch.Tensor, factor: torch.Tensor, q: QTensor) -> torch.Tens
     wanted = torch.ones_like(factor) if own is None else own
     same = torch.equal(values, codec.decode(inner)) and torch.equal(factor, wanted)
     return codec.decode(q) if same else values * factor.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def _member(rows: Array, place: Place) -> Array:
+    """Of experts in one tensor the one that is meant."""
+    return rows if place.member is None else np.atleast_1d(rows[place.member])
+
+
+def _shares_back(parts: Sequence[Array], place: Place) -> Array:
+    """One tensor of several whose rows are all rows of it."""
+    if place.share is None:
+        return parts[0]
+    axis = parts[0].ndim + place.axis
+    whole = np.concatenate(parts, axis)
+    if place.share.alternating:
+        rows = whole.shape[axis]
+        whole = whole.take(np.arange(rows).reshape(len(parts), -1).T.reshape(-1), axis)
+    return whole
 
 
 def _rows_back(values: Array, place: Place, config: Mapping[str, Any]) -> Array:

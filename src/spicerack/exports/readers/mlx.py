@@ -61,6 +61,10 @@ def _arrays(path: Path, checkpoint: Checkpoint) -> Callable[[str], Any]:
         mlx_lm._get_classes(dict(checkpoint.config))
     except ValueError:  # mlx-lm has no class of that family: nobody loads it, and the files are what there is
         return partial(_array, known)
+    except SystemExit as error:  # of a family that needs a package which is not here: it says so itself
+        raise OutputError(
+            f"mlx-lm has left the program for {checkpoint.config.get('model_type')!r}", "install what it asks for"
+        ) from error
     try:
         model, _ = mlx_lm.load_model(path, lazy=True)
     except Exception as error:  # whatever somebody else's code raises: the folder does not load there

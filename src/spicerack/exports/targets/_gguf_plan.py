@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from spicerack.errors import CheckpointError
+from spicerack.errors import CheckpointError, listed
 from spicerack.exports.restoring import SCHEMES
 from spicerack.exports.source import Source
 from spicerack.models.gguf import config as configs
-from spicerack.models.gguf import rope
-from spicerack.models.gguf.checkpoint import adds_one, row_order
+from spicerack.models.gguf import layers, rope
+from spicerack.models.gguf.checkpoint import adds_one
 from spicerack.models.gguf.family import Family, of_type
+from spicerack.models.gguf.headers import row_order
+from spicerack.models.gguf.layers import IN_F32, types_of
 from spicerack.models.gguf.names import Names, Place
-from spicerack.numerics.scheme import Scheme
 from spicerack.storage.format import Contents, StoredTensor
 from spicerack.storage.gguf import blocks
 from spicerack.storage.gguf.ggml import TYPES, GgmlType, TensorSpec
@@ -27,11 +27,8 @@ from spicerack.storage.gguf.metadata import Entry, Value
 from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import TensorInfo
 
-IN_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
-"""Modules, the last part of their names, that llama.cpp computes in F32 and reads in nothing else, beside norms, biases
-and whatever has one axis."""
-_NEWEST = ("Q1_0", "Q2_0")
-"""Types of 2026, which gguf-py 0.19, Ollama and older builds of llama.cpp do not read."""
+_LISTED = 3
+"""Layers that a refusal names before it counts the rest."""
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12,
     "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40,
@@ -57,7 +54,7 @@ class Planned:
         if self.spec.type.name != "NVFP4":
             return [self.spec]
         name = self.spec.name.removesuffix(".weight") + ".scale"
-        return [self.spec, TensorSpec(name, TYPES["F32"], (len(self.parts),))]
+        return [self.spec, TensorSpec(name, TYPES["F32"], self.spec.shape[:-2] or (1,))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,39 +72,13 @@ class Model:
         return cls(family, configs.whole(config), Names(family))
 
 
-def types_of(stored: StoredTensor) -> tuple[GgmlType, ...]:
-    """The types that hold a packed tensor, the smallest first, by its scheme and shape.
-
-    Types that only the newest readers know come last, but for tensors whose very scheme they are.
-    """
-    return _types_of(stored.scheme, stored.shape)
-
-
-@lru_cache(maxsize=256)
-def _types_of(scheme: Scheme, shape: tuple[int, ...]) -> tuple[GgmlType, ...]:
-    """The same; layers are many, and kinds of them few."""
-    types = blocks.types_for(scheme, shape)
-    return tuple(sorted(types, key=lambda type_: type_.name in _NEWEST and type_.scheme != scheme.name))
-
-
 def packed_obstacles(names: Names, contents: Contents) -> list[str]:
-    """Why packed tensors cannot go into a file as they are, a sentence each beginning with the module."""
-    reasons = []
+    """Why packed tensors cannot go into a file as they are, a sentence for each rule, beginning with its modules."""
+    rules: dict[str, list[str]] = {}
     for module, stored in contents.items():
-        place = names.place(f"{module}.weight")
-        if place is None:
-            reasons.append(f"{module}: llama.cpp has no such layer in {names.family.architecture}")
-        elif place.module == "token_embd" and types_of(stored)[:1] == (TYPES["NVFP4"],):
-            reasons.append(f"{module}: llama.cpp has no place for the scale of an embedding in NVFP4")
-        elif place.module in IN_F32:
-            reasons.append(f"{module}: llama.cpp reads it in F32 alone")
-        elif len(stored.shape) != 2:
-            reasons.append(f"{module}: experts in one tensor are not written to GGUF; one by one they are")
-        elif stored.scheme.activations == "static":
-            reasons.append(f"{module}: {stored.scheme} has a scale of activations, for which GGUF has no place")
-        elif not types_of(stored):
-            reasons.append(f"{module}: {blocks.no_type(stored.scheme, stored.shape)}")
-    return reasons
+        if (rule := layers.obstacle(names, stored)) is not None:
+            rules.setdefault(rule, []).append(module)
+    return [f"{listed(modules, _LISTED, 'layers')}: {rule}" for rule, modules in rules.items()]
 
 
 def plan(model: Model, source: Source) -> list[Planned]:
@@ -117,12 +88,13 @@ def plan(model: Model, source: Source) -> list[Planned]:
         name = f"{tensor.module}.weight" if isinstance(tensor, StoredTensor) else tensor.name
         if model.names.left_out(name):
             continue
-        place = model.names.place(name)
-        if place is None:
+        places = model.names.places(name)
+        if not places:
             raise CheckpointError(
                 f"{name}: llama.cpp has no such tensor in {model.family.architecture}", "leave it out"
             )
-        groups.setdefault(place.tensor, []).append((tensor, place))
+        for place in places:
+            groups.setdefault(place.tensor, []).append((tensor, place))
     planned = [_planned(name, group) for name, group in groups.items()]
     return planned + _second_head(model.family, planned)
 
@@ -142,7 +114,7 @@ def _planned(name: str, group: list[tuple[StoredTensor | TensorInfo, Place]]) ->
     members = [place.member for _, place in parts]
     if members != ([None] if len(parts) == 1 and members[0] is None else list(range(len(parts)))):
         raise CheckpointError(f"{name}: made of {_label(parts[0][0])} and {len(parts) - 1} more, which are not all", "")
-    shapes = {_shape(tensor, place) for tensor, place in parts}
+    shapes = {place.shape(tensor.shape, packed=isinstance(tensor, StoredTensor)) for tensor, place in parts}
     if len(shapes) > 1:
         raise CheckpointError(f"{name}: experts of different shapes, {sorted(shapes)}", "llama.cpp wants them alike")
     shape = shapes.pop()
@@ -177,46 +149,73 @@ def _label(tensor: StoredTensor | TensorInfo) -> str:
     return tensor.module if isinstance(tensor, StoredTensor) else tensor.name
 
 
-def _shape(tensor: StoredTensor | TensorInfo, place: Place) -> tuple[int, ...]:
-    """Of one part, output rows first."""
-    turned = place.turned and isinstance(tensor, TensorInfo)
-    return tensor.shape[::-1] if turned else tensor.shape
-
-
-def raw(model: Model, source: Source, planned: Planned) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+def raw(model: Model, source: Source, planned: Planned, shared: Shared) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
     """One tensor, and its scales where there are any: specs, and bytes, uint8 of their `raw_shape`.
 
-    Raises WeightError and SchemeError for numbers that the type does not hold.
+    shared: what is left of the tensor before. Raises WeightError and SchemeError for numbers that the type does not
+    hold.
     """
-    parts = [_raw_part(model, source, planned.spec.type, tensor, place) for tensor, place in planned.parts]
+    parts = [_raw_part(model, source, planned.spec.type, part, shared) for part in planned.parts]
     for number, spec in enumerate(planned.specs):
         # one that is not stacked may lie in the folder as it is written: it is not copied
         values = parts[0][number] if len(parts) == 1 else torch.cat([part[number].reshape(-1) for part in parts])
         yield spec, values.reshape(spec.raw_shape)
-    for tensor, _ in planned.parts:
-        source.release(tensor)
+    for tensor, place in planned.parts:
+        if place.share is None or place.share.number == place.share.count - 1:
+            source.release(tensor)
+
+
+class Shared:
+    """The bytes of the last tensor of a folder whose rows go to several tensors of the file: they follow each other,
+    and it is encoded once."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, str] | None = None
+        self._values: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def encoded(
+        self, key: tuple[str, str], encode: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `encode` gives for a tensor and a type; the same again for the same."""
+        if self._values is None or key != self._key:
+            self._key, self._values = key, None  # what is not needed any more goes before the next is there
+            self._values = encode()
+        return self._values
 
 
 def _raw_part(
-    model: Model, source: Source, type_: GgmlType, tensor: StoredTensor | TensorInfo, place: Place
+    model: Model, source: Source, type_: GgmlType, part: tuple[StoredTensor | TensorInfo, Place], shared: Shared
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The bytes of one tensor of the folder, rows in the file's order; and its scale's, which only NVFP4 has."""
-    scale = torch.ones(1, dtype=torch.float32, device="cpu")
-    if isinstance(tensor, StoredTensor):
-        q, own = blocks.without_tensor_scale(source.either(tensor.module))
-        scale = scale if own is None else own
-        values = blocks.encode(type_, q, tensor.module)
+    tensor, place = part
+    if place.share is None:
+        values, scale = _encoded(model, source, type_, tensor, place)
     else:
-        values = source.float(tensor.name)
-        if place.turned:
-            values = values.t()
-        if adds_one(model.family, place):
-            values = values.float() + 1
-        # of a bias an element is a row, of which the file may have another order
-        values = blocks.encode_floats(type_, values.reshape(len(values), -1), tensor.name)
+        key = _label(tensor), type_.name
+        values, scale = shared.encoded(key, lambda: _encoded(model, source, type_, tensor, place))
+        values = values[..., place.share.of(values.shape[-2]), :]
     if place.rows is not None:
         values = values.index_select(0, row_order(place, len(values), model.config))
     return values, scale.view(torch.uint8)
+
+
+def _encoded(
+    model: Model, source: Source, type_: GgmlType, tensor: StoredTensor | TensorInfo, place: Place
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes of all of a tensor, [.., rows, bytes of one], in its own order; and its scale."""
+    if isinstance(tensor, StoredTensor):
+        q, own = blocks.without_tensor_scale(source.either(tensor.module))
+        ones = torch.ones(tensor.shape[:-2] or (1,), dtype=torch.float32, device="cpu")
+        return blocks.encode(type_, q, tensor.module), ones if own is None else own
+    values = source.float(tensor.name)
+    if place.turned:
+        values = values.transpose(-1, -2)
+    if adds_one(model.family, place):
+        values = values.float() + 1
+    # of a bias an element is a row
+    matrices = values if place.axis == -2 and values.ndim > 1 else values[..., None]
+    none = torch.ones(1, dtype=torch.float32, device="cpu")
+    return blocks.encode_floats(type_, matrices, tensor.name), none
 
 
 def metadata(model: Model, planned: list[Planned], tokens: Mapping[str, Entry], facts: Facts) -> dict[str, Entry]:

@@ -24,6 +24,7 @@ from spicerack.exports.source import Source
 from spicerack.exports.target import Order
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
 from spicerack.numerics.qtensor import QTensor
+from spicerack.storage import engine as engines
 from spicerack.storage import format as formats
 from spicerack.storage.durable import NOTHING_LEFT, json_bytes
 from spicerack.storage.files import CONFIG, LEDGER
@@ -71,8 +72,13 @@ class Folders:
         return _format(to).obstacles(contents)
 
     def refusals(self, to: str, source: Source) -> list[str]:
-        """None: what transformers reads, others read by the same names."""
-        return []
+        """Families that no engine loads from such a folder: what transformers reads, others read by the same names."""
+        family = source.config.get("model_type")
+        reasons = [
+            dict(way.refused).get(str(family)) for engine in engines.every() for way in engine.reads if way.to == to
+        ]
+        known = [reason for reason in reasons if reason is not None]
+        return known if reasons and len(known) == len(reasons) else []
 
     def inexact(self, to: str, source: Source) -> list[str]:
         """None: types of scales are in the contents, and looked at there."""

@@ -21,6 +21,7 @@ from spicerack.exports.target import Order
 from spicerack.exports.targets import _gguf_plan as plans
 from spicerack.exports.targets._gguf_plan import Facts, Model
 from spicerack.models.gguf import config as configs
+from spicerack.models.gguf import layers
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
 from spicerack.storage.format import Contents
 from spicerack.storage.gguf import blocks
@@ -86,8 +87,9 @@ class Gguf:
         ) as writer:
             for name, factors in file.numbers.items():
                 writer.write(name, torch.from_numpy(factors.astype(np.float32)).view(torch.uint8))
+            shared = plans.Shared()
             for one in file.planned:
-                for spec, values in plans.raw(model, source, one):
+                for spec, values in plans.raw(model, source, one, shared):
                     writer.write(spec.name, values)
 
 
@@ -120,7 +122,7 @@ def _inexact(source: Source) -> list[str]:
     for module, stored in source.contents.items():
         if stored.source_dtype is torch.bfloat16 or stored.scheme.scale == "float32":
             inner, _ = blocks.without_tensor_scale(source.either(module))
-            reason = blocks.obstacle(plans.types_of(stored)[0], inner)
+            reason = blocks.obstacle(layers.types_of(stored)[0], inner)
             if reason is not None:
                 reasons.append(f"{module}: {reason}")
             source.release(stored)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from spicerack.models.blocks.reads import Reads
 from spicerack.models.blocks.stack import Arguments, Inputs, Stack, call_body, hidden_of, side_by_side
 
 
@@ -95,6 +96,19 @@ def arguments_of(
     finally:
         hook.remove()
     return tuple(caught)
+
+
+@torch.no_grad()
+def multiplied(path: str, stack: Stack, block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> bool:
+    """Whether code of `block` computes with the weight of a layer that is never called: Mamba's with that of `dt_proj`.
+
+    path: of the layer, in the block; the other arguments are those of `inputs_of`.
+    """
+    weight = block.get_submodule(path).weight
+    assert isinstance(weight, torch.Tensor), "a layer that is calibrated has a weight"
+    with Reads({path: weight}) as reads:
+        stack.run(block, hidden, arguments)
+    return path in reads.given
 
 
 @torch.no_grad()

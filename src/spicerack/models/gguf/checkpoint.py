@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,12 @@ from spicerack.errors import CheckpointError
 from spicerack.models.gguf import config as configs
 from spicerack.models.gguf import rope
 from spicerack.models.gguf.family import Family, of_architecture
-from spicerack.models.gguf.names import Names, Place
+from spicerack.models.gguf.headers import part_of, row_order, tensors_of, turned
+from spicerack.models.gguf.names import Place
 from spicerack.storage.gguf.ggml import FLOATS
-from spicerack.storage.gguf.header import GgufTensor
 from spicerack.storage.gguf.metadata import Metadata, Value
 from spicerack.storage.gguf.reader import GgufFile
-from spicerack.storage.reader import BITS, Checkpoint, TensorInfo
+from spicerack.storage.reader import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,13 +43,13 @@ class GgufCheckpoint(Checkpoint):
 
     file    as it is
     family  whose names these are
-    places  tensor -> what it is in the file; those that have none are zeros, which transformers' class wants and nobody
-            uses
+    places  tensor -> what it is in the file, mostly one tensor; those that have none are zeros, which transformers'
+            class wants and nobody uses
     """
 
     file: GgufFile
     family: Family
-    places: Mapping[str, Place]
+    places: Mapping[str, tuple[Place, ...]]
 
     @classmethod
     def open(cls, model: str | Path) -> GgufCheckpoint:
@@ -67,15 +66,15 @@ class GgufCheckpoint(Checkpoint):
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         numbers = {name: _numbers(file, name) for name in rope.TENSORS if name in file.tensors}
         config = configs.to_config(family, file.metadata, shapes, _floats(file), numbers)
-        places, tensors = _tensors(file, family, config)
+        places, tensors = tensors_of(file, family, config)
         types = {
             name.removesuffix(".weight"): file.tensors[place.tensor].type.name
-            for name, place in places.items()
+            for name, (place, *_) in places.items()
             if file.tensors[place.tensor].type.name not in FLOATS
         }
         if types:
             config["quantization_config"] = {"quant_method": METHOD, "types": types}
-            if turned := [name.removesuffix(".weight") for name, place in places.items() if place.turned]:
+            if turned := [name.removesuffix(".weight") for name, (place, *_) in places.items() if place.turned]:
                 config["quantization_config"]["transposed"] = [module for module in turned if module in types]
         missing = _pooler(family, config, tensors)
         notes = tuple(f"{name} is not in the file: zeros, which no embedding of a text depends on" for name in missing)
@@ -93,12 +92,13 @@ class GgufCheckpoint(Checkpoint):
 
     def packed(self, name: str) -> tuple[str, tuple[int, ...]] | None:
         """See `Checkpoint.packed`."""
-        place, info = self.places.get(name), self.tensors[name]
-        if place is None or info.dtype != "U8":
+        info = self.tensors[name]
+        if name not in self.places or info.dtype != "U8":
             return None
+        place, *_ = self.places[name]
         type_ = self.file.tensors[place.tensor].type
         shape = (*info.shape[:-1], info.shape[-1] // type_.nbytes * type_.block)
-        return type_.name, shape[::-1] if place.turned else shape
+        return type_.name, turned(shape) if place.turned else shape
 
     def held(self) -> GgufCheckpoint:
         """See `Checkpoint.held`."""
@@ -106,50 +106,69 @@ class GgufCheckpoint(Checkpoint):
 
     def release(self, name: str) -> None:
         """See `Checkpoint.release`. Of what is stacked or fused with others the pages stay: those may be in use."""
-        place = self.places.get(name)
-        if place is not None and place.member is None and place.part is None:
-            self.file.release(place.tensor)
+        for place in self.places.get(name, ()):
+            if place.member is None and place.part is None:
+                self.file.release(place.tensor)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU: floats in their type, quantized ones as bytes [.., N, row_bytes]."""
         import torch
 
         from spicerack.numerics.dtypes import BY_SAFETENSORS
+
+        info = self.tensors[name]
+        if name not in self.places:
+            return torch.zeros(info.shape, dtype=BY_SAFETENSORS[info.dtype], device="cpu")
+        places = self.places[name]
+        return self._joined(places, [self._own(place, self.file.read(place.tensor)) for place in places]).reshape(
+            info.shape
+        )
+
+    def _own(self, place: Place, raw: torch.Tensor) -> torch.Tensor:
+        """What lies at a place, [.., rows, columns] or [.., rows] as files have it; raw: bytes of the file's tensor."""
+        import torch
+
         from spicerack.storage.gguf.blocks import decode_floats
 
-        info, place = self.tensors[name], self.places.get(name)
-        if place is None:
-            return torch.zeros(info.shape, dtype=BY_SAFETENSORS[info.dtype], device="cpu")
         stored = self.file.tensors[place.tensor]
-        values = self.file.read(place.tensor)
-        if stored.type.name in FLOATS:
-            values = decode_floats(stored.type, values)
+        values = decode_floats(stored.type, raw) if stored.type.name in FLOATS else raw
         if place.member is not None:
             values = values[place.member]
         if place.part is not None:
-            start, stop = _part(place, values.shape[-2 if values.ndim > 1 else -1], self.config)
+            start, stop = part_of(place, values.shape[-2 if values.ndim > 1 else -1], self.config)
             values = values[..., start:stop, :] if values.ndim > 1 else values[start:stop]
         if place.rows is not None:
             order = torch.argsort(row_order(place, len(values), self.config))
             values = values.index_select(0, order)
-        if adds_one(self.family, place):
-            values = values - 1
-        if place.turned and stored.type.name in FLOATS:
-            values = values.t().contiguous()
-        return values.reshape(info.shape)
+        return values - 1 if adds_one(self.family, place) else values
+
+    def _joined(self, places: Sequence[Place], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor of a checkpoint that these parts of it are, in the order of its axes."""
+        import torch
+
+        (place, *_), (whole, *_) = places, parts
+        if place.share is not None:
+            axis = whole.ndim + place.axis
+            if place.share.alternating:
+                whole = torch.stack(list(parts), axis + 1).flatten(axis, axis + 1)
+            else:
+                whole = torch.cat(list(parts), axis)
+        packed = self.file.tensors[place.tensor].type.name not in FLOATS
+        return whole.transpose(-1, -2).contiguous() if place.turned and not packed else whole
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See `Checkpoint.read_rows`; of tensors whose rows lie in another order all are read."""
-        place = self.places.get(name)
-        if place is None or place != Place(place.tensor) or adds_one(self.family, place):
+        info, places = self.tensors[name], self.places.get(name, ())
+        if not places or not all(self._in_order(place, len(info.shape)) for place in places):
             return self.read(name)[start:stop]
-        stored = self.file.tensors[place.tensor]
-        raw = self.file.read_rows(place.tensor, start, stop)
-        if stored.type.name not in FLOATS:
-            return raw
-        from spicerack.storage.gguf.blocks import decode_floats
+        parts = [self._own(place, self.file.read_rows(place.tensor, start, stop)) for place in places]
+        return self._joined(places, parts).reshape(-1, *info.shape[1:])
 
-        return decode_floats(stored.type, raw).reshape(-1, *self.tensors[name].shape[1:])
+    def _in_order(self, place: Place, axes: int) -> bool:
+        """Whether rows of a tensor's first axis, experts of a stack, are rows of the file's."""
+        if axes < 3 and (place.turned or place.share is not None):
+            return False
+        return place.member is None and place.part is None and place.rows is None and not adds_one(self.family, place)
 
     def same(self, a: str, b: str) -> bool:
         """See `Checkpoint.same`."""
@@ -169,23 +188,6 @@ class GgufCheckpoint(Checkpoint):
                     file.seek(max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1))
                     digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
-
-
-def row_order(place: Place, rows: int, config: Mapping[str, Any]) -> torch.Tensor:
-    """Which of a checkpoint's rows is each row in a file, int64 [rows]. config: transformers' full one, or a file's."""
-    import torch
-
-    one = torch.arange(rows, device="cpu")
-    heads = int(config["num_attention_heads"])
-    if place.rows == "groups":
-        queries = int(config.get("hidden_size", rows)) // heads
-        keys = int(config["num_kv_heads"]) if config.get("new_decoder_architecture") else 1
-        groups = one.reshape(keys, heads // keys + 2, queries)
-        return torch.cat([groups[:, :-2].reshape(-1), groups[:, -2].reshape(-1), groups[:, -1].reshape(-1)])
-    if place.rows == "keys":
-        heads = int(config.get("num_key_value_heads") or heads)
-    # transformers turns the first half of a head with the second, llama.cpp each even row with the one behind it
-    return one.reshape(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
 
 
 def adds_one(family: Family, place: Place) -> bool:
@@ -229,69 +231,6 @@ def _numbers(file: GgufFile, name: str) -> np.ndarray[Any, np.dtype[np.float32]]
     if not np.isfinite(numbers).all() or (numbers <= 0).any():
         raise CheckpointError(f"{file.path}: {name} has numbers that are not positive", _NEWER)
     return numbers
-
-
-def _tensors(
-    file: GgufFile, family: Family, config: Mapping[str, Any]
-) -> tuple[dict[str, Place], dict[str, TensorInfo]]:
-    """Names of a checkpoint, in the order of the file -> what each is there, and what a header would say of it."""
-    names, places, infos = Names(family), dict[str, Place](), dict[str, TensorInfo]()
-    for name, stored in file.tensors.items():
-        if name in rope.TENSORS:
-            continue
-        if stored.type.name not in FLOATS and stored.type.scheme is None:
-            raise CheckpointError(f"{file.path}: {name} is {stored.type}, which is not read", _NEWER)
-        for own, place in names.modules(name, stored.shape[0]):
-            if own in infos:
-                raise CheckpointError(f"{file.path}: {own} is in both {places[own].tensor} and {name}", _NEWER)
-            places[own], infos[own] = place, _info(own, place, stored, file, config)
-    return places, infos
-
-
-def _info(name: str, place: Place, stored: GgufTensor, file: GgufFile, config: Mapping[str, Any]) -> TensorInfo:
-    """What a header would say of a tensor. Raises CheckpointError for shapes that the place cannot have."""
-    packed = stored.type.name not in FLOATS
-    shape = stored.raw_shape if packed else stored.shape
-    begin, nbytes = stored.begin, stored.nbytes
-    try:
-        if place.member is not None:
-            shape, nbytes = shape[1:] or (1,), nbytes // shape[0]
-            begin += place.member * nbytes
-        if place.part is not None:
-            axis = -2 if len(shape) > 1 else -1
-            start, stop = _part(place, shape[axis], config)
-            row = nbytes // math.prod(shape[: len(shape) + axis + 1])
-            if len(shape) > 2 or not 0 <= start < stop <= shape[axis]:
-                raise ValueError(f"rows {start} to {stop} of {list(shape)}")
-            shape = (stop - start, *shape[1:])
-            begin, nbytes = begin + start * row, (stop - start) * row
-        if place.rows is not None:
-            row_order(place, shape[0], config)
-    except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"{file.path}: {place.tensor} is {stored.type} {list(stored.shape)}, which its heads do not fit: {error}",
-            _NEWER,
-        ) from error
-    if place.turned and not packed:
-        shape = shape[::-1]
-    if place.module == "ffn_gate_inp_shexp" and len(shape) == 1:
-        shape = (1, *shape)  # a matrix of one row, which files have as a row
-    dtype = "U8" if packed else stored.type.name
-    return TensorInfo(name, dtype, shape, math.prod(shape) * BITS[dtype] // 8, stored.file, begin)
-
-
-def _part(place: Place, rows: int, config: Mapping[str, Any]) -> tuple[int, int]:
-    """First row, and the one behind the last, of one of those fused in a tensor of `rows`."""
-    assert place.part is not None
-    number, count = place.part
-    if count == 3:  # queries, keys, values: these two are alike
-        heads = int(config["num_attention_heads"])
-        keys = int(config.get("num_key_value_heads") or heads)
-        head = rows // (heads + 2 * keys)
-        bounds = (0, heads * head, (heads + keys) * head, (heads + 2 * keys) * head)
-    else:
-        bounds = (0, rows // 2, rows // 2 * 2, rows)
-    return bounds[number], bounds[number + 1]
 
 
 def _pooler(family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

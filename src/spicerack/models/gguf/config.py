@@ -68,7 +68,7 @@ def obstacles(family: Family, config: Mapping[str, Any]) -> list[str]:
         if key in config and config[key] not in allowed:
             taken = " or ".join(repr(value) for value in allowed)
             reasons.append(f"config.json has {key} {config[key]!r}, and llama.cpp computes with {taken}")
-    if family.window is None and any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+    if family.window is None and any(kind not in family.kinds for kind in config.get("layer_types") or ()):
         reasons.append("some layers look back a bounded number of tokens, and in llama.cpp none does")
     if (reason := rope.obstacle(family, config)) is not None:
         reasons.append(reason)
@@ -78,13 +78,14 @@ def obstacles(family: Family, config: Mapping[str, Any]) -> list[str]:
 
 
 def notes(family: Family, config: Mapping[str, Any]) -> list[str]:
-    """What llama.cpp computes otherwise for long texts, and people should know; config: whole."""
+    """What llama.cpp computes a little otherwise, or for long texts, and people should know; config: whole."""
     window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
+    lines = [line for line in (rope.note(family, config),) if line is not None]
     if family.window is None and type(window) is int and type(longest) is int and 0 < window < longest:
-        return [
+        lines.append(
             f"llama.cpp looks back all the way: beyond {window} tokens it computes something else than transformers"
-        ]
-    return []
+        )
+    return lines
 
 
 def to_metadata(family: Family, config: Mapping[str, Any], pooling: str | None = None) -> dict[str, Entry]:

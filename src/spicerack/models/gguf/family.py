@@ -57,18 +57,24 @@ class Family:
     prefix        of the model inside a class with a head; checkpoints have it or not
     modules       module of a checkpoint -> of a file. `{i}` stands for the block, `{e}` for one of those that a file
                   has stacked in one tensor. Of several modules that are the same in a file the first is what is read
+    tensors       tensor of a checkpoint, its whole name -> those of a file, of what is no module's: experts in one
+                  tensor, and parameters. Where a file has several, the rows of the checkpoint's lie in them
+    alternating   these rows are dealt to them one by one; else each has as many that lie behind each other
     keys          entries of config.json, each for itself
     rows          module of a file, its last part -> the order that its rows have there
     plus_one      norms are stored with 1 added, as llama.cpp multiplies by them
-    transposed    modules of a file, the last part, whose weight a checkpoint stores [K, N]
+    transposed    modules of a file, the last part, whose weight a checkpoint stores [.., K, N]
     rope          whether there are rotary embeddings
+    truncated     yarn's ramp begins and ends at whole dimensions, unless a config says otherwise: in llama.cpp always
     scalings      how their frequencies may be scaled, as `rope_type` says it, in llama.cpp's code of the architecture
     partial       whether they may turn a part of each head only
     window        of layers that look back a bounded number of tokens
+    kinds         kinds of blocks, of a config's `layer_types`, that llama.cpp has where there is no `window`
     fixed         key of config.json -> the values that llama.cpp computes; others are refused
     settings      entries of the config that is read, beside `keys`: what llama.cpp takes for granted
     marks         keys that only this family's files have, of those that share an architecture
     left_out      patterns of names of tensors that a file does not hold, and that no weight of the model needs
+    scaled        llama.cpp multiplies all layers by the scale that NVFP4 has beside a tensor
     own_head      llama.cpp wants a head of its own, also where it is the embedding
     encoder       it makes embeddings of texts: not causal, and pooled
     pooler        module of a file that a reader may not have, and that transformers' class has
@@ -83,17 +89,22 @@ class Family:
     prefix: str
     modules: Mapping[str, str]
     keys: tuple[Key, ...]
+    tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    alternating: bool = False
     rows: Mapping[str, Rows] = field(default_factory=dict)
     plus_one: bool = False
     transposed: frozenset[str] = frozenset()
     rope: bool = True
+    truncated: bool = True
     scalings: tuple[str, ...] = ("linear", "yarn")
     partial: bool = False
     window: Window | None = None
+    kinds: tuple[str, ...] = ("full_attention",)
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     marks: tuple[str, ...] = ()
     left_out: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    scaled: bool = False
     own_head: bool = False
     encoder: bool = False
     pooler: str | None = None

@@ -2,7 +2,8 @@
 
 What a file has in one tensor may be several in a checkpoint: experts, stacked along a first axis, and queries, keys and
 values (or gate and up), of which some files have the rows behind each other. A `Place` says which part of a file's
-tensor a checkpoint's tensor is.
+tensor a checkpoint's tensor is. The other way round, a checkpoint that has gate and up of all experts in one tensor has
+two in a file: then it has two places, each with its `Share` of the rows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,26 @@ _SUFFIXES = ("weight", "bias", "scale")
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Those rows of a checkpoint's tensor that lie in one of several tensors of a file.
+
+    number       which of them it is
+    count        how many there are
+    alternating  rows are dealt to them one by one; else each has as many that lie behind each other
+    """
+
+    number: int
+    count: int
+    alternating: bool
+
+    def of(self, rows: int) -> slice:
+        """Which of so many rows these are."""
+        if self.alternating:
+            return slice(self.number, rows, self.count)
+        return slice(rows * self.number // self.count, rows * (self.number + 1) // self.count)
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """What a checkpoint's tensor is in a file.
 
@@ -31,7 +52,8 @@ class Place:
     member  which of those stacked in it; None: it is not stacked
     part    which of the modules that are fused in it, and how many these are; None: it is the only one
     rows    the order that its rows have there
-    turned  the checkpoint stores the weight [K, N]
+    turned  the checkpoint stores the weight [.., K, N]
+    share   which of the checkpoint's rows lie there; None: all
     """
 
     tensor: str
@@ -39,11 +61,27 @@ class Place:
     part: tuple[int, int] | None = None
     rows: Rows | None = None
     turned: bool = False
+    share: Share | None = None
 
     @property
     def module(self) -> str:
         """The file's module, its last part: "attn_q"."""
         return self.tensor.split(".")[-2]
+
+    def shape(self, stored: tuple[int, ...], *, packed: bool = False) -> tuple[int, ...]:
+        """Of what lies there, rows first, by the shape of the checkpoint's tensor; packed ones have rows first."""
+        shape = [*stored]
+        if self.turned and not packed:
+            shape[-2:] = shape[-1], shape[-2]
+        if self.share is not None:
+            rows = shape[self.axis]
+            shape[self.axis] = len(range(rows)[self.share.of(rows)])
+        return tuple(shape)
+
+    @property
+    def axis(self) -> int:
+        """That of the rows in the file's tensor."""
+        return -2 if self.tensor.endswith(".weight") else -1
 
 
 class Names:
@@ -55,19 +93,51 @@ class Names:
         self._to_checkpoint: dict[str, str] = {}
         for hf, gguf in family.modules.items():
             self._to_checkpoint.setdefault(gguf.replace("{i}", "{}"), hf)
+        self._whole = {_blank(hf): files for hf, files in family.tensors.items()}
+        self._shared = {
+            _blank(file): (hf, None if len(files) == 1 else Share(number, len(files), family.alternating))
+            for hf, files in family.tensors.items()
+            for number, file in enumerate(files)
+        }
         self._left_out = [re.compile(pattern) for pattern in family.left_out]
 
     def left_out(self, name: str) -> bool:
         """Whether a checkpoint's tensor has no place in a file and none is needed."""
         return any(pattern.fullmatch(name) for pattern in self._left_out)
 
-    def place(self, name: str) -> Place | None:
-        """Where the tensor `name` of a checkpoint goes; None where the family has no name for it."""
+    def places(self, name: str) -> tuple[Place, ...]:
+        """Where the tensor `name` of a checkpoint goes, mostly to one place; none where the family has no name for it.
+
+        name: what is packed may have a `.weight` behind it that it has not in a checkpoint.
+        """
+        for known in (*self._known(name), *self._known(name.removesuffix(".weight"))):
+            blank, numbers = _numbered(known)
+            if blank in self._whole:
+                return tuple(self._own(template, numbers) for template in self._whole[blank])
+        place = self._place(name)
+        return () if place is None else (place,)
+
+    def _known(self, name: str) -> tuple[str, str, str]:
+        """A name as it is, and as classes without and with a head have it."""
+        prefix = f"{self.family.prefix}."
+        return name, name.removeprefix(prefix), prefix + name
+
+    def _own(self, template: str, numbers: Sequence[str]) -> Place:
+        """The place of one of `Family.tensors`, by what its name is in a file, and its numbers."""
+        tensor = template.replace("{i}", "".join(numbers))
+        return Place(tensor, turned=self._turned(tensor), share=self._shared[_blank(template)][1])
+
+    def _turned(self, tensor: str) -> bool:
+        """Whether a checkpoint stores the tensor of a file [.., K, N]."""
+        module, _, suffix = tensor.rpartition(".")
+        return suffix == "weight" and module.rpartition(".")[2] in self.family.transposed
+
+    def _place(self, name: str) -> Place | None:
+        """The place of a module's weight, bias or scale."""
         module, _, suffix = name.rpartition(".")
         if suffix not in _SUFFIXES:
             return None
-        prefix = f"{self.family.prefix}."
-        for known in (module, module.removeprefix(prefix), prefix + module):
+        for known in self._known(module):
             entry = self._to_file.get(_numbered(known)[0])
             if entry is None:
                 continue
@@ -75,9 +145,8 @@ class Names:
             numbers = dict(zip(re.findall(r"\{(\w)\}", hf), _numbered(known)[1], strict=True))
             last = gguf.rpartition(".")[2]
             member = int(numbers["e"]) if "e" in numbers else None
-            turned = last in self.family.transposed and suffix == "weight"
             tensor = f"{gguf.replace('{i}', numbers.get('i', ''))}.{suffix}"
-            return Place(tensor, member, None, self.family.rows.get(last), turned)
+            return Place(tensor, member, None, self.family.rows.get(last), self._turned(tensor))
         return None
 
     def modules(self, tensor: str, members: int) -> list[tuple[str, Place]]:
@@ -85,8 +154,12 @@ class Names:
 
         members: how many are stacked in it, where some are. Raises CheckpointError for a name that the family lacks.
         """
+        blank, numbers = _numbered(tensor)
+        if blank in self._shared:
+            whole, share = self._shared[blank]
+            at = Place(tensor, turned=self._turned(tensor), share=share)
+            return [(whole.replace("{i}", "".join(numbers)), at)]
         module, _, suffix = tensor.rpartition(".")
-        numbers = _numbered(module)[1]
         last = module.rpartition(".")[2]
         parts: Sequence[str] = [module.removesuffix(last) + part for part in FUSED.get(last, (last,))]
         if _numbered(parts[0])[0] not in self._to_checkpoint:  # a family that has them in one matrix, too

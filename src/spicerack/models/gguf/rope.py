@@ -30,13 +30,16 @@ FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rop
 TENSORS = (FREQUENCIES, LONG, SHORT)
 """Tensors of a file that are no weights: what a config says in numbers."""
 PARAMETERS = "spicerack.rope_parameters"
-"""Our own key: what `FREQUENCIES` was made from, as JSON."""
+"""Our own key: what `FREQUENCIES` was made from, and what no key of a file says, as JSON."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What all releases of Llama 3.1 to 3.3 have but for the factor: a file of others does not say it."""
 _TOLERANCE = 1e-5
 """Relative; that of factors which were computed in float32 in another order."""
-_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
 """The only ones that llama.cpp has for these architectures."""
+_TRUNCATE = "truncate"
+"""Whether yarn's ramp begins and ends at whole dimensions: in transformers unless a config says otherwise, in llama.cpp
+always (ggml_rope_yarn_corr_dims)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +78,27 @@ def obstacle(family: Family, config: Mapping[str, Any]) -> str | None:
         for key, usual in _YARN_BETAS.items():
             if full.get(key) not in (None, usual):
                 return f"its yarn has {key} {full[key]}, and llama.cpp has {usual}"
+        if family.truncated and not full.get(_TRUNCATE, True):
+            return "its yarn has truncate False, and llama.cpp has True"
         if full.get("mscale") is not None or full.get("mscale_all_dim") is not None or full.get("factor") is None:
             return "its yarn scales scores in another way than llama.cpp"
     if float(full.get("partial_rotary_factor", 1.0)) != 1.0 and not family.partial:
         return f"they turn a part of each head, and llama.cpp turns all of it in {family.architecture}"
     return None
+
+
+def note(family: Family, config: Mapping[str, Any]) -> str | None:
+    """What llama.cpp computes a little otherwise in every model of a family, a sentence; None if it does not.
+
+    config: transformers' full one.
+    """
+    full = _parameters(config)[0] if family.rope else {}
+    if full.get("rope_type") != "yarn" or full.get(_TRUNCATE, True):
+        return None
+    return (
+        "llama.cpp begins and ends the ramp of yarn at whole dimensions, and the config says truncate false: some "
+        "frequencies of its rotary embeddings are a little others, as they are in every such file"
+    )
 
 
 def to_metadata(family: Family, config: Mapping[str, Any]) -> Written:
@@ -102,6 +121,8 @@ def to_metadata(family: Family, config: Mapping[str, Any]) -> Written:
         if full.get("attention_factor") is not None:
             own = float(full["attention_factor"]) / _yarn_scale(float(full["factor"]))
             written.keys["rope.scaling.attn_factor"] = "f32", own
+        if full.get(_TRUNCATE, True) != family.truncated:
+            written.own[PARAMETERS] = json.dumps(full, sort_keys=True)
     if kind == "llama3":
         written.tensors[FREQUENCIES] = _llama3(full, width)
         written.own[PARAMETERS] = json.dumps(full, sort_keys=True)
@@ -155,6 +176,8 @@ def to_config(
         full |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
         if attention != 1.0:
             full["attention_factor"] = attention * _yarn_scale(factor)
+        if not family.truncated and not _told_truncate(metadata):
+            full[_TRUNCATE] = False
     elif kind == "linear" and factor != 1.0:
         full |= {"rope_type": "linear", "factor": factor}
     elif kind not in ("linear", "none"):
@@ -164,6 +187,16 @@ def to_config(
         sliding = {"rope_theta": decimal(metadata.number(at + "freq_base_swa")), "rope_type": "default"}
         config["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
     return config
+
+
+def _told_truncate(metadata: Metadata) -> bool:
+    """Whether a file of ours says that yarn is truncated, of a family where it is not. Raises CheckpointError."""
+    if PARAMETERS not in metadata:
+        return False
+    try:
+        return bool(json.loads(metadata.text(PARAMETERS)).get(_TRUNCATE, True))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{metadata.where}: {PARAMETERS} is damaged", "convert it anew") from error
 
 
 def decimal(value: float) -> float:

@@ -19,7 +19,7 @@ _MIXTURES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"
 
 def _precisions(model: Model) -> list[Precision]:
     """Its mixtures; gpt-oss as it is distributed, too."""
-    released = [precisions.experts_in_mxfp4("MXFP4")] if model.family == "gpt_oss" else []
+    released = [precisions.mixture("MXFP4")] if model.family == "gpt_oss" else []
     return [*map(precisions.mixture, _MIXTURES[:2]), *released, *map(precisions.mixture, _MIXTURES[2:])]
 
 

@@ -14,6 +14,7 @@ from spicerack.planning.engine import Engine, Request
 from spicerack.planning.model import Model
 from spicerack.planning.places import Placement, Term
 from spicerack.planning.precisions import Precision
+from spicerack.storage.engine import find
 
 
 def _precisions(_model: Model) -> list[Precision]:
@@ -55,6 +56,7 @@ ENGINE = Engine(
     terms=_terms,
     budget=_budget,
     flags=_flags,
+    only=frozenset(find("mlx").reads[0].known or ()),
     does=frozenset({"text"}),
     towers=False,
     speed_of="mlx",

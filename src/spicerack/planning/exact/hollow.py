@@ -61,17 +61,19 @@ def _tensors(model: Model, family: Family, recipe: Mixture) -> Iterator[TensorSp
         name = info.name.replace("language_model.", "", 1)
         if weight.place == "tower" or names.left_out(name):
             continue
-        place = names.place(name)
-        if place is None:
+        places = names.places(name)
+        if not places:
             raise CheckpointError(f"{name}: llama.cpp has no such tensor in {family.architecture}", _REMEDY)
-        shape = info.shape[::-1] if place.turned else info.shape
-        if place.module == "ffn_gate_inp_shexp":
-            shape = shape[-1:]
-        if place.member is not None:
-            shape = (weight.count, *shape)
-        spec = TensorSpec(place.tensor, TYPES[gguf.type_of(model, weight, recipe)], shape)
-        head = head or place.tensor == "output.weight"
-        table = spec if place.tensor == "token_embd.weight" else table
-        yield spec
+        type_ = TYPES[gguf.type_of(model, weight, recipe)]
+        for place in places:
+            shape = place.shape(info.shape)
+            if place.module == "ffn_gate_inp_shexp":
+                shape = shape[-1:]
+            if place.member is not None:
+                shape = (weight.count, *shape)
+            spec = TensorSpec(place.tensor, type_, shape)
+            head = head or place.tensor == "output.weight"
+            table = spec if place.tensor == "token_embd.weight" else table
+            yield spec
     if family.own_head and not head and table is not None:
         yield TensorSpec("output.weight", table.type, table.shape)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from spicerack.errors import CheckpointError
+from spicerack.errors import CheckpointError, counted
 from spicerack.models.blocks.find import find
 from spicerack.planning import sensitivity
 from spicerack.planning.mix.estimate import Losses, estimate
@@ -97,7 +97,8 @@ def _measured(prepared: Prepared, workshop: Path, watch: Watch, tell: Tell) -> L
         )
         _write_fishers(folder, minds)
     count = max(len(unit.schemes) for unit in prepared.choices.units)
-    tell(f"what {len(prepared.choices.units)} units lose in up to {count} schemes: each is solved for every layer")
+    units = counted(len(prepared.choices.units), "unit")
+    tell(f"losses of {units} in up to {counted(count, 'scheme')}: each is solved for every layer")
     text = Text(prepared.text, plan(listing, prepared.text, order.means.memory).sequences)
     losses = estimate(
         listing, stack, tensors, prepared.choices.units, minds, text, folder, device, order.means.workers, watch

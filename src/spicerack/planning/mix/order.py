@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from spicerack._version import __version__
 from spicerack.algorithms.method import Method
-from spicerack.errors import UsageError
+from spicerack.errors import UsageError, counted
 from spicerack.evaluation.encoder import Pooling
 from spicerack.evaluation.evaluate import HELDOUT
 from spicerack.evaluation.folder import pooling_of, window_of
@@ -152,7 +152,7 @@ def prepare(order: Order) -> Prepared:
     count, length = held_out.ids.shape
     notes = (
         *choices.notes, *text.notes,
-        f"judged on {count} sequences of {held_out.source}, {length} tokens each, which are not calibrated with",
+        f"judged on {counted(count, 'sequence')} of {held_out.source}, {length} tokens each, not calibrated with",
     )  # fmt: skip
     judge = Judge(source.folder, held_out, pooling, order.means.device)
     prepared = Prepared(order, method, listing, choices, _fixed(listing, choices), text, judge, notes)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from spicerack.algorithms import solver as solvers
-from spicerack.errors import OutputError
+from spicerack.errors import OutputError, counted
 from spicerack.evaluation.report import lens
 from spicerack.planning import sensitivity
 from spicerack.planning.mix import units
@@ -99,7 +99,7 @@ def _hands(prepared: Prepared, workshop: Path, watch: Watch, tell: Tell) -> Hand
         if prepared.text.mask is not None:
             few = dataclasses.replace(few, mask=prepared.text.mask[: len(few.ids)])
         some = _some(prepared.choices)
-        tell(f"expected and measured differ: {len(some)} units are measured around the mix")
+        tell(f"expected and measured differ: measuring {counted(len(some), 'unit')} around the mix")
         return prepared.judge.swaps(folder, some, few, lambda _: None)
 
     return Hands(

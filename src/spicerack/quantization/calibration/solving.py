@@ -16,6 +16,8 @@ from spicerack.algorithms import solver as solvers
 from spicerack.algorithms.descent import Told, Tunable
 from spicerack.algorithms.solved import Solved
 from spicerack.algorithms.solver import BlockSolver
+from spicerack.machine.ranks import ALONE
+from spicerack.models.blocks.look import multiplied
 from spicerack.nn import kinds
 from spicerack.numerics.qtensor import QTensor, moved
 from spicerack.quantization.calibration.exchange import Exchange
@@ -42,7 +44,7 @@ def solve(
     observer   finds the scales of static activations; None where there are none
     doing      is told of statistics, layers and steps
 
-    Targets that the text does not reach are rounded to nearest, with an event that says so. Raises ActivationError
+    Targets that are not called are rounded to nearest, with an event that says so. Raises ActivationError
     naming block, layer and place.
     """
     starts: dict[str, QTensor] = {}
@@ -61,12 +63,24 @@ def solve(
         if target.key not in solutions:
             observe(pair, flow, (target.path,), observer)
             start = pair.nearest(target, None)
-            event = "not reached by the calibration text: rounded to nearest"
+            event = _uncalled(pair, flow, target)
             starts[target.key], solutions[target.key] = start, Solved(start, (event,))
             pair.put(target, start)
     if solver.needs == "block":
         solutions |= _learn(pair, flow, exchange, solver, solutions, within(doing, _OPENING, 1))
     return starts, solutions
+
+
+def _uncalled(pair: Pair, flow: Flow, target: Target) -> str:
+    """What the ledger says of a target that is not called while the text runs through its block."""
+    call = next(iter(flow.calls(ALONE)))
+    hidden = flow.hidden(call)[1]
+    if not target.stack and multiplied(target.path, flow.stack, pair.exact, hidden, call.arguments):
+        return (
+            "the model's code multiplies by its weight and does not call it, so that nothing is known of what it "
+            "reads: rounded to nearest"
+        )
+    return "not called with the calibration text: rounded to nearest"
 
 
 def _targets(pair: Pair, readers: Readers) -> list[Target]:

@@ -17,7 +17,7 @@ ENGINE = Engine(
             limits=(
                 Limit(
                     source=f"{_SOURCE}: ffn_gate_inp, position_embd and token_types are read in F32 alone",
-                    roles=frozenset({"linear", "conv1d", "head", "embedding"}),
+                    roles=frozenset({"linear", "conv1d", "experts", "head", "embedding"}),
                     but=("wpe", "position_embeddings", "token_type_embeddings", "shared_expert_gate"),
                 ),
                 Limit(

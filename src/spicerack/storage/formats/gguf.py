@@ -158,9 +158,10 @@ def _stored(module: str, name: Any, transposed: bool, checkpoint: Checkpoint) ->
     dtype = torch.float16 if checkpoint.config.get("dtype") == "float16" else torch.float32  # scales are float16
     variant = type_.name + (_SCALED if scale is not None else "")
     assert type_.scheme is not None
+    role = "experts" if len(shape) > 2 else "linear"
     return StoredTensor(
-        module, parse(type_.scheme), shape, source_dtype=dtype, transposed=transposed, variant=variant
-    )  # fmt: skip
+        module, parse(type_.scheme), shape, role=role, source_dtype=dtype, transposed=transposed, variant=variant
+    )
 
 
 def _check_scale(type_: GgmlType, scale: TensorInfo, shape: tuple[int, ...], checkpoint: Checkpoint) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from spicerack.models.gguf.family import DECODER, GROUPED, LLAMA_SCALINGS, RMS, SILU, Family, Key, biases
+from spicerack.models.gguf.families._granite import KEYS
+from spicerack.models.gguf.family import DECODER, LLAMA_SCALINGS, SILU, Family, biases
 
 FAMILY = Family(
     model_type="granite",
@@ -10,14 +11,7 @@ FAMILY = Family(
     classes=("GraniteForCausalLM",),
     prefix="model",
     modules=DECODER,
-    keys=(
-        *GROUPED,
-        RMS,
-        Key("attention_multiplier", "attention.scale", "f32"),
-        Key("embedding_multiplier", "embedding_scale", "f32"),
-        Key("residual_multiplier", "residual_scale", "f32"),
-        Key("logits_scaling", "logit_scale", "f32"),
-    ),
+    keys=KEYS,
     rows={"attn_q": "queries", "attn_k": "keys"},
     scalings=LLAMA_SCALINGS,
     fixed={"hidden_act": SILU},

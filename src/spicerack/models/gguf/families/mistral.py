@@ -13,6 +13,7 @@ FAMILY = Family(
     keys=(*GROUPED, RMS, *HEAD, Key("sliding_window", "attention.sliding_window")),
     rows={"attn_q": "queries", "attn_k": "keys"},
     scalings=LLAMA_SCALINGS,
+    scaled=True,
     fixed={"hidden_act": SILU},
     settings={"hidden_act": "silu", "sliding_window": None},
     marks=("attention.sliding_window",),

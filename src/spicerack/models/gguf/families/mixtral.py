@@ -29,6 +29,7 @@ FAMILY = Family(
     ),
     rows={"attn_q": "queries", "attn_k": "keys"},
     scalings=LLAMA_SCALINGS,
+    scaled=True,
     fixed={"hidden_act": SILU},
     settings={"hidden_act": "silu", "sliding_window": None},
     marks=("expert_count",),

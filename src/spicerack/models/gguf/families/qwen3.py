@@ -11,6 +11,7 @@ FAMILY = Family(
     prefix="model",
     modules={**DECODER, **QK_NORMS},
     keys=(*GROUPED, RMS, *HEAD),
+    scaled=True,
     fixed={"hidden_act": SILU, "use_sliding_window": (False, None), "attention_bias": (False,)},
     settings={"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
 )

@@ -18,6 +18,7 @@ FAMILY = Family(
         Key("num_experts_per_tok", "expert_used_count"),
         Key("moe_intermediate_size", "expert_feed_forward_length"),
     ),
+    scaled=True,
     fixed={
         "hidden_act": SILU,
         "use_sliding_window": (False, None),
