@@ -267,8 +267,8 @@ def _tensor(
     groups of them one after the other.
 
     Of cuts that fit the one that is read fastest, of cards that are alike the widest; where none does, the one that
-    lacks least. Keys and values of a head are repeated where
-    there are more devices than heads of them, a latent vector on each.
+    lacks least. Keys and values of a head are repeated where there are more devices than heads of them, a latent vector
+    on each.
     """
     order = sorted(range(len(devices)), key=lambda i: -budgets[i])
     chosen: list[Placement] = []
