@@ -173,6 +173,12 @@ def test_experts_are_counted_by_whatever_name_their_number_has(family: str, tmp_
     assert own.read == total - tables - routed // 2
 
 
+def test_a_table_by_any_name_is_of_text(tmp_path: Path) -> None:
+    """CTRL's is called w; a class that writes text reads some."""
+    tiny.build("ctrl").save_pretrained(tmp_path)
+    assert open_model(tmp_path).does == "text"
+
+
 @pytest.mark.parametrize("fit", ["0.0000000001GB", "0.001GB"])
 @pytest.mark.parametrize("engine", ["llama.cpp", "vllm", "transformers"])
 def test_next_to_no_memory_is_too_little(fit: str, engine: str) -> None:

@@ -133,7 +133,11 @@ class Model:
     def does(self) -> Purpose:
         """What it is for, by its classes, its config, and whether it has a table of tokens."""
         # a vocabulary without a table is of what is written, or of codes that pictures are trained to name
-        if self.text.get("vocab_size") is None or not any(weight.place == "input" for weight in self.weights):
+        table = any(weight.place == "input" for weight in self.weights)
+        classes = self.config.get("architectures")
+        # the class says more than a name does: CTRL's table is called w
+        writes = isinstance(classes, list) and any(_GENERATES.search(str(name)) for name in classes)
+        if self.text.get("vocab_size") is None or not (table or writes):
             return "pictures or sound"
         if not self.generates:
             return "embeddings"
