@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from conftest import LlamaFolder
 
 import spicerack
 from spicerack.cli import _output, cli
-from spicerack.evaluation.energy import IDLE, EnergyOptions, measure
+from spicerack.errors import UsageError
+from spicerack.evaluation.energy import EnergyOptions, measure
+from spicerack.machine import energy
 from spicerack.machine.catalogue import Device
 from spicerack.machine.energy import Counter
 from spicerack.planning.energy import memory_of
@@ -25,7 +28,7 @@ def out(llama_folder: LlamaFolder, tmp_path: Path) -> Path:
 
 def test_idle_is_subtracted(out: Path) -> None:
     """A clock that jumps a second when it is read, and a meter of 5 W when idle and 20 at work."""
-    time, idling, joules = [0.0], [True], [0.0]
+    time, slept = [0.0], [math.inf]
 
     def clock() -> float:
         time[0] += 1
@@ -33,19 +36,43 @@ def test_idle_is_subtracted(out: Path) -> None:
 
     def sleep(seconds: float) -> None:
         time[0] += seconds
-        joules[0] += 5 * (IDLE + 1)
-        idling[0] = False
+        slept[0] = time[0]
 
     def read() -> float:
-        joules[0] += 0 if idling[0] or joules[0] == 55 else 20
-        return joules[0]
+        return 5 * min(time[0], slept[0] + 1) + 20 * max(time[0] - slept[0] - 1, 0)
 
     result = measure(out, [Counter("package-0", read)], options=EnergyOptions(seconds=3), sleep=sleep, clock=clock)
-    assert result.idle_watts["package-0"] > 0 and result.turns == 3 and result.seconds == 3
-    total, idle = result.joules["package-0"], result.idle_watts["package-0"]
-    assert result.joules_per_token * result.tokens == pytest.approx(total - 3 * idle)
-    assert result.joules_per_token_with_idle * result.tokens == pytest.approx(total)
+    assert result.idle_watts["package-0"] == pytest.approx(5) and result.turns == 3 and result.seconds == 3
+    # three readings of the clock, of which the meter has seen two when it is read the last time
+    assert result.joules["package-0"] == pytest.approx(40)
+    assert result.joules_per_token * result.tokens == pytest.approx(40 - 3 * 5)
+    assert result.joules_per_token_with_idle * result.tokens == pytest.approx(40)
     assert json.loads(json.dumps(result.as_dict()))["how"] == "measured"
+
+
+def test_a_machine_that_is_busy_while_it_idles_measures_nothing(out: Path) -> None:
+    """Else joules per token are below 0, and called measured."""
+    reads = iter(range(1000))
+
+    def read() -> float:
+        at = next(reads)
+        return 100.0 * min(at, 1) + max(at - 1, 0)  # 100 J while it idles, then 1 J at each reading
+
+    time = iter(range(1000))
+    with pytest.raises(UsageError, match="while the model was idle, and no more"):
+        measure(
+            out, [Counter("package-0", read)], options=EnergyOptions(seconds=3), sleep=lambda _: None,
+            clock=lambda: float(next(time)),
+        )  # fmt: skip
+
+
+def test_counters_that_stand_still_are_told_and_it_is_estimated(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(energy, "rapl_obstacle", lambda: None)
+    monkeypatch.setattr(energy, "rapl", lambda: (Counter("package-0", lambda: 7.0),))
+    result = run(capsys, "energy", str(out), "--watts", "65")
+    assert result["how"] == "estimated" and "stand still" in str(result["not_measured"])
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, object]:
@@ -82,6 +109,15 @@ def test_a_device_of_unknown_power_has_a_floor(out: Path, capsys: pytest.Capture
     assert _output.run(cli, ["energy", str(out), "--fit", "Shared VM"]) == 0
     printed = capsys.readouterr().out
     assert "at least" in printed and "--watts" in printed and "estimated" in printed
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "0", "-1", "x"])
+def test_watts_are_a_number(number: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """click lets "nan" through every range; nothing is kept then."""
+    for option in (f"--watts={number}", f"--seconds={number}"):
+        assert _output.run(cli, ["energy", str(out), option]) == 2
+        assert option.partition("=")[0] in capsys.readouterr().err
+    assert not (out / "energy.json").exists()
 
 
 def test_refusals(out: Path, llama_folder: LlamaFolder, capsys: pytest.CaptureFixture[str]) -> None:

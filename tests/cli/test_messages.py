@@ -38,7 +38,10 @@ def test_names_of_others_are_told_back_once(llama_folder, tmp_path: Path, capsys
     assert _rules.renamed(("w8", "W4G128", None, "*=skip", "lm_head=w8")) == ()
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("1.5GB", 1_500_000_000), ("500MB", 5 * 10**8), ("7", 7), ("0.5kb", 500)])
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("1.5GB", 1_500_000_000), ("500MB", 5 * 10**8), ("7", 7), ("0.5kb", 500), ("1TB", 10**12), ("2 GiB", 2 << 30)],
+)
 def test_sizes(typed: str, meant: int) -> None:
     assert _output.nbytes(click.Context(cli), cli, typed) == meant
 

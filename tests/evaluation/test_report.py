@@ -5,6 +5,8 @@ from __future__ import annotations
 import html.parser
 import http.server
 import json
+import math
+import random
 import re
 import shutil
 import subprocess
@@ -33,7 +35,7 @@ from spicerack.planning.engine import Request
 from spicerack.planning.model import open_model
 from spicerack.planning.plan import Goal, plan
 from spicerack.planning.sensitivity import Budget, Option, Point, Round, Sensitivity, Unit
-from spicerack.planning.written import shown_sensitivity
+from spicerack.planning.written import on_devices, shown_sensitivity
 from spicerack.storage import files, ledger, records
 from spicerack.storage.reader import Checkpoint
 
@@ -444,6 +446,7 @@ def test_other_damaged_files_are_named(measured: Path, tmp_path: Path, capsys: p
     for name, content in (
         ("run.json", '{"command": 3}'), ("sensitivity.json", '{"version": 1, "metric": "kl"}'),
         ("spicerack.json", '{"identity": {}, "tensors": [], "check": {"kl_mean": "x"}}'),
+        ("config.json", "[]"), ("run.json", '{"odd": ' + "[" * 900 + "]" * 900 + "}"),
     ):  # fmt: skip
         before = (measured / name).read_text() if (measured / name).is_file() else None
         (measured / name).write_text(content)
@@ -455,6 +458,42 @@ def test_other_damaged_files_are_named(measured: Path, tmp_path: Path, capsys: p
             (measured / name).unlink()
         else:
             (measured / name).write_text(before)
+
+
+STRANGE = (None, 0, -1, 1e308, -1e308, 10**400, math.nan, math.inf, "x", "<script>", [], {}, True, [None], -0.0, 1e-320)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Places in JSON, of lists the first four."""
+    if not isinstance(value, (dict, list)):
+        return [path]
+    children = list(value.items()) if isinstance(value, dict) else list(enumerate(value))[:4]
+    return [place for key, child in children for place in leaves(child, (*path, key))]
+
+
+@pytest.mark.parametrize("name", ["spicerack", "lens", "eval", "bench", "energy"])
+def test_any_value_may_be_anything(measured: Path, name: str) -> None:
+    """A page, or an error that names what is wrong: integers that no float can be, nothing to divide by."""
+    path = measured / f"{name}.json"
+    before = json.loads(path.read_text())
+    kept = [records.read(measured, command) for command in ("lens", "eval", "bench", "energy")]
+    some = random.Random(name)
+    for place in some.sample(places := leaves(before), min(60, len(places))):
+        changed = json.loads(json.dumps(before))
+        inner = changed
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = some.choice(STRANGE)
+        path.write_text(json.dumps(changed))
+        try:
+            if name == "spicerack" and (written := ledger.read(measured)) is not None:
+                for record in kept:  # believed still
+                    assert record is not None
+                    again = {**record, "ledger": written.sha256}
+                    (measured / f"{record['command']}.json").write_text(json.dumps(again))
+            page(collect(measured))
+        except CheckpointError as error:
+            assert error.message.isprintable() and error.hint
 
 
 def test_a_check_behind_quantize_is_shown_where_there_is_no_evaluation(measured: Path) -> None:
@@ -469,6 +508,44 @@ def test_what_a_budget_measured_is_shown_where_there_is_no_evaluation(measured: 
     text = page(collect(measured, {"devices": None, "sensitivity": sensed()}))
     assert "on 16,352 words held out: <b>0.0152</b>, between 0.0143 and 0.0161" in text
     assert "was not measured yet" not in text and "spicerack eval" in text
+    known = sensed()
+    known["rounds"] = known["rounds"][::-1]
+    words = re.sub("<.*?>", "", page(collect(measured, {"devices": None, "sensitivity": known})))
+    assert "hesitates between 100 next words, this model does between 102.1 (101.9 to 102.3)" in words
+
+
+def test_the_slider_begins_at_the_bits_of_the_codes(measured: Path) -> None:
+    """Not at what a weight takes with its scales: 4.63 bits of w4g32z are 4."""
+    row = {**seen([0.01, -0.02, 0.03]), "scheme": "w4g32z"}
+    records.keep(measured, "lens", row)
+    for scheme, begins in (("w4g32z", 4), ("q3_k", 3), ("w2g128h", 2), ("<b>", 6)):
+        records.keep(measured, "lens", {**row, "scheme": scheme})
+        text = page({**collect(measured), "bits_quantized": 6.1})
+        assert f'id="bits" min="2" max="8" step="1" value="{begins}"' in text
+
+
+def test_what_was_measured_says_on_which_machine(measured: Path) -> None:
+    facts = collect(measured)
+    processor = facts["bench"]["machine"]["processor"]
+    assert processor and f"machine: {processor}." in re.sub("<.*?>", "", page(facts))
+    facts["run"] = {"command": ["/home/somebody/.venv/bin/spicerack", "quantize", "MODEL"]}
+    text = page(facts)
+    made = text[text.index("Made by:") : text.index("</code>", text.index("Made by:"))]
+    assert made.endswith("spicerack quantize MODEL") and "somebody" not in made
+
+
+def test_devices_are_those_that_everybody_has(
+    llama_folder: LlamaFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page is sent to others: a card that somebody calls RTX 3090 is not theirs; a file of one's own may be any."""
+    spicerack.quantize(llama_folder(), "w8", output=tmp_path / "out")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    before = on_devices(tmp_path / "out")
+    own = tmp_path / "spicerack" / "devices.json"
+    own.parent.mkdir()
+    for text in ('{"name": "RTX 3090", "memory_gib": 4000}', "{"):
+        own.write_text(text)
+        assert on_devices(tmp_path / "out") == before
 
 
 def test_a_model_of_pictures_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,14 @@ def test_own_devices_come_first_and_are_written_whole(tmp_path: Path, capsys: py
         ({"name": "A", "memory_gib": -1}, "memory_gib"), ({"name": "A", "memory_gib": True}, "memory_gib"),
         ({"name": "A", "memory_gib": 4, "kind": "mug"}, "mug"), ({"name": "A", "memory_gib": 4, "ram": 1}, "ram"),
         ({"name": "A\x1b[2J", "memory_gib": 4}, "name"), ({"name": "A", "memory_gib": 4, "link": 3}, "link"),
-        ({"name": "A", "memory_gib": 4, "uncertain": "tdp"}, "uncertain"), ([], "no devices"), (3, "no devices"),
+        ({"name": "A", "memory_gib": 4, "uncertain": "tdp"}, "uncertain"),
+        ({"name": "A", "memory_gib": 4, "usable_gib": 4.5}, "usable_gib 4.5 of memory_gib 4"),
+        ({"name": "A", "memory_gib": 1e-9}, "memory_gib"),
+        ({"name": "A", "memory_gib": 4, "source": "\x1b[31m"}, "source"),
+        ({"name": "A", "memory_gib": 4, "tdp_w": 1e-300}, "tdp_w"),
+        ({"name": "A", "memory_gib": 4, "uncertain": ["\x1b[2J"]}, "uncertain"),
+        ([{"name": "A", "memory_gib": 4}, {"name": "a", "memory_gib": 8}], "two devices"),
+        ([], "no devices"), (3, "no devices"),
     ],
 )  # fmt: skip
 def test_own_devices_that_make_no_sense(row: object, said: str, tmp_path: Path) -> None:
@@ -92,6 +99,20 @@ def test_own_devices_that_make_no_sense(row: object, said: str, tmp_path: Path) 
     with pytest.raises(UsageError, match=said):
         catalogue.add(file)
     assert not catalogue.own_file().exists()
+
+
+@pytest.mark.parametrize("name", ["K", "8gb", "2x E", "\u6211\u7684\u663e\u5361", "[red]F[/red]", "3090"])
+def test_own_devices_are_found_by_their_own_names(name: str, tmp_path: Path) -> None:
+    """Whatever they are: of one letter, in other alphabets, a size, or what others are called, too."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"name": name, "memory_gib": 4}))
+    catalogue.add(file)
+    assert [device.name for device in catalogue.find(name)] == [name] == [d.name for d in catalogue.find(f" {name} ")]
+    assert len(catalogue.find(f"2x {name}")) == 2
+    other = {"name": "Mine", "memory_gib": 4, "aliases": ["rtx 4090"]}
+    file.write_text(json.dumps(other))
+    catalogue.add(file)
+    assert catalogue.find("RTX 4090")[0].name == "Mine"
 
 
 def test_the_list_fits_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from spicerack.errors import UsageError
-from spicerack.machine.energy import Counter, Meter, nvml, rapl, rapl_obstacle
+from spicerack.machine.energy import Counter, Meter, nvml, rapl, rapl_obstacle, standing_still
 
 RANGE = 262_143_328_850
 
@@ -110,3 +110,14 @@ def test_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nvml() == ()
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert nvml() == ()
+
+
+def test_counters_that_stand_still_measure_nothing(root: Path) -> None:
+    counters = rapl(root)
+    told = standing_still(counters, lambda _seconds: None)
+    assert told is not None and "package-0" in told and "stand still" in told
+
+    def work(_seconds: float) -> None:
+        (root / "intel-rapl:1" / "energy_uj").write_text("262140000001")
+
+    assert standing_still(counters, work) is None

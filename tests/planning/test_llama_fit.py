@@ -17,8 +17,9 @@ from spicerack.planning.plan import Goal, plan
 
 CONFIGS = Path(__file__).parent / "configs"
 NAMES = (
-    "Gemma-2-27b", "Gemma-3-27b", "Llama-2-7B", "Llama-3.1-70B", "Llama-3.1-8B", "Llama-3.2-1B", "Mistral-7B-v0.1",
-    "Mistral-Small-24B-2501", "Mixtral-8x7B", "Phi-4", "Qwen3-30B-A3B", "Qwen3-8B", "SmolLM2-135M", "TinyLlama-1.1B",
+    "Gemma-2-27b", "Gemma-3-27b", "Llama-2-7B", "Llama-3.1-70B", "Llama-3.1-8B", "Llama-3.2-1B",
+    "Llama-4-Scout-17B-16E", "Mistral-7B-v0.1", "Mistral-Small-24B-2501", "Mixtral-8x7B", "Phi-4", "Qwen3-30B-A3B",
+    "Qwen3-8B", "SmolLM2-135M", "TinyLlama-1.1B", "gpt-oss-120b", "gpt-oss-20b",
 )  # fmt: skip
 MIB = 1 << 20
 REQUESTS = (Request(2048), Request(2048, users=4), Request(2048, cache_bits=8), Request(1280, users=3, cache_bits=4))

@@ -31,7 +31,7 @@ from spicerack.quantization.recipe import Recipe, decided, rule
 from spicerack.quantization.stream import Means
 from spicerack.quantization.watch import Watch
 from spicerack.runtime.load import load, load_apart
-from spicerack.storage import ledger
+from spicerack.storage import ledger, records
 from spicerack.text.windows import Window
 
 TEXT = text(count=16)
@@ -156,6 +156,8 @@ def test_a_folder_of_a_budget_says_what_it_is_and_the_next_one_is_quick(
     for unit in outcome.known.units:
         assert {schemes[tensor] for tensor in unit.tensors} == {unit.chosen}
     assert json.loads((out / "run.json").read_text())["output"] == str(out)
+    seen = records.read(out, "lens")
+    assert seen is not None and seen["result"]["tensor"] in schemes
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # what was measured is what the folder loses on that text
     windows = [Window(ids, 0, 1.0) for ids in prepared.judge.text.ids]

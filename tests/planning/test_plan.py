@@ -365,7 +365,7 @@ def test_quantize_does_what_plan_recommends(
     llama_folder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The least loss of those that fit; here memory is so little that 8 bits are too much."""
-    folder = llama_folder(hidden_size=256, intermediate_size=704, num_hidden_layers=2, vocab_size=64)
+    folder = llama_folder(hidden_size=256, intermediate_size=704, num_hidden_layers=2)
     own = tmp_path / "mine.json"
     large = goal("3090", "llama.cpp", 64)
     eight = row_of(open_model(folder), mixture("Q8_0"), large).placement.total

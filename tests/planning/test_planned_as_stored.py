@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors import safe_open
 
 import spicerack
 from spicerack.cli import _output, cli
+from spicerack.storage import ledger, records
 
 gguf = pytest.importorskip("gguf")
 
@@ -57,3 +60,68 @@ def test_engines_that_do_not_read_it_are_refused(out: Path, capsys: pytest.Captu
         assert _output.run(cli, ["plan", str(out), "--fit", "3090", "--engine", engine]) == 2
         said = capsys.readouterr().err
         assert reason in said and "--engine" in said
+
+
+KL = {
+    "compute": "int8/bfloat16", "text": "heldout.txt", "windows": 16, "window": 256, "tokens": 4080, "kl_mean": 0.0475,
+    "kl_mean_ci95": [0.0454, 0.0496], "kl_p999": 1.0, "kl_noise_floor": None, "perplexity": 9.0,
+    "perplexity_reference": 8.8, "top1_agreement": 0.88,
+}  # fmt: skip
+COSINE = {
+    "compute": "int8/float32", "text": "s.txt", "tokens": 99, "sentences": 9, "cosine_mean": 0.96, "cosine_min": 0.9,
+    "cosine_mean_ci95": [0.95, 0.97], "cosine_noise_floor": None, "spearman": None,
+}  # fmt: skip
+
+
+def test_a_loss_that_was_measured_stands_in_place_of_a_typical_one(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that measured it eval counts, then the check behind quantize, then the rounds of a budget; not what was
+    read through a quantized cache, and not a record of another ledger."""
+    words = ("--fit", "Laptop, LPDDR5-6400", "--context", "64")
+
+    def loss() -> tuple:
+        (row,) = planned(capsys, out, *words)["rows"]
+        lost = row["measured_loss"]
+        return (row["expected_loss"], lost and (lost["metric"], lost["ci95"], lost["tokens"], lost["by"]))
+
+    typical = loss()
+    assert typical[0] > 0.01 and typical[1] is None
+    written = ledger.read(out)
+    assert written is not None
+    rounds = [{"measured": 5.0}, {"measured": 0.09, "interval": [0.08, 0.1], "tokens": 7}]
+    chosen = dataclasses.replace(written, budget={"metric": "kl", "rounds": rounds})
+    (out / "spicerack.json").write_bytes(chosen.content())
+    assert loss() == (0.09, ("kl", [0.08, 0.1], 7, "the run that chose its numbers"))
+    ledger.keep_check(out, KL)
+    assert loss() == (0.0475, ("kl", [0.0454, 0.0496], 4080, "the check behind quantize"))
+    records.keep(out, "eval", {**KL, "kl_mean": 0.05, "cache": 8})
+    assert loss()[0] == 0.0475
+    records.keep(out, "eval", COSINE)
+    mean, (metric, ends, tokens, by) = loss()
+    assert (mean, metric, tokens, by) == (pytest.approx(0.04), "cosine", 99, "spicerack eval")
+    assert ends == pytest.approx([0.03, 0.05])
+    monkeypatch.setenv("COLUMNS", "80")
+    assert _output.run(cli, ["plan", str(out), *words]) == 0
+    said = capsys.readouterr().out
+    assert "0.04 (0.03 to 0.05, 95 %) on 99 tokens of s.txt" in said and "of plain rounding" not in said
+    assert all(len(line) <= 80 for line in said[said.index("numbers") : said.index("\n\nRec")].splitlines())
+    records.keep(out, "eval", {**KL, "kl_mean": "a lot"})
+    assert _output.run(cli, ["plan", str(out), *words]) == 2
+    assert "eval.json is damaged" in capsys.readouterr().err
+    (out / "eval.json").unlink()
+    (out / "spicerack.json").write_bytes(written.content())
+    assert loss() == typical
+
+
+def test_a_mix_has_a_name_that_fits_and_a_file_its_own(
+    llama_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mix = tmp_path / "mix"
+    rules = ["**.q_proj=w8", "**.k_proj=w6", "**.layers.0.**.v_proj=w5"]
+    spicerack.quantize(llama_folder("m"), "w4g32", output=mix, rules=rules)
+    assert planned(capsys, mix, "--fit", "Laptop, LPDDR5-6400")["recommended"] == "w4g32, w6, w8 ..."
+    spicerack.quantize(tmp_path / "m", "w8g32", output=tmp_path / "eight")
+    spicerack.export(tmp_path / "eight", to="gguf", output=tmp_path / "my model.gguf")
+    (flags,) = planned(capsys, tmp_path / "my model.gguf", "--fit", "3090")["flags"]
+    assert shlex.split(flags)[:3] == ["llama-server", "-m", str(tmp_path / "my model.gguf")]

@@ -8,6 +8,7 @@ Errors are such an object, too: `{"error": class, "message": text, "hint": text}
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -157,23 +158,41 @@ def interruptible(console: Console, end_of: str | None) -> Iterator[Callable[[],
             signal.signal(signal.SIGINT, before)
 
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-"""What may stand behind a number of bytes: decimal units, as `size` prints them."""
+_UNITS = {"": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)} | {
+    f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)
+}  # fmt: skip
+"""What may stand behind a number of bytes: decimal units, as `size` prints them, or binary ones."""
+
+
+class Number(click.FloatRange):
+    """A finite number in a range: "nan" lies in every one for click, "inf" in those without an end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number. Raises BadParameter."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no number.", param, ctx)
+        return number
 
 
 def nbytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """What an option for a size means in bytes: "1.5GB" -> 1,500,000,000; decimal units, or a plain number.
+    """What an option for a size means in bytes: "1.5GB" -> 1,500,000,000; "1GiB", or a plain number.
 
     value: as typed, at most twelve digits before the point; None where it was not given, and stays None. Raises
     BadParameter.
     """
     if value is None:
         return None
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([kmg]b)?", value.lower())
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([kmgt]i?b)?", value.lower())
     size = 0 if match is None else int(Decimal(match[1]) * _UNITS[match[2] or ""])
     if not size:
         raise click.BadParameter(f"{value!r} is not a size such as 500MB or 2GB", ctx, param)
     return size
+
+
+def rate(tokens: float) -> str:
+    """Tokens a second in three digits, as people write them: `18.5`, `5,030`."""
+    return f"{float(f'{tokens:.3g}'):,.0f}" if tokens >= 1000 else f"{tokens:.3g}"
 
 
 def size(nbytes: float) -> str:

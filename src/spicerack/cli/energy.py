@@ -22,11 +22,11 @@ _BATTERY = 54_000
 
 @click.command()
 @click.argument("out", metavar="OUT")
-@click.option("--seconds", type=click.FloatRange(1, 3600), default=30.0, show_default=True, help="How long to measure.")
+@click.option("--seconds", type=_output.Number(1, 3600), default=30.0, show_default=True, help="How long to measure.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda ...")
 @_output.engine_option
 @click.option("--fit", metavar="DEVICE", help="Estimate for another device: 3090, 'iPhone 16 Pro' ...")
-@click.option("--watts", type=click.FloatRange(0.01, 1e5), help="What the device takes under load, for the estimate.")
+@click.option("--watts", type=_output.Number(0.01, 1e5), help="What the device takes under load, for the estimate.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that came with the model.")
 @_output.json_option
 def command(
@@ -64,14 +64,16 @@ def command(
 
 
 def _meters(device: str) -> tuple[tuple[Counter, ...], str | None]:
-    """What can be read here, and why RAPL cannot."""
+    """What counts here, and why RAPL does not."""
     from spicerack.machine import energy
 
     cards = energy.nvml() if device.startswith("cuda") else ()
     reason = energy.rapl_obstacle()
     if device.startswith("cuda") and not cards:
         return (), "the cards' counters cannot be read: pip install nvidia-ml-py, for cards of Volta and later"
-    return ((*energy.rapl(), *cards) if reason is None else cards), reason
+    counters = (*energy.rapl(), *cards) if reason is None else cards
+    still = energy.standing_still(counters) if counters else None
+    return ((), still) if still is not None else (counters, reason)
 
 
 def _estimated(out: str, fit: str | None, watts: float | None) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def _show_estimated(result: dict[str, Any], say: Callable[[str], None]) -> None:
     else:
         low, high = result["joules_per_token_range"]
         say(f"  between {low:.3g} and {high:.3g}, as published figures differ from such estimates")
-        rate = f"{result['tokens_per_s']:.3g} tokens/s on {result['device']}"
+        rate = f"{_output.rate(result['tokens_per_s'])} tokens/s on {result['device']}"
         say(f"  {result['share']:g} of {result['watts']:g} W at {rate}")
         say(f"  of which memory and arithmetic alone: {result['floor_joules_per_token']:.3g} J")
     say(f"  {result['read_bytes']:,} bytes a token at {result['pj_per_bit']:g} pJ a bit, {result['macs']:,} products "

@@ -21,7 +21,7 @@ ABOUT = About(place=62, summary="Write a quantized model for another engine, wit
 @click.option("--for", "for_", metavar="ENGINE", help="Only what it computes exactly: vllm, transformers ...")
 @click.option("--requantize", is_flag=True, help="Round again what the format cannot hold, and say what that costs.")
 @click.option("--text", metavar="FILE", help="With --requantize: what that cost is measured on.")
-@click.option("--shard-gb", type=click.FloatRange(min=0.001), metavar="GB", help="The largest file. Default: 2 GB.")
+@click.option("--shard-gb", type=_output.Number(min=0.001), metavar="GB", help="The largest file. Default: 2 GB.")
 @_output.json_option
 def command(
     model: str,

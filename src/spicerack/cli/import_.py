@@ -13,7 +13,7 @@ ABOUT = About(place=63, summary="Make a folder of what another tool quantized, w
 @click.command(name="import")
 @_output.model_argument
 @click.option("-o", "--output", required=True, metavar="FOLDER", help="The folder to write.")
-@click.option("--shard-gb", type=click.FloatRange(min=0.001), metavar="GB", help="The largest file. Default: 2 GB.")
+@click.option("--shard-gb", type=_output.Number(min=0.001), metavar="GB", help="The largest file. Default: 2 GB.")
 @_output.json_option
 def command(model: str, output: str, shard_gb: float | None, as_json: bool) -> None:
     """Make a folder of what another tool quantized, with the same codes.

@@ -9,7 +9,7 @@ What is shown fits 80 columns. Every figure is said to be exact, by a formula th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,9 @@ def _show(plan: Plan, console: Console) -> None:
         _show_remedies(plan, console)
     for line in plan.flags:
         console.print(f"    {line}", markup=False, soft_wrap=True)
-    if any(row.loss > _FEW for row in plan.rows):
+    for line in _measured_lines(plan.rows):
+        console.print(line, markup=False, soft_wrap=True)
+    if any(row.loss > _FEW and row.precision.lost is None for row in plan.rows):
         console.print(
             "\nloss: KL in nats of plain rounding on a model of 4.5 M parameters; large models lose less,\n"
             "and calibration saves most of it: quantize --calib, then eval, say what yours lost.",
@@ -151,13 +153,13 @@ def _table(rows: tuple[Row, ...]) -> Table:
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for i, title in enumerate(("numbers", "bits", "weights", "in memory", "left", "tokens/s", "first token", "loss")):
-        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
     for row in rows:
         spare = row.placement.spare
         left = size(spare) if spare >= 0 else f"[red]-{size(-spare)}[/red]"
         table.add_row(
             row.precision.name, f"{row.bits:.2f}", size(row.weights.file), size(row.placement.total), left,
-            f"{row.speed.decode:.3g}" if row.speed else "-", _seconds(row.speed),
+            _output.rate(row.speed.decode) if row.speed else "-", _seconds(row.speed),
             f"{row.loss:.2g}" if row.loss > _FEW else "none",
         )  # fmt: skip
     return table
@@ -179,8 +181,8 @@ def _show_recommended(plan: Plan, row: Row, console: Console) -> None:
 
     longest = "" if plan.longest is None else f"; it fits with up to {counted(plan.longest, 'token')}"
     console.print(f"Recommended: [bold]{escape(row.precision.name)}[/bold]{longest}", soft_wrap=True)
-    for share in row.placement.shares:
-        console.print(f"  {_held(share)}", markup=False, soft_wrap=True)
+    for held, count in Counter(map(_held, row.placement.shares)).items():
+        console.print(f"  {f'{count}x ' if count > 1 else ''}{held}", markup=False, soft_wrap=True)
     host = row.placement.host
     if host is not None and host.total:
         console.print(f"  {_held(host)}", markup=False, soft_wrap=True)
@@ -203,8 +205,20 @@ def _speed_lines(row: Row) -> Iterator[str]:
     if row.speed is None:
         yield f"no speed: {row.speechless}"
         return
-    full = f", {row.speed.full:.3g} with a full context" if row.speed.full < 0.99 * row.speed.decode else ""
-    yield f"{row.speed.decode:.3g} tokens/s{full}: {row.speed.basis}"
+    full = f", {_output.rate(row.speed.full)} with a full context" if row.speed.full < 0.99 * row.speed.decode else ""
+    yield f"{_output.rate(row.speed.decode)} tokens/s{full}: {row.speed.basis}"
+
+
+def _measured_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """What was measured of a folder that is there, with its interval."""
+    for lost in (row.precision.lost for row in rows):
+        if lost is None:
+            continue
+        unit = "KL in nats per token" if lost.metric == "kl" else "1 - cosine of embeddings"
+        ends = "" if lost.ends is None else f" ({lost.ends[0]:.3g} to {lost.ends[1]:.3g}, 95 %)"
+        text = f" of {Path(lost.text).name}" if lost.text else ""
+        yield f"\nloss: {unit}, measured on this folder by {lost.by}:"
+        yield f"{lost.mean:.3g}{ends} on {lost.tokens:,} tokens{text}"
 
 
 def _show_remedies(plan: Plan, console: Console) -> None:
@@ -224,7 +238,7 @@ def _show_remedies(plan: Plan, console: Console) -> None:
 def _outcome(remedy: Remedy) -> str:
     """What is then left, and how fast it is."""
     row = remedy.row
-    speed = f", {row.speed.decode:.3g} tokens/s" if row.speed else ""
+    speed = f", {_output.rate(row.speed.decode)} tokens/s" if row.speed else ""
     return f": {row.precision.name}, {size(row.placement.spare)} left{speed}"
 
 
@@ -280,6 +294,7 @@ def _row(row: Row, engine: Engine) -> dict[str, Any]:
         "spare_bytes": placement.spare,
         "fits": placement.fits,
         "expected_loss": row.loss,
+        "measured_loss": None if row.precision.lost is None else row.precision.lost.as_dict(),
         "tokens_per_s": speed.decode if speed else None,
         "tokens_per_s_full": speed.full if speed else None,
         "prompt_tokens_per_s": list(speed.prompt) if speed and speed.prompt else None,

@@ -18,7 +18,7 @@ import click
 from click.core import ParameterSource
 
 from spicerack import plugins
-from spicerack.cli import _budget, _output, _rules
+from spicerack.cli import _budget, _fit, _output, _rules
 from spicerack.cli._commands import About
 from spicerack.errors import RecipeError, UsageError
 
@@ -196,13 +196,13 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     if budget is not None:
         _with_budget(options, budget, _rules.of(ctx, options.set_, options.skip))
         return
-    fitted = _fitted(options)
+    fitted = _fit.of(options)
     if fitted is not None:
-        options, because = fitted
+        options = dataclasses.replace(options, scheme=fitted.scheme, fit_groups=True, for_=fitted.for_)
     from spicerack.quantization import early
     from spicerack.quantization.recipe import decided
 
-    rules = _rules.of(ctx, options.set_, options.skip)
+    rules = [*(() if fitted is None else fitted.rules), *_rules.of(ctx, options.set_, options.skip)]
     renamed = _rules.renamed((options.scheme, *options.set_))  # which must be schemes; a method may bring torch in
     source = early.open_float(options.model)
     recipe = options.recipe(rules)
@@ -222,9 +222,11 @@ def command(ctx: click.Context, /, **given: Any) -> None:
     console = _output.console(options.as_json or not ranks.first)
     console.quiet = not ranks.first
     job = prepare(options.model, whole, with_text=with_text, shard_bytes=options.shard_bytes)
+    if fitted is not None:
+        fitted.check(job.sizes().bytes_after)
     calibration = None if options.calib is None else _calibration(job, options.calib, options)
     planned = plan(job, calibration, options.memory)
-    told = (*([because] if fitted else ()), *renamed, *notes(job, calibration, recipe, options.effort))
+    told = (*([fitted.because] if fitted else ()), *renamed, *notes(job, calibration, recipe, options.effort))
     _quantizing.announce(job, calibration, planned, means.device, console, told)
     if options.dry_run:
         _quantizing.foretell(job, console)
@@ -274,37 +276,6 @@ def _check_calibration_options(ctx: click.Context, options: _Options) -> None:
     for name in ("samples", "length", "seed", "device"):
         if options.calib is None and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name} is about calibration text, and there is none", "pass --calib TEXT")
-
-
-def _fitted(options: _Options) -> tuple[_Options, str] | None:
-    """The same with the scheme that `plan` recommends for --fit, and a sentence that says why; None without --fit.
-
-    Raises UsageError for a scheme beside it, for its options without it, and where nothing fits.
-    """
-    if options.fit is None:
-        for name, value in (("context", options.context), ("engine", options.engine)):
-            if value is not None:
-                raise UsageError(f"--{name} is about --fit, and there is none", "pass --fit DEVICES, or --scheme")
-        return None
-    if options.scheme is not None or options.recipe_file is not None:
-        raise UsageError("--fit chooses the scheme, and one is given", "leave out --scheme and --recipe, or --fit")
-    from spicerack.machine import catalogue
-    from spicerack.planning import engine as engines
-    from spicerack.planning.engine import Request
-    from spicerack.planning.model import open_model
-    from spicerack.planning.plan import Goal, context_of, default_engine, to_quantize
-
-    devices = catalogue.find(options.fit)
-    model = open_model(options.model)
-    engine = default_engine(model, devices) if options.engine is None else engines.get(options.engine)
-    request = Request(context_of(model, options.context))
-    row = to_quantize(model, Goal(devices, engine, request))
-    spare = _output.size(row.placement.spare)
-    because = (
-        f"{row.precision.scheme} fits {options.fit} with {engine.name} at {request.context:,} tokens, "
-        f"{spare} to spare: spicerack plan shows the others"
-    )
-    return dataclasses.replace(options, scheme=row.precision.scheme, fit_groups=True), because
 
 
 def _dry_run(job: Job, planned: MemoryPlan, notes: tuple[str, ...]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spicerack.arguments import at_least, check_fields, checked
+from spicerack.errors import UsageError
 from spicerack.evaluation.bench import BATCH, DECODE, LENGTH
 from spicerack.evaluation.evaluate import compute
 from spicerack.evaluation.turns import DecoderTurn, EncoderTurn
@@ -114,7 +115,7 @@ def measure(
     progress       called with what is being done and the share of it
     sleep, clock   of the system, which tests replace
 
-    Raises CheckpointError, LoadError, UsageError.
+    Raises CheckpointError, LoadError, and UsageError, for an engine that is not there, too, and where idling took more.
     """
     out = locate(folder)
     kind = kind_of(open_stored(out).config, out)
@@ -144,4 +145,10 @@ def measure(
         turns += 1
         counted, spent = meter.sample(), clock() - begin
         report("measuring", min(spent / max(options.seconds, spent), 1.0))
-    return Measured(compute(model), turns * count, turns, spent, idled, counted, idle)
+    found = Measured(compute(model), turns * count, turns, spent, idled, counted, idle)
+    if found.joules_per_token <= 0:
+        raise UsageError(
+            f"the machine took {sum(idle.values()):.3g} W while the model was idle, and no more while it worked",
+            "other programs ran then: measure on a quiet machine, or with more --seconds",
+        )
+    return found

@@ -6,7 +6,7 @@ computes with it.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,13 +14,18 @@ Test = Callable[[Any], bool]
 
 
 def is_number(value: Any) -> bool:
-    """A finite one."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite one, which a float can be: integers of JSON may be larger."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_count(value: Any) -> bool:
-    """A whole number that is not below 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """A whole number that is not below 0, and that something may have so many of."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def is_speed(value: Any) -> bool:
+    """So many a second, above 0: what is shown may be divided by it."""
+    return is_number(value) and value > 0
 
 
 def is_text(value: Any) -> bool:

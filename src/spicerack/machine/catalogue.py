@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,8 @@ Kind = Literal["gpu", "soc", "cpu", "phone", "watch", "memory"]
 _KINDS = ("gpu", "soc", "cpu", "phone", "watch", "memory")
 _MOST = 64
 """Devices of a machine: more is a slip of the keyboard."""
+_LEAST = 0.001
+"""Of a figure: a mebibyte of memory, a megabyte a second, a milliwatt."""
 _BRANDS = frozenset({"nvidia", "geforce", "rtx", "gtx", "quadro", "amd", "radeon", "rx", "intel", "apple", "google"})
 """Words that may be left out, or be too many."""
 _REPORTED = 0.982
@@ -142,16 +145,17 @@ def add(source: Path) -> tuple[Device, ...]:
     return added
 
 
-def find(text: str) -> tuple[Device, ...]:
+def find(text: str, among: tuple[Device, ...] | None = None) -> tuple[Device, ...]:
     """What a person means by `text`: a device, several of one kind (`2x3090`), or several kinds (`3090 + 4090`).
 
+    among: where it is looked for; None stands for `everything`.
     Raises UsageError with the nearest names for what is not in the catalogue, and with all names where several fit.
     """
-    devices = everything()
+    devices = everything() if among is None else among
     dangling = re.match(r"\s*\+", text) or re.search(r"\s\+\s*$", text)
-    whole = [] if dangling else _matching(text, devices)
+    whole = _called(text, devices) or ([] if dangling else _matching(text, devices))
     if not whole and "+" in text:
-        return tuple(device for part in text.split("+") for device in find(part.strip()))
+        return tuple(device for part in text.split("+") for device in find(part.strip(), among))
     count, name = _count(text)
     matches = whole or _matching(name, devices)
     if matches and not whole and not 1 <= count <= _MOST:
@@ -174,7 +178,9 @@ def _count(text: str) -> tuple[int, str]:
 
 
 def _matching(text: str, devices: Iterable[Device]) -> list[Device]:
-    """The devices that fit best; several where they fit equally well."""
+    """The devices that fit best; several where they fit equally well. One that is called just so fits best of all."""
+    if same := _called(text, devices):
+        return same
     if bare := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gb|gib|g)\s*", text, re.IGNORECASE):
         size = float(bare[1])
         return [Device(f"{bare[1]} GB", "memory", size, size, source="a size, and nothing else")] if size else []
@@ -190,6 +196,13 @@ def _matching(text: str, devices: Iterable[Device]) -> list[Device]:
         return [_resized(mac, int(sized[1]))]
     shared = [device for device in _best(_words(rest), devices) if device.kind in ("soc", "cpu", "phone")]
     return [_resized(device, int(sized[1])) for device in shared] if int(sized[1]) else []
+
+
+def _called(text: str, devices: Iterable[Device]) -> list[Device]:
+    """The first that is called just so; none where none is."""
+    name = text.strip().casefold()
+    same = (one for one in devices if name in (other.casefold() for other in (one.name, *one.aliases)))
+    return list(itertools.islice(same, 1))
 
 
 def _best(words: frozenset[str], devices: Iterable[Device]) -> list[Device]:
@@ -249,7 +262,11 @@ def _read(path: Path) -> tuple[Device, ...]:
     rows = rows if isinstance(rows, list) else [rows]
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path} holds no devices", "it is an object with name, kind, memory_gib, or a list of them")
-    return tuple(_device(row, str(path)) for row in rows)
+    devices = tuple(_device(row, str(path)) for row in rows)
+    names = [device.name.lower() for device in devices]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{path} has two devices that are called {twice[0]!r}", "give them names of their own")
+    return devices
 
 
 def _device(row: Mapping[str, Any], where: str) -> Device:
@@ -269,17 +286,27 @@ def _device(row: Mapping[str, Any], where: str) -> Device:
                   "fp8_tflops", "fp4_tflops", "tdp_w"):  # fmt: skip
         value = values.get(field)
         optional = field not in ("memory_gib", "usable_gib")
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and _LEAST <= value < 1e9
         if not number and not (optional and value is None):
-            raise UsageError(f"{where}: {name} has {field} {value!r}", "it is a number above 0")
+            raise UsageError(f"{where}: {name} has {field} {value!r}", f"it is a number from {_LEAST:g} on")
+    if values["usable_gib"] > values["memory_gib"]:
+        raise UsageError(
+            f"{where}: {name} has usable_gib {values['usable_gib']!r} of memory_gib {values['memory_gib']!r}",
+            "a model cannot have more than all",
+        )
     for field in ("uncertain", "aliases"):
         texts = values.get(field, [])
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise UsageError(f"{where}: {name} has {field} {texts!r}", "it is a list of texts")
+        if not isinstance(texts, list) or not all(map(_is_text, texts)):
+            raise UsageError(f"{where}: {name} has {field} {texts!r}", "it is a list of texts, in one line each")
         values[field] = tuple(texts)
-    if wrong := [field for field in ("link", "arch", "note", "source") if not isinstance(values.get(field, ""), str)]:
-        raise UsageError(f"{where}: {name} has {wrong[0]} {values[wrong[0]]!r}", "it is a text")
+    if wrong := [field for field in ("link", "arch", "note", "source") if not _is_text(values.get(field, ""))]:
+        raise UsageError(f"{where}: {name} has {wrong[0]} {values[wrong[0]]!r}", "it is a text, in one line")
     return Device(**values)
+
+
+def _is_text(value: object) -> bool:
+    """Whether a terminal can be given it."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def _row(device: Device) -> dict[str, Any]:

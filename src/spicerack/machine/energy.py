@@ -3,6 +3,7 @@
     Counter    one that only counts up, and begins anew at its range
     rapl       those of packages and of DRAM under /sys/class/powercap
     nvml       those of cards, where pynvml is installed
+    standing_still   whether they count at all
     Meter      several of them, read together: joules since it was begun
 
 Domains that are part of another (core and uncore of a package) are never added to it, nor is psys, which contains all.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +25,8 @@ from spicerack.errors import UsageError
 
 POWERCAP = Path("/sys/class/powercap")
 """Where Linux has RAPL's counters, Intel's and AMD's alike."""
+_MOVES = 0.3
+"""Seconds in which a counter moves: RAPL's every millisecond, those of cards every tenth of a second."""
 _ZONE = re.compile(r"intel-rapl:\d+(?::\d+)?")
 """A domain or one inside it. `intel-rapl-mmio` shows the same packages once more."""
 _COUNTED = re.compile(r"package-\d+(?:-die-\d+)?|dram")
@@ -101,6 +105,19 @@ def rapl_obstacle(root: Path = POWERCAP) -> str | None:
             except (OSError, ValueError) as error:
                 return f"{path} does not hold a number: {error}"
     return None
+
+
+def standing_still(counters: Sequence[Counter], sleep: Callable[[float], None] = time.sleep) -> str | None:
+    """Why counters say nothing although they can be read; None where one of them counts. sleep: tests replace it.
+
+    Virtual machines may show the files of RAPL and count nothing: 0 joules per token would be called measured.
+    """
+    before = [counter.read() for counter in counters]
+    sleep(_MOVES)
+    if [counter.read() for counter in counters] != before:
+        return None
+    names = ", ".join(counter.name for counter in counters)
+    return f"the counters of {names} stand still: some virtual machines show them, and count nothing"
 
 
 def nvml() -> tuple[Counter, ...]:

@@ -235,7 +235,25 @@ def source_of(checkpoint: Checkpoint, written: Ledger) -> Checkpoint:
     """The float checkpoint that a quantized folder came from, as its ledger describes it: names, types and shapes of
     tensors that are no longer there, and the config from before. It cannot be read from."""
     tensors = {e.tensor: TensorInfo(e.tensor, e.dtype, e.shape, e.bytes_before, "") for e in written.entries}
-    return replace(checkpoint, config=dict(_float_config(checkpoint.config)), tensors=tensors)
+    dropped = frozenset(e.tensor for e in written.entries if e.action == "drop")
+    return _Listed(
+        checkpoint.folder, dict(_float_config(checkpoint.config)), tensors, checkpoint.shards, checkpoint.side_files,
+        checkpoint.notes, dropped=dropped,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Listed(Checkpoint):
+    """What a ledger tells of a checkpoint.
+
+    dropped  tensors that were the same as another one, and so were not written
+    """
+
+    dropped: frozenset[str]
+
+    def same(self, a: str, b: str) -> bool:
+        """Whether one of them was left out because the other has the same numbers: two that were written are two."""
+        return a in self.dropped or b in self.dropped
 
 
 def _unpacked(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:

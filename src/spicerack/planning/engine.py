@@ -99,6 +99,8 @@ class Engine:
     offload       layers may stay in the memory of the processor
     opening       times the weights that are held while it opens a model
     speed_of      whose measured speeds are taken, and what is said where they are another's
+    most_users    sequences at once that it has room for, whatever the memory; None: any number
+    whole_parts   whether it computes with a precision where rows of inputs are cut into so many parts; None: always
     """
 
     name: str
@@ -119,6 +121,8 @@ class Engine:
     offload: bool = False
     opening: float = 1.0
     speed_of: str | None = None
+    most_users: int | None = None
+    whole_parts: Callable[[Model, Precision, int], bool] | None = None
     dry_run: Callable[[Path, Model, Request, Placement | None], DryRun] | None = None
 
     def obstacle(self, model: Model, devices: Sequence[Device], kinds: Sequence[str]) -> str | None:

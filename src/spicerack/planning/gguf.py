@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from spicerack.models.sizes import FLOATS
 from spicerack.planning.model import Model, Weight
 
 BLOCKS: Mapping[str, tuple[int, int]] = {
@@ -46,16 +47,19 @@ class Mixture:
     usual    type of all matrices that nothing else is said of
     head     of the head, and of a table that is one
     by_role  attn_v, attn_output, attn_qkv, ffn_down -> type
+    experts  type of routed experts, in place of all that; None: they are as other matrices
     """
 
     usual: str
     head: str = "Q6_K"
     by_role: Mapping[str, Choice] = field(default_factory=dict)
+    experts: str | None = None
 
 
 MIXTURES: Mapping[str, Mixture] = {
     "F16": Mixture("F16", "F16"),
     "Q8_0": Mixture("Q8_0", "Q8_0"),
+    "MXFP4": Mixture("F16", "F16", experts="MXFP4"),
     "Q6_K": Mixture("Q6_K"),
     "Q5_K_M": Mixture(
         "Q5_K", by_role={"attn_v": _deep("Q6_K", "Q5_K"), "ffn_down": _deep("Q6_K", "Q5_K"), "attn_qkv": "Q6_K"}
@@ -89,7 +93,11 @@ _EIGHT = 8
 def weigh(model: Model, mixture: str) -> list[int]:
     """Bytes of each weight of the model, all that are alike together, in the order of `model.weights`."""
     recipe = MIXTURES[mixture]
-    return [_nbytes(weight, type_of(model, weight, recipe)) * weight.count for weight in model.weights]
+    return [
+        # integers are buffers, which are left out of the file: BERT's numbers of places
+        0 if weight.entry.info.dtype not in FLOATS else _nbytes(weight, type_of(model, weight, recipe)) * weight.count
+        for weight in model.weights
+    ]
 
 
 def type_of(model: Model, weight: Weight, recipe: Mixture) -> str:
@@ -102,13 +110,20 @@ def type_of(model: Model, weight: Weight, recipe: Mixture) -> str:
         return "F16"
     if entry.role in ("router", "conv") or entry.info.name.rsplit(".", 1)[-1] in ("A_log", "sinks"):
         return "F32"
-    if entry.role == "embedding" and entry.module.rpartition(".")[2] in _PLAIN_TABLES:
+    if entry.role == "embedding" and is_place(entry.module):
         return "F32"
     return _tiled(_wanted(model, weight, recipe), shape[-1])
 
 
+def is_place(module: str) -> bool:
+    """Whether a table is of places or segments and not of tokens: llama.cpp has these in float32, whatever the rest."""
+    return module.rpartition(".")[2] in _PLAIN_TABLES
+
+
 def _wanted(model: Model, weight: Weight, recipe: Mixture) -> str:
     """The type before it is asked whether its blocks tile the rows."""
+    if weight.routed and recipe.experts is not None:
+        return recipe.experts
     if recipe.usual in ("F16", "Q8_0"):
         return recipe.usual
     head = weight.entry.role == "head" or (weight.place == "input" and model.tied)

@@ -7,7 +7,6 @@ the control group, if it has a limit. To measure takes a fraction of a second, a
 from __future__ import annotations
 
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from spicerack.errors import UsageError
 from spicerack.machine import catalogue
 from spicerack.machine.catalogue import GIB, Device
+from spicerack.machine.processor import name
 
 _KEPT = 0.1
 """Share of the memory that the system keeps."""
@@ -41,7 +41,7 @@ def processor() -> Device:
     threads = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     memory = memory_bytes() / GIB
     return Device(
-        name=f"this machine ({_processor_name()}, {threads} cores)", kind="cpu", memory_gib=memory,
+        name=f"this machine ({name()}, {threads} cores)", kind="cpu", memory_gib=memory,
         usable_gib=memory * (1 - _KEPT), bandwidth_gb_s=read_bandwidth(_READ, threads) / 1e9,
         int8_tops=dot_peak(threads, seconds=0.1) / 1e12, source="measured now",
     )  # fmt: skip
@@ -53,13 +53,6 @@ def memory_bytes() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
     return min(total, int(text)) if text.isdigit() else total
-
-
-def _processor_name() -> str:
-    """As the system calls it."""
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return match[1] if match else platform.processor() or platform.machine()
 
 
 def _cards() -> tuple[Device, ...]:

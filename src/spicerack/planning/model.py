@@ -57,8 +57,11 @@ _STAGE = re.compile(r"(?:^|\.)(?:stages|layers|block)\.(\d+)\.(?:(?:layers|block
 _POSITIONS = re.compile(r"(?:^|\.)(?:position_embeddings?(?:\.weight)?|pos_embed)$")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_EXPERTS_USED = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "top_k_experts")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERTS_USED = (
+    "num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k",
+    "moe_top_k",
+)  # fmt: skip
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ def place(
     terms = engine.terms(model, request)
     budgets = [engine.budget(device, request) for device in devices]
     if engine.split == "tensor" and len(devices) > 1:
-        return _tensor(model, load, terms, devices, budgets)
+        return _tensor(model, precision, engine, load, terms, devices, budgets)
     if engine.split == "none":
         best = max(range(len(devices)), key=lambda i: budgets[i])
         devices, budgets = [devices[best]], [budgets[best]]
@@ -223,7 +223,7 @@ def _beside(on_cards: Placement, load: _Load, host: Host, begin: int, lean: int)
     read = sum(load.blocks[i].dense + round(load.blocks[i].routed * load.used) for i in layers)
     read += round(experts * load.used) + (load.read_last if head else 0)
     lacking = max(weights + kept - host.ram, 0)
-    disk = lacking if host.disk else 0
+    disk = min(lacking, weights) if host.disk else 0  # a cache is written to, and stays in memory
     parts = (Term("weights", weights - disk, "exact"), Term("cache", kept, "exact"))
     share = Share(_ram(host.ram), tuple(layers), parts, read, kept, host.ram)
     return Placement(
@@ -234,8 +234,8 @@ def _beside(on_cards: Placement, load: _Load, host: Host, begin: int, lean: int)
 
 def _forced(load: _Load, terms: tuple[Term, ...], devices: Sequence[Device], budgets: Sequence[int]) -> Placement:
     """Everything over all devices although it does not fit: by their sizes, to say what each would hold."""
-    total, count = sum(budgets), len(load.blocks)
-    ends = [round(count * sum(budgets[: i + 1]) / total) for i in range(len(budgets))]
+    sizes, count = [max(budget, 1) for budget in budgets], len(load.blocks)
+    ends = [round(count * sum(sizes[: i + 1]) / sum(sizes)) for i in range(len(sizes))]
     runs = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
     used = [i for i, run in enumerate(runs) if run] or [0]
     shares = tuple(
@@ -255,9 +255,16 @@ def _forced(load: _Load, terms: tuple[Term, ...], devices: Sequence[Device], bud
 
 
 def _tensor(
-    model: Model, load: _Load, terms: tuple[Term, ...], devices: Sequence[Device], budgets: Sequence[int]
+    model: Model,
+    precision: Precision,
+    engine: Engine,
+    load: _Load,
+    terms: tuple[Term, ...],
+    devices: Sequence[Device],
+    budgets: Sequence[int],
 ) -> Placement:
-    """A share of each layer on each of the largest devices that divide the heads; groups of them one after the other.
+    """A share of each layer on each of the largest devices that divide the heads, and what the engine computes with;
+    groups of them one after the other.
 
     The widest cut that fits; where none does, the one that lacks least. Keys and values of a head are repeated where
     there are more devices than heads of them, a latent vector on each.
@@ -265,7 +272,8 @@ def _tensor(
     order = sorted(range(len(devices)), key=lambda i: -budgets[i])
     chosen: list[Placement] = []
     for tensor in range(len(devices), 0, -1):
-        if not _divides(model, tensor):
+        whole = engine.whole_parts is None or engine.whole_parts(model, precision, tensor)
+        if tensor > 1 and not (whole and _divides(model, tensor)):
             continue
         for pipeline in range(1, len(devices) // tensor + 1):
             used = order[: tensor * pipeline]

@@ -18,13 +18,14 @@ from typing import Any
 from spicerack.errors import UsageError
 from spicerack.machine.catalogue import GIB, Device
 from spicerack.planning import engine as engines
-from spicerack.planning import speed
+from spicerack.planning import gguf, speed
 from spicerack.planning.engine import Engine, Request
 from spicerack.planning.model import Model
 from spicerack.planning.placement import ALONE, Host, place
 from spicerack.planning.places import Placement
 from spicerack.planning.precisions import Precision, Weighed, weighed
 from spicerack.planning.speed import Speed, kind_of
+from spicerack.storage import engine as stored_engines
 
 DEFAULT_CONTEXT = 8192
 """Tokens that are planned for where nobody says how many, or the model's positions if those are fewer."""
@@ -65,7 +66,7 @@ class Row:
     precision   the numbers
     weights     bytes, by who holds them
     bits        of a weight of a layer, scales counted
-    loss        KL in nats, typical (`LOSSES`); 0 of floats
+    loss        what was measured of it (`Precision.lost`); else KL in nats, typical (`LOSSES`), 0 of floats
     placement   what lies where
     speed       tokens a second; None where none can be said, and `speechless` says why
     """
@@ -155,6 +156,9 @@ def check(model: Model, goal: Goal, among: Sequence[Engine] = ()) -> None:
         others = [other.name for other in able]
         nobody = "spicerack export writes it for other engines" if among else "no engine that is known does"
         raise UsageError(reason, f"--engine {' or '.join(others)}" if others else nobody)
+    most = goal.engine.most_users
+    if most is not None and goal.request.users > most:
+        raise UsageError(f"{goal.engine.name} has room for {most} sequences at once", f"--users {most}")
     widths = goal.engine.cache_bytes
     if goal.request.cache_bits not in widths:
         raise UsageError(
@@ -210,6 +214,33 @@ def to_quantize(model: Model, goal: Goal) -> Row:
     )
 
 
+def written_for(model: Model) -> tuple[Engine, ...]:
+    """The engines that compute with numbers that `quantize` writes, in files that something here makes of them."""
+    able = []
+    for engine in engines.all_engines():
+        known = [stored_engines.find(engine.name)] if engine.name in stored_engines.names() else []
+        ways = [way for one in known for way in one.reads if way.written]
+        reads = any(way.family_obstacle(engine.name, model.config.get("model_type")) is None for way in ways)
+        if any(precision.scheme for precision in engine.precisions(model)) and (reads or not known):
+            able.append(engine)
+    return tuple(able)
+
+
+def tables_of(model: Model, precision: Precision) -> dict[str, str]:
+    """Module -> our scheme, of the tables of tokens and the head, where a precision has them in few bits."""
+    if precision.tables is None:
+        return {}
+    table, head = precision.tables
+    found = {}
+    for weight in model.weights:
+        entry = weight.entry
+        if entry.role == "head" or (entry.role == "embedding" and weight.place == "input" and model.tied):
+            found[entry.module] = head
+        elif entry.role == "embedding" and weight.place == "input" and not gguf.is_place(entry.module):
+            found[entry.module] = table
+    return found
+
+
 def row_of(model: Model, precision: Precision, goal: Goal) -> Row:
     """One precision on the goal."""
     weights = weighed(model, precision)
@@ -219,12 +250,17 @@ def row_of(model: Model, precision: Precision, goal: Goal) -> Row:
     if speechless is None:
         estimated = speed.estimate(model, precision, goal.engine, goal.request, placement, measured=goal.measured)
     numbers = sum(weight.numel for weight in model.weights if weight.layer is not None)
-    bits = 8 * sum(block.total for block in weights.blocks) / max(numbers, 1)
+    held = sum(block.total for block in weights.blocks)
+    # of a model without layers that have numbers (ALBERT, CLIP) all of it
+    bits = 8 * held / numbers if numbers else 8 * weights.file / max(model.parameters, 1)
     return Row(precision, weights, bits, loss_of(precision, bits), placement, estimated, speechless)
 
 
 def loss_of(precision: Precision, bits: float) -> float:
-    """KL in nats of plain rounding to so many bits of a weight, scales counted, on our small model; 0 of floats."""
+    """What was measured of it; else KL in nats of plain rounding to so many bits of a weight, scales counted, on our
+    small model; 0 of floats."""
+    if precision.lost is not None:
+        return precision.lost.mean
     if precision.bits >= 16 or precision.released:
         return 0.0
     points = LOSSES
@@ -240,7 +276,7 @@ def _precisions(model: Model, engine: Engine, scheme: str | None) -> list[Precis
     known = engine.precisions(model)
     if scheme is None:
         return known
-    chosen = [p for p in known if scheme.lower() in (p.name.lower(), (p.scheme or "").lower())]
+    chosen = [p for p in known if scheme.lower() in (p.name.lower(), p.scheme and p.scheme.lower())]
     if not chosen:
         raise UsageError(
             f"{engine.name} does not run {scheme!r} here",
@@ -258,8 +294,8 @@ def _recommended(rows: Sequence[Row]) -> Row | None:
 
 
 def longest_context(model: Model, precision: Precision, goal: Goal) -> int | None:
-    """Tokens that still fit, in steps of 256, up to the model's positions; None where more tokens cost nothing,
-    and for pictures."""
+    """Tokens that still fit, in steps of 256, up to the model's positions, and what was asked for at least, if that
+    fits; None where more tokens cost nothing, and for pictures."""
     if model.recurrent or model.picture:
         return None
     most = (model.positions or 1 << 20) // _STEP
@@ -270,7 +306,10 @@ def longest_context(model: Model, precision: Precision, goal: Goal) -> int | Non
             low = middle
         else:
             high = middle
-    return low * _STEP if low < most else (model.positions or low * _STEP)
+    if low == most:
+        return model.positions or low * _STEP
+    asked = goal.request.context
+    return asked if asked > low * _STEP and _fits(model, precision, goal, asked) else low * _STEP
 
 
 def _fits(model: Model, precision: Precision, goal: Goal, context: int) -> bool:
@@ -315,7 +354,8 @@ def _other_engines(model: Model, goal: Goal, among: Sequence[Engine]) -> Iterato
     kinds = [kind_of(device) for device in goal.devices]
     for other in among or engines.all_engines():
         able = other.obstacle(model, goal.devices, kinds) is None and goal.request.cache_bits in other.cache_bytes
-        if other.name == goal.engine.name or not able:
+        crowded = other.most_users is not None and goal.request.users > other.most_users
+        if other.name == goal.engine.name or not able or crowded:
             continue
         changed = dataclasses.replace(goal, engine=other, request=dataclasses.replace(goal.request, utilization=None))
         row = _recommended([row_of(model, precision, changed) for precision in other.precisions(model)])

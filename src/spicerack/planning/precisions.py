@@ -15,14 +15,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from spicerack.models.sizes import sized
 from spicerack.numerics.scheme import parse
 from spicerack.planning import gguf
 from spicerack.planning.model import Model, Weight
+from spicerack.planning.sensitivity import Metric
 
 Weigher = Callable[[Model], list[int]]
 """model -> bytes of each of its weights, all that are alike together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A measured loss.
+
+    metric  nats of KL per token, or 1 - cosine of a sentence's embedding
+    mean    in that unit
+    ends    of its 95 % interval; None where there is none
+    tokens  that were read, or predicted
+    text    that they are of; "" where nobody kept its name
+    by      who measured, for people
+    """
+
+    metric: Metric
+    mean: float
+    ends: tuple[float, float] | None
+    tokens: int
+    text: str
+    by: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON."""
+        return {
+            "metric": self.metric, "mean": self.mean, "ci95": None if self.ends is None else list(self.ends),
+            "tokens": self.tokens, "text": self.text, "by": self.by,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +62,20 @@ class Precision:
     bits     of a weight of a linear layer, scales left out: what the expected loss goes by
     weigh    bytes of each weight
     scheme   that `quantize` makes it with; None where it is made elsewhere
+    tables   those that `quantize` gives tables of tokens and heads; None where these stay in float
     released the model is distributed in it: nothing is lost
     stored   what `export --to` calls the files that hold them, which are there already; None: they would be made
+    lost     what was measured of files that are there; None: nothing was
     """
 
     name: str
     bits: float
     weigh: Weigher
     scheme: str | None = None
+    tables: tuple[str, str] | None = None
     released: bool = False
     stored: str | None = None
+    lost: Lost | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +162,12 @@ def as_stored(name: str = "as stored") -> Precision:
 
 def mixture(name: str) -> Precision:
     """One of llama.cpp's."""
-    bits = 16.0 if name == "F16" else float(name[1])
-    exact = {"Q8_0": "w8g32", "Q4_0": "w4g32"}  # the same numbers
-    return Precision(name, bits, lambda model: gguf.weigh(model, name), exact.get(name))
+    released = gguf.MIXTURES[name].experts is not None
+    bits = 4.0 if released else 16.0 if name == "F16" else float(name[1])
+    exact = {"Q8_0": ("w8g32", "w8g32"), "Q4_0": ("w4g32", "q6_k")}  # the same numbers, of layers and of the head
+    layers, head = exact.get(name, (None, None))
+    tables = None if layers is None or head is None else (layers, head)
+    return Precision(name, bits, lambda model: gguf.weigh(model, name), layers, tables, released=released)
 
 
 def affine(name: str, bits: int, group: int = 64) -> Precision:
@@ -147,7 +183,7 @@ def affine(name: str, bits: int, group: int = 64) -> Precision:
     return Precision(name, bits, lambda model: [one(weight) for weight in model.weights])
 
 
-def experts_in_mxfp4(name: str = "mxfp4") -> Precision:
+def experts_in_mxfp4() -> Precision:
     """Experts in MXFP4 and all else in 16 bits: gpt-oss as it is distributed. 17 bytes hold 32 weights."""
 
     def one(weight: Weight) -> int:
@@ -155,7 +191,7 @@ def experts_in_mxfp4(name: str = "mxfp4") -> Precision:
             return weight.numel // 32 * 17
         return 2 * weight.numel
 
-    return Precision(name, 4, lambda model: [one(weight) for weight in model.weights], released=True)
+    return Precision("mxfp4", 4, lambda model: [one(weight) for weight in model.weights], released=True)
 
 
 def bitsandbytes(name: str, bits: float, stored_bits: float) -> Precision:

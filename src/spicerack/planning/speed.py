@@ -105,7 +105,7 @@ def kind_of(device: Device) -> str:
     if device.kind in ("memory", "phone", "watch"):
         return device.kind
     arch = device.arch
-    if arch.startswith("sm") and arch[2:].isdigit():
+    if arch.startswith("sm") and arch[2:].isdecimal():
         return "cuda" if int(arch[2:]) >= 80 else "cuda-old"
     if arch.startswith("gfx"):
         return "rocm-cdna" if arch.startswith("gfx9") else "rocm-rdna"
@@ -124,6 +124,8 @@ def obstacle(model: Model, engine: Engine, placement: Placement) -> str | None:
         return "it does not fit"
     if placement.disk:
         return "weights are read from the disk for each token: a disk's own speed decides"
+    if engine.speed_of is None:
+        return f"no measurements of {engine.name} are known"
     for device in (share.device for share in placement.shares):
         if device.bandwidth_gb_s is None:
             return f"no bandwidth is known of {device.name}"
@@ -234,4 +236,6 @@ def _basis(engine: Engine, placement: Placement, measured: bool) -> str:
             continue
         whose = "" if engine.speed_of == engine.name else f", all of {engine.speed_of}"
         said.append(f"right within 20 % for {known.within} of {known.judged} known cases ({kind}{whose})")
+    if placement.host is not None and placement.host.read:
+        said.append(f"RAM: {_HOST_BANDWIDTH / 1e9:g} GB/s assumed, compared with no measurement")
     return "; ".join(said)

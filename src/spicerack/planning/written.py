@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spicerack.errors import CheckpointError, UsageError
+from spicerack.evaluation import figures
 from spicerack.machine import catalogue
 from spicerack.models.opening import open_model as open_folder
 from spicerack.models.overview import quantized_with, source_of
@@ -19,11 +20,12 @@ from spicerack.planning import sensitivity
 from spicerack.planning.engine import Engine, Request
 from spicerack.planning.model import Model, of_checkpoint, open_model
 from spicerack.planning.plan import Goal, check, context_of, default_engine, longest_context, row_of
-from spicerack.planning.precisions import Precision
+from spicerack.planning.precisions import Lost, Precision
 from spicerack.planning.sensitivity import Sensitivity
 from spicerack.storage import engine as stored_engines
-from spicerack.storage import ledger
-from spicerack.storage.files import LEDGER
+from spicerack.storage import ledger, records
+from spicerack.storage.files import CONFIG, LEDGER, MAX_CONFIG_BYTES, read_json
+from spicerack.storage.ledger import Ledger
 from spicerack.storage.reader import Checkpoint
 
 DEVICES = (
@@ -33,7 +35,7 @@ DEVICES = (
 """What people have, small ones first: phones, a board, laptops, cards."""
 _OURS = "spicerack"
 _NAMED = 3
-"""Schemes that a foreign folder is called by."""
+"""Schemes that a folder is called by."""
 _UNITS = 1000
 """Parts of a model whose losses are shown."""
 
@@ -55,7 +57,8 @@ def open_written(folder: str | Path) -> tuple[Model, Precision]:
     """The float model that a quantized folder or GGUF file stands for, and the numbers that it is in. Headers are read,
     and the ledger of a folder of ours.
 
-    Raises CheckpointError for one that holds floats alone, or no language model that is known.
+    Raises CheckpointError for one that holds floats alone, no language model that is known, or damaged records of what
+    it lost.
     """
     checkpoint = open_folder(folder)
     written = ledger.read(checkpoint.folder) if (checkpoint.folder / LEDGER).is_file() else None
@@ -66,8 +69,9 @@ def open_written(folder: str | Path) -> tuple[Model, Precision]:
     weights = [entry for entry in written.entries if entry.action == "quantize"]
     numbers = sum(entry.numel for entry in weights)
     bits = 8 * sum(entry.bytes_after for entry in weights) / numbers if numbers else 16.0
-    stored = _stored_as(checkpoint)
-    return model, Precision(written.recipe or "as saved", bits, partial(_weigh, nbytes), stored=stored)
+    stored, measured = _stored_as(checkpoint), lost(checkpoint.folder, written)
+    name = _named(entry.scheme or "" for entry in weights) or "as saved"
+    return model, Precision(name, bits, partial(_weigh, nbytes), stored=stored, lost=measured)
 
 
 def _open_stored(folder: str | Path) -> tuple[Model, Precision]:
@@ -84,11 +88,16 @@ def _open_stored(folder: str | Path) -> tuple[Model, Precision]:
     }
     numbers = sum(math.prod(stored.shape) for stored in opened.contents.values())
     bits = 8 * sum(packed.values()) / numbers if numbers else 16.0
-    counted = Counter(stored.scheme.name for stored in opened.contents.values())
-    names = [name for name, _count in counted.most_common(_NAMED)]
+    name = _named(stored.scheme.name for stored in opened.contents.values())
     model = of_checkpoint(str(folder), opened.described(opened.contents))
     to = opened.format.name.replace("_", "-")
-    return model, Precision(", ".join(names), bits, partial(_weigh, nbytes | packed), stored=to)
+    return model, Precision(name, bits, partial(_weigh, nbytes | packed), stored=to)
+
+
+def _named(schemes: Iterable[str]) -> str:
+    """What a folder is called by: the schemes of its layers, those that most have first."""
+    counted = [name for name, _count in Counter(schemes).most_common()]
+    return ", ".join(counted[:_NAMED]) + (" ..." if len(counted) > _NAMED else "")
 
 
 def _weigh(nbytes: Mapping[str, int], model: Model) -> list[int]:
@@ -102,6 +111,46 @@ def _stored_as(checkpoint: Checkpoint) -> str:
 
     fmt = formats.of_folder(checkpoint)
     return "" if fmt is None else fmt.name.replace("_", "-")
+
+
+def lost(folder: Path, written: Ledger) -> Lost | None:
+    """What was measured of a folder of ours, by whoever did it last: `eval`, the check behind `quantize`, or the
+    rounds of a run with a budget; None where nobody did. written: its ledger.
+
+    An evaluation through a quantized cache is left out: it is of more than the weights. Raises CheckpointError for
+    records that are damaged, by the file's name.
+    """
+    record = records.read(folder, "eval")
+    if record is not None and "cache" not in record["result"]:
+        return _of_figures(folder / "eval.json", record["result"], "spicerack eval")
+    if written.check is not None:
+        return _of_figures(folder / LEDGER, written.check, "the check behind quantize")
+    return None if written.budget is None else _of_budget(folder / LEDGER, written.budget)
+
+
+def _of_figures(path: Path, measured: Mapping[str, Any], by: str) -> Lost:
+    """Of an evaluation."""
+    if (reason := figures.obstacle(measured)) is not None:
+        raise CheckpointError(f"{path} is damaged: {reason}", "remove it, and run spicerack eval again")
+    if "kl_mean" in measured:
+        ends = measured["kl_mean_ci95"]
+        return Lost("kl", measured["kl_mean"], ends and (ends[0], ends[1]), measured["tokens"], measured["text"], by)
+    ends = measured.get("cosine_mean_ci95")
+    turned = ends and (1 - ends[1], 1 - ends[0])
+    return Lost("cosine", 1 - measured["cosine_mean"], turned, measured["tokens"], measured["text"], by)
+
+
+def _of_budget(path: Path, budget: Mapping[str, Any]) -> Lost | None:
+    """Of the last round, which is the folder's."""
+    rounds = budget.get("rounds")
+    last = rounds[-1] if isinstance(rounds, list) and rounds else None
+    wanted = {"measured": figures.is_number, "interval": figures.is_ends, "tokens": figures.is_count}
+    if last is None:
+        return None
+    if not isinstance(last, Mapping) or figures.wrong(last, wanted) or budget.get("metric") not in ("kl", "cosine"):
+        raise CheckpointError(f"{path} is damaged: its budget is not as it was written", "quantize the model again")
+    low, high = last["interval"]
+    return Lost(budget["metric"], last["measured"], (low, high), last["tokens"], "", "the run that chose its numbers")
 
 
 def readers(model: Model, precision: Precision) -> tuple[Engine, ...]:
@@ -143,9 +192,11 @@ def shown(folder: Path) -> dict[str, Any]:
     """What a page about a folder of ours takes from planning, as JSON has it: devices, of `on_devices`, None where the
     model is none that a planner knows; and sensitivity, None where no run with a budget left one.
 
-    Raises CheckpointError where the latter is damaged.
+    Raises CheckpointError where the latter or config.json is damaged.
     """
     known = sensitivity.read(folder)
+    if (folder / CONFIG).is_file():
+        read_json(folder / CONFIG, MAX_CONFIG_BYTES)
     try:
         devices = on_devices(folder)
     except CheckpointError:
@@ -182,7 +233,7 @@ def on_devices(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _on(model: Model, precision: Precision, name: str) -> dict[str, Any]:
-    devices = catalogue.find(name)
+    devices = catalogue.find(name, catalogue.built_in())  # a person's own are theirs, and others read it
     engine = default_engine(model, devices)
     goal = Goal(devices, engine, Request(context_of(model, None), 1, 16))
     about = {"device": name, "engine": engine.name, "context": goal.request.context}

@@ -35,7 +35,7 @@ from spicerack.errors import UsageError
 from spicerack.evaluation import check as checks
 from spicerack.evaluation.check import Check
 from spicerack.kernels.kernel import Compute
-from spicerack.machine import devices
+from spicerack.machine import devices, processor
 from spicerack.machine.memory import peak_rss_bytes
 from spicerack.models import choices
 from spicerack.quantization import bar, preflight
@@ -250,7 +250,7 @@ def execute(
     )
     if stream is None:
         return summary
-    machine = {"platform": platform.platform(), "processor": platform.processor(), "cpus": os.cpu_count()}
+    machine = {"platform": platform.platform(), "processor": processor.name(), "cpus": os.cpu_count()}
     source = str(job.source.folder)
     stream.finish({**summary.as_dict(), "command": sys.argv, "source": source, "machine": machine})
     return summary

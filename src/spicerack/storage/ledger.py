@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from spicerack.errors import CheckpointError
 from spicerack.storage.durable import json_bytes, write_atomically
 from spicerack.storage.files import LEDGER, read_json
 
+_MOST = 1 << 62
+"""Of bytes, rows and columns: nothing has more."""
+_LARGEST = 1e100
+"""Of a relative error."""
 Fate = Literal["quantize", "copy", "drop"]
 """What became of a tensor: quantized, copied as it was, or dropped, because it is there under another name."""
 _MAX_BYTES = 256 << 20
@@ -76,12 +81,28 @@ class Entry:
             layer_type=str(record["layer_type"]),
             scheme=None if scheme is None else str(scheme),
             dtype=str(record["dtype"]),
-            shape=tuple(map(int, record["shape"])),
-            bytes_before=int(record["bytes_before"]),
-            bytes_after=int(record["bytes_after"]),
-            error=None if error is None else float(error),
+            shape=tuple(map(_count, record["shape"])),
+            bytes_before=_count(record["bytes_before"]),
+            bytes_after=_count(record["bytes_after"]),
+            error=None if error is None else _error(error),
             events=tuple(map(str, record["events"])),
         )
+
+
+def _count(value: Any) -> int:
+    """A number of bytes, rows or columns. Raises ValueError for what no tensor has."""
+    count = int(value)
+    if not 0 <= count < _MOST:
+        raise ValueError(f"{count:.3g} is no number of bytes, rows or columns")
+    return count
+
+
+def _error(value: Any) -> float:
+    """A relative error. Raises ValueError for what is none, or too large to be squared."""
+    error = float(value)
+    if not 0 <= error < _LARGEST:
+        raise ValueError(f"{error:g} is no relative error")
+    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +187,7 @@ def read(folder: Path) -> Ledger | None:
         budget, check = record.get("budget"), record.get("check")
         if not all(value is None or isinstance(value, Mapping) for value in (budget, check)):
             raise TypeError("budget or check is no object")
+        json.dumps((identity, budget, check), allow_nan=False)  # of all of which a hash is made
         ledger = Ledger(identity, tuple(Entry.of(entry) for entry in record["tensors"]), budget, check)
         str(ledger.recipe)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:

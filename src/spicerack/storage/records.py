@@ -15,6 +15,7 @@ from typing import Any
 
 from spicerack._version import __version__
 from spicerack.errors import CheckpointError
+from spicerack.machine import processor
 from spicerack.storage import ledger
 from spicerack.storage.durable import json_bytes, write_atomically
 from spicerack.storage.files import LEDGER, read_json
@@ -35,7 +36,7 @@ def keep(folder: Path, command: str, result: Mapping[str, Any], **told: Any) -> 
     if not (folder / LEDGER).is_file() or not os.access(folder, os.W_OK):
         return None
     path = folder / f"{command}.json"
-    machine = {"platform": platform.platform(), "processor": platform.processor(), "cpus": os.cpu_count()}
+    machine = {"platform": platform.platform(), "processor": processor.name(), "cpus": os.cpu_count()}
     write_atomically(path, json_bytes({
         "command": command,
         "spicerack": __version__,

@@ -149,7 +149,9 @@ def _origin(facts: dict[str, Any]) -> Markup:
     command = run.get("command")
     parts: list[Markup] = []
     if isinstance(command, list):
-        parts.append(tag("p", say("Made by:", "生成命令:"), " ", tag("code", " ".join(map(str, command)))))
+        parts.append(
+            tag("p", say("Made by:", "生成命令:"), " ", tag("code", " ".join(["spicerack", *map(str, command[1:])])))
+        )
     if not facts["run"]:
         parts.append(tag("p", say(
             "Missing: how long it took and on which machine (run.json).", "缺少:用时和所用机器(run.json)。"),

@@ -40,6 +40,9 @@ def collect(folder: Path, planned: Mapping[str, Any] | None = None) -> dict[str,
     kept = {command: records.read(folder, command) for command in ("lens", "eval", "bench", "energy")}
     for command, record in kept.items():
         shapes.check(folder, command, record)
+    whole = {files.RUN: run, files.LEDGER: [written.identity, written.check, written.budget]}
+    for name, value in {**whole, **{f"{command}.json": record for command, record in kept.items()}}.items():
+        shapes.check_depth(folder / name, value)
     unreadable = None if kept["eval"] or written.check else _unreadable(folder)
     plans = {"devices": None, "sensitivity": None, **(planned or {})}
     entries = written.entries
@@ -115,7 +118,7 @@ def _blocks(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     Experts of a block are one: they have one kind. error: root mean square.
     """
     groups: dict[tuple[int | None, str], list[Entry]] = {}
-    for entry in entries:
+    for entry in (entry for entry in entries if entry.numel):
         match = _BLOCK.search(entry.tensor)
         groups.setdefault((int(match[1]) if match else None, entry.layer_type), []).append(entry)
     rows = []

@@ -63,13 +63,20 @@ def measured_for_budget(facts: dict[str, Any]) -> dict[str, Any] | None:
 def _of_budget(metric: str, last: dict[str, Any]) -> Markup:
     """What a run with a budget measured of what it chose."""
     unit = say("nats of KL per token", "每词元 KL(nat)") if metric == "kl" else say("1 - cosine", "1 - 余弦")
+    rise = last["rise"]
+    doubt = Markup("") if rise is None else say(
+        " Where the original hesitates between 100 next words, this model does between {n} ({low} to {high}).",
+        "原模型在 100 个“下一个词”之间犹豫的地方,这个模型在 {n} 个之间犹豫({low} 到 {high})。",
+        n=tag("b", f"{100 * (1 + rise[0]):.1f}"), low=f"{100 * (1 + rise[1]):.1f}", high=f"{100 * (1 + rise[2]):.1f}",
+    )  # fmt: skip
     return tag("p", say(
         "When its numbers were chosen its loss was measured on {n} words held out: {loss}, between {low} and {high} "
-        "(95 % interval; {unit}).",
-        "选定数制时,在留出的 {n} 个词上实测了损失:{loss},在 {low} 到 {high} 之间(95 % 区间;{unit})。",
+        "(95 % interval; {unit}), where 0 is the same model and 1 another one.",
+        "选定数制时,在留出的 {n} 个词上实测了损失:{loss},在 {low} 到 {high} 之间(95 % 区间;{unit});0 表示完全相同,1 "
+        "就是另一个模型了。",
         n=f"{last['tokens']:,}", loss=tag("b", short(last["measured"])), low=short(last["interval"][0]),
         high=short(last["interval"][1]), unit=unit,
-    ))  # fmt: skip
+    ), doubt)  # fmt: skip
 
 
 def _of_pictures(facts: dict[str, Any]) -> Markup:

@@ -97,6 +97,12 @@ def table(caption: Markup, head: list[Markup], rows: list[list[Any]], *, wide: b
     return tag("div", whole, class_=f"scroll{broad}", tabindex=0, role="group", aria_label="table / 表")
 
 
+def machine(record: Any) -> Markup:
+    """The processor that something was measured on, or the system where nobody knows; a dash for no record of it."""
+    known = record if isinstance(record, dict) else {}
+    return text(known.get("processor") or known.get("platform") or "\N{EN DASH}")
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from spicerack.errors import SchemeError
 from spicerack.evaluation.report import bits, charts, experts, lost, markup, places
 from spicerack.evaluation.report.markup import (
     Markup,
@@ -28,6 +29,7 @@ from spicerack.evaluation.report.markup import (
     tag,
     text,
 )  # fmt: skip
+from spicerack.numerics.scheme import parse
 
 _HERE = Path(__file__).parent
 _PAGE_TOKENS = 500
@@ -135,7 +137,8 @@ def _done(facts: dict[str, Any]) -> Markup:
         return section(title, story, missing(
             "eval OUT --against MODEL --text FILE", "weights of this model under the lens", "这个模型的权重放大图",
         ))  # fmt: skip
-    bits = min((rounded["bits"] for rounded in row["rounded"]), key=lambda b: abs(b - (facts["bits_quantized"] or 4)))
+    own = _bits_of(row["scheme"], facts["bits_quantized"] or 4)
+    bits = min((rounded["bits"] for rounded in row["rounded"]), key=lambda b: abs(b - own))
     said = [
         tag("p", say(
             "{bits} bits: {count} levels. These weights are then off by {error} %, root mean square, of their size.",
@@ -160,6 +163,14 @@ def _done(facts: dict[str, Any]) -> Markup:
         "figure", caption, charts.lens(row, bits), slider, tag("div", *said, id="bits-said", aria_live="polite")
     )
     return section(title, story, figure, _further(row))
+
+
+def _bits_of(scheme: Any, otherwise: float) -> float:
+    """Of the codes of a scheme, which the slider begins at; `otherwise` where the record names none of ours."""
+    try:
+        return parse(str(scheme)).bits
+    except SchemeError:
+        return otherwise
 
 
 def _further(row: dict[str, Any]) -> Markup:
@@ -195,9 +206,10 @@ def _gained(facts: dict[str, Any]) -> Markup:
         spreads = [markup.spread(row[f"{key}_min"], row[f"{key}_max"]) for row in (old, new)]
         parts.append(tag("p", say(
             "Medians of {n} rounds in turns; before {a}, after {b} from the slowest to the fastest. "
-            "Threads: {threads}; device: {device}.",
-            "轮流运行 {n} 次的中位数;从最慢到最快,之前 {a},之后 {b}。线程数:{threads};设备:{device}。",
+            "Threads: {threads}; device: {device}; machine: {machine}.",
+            "轮流运行 {n} 次的中位数;从最慢到最快,之前 {a},之后 {b}。线程数:{threads};设备:{device};机器:{machine}。",
             n=result["repeats"], a=spreads[0], b=spreads[1], threads=result["threads"], device=result["device"],
+            machine=markup.machine(facts["bench"].get("machine")),
         ), class_="dim"))  # fmt: skip
         if key.startswith("decode"):
             times = [short(_PAGE_TOKENS / row[key]) for row in (old, new)]
@@ -224,8 +236,10 @@ def _energy(record: dict[str, Any] | None) -> Markup:
         words = say("At least {j} J for a word: memory and arithmetic alone.", "每个词至少 {j} 焦耳:只算内存和运算。",
                     j=tag("b", short(result["floor_joules_per_token"])))  # fmt: skip
     elif result["how"] == "measured":
-        words = say("{j} J for a word, with idle power {idle} J.", "每个词 {j} 焦耳,含空闲功耗为 {idle} 焦耳。",
-                    j=tag("b", short(joules)), idle=short(result["joules_per_token_with_idle"]))  # fmt: skip
+        words = say("{j} J for a word, with idle power {idle} J, on {machine}.",
+                    "在 {machine} 上每个词 {j} 焦耳,含空闲功耗为 {idle} 焦耳。",
+                    j=tag("b", short(joules)), idle=short(result["joules_per_token_with_idle"]),
+                    machine=markup.machine(record.get("machine")))  # fmt: skip
     else:
         low, high = map(short, result["joules_per_token_range"])
         words = say("About {j} J for a word on {device}, between {low} and "

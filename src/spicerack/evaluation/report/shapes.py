@@ -13,7 +13,7 @@ from typing import Any
 
 from spicerack.errors import CheckpointError
 from spicerack.evaluation import figures
-from spicerack.evaluation.figures import is_count, is_ends, is_number, is_text, maybe, wrong
+from spicerack.evaluation.figures import is_count, is_ends, is_number, is_speed, is_text, maybe, wrong
 
 _SPEEDS = ("decode_tokens_per_s", "items_per_s")
 _TOKEN = {"text": is_text, "kl": is_number, "original": is_text, "small": is_text}
@@ -26,6 +26,8 @@ _PAIR = {
     "a": is_text, "b": is_text, "before": is_number, "after": is_number,
     "typical": lambda value: isinstance(value, bool),
 }  # fmt: skip
+_DEEPEST = 32
+"""Lists and objects in one another: those that commands leave have fewer than ten."""
 _MOST_WEIGHTS = 4096
 """Under the lens: four times what `eval` keeps."""
 
@@ -47,6 +49,16 @@ def check_run(path: Path, run: Mapping[str, Any]) -> None:
     command = run.get("command", [])
     if not isinstance(command, list) or not isinstance(run.get("machine", {}), dict):
         raise CheckpointError(f"{path} is damaged: command or machine is of another type", "remove it")
+
+
+def check_depth(path: Path, value: Any) -> None:
+    """Raises CheckpointError where lists and objects of a file stand in one another more often than any of ours do."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        children = [list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+        level = [child for inner in children for child in inner]
+    if level:
+        raise CheckpointError(f"{path} is damaged: it is nested too deeply", "remove it")
 
 
 def check_ledger(path: Path, check: Mapping[str, Any] | None) -> None:
@@ -110,7 +122,7 @@ def _benchmark(record: Mapping[str, Any]) -> str | None:
     for row in rows:
         spreads = [name.removesuffix("_min") for name in row if name.endswith("_min")]
         names = [f"{name}{end}" for name in {key, *spreads} for end in ("", "_min", "_max")]
-        wanted = {"name": is_text, "compute": is_text, "resident_bytes": is_count, **dict.fromkeys(names, is_number)}
+        wanted = {"name": is_text, "compute": is_text, "resident_bytes": is_count, **dict.fromkeys(names, is_speed)}
         if obstacle := wrong(row, wanted):
             return obstacle
     return wrong(result, {"repeats": is_count, "threads": is_count, "device": is_text})

@@ -19,7 +19,7 @@ _MIXTURES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"
 
 def _precisions(model: Model) -> list[Precision]:
     """Its mixtures; gpt-oss as it is distributed, too."""
-    released = [precisions.experts_in_mxfp4("MXFP4")] if model.family == "gpt_oss" else []
+    released = [precisions.mixture("MXFP4")] if model.family == "gpt_oss" else []
     return [*map(precisions.mixture, _MIXTURES[:2]), *released, *map(precisions.mixture, _MIXTURES[2:])]
 
 
@@ -68,6 +68,8 @@ def _places(placement: Placement) -> list[str]:
         words += ["-ngl", str(sum(counts) + 1 if in_ram else 99)]
         if len(cards) > 1:
             words += ["-sm", "layer", "-ts", ",".join(map(str, (*counts[:-1], counts[-1] + 1)))]
+    elif placement.host is not None and placement.host.layers:
+        words += ["-ngl", "0"]
     if placement.experts_in_ram:
         everything = placement.experts_in_ram == placement.experts_layers
         words += ["--cpu-moe"] if everything else ["--n-cpu-moe", str(placement.experts_in_ram)]
@@ -105,4 +107,5 @@ ENGINE = Engine(
     offload=True,
     speed_of="llama.cpp",
     dry_run=_dry_run,
+    most_users=256,  # LLAMA_MAX_SEQ: more slots are refused when it starts
 )

@@ -6,6 +6,8 @@ computed in steps of as many.
 
 from __future__ import annotations
 
+import shlex
+
 from spicerack.machine.catalogue import Device
 from spicerack.planning import precisions
 from spicerack.planning.engine import Engine, Request
@@ -28,11 +30,19 @@ def _budget(device: Device, _request: Request) -> int:
     return device.usable
 
 
-def _flags(_model: Model, precision: Precision, _request: Request, _placement: Placement) -> list[str]:
-    """Converting, and generating."""
+def _flags(model: Model, precision: Precision, request: Request, _placement: Placement) -> list[str]:
+    """Converting, and generating; of a folder that is its own already generating alone."""
+    kept = "" if request.cache_bits == 16 else f" --kv-bits {request.cache_bits} --quantized-kv-start 0"
+
+    def generate(model: str) -> str:
+        return f"mlx_lm.generate --model {model} --prompt PROMPT{kept}"
+
+    if precision.stored:
+        return [generate(shlex.quote(model.name))]
+    if precision.bits == 16:
+        return [generate("MODEL")]
     convert = f"mlx_lm.convert --hf-path MODEL -q --q-bits {precision.bits:g} --q-group-size 64 --mlx-path OUT"
-    generate = "mlx_lm.generate --model OUT --prompt PROMPT"
-    return [generate] if precision.bits == 16 else [convert, generate]
+    return [convert, generate("OUT")]
 
 
 ENGINE = Engine(

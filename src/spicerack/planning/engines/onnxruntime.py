@@ -6,6 +6,8 @@ stored), so twice the weights are planned with.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spicerack.machine.catalogue import GIB, Device
 from spicerack.planning import precisions
 from spicerack.planning.engine import Engine, Request
@@ -15,8 +17,11 @@ from spicerack.planning.precisions import Precision
 
 
 def _precisions(_model: Model) -> list[Precision]:
-    """float16, and MatMulNBits' groups of 32."""
-    return [precisions.floats("fp16"), precisions.ours("w8g32"), precisions.ours("w4g32z")]
+    """float16, and MatMulNBits' groups of 32: in 8 bits its own builder makes them, in 4 it reads GPTQ's files, which
+    `export` makes of ours."""
+    return [
+        precisions.floats("fp16"), replace(precisions.ours("w8g32"), scheme=None), precisions.ours("w4g32z"),
+    ]  # fmt: skip
 
 
 def _terms(_model: Model, _request: Request) -> tuple[Term, ...]:
@@ -29,7 +34,7 @@ def _budget(device: Device, _request: Request) -> int:
 
 def _flags(_model: Model, precision: Precision, _request: Request, placement: Placement) -> list[str]:
     """Building the graph."""
-    kind = {16: "fp16", 8: "int8", 4: "int4"}[round(precision.bits)]
+    kind = "int4" if precision.stored else {16: "fp16", 8: "int8", 4: "int4"}[round(precision.bits)]
     where = "cuda" if placement.shares and placement.shares[0].device.kind == "gpu" else "cpu"
     return [f"python -m onnxruntime_genai.models.builder -m MODEL -o OUT -p {kind} -e {where}"]
 

@@ -7,7 +7,10 @@ graphs (logs of 2026). So its figures are ranges, of which the middle is planned
 
 from __future__ import annotations
 
+import math
+
 from spicerack.machine.catalogue import GIB, Device
+from spicerack.numerics.scheme import parse
 from spicerack.planning import precisions
 from spicerack.planning.engine import Engine, Request
 from spicerack.planning.model import Model
@@ -18,6 +21,12 @@ UTILIZATION = 0.92
 """Share of a card that it takes unless told otherwise."""
 _SCHEMES = ("w8", "w4g32", "w4g128z", "w4g128")
 """Ours that its kernels read: 4 and 8 bits; others it refuses."""
+
+_CUT = frozenset({"o_proj", "down_proj", "out_proj", "wo", "w2", "fc2", "c_proj", "dense_4h_to_h"})
+"""Layers whose inputs lie on several cards, a part on each (RowParallelLinear)."""
+_TILES = (128, 64)
+"""Channels of an input that Marlin multiplies at a time, of layers and of routed experts (utils/marlin_utils.py:
+verify_marlin_supports_shape, check_moe_marlin_supports_layer)."""
 
 
 def _precisions(model: Model) -> list[Precision]:
@@ -37,6 +46,19 @@ def _terms(model: Model, _request: Request) -> tuple[Term, ...]:
 def _budget(device: Device, request: Request) -> int:
     """Its share of what the driver reports."""
     return int(device.reported * (request.utilization or UTILIZATION))
+
+
+def _whole_parts(model: Model, precision: Precision, parts: int) -> bool:
+    """Whether each card's part of what reads a cut row is one that Marlin multiplies, groups and tiles whole."""
+    if precision.scheme is None:
+        return True
+    group = parse(precision.scheme).group_columns or 1
+    for weight in model.weights:
+        if weight.layer is None or weight.entry.module.rpartition(".")[2] not in _CUT:
+            continue
+        if weight.entry.matrix_shape[-1] % (parts * math.lcm(group, _TILES[weight.routed])):
+            return False
+    return True
 
 
 def _flags(_model: Model, _precision: Precision, request: Request, placement: Placement) -> list[str]:
@@ -67,4 +89,5 @@ ENGINE = Engine(
     families={"t5": "no longer runs T5", "rwkv": "does not run RWKV"},
     does=frozenset({"text", "embeddings", "sequences"}),
     speed_of="llama.cpp",
+    whole_parts=_whole_parts,
 )

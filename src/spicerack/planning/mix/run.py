@@ -24,6 +24,7 @@ from typing import Any
 
 from spicerack.algorithms import solver as solvers
 from spicerack.errors import OutputError, counted
+from spicerack.evaluation.report import lens
 from spicerack.planning import sensitivity
 from spicerack.planning.mix import units
 from spicerack.planning.mix.fisher import TOKENS
@@ -142,6 +143,7 @@ def _publish(prepared: Prepared, found: Sensitivity, best: Written, watch: Watch
     written = ledger.read(best.folder)
     assert written is not None, "quantized just now"
     write_atomically(best.folder / LEDGER, dataclasses.replace(written, budget=_record(found)).content())
+    lens.keep(best.folder, prepared.listing.source.folder)
     record = read_json(best.folder / RUN)
     record = {**(record if isinstance(record, dict) else {}), "output": str(output)}
     write_atomically(best.folder / RUN, json_bytes(record))

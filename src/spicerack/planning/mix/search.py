@@ -80,12 +80,14 @@ def search(known: Sensitivity, fixed: Fixed, budget: Budget, hands: Hands) -> tu
     known, rounds, best = (_bounded if bound else _bought)(known, fixed, budget, hands)
     factor = best.measured.loss.mean / max(Mixer(known, fixed).loss(best.chosen), 1e-30)
     known = _scaled(known, factor if factor > 0 else 1.0)
-    curve = [p for p in Mixer(known, fixed).curve() if p.nbytes != best.sizes.tensors]
+    mixer = Mixer(known, fixed)
+    curve = [p for p in mixer.curve() if p.nbytes != best.sizes.tensors]
+    own = dataclasses.replace(_point(best), predicted=mixer.loss(best.chosen))  # corrected like all the others
     return dataclasses.replace(
         known,
         units=tuple(dataclasses.replace(unit, chosen=best.chosen[unit.name]) for unit in known.units),
         budget=budget,
-        curve=tuple(sorted([*curve, _point(best)], key=lambda point: point.nbytes)),
+        curve=tuple(sorted([*curve, own], key=lambda point: point.nbytes)),
         rounds=tuple(rounds),
     ), best
 
@@ -135,10 +137,11 @@ def _bounded(
     if best is None:
         nearest = min(written, key=lambda one: one.measured.bounded(rise))
         reached = nearest.measured.bounded(rise)
+        reached = math.expm1(reached) if rise else reached
         raise UsageError(
-            f"no mix keeps the bound {most:.3g}: the nearest, {nearest.sizes.bits:.2f} bits a weight, has "
+            f"no mix keeps the bound {budget.value:.3g}: the nearest, {nearest.sizes.bits:.2f} bits a weight, has "
             f"{reached:.3g} at the upper end of its interval",
-            f"--max-loss {math.expm1(reached):.2%}" if rise else f"use {reached:.2g} or more, or a longer text",
+            f"use {_up(reached)} or more, or a longer text",
         )
     return known, _rounds(written, best), best
 
@@ -198,6 +201,12 @@ def _of_kind(name: str, own: Mapping[str, float]) -> float:
     """The factor of a unit that has none of its own: the mean of those of its kind, 1 without any."""
     logs = [math.log(factor) for other, factor in own.items() if kind(other) == kind(name)]
     return math.exp(math.fsum(logs) / len(logs)) if logs else 1.0
+
+
+def _up(value: float) -> str:
+    """A number above 0 in two digits, rounded up: a bound that is named is kept by what it was named for."""
+    digit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / digit) * digit:.2g}"
 
 
 def _scaled(known: Sensitivity, factor: float) -> Sensitivity:
