@@ -30,6 +30,7 @@ from spicerack.kernels import panels, plan, pool
 from spicerack.kernels.panels import TYPES
 from spicerack.models import bundled
 from spicerack.nn.encoder import whole as encoder
+from spicerack.nn.linear import QLinear
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99,
