@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -125,11 +125,11 @@ def text_of(count: int = 12) -> Calibration:
     return Calibration(ids, None, "of no text", 0.0, "made up")
 
 
-def folders(folder: Path) -> Hashes:
+def folders(folder: Path, methods: Sequence[str] = METHODS) -> Hashes:
     """Bytes of quantized folders by every method, and what a loaded one computes, generates and loses."""
     language_model(folder / "model")
     found: Hashes = {}
-    for method in METHODS:
+    for method in methods:
         out = folder / method
         rules = ["model.embed_tokens=w8"] if method == "gptq" else []
         spicerack.quantize(folder / "model", "w4g32", output=out, method=method, calibration=text_of(), rules=rules)
@@ -159,8 +159,13 @@ def encoders(folder: Path) -> Hashes:
         return {"encoder": told(small(ids).last_hidden_state), **bytes_of(folder / "bert8")}
 
 
+def learned(folder: Path) -> Hashes:
+    """The same of methods that need gradients."""
+    return folders(folder, ("gptq", "signround", "blockap"))
+
+
 PARTS: Mapping[str, Callable[[Path], Hashes]] = {
-    "layers": layers, "training": training, "folders": folders, "encoders": encoders
+    "layers": layers, "training": training, "folders": folders, "learned": learned, "encoders": encoders
 }  # fmt: skip
 
 
@@ -218,11 +223,12 @@ def surroundings() -> Iterator[Any]:
     left_out = {
         ("meta", "folders"), ("meta", "encoders"),  # transformers itself would build its models there
         ("inference", "training"), ("no_grad", "training"),  # there is nothing to learn from
+        ("no_grad", "folders"),  # as in inference, but where there is something to learn
     }  # fmt: skip
     for name, enter in every.items():
         for part in PARTS:
-            if (name, part) not in left_out:
-                slow = [pytest.mark.slow] if part == "folders" and name in ("threads", "no_grad") else []
+            if (name, part) not in left_out and (part != "learned" or name == "no_grad"):
+                slow = [pytest.mark.slow] if (name, part) == ("threads", "folders") or part == "learned" else []
                 yield pytest.param(enter, part, id=f"{name}-{part}", marks=slow)
 
 
@@ -259,9 +265,12 @@ HASHED = """
 import sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
-import test_surroundings as t
-t.METHODS = ["awq+gptq", "gptq"]
-print(sorted((t.folders(Path(sys.argv[1])) | t.encoders(Path(sys.argv[1]))).items()))
+import spicerack, test_surroundings as t, tiny
+folder = Path(sys.argv[1])
+tiny.build("hrm_text").save_pretrained(folder / "float")
+spicerack.quantize(folder / "float", "w8", output=folder / "w8")
+said = t.folders(folder, ["awq+gptq", "gptq"]) | t.encoders(folder) | t.bytes_of(folder / "w8")
+print(sorted(said.items()))
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,8 @@ def test_the_command(llama_folder, capsys: pytest.CaptureFixture[str], monkeypat
     arguments = ["bench", model, "--against", model, "--prefill", "16", "--decode", "2", "--repeats", "1"]
     assert _output.run(cli, arguments) == 0
     shown = capsys.readouterr().out
-    assert all(
-        label in shown for label in ("on disk", "in memory", "opens in", "prompt tokens/s", "new tokens/s", "threads")
-    )
+    labels = ("on disk", "in memory", "opens in", "prompt tokens/s", "new tokens/s", "2 new ones; median of 1 turn; ")
+    assert all(label in shown for label in labels) and re.search(r"\b(1 thread|([2-9]|\d\d+) threads), cpu", shown)
     assert max(map(len, shown.splitlines())) <= 80
 
 

@@ -7,6 +7,7 @@ import hashlib
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ggufs import folder, written
@@ -14,6 +15,7 @@ from ggufs import folder, written
 import spicerack
 from spicerack import cli
 from spicerack.errors import OutputError, SpicerackError
+from spicerack.exports import verify
 from spicerack.exports.source import Source
 
 TO = ("gguf", "gptq", "scheme", "import")
@@ -73,23 +75,24 @@ def test_nothing_is_left_on_a_full_disk(
     assert list(place.iterdir()) == [] and state(source) == before
 
 
-@pytest.mark.parametrize("when", ["walk", "packed", "float"])
+@pytest.mark.parametrize("when", ["verify", "either", "float"])
 @pytest.mark.parametrize("to", TO)
 def test_nothing_is_left_after_ctrl_c(
     to: str, when: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, place = sources[to], tmp_path / "place"
     place.mkdir()
-    before, asked = state(source), getattr(Source, "either" if when == "packed" else when)
+    owner = verify if when == "verify" else Source
+    before, asked = state(source), getattr(owner, when)
     calls: list[str] = []
 
-    def interrupted(self: Source, *names: str) -> object:
+    def interrupted(*given: Any) -> object:
         calls.append(when)
-        if when == "walk" or len(calls) == 5:
+        if when == "verify" or len(calls) == 5:
             raise KeyboardInterrupt
-        return asked(self, *names)
+        return asked(*given)
 
-    monkeypatch.setattr(Source, "either" if when == "packed" else when, interrupted)
+    monkeypatch.setattr(owner, when, interrupted)
     assert cli._output.run(cli.cli, arguments(to, source, output_of(to, place))) == 130
     assert calls and list(place.iterdir()) == [] and state(source) == before
 

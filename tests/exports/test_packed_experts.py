@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import spicerack
-from spicerack.errors import CheckpointError, SchemeError, UsageError
+from spicerack.errors import CheckpointError, OutputError, SchemeError, UsageError
 from spicerack.exports.export import export, import_model
+from spicerack.exports.targets import _gguf_plan as plans
 from spicerack.models.gguf import config as configs
 from spicerack.models.gguf.checkpoint import GgufCheckpoint
 from spicerack.models.gguf.family import of_type
@@ -201,3 +202,35 @@ def test_a_ramp_that_llama_cpp_truncates_is_told_and_comes_back(tmp_path: Path) 
 def test_llama_4_of_another_kind_is_refused(change: dict[str, Any], reason: str) -> None:
     config = dict(Folder.open(folder("llama4_text")).config) | change
     assert reason in configs.obstacles(of_type("llama4_text"), configs.whole(config))[0]
+
+
+def test_a_stack_is_written_and_read_back_an_expert_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole one, its codes taken apart, is four times what a file has: none is ever asked for."""
+    release, _ = released(tmp_path / "release")
+    spicerack.quantize(folder("gpt_oss"), "w4g32", output=tmp_path / "q")
+    for asked in ("packed", "undecoded"):
+        own = getattr(Folder, asked)
+
+        def matrices_only(self: Folder, stored: Any, own: Any = own) -> Any:
+            assert len(stored.shape) == 2, f"{stored.module} is read as a whole"
+            return own(self, stored)
+
+        monkeypatch.setattr(Folder, asked, matrices_only)
+    for number, source in enumerate((release, tmp_path / "q")):
+        assert export(source, to="gguf", output=tmp_path / f"{number}.gguf").verified_by.startswith("gguf-py")
+
+
+def test_a_code_of_one_expert_that_differs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spicerack.quantize(folder("gpt_oss"), "w4g32", output=tmp_path / "q")
+    written_as = plans.blocks.encode
+
+    def other(type_: Any, q: Any, name: str = "tensor") -> torch.Tensor:
+        raw = written_as(type_, q, name)
+        if name.endswith("layers.1.mlp.experts.down_proj"):
+            raw[5, 7] ^= 1
+        return raw
+
+    monkeypatch.setattr(plans.blocks, "encode", other)
+    with pytest.raises(OutputError, match=r"layers\.1\.mlp\.experts\.down_proj\.weight, expert 0: gguf-py"):
+        export(tmp_path / "q", to="gguf", output=tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()

@@ -47,8 +47,14 @@ class One:
 
     q: QTensor
 
-    def walk(self) -> list[tuple[StoredTensor, QTensor]]:
-        return [(StoredTensor("layer", self.q.scheme, self.q.shape), self.q)]
+    def order(self) -> list[StoredTensor]:
+        return [StoredTensor("layer", self.q.scheme, self.q.shape)]
+
+    def either(self, _module: str) -> QTensor:
+        return self.q
+
+    def release(self, _tensor: StoredTensor) -> None:
+        """Nothing is mapped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +71,14 @@ class OneFloat:
     info: TensorInfo
     tensor: torch.Tensor
 
-    def walk(self) -> list[tuple[TensorInfo, torch.Tensor]]:
-        return [(self.info, self.tensor)]
+    def order(self) -> list[TensorInfo]:
+        return [self.info]
+
+    def float(self, _name: str) -> torch.Tensor:
+        return self.tensor
+
+    def release(self, _tensor: TensorInfo) -> None:
+        """Nothing is mapped."""
 
 
 def checked(q: QTensor, raw: torch.Tensor, type_: str, change: Callable[[torch.Tensor], object]) -> None:

@@ -30,6 +30,7 @@ from spicerack.kernels import panels, plan, pool
 from spicerack.kernels.panels import TYPES
 from spicerack.models import bundled
 from spicerack.nn.encoder import whole as encoder
+from spicerack.nn.linear import QLinear
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99,
@@ -530,10 +531,10 @@ def test_layers_that_stayed_float(rules: list[str], dtype: torch.dtype, runs: li
 
 
 @torch.no_grad()
-def test_nomic_folders_keep_their_attention_in_float(tmp_path: Path) -> None:
-    """Its checkpoints have one matrix for query, key and value, which transformers cuts when it loads."""
+def test_nomic_folders_have_their_attention_cut(tmp_path: Path) -> None:
+    """Its checkpoints have one matrix for query, key and value, which is cut as transformers cuts it when it loads."""
     model: Any = spicerack.load(quantized_folder(tmp_path, "nomic"), compute="float")
-    assert type(model.layers[0].self_attn.q_proj) is nn.Linear and encoder.obstacles(model) == {"": None}
+    assert type(model.layers[0].self_attn.q_proj) is QLinear and encoder.obstacles(model) == {"": None}
     batch = sentences([9, 4, 17])
     assert_close(model(**batch), modules(model, **batch), batch["attention_mask"].bool(), 2e-6)
 

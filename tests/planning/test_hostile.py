@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from test_model import FACTS, NAMES, config
+from test_model import FACTS, config
 
 from spicerack.errors import UsageError
 from spicerack.machine import catalogue
@@ -17,6 +17,12 @@ from spicerack.planning.model import of_config
 from spicerack.planning.plan import Goal, check, row_of
 
 STRANGE: tuple[Any, ...] = (None, 0, -1, "x", [], {}, 10**12, True, 1.5, [None], ["\x1b[2J"])
+
+
+NAMES = (  # of each way of attending, of states, experts, towers and encoders one
+    "DeepSeek-V3", "Gemma-3-27b", "Granite-4.0-H-Small", "Llama-4-Scout-17B-16E", "Mixtral-8x7B",
+    "Qwen3-Next-80B-A3B", "Whisper-large-v3", "gpt-oss-20b", "mamba-2.8b",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -109,6 +109,7 @@ def _put(folder: Path, model: nn.Module, results: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", ["mixture"], indirect=True)
 def test_it_goes_to_spawned_processes(folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -98,7 +98,14 @@ class Rows:
     parts: Undecoded | None = None
 
 
-Weights = Callable[[str], torch.Tensor | Grid | Rows]
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Matrices of one tensor that a reader decodes one at a time. matrix: the number of one -> its rows."""
+
+    matrix: Callable[[int], Rows]
+
+
+Weights = Callable[[str], torch.Tensor | Grid | Rows | Stack]
 """Name of a tensor in the source (`X.weight` of what is packed) -> its values, [.., N, K] in a float type, or what they
 are computed from; a float tensor as it is stored. Raises KeyError for one that is not there."""
 _SAMPLED = 1 << 15

@@ -127,9 +127,14 @@ class Kept(MethodFormat):
         scale = scale.to(dtype_of(stored.scheme.scale, stored.source_dtype)).reshape(-1, 1)
         return QTensor(stored.scheme, patterns, scale.expand(stored.shape[0], 1).contiguous())
 
-    def undecoded(self, _stored: StoredTensor, _tensors: Mapping[str, torch.Tensor]) -> Undecoded | None:
-        """None: they are bytes already."""
-        return None
+    def undecoded(self, stored: StoredTensor, tensors: Mapping[str, torch.Tensor]) -> Undecoded | None:
+        """One expert of a stack in MXFP4, whose bytes are words of a stream; None of FP8: they are bytes already."""
+        if self.coded[stored.module].coding != "mxfp4" or len(stored.shape) != 2:
+            return None
+        blocks, scale = (tensors[name] for name in self.layout(stored))
+        words = blocks.reshape(stored.shape[0], -1).contiguous().view(torch.int32)
+        powers = _powers(stored, scale)
+        return Undecoded(stored.scheme, stored.shape, "stream", words, powers, transposed=stored.transposed)
 
     def config(self, config: Mapping[str, Any], contents: Contents, _reading: Reading) -> dict[str, Any]:
         """Nobody asks, because of `obstacles`."""
@@ -149,8 +154,13 @@ class Kept(MethodFormat):
 
 
 def _mxfp4(stored: StoredTensor, blocks: torch.Tensor, scale: torch.Tensor) -> QTensor:
-    """blocks [E, N, G, 16], scale [E, N, G]: a byte has its low half first. Raises CheckpointError for no number."""
+    """blocks [.., N, G, 16], scale [.., N, G]: a byte has its low half first. Raises CheckpointError for no number."""
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-3)
+    return QTensor(stored.scheme, codes, _powers(stored, scale), transposed=stored.transposed)
+
+
+def _powers(stored: StoredTensor, scale: torch.Tensor) -> torch.Tensor:
+    """Powers of two, of their bytes. Raises CheckpointError for one that is no number."""
     if bool((scale == _NO_POWER).any()):
         raise CheckpointError(f"{stored.module}: a scale that is no number", "fetch the files again")
-    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(2)
-    return QTensor(stored.scheme, codes, scale.view(torch.float8_e8m0fnu), transposed=stored.transposed)
+    return scale.contiguous().view(torch.float8_e8m0fnu)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from spicerack.errors import CheckpointError, listed
-from spicerack.machine.memory import steady
 from spicerack.models import census
 from spicerack.models.architecture import host_of, on_meta
 from spicerack.models.census import ON_REQUEST
@@ -152,8 +151,7 @@ class Source:
         Raises as `packed` does.
         """
         stored, change = self.folder.contents[module], self.changes.get(module)
-        levels = stored.scheme.levels
-        if levels.hi - levels.lo + 1 < 1 << levels.bits or (change is not None and change.undecoded is None):
+        if not _every_code_is_a_level(stored) or (change is not None and change.undecoded is None):
             return None
         if change is not None and stored.scheme.plain_obstacle is not None:
             return None  # minima and quantized scales are changed where codes are seen
@@ -164,6 +162,24 @@ class Source:
         """The same undecoded where it can be, else as `packed` has it."""
         u = self.undecoded(module)
         return self.packed(module) if u is None else u
+
+    def matrices(self, module: str) -> Iterator[Undecoded | QTensor]:
+        """The matrices of a stack [E, N, K], one at a time, as `either` has them: each is read when it is asked for.
+
+        Memory is that of one, where the folder has each tensor of the stack for all experts, and nothing is changed.
+        """
+        stored, folder = self.folder.contents[module], self.folder
+        assert folder.format is not None, "contents come from a format"
+        experts, *shape = stored.shape
+        layout, one = folder.format.layout(stored), replace(stored, shape=tuple(shape))
+        if module in self.changes or any(shape[:1] != (experts,) for _, shape in layout.values()):
+            yield from self.packed(module).matrices()
+            return
+        for expert in range(experts):
+            rows = {name: folder.checkpoint.read_rows(name, expert, expert + 1) for name in layout}
+            tensors = {name: part[0] if part.ndim > 1 else part for name, part in rows.items()}
+            u = folder.format.undecoded(one, tensors) if _every_code_is_a_level(stored) else None
+            yield folder.format.decode(one, tensors) if u is None else u
 
     def float(self, name: str) -> torch.Tensor:
         """A tensor of `floats`, as it is stored. Raises CheckpointError."""
@@ -176,12 +192,8 @@ class Source:
         else:
             self.folder.checkpoint.release(tensor.name)
 
-    def walk(self) -> Iterator[tuple[StoredTensor, QTensor | Undecoded] | tuple[TensorInfo, torch.Tensor]]:
-        """Every tensor with its header, in `order`, undecoded where it can be; its memory goes when the next one is
-        asked for."""
-        for tensor in steady(self.order()):
-            if isinstance(tensor, StoredTensor):
-                yield tensor, self.either(tensor.module)
-            else:
-                yield tensor, self.float(tensor.name)
-            self.release(tensor)
+
+def _every_code_is_a_level(stored: StoredTensor) -> bool:
+    """Whether codes need not be looked at: each pattern of their bits stands for something."""
+    levels = stored.scheme.levels
+    return levels.hi - levels.lo + 1 >= 1 << levels.bits

@@ -18,12 +18,14 @@ import torch
 from spicerack import plugins
 from spicerack.errors import OutputError, SpicerackError
 from spicerack.exports import equality
-from spicerack.exports.readings import Grid, Rows, Weights, sampled
+from spicerack.exports.readings import Grid, Rows, Stack, Weights, sampled
 from spicerack.exports.source import Source
+from spicerack.machine.memory import steady
 from spicerack.numerics import codec
 from spicerack.numerics.qtensor import QTensor
 from spicerack.numerics.undecoded import Undecoded
 from spicerack.storage.format import StoredTensor
+from spicerack.storage.reader import TensorInfo
 
 _FAULT = "this is a fault of spicerack or of the reader: please report it"
 
@@ -60,7 +62,7 @@ def verify(reader: Reader, source: Source, path: Path) -> None:
     """Compare every tensor of `source` with what `reader` reads at `path`. Raises OutputError naming the first that
     differs, how much and where."""
     weights, who = reader.opened(path, source), reader.name
-    for tensor, value in source.walk():
+    for tensor in steady(source.order()):
         name = f"{tensor.module}.weight" if isinstance(tensor, StoredTensor) else tensor.name
         try:
             read = weights(name)
@@ -70,22 +72,32 @@ def verify(reader: Reader, source: Source, path: Path) -> None:
             raise
         except Exception as error:  # somebody else's code: whatever it raises, it does not read this
             raise OutputError(f"{name}: {who} does not read it: {error!r}", _FAULT) from error
-        if isinstance(value, torch.Tensor):
-            assert not isinstance(read, Grid), "floats are read as floats"
-            _compare(name, iter((value,)), read, who)
-        elif isinstance(read, Grid):
-            if (part := equality.different(value, read)) is not None:
-                raise OutputError(f"{name}: {who} reads other {part}", _FAULT)
-            _compare_samples(name, value, read.samples, who)
-        elif isinstance(read, Rows) and read.parts is not None:
-            if not equality.same_parts(value, read.parts):
-                parts = codec.decode(replace(read.parts.qtensor(), transposed=False))
-                _compare(name, equality.pieces(equality.decoded(value)), parts, who)
-                raise OutputError(f"{name}: {who} reads other scales", _FAULT)
-            pieces = sampled(name, read.parts.shape)
-            _compare_samples(name, value, [(start, read.decoded(start, stop)) for start, stop in pieces], who)
+        if isinstance(tensor, TensorInfo):
+            assert not isinstance(read, Grid | Stack), "floats are read as floats"
+            _compare(name, iter((source.float(name),)), read, who)
+        elif isinstance(read, Stack):
+            for number, matrix in enumerate(source.matrices(tensor.module)):
+                _compare_packed(f"{name}, expert {number}", matrix, read.matrix(number), who)
         else:
-            _compare(name, equality.pieces(equality.decoded(value)), read, who)
+            _compare_packed(name, source.either(tensor.module), read, who)
+        source.release(tensor)
+
+
+def _compare_packed(name: str, value: QTensor | Undecoded, read: torch.Tensor | Grid | Rows, who: str) -> None:
+    """Raise OutputError unless a packed tensor is what was read of it."""
+    if isinstance(read, Grid):
+        if (part := equality.different(value, read)) is not None:
+            raise OutputError(f"{name}: {who} reads other {part}", _FAULT)
+        _compare_samples(name, value, read.samples, who)
+    elif isinstance(read, Rows) and read.parts is not None:
+        if not equality.same_parts(value, read.parts):
+            parts = codec.decode(replace(read.parts.qtensor(), transposed=False))
+            _compare(name, equality.pieces(equality.decoded(value)), parts, who)
+            raise OutputError(f"{name}: {who} reads other scales", _FAULT)
+        pieces = sampled(name, read.parts.shape)
+        _compare_samples(name, value, [(start, read.decoded(start, stop)) for start, stop in pieces], who)
+    else:
+        _compare(name, equality.pieces(equality.decoded(value)), read, who)
 
 
 def _compare_samples(name: str, q: QTensor | Undecoded, samples: Iterable[tuple[int, torch.Tensor]], who: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spicerack.exports.readings import Rows, Weights
+from spicerack.exports.readings import Rows, Stack, Weights
 from spicerack.exports.source import Source
 from spicerack.models.gguf import config as configs
 from spicerack.models.gguf.family import of_type
@@ -56,7 +56,7 @@ def weights_of(tensors: Tensors, source: Source) -> Weights:
     family, config = of_type(source.config.get("model_type")), configs.whole(source.config)
     names = Names(family)
 
-    def weights(name: str) -> torch.Tensor | Rows:
+    def weights(name: str) -> torch.Tensor | Rows | Stack:
         tensors.forget()  # what was compared before
         if names.left_out(name):  # the notes say so
             return source.float(name)
@@ -70,7 +70,12 @@ def weights_of(tensors: Tensors, source: Source) -> Weights:
             if family.plus_one and place.module.endswith("norm"):
                 return _less_one(values, source.float(name))
             return _tensor(values.swapaxes(-1, -2) if place.turned else values)
-        # what is packed is [.., N, K], whatever the checkpoint's order is
+        type_ = tensors.type(place.tensor)
+        if parts[0].ndim == 3 and place.member is None:
+            return Stack(
+                lambda number: matrix(place.tensor, type_, _shares_back([p[number] for p in parts], place), name)
+            )
+        # what is packed is [N, K], whatever the checkpoint's order is
         rows = _rows_back(_shares_back([_member(rows, place) for rows in parts], place), place, config)
         scale = place.tensor.removesuffix(".weight") + ".scale"
         if scale in tensors:
@@ -78,11 +83,14 @@ def weights_of(tensors: Tensors, source: Source) -> Weights:
             factor = factor if place.member is None else factor[place.member, None]
             q = source.packed(name.removesuffix(".weight"))
             return _times(_tensor(tensors.numbers(place.tensor, rows)), factor, q)
-        flat = rows.reshape(-1, rows.shape[-1])
+        return matrix(place.tensor, type_, rows, name)
+
+    def matrix(tensor: str, type_: str, rows: Array, name: str) -> Rows:
+        """Rows of bytes [N, row_bytes] of a tensor of the file."""
         return Rows(
-            len(flat),
-            lambda start, stop: _tensor(tensors.numbers(place.tensor, flat[start:stop])),
-            blocks.undecoded(TYPES[tensors.type(place.tensor)], _tensor(flat), name) if rows.ndim == 2 else None,
+            len(rows),
+            lambda start, stop: _tensor(tensors.numbers(tensor, rows[start:stop])),
+            blocks.undecoded(TYPES[type_], _tensor(rows), name),
         )
 
     return weights

@@ -204,8 +204,10 @@ def _encoded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The bytes of all of a tensor, [.., rows, bytes of one], in its own order; and its scale."""
     if isinstance(tensor, StoredTensor):
+        if len(tensor.shape) > 2:
+            return _stack(source, type_, tensor)
         q, own = blocks.without_tensor_scale(source.either(tensor.module))
-        ones = torch.ones(tensor.shape[:-2] or (1,), dtype=torch.float32, device="cpu")
+        ones = torch.ones(1, dtype=torch.float32, device="cpu")
         return blocks.encode(type_, q, tensor.module), ones if own is None else own
     values = source.float(tensor.name)
     if place.turned:
@@ -216,6 +218,18 @@ def _encoded(
     matrices = values if place.axis == -2 and values.ndim > 1 else values[..., None]
     none = torch.ones(1, dtype=torch.float32, device="cpu")
     return blocks.encode_floats(type_, matrices, tensor.name), none
+
+
+def _stack(source: Source, type_: GgmlType, tensor: StoredTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of experts in one tensor, one at a time: their codes, taken apart, are several times as large.
+
+    None has a scale beside it (`layers.scale_obstacle`).
+    """
+    experts, rows, columns = tensor.shape
+    raw = torch.empty((experts, rows, type_.row_bytes(columns)), dtype=torch.uint8, device="cpu")
+    for number, matrix in enumerate(source.matrices(tensor.module)):
+        raw[number] = blocks.encode(type_, matrix, tensor.module)
+    return raw, torch.ones(experts, dtype=torch.float32, device="cpu")
 
 
 def metadata(model: Model, planned: list[Planned], tokens: Mapping[str, Entry], facts: Facts) -> dict[str, Entry]:
