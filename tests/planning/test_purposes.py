@@ -29,6 +29,7 @@ from spicerack.planning import engine as engines
 from spicerack.planning.engine import Request
 from spicerack.planning.model import open_model
 from spicerack.planning.plan import Goal, context_of, plan
+from spicerack.storage import engine as stored_engines
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 BOTH = {f"{side}_{what}": n for side in ("encoder", "decoder")
@@ -106,3 +107,11 @@ def test_a_picture_is_as_many_tokens_as_it_is_large(kind: str, tmp_path: Path) -
     chosen = plan(model, goal)
     assert chosen.longest is None and chosen.recommended is not None
     assert sum(w.numel for w in model.weights) == sum(p.numel() for p in net.parameters())
+
+
+def test_what_an_engine_reads_of_us_it_runs() -> None:
+    """Families that files are written for are families that are planned for, by every engine that lists them."""
+    for engine in (engine for engine in engines.all_engines() if engine.name != "spicerack"):
+        ways = stored_engines.find(engine.name).reads
+        listed = {family for way in ways for family in way.families or ()}
+        assert engine.only is None or listed <= engine.only, engine.name
