@@ -134,7 +134,7 @@ def calibrated(folder: Path, out: Path, _words: Path) -> dict[str, int]:
 
 def exported(_folder: Path, out: Path, _words: Path) -> dict[str, int]:
     spicerack.export(out, to="mlx", output=f"{out}-mlx")
-    return {"exports.source": 21}
+    return {"exports.verify": 21}
 
 
 def trained(folder: Path, out: Path, words: Path) -> dict[str, int]:
