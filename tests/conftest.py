@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,10 @@ def grams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Ten
 def kernel_here(scheme: str) -> str:
     """Name of the kernel that runs a scheme by default on this machine."""
     return kernel.pick(parse(scheme), (64, 64), torch.float32, torch.device("cpu")).kernel.name
+
+
+def pytest_collection_finish() -> None:
+    """What stands now stays to the end: the collector need not look through ten thousand tests, torch and transformers
+    again and again."""
+    gc.collect()
+    gc.freeze()

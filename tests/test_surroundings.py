@@ -269,7 +269,7 @@ import spicerack, test_surroundings as t, tiny
 folder = Path(sys.argv[1])
 tiny.build("hrm_text").save_pretrained(folder / "float")
 spicerack.quantize(folder / "float", "w8", output=folder / "w8")
-said = t.folders(folder, ["awq+gptq", "gptq"]) | t.encoders(folder) | t.bytes_of(folder / "w8")
+said = t.folders(folder, ["gptq"]) | t.encoders(folder) | t.bytes_of(folder / "w8")
 print(sorted(said.items()))
 """
 

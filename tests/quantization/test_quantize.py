@@ -221,16 +221,17 @@ MEASURED = (
 @pytest.mark.parametrize(("scheme", "dtype"), [("w4g128", torch.bfloat16), ("w8", torch.float32)])
 def test_peak_memory_is_three_tensors_whatever_the_size(tmp_path: Path, scheme: str, dtype: torch.dtype) -> None:
     """At most 0.6 GB, imports included, plus three times the largest tensor."""
-    width, layers = 2048, 40
+    width, layers = 2048, 80 // dtype.itemsize
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     w = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     names = [f"blocks.{i}.up_proj.weight" for i in range(layers)]  # of an architecture that nobody knows
-    for shard in range(0, layers, 10):
-        file = folder / f"model-{shard // 10 + 1:05d}-of-00004.safetensors"
-        save_file({name: w.clone() for name in names[shard : shard + 10]}, file, metadata={"format": "pt"})
-    index = {n: f"model-{i // 10 + 1:05d}-of-00004.safetensors" for i, n in enumerate(names)}
+    each = layers // 4
+    for shard in range(0, layers, each):
+        file = folder / f"model-{shard // each + 1:05d}-of-00004.safetensors"
+        save_file({name: w.clone() for name in names[shard : shard + each]}, file, metadata={"format": "pt"})
+    index = {n: f"model-{i // each + 1:05d}-of-00004.safetensors" for i, n in enumerate(names)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     assert w.nbytes * layers > 1.3e9
     command = [sys.executable, "-c", MEASURED, str(folder), scheme, str(tmp_path / "out")]
