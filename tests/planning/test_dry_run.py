@@ -64,7 +64,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "sys.exit(int(code))\n"
     )
     script.chmod(0o755)
-    (place / "ANSWER").write_text("0|CUDA0 11 22 33 \nHost 4 5 6 ")
+    (place / "ANSWER").write_text("0|Card of one 11 22 33 \nHost 4 5 6 ")
     monkeypatch.setenv("PATH", f"{place}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "7")
     return place
@@ -79,7 +79,7 @@ def test_it_is_asked_for_what_is_planned(program: Path, capsys: pytest.CaptureFi
     assert plan(*words, "--scheme", "Q8_0", "--json") == 0
     said = json.loads(capsys.readouterr().out)["exact"]
     assert [tuple(d.values()) for d in said["devices"]] == [
-        ("CUDA0", 11 << 20, 22 << 20, 33 << 20, 66 << 20),
+        ("Card of one", 11 << 20, 22 << 20, 33 << 20, 66 << 20),
         ("Host", 4 << 20, 5 << 20, 6 << 20, 15 << 20),
     ]
     assert (said["numbers"], said["as_planned"]) == ("Q8_0", False)  # no 3090 is here: all in RAM
@@ -93,7 +93,7 @@ def test_it_is_asked_for_what_is_planned(program: Path, capsys: pytest.CaptureFi
     assert said["planned"]["weight_bytes"] == sum(int(tensor.n_bytes) for tensor in asked.tensors)
     assert plan(*words) == 0
     text = capsys.readouterr().out
-    assert "CUDA0: weights 11.5 MB, cache 23.1 MB, buffers 34.6 MB" in text and "as if all lay in RAM" in text
+    assert "Card of one: weights 11.5 MB, cache 23.1 MB, buffers 34.6 MB" in text and "as if all lay in RAM" in text
 
 
 def test_a_gguf_file_is_asked_about_as_it_lies_there(
@@ -105,7 +105,7 @@ def test_a_gguf_file_is_asked_about_as_it_lies_there(
     said = json.loads(capsys.readouterr().out)["exact"]
     assert said["as_planned"]  # this machine's processor
     called, _ = json.loads((program / "called").read_text())
-    assert called == ["-m", str(file), "--fit-print", "on", "--no-repack", "-c", "64", "-np", "1"]
+    assert called == ["-m", str(file), "--fit-print", "on", "--no-repack", "-c", "64", "-np", "1", "-dev", "none"]
 
 
 def test_what_does_not_answer_is_said(

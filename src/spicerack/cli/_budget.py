@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from spicerack.cli import _output
+from spicerack.cli import _fit, _output
 from spicerack.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ PLAIN = "w8"
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-class Typed(Protocol):
+class Typed(_fit.Choices, Protocol):
     """What was typed, as far as budgets go by it: the options of these names."""
 
     @property
@@ -34,12 +34,6 @@ class Typed(Protocol):
     def max_kl(self) -> float | None: ...
     @property
     def max_loss(self) -> str | None: ...
-    @property
-    def scheme(self) -> str | None: ...
-    @property
-    def recipe_file(self) -> object: ...
-    @property
-    def fit(self) -> str | None: ...
     @property
     def observer(self) -> str | None: ...
     @property

@@ -12,17 +12,22 @@ if TYPE_CHECKING:
     from spicerack.quantization.recipe import Rule
 
 
-class Typed(Protocol):
-    """What was typed, as far as --fit goes by it: the options of these names."""
+class Choices(Protocol):
+    """What was typed that chooses schemes, of which one is given: the options of these names."""
 
-    @property
-    def model(self) -> str: ...
     @property
     def scheme(self) -> str | None: ...
     @property
     def recipe_file(self) -> object: ...
     @property
     def fit(self) -> str | None: ...
+
+
+class Typed(Choices, Protocol):
+    """What was typed, as far as --fit goes by it: the options of these names."""
+
+    @property
+    def model(self) -> str: ...
     @property
     def context(self) -> int | None: ...
     @property

@@ -17,7 +17,7 @@ from spicerack.machine import programs
 from spicerack.planning.engine import Counted, DryRun
 
 PROGRAM = "llama-fit-params"
-_LINE = re.compile(r"(\S+) (\d+) (\d+) (\d+) *")
+_LINE = re.compile(r"(\S.*?) (\d+) (\d+) (\d+) *")
 """Device, weights, cache, buffers (common/fit.cpp, `common_fit_print`)."""
 _MIB = 1 << 20
 _SECONDS = 120.0

@@ -79,9 +79,11 @@ def _places(placement: Placement) -> list[str]:
 def _dry_run(file: Path, model: Model, request: Request, placement: Placement | None) -> DryRun:
     """llama-fit-params on the file. It makes room for logits of a whole batch, as llama-cli does.
 
-    Weights in an order of a processor's own, which take the same room, it would leave out: they are told to stay.
+    Weights in an order of a processor's own, which take the same room, it would leave out: they are told to stay. Where
+    no card is planned for it takes none, though it may find one that nobody knows here.
     """
-    options = ["--no-repack", *_sizes(request), *(["-dev", "none"] if placement is None else _places(placement))]
+    places = [] if placement is None else _places(placement)
+    options = ["--no-repack", *_sizes(request), *(places or ["-dev", "none"])]
     planned = buffers.llama_cpp(model, request.context)
     return _llama_fit.ask(file, options, planned)
 
